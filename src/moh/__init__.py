@@ -1,0 +1,33 @@
+"""Mixture-of-Heads: transformers whose attention heads are experts (arXiv 2410.11842).
+
+`import moh` needs torch alone. What needs transformers is loaded when it is first used; the Auto classes of
+transformers know our models as soon as both packages are imported, in either order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moh.attention import moh_attention
+from moh.config import MoHConfig
+from moh.layers import MoHAttention
+from moh.models.registration import register_with_transformers
+from moh.routing import RoutingInfo, record_routing
+
+if TYPE_CHECKING:
+    from moh.conversion import convert
+
+__version__ = "0.1.0"
+
+__all__ = ["MoHAttention", "MoHConfig", "RoutingInfo", "convert", "moh_attention", "record_routing"]
+
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":
+        from moh.conversion import convert
+
+        return convert
+    raise AttributeError(f"module 'moh' has no attribute {name!r}")

@@ -1,0 +1,26 @@
+"""Optional dependencies: one function that imports them or says which extra to install.
+
+Not for version checks; lower bounds live in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import `module` or raise an ImportError that names the extra which brings it.
+
+    Raises:
+        ImportError: the module, or the package it belongs to, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there, but something that it needs itself is missing
+        raise ImportError(
+            f"this needs {package}, which is not installed: pip install 'mixture-of-heads[{extra}]'"
+        ) from error

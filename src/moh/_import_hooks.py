@@ -1,0 +1,57 @@
+"""Run a function once another package's module has been imported, whichever of the two comes first.
+
+This is how `import moh` makes the Auto classes of transformers know our models without importing transformers.
+Not a general plug-in system.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+class _CallbackLoader(Loader):
+    """Loads as the original loader does, then calls back."""
+
+    def __init__(self, loader: Loader, callback: Callable[[], None]) -> None:
+        self._loader = loader
+        self._callback = callback
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._callback()
+
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename, ...: what tracebacks ask for
+        return getattr(self._loader, name)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self._name = name
+        self._callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)  # once is enough, and the search below must not come back here
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _CallbackLoader(spec.loader, self._callback)
+        return spec
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call `callback()` right after the module `name` is imported; now, if it already is."""
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Finder(name, callback))

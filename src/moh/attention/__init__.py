@@ -1,0 +1,6 @@
+"""Routed attention: `(q, k, v, gates) -> heads`, one function over several backends."""
+
+from moh.attention.dispatch import Backend, backends, choose_backend, moh_attention
+from moh.attention.reference import reference_attention
+
+__all__ = ["Backend", "backends", "choose_backend", "moh_attention", "reference_attention"]

@@ -1,0 +1,171 @@
+"""`moh_attention`: one function over several backends, and the table that chooses between them.
+
+Checks the arguments once, so that backends need not. Implements paper equation 4 without the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moh.attention.compiled import packed_attention_compiled
+from moh.attention.packed import packed_attention
+from moh.attention.reference import reference_attention
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute routed attention.
+
+    Attributes:
+        name: what `moh_attention(backend=...)` takes.
+        description: one line for `moh info`.
+        function: `(q, k, v, gates, *, is_causal, attn_mask, scale, dropout_p) -> [B, Nq, H, D]`.
+        unsupported: `(q, k, v, gates, attn_mask, dropout_p)` -> why it can't serve the call, or None if it can.
+    """
+
+    name: str
+    description: str
+    function: Callable[..., Tensor]
+    unsupported: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str | None]
+
+
+def _serves_all(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> str | None:
+    return None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, **options: object) -> Tensor:
+    mask, dropout_p = options["attn_mask"], options["dropout_p"]
+    if torch.compiler.is_compiling() and not dropout_p and not (isinstance(mask, Tensor) and mask.requires_grad):
+        return packed_attention_compiled(q, k, v, gates, **options)  # type: ignore[arg-type]
+    return _packed_eager(q, k, v, gates, **options)
+
+
+@torch.compiler.disable  # the number of active rows decides the shapes
+def _packed_eager(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, **options: object) -> Tensor:
+    return packed_attention(q, k, v, gates, **options)  # type: ignore[arg-type]
+
+
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        # In order of preference: backend=None takes the first that supports the call.
+        Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", _sdpa, _serves_all),
+        Backend("reference", "the definition: every head, then weighted", reference_attention, _serves_all),
+    )
+}
+
+
+def backends() -> list[Backend]:
+    """All backends, the most preferred first."""
+    return list(_BACKENDS.values())
+
+
+def moh_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention in which each token uses only some heads: `out[b, t, i] = gates[b, t, i] * H_i(x_t)`.
+
+    Args:
+        q: queries `[B, H, Nq, D]`.
+        k: keys `[B, Hkv, Nk, D]` with `H % Hkv == 0`; query head i reads key/value head `i // (H // Hkv)`.
+        v: values `[B, Hkv, Nk, D]`.
+        gates: `[B, Nq, H]`, each head's weight for each token; exactly 0 means inactive, not computed.
+        is_causal: query i sees keys 0 to i (aligned at the first query and key, as in
+            `torch.nn.functional.scaled_dot_product_attention`); may be combined with `attn_mask`.
+        attn_mask: broadcastable to `[B, H, Nq, Nk]`; bool (True = may be seen) or added to the scores.
+        scale: factor of the scores; None means `1 / sqrt(D)`.
+        dropout_p: probability of dropping an attention weight. As in PyTorch's function it is applied whenever it is
+            above 0, so pass 0 in evaluation.
+        backend: name of a backend, or None for the most preferred that supports the call.
+
+    Returns:
+        `[B, Nq, H, D]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive, token-major so that the output projection reads it
+        without a transpose. Differentiable in q, k, v, gates and an additive mask; the gradient of a gate that is 0
+        is defined as 0, since its head was never computed. A query that may see no key gives 0.
+
+    Raises:
+        ValueError: a shape, dtype, probability or backend name is not as above, or a named backend can't serve
+            the call; the message says which and why.
+    """
+    if torch.is_autocast_enabled(q.device.type):  # as autocast treats scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v, gates = q.to(dtype), k.to(dtype), v.to(dtype), gates.to(dtype)
+        attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+    _check(q, k, v, gates, attn_mask, dropout_p)
+    chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
+    return chosen.function(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p)
+
+
+def choose_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Backend:
+    """The backend that `moh_attention` would use for these arguments.
+
+    Raises:
+        ValueError: `backend` is unknown or can't serve the call.
+    """
+    if backend is None:
+        return next(b for b in _BACKENDS.values() if b.unsupported(q, k, v, gates, attn_mask, dropout_p) is None)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    reason = _BACKENDS[backend].unsupported(q, k, v, gates, attn_mask, dropout_p)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} can't serve this call: {reason}")
+    return _BACKENDS[backend]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, heads, N, D], got shape {tuple(tensor.shape)}")
+    B, H, Nq, D = q.shape
+    Hkv, Nk = k.shape[1:3]
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"q must have a multiple of k's {Hkv} heads, got {H}")
+    if k.shape != (B, Hkv, Nk, D):
+        raise ValueError(f"k must have shape [B = {B}, Hkv, Nk, D = {D}] to match q, got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must have shape [{B}, {Hkv}, {Nk}, D] to match k, got {tuple(v.shape)}")
+    if gates.shape != (B, Nq, H):
+        raise ValueError(f"gates must have shape [B, Nq, H] = {(B, Nq, H)}, got {tuple(gates.shape)}")
+    if not q.dtype == k.dtype == v.dtype == gates.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k, v and gates must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}, {gates.dtype}"
+        )
+    if attn_mask is not None:
+        _check_mask(attn_mask, q, Nk)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+
+
+def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
+    if attn_mask.dtype not in (torch.bool, q.dtype):
+        raise ValueError(f"attn_mask must be bool or of q's dtype {q.dtype}, got {attn_mask.dtype}")
+    full = (*q.shape[:3], Nk)
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(shape) != 4 or any(s not in (1, f) for s, f in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"attn_mask must be broadcastable to [B, H, Nq, Nk] = {full}, got shape {tuple(attn_mask.shape)}"
+        )

@@ -1,0 +1,13 @@
+"""MoH language models of the Llama family, as ordinary transformers models (extra `llm`).
+
+Importing `moh` is enough for `AutoModelForCausalLM.from_pretrained(directory)` to find them.
+"""
+
+from moh._extras import require
+
+require("transformers", extra="llm")
+
+from moh.models.llama.configuration import MoHLlamaConfig  # noqa: E402
+from moh.models.llama.modeling import MoHLlamaForCausalLM, MoHLlamaModel, MoHLlamaPreTrainedModel  # noqa: E402
+
+__all__ = ["MoHLlamaConfig", "MoHLlamaForCausalLM", "MoHLlamaModel", "MoHLlamaPreTrainedModel"]

@@ -1,0 +1,93 @@
+"""Configuration of a MoH model of the Llama family: Llama's, and which heads each layer shares and routes.
+
+Plain data in `config.json`; each layer's part of it is a `moh.MoHConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from moh.config import MoHConfig
+
+
+@strict
+class MoHLlamaConfig(LlamaConfig):  # type: ignore[misc]
+    """Llama's configuration (every argument of `transformers.LlamaConfig`) with the heads of each layer.
+
+    Args:
+        router: "two_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
+            the list of that layer's shared heads. None shares all heads that are not active routed ones.
+        active_heads: routed heads active per token, a number or a list with one per layer.
+        router_aux_loss_coef: beta, weight of the load-balance loss that is added to `outputs.loss` when labels are
+            given (0.01 in the paper); 0 adds none.
+        attention_out_bias: bias of the output projection; None means `attention_bias` (Qwen2: biases on q, k, v alone).
+        sliding_window: width of the attention window of every layer (Mistral); None means unlimited.
+        moh_backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
+
+    Raises:
+        ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
+    """
+
+    model_type = "moh_llama"
+
+    router: str = "two_stage"
+    shared_heads: int | list[int | list[int]] | None = None
+    active_heads: int | list[int] = 0
+    router_aux_loss_coef: float = 0.0
+    attention_out_bias: bool | None = None
+    sliding_window: int | None = None
+    moh_backend: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads = {self.num_key_value_heads}, "
+                f"got {self.num_attention_heads}"
+            )
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
+        self.layer_configs()  # validates
+
+    def layer_configs(self) -> list[MoHConfig]:
+        """The heads and routing of each layer.
+
+        Raises:
+            ValueError: as the class says.
+        """
+        layers = []
+        for index in range(self.num_hidden_layers):
+            active = self._of_layer("active_heads", self.active_heads, index)
+            shared = self._of_layer("shared_heads", self.shared_heads, index)
+            if shared is None:
+                shared = self.num_attention_heads - active
+            try:
+                layers.append(MoHConfig(self.num_attention_heads, shared, active, self.router))
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from None
+        return layers
+
+    def _of_layer(self, name: str, value: Any, index: int) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name} must be a number or a list with one entry per layer ({self.num_hidden_layers}), "
+                f"got {len(value)} entries"
+            )
+        return value[index]
+
+    @property
+    def share(self) -> float:
+        """Mean share of the heads that a token uses, over the layers."""
+        layers = self.layer_configs()
+        return sum(layer.share for layer in layers) / len(layers)
+
+
+__all__ = ["MoHLlamaConfig"]

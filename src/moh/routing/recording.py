@@ -1,0 +1,112 @@
+"""Read a model's routing while it runs: `with record_routing(model) as routing: ...`.
+
+Nothing global: each router of that one model holds the recorders of the open `with` blocks and forgets them at the end.
+Works with gradient checkpointing (`use_reentrant=False`), DDP/FSDP wrappers and `torch.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moh.routing.info import RoutingInfo
+
+if TYPE_CHECKING:
+    from moh.routing.routers import Router
+
+
+class Recorder(Protocol):
+    """What a router reports to."""
+
+    def record(self, router: Router, info: RoutingInfo) -> None: ...
+
+
+class RoutingRecord:
+    """The routing of every forward pass inside one `record_routing` block, in the order of the calls."""
+
+    def __init__(self, names: dict[Router, str]) -> None:
+        self._names = names
+        self.layers: list[tuple[str, RoutingInfo]] = []
+        """(name of the router in the model, its routing), one entry per layer and forward pass."""
+
+    def record(self, router: Router, info: RoutingInfo) -> None:
+        if _in_backward():
+            return  # gradient checkpointing runs the forward pass again: the same routing, already here
+        self.layers.append((self._names[router], info))
+
+    def __iter__(self) -> Iterator[tuple[str, RoutingInfo]]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def balance_loss(self, token_mask: Tensor | None = None) -> Tensor:
+        """Mean over the layers that route of their load-balance losses (`RoutingInfo.balance_loss`), a scalar.
+
+        Args:
+            token_mask: `[B, N]`, nonzero for the tokens that count (padding does not); None counts all.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        self._check_not_empty()
+        losses = [info.balance_loss(token_mask) for _, info in self.layers if info.probs is not None]
+        if not losses:
+            return self.layers[0][1].gates.new_zeros((), dtype=torch.float32)
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def load(self, token_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Layer name -> `[H]` float32, the share of tokens that activate each head (mean over forward passes)."""
+        loads: dict[str, list[Tensor]] = {}
+        for name, info in self.layers:
+            loads.setdefault(name, []).append(info.load(token_mask).detach())
+        return {name: torch.stack(values).mean(0) for name, values in loads.items()}
+
+    def share(self) -> float:
+        """Mean share of heads that were active, over tokens, heads and layers.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        self._check_not_empty()
+        return float(torch.stack([info.active.float().mean().cpu() for _, info in self.layers]).mean())
+
+    def _check_not_empty(self) -> None:
+        if not self.layers:
+            raise ValueError("nothing was recorded: run the model inside the `with record_routing(model)` block")
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Record the routing of every MoH layer of `model` while the block runs.
+
+    The recorded tensors keep their autograd graph, so that `task_loss + 0.01 * routing.balance_loss()` trains the
+    router. A model without MoH layers gives an empty record.
+
+    Example:
+        >>> with moh.record_routing(model) as routing:  # doctest: +SKIP
+        ...     loss = task_loss(model(x))
+        >>> loss = loss + 0.01 * routing.balance_loss()  # doctest: +SKIP
+    """
+    from moh.routing.routers import Router
+
+    routers = {module: name for name, module in model.named_modules() if isinstance(module, Router)}
+    record = RoutingRecord(routers)
+    for router in routers:
+        router._recorders = (*router._recorders, record)
+    try:
+        yield record
+    finally:
+        for router in routers:
+            router._recorders = tuple(r for r in router._recorders if r is not record)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    if torch.compiler.is_compiling():
+        return False  # a compiled region is recomputed below Python
+    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return]

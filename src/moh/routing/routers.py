@@ -1,0 +1,197 @@
+"""The three routers: a layer's input or its queries -> gates, one module per rule.
+
+Two-stage: paper section 3.3, equations 5 to 7, with the published scaling. Query norm: section 3.5. Linear: ours.
+They only decide; the heads are computed by `moh.attention` and joined to a layer in `moh.layers`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moh.config import MoHConfig
+from moh.routing.info import RoutingInfo
+from moh.routing.recording import Recorder
+
+
+class Router(nn.Module):
+    """Base of the routers: `forward(x, q)` with x `[B, N, C]` and q `[B, N, H, D]` -> `RoutingInfo`.
+
+    A router uses one of the two and ignores the other; `uses_queries` tells which, so that a caller may route
+    before it computes the queries. Scores and softmax are float32 whatever the inputs' dtype; gates are in the dtype
+    of the tensor that was used.
+    """
+
+    uses_queries = False
+
+    def __init__(self, config: MoHConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Indices are plain tuples and not buffers: buffers would appear in checkpoints or be lost on the meta device.
+        self._shared = config.shared_indices
+        self._routed = config.routed_indices
+        self._recorders: tuple[Recorder, ...] = ()
+
+    def forward(self, x: Tensor | None = None, q: Tensor | None = None) -> RoutingInfo:
+        source, name = (q, "q") if self.uses_queries else (x, "x")
+        if source is None:
+            raise ValueError(f"{name} must be given: the {self.config.router!r} router decides by it")
+        info = self._route(source)
+        for recorder in self._recorders:
+            recorder.record(self, info)
+        return info
+
+    def _route(self, source: Tensor) -> RoutingInfo:
+        raise NotImplementedError
+
+    def _top_k(self, scores: Tensor) -> Tensor:
+        """Bool mask of the k largest of `scores` `[B, N, h_r]`."""
+        if self.config.active_heads == self.config.num_routed:
+            return torch.ones_like(scores, dtype=torch.bool)
+        top = scores.topk(self.config.active_heads, dim=-1).indices  # [B, N, k]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)
+
+    def _join(self, shared: Tensor, routed: Tensor) -> Tensor:
+        """Gates of the shared `[B, N, h_s]` and routed `[B, N, h_r]` heads -> `[B, N, H]` in the heads' order."""
+        joined = torch.cat([shared, routed], dim=-1)
+        order = (*self._shared, *self._routed)
+        if order == tuple(range(self.config.num_heads)):
+            return joined
+        position = sorted(range(len(order)), key=order.__getitem__)
+        return joined[..., position]
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"heads={c.num_heads}, shared={list(self._shared)}, active={c.active_heads}, share={c.share:.2f}"
+
+
+class TwoStageRouter(Router):
+    """Learned router for models trained from scratch (paper section 3.3).
+
+    `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
+    With `config.scale_gates` (the published models) shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates
+    `2 a_2 k p_i / sum_active p_j`; without it they are `a_1 softmax(W_s x)` and `a_2 p_i`.
+
+    Args:
+        config: the layer's heads and routing.
+        dim: C, the width of the layer's input.
+
+    Parameters (bias-free): `shared.weight` W_s `[h_s, C]` (if h_s > 1), `routed.weight` W_r `[h_r, C]` (if k > 0),
+    `stage.weight` W_h `[2, C]` (if there are shared and active routed heads).
+    """
+
+    def __init__(
+        self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config)
+
+        def linear(out_features: int, needed: bool) -> nn.Linear | None:
+            return nn.Linear(dim, out_features, bias=False, device=device, dtype=dtype) if needed else None
+
+        self.shared = linear(config.num_shared, config.num_shared > 1)
+        self.routed = linear(config.num_routed, config.active_heads > 0)
+        self.stage = linear(2, config.num_shared > 0 and config.active_heads > 0)
+
+    def _route(self, source: Tensor) -> RoutingInfo:
+        config = self.config
+        scaled = config.scale_gates
+        # a_1, a_2: [B, N, 1]. The factor 2 makes both 1 when the stage is undecided.
+        a_shared: Tensor | float = 1.0
+        a_routed: Tensor | float = 1.0
+        if self.stage is not None:
+            stage = self.stage(source).float().softmax(-1) * (2.0 if scaled else 1.0)
+            a_shared, a_routed = stage[..., :1], stage[..., 1:]
+
+        if self.shared is not None:
+            shared = self.shared(source).float().softmax(-1)  # [B, N, h_s]
+        else:
+            shared = source.new_ones((*source.shape[:-1], config.num_shared), dtype=torch.float32)
+        shared = a_shared * shared * (config.num_shared if scaled else 1)
+
+        if self.routed is None:
+            routed = source.new_zeros((*source.shape[:-1], config.num_routed), dtype=torch.float32)
+            return RoutingInfo(config, self._join(shared, routed).to(source.dtype), None)
+        probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
+        chosen = torch.where(self._top_k(probs), probs, 0.0)
+        if scaled:
+            total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
+            chosen = config.active_heads * chosen / total
+        return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
+
+
+class _HardRouter(Router):
+    """Gates of exactly 1 and 0, with a straight-through gradient to the routed heads' `surrogate`."""
+
+    def _hard_gates(self, scores: Tensor, surrogate: Tensor, dtype: torch.dtype) -> Tensor:
+        """`scores` decide the top k and `surrogate` gets the gates' gradient; both `[B, N, h_r]` -> `[B, N, H]`."""
+        routed = self._top_k(scores).to(surrogate.dtype)
+        if surrogate.requires_grad:
+            routed = routed + (surrogate - surrogate.detach())  # adds 0: the value stays exactly 1 or 0
+        shared = routed.new_ones((*routed.shape[:-1], self.config.num_shared))
+        return self._join(shared, routed).to(dtype)
+
+
+class QueryNormRouter(_HardRouter):
+    """Parameter-free router for pretrained models (paper section 3.5): a head's score is its query's L2 norm.
+
+    Per token the h_r norms, divided by their unbiased standard deviation, go through a softmax to give p; the top k
+    are active with gate 1. In training the gate's gradient goes to p (straight-through estimator).
+    """
+
+    uses_queries = True
+
+    def _route(self, source: Tensor) -> RoutingInfo:
+        config = self.config
+        if source.dim() != 4 or source.shape[-2] != config.num_heads:
+            raise ValueError(f"q must have shape [B, N, num_heads = {config.num_heads}, D], got {tuple(source.shape)}")
+        if config.active_heads == 0:
+            gates = self._hard_gates_without_routing(source)
+            return RoutingInfo(config, gates, None)
+        norms = source[..., list(self._routed), :].float().norm(dim=-1)  # [B, N, h_r]
+        if config.num_routed > 1:  # a single head has no spread, and its probability is 1 anyway
+            norms = norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+        probs = norms.softmax(-1)
+        return RoutingInfo(config, self._hard_gates(norms, probs, source.dtype), probs)
+
+    def _hard_gates_without_routing(self, q: Tensor) -> Tensor:
+        gates = q.new_zeros((*q.shape[:-2], self.config.num_heads))
+        gates[..., list(self._shared)] = 1
+        return gates
+
+
+class LinearRouter(_HardRouter):
+    """Contribution router, for conversion: predicts each head's contribution to the residual stream from x.
+
+    `c = W_r x + b` stands for `c_i = ||H_i(x) W_O^i||_2`; a token activates the k routed heads with the largest c_i.
+    Gates are 1 and 0; in training the gate's gradient goes to c_i (straight-through estimator). The gates are known
+    before the query projection. The fit is in `moh.conversion`.
+
+    Args:
+        config: the layer's heads and routing.
+        dim: C, the width of the layer's input.
+
+    Parameters: `contribution.weight` W_r `[H, C]` and `contribution.bias` b `[H]`; they cover all heads, shared ones
+    too, so that another set of shared heads needs no new fit.
+    """
+
+    def __init__(
+        self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config)
+        self.contribution = nn.Linear(dim, config.num_heads, device=device, dtype=dtype)
+
+    def _route(self, source: Tensor) -> RoutingInfo:
+        logits = self.contribution(source).float()[..., list(self._routed)]  # [B, N, h_r]
+        probs = logits.softmax(-1) if self.config.active_heads else None
+        return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
+
+
+def build_router(
+    config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Router:
+    """The router that `config.router` names, for a layer whose input has width `dim`."""
+    if config.router == "two_stage":
+        return TwoStageRouter(config, dim, device=device, dtype=dtype)
+    if config.router == "linear":
+        return LinearRouter(config, dim, device=device, dtype=dtype)
+    return QueryNormRouter(config)
