@@ -36,17 +36,26 @@ class _Finder(MetaPathFinder):
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self._name = name
         self._callback = callback
+        self._searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._searching:
             return None
-        sys.meta_path.remove(self)  # once is enough, and the search below must not come back here
-        spec = find_spec(fullname)
+        self._searching = True  # the search below must not come back here
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _CallbackLoader(spec.loader, self._callback)
+            spec.loader = _CallbackLoader(spec.loader, self._imported)
         return spec
+
+    def _imported(self) -> None:
+        if self in sys.meta_path:  # once is enough, and only now: whoever found the module need not have imported it
+            sys.meta_path.remove(self)
+            self._callback()
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:

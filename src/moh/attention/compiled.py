@@ -39,11 +39,12 @@ def packed_attention_backward_op(
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (q, k, v, gates)]
-    with torch.enable_grad():
-        out = packed_attention(*inputs, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
-    grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True)
-    dq, dk, dv, dgates = (g.contiguous() for g in grads)
+    def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return packed_attention(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+
+    # An operator's body runs below autograd, where requires_grad_() records nothing; vjp works there too.
+    _, vjp = torch.func.vjp(forward, q, k, v, gates)
+    dq, dk, dv, dgates = (g.contiguous() for g in vjp(grad))
     return dq, dk, dv, dgates
 
 

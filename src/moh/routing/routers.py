@@ -185,6 +185,12 @@ class LinearRouter(_HardRouter):
         probs = logits.softmax(-1) if self.config.active_heads else None
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
+    def order(self, x: Tensor) -> Tensor:
+        """Head indices from the last to go to the first: shared ones, then by falling prediction, `[B, N, H]` int64."""
+        logits = self.contribution(x).float()
+        logits[..., list(self._shared)] = torch.inf
+        return logits.argsort(dim=-1, descending=True, stable=True)
+
 
 def build_router(
     config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -1,4 +1,4 @@
-"""MoH models of the Llama family on transformers' Llama: only the attention differs, and the loss can hold a balance term.
+"""MoH models of the Llama family on transformers' Llama: only attention differs; the loss can hold a balance term.
 
 Tensor names are Llama's; a learned router adds `self_attn.router.*`. Paper section 3, equations 3 to 7.
 """

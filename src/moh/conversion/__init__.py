@@ -1,0 +1,9 @@
+"""Conversion: a pretrained dense model -> the same model with MoH attention (extra `llm`)."""
+
+from moh._extras import require
+
+require("transformers", extra="llm")
+
+from moh.conversion.convert import convert  # noqa: E402
+
+__all__ = ["convert"]

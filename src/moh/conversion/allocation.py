@@ -1,0 +1,110 @@
+"""Spend a budget of heads where it matters: estimate what each layer loses with fewer heads, then share the total out.
+
+The estimate needs one backward pass over a few thousand tokens: for a skipped set S of heads the loss changes by about
+`-sum_S s_i + (sum_S s_i)^2 / 2` per token, s_i = <dL/dz_i, z_i> (first order, then empirical Fisher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh.conversion.statistics import Attentions
+from moh.routing import LinearRouter
+
+
+def layer_costs(
+    model: nn.Module, attentions: Attentions, routers: Sequence[LinearRouter], batches: Iterator[Tensor]
+) -> Tensor:
+    """Estimated rise of the loss, in nats per token, if one layer used only n heads.
+
+    Args:
+        model: the dense model; its gradients are left as they were.
+        routers: one per layer; they tell which n heads a token would use.
+        batches: token ids `[B, N]`.
+
+    Returns:
+        `[L, H + 1]` float64; entry n is the cost of n heads, 0 for n = H.
+    """
+    num_heads = routers[0].config.num_heads
+    costs = torch.zeros(len(routers), num_heads + 1, dtype=torch.float64)
+    tokens = 0
+    orders: list[Tensor] = [torch.empty(0)] * len(routers)
+
+    def watch(index: int) -> list[Any]:
+        def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            with torch.no_grad():
+                orders[index] = routers[index].order(args[0]).flatten(0, -2)  # [T, H]
+
+        def see_heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            z = args[0]
+
+            def see_gradient(gradient: Tensor) -> None:
+                effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
+                ordered = effect.flatten(0, -2).gather(-1, orders[index])
+                skipped = ordered.flip(-1).cumsum(-1).flip(-1).double()  # entry n: sum over the heads after the first n
+                costs[index, :-1] += (skipped.square() / 2 - skipped).sum(0).cpu()
+
+            z.register_hook(see_gradient)
+
+        attention = attentions[index]
+        return [
+            attention.q_proj.register_forward_pre_hook(see_input),  # type: ignore[union-attr, operator]
+            attention.o_proj.register_forward_pre_hook(see_heads),  # type: ignore[union-attr, operator]
+        ]
+
+    handles = [handle for index in range(len(routers)) for handle in watch(index)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    model.requires_grad_(False)  # only the heads' gradients are wanted
+    try:
+        for batch in batches:
+            embedded = model.get_input_embeddings()(batch).requires_grad_()  # type: ignore[operator]
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+            loss.backward()
+            tokens += batch.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)
+    return costs / max(tokens, 1)
+
+
+def allocate(costs: Tensor, total: int, *, at_least: int = 1) -> list[int]:
+    """Heads per layer that minimise the summed cost with exactly `total` heads, by dynamic programming.
+
+    Args:
+        costs: `[L, H + 1]`, cost of n heads in each layer.
+        total: heads over all layers.
+        at_least: fewest heads of a layer.
+
+    Raises:
+        ValueError: `total` is out of reach.
+    """
+    layers, most = costs.shape[0], costs.shape[1] - 1
+    if not layers * at_least <= total <= layers * most:
+        raise ValueError(f"total must be between {layers * at_least} and {layers * most} heads, got {total}")
+    best = {0: 0.0}  # heads spent so far -> least cost
+    choices: list[dict[int, int]] = []
+    for layer in costs.tolist():
+        reached: dict[int, float] = {}
+        choice: dict[int, int] = {}
+        for spent, cost in best.items():
+            for heads in range(at_least, most + 1):
+                if spent + heads <= total and cost + layer[heads] < reached.get(spent + heads, float("inf")):
+                    reached[spent + heads] = cost + layer[heads]
+                    choice[spent + heads] = heads
+        best = reached
+        choices.append(choice)
+    heads_of_layer: list[int] = []
+    for choice in reversed(choices):
+        heads_of_layer.append(choice[total])
+        total -= choice[total]
+    return heads_of_layer[::-1]

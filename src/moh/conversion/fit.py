@@ -1,0 +1,88 @@
+"""Closed forms of the conversion: the contribution router's ridge regression and the refit of W_O.
+
+Both are solved in float64 from the sums of `moh.conversion.statistics`. No gradient step anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moh.conversion.statistics import ContributionSums, OutputSums
+
+ROUTER_RIDGE = 1e-4
+"""Ridge of the router's fit, as a part of the inputs' mean square."""
+
+TWO_STAGE_SCALE = 1e-2
+"""Standard deviation of a fitted two-stage router's logits: enough to rank the heads, gates within a percent of 1."""
+
+OUTPUT_RIDGE = 0.1
+"""Ridge of the W_O refit, as a part of the gated heads' mean square; it pulls towards the original W_O."""
+
+
+@dataclass(frozen=True)
+class ContributionFit:
+    """A layer's heads as predicted from its input, `c = W_r x + b`.
+
+    Attributes:
+        weight: W_r `[H, C]`, float64.
+        bias: b `[H]`, float64.
+        mean: mean contribution of each head, `[H]`, float64.
+        r2: share of each head's variance that the prediction explains on the calibration tokens, `[H]`, float64.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    r2: Tensor
+
+    def strongest(self, count: int) -> tuple[int, ...]:
+        """Indices of the `count` heads with the largest mean contribution, ascending."""
+        return tuple(sorted(self.mean.argsort(descending=True)[:count].tolist()))
+
+
+def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) -> ContributionFit:
+    """Least-squares `c = W_r x + b` for all heads of a layer, the bias not penalised."""
+    penalty = torch.full((sums.xx.shape[0],), ridge * float(sums.xx.diagonal()[:-1].mean()), dtype=torch.float64)
+    penalty[-1] = 0.0
+    w = torch.linalg.solve(sums.xx + penalty.diag(), sums.xc)  # [C + 1, H]
+    mean = sums.xc[-1] / sums.tokens
+    squares = sums.cc.diagonal()
+    residual = squares - 2 * (w * sums.xc).sum(0) + (w * (sums.xx @ w)).sum(0)
+    total = squares - sums.tokens * mean**2
+    r2 = 1 - residual / total.clamp_min(torch.finfo(torch.float64).tiny)
+    return ContributionFit(w[:-1].T.contiguous(), w[-1].contiguous(), mean, r2)
+
+
+def fit_two_stage_logits(sums: ContributionSums, routed: Sequence[int], *, ridge: float = ROUTER_RIDGE) -> Tensor:
+    """W_r `[h_r, C]` of a two-stage router that ranks the routed heads by contribution and weighs them almost alike.
+
+    The router has no bias; its logits, of standard deviation `TWO_STAGE_SCALE` within a token, keep gates near 1.
+    """
+    xx, xc = sums.xx[:-1, :-1], sums.xc[:-1, list(routed)]
+    penalty = ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=torch.float64)
+    w = torch.linalg.solve(xx + penalty, xc)  # [C, h_r]
+    w = w - w.mean(1, keepdim=True)  # a softmax does not see what all heads have in common
+    variance = (w * (xx @ w)).sum(0).mean() / sums.tokens
+    return (w * TWO_STAGE_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).T.contiguous()
+
+
+def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = OUTPUT_RIDGE) -> Tensor:
+    """W_O that lets the kept heads make up for the skipped ones.
+
+    Minimises `sum ||g W - z W_O||^2 + lambda ||W - W_O||^2` over W, with lambda = ridge x mean diagonal of sum g g'.
+
+    Args:
+        o_proj: weight of the original output projection, `[C, H*D]` (W_O transposed).
+
+    Returns:
+        the new weight, `[C, H*D]`, in o_proj's dtype and on its device.
+    """
+    penalty = ridge * sums.gg.diagonal().mean() * torch.eye(sums.gg.shape[0], dtype=torch.float64)
+    w_o = o_proj.detach().double().cpu().T  # [H*D, C]
+    # Solve for the change: exactly nothing changes when every head is kept.
+    change = torch.linalg.solve(sums.gg + penalty, (sums.gz - sums.gg) @ w_o)
+    return (w_o + change).T.to(o_proj).contiguous()

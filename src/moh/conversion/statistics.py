@@ -1,0 +1,152 @@
+"""What a calibration run of the dense model tells about each layer, summed up as it goes, in constant memory.
+
+Two passes: inputs against contributions of heads (to fit a router), gated heads against all heads (to refit W_O).
+Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh.routing import Router
+
+
+@dataclass
+class ContributionSums:
+    """Sums over calibration tokens of one layer, float64.
+
+    With x the layer's input with a 1 appended, `[C + 1]`, and c its heads' contributions
+    `c_i = ||H_i W_O^i||_2`, `[H]`: `xx` = sum x x', `xc` = sum x c', `cc` = sum c c', over `tokens` tokens.
+    """
+
+    xx: Tensor  # [C + 1, C + 1]
+    xc: Tensor  # [C + 1, H]
+    cc: Tensor  # [H, H]
+    tokens: int = 0
+
+
+@dataclass
+class OutputSums:
+    """Sums over calibration tokens of one layer: z all heads, concatenated, and g those that the router keeps, `[HD]`.
+
+    `gg` = sum g g' and `gz` = sum g z', float64.
+    """
+
+    gg: Tensor  # [HD, HD]
+    gz: Tensor  # [HD, HD]
+
+
+@dataclass
+class _Taps:
+    """What passes through one layer's attention during a forward pass."""
+
+    x: Tensor | None = field(default=None)  # [tokens, C]
+    z: Tensor | None = field(default=None)  # [tokens, H*D]
+
+
+Attentions = Sequence[nn.Module]
+"""The attention modules of a model, each with `q_proj`, `o_proj` and `head_dim`."""
+
+
+def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
+    """`||H_i W_O^i||_2` of every token and head.
+
+    Args:
+        z: all heads of each token, concatenated, `[T, H*D]`.
+        o_proj: weight of the output projection, `[C, H*D]`.
+
+    Returns:
+        `[T, H]`, float32.
+    """
+    heads = z.float().unflatten(-1, (num_heads, -1)).transpose(0, 1)  # [H, T, D]
+    parts = o_proj.float().unflatten(-1, (num_heads, -1)).permute(1, 2, 0)  # [H, D, C]
+    return torch.stack([(h @ w).norm(dim=-1) for h, w in zip(heads, parts, strict=True)], dim=-1)
+
+
+def collect_contributions(
+    model: nn.Module, attentions: Attentions, batches: Iterator[Tensor], num_heads: int
+) -> list[ContributionSums]:
+    """Run the dense `model` over `batches` of token ids `[B, N]` and sum up each layer's inputs and contributions."""
+    sums: list[ContributionSums] = []
+    for attention in attentions:
+        width = attention.q_proj.in_features + 1  # type: ignore[union-attr, operator]
+        zeros = torch.zeros(width, width, dtype=torch.float64)
+        sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
+
+    def add(index: int, taps: _Taps) -> None:
+        assert taps.x is not None and taps.z is not None
+        x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
+        c = head_contributions(taps.z, attentions[index].o_proj.weight, num_heads)  # type: ignore[union-attr, arg-type]
+        layer = sums[index]
+        layer.xx += (x.T @ x).double().cpu()
+        layer.xc += (x.T @ c).double().cpu()
+        layer.cc += (c.T @ c).double().cpu()
+        layer.tokens += x.shape[0]
+
+    _run(model, attentions, batches, add)
+    return sums
+
+
+def collect_outputs(
+    model: nn.Module, attentions: Attentions, routers: Sequence[Router], batches: Iterator[Tensor]
+) -> list[OutputSums]:
+    """Run the dense `model` again and sum up, per layer, the heads that `routers` would keep against all heads."""
+    sums: list[OutputSums] = []
+    for attention in attentions:
+        zeros = torch.zeros(*[attention.o_proj.in_features] * 2, dtype=torch.float64)  # type: ignore[union-attr, list-item]
+        sums.append(OutputSums(zeros, zeros.clone()))
+
+    def add(index: int, taps: _Taps) -> None:
+        assert taps.x is not None and taps.z is not None
+        z = taps.z.float()  # [T, H*D]
+        gates = routers[index](taps.x[None]).gates[0].float()  # [T, H]
+        g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
+        sums[index].gg += (g.T @ g).double().cpu()
+        sums[index].gz += (g.T @ z).double().cpu()
+
+    _run(model, attentions, batches, add)
+    return sums
+
+
+def _run(
+    model: nn.Module, attentions: Attentions, batches: Iterator[Tensor], add: Callable[[int, _Taps], None]
+) -> None:
+    """Forward passes in evaluation mode; `add(layer, taps)` after each layer's attention."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _tapped(attentions, add):
+            for batch in batches:
+                model(input_ids=batch, use_cache=False)
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _tapped(attentions: Attentions, add: Callable[[int, _Taps], None]) -> Iterator[None]:
+    """Hooks on the query and output projections, whose inputs are the layer's input and its heads."""
+    handles = []
+    for index, attention in enumerate(attentions):
+        taps = _Taps()
+
+        def see_input(module: nn.Module, args: tuple[Any, ...], taps: _Taps = taps) -> None:
+            taps.x = args[0].flatten(0, -2)
+
+        def see_heads(module: nn.Module, args: tuple[Any, ...], taps: _Taps = taps, index: int = index) -> None:
+            taps.z = args[0].flatten(0, -2)
+            add(index, taps)
+            taps.x = taps.z = None
+
+        handles.append(attention.q_proj.register_forward_pre_hook(see_input))  # type: ignore[union-attr, operator]
+        handles.append(attention.o_proj.register_forward_pre_hook(see_heads))  # type: ignore[union-attr, operator]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,52 @@
+"""Load causal language models and tokenizers the way our commands name them: a directory, a hub name or a .gguf file.
+
+A thin face over transformers' Auto classes (extra `llm`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_causal_lm(path: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model, dense or MoH.
+
+    Args:
+        path: local directory, name on the Hugging Face hub, or a .gguf file (dequantised, needs the `gguf` package).
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: `path` looks like a local path but nothing is there.
+    """
+    source, gguf = _source(path)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+    if gguf:
+        # The tensors are dequantised: from here on it is a plain model, which may be saved.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; `path` as in `load_causal_lm`."""
+    source, gguf = _source(path)
+    return AutoTokenizer.from_pretrained(source, **gguf)  # type: ignore[no-any-return]
+
+
+def _source(path: str | Path) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for `path`."""
+    local = Path(path)
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise ValueError(f"model must be an existing .gguf file, got {str(path)!r}")
+        return str(local.parent), {"gguf_file": local.name}
+    looks_local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_local and not local.expanduser().is_dir():
+        raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {str(path)!r}")
+    return str(local.expanduser()) if looks_local or local.is_dir() else str(path), {}
