@@ -43,7 +43,7 @@ def packed_attention_backward_op(
         return packed_attention(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
 
     # An operator's body runs below autograd, where requires_grad_() records nothing; vjp works there too.
-    _, vjp = torch.func.vjp(forward, q, k, v, gates)
+    vjp = torch.func.vjp(forward, q, k, v, gates)[1]
     dq, dk, dv, dgates = (g.contiguous() for g in vjp(grad))
     return dq, dk, dv, dgates
 
@@ -88,4 +88,5 @@ def packed_attention_compiled(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The operator behind the signature that every backend has; needs dropout_p = 0 and a mask without gradient."""
-    return packed_attention_op(q, k, v, gates, attn_mask, is_causal, scale)
+    out: Tensor = packed_attention_op(q, k, v, gates, attn_mask, is_causal, scale)
+    return out

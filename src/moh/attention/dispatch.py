@@ -43,7 +43,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, **options: object) -> 
     mask, dropout_p = options["attn_mask"], options["dropout_p"]
     if torch.compiler.is_compiling() and not dropout_p and not (isinstance(mask, Tensor) and mask.requires_grad):
         return packed_attention_compiled(q, k, v, gates, **options)  # type: ignore[arg-type]
-    return _packed_eager(q, k, v, gates, **options)
+    out: Tensor = _packed_eager(q, k, v, gates, **options)
+    return out
 
 
 @torch.compiler.disable  # the number of active rows decides the shapes
@@ -94,9 +95,10 @@ def moh_attention(
         backend: name of a backend, or None for the most preferred that supports the call.
 
     Returns:
-        `[B, Nq, H, D]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive, token-major so that the output projection reads it
-        without a transpose. Differentiable in q, k, v, gates and an additive mask; the gradient of a gate that is 0
-        is defined as 0, since its head was never computed. A query that may see no key gives 0.
+        `[B, Nq, H, D]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive,
+        token-major so that the output projection reads it without a transpose. Differentiable in q, k, v, gates and
+        an additive mask; the gradient of a gate that is 0 is defined as 0, since its head was never computed.
+        A query that may see no key gives 0.
 
     Raises:
         ValueError: a shape, dtype, probability or backend name is not as above, or a named backend can't serve

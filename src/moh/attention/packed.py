@@ -33,9 +33,8 @@ def packed_attention(
     B, H, Nq, D = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
-    if q.numel() == 0 or k.shape[2] == 0:
-        return (q * 0).transpose(1, 2)  # keeps the graph; no key gives 0, as a row that may see none
-
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # [1 or B, 1 or H, 1 or Nq, 1 or Nk]
     active = gates != 0  # [B, Nq, H]
     if bool(active.all()):  # nothing to leave out, so nothing to gather
         mask = attn_mask
@@ -46,13 +45,16 @@ def packed_attention(
 
     rows_active = _rows(active.transpose(1, 2), Hkv)  # [B, Hkv, Nq*G], token-major
     most = max(int(rows_active.sum(-1).max()), 1)  # M: rows that the fullest key/value head has to work through
-    # Active rows first, in token order. A less full head works through some inactive rows too; their output is dropped.
+    # Active rows first, in token order. A less full head works through some inactive rows too; their output is dropped,
+    # and their query is 0, for a NaN in it would come back to the keys as a gradient.
     rows = torch.argsort(~rows_active, dim=-1, stable=True)[..., :most]  # [B, Hkv, M]
     packed_q = _rows(q, Hkv).gather(2, rows[..., None].expand(-1, -1, -1, D))  # [B, Hkv, M, D]
+    packed_active = rows_active.gather(2, rows)[..., None]  # [B, Hkv, M, 1]
+    packed_q = torch.where(packed_active, packed_q, 0.0)
     packed = _attend(packed_q, k, v, rows, G, is_causal, attn_mask, scale, dropout_p)  # [B, Hkv, M, Dv]
 
     packed_gates = _rows(gates.transpose(1, 2), Hkv).gather(2, rows)[..., None]  # [B, Hkv, M, 1]
-    packed = torch.where(packed_gates != 0, packed * packed_gates, 0.0)
+    packed = torch.where(packed_active, packed, 0.0) * packed_gates
     out = packed.new_zeros(B, Hkv, Nq * G, v.shape[-1]).scatter(2, rows[..., None].expand_as(packed), packed)
     return out.view(B, Hkv, Nq, G, -1).transpose(1, 2).reshape(B, Nq, H, -1)
 
@@ -73,7 +75,7 @@ def _attend(
     if not is_causal:
         mask = None if attn_mask is None else _packed_mask(attn_mask, rows, G, k.shape[1])
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
-    outputs = []
+    outputs: list[Tensor] = []
     size = max(MIN_CHUNK_ROWS, -(-M // CAUSAL_CHUNKS))
     for run in rows.split(size, dim=2):  # [B, Hkv, m]
         start = len(outputs) * size
@@ -104,7 +106,6 @@ def _and_seen(mask: Tensor | None, tokens: Tensor, keys: int) -> Tensor:
 
 def _packed_mask(mask: Tensor, rows: Tensor, G: int, Hkv: int) -> Tensor:
     """The mask, broadcastable to `[B, H, Nq, Nk]`, for the packed `rows` `[B, Hkv, M]`: `[B, Hkv, M, Nk]` or less."""
-    mask = mask[(None,) * (4 - mask.dim())]
     B, M = rows.shape[0], rows.shape[2]
     heads, queries, keys = mask.shape[1:]
     if heads == 1 and queries == 1:

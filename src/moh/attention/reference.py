@@ -44,7 +44,9 @@ def reference_attention(
     dtype = q.dtype
     work = torch.promote_types(dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
-    q, k, v = q.to(work), k.to(work), v.to(work)
+    active = (gates != 0)[..., None]  # [B, Nq, H, 1]
+    # An inactive head counts as 0 before and after: even if it holds NaN, that reaches neither output nor gradients.
+    q, k, v = torch.where(active.transpose(1, 2), q, 0.0).to(work), k.to(work), v.to(work)
     k = k.repeat_interleave(groups, dim=1)  # [B, H, Nk, D]
     v = v.repeat_interleave(groups, dim=1)
 
@@ -61,6 +63,4 @@ def reference_attention(
     weights = torch.nn.functional.dropout(weights, dropout_p)
     heads = (weights @ v).transpose(1, 2)  # [B, Nq, H, D]
 
-    gates = gates[..., None]  # [B, Nq, H, 1]
-    # where, not a product: an inactive head gives exactly 0 even if it holds NaN, and its gate gets no gradient
-    return torch.where(gates != 0, heads * gates, 0.0).to(dtype)
+    return (torch.where(active, heads, 0.0) * gates[..., None]).to(dtype)

@@ -52,8 +52,8 @@ def layer_costs(
 
         attention = attentions[index]
         return [
-            attention.q_proj.register_forward_pre_hook(see_input),  # type: ignore[union-attr, operator]
-            attention.o_proj.register_forward_pre_hook(see_heads),  # type: ignore[union-attr, operator]
+            attention.q_proj.register_forward_pre_hook(see_input),
+            attention.o_proj.register_forward_pre_hook(see_heads),
         ]
 
     handles = [handle for index in range(len(routers)) for handle in watch(index)]

@@ -93,7 +93,7 @@ def convert(
     calibrator = None
     if calibration is not None:
         if tokenizer is None and not given:
-            tokenizer = load_tokenizer(model_or_path)  # type: ignore[arg-type]
+            tokenizer = load_tokenizer(model_or_path)
         blocks = calibration_blocks(calibration, tokenizer, calibration_tokens, seq_len, dense.config.vocab_size)
         calibrator = _Calibrator(dense, blocks, batch_size, progress)
 

@@ -67,7 +67,10 @@ def fit_two_stage_logits(sums: ContributionSums, routed: Sequence[int], *, ridge
     w = torch.linalg.solve(xx + penalty, xc)  # [C, h_r]
     w = w - w.mean(1, keepdim=True)  # a softmax does not see what all heads have in common
     variance = (w * (xx @ w)).sum(0).mean() / sums.tokens
-    return (w * TWO_STAGE_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).T.contiguous()
+    logits_weight: Tensor = (
+        w * TWO_STAGE_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    ).T.contiguous()
+    return logits_weight
 
 
 def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = OUTPUT_RIDGE) -> Tensor:
@@ -85,4 +88,5 @@ def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = 
     w_o = o_proj.detach().double().cpu().T  # [H*D, C]
     # Solve for the change: exactly nothing changes when every head is kept.
     change = torch.linalg.solve(sums.gg + penalty, (sums.gz - sums.gg) @ w_o)
-    return (w_o + change).T.to(o_proj).contiguous()
+    refitted: Tensor = (w_o + change).T.to(o_proj).contiguous()
+    return refitted

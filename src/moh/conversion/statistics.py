@@ -50,7 +50,7 @@ class _Taps:
     z: Tensor | None = field(default=None)  # [tokens, H*D]
 
 
-Attentions = Sequence[nn.Module]
+Attentions = Sequence[Any]
 """The attention modules of a model, each with `q_proj`, `o_proj` and `head_dim`."""
 
 
@@ -75,14 +75,14 @@ def collect_contributions(
     """Run the dense `model` over `batches` of token ids `[B, N]` and sum up each layer's inputs and contributions."""
     sums: list[ContributionSums] = []
     for attention in attentions:
-        width = attention.q_proj.in_features + 1  # type: ignore[union-attr, operator]
+        width = attention.q_proj.in_features + 1
         zeros = torch.zeros(width, width, dtype=torch.float64)
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
 
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
-        c = head_contributions(taps.z, attentions[index].o_proj.weight, num_heads)  # type: ignore[union-attr, arg-type]
+        c = head_contributions(taps.z, attentions[index].o_proj.weight, num_heads)
         layer = sums[index]
         layer.xx += (x.T @ x).double().cpu()
         layer.xc += (x.T @ c).double().cpu()
@@ -99,7 +99,8 @@ def collect_outputs(
     """Run the dense `model` again and sum up, per layer, the heads that `routers` would keep against all heads."""
     sums: list[OutputSums] = []
     for attention in attentions:
-        zeros = torch.zeros(*[attention.o_proj.in_features] * 2, dtype=torch.float64)  # type: ignore[union-attr, list-item]
+        width = attention.o_proj.in_features
+        zeros = torch.zeros(width, width, dtype=torch.float64)
         sums.append(OutputSums(zeros, zeros.clone()))
 
     def add(index: int, taps: _Taps) -> None:
@@ -143,8 +144,8 @@ def _tapped(attentions: Attentions, add: Callable[[int, _Taps], None]) -> Iterat
             add(index, taps)
             taps.x = taps.z = None
 
-        handles.append(attention.q_proj.register_forward_pre_hook(see_input))  # type: ignore[union-attr, operator]
-        handles.append(attention.o_proj.register_forward_pre_hook(see_heads))  # type: ignore[union-attr, operator]
+        handles.append(attention.q_proj.register_forward_pre_hook(see_input))
+        handles.append(attention.o_proj.register_forward_pre_hook(see_heads))
     try:
         yield
     finally:

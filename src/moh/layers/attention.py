@@ -84,11 +84,11 @@ class MoHAttention(nn.Module):
 
         context_dim = dim if context_dim is None else context_dim
         factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **factory)  # type: ignore[arg-type]
-        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)  # type: ignore[arg-type]
-        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)  # type: ignore[arg-type]
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **factory)
+        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)
+        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)
         self.router = build_router(self.config, dim, device=device, dtype=dtype)
-        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias, **factory)  # type: ignore[arg-type]
+        self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -115,10 +115,10 @@ class MoHAttention(nn.Module):
             `[B, Nq, C]`, or that and the routing.
         """
         context = x if context is None else context
-        B, Nq, _ = x.shape
+        (B, Nq, _), Nk = x.shape, context.shape[1]
         q = self.q_proj(x).view(B, Nq, self.num_heads, self.head_dim)
-        k = self.k_proj(context).view(B, -1, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(context).view(B, -1, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         routing = self.router(x, q)
         heads = moh_attention(
             q.transpose(1, 2),

@@ -30,13 +30,13 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype | str = "auto", **kwa
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; `path` as in `load_causal_lm`."""
     source, gguf = _source(path)
-    return AutoTokenizer.from_pretrained(source, **gguf)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(source, **gguf)
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:

@@ -109,4 +109,4 @@ def _in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     if torch.compiler.is_compiling():
         return False  # a compiled region is recomputed below Python
-    return torch._C._current_graph_task_id() != -1  # type: ignore[no-any-return]
+    return torch._C._current_graph_task_id() != -1

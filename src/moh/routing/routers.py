@@ -189,7 +189,8 @@ class LinearRouter(_HardRouter):
         """Head indices from the last to go to the first: shared ones, then by falling prediction, `[B, N, H]` int64."""
         logits = self.contribution(x).float()
         logits[..., list(self._shared)] = torch.inf
-        return logits.argsort(dim=-1, descending=True, stable=True)
+        order: Tensor = logits.argsort(dim=-1, descending=True, stable=True)
+        return order
 
 
 def build_router(

@@ -34,7 +34,7 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
         super().__init__(config, layer_idx)
         if config.attention_out_bias != config.attention_bias:
             width = config.num_attention_heads * self.head_dim
-            self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
+            self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_out_bias))
         self.router = build_router(layer_config, config.hidden_size)
 
     def forward(

@@ -1,0 +1,85 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else; what they install goes into .venv.
+# Each kind of installation leaves a stamp file, so that a second run starts at once.
+
+VENV ?= .venv
+ARGS ?=
+PIP_FLAGS ?= $(if $(CI),--quiet)
+# Name one interpreter with PYTHON=...; otherwise the first of these that is at least 3.11 and can make a venv is used.
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3.13 python3.14 python3 python)
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
+STAMPED_BY := pyproject.toml constraints.txt $(VENV)/.stamp-venv
+
+ifeq ($(OS),Windows_NT)
+$(error this Makefile is for Linux and macOS; on Windows use WSL, or install with: pip install -c constraints.txt ".[llm]")
+endif
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # two installations into one environment must not overlap
+.PHONY: help demo test test-all lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options: make demo ARGS="--help"
+	$(BIN)/moh demo $(ARGS)
+
+test: $(VENV)/.stamp-dev ## the fast tests; options for pytest: make test ARGS="-k routing"
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.stamp-dev ## all tests, the slow ones too
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.stamp-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.stamp-docs ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## remove .venv, caches and built files; results (moh-demo/, runs/) stay
+	rm -rf "$(VENV)" build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.stamp-llm: $(STAMPED_BY)
+	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes some minutes."
+	$(INSTALL) ".[llm]"
+	@touch $@
+
+$(VENV)/.stamp-dev: $(STAMPED_BY)
+	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes some minutes."
+	$(INSTALL) ".[llm,test,lint]"
+	@touch $@
+
+$(VENV)/.stamp-docs: $(STAMPED_BY)
+	$(INSTALL) ".[docs]"
+	@touch $@
+
+# An environment that is already there and works is kept; a broken one (moved, half made, too old) is made anew.
+$(VENV)/.stamp-venv:
+	@ok='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if "$(BIN)/python" -c "$$ok" 2>/dev/null && "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
+		touch $@; exit 0; \
+	fi; \
+	python=; bare=; \
+	for candidate in $(CANDIDATES); do \
+		"$$candidate" -c "$$ok" >/dev/null 2>&1 || continue; \
+		if "$$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+		bare=$$candidate; \
+	done; \
+	if [ -n "$$python" ]; then \
+		echo "Creating $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv --clear "$(VENV)" && touch $@; \
+	elif [ -n "$$bare" ]; then \
+		echo "make: $$bare cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	else \
+		echo "make: no Python 3.11 or newer among: $(CANDIDATES)" >&2; \
+		echo "make: install one, or name it: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi

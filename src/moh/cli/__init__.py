@@ -1,0 +1,5 @@
+"""The command `moh`: a thin face over the package. `python -m moh` is the same."""
+
+from moh.cli.main import main
+
+__all__ = ["main"]

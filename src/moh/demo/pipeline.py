@@ -1,0 +1,313 @@
+"""The demo's steps in order: base model, text, conversion two ways, tuning with a dense control, measurements, report.
+
+Every step is a public function of a lower room; this file only joins them and keeps the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moh.conversion import convert
+from moh.demo.base_model import default_base_model
+from moh.demo.report import DemoReport, ModelRow, compared
+from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
+from moh.inspection import head_load
+from moh.inspection.plots import plot_head_load, plot_losses, save
+from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
+from moh.training.checkpoints import check_writable, replacing_directory
+from moh.training.corpus import DEFAULT_CORPUS
+from moh.training.recipe import ModelRecipe, Recipe, TrainingRecipe
+
+MAX_STEPS = 120
+"""Steps of a run whose number of steps is not given, on a machine that can do as many in the time."""
+
+PROMPTS = ("A database index is", "The first thing to do when a server does not answer is")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo does; the defaults are those of `make demo`.
+
+    Args:
+        output_dir: where the report, the pictures and the models go.
+        base: directory, hub name or .gguf file of a dense model; None fetches SmolLM2-135M.
+        corpus: a built-in text (`moh.training.CORPORA`); not used if `files` are given.
+        files: the user's own text files.
+        shared_heads: heads that every token uses; None means 4 in 9.
+        active_heads: routed heads per token; None fills up to 7 in 9.
+        steps: optimiser steps of each run; None as many as fit `minutes`, at most 120.
+        minutes: for the tuning of all runs together, if `steps` is None.
+        batch_size: sequences per step.
+        seq_len: tokens per sequence.
+        learning_rate: peak, with warm-up and cosine decay.
+        calibration_tokens: tokens that the conversion looks at.
+        heldout_tokens: tokens that perplexity is measured on.
+        distillation_weight: of the dense original's predictions in the MoH model's loss; 0 is next-token loss alone.
+        full: also tune the model that was converted the paper's way, and convert without touching a weight.
+        seed: order of the training text.
+    """
+
+    output_dir: str = "moh-demo"
+    base: str | None = None
+    corpus: str = DEFAULT_CORPUS
+    files: tuple[str, ...] = ()
+    shared_heads: int | None = None
+    active_heads: int | None = None
+    steps: int | None = None
+    minutes: float = 7.0
+    batch_size: int = 2
+    seq_len: int = 512
+    learning_rate: float = 1e-4
+    calibration_tokens: int = 12_288
+    heldout_tokens: int = 8_192
+    distillation_weight: float = 0.0
+    full: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "calibration_tokens", "heldout_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def run_demo(settings: DemoSettings) -> DemoReport:
+    """Run the demo; the report is printed, returned and written to `output_dir` with the pictures and the model.
+
+    Raises:
+        ValueError: a setting is out of range, or the model or the text can't be used.
+        RuntimeError: the model or the text can't be fetched.
+    """
+    return _Demo(settings).run()
+
+
+class _Demo:
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.output_dir = Path(settings.output_dir)
+        check_writable(self.output_dir, name="output_dir")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+        self.rows: list[ModelRow] = []
+        self.losses: dict[str, list[tuple[int, float]]] = {}
+
+    def run(self) -> DemoReport:
+        s = self.settings
+        with self._step("loading the model and the text"):
+            base = s.base if s.base is not None else str(default_base_model())
+            dense = load_causal_lm(base, dtype=torch.float32)
+            tokenizer = load_tokenizer(base)
+            corpus = corpus_from_files(s.files) if s.files else load_corpus(s.corpus)
+            blocks = pack_tokens(corpus.train, tokenizer, seq_len=s.seq_len)
+            heldout = pack_tokens(corpus.heldout, tokenizer, seq_len=s.seq_len)
+            heldout = heldout[
+                torch.linspace(0, len(heldout) - 1, max(1, min(len(heldout), s.heldout_tokens // s.seq_len))).long()
+            ]
+        shared, active = self._heads(dense.config.num_attention_heads)
+
+        with self._step("perplexity of the dense original"):
+            dense_result = perplexity(dense, heldout)
+        dense_row = self._add(ModelRow("dense original", 1.0, dense_result.perplexity))
+
+        with self._step("converting the paper's way (query norms)"):
+            paper = convert(dense, shared_heads=shared, active_heads=active, router="query_norm", progress=False)
+        self._measure("MoH, the paper's router, untuned", paper, heldout, dense_row, dense_result)
+        if not s.full:
+            del paper
+        if s.full:
+            with self._step("converting our way, weights untouched"):
+                plain = self._convert(dense, blocks, shared, active, refined=False)
+            self._measure("MoH, contribution router alone, untuned", plain, heldout, dense_row, dense_result)
+            del plain
+        with self._step("converting our way (contribution router, uneven budget, refitted W_O)"):
+            ours = self._convert(dense, blocks, shared, active, refined=True)
+        self._measure("MoH, ours, untuned", ours, heldout, dense_row, dense_result)
+
+        runs = 3 if s.full else 2
+        with self._step("choosing precision and steps"):
+            precision = choose_precision(dense.device)
+            steps = s.steps if s.steps is not None else self._steps_in_time(dense, blocks, precision, runs)
+        self.console.print(f"[bold]tuning for {steps} steps of {s.batch_size} x {s.seq_len} tokens in {precision}")
+        with self._step("tuning the dense control"):
+            control = self._tune("dense control", copy.deepcopy(dense), base, tokenizer, blocks, steps, precision, None)
+        with self._step("perplexity of the dense control"):
+            control_result = perplexity(control, heldout)
+        control_row = self._add(compared("dense control, tuned", 1.0, control_result, dense_row, dense_result))
+        teacher = dense if s.distillation_weight else None
+        if s.full:
+            with self._step("tuning the paper's way"):
+                paper = self._tune("MoH, the paper's router", paper, base, tokenizer, blocks, steps, precision, teacher)
+            self._measure("MoH, the paper's router, tuned", paper, heldout, control_row, control_result)
+            del paper
+        with self._step("tuning our way"):
+            ours = self._tune("MoH, ours", ours, base, tokenizer, blocks, steps, precision, teacher)
+        self._measure("MoH, ours, tuned", ours, heldout, control_row, control_result)
+
+        with self._step("saving the model"), replacing_directory(self.output_dir / "model") as scratch:
+            ours.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        with self._step("head load"):
+            load = head_load(ours, heldout[:8])
+            load.save_csv(self.output_dir / "head_load.csv")
+            for suffix in ("png", "svg"):
+                save(
+                    plot_head_load(load, title="Head load on the held-out text"),
+                    self.output_dir / f"head_load.{suffix}",
+                )
+                save(plot_losses(self.losses), self.output_dir / f"losses.{suffix}")
+        with self._step("speed, dense against MoH"):
+            speed = measure_speed({"dense": control, "MoH": ours}, prompt=heldout[:1], decode_tokens=32, repeats=5)
+        with self._step("writing some text"):
+            sample = {prompt: _continue(ours, tokenizer, prompt) for prompt in PROMPTS}
+
+        report = DemoReport(
+            base_model=Path(base).name if s.base is None else base,
+            text=corpus.name if not s.files else ", ".join(s.files),
+            licence=corpus.licence,
+            heldout_tokens=dense_result.tokens,
+            calibration_tokens=min(s.calibration_tokens // s.seq_len, len(blocks)) * s.seq_len,
+            tuning_tokens=steps * s.batch_size * s.seq_len,
+            steps=steps,
+            precision=precision,
+            cpu=cpu_name(),
+            threads=torch.get_num_threads(),
+            versions={name: version(name) for name in ("torch", "transformers")},
+            rows=self.rows,
+            layer_shares=load.share,
+            speed=speed,
+            losses=self.losses,
+            seconds=self.seconds,
+            sample=sample,
+        )
+        report.save(self.output_dir)
+        self._print(report)
+        return report
+
+    def _heads(self, num_heads: int) -> tuple[int, int]:
+        """Shared and active heads as asked for, or 4 and 3 in 9."""
+        shared = self.settings.shared_heads
+        shared = max(1, round(num_heads * 4 / 9)) if shared is None else shared
+        active = self.settings.active_heads
+        return shared, max(0, round(num_heads * 7 / 9) - shared) if active is None else active
+
+    def _convert(
+        self, dense: PreTrainedModel, blocks: Tensor, shared: int, active: int, *, refined: bool
+    ) -> PreTrainedModel:
+        model = convert(
+            dense,
+            shared_heads=shared,
+            active_heads=active,
+            calibration=blocks,
+            calibration_tokens=self.settings.calibration_tokens,
+            allocation="sensitivity" if refined else "even",
+            refit_output=refined,
+        )
+        for layer in model.model.layers:
+            layer.self_attn.router.requires_grad_(False)  # fitted already; tuning it in a few steps only adds noise
+        return model
+
+    def _measure(
+        self, name: str, model: PreTrainedModel, heldout: Tensor, base: ModelRow, base_result: PerplexityResult
+    ) -> None:
+        with self._step(f"perplexity of {name}"):
+            self._add(compared(name, model.config.share, perplexity(model, heldout), base, base_result))
+
+    def _add(self, row: ModelRow) -> ModelRow:
+        self.rows.append(row)
+        against = f" ({row.above:+.1f} % against {row.compared_with})" if row.compared_with else ""
+        self.console.print(f"  [green]{row.name}: held-out perplexity {row.perplexity:.2f}{against}")
+        return row
+
+    def _steps_in_time(self, dense: PreTrainedModel, blocks: Tensor, precision: str, runs: int) -> int:
+        """Steps for which `runs` runs fit the time, from one timed forward and backward pass of each batch's size."""
+        batch = blocks[: self.settings.batch_size]
+        seconds = 0.0
+        for _ in range(2):  # the first also pays for the memory
+            start = time.perf_counter()
+            with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                dense(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+            seconds = time.perf_counter() - start
+            dense.zero_grad(set_to_none=True)
+        overhead = 1.25  # the optimiser, and the gather of active heads
+        return max(4, min(MAX_STEPS, int(60 * self.settings.minutes / (runs * seconds * overhead))))
+
+    def _tune(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        base: str,
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Tensor,
+        steps: int,
+        precision: str,
+        teacher: PreTrainedModel | None,
+    ) -> PreTrainedModel:
+        s = self.settings
+        slug = name.lower().replace(",", "").replace("'", "").replace(" ", "-")
+        recipe = Recipe(
+            model=ModelRecipe(base),
+            training=TrainingRecipe(
+                output_dir=str(self.output_dir / "training" / slug),
+                max_steps=steps,
+                learning_rate=s.learning_rate,
+                per_device_train_batch_size=s.batch_size,
+                seed=s.seed,
+                precision=precision,  # type: ignore[arg-type]
+                save_steps=max(steps // 2, 1),
+                save_total_limit=1,
+                distillation_weight=s.distillation_weight if teacher is not None else 0.0,
+            ),
+        )
+        result = train(recipe, model=model, tokenizer=tokenizer, train_blocks=blocks, teacher=teacher)
+        self.losses[name] = result.losses
+        return result.model
+
+    @contextmanager
+    def _step(self, title: str) -> Iterator[None]:
+        self.console.print(f"[bold]{title} ...")
+        start = time.perf_counter()
+        yield
+        self.seconds[title] = round(time.perf_counter() - start, 1)
+
+    def _print(self, report: DemoReport) -> None:
+        table = Table(title="Held-out perplexity")
+        for row in report.quality_table()[::1]:
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            if row.startswith("| ---"):
+                continue
+            if not table.columns:
+                for cell in cells:
+                    table.add_column(cell)
+            else:
+                table.add_row(*cells)
+        console = Console()
+        console.print(table)
+        for line in report.speed_table():
+            console.print(line, markup=False)
+        for prompt, text in report.sample.items():
+            console.print(f"\n{prompt}{text}", markup=False)
+        console.print(f"\nreport, pictures and model: {self.output_dir.resolve()}", markup=False)
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What the model writes after the prompt, greedily."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=48, do_sample=False, repetition_penalty=1.2)
+    return str(tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,75 @@
+"""Perplexity of a causal language model on blocks of tokens, with its standard error.
+
+Not for tokenising (`moh.training.pack_tokens`). Each block is read on its own: its first token is not predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: exp(loss).
+        loss: mean negative log-likelihood per predicted token, in nats.
+        tokens: predicted tokens.
+        stderr: standard error of `loss`, from the spread between blocks; NaN for a single block.
+        block_losses: mean loss of each block, for paired comparisons of two models.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    stderr: float
+    block_losses: tuple[float, ...]
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, blocks: Tensor, *, batch_size: int = 4, progress: bool = True
+) -> PerplexityResult:
+    """Measure `exp(mean of -log p(token | those before it in its block))`.
+
+    Args:
+        model: any transformers causal language model; used in evaluation mode and left in its own.
+        blocks: `[n, seq_len]` token ids, as `moh.training.pack_tokens` makes them.
+        batch_size: blocks per forward pass.
+        progress: show a progress bar (only on a terminal).
+
+    Raises:
+        ValueError: no block, blocks too short to predict anything, or `batch_size` below 1.
+    """
+    from tqdm.auto import tqdm
+
+    if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
+        raise ValueError(f"blocks must be [n, seq_len] with n >= 1 and seq_len >= 2, got {tuple(blocks.shape)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    training = model.training
+    model.eval()
+    losses: list[Tensor] = []
+    try:
+        batches = blocks.split(batch_size)
+        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True, leave=False):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits  # [B, N, V]
+            # block by block: one block's logits in float32 are large enough
+            losses += [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, batch, strict=True)]
+    finally:
+        model.train(training)
+    means = torch.stack(losses).double().cpu()  # [n]; all blocks have the same length
+    loss, n = float(means.mean()), len(means)
+    stderr = float(means.std()) / math.sqrt(n) if n > 1 else math.nan
+    return PerplexityResult(math.exp(loss), loss, n * (blocks.shape[1] - 1), stderr, tuple(means.tolist()))

@@ -1,0 +1,179 @@
+"""Tokens per second of several causal language models, side by side: prefill and decoding.
+
+The models take turns within each repeat, so that a slow phase of the machine hits all of them. Not for single layers or kernels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moh.evaluation.machine import device_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second over some repeats.
+
+    Attributes:
+        median: of the repeats.
+        low: lower quartile.
+        high: upper quartile.
+        values: every repeat, in the order measured.
+    """
+
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """One model's speed.
+
+    Attributes:
+        prefill: prompt tokens per second.
+        decode: new tokens per second, one at a time with the cache.
+    """
+
+    prefill: Rate
+    decode: Rate
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Speeds measured in one process, and on what.
+
+    Attributes:
+        models: name -> speed.
+        device: the processor's name.
+        threads: of torch, on the CPU.
+        torch_version: as `torch.__version__`.
+        dtype: of the first model's weights.
+        batch_size, prompt_tokens, decode_tokens, repeats: as asked for.
+    """
+
+    models: dict[str, ModelSpeed]
+    device: str
+    threads: int
+    torch_version: str
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    decode_tokens: int
+    repeats: int
+
+
+@torch.no_grad()
+def measure_speed(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt: Tensor | None = None,
+    prompt_tokens: int = 512,
+    decode_tokens: int = 32,
+    batch_size: int = 1,
+    repeats: int = 5,
+    progress: bool = True,
+) -> SpeedReport:
+    """Time each model's prefill of a prompt and its decoding after it, `repeats` times in turns, after one warm-up.
+
+    Args:
+        models: name -> model, on one device; used in evaluation mode and left in their own.
+        prompt: `[batch_size, prompt_tokens]` token ids; None draws random ones (a router sees odd text then).
+        prompt_tokens: length of a drawn prompt.
+        decode_tokens: tokens decoded after the prompt, greedily.
+        batch_size: sequences of a drawn prompt.
+        repeats: timed rounds.
+        progress: show a progress bar (only on a terminal).
+
+    Raises:
+        ValueError: no model, or a number below 1.
+    """
+    from tqdm.auto import tqdm
+
+    if not models:
+        raise ValueError("models must name at least one model, got none")
+    for name, value in {
+        "prompt_tokens": prompt_tokens,
+        "decode_tokens": decode_tokens,
+        "batch_size": batch_size,
+        "repeats": repeats,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    first = next(iter(models.values()))
+    if prompt is None:
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(first.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+    prompt = prompt.to(first.device)
+    rates: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    modes = {name: model.training for name, model in models.items()}
+    names = list(models)
+    try:
+        for model in models.values():
+            model.eval()
+        for repeat in tqdm(
+            range(-1, repeats), desc="speed", unit="round", disable=None if progress else True, leave=False
+        ):
+            turn = max(repeat, 0) % len(names)  # a different model goes first in each round
+            for name in names[turn:] + names[:turn]:
+                prefill, decode = _time_once(models[name], prompt, decode_tokens)
+                if repeat >= 0:
+                    rates[name][0].append(prompt.numel() / prefill)
+                    rates[name][1].append(prompt.shape[0] * decode_tokens / decode)
+    finally:
+        for name, model in models.items():
+            model.train(modes[name])
+    return SpeedReport(
+        models={name: ModelSpeed(_rate(prefill), _rate(decode)) for name, (prefill, decode) in rates.items()},
+        device=device_name(first.device),
+        threads=torch.get_num_threads(),
+        torch_version=torch.__version__,
+        dtype=str(first.dtype).removeprefix("torch."),
+        batch_size=prompt.shape[0],
+        prompt_tokens=prompt.shape[1],
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+    )
+
+
+def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
+    """Seconds for the prompt, and for decoding after it."""
+    clock = _clock(prompt.device)
+    start = clock()
+    # As `generate` does it: the vocabulary's logits are computed for the last token alone
+    outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    middle = clock()
+    for _ in range(decode_tokens):
+        token = outputs.logits[:, -1:].argmax(-1)  # [B, 1]
+        outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
+    return middle - start, clock() - middle
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """A clock that waits for the GPU's queue."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+def _rate(values: list[float]) -> Rate:
+    low, high = (min(values), max(values))
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Rate(statistics.median(values), low, high, tuple(values))

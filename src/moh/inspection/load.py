@@ -1,0 +1,94 @@
+"""How many tokens use each head: counted over a text, layer by layer, in constant memory.
+
+The load of a head is the share of tokens that activate it (f_i of the balance loss). Pictures are in `plots`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moh.config import MoHConfig
+from moh.routing import record_routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class HeadLoad:
+    """Loads of all heads of a model.
+
+    Attributes:
+        load: `[L, H]` float64, share of tokens that activate each head; 1 for shared heads.
+        layers: heads and routing of each of the L layers.
+        tokens: tokens counted.
+    """
+
+    load: Tensor
+    layers: list[MoHConfig]
+    tokens: int
+
+    @property
+    def share(self) -> list[float]:
+        """Share of heads that a token uses in each layer, as counted."""
+        return [float(row) for row in self.load.mean(1)]
+
+    def rows(self) -> list[dict[str, int | float | str]]:
+        """One row per layer and head: layer, head, kind ("shared" or "routed"), load."""
+        return [
+            {
+                "layer": layer,
+                "head": head,
+                "kind": "shared" if head in config.shared_indices else "routed",
+                "load": float(self.load[layer, head]),
+            }
+            for layer, config in enumerate(self.layers)
+            for head in range(config.num_heads)
+        ]
+
+    def save_csv(self, path: str | Path) -> None:
+        """Write `rows()` as CSV, whole or not at all."""
+        path = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=["layer", "head", "kind", "load"])
+            writer.writeheader()
+            writer.writerows(self.rows())
+        os.replace(file.name, path)
+
+
+@torch.no_grad()
+def head_load(model: PreTrainedModel, blocks: Tensor, *, batch_size: int = 4, progress: bool = True) -> HeadLoad:
+    """Count which heads the tokens of `blocks` `[n, seq_len]` activate.
+
+    Raises:
+        ValueError: the model has no MoH layers, or there are no blocks.
+    """
+    from tqdm.auto import tqdm
+
+    if blocks.dim() != 2 or blocks.numel() == 0:
+        raise ValueError(f"blocks must be token ids [n, seq_len] with n >= 1, got shape {tuple(blocks.shape)}")
+    counts: list[Tensor] = []
+    layers: list[MoHConfig] = []
+    training = model.training
+    model.eval()
+    try:
+        batches = blocks.split(batch_size)
+        for batch in tqdm(batches, desc="head load", unit="batch", disable=None if progress else True, leave=False):
+            with record_routing(model) as routing:
+                model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
+            if not len(routing):
+                raise ValueError("model has no MoH layers: a dense model uses every head for every token")
+            layers = [info.config for _, info in routing]
+            active = [info.active.sum((0, 1)).double().cpu() for _, info in routing]
+            counts = active if not counts else [c + a for c, a in zip(counts, active, strict=True)]
+    finally:
+        model.train(training)
+    return HeadLoad(torch.stack(counts) / blocks.numel(), layers, blocks.numel())

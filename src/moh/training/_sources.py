@@ -1,0 +1,174 @@
+"""Where the built-in corpora come from: Django's source release through pip, and two Debian packages.
+
+Each function takes the cache directory and returns the documents and their source. Not for splitting or tokenising.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moh.training.text import decode_utf8, html_paragraphs
+
+_DJANGO = "5.2.8"
+_DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
+_OWN_FILES = "give your own text files instead (--data.files FILE, or a directory)"
+_MIN_DOCUMENT = 200  # characters; shorter pages are lists of links
+
+
+def django_docs(cache_dir: Path) -> tuple[list[str], str]:
+    """Prose of Django's documentation (reStructuredText in its source release), without the release notes.
+
+    pip fetches the release, checks its digest and, to learn its name, asks its build backend (setuptools).
+    """
+    archive = cache_dir / f"django-{_DJANGO}.tar.gz"
+    if not archive.exists():
+        pip_download(f"django=={_DJANGO}", _DJANGO_SHA256, archive)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != _DJANGO_SHA256:
+        raise RuntimeError(f"{archive} has sha256 {digest}, not {_DJANGO_SHA256}: delete it and try again")
+    pages: dict[str, str] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.partition("/docs/")[2]
+            file = tar.extractfile(member) if name.endswith(".txt") and not name.startswith("releases/") else None
+            if file is not None:
+                pages[name] = decode_utf8(file.read(), name=f"{archive}:{member.name}")
+    documents = [_document(rst_paragraphs(pages[name])) for name in sorted(pages)]
+    return [text for text in documents if text], f"documentation of Django {_DJANGO}"
+
+
+def debian_handbook(cache_dir: Path) -> tuple[list[str], str]:
+    """The Debian Administrator's Handbook in English, one document per page."""
+    return _debian_pages("debian-handbook", "html/en-US", cache_dir)
+
+
+def anarchism(cache_dir: Path) -> tuple[list[str], str]:
+    """An Anarchist FAQ, one document per section."""
+    return _debian_pages("anarchism", "html", cache_dir)
+
+
+def rst_paragraphs(text: str) -> list[str]:
+    """The running text of a reStructuredText page: unindented paragraphs and list items, without the markup.
+
+    Directives, code and tables are left out. It is a filter for prose, not a parser.
+    """
+    found = []
+    for block in paragraphs_unstripped(text):
+        if block[0].isspace() or block.startswith((".. ", "..\n", "==", "--", "+-", "+=", "|", ":", "#")):
+            continue
+        for item in re.split(r"\n(?=[*-] )", block):  # a list without blank lines between its items
+            line = " ".join(item.removeprefix("* ").removeprefix("- ").split())
+            line = re.sub(r":[\w:+-]+:`([^`<]*?)\s*(?:<[^`>]*>)?`", _role_text, line)
+            line = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", line)  # `text <url>`_
+            line = re.sub(r"``([^`]+)``", r"\1", line)
+            line = re.sub(r"`([^`]+)`_{0,2}", r"\1", line)
+            line = re.sub(r"\*\*(\w[^*]*)\*\*", r"\1", line)
+            line = re.sub(r"(?<![\w*])\*(\w[^*]*)\*(?![\w*])", r"\1", line)
+            found.append(re.sub(r"::$", ":", line))
+    return found
+
+
+def paragraphs_unstripped(text: str) -> list[str]:
+    """As `moh.training.text.paragraphs`, keeping the indentation of each paragraph's first line."""
+    return [part for part in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n").strip("\n")) if part.strip()]
+
+
+def _role_text(match: re.Match[str]) -> str:
+    """What a role such as :class:`~django.db.models.Model` shows: Model."""
+    shown = match[1].lstrip("!")
+    return shown.rpartition(".")[2] if shown.startswith("~") else shown
+
+
+def _document(found: list[str]) -> str:
+    """The paragraphs that are prose, joined by blank lines; empty if there is too little to be a document."""
+    text = "\n\n".join(part for part in found if _is_prose(part))
+    return text if len(text) >= _MIN_DOCUMENT else ""
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Long, or ending as a sentence does: titles, menus and captions are neither."""
+    ends = paragraph.rstrip("\"')]\u201d\u2019").endswith((".", "!", "?", ":", ";", "\u2026"))
+    return len(paragraph) >= 200 or (ends and len(paragraph) >= 40)
+
+
+def _debian_pages(package: str, folder: str, cache_dir: Path) -> tuple[list[str], str]:
+    below = Path("usr/share/doc") / package / folder
+    root = Path("/")
+    if not (root / below).is_dir():  # not installed, or installed without its documentation
+        root = cache_dir / package
+        if not (root / below).is_dir():
+            _apt_download(package, root)
+    pages = sorted((root / below).glob("*.html"))
+    documents = [_document(html_paragraphs(decode_utf8(page.read_bytes(), name=page))) for page in pages]
+    documents = [text for text in documents if text]
+    if not documents:
+        raise RuntimeError(f"no English text in {root / below}, where the Debian package {package} should have it")
+    return documents, f"Debian package {package}, {root / below}"
+
+
+def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = False) -> None:
+    """Fetch one release with pip, which checks the digest before it looks inside; moved into place at the end.
+
+    Args:
+        requirement: name==version.
+        sha256: of the file.
+        target: where it goes, under the name that the index gives it.
+        wheel: fetch the wheel, not the source release.
+
+    Raises:
+        RuntimeError: pip could not fetch it.
+    """
+    with _scratch(target.parent) as scratch:
+        (scratch / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        options = [
+            "--no-deps",
+            "--only-binary" if wheel else "--no-binary",
+            ":all:",
+            "--require-hashes",
+            "--disable-pip-version-check",
+            "--quiet",
+        ]
+        command = [sys.executable, "-m", "pip", "download", *options, "-r", "requirements.txt"]
+        _run(command, scratch, f"can't fetch {requirement} with pip")
+        os.replace(scratch / target.name, target)
+
+
+def _apt_download(package: str, target: Path) -> None:
+    """Fetch a Debian package without installing it, and unpack it to `target`."""
+    failure = f"the Debian package {package} is not installed (apt-get install {package}) and can't be fetched"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise RuntimeError(f"{failure}: this is not a Debian or Ubuntu system; {_OWN_FILES}, or use django-docs")
+    with _scratch(target.parent) as scratch:
+        _run(["apt-get", "download", package], scratch, failure)
+        (archive,) = scratch.glob("*.deb")
+        _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(scratch / "unpacked", target)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".fetch-") as name:
+        yield Path(name)
+
+
+def _run(command: list[str], folder: Path, failure: str) -> None:
+    print(f"fetching: {' '.join(command)}", file=sys.stderr)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{failure}: {error}; {_OWN_FILES}") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(f"{failure}: {lines[-1] if lines else f'exit code {done.returncode}'}; {_OWN_FILES}")

@@ -1,0 +1,129 @@
+"""Checkpoints and results on disk: which checkpoint is complete, whether a directory can be written, moving into place.
+
+The transformers Trainer writes a checkpoint file by file; a killed run leaves half of one, which must not be resumed.
+Not for reading weights: the Trainer does that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_STATE = "trainer_state.json"
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The `checkpoint-N` of the highest step that is complete, or None; warns of each newer one that is not."""
+    for checkpoint in _checkpoints(Path(output_dir)):
+        problem = checkpoint_problem(checkpoint)
+        if problem is None:
+            return checkpoint
+        warnings.warn(f"skipping the incomplete checkpoint {checkpoint}: {problem}", stacklevel=2)
+    return None
+
+
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be resumed from, or None.
+
+    The Trainer writes weights, optimiser, scheduler, random state and, last, `trainer_state.json`. A readable state
+    thus says that the rest was written; the rest is looked at as well, because a deletion that was cut short, or a power
+    failure, leaves other gaps.
+    """
+    try:
+        trainer_state(checkpoint)
+    except FileNotFoundError:
+        return f"it has no {_STATE}"
+    except (ValueError, KeyError):
+        return f"its {_STATE} can't be read"
+    if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
+        return "it has no weights"
+    for pattern in ("optimizer*", "scheduler.pt", "rng_state*.pth"):
+        if not any(checkpoint.glob(pattern)):
+            return f"it has no {pattern}"
+    for file in checkpoint.iterdir():
+        if file.suffix == ".safetensors" and not _is_safetensors(file):
+            return f"its {file.name} is cut off"
+        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            return f"its {file.name} is cut off"
+    return None
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state in a checkpoint: `global_step`, `log_history`, ...
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: it isn't there, isn't JSON, or isn't a state.
+    """
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    state["global_step"], state["log_history"]
+    return state
+
+
+def check_writable(directory: str | Path, *, name: str) -> None:
+    """Check that files can be made in `directory`, or in the nearest directory above it that exists; leaves nothing.
+
+    Raises:
+        ValueError: it can't be written; the message begins with `name`.
+    """
+    existing = Path(directory).absolute()
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
+
+
+@contextmanager
+def replacing_directory(target: Path, *, writes: bool = True) -> Iterator[Path]:
+    """Yield a directory beside `target` that takes its place if the block ends well, and vanishes if it does not.
+
+    Args:
+        target: the directory to make or to replace.
+        writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
+    """
+    scratch = target.with_name(f".{target.name}.partial")  # the same name on every process
+    if writes:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    except BaseException:
+        if writes:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    if not writes:
+        return
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(scratch, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(scratch, target)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint directories, newest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def _is_safetensors(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt"):  # checks that the file is as long as its header says
+            return True
+    except (SafetensorError, OSError):
+        return False

@@ -1,0 +1,131 @@
+"""Texts to tune and to measure on: three that install anywhere or on Debian, or the user's own, each with a held-out part.
+
+The held-out rule, one for all: of the documents in their fixed order, every tenth (the 10th, 20th, ...) is held out.
+Nothing is shuffled, and no document is in both parts. Not for tokenising: see `moh.training.data`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moh.training import _sources
+from moh.training.text import paragraphs, read_texts
+
+HELDOUT_EVERY = 10
+_MAX_BLOCK = 20  # paragraphs of the user's own files that stay together, about two pages
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two disjoint parts.
+
+    Attributes:
+        name: as given to `load_corpus`, or "files".
+        licence: SPDX expression, or "unknown".
+        source: where it came from, with the version.
+        train: documents (chapters, sections, pages) whose paragraphs are separated by a blank line.
+        heldout: the documents kept for measuring.
+    """
+
+    name: str
+    licence: str
+    source: str
+    train: list[str]
+    heldout: list[str]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    licence: str
+    read: Callable[[Path], tuple[list[str], str]]  # cache directory -> (documents, source)
+
+
+CORPORA: dict[str, _Entry] = {
+    # 256 pages, about 470,000 tokens of SmolLM2: explanations of a web framework; on every platform that has pip
+    "django-docs": _Entry("BSD-3-Clause", _sources.django_docs),
+    # 107 pages, about 250,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
+    "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", _sources.debian_handbook),
+    # 138 pages, about 1,500,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
+    "anarchism": _Entry("GPL-2.0-only", _sources.anarchism),
+}
+"""The built-in corpora by name."""
+
+DEFAULT_CORPUS = "django-docs"
+
+
+def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None) -> Corpus:
+    """Load a built-in corpus, fetching it on first use, and split it.
+
+    The parts are the same on every machine that gets the same version of the text. Whole pages are held out: every
+    tenth in the order of their file names.
+
+    Args:
+        name: one of `CORPORA`. "django-docs" comes through pip at a pinned version with a checked digest; the other
+            two are Debian packages, read where they are installed or fetched with `apt-get download` (no root needed).
+        cache_dir: where fetched texts are kept; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the text can be had neither from this machine nor from its package registry.
+    """
+    if name not in CORPORA:
+        raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {name!r}")
+    entry = CORPORA[name]
+    documents, source = entry.read(Path(cache_dir) if cache_dir is not None else default_cache_dir())
+    train, heldout = split_documents(documents)
+    return Corpus(name, entry.licence, source, train, heldout)
+
+
+def corpus_from_files(paths: Iterable[str | Path], heldout_paths: Iterable[str | Path] = ()) -> Corpus:
+    """Make a corpus of one's own text files (`moh.training.text.read_texts` tells which).
+
+    Without `heldout_paths` the files are cut into blocks of up to 20 consecutive paragraphs (or lines, where blank
+    lines separate fewer than ten paragraphs) and every tenth block is held out.
+
+    Args:
+        paths: files and directories to train on.
+        heldout_paths: files and directories to hold out instead; they must not be among `paths`.
+
+    Raises:
+        ValueError: too little text to split, a file in both lists, or what `read_texts` raises.
+    """
+    files, heldout_files = [Path(p) for p in paths], [Path(p) for p in heldout_paths]
+    if both := {p.resolve() for p in files} & {p.resolve() for p in heldout_files}:
+        raise ValueError(f"heldout_files must not be among files, got {sorted(map(str, both))[0]} in both")
+    texts, source = read_texts(files), ", ".join(map(str, files))
+    if heldout_files:
+        return Corpus("files", "unknown", source, texts, read_texts(heldout_files))
+    train, heldout = split_documents(_blocks(texts))
+    return Corpus("files", "unknown", source, train, heldout)
+
+
+def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`(train, heldout)`: of the documents in the given order, every tenth is held out.
+
+    Raises:
+        ValueError: fewer than ten documents.
+    """
+    if len(documents) < HELDOUT_EVERY:
+        raise ValueError(
+            f"at least {HELDOUT_EVERY} paragraphs or documents are needed to hold some out, got {len(documents)}: "
+            "give more text, or name heldout_files"
+        )
+    train = [text for index, text in enumerate(documents, 1) if index % HELDOUT_EVERY]
+    return train, list(documents[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/moh`, or ~/.cache/moh."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moh"
+
+
+def _blocks(texts: Sequence[str]) -> list[str]:
+    """Blocks of consecutive paragraphs that never cross a file's end; at least ten where the texts allow it."""
+    units = [paragraphs(text) for text in texts]
+    if sum(map(len, units)) < HELDOUT_EVERY:
+        units = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
+    size = max(1, min(_MAX_BLOCK, sum(map(len, units)) // HELDOUT_EVERY))
+    return ["\n\n".join(unit[i : i + size]) for unit in units for i in range(0, len(unit), size)]

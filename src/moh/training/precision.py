@@ -1,0 +1,42 @@
+"""Which number format to train in: bfloat16 autocast where the machine is faster with it, float32 elsewhere.
+
+Not for mixed-precision itself: the transformers Trainer does that.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+Precision = Literal["bf16", "fp32"]
+
+_SIZE = 384  # of the square matrices: some milliseconds where bfloat16 is emulated, and still a fair sample
+_WORTH = 1.2  # bfloat16 has to be this much faster: the casts around a matrix product take time too
+
+
+def choose_precision(device: torch.device | None = None) -> Precision:
+    """ "bf16" or "fp32", for `device` (None: the GPU if there is one).
+
+    On a GPU, bfloat16 if it is supported. On a CPU it is measured in a few milliseconds, because some CPUs have
+    instructions for bfloat16 and others emulate it, ten times slower than float32.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    return "bf16" if _seconds(torch.bfloat16) * _WORTH < _seconds(torch.float32) else "fp32"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Best of five times of a matrix product on the CPU."""
+    a = torch.ones(_SIZE, _SIZE, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])  # the first one prepares the kernel
