@@ -1,7 +1,7 @@
 """What one Mixture-of-Head layer is: its heads, which are shared, how many are routed per token, and by which router.
 
 Plain data without torch; validated once, when it is made. Not for whole models (see `moh.models`).
-Names follow the paper (arXiv 2410.11842, section 3): h heads, h_s shared, k of the h_r = h - h_s routed ones active.
+Names follow the paper (arXiv 2410.11842): h heads, h_s shared, k of the h_r = h - h_s routed ones active.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROUTERS = ("two_stage", "query_norm", "linear")
-"""Names of the routers: learned (section 3.3), parameter-free (section 3.5), fitted to contributions (ours)."""
+"""Names of the routers: learned, parameter-free (both of the paper), fitted to contributions (ours)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MoHConfig:
         active_heads: k, how many of the other, *routed*, heads each token activates.
         router: "two_stage" (learned from scratch), "query_norm" (no parameters) or "linear" (contribution router).
         scale_gates: for the two-stage router only. True gives the published models' gates, with which a uniform
-            router weighs every active head 1; False gives equations 5 and 6 of the paper as printed.
+            router weighs every active head 1; False gives the gates as the paper's text has them.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what is allowed.

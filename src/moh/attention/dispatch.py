@@ -1,6 +1,6 @@
 """`moh_attention`: one function over several backends, and the table that chooses between them.
 
-Checks the arguments once, so that backends need not. Implements paper equation 4 without the output projection.
+Checks the arguments once, so that backends need not. The paper's weighted sum of heads, before the output projection.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Spend a budget of heads where it matters: estimate what each layer loses with fewer heads, then share the total out.
 
-The estimate needs one backward pass over a few thousand tokens: for a skipped set S of heads the loss changes by about
-`-sum_S s_i + (sum_S s_i)^2 / 2` per token, s_i = <dL/dz_i, z_i> (first order, then empirical Fisher).
+The estimate needs one backward pass over a few thousand tokens. For a skipped set S of heads the loss rises by about
+E[(sum_S s_i)^2] / 2 per token, with s_i = <dL/dz_i, z_i>: the empirical Fisher information along what is left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def layer_costs(
                 effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
                 ordered = effect.flatten(0, -2).gather(-1, orders[index])
                 skipped = ordered.flip(-1).cumsum(-1).flip(-1).double()  # entry n: sum over the heads after the first n
-                costs[index, :-1] += (skipped.square() / 2 - skipped).sum(0).cpu()
+                costs[index, :-1] += skipped.square().sum(0).cpu() / 2
 
             z.register_hook(see_gradient)
 

@@ -1,6 +1,6 @@
 """`moh.convert`: a pretrained dense model -> the same model with MoH attention, calibrated in closed form.
 
-No gradient step is taken; see `moh.training` for that. Query-norm router: paper section 3.5; the others: ours.
+No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def convert(
     Raises:
         ValueError: the model can't be converted, or an argument is out of range or missing; nothing was changed.
 
-    Example:
+    Examples:
         >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", shared_heads=4, active_heads=3,
         ...                     calibration=texts, allocation="sensitivity", refit_output=True)  # doctest: +SKIP
         >>> model.save_pretrained("smollm2-moh")  # doctest: +SKIP

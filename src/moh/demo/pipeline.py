@@ -6,6 +6,7 @@ Every step is a public function of a lower room; this file only joins them and k
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,6 +197,7 @@ class _Demo:
             sample=sample,
         )
         report.save(self.output_dir)
+        shutil.rmtree(self.output_dir / "training")  # gigabytes of optimiser state that nothing needs any more
         self._print(report)
         return report
 
@@ -269,7 +271,7 @@ class _Demo:
                 per_device_train_batch_size=s.batch_size,
                 seed=s.seed,
                 precision=precision,  # type: ignore[arg-type]
-                save_steps=max(steps // 2, 1),
+                save_steps=steps // 2 + 1,  # one checkpoint on the way: a run that is cut short goes on from there
                 save_total_limit=1,
                 distillation_weight=s.distillation_weight if teacher is not None else 0.0,
             ),

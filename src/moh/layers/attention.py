@@ -1,4 +1,4 @@
-"""`MoHAttention`: multi-head attention in which each token chooses its heads (paper section 3, equations 3 to 7).
+"""`MoHAttention`: multi-head attention in which each token chooses its heads (arXiv 2410.11842).
 
 Self- and cross-attention over `[B, N, C]`. Positions (rotary, biases) and norms belong to models, see `moh.models`.
 """
@@ -36,7 +36,7 @@ class MoHAttention(nn.Module):
     Raises:
         ValueError: sizes that don't fit each other; the message names the argument.
 
-    Example:
+    Examples:
         >>> import torch, moh
         >>> layer = moh.MoHAttention(256, num_heads=8, shared_heads=2, active_heads=2)  # 4 of 8 heads
         >>> layer(torch.randn(2, 10, 256), is_causal=True).shape

@@ -1,6 +1,6 @@
 """What a router decided for one layer's input, and the load-balance loss on it.
 
-`RoutingInfo` is returned, never stored by a layer. Balance loss: paper section 3.4, in the published code's form.
+`RoutingInfo` is returned, never stored by a layer. Balance loss: the paper's "Load Balance Loss", in the published code's form.
 """
 
 from __future__ import annotations

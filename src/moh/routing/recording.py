@@ -87,7 +87,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     The recorded tensors keep their autograd graph, so that `task_loss + 0.01 * routing.balance_loss()` trains the
     router. A model without MoH layers gives an empty record.
 
-    Example:
+    Examples:
         >>> with moh.record_routing(model) as routing:  # doctest: +SKIP
         ...     loss = task_loss(model(x))
         >>> loss = loss + 0.01 * routing.balance_loss()  # doctest: +SKIP

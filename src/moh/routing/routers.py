@@ -1,6 +1,6 @@
 """The three routers: a layer's input or its queries -> gates, one module per rule.
 
-Two-stage: paper section 3.3, equations 5 to 7, with the published scaling. Query norm: section 3.5. Linear: ours.
+Two-stage: the paper's "Two-Stage Routing", with the published scaling. Query norm: its continue-tuning. Linear: ours.
 They only decide; the heads are computed by `moh.attention` and joined to a layer in `moh.layers`.
 """
 
@@ -66,7 +66,7 @@ class Router(nn.Module):
 
 
 class TwoStageRouter(Router):
-    """Learned router for models trained from scratch (paper section 3.3).
+    """Learned router for models trained from scratch (the paper's "Two-Stage Routing").
 
     `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
     With `config.scale_gates` (the published models) shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates
@@ -132,7 +132,7 @@ class _HardRouter(Router):
 
 
 class QueryNormRouter(_HardRouter):
-    """Parameter-free router for pretrained models (paper section 3.5): a head's score is its query's L2 norm.
+    """Parameter-free router for pretrained models (the paper's continue-tuning): a head's score is its query's L2 norm.
 
     Per token the h_r norms, divided by their unbiased standard deviation, go through a softmax to give p; the top k
     are active with gate 1. In training the gate's gradient goes to p (straight-through estimator).

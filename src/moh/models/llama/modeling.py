@@ -1,6 +1,6 @@
 """MoH models of the Llama family on transformers' Llama: only attention differs; the loss can hold a balance term.
 
-Tensor names are Llama's; a learned router adds `self_attn.router.*`. Paper section 3, equations 3 to 7.
+Tensor names are Llama's; a learned router adds `self_attn.router.*`. Method: docs/method.md.
 """
 
 from __future__ import annotations
