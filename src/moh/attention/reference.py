@@ -1,6 +1,6 @@
 """The definition of routed attention, dense and slow: every backend is compared with this one.
 
-Computes every head, then weights it by its gate (the paper's weighted sum of heads, before the output projection). Not for use in models.
+Computes every head, then weights it by its gate (the paper's weighted sum of heads, before W_O). Not for use in models.
 """
 
 from __future__ import annotations

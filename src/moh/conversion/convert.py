@@ -6,34 +6,23 @@ No gradient step is taken; see `moh.training` for that. Query-norm router: the p
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
-from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.calibrator import Calibrator
 from moh.conversion.families import moh_config_fields
-from moh.conversion.fit import ContributionFit, fit_contributions, fit_two_stage_logits, refit_output_projection
-from moh.conversion.statistics import ContributionSums, collect_contributions, collect_outputs
 from moh.conversion.tokens import calibration_blocks
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.models.loading import load_causal_lm, load_tokenizer
-from moh.routing import LinearRouter, Router, TwoStageRouter
+from moh.routing import Router
 
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
-
-COST_TOKENS = 4096
-"""Calibration tokens of the pass that estimates the layers' costs: with its backward half it is three times as dear."""
-
-MIN_HEADS = 4
-"""Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
 
 
 def convert(
@@ -62,7 +51,8 @@ def convert(
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit) or "two_stage"
             (learned; fitted to the contributions' order so that training starts near the dense model).
-        calibration: texts, sequences of token ids, or token ids `[n, N]`; needed unless router="query_norm".
+        calibration: texts, sequences of token ids, or token ids `[n, N]`; needed unless router="query_norm", which
+            has nothing to fit and does not look at it.
         tokenizer: for texts; default is the one saved with the model.
         calibration_tokens: at most so many tokens of `calibration` are used.
         seq_len: texts are packed into blocks of so many tokens.
@@ -91,11 +81,11 @@ def convert(
     layers = _requested_layers(dense.config, shared_heads, active_heads, router)
     _check(router, allocation, refit_output, shared_heads, calibration)
     calibrator = None
-    if calibration is not None:
+    if calibration is not None and router != "query_norm":
         if tokenizer is None and not given:
             tokenizer = load_tokenizer(model_or_path)
         blocks = calibration_blocks(calibration, tokenizer, calibration_tokens, seq_len, dense.config.vocab_size)
-        calibrator = _Calibrator(dense, blocks, batch_size, progress)
+        calibrator = Calibrator(dense, blocks, batch_size, progress)
 
     routers: Sequence[Router] = []
     output_weights: list[Tensor] = []
@@ -103,18 +93,21 @@ def convert(
         assert calibrator is not None
         routers = calibrator.fit_routers(layers)
         if allocation == "sensitivity":
-            routers = calibrator.reallocate(routers)
+            total = sum(c.num_shared + c.active_heads for c in layers)
+            routers = calibrator.reallocate(routers, calibrator.costs(routers), total)
         layers = [r.config for r in routers]
         if refit_output:
             output_weights = calibrator.refit_outputs(routers)
     config = MoHLlamaConfig(
         **fields,
         router=router,
-        shared_heads=_compact([list(c.shared_indices) if routers else c.num_shared for c in layers]),
+        shared_heads=_compact(
+            [c.shared_heads if isinstance(c.shared_heads, int) else list(c.shared_indices) for c in layers]
+        ),
         active_heads=_compact([c.active_heads for c in layers]),
         router_aux_loss_coef=router_aux_loss_coef,
     )
-    return _build(dense, config, routers, output_weights, copied=given)
+    return build(dense, config, routers, output_weights, copied=given)
 
 
 def _requested_layers(
@@ -141,81 +134,6 @@ def _check(
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
     if router != "query_norm" and calibration is None:
         raise ValueError(f"calibration must be given for router={router!r}: texts or token ids to fit the router on")
-    if router == "query_norm" and calibration is not None:
-        raise ValueError("calibration must be None for router='query_norm', which has nothing to fit")
-
-
-class _Calibrator:
-    """The calibration passes over one dense model."""
-
-    def __init__(self, dense: PreTrainedModel, blocks: Tensor, batch_size: int, progress: bool) -> None:
-        self._dense = dense
-        self._attentions = [layer.self_attn for layer in dense.get_decoder().layers]
-        self._fits: list[ContributionFit] = []
-        self._blocks = blocks
-        self._batch_size = batch_size
-        self._progress = progress
-
-    def fit_routers(self, layers: Sequence[MoHConfig]) -> Sequence[LinearRouter | TwoStageRouter]:
-        """One router per layer. A number of shared heads becomes the set of those that contribute most."""
-        batches = self._batches("recording what each head contributes", self._blocks, self._batch_size)
-        sums = collect_contributions(self._dense.get_decoder(), self._attentions, batches, layers[0].num_heads)
-        self._fits = [fit_contributions(s) for s in sums]
-        routers: list[LinearRouter | TwoStageRouter] = []
-        for layer, layer_sums, fit in zip(layers, sums, self._fits, strict=True):
-            config = layer
-            if isinstance(layer.shared_heads, int):
-                config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
-            routers.append(
-                _linear_router(config, fit) if layer.router == "linear" else _two_stage_router(config, layer_sums)
-            )
-        return routers
-
-    def reallocate(self, routers: Sequence[Any]) -> list[LinearRouter]:
-        """Routers with the same total of heads, shared out by what each layer is estimated to lose."""
-        blocks = self._blocks[: max(1, COST_TOKENS // self._blocks.shape[1])]
-        batches = self._batches("estimating what each layer needs", blocks, max(1, self._batch_size // 2))
-        costs = layer_costs(self._dense, self._attentions, routers, batches)
-        total = sum(r.config.num_shared + r.config.active_heads for r in routers)
-        budget = allocate(costs, total, at_least=min(MIN_HEADS, total // len(routers)))
-        reallocated = []
-        for router, fit, heads in zip(routers, self._fits, budget, strict=True):
-            shared = fit.strongest(min(router.config.num_shared, heads))
-            config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
-            reallocated.append(_linear_router(config, fit))
-        return reallocated
-
-    def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
-        """New weights of each layer's output projection."""
-        batches = self._batches("refitting the output projections", self._blocks, self._batch_size)
-        sums = collect_outputs(self._dense.get_decoder(), self._attentions, routers, batches)
-        return [
-            refit_output_projection(s, attention.o_proj.weight)
-            for s, attention in zip(sums, self._attentions, strict=True)
-        ]
-
-    def _batches(self, title: str, blocks: Tensor, batch_size: int) -> Iterator[Tensor]:
-        batches = blocks.to(self._dense.device).split(batch_size)
-        yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
-
-
-def _linear_router(config: MoHConfig, fit: ContributionFit) -> LinearRouter:
-    router = LinearRouter(config, fit.weight.shape[1])
-    with torch.no_grad():
-        router.contribution.weight.copy_(fit.weight)
-        router.contribution.bias.copy_(fit.bias)
-    return router
-
-
-def _two_stage_router(config: MoHConfig, sums: ContributionSums) -> TwoStageRouter:
-    router = TwoStageRouter(config, sums.xx.shape[0] - 1)
-    with torch.no_grad():
-        for undecided in (router.shared, router.stage):  # uniform: every shared head has weight 1, a_1 = a_2
-            if undecided is not None:
-                undecided.weight.zero_()
-        if router.routed is not None:
-            router.routed.weight.copy_(fit_two_stage_logits(sums, config.routed_indices))
-    return router
 
 
 def _compact(values: list[Any]) -> Any:
@@ -223,7 +141,7 @@ def _compact(values: list[Any]) -> Any:
     return values[0] if isinstance(values[0], int) and len(set(map(str, values))) == 1 else values
 
 
-def _build(
+def build(
     dense: PreTrainedModel,
     config: MoHLlamaConfig,
     routers: Sequence[nn.Module],

@@ -1,0 +1,102 @@
+"""The calibration passes over one dense model, and the routers that come of them.
+
+Joins `statistics` (what to sum up), `allocation` (heads per layer) and `fit` (closed forms); `convert` decides which to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from moh.config import MoHConfig
+from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.fit import ContributionFit, fit_contributions, fit_two_stage_logits, refit_output_projection
+from moh.conversion.statistics import ContributionSums, collect_contributions, collect_outputs
+from moh.routing import LinearRouter, Router, TwoStageRouter
+
+COST_TOKENS = 4096
+"""Calibration tokens of the pass that estimates the layers' costs: with its backward half it is three times as dear."""
+
+MIN_HEADS = 4
+"""Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
+
+
+class Calibrator:
+    """The calibration passes over one dense model."""
+
+    def __init__(self, dense: PreTrainedModel, blocks: Tensor, batch_size: int, progress: bool) -> None:
+        self._dense = dense
+        self._attentions = [layer.self_attn for layer in dense.get_decoder().layers]
+        self._fits: list[ContributionFit] = []
+        self._blocks = blocks
+        self._batch_size = batch_size
+        self._progress = progress
+
+    def fit_routers(self, layers: Sequence[MoHConfig]) -> Sequence[LinearRouter | TwoStageRouter]:
+        """One router per layer. A number of shared heads becomes the set of those that contribute most."""
+        batches = self._batches("recording what each head contributes", self._blocks, self._batch_size)
+        sums = collect_contributions(self._dense.get_decoder(), self._attentions, batches, layers[0].num_heads)
+        self._fits = [fit_contributions(s) for s in sums]
+        routers: list[LinearRouter | TwoStageRouter] = []
+        for layer, layer_sums, fit in zip(layers, sums, self._fits, strict=True):
+            config = layer
+            if isinstance(layer.shared_heads, int):
+                config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
+            routers.append(
+                _linear_router(config, fit) if layer.router == "linear" else _two_stage_router(config, layer_sums)
+            )
+        return routers
+
+    def costs(self, routers: Sequence[Any]) -> Tensor:
+        """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`)."""
+        blocks = self._blocks[: max(1, COST_TOKENS // self._blocks.shape[1])]
+        batches = self._batches("estimating what each layer needs", blocks, max(1, self._batch_size // 2))
+        return layer_costs(self._dense, self._attentions, routers, batches)
+
+    def reallocate(self, routers: Sequence[Any], costs: Tensor, total: int) -> list[LinearRouter]:
+        """Routers with `total` heads over all layers, shared out by `costs`."""
+        budget = allocate(costs, total, at_least=min(MIN_HEADS, total // len(routers)))
+        reallocated = []
+        for router, fit, heads in zip(routers, self._fits, budget, strict=True):
+            shared = fit.strongest(min(router.config.num_shared, heads))
+            config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
+            reallocated.append(_linear_router(config, fit))
+        return reallocated
+
+    def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
+        """New weights of each layer's output projection."""
+        batches = self._batches("refitting the output projections", self._blocks, self._batch_size)
+        sums = collect_outputs(self._dense.get_decoder(), self._attentions, routers, batches)
+        return [
+            refit_output_projection(s, attention.o_proj.weight)
+            for s, attention in zip(sums, self._attentions, strict=True)
+        ]
+
+    def _batches(self, title: str, blocks: Tensor, batch_size: int) -> Iterator[Tensor]:
+        batches = blocks.to(self._dense.device).split(batch_size)
+        yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
+
+
+def _linear_router(config: MoHConfig, fit: ContributionFit) -> LinearRouter:
+    router = LinearRouter(config, fit.weight.shape[1])
+    with torch.no_grad():
+        router.contribution.weight.copy_(fit.weight)
+        router.contribution.bias.copy_(fit.bias)
+    return router
+
+
+def _two_stage_router(config: MoHConfig, sums: ContributionSums) -> TwoStageRouter:
+    router = TwoStageRouter(config, sums.xx.shape[0] - 1)
+    with torch.no_grad():
+        for undecided in (router.shared, router.stage):  # uniform: every shared head has weight 1, a_1 = a_2
+            if undecided is not None:
+                undecided.weight.zero_()
+        if router.routed is not None:
+            router.routed.weight.copy_(fit_two_stage_logits(sums, config.routed_indices))
+    return router
