@@ -17,6 +17,12 @@ above the diagonal in the work; more runs cost more calls than they save."""
 MIN_CHUNK_ROWS = 128
 """Shorter runs are not worth a call of their own."""
 
+MIN_BUCKET_QUERIES = 64
+"""With fewer queries, as in decoding, reading keys and values is the work, and copying them by bucket would double it."""
+
+BUCKET_FILL = 0.85
+"""Heads that share a call have at least this part of the fullest one's rows: the rest is padding."""
+
 
 def packed_attention(
     q: Tensor,
@@ -35,6 +41,49 @@ def packed_attention(
     G = H // Hkv
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # [1 or B, 1 or H, 1 or Nq, 1 or Nk]
+    options = (is_causal, scale, dropout_p)
+    if Nq < MIN_BUCKET_QUERIES or Hkv == 1 or B == 0:
+        return _attend_group(q, k, v, gates, attn_mask, *options)
+    counts = (gates != 0).view(B, Nq, Hkv, G).sum((1, 3)).amax(0)  # [Hkv]: rows that each has to work through
+    buckets = _buckets(counts.tolist(), full=Nq * G)
+    if len(buckets) == 1:
+        return _attend_group(q, k, v, gates, attn_mask, *options)
+    parts = []
+    for bucket in buckets:
+        heads = [head * G + i for head in bucket for i in range(G)]
+        mask = attn_mask[:, heads] if attn_mask is not None and attn_mask.shape[1] > 1 else attn_mask
+        parts.append(_attend_group(q[:, heads], k[:, bucket], v[:, bucket], gates[..., heads], mask, *options))
+    order = [head * G + i for bucket in buckets for head in bucket for i in range(G)]
+    position = sorted(range(H), key=order.__getitem__)
+    return torch.cat(parts, dim=2)[:, :, position]
+
+
+def _buckets(counts: list[int], full: int) -> list[list[int]]:
+    """Key/value heads with about as many rows each, fullest first; those with all rows stay by themselves."""
+    buckets: list[list[int]] = []
+    for head in sorted(range(len(counts)), key=lambda h: -counts[h]):
+        first = counts[buckets[-1][0]] if buckets else 0
+        if buckets and counts[head] >= BUCKET_FILL * first and (first < full or counts[head] == full):
+            buckets[-1].append(head)
+        else:
+            buckets.append([head])
+    return buckets
+
+
+def _attend_group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """`packed_attention` of heads that are padded to the same number of rows; the mask has 4 dimensions."""
+    B, H, Nq, D = q.shape
+    Hkv = k.shape[1]
+    G = H // Hkv
     active = gates != 0  # [B, Nq, H]
     if bool(active.all()):  # nothing to leave out, so nothing to gather
         mask = attn_mask

@@ -44,11 +44,11 @@ class _Entry:
 
 
 CORPORA: dict[str, _Entry] = {
-    # 256 pages, about 470,000 tokens of SmolLM2: explanations of a web framework; on every platform that has pip
+    # 236 pages, 411,000 tokens (SmolLM2's): explanations of a web framework; on every platform that has pip
     "django-docs": _Entry("BSD-3-Clause", _sources.django_docs),
-    # 107 pages, about 250,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
+    # 127 pages, 206,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
     "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", _sources.debian_handbook),
-    # 138 pages, about 1,500,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
+    # 141 pages, 2,445,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
     "anarchism": _Entry("GPL-2.0-only", _sources.anarchism),
 }
 """The built-in corpora by name."""

@@ -161,8 +161,7 @@ def training_arguments(settings: TrainingRecipe, *, precision: str) -> TrainingA
     same = {name: getattr(settings, name) for name in own & known - {"gradient_checkpointing"} if name != "bf16"}
     defaults = {
         "bf16": precision == "bf16",
-        "use_cpu": False
-        and not torch.accelerator.is_available(),  # unsaid, torchrun on CPUs trains one model per process
+        "use_cpu": not torch.accelerator.is_available(),  # unsaid, torchrun on CPUs trains one model per process
         "data_seed": settings.seed,  # the order of the data, the same on every process
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_drop_last": True,  # every step reads full batches, however many processes share them
