@@ -1,0 +1,105 @@
+"""A training run that is killed goes on from its last complete checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moh.training import load_recipe, train
+from moh.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+
+pytestmark = pytest.mark.timeout(120)
+SCRIPT = Path(__file__).with_name("run_recipe.py")
+
+
+@pytest.fixture(scope="module")
+def finished(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run of four steps with a checkpoint every two."""
+    out = tmp_path_factory.mktemp("finished")
+    options = [f"--model.path={base_dir}", f"--data.files=['{text_file}']", "--data.seq_len=16"]
+    options += [f"--training.output_dir={out}", "--training.max_steps=4", "--training.save_steps=2"]
+    train(load_recipe(None, [*options, "--training.precision=fp32", "--training.extra={'disable_tqdm': true}"]))
+    return out
+
+
+def test_a_killed_run_resumes_and_ends_with_the_losses_of_an_uninterrupted_one(
+    options: list[str], tmp_path: Path
+) -> None:
+    options += ["--training.save_steps=2", "--training.gradient_accumulation_steps=2", "--training.max_steps=6"]
+    killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    process = subprocess.run([sys.executable, SCRIPT, tmp_path / "no.json", "5", *killed], env=environment, timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+    assert not (tmp_path / "killed" / "model").exists()
+
+    resumed, whole = train(load_recipe(None, killed)), train(load_recipe(None, options))
+    assert resumed.resumed_from.name == "checkpoint-4"
+    assert [step for step, _ in whole.losses] == [1, 2, 3, 4, 5, 6]
+    assert len({loss for _, loss in whole.losses}) == 6
+    assert resumed.losses == whole.losses
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    result = train(load_recipe(finished / "recipe.yaml"))
+    assert [step for step, _ in result.losses] == [1, 2, 3, 4]
+    assert not list(finished.glob("checkpoint-5"))
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(
+            lambda c: (c / "trainer_state.json").unlink(), "no trainer_state.json", id="state_not_yet_written"
+        ),
+        pytest.param(lambda c: _truncate(c / "trainer_state.json"), "can't be read", id="state_half_written"),
+        pytest.param(lambda c: (c / "model.safetensors").unlink(), "no weights", id="weights_deleted"),
+        pytest.param(
+            lambda c: _truncate(c / "model.safetensors"), "model.safetensors is cut off", id="weights_cut_off"
+        ),
+        pytest.param(lambda c: _truncate(c / "optimizer.pt"), "optimizer.pt is cut off", id="optimizer_cut_off"),
+        pytest.param(lambda c: (c / "rng_state.pth").unlink(), "no rng_state", id="random_state_missing"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(finished: Path, tmp_path: Path, damage, reason) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert last_complete_checkpoint(out) == out / "checkpoint-4"
+    damage(out / "checkpoint-4")
+    with pytest.warns(UserWarning, match=f"checkpoint-4.*{reason}"):
+        assert last_complete_checkpoint(out) == out / "checkpoint-2"
+    assert checkpoint_problem(out / "checkpoint-2") is None
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(finished: Path, tmp_path: Path) -> None:
+    for step in (9, 10):
+        shutil.copytree(finished / "checkpoint-4", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_checkpoints_of_another_recipe_are_not_continued(finished: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml", ["--data.seq_len=8"])
+    with pytest.raises(ValueError, match=r"holds checkpoints of another recipe \(data was .*seq_len=16"):
+        train(recipe)
+
+
+def test_losses_are_still_the_checkpoint_state(finished: Path) -> None:
+    state = json.loads((finished / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]

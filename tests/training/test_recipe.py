@@ -1,0 +1,104 @@
+"""Recipes are read from YAML, overridden from the command line, and wrong ones rejected in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moh.training.recipe import ConversionRecipe, dump_recipe, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "llm"
+YAML = """
+model: {path: base}
+conversion: {shared_heads: 3, active_heads: 4}
+training: {output_dir: out, max_steps: 10}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(YAML)
+    return path
+
+
+def test_a_file_gives_typed_values_and_defaults(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert (recipe.model.path, recipe.training.max_steps, recipe.data.corpus) == ("base", 10, "django-docs")
+    assert recipe.conversion == ConversionRecipe(shared_heads=3, active_heads=4)
+    assert recipe.training.precision == "auto"
+
+
+def test_the_command_line_wins_over_the_file(file: Path) -> None:
+    overrides = ["--training.max_steps", "20", "--conversion.router=query_norm", "--data.files=[a.txt, b c.txt]"]
+    overrides += ["--training.extra", "{optim: sgd}", "--training.learning_rate=1e-5"]
+    recipe = load_recipe(file, overrides)
+    assert recipe.training.max_steps == 20
+    assert recipe.training.learning_rate == 1e-5
+    assert recipe.training.extra == {"optim": "sgd"}
+    assert recipe.conversion == ConversionRecipe(shared_heads=3, active_heads=4, router="query_norm")
+    assert recipe.data.files == ["a.txt", "b c.txt"]
+
+
+def test_conversion_null_is_the_dense_control(file: Path) -> None:
+    assert load_recipe(file, ["--conversion", "null"]).conversion is None
+
+
+def test_a_dumped_recipe_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file, ["--data.files=[a.txt]", "--training.extra={optim: sgd}"])
+    (tmp_path / "dump.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "dump.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.max_steps=x", "training.max_steps.*int.*x"),
+        ("--training.max_steps=0", "training.max_steps must be at least 1, got 0"),
+        ("--training.max_stepz=3", "training.max_stepz"),
+        ("--training.precision=fp8", "training.precision.*'auto', 'bf16', 'fp32'.*fp8"),
+        ("--training.distillation_weight=2", "distillation_weight must be between 0 and 1, got 2"),
+        ("--training.distillation_temperature=0", "distillation_temperature must be above 0, got 0"),
+        ("--training.logging_steps=20", "save_steps must be a multiple of training.logging_steps = 20, got 50"),
+        ("--training.learning_rate=-1", "learning_rate must be at least 0, got -1"),
+        ("--data.corpus=bible", "data.corpus must be one of django-docs, .* got 'bible'"),
+        ("--data.heldout_files=[a]", "data.heldout_files needs data.files"),
+        ("--data.seq_len=1", "data.seq_len must be at least 2, got 1"),
+        ("--conversion.active_heads=x", "conversion.*active_heads.*x"),
+        ("--conversion.allocation=odd", "conversion.*allocation.*'even', 'sensitivity'.*odd"),
+        ("--conversion.calibration_tokens=0", "conversion.calibration_tokens must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_field_is_named_in_one_line(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(file, [override])
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(file))
+
+
+def test_missing_fields_files_and_broken_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.output_dir"):
+        load_recipe(None, ["--model.path=x"])
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: nowhere\.yaml"):
+        load_recipe("nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("model: [1, 2\n")
+    with pytest.raises(ValueError, match=r"broken\.yaml: .*line 1") as error:
+        load_recipe(tmp_path / "broken.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_we_ship_are_valid(path: Path) -> None:
+    assert load_recipe(path).training.output_dir == f"runs/{path.stem}"
+
+
+def test_the_control_differs_from_the_recipe_in_the_conversion_alone() -> None:
+    moh, control = (load_recipe(RECIPES / f"smollm2_135m_{n}.yaml") for n in ("moh7of9", "dense_control"))
+    assert control.conversion is None
+    assert (moh.model, moh.data) == (control.model, control.data)
+    ours, theirs = dict(vars(moh.training)), dict(vars(control.training))
+    assert ours.pop("output_dir") != theirs.pop("output_dir")
+    for training in (ours, theirs):  # a dense model has no routing to balance and nothing to distil
+        training.pop("balance_loss_coef"), training.pop("distillation_weight")
+    assert ours == theirs

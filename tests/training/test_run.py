@@ -1,0 +1,150 @@
+"""A recipe becomes a saved model; what can't be served is said before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moh.conversion
+from moh.models.llama import MoHLlamaForCausalLM
+from moh.training import choose_precision, load_recipe, precision, train
+from moh.training.checkpoints import check_writable, replacing_directory
+
+CONVERSION = ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"]
+
+
+def test_a_converted_model_is_trained_logged_and_saved(options: list[str], tmp_path: Path) -> None:
+    options += [*CONVERSION, "--training.balance_loss_coef=0.01", "--training.gradient_checkpointing=true"]
+    result = train(load_recipe(None, options))
+    out = tmp_path / "out"
+    assert result.model_dir == out / "model"
+    assert result.resumed_from is None and not result.model.training
+    assert [step for step, _ in result.losses] == [1, 2, 3, 4, 5, 6]
+    for entry in result.log_history[:-1]:
+        assert entry["active_share"] == pytest.approx(3 / 4)
+        assert 0 < entry["balance_loss"] <= 3  # h_r = 3
+
+    loaded = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert isinstance(loaded, MoHLlamaForCausalLM)
+    assert loaded.config.router_aux_loss_coef == 0.01
+    assert loaded.config.use_cache
+    for (name, a), (_, b) in zip(loaded.named_parameters(), result.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert AutoTokenizer.from_pretrained(out / "model").eos_token == "<eos>"
+    assert not (out / "model" / "training_args.bin").exists()  # no pickle
+
+    (events,) = (out / "runs").iterdir()
+    logged = EventAccumulator(str(events)).Reload()
+    assert {"train/loss", "train/active_share", "train/balance_loss"} <= set(logged.Tags()["scalars"])
+    assert len(logged.Scalars("train/loss")) == 6
+
+
+@pytest.mark.parametrize(
+    ("extra", "dtype"),
+    [([], "fp32"), (["--training.precision=bf16"], "bf16"), (CONVERSION, "fp32")],
+    ids=["dense", "dense_bf16", "converted"],
+)
+def test_training_lowers_the_loss(options: list[str], extra: list[str], dtype: str) -> None:
+    options += [*extra, "--training.max_steps=30", "--training.per_device_train_batch_size=8"]
+    result = train(load_recipe(None, options))
+    losses = [loss for _, loss in result.losses]
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.05
+    assert result.precision == dtype
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())
+
+
+def test_a_resumed_run_does_not_convert_again(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options += [*CONVERSION, "--training.save_steps=3"]
+    whole = train(load_recipe(None, options))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "out" / "model")
+    monkeypatch.setattr(moh.conversion, "convert", None)
+    resumed = train(load_recipe(None, options))
+    assert resumed.resumed_from == tmp_path / "out" / "checkpoint-3"
+    assert resumed.losses == whole.losses
+    assert resumed.model.config.shared_heads == whole.model.config.shared_heads
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_parts_of_a_run_can_be_given_as_objects(options: list[str], dense, tokenizer, tmp_path: Path) -> None:
+    blocks = torch.randint(3, 22, (8, 16))
+    recipe = load_recipe(None, [*options, "--model.path=nowhere", "--training.distillation_weight=0.5"])
+    start = {name: p.clone() for name, p in dense.named_parameters()}
+    teacher = AutoModelForCausalLM.from_pretrained(options[0].partition("=")[2])
+    result = train(recipe, model=dense, tokenizer=tokenizer, train_blocks=blocks, teacher=teacher)
+    assert result.model is dense
+    assert any(not torch.equal(start[name], p) for name, p in dense.named_parameters())
+    assert all(torch.equal(start[name], p) for name, p in teacher.named_parameters())
+    assert load_file(tmp_path / "out" / "model" / "model.safetensors")
+
+
+def test_held_out_loss_is_logged_where_the_recipe_asks_for_it(options: list[str]) -> None:
+    extra = "--training.extra={'disable_tqdm': true, 'eval_strategy': 'steps', 'eval_steps': 3}"
+    history = train(load_recipe(None, [*options, extra])).log_history
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--model.path=/nowhere/at/all", "model.path '/nowhere/at/all' can't be loaded: .*no '/nowhere/at/all'"),
+        ("--data.files=[/nowhere.txt]", "no such text file or directory: /nowhere.txt"),
+        ("--training.per_device_train_batch_size=500", r"fills \d+ sequences of 16 tokens, fewer than the 500"),
+        ("--training.extra={'learning_rat': 1}", "TrainingArguments has no argument 'learning_rat'"),
+        ("--training.extra={'learning_rate': 1}", "extra must not set learning_rate: set training.learning_rate"),
+        ("--training.extra={'bf16': true}", "extra must not set bf16: set training.precision"),
+        ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
+        ("--conversion={'shared_heads': 3, 'active_heads': 2}", "active_heads must be between 0 and .* = 1, got 2"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_training(
+    options: list[str], tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train(load_recipe(None, [*options, override]))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_at_once(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "out"
+    with pytest.raises(ValueError, match=rf"training\.output_dir {target} can't be written: Not a directory"):
+        train(load_recipe(None, [*options, "--model.path=/nowhere/at/all", f"--training.output_dir={target}"]))
+
+
+def test_checking_a_directory_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", name="output")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        with replacing_directory(target) as scratch:
+            (scratch / "file").write_text(text)
+        assert (target / "file").read_text() == text
+    with pytest.raises(KeyboardInterrupt), replacing_directory(target) as scratch:
+        (scratch / "file").write_text("third")
+        raise KeyboardInterrupt
+    assert (target / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("bf16_seconds", "choice"), [(0.5, "bf16"), (0.95, "fp32"), (10.0, "fp32")])
+def test_bf16_is_chosen_on_a_cpu_only_where_it_is_measured_to_be_faster(monkeypatch, bf16_seconds, choice) -> None:
+    monkeypatch.setattr(precision, "_seconds", {torch.bfloat16: bf16_seconds, torch.float32: 1.0}.__getitem__)
+    assert choose_precision(torch.device("cpu")) == choice
+
+
+def test_precision_is_measured_within_a_second() -> None:
+    assert 0 < precision._seconds(torch.bfloat16) < 1
