@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from argparse import Namespace
 from pathlib import Path
@@ -73,7 +74,8 @@ def run_eval(arguments: Namespace) -> None:
         load_causal_lm(arguments.model), _blocks(texts, tokenizer, arguments.seq_len, arguments.max_tokens)
     )
     if arguments.json:
-        print(json.dumps({"perplexity": result.perplexity, "loss": result.loss, "stderr": result.stderr,
+        stderr = None if math.isnan(result.stderr) else result.stderr  # a single block; JSON has no NaN
+        print(json.dumps({"perplexity": result.perplexity, "loss": result.loss, "stderr": stderr,
                           "tokens": result.tokens}))  # fmt: skip
     else:
         print(
@@ -97,6 +99,8 @@ def run_generate(arguments: Namespace) -> None:
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
     )
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
     model.generate(
         **inputs, max_new_tokens=arguments.max_new_tokens, streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
@@ -112,7 +116,7 @@ def run_inspect(arguments: Namespace) -> None:
     out = Path(arguments.out)
     check_writable(out, name="--out")
     tokenizer = load_tokenizer(arguments.model)
-    blocks = _blocks(_corpus(arguments).heldout, tokenizer, 512, arguments.max_tokens)
+    blocks = _blocks(_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens)
     load = head_load(load_causal_lm(arguments.model), blocks)
     out.mkdir(parents=True, exist_ok=True)
     load.save_csv(out / "head_load.csv")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command != "train":  # train hands the rest to the recipe's parser
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
+    if not sys.stderr.isatty():  # no progress bars in log files; transformers and its hub client read it on import
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         arguments.run(arguments)
@@ -102,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", help="directory or hub name of a MoH model")
     inspect.add_argument("--out", required=True, help="directory for head_load.csv, .png and .svg")
     _text(inspect)
+    inspect.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
     inspect.add_argument("--max-tokens", type=int, default=8_192, help="at most so many tokens (default: %(default)s)")
 
     command("info", "Versions, devices, and which attention backends work here.")

@@ -37,7 +37,7 @@ def layer_costs(
     def watch(index: int) -> list[Any]:
         def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
-                orders[index] = routers[index].order(args[0]).flatten(0, -2)  # [T, H]
+                orders[index] = routers[index].order(args[0].float()).flatten(0, -2)  # [T, H]
 
         def see_heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             z = args[0]
@@ -62,12 +62,15 @@ def layer_costs(
     model.eval()
     model.requires_grad_(False)  # only the heads' gradients are wanted
     try:
-        for batch in batches:
-            embedded = model.get_input_embeddings()(batch).requires_grad_()  # type: ignore[operator]
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
-            loss.backward()
-            tokens += batch.numel()
+        with torch.enable_grad():  # the caller may have gradients off
+            for batch in batches:
+                embedded = model.get_input_embeddings()(batch).requires_grad_()  # type: ignore[operator]
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+                )
+                loss.backward()
+                tokens += batch.numel()
     finally:
         for handle in handles:
             handle.remove()

@@ -49,7 +49,9 @@ class Calibrator:
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
             routers.append(
-                _linear_router(config, fit) if layer.router == "linear" else _two_stage_router(config, layer_sums)
+                _linear_router(config, fit, self._dense.device)
+                if layer.router == "linear"
+                else _two_stage_router(config, layer_sums)
             )
         return routers
 
@@ -66,7 +68,7 @@ class Calibrator:
         for router, fit, heads in zip(routers, self._fits, budget, strict=True):
             shared = fit.strongest(min(router.config.num_shared, heads))
             config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
-            reallocated.append(_linear_router(config, fit))
+            reallocated.append(_linear_router(config, fit, self._dense.device))
         return reallocated
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
@@ -83,8 +85,9 @@ class Calibrator:
         yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
 
 
-def _linear_router(config: MoHConfig, fit: ContributionFit) -> LinearRouter:
-    router = LinearRouter(config, fit.weight.shape[1])
+def _linear_router(config: MoHConfig, fit: ContributionFit, device: torch.device) -> LinearRouter:
+    """The fitted router in float32, where the dense model is."""
+    router = LinearRouter(config, fit.weight.shape[1], device=device, dtype=torch.float32)
     with torch.no_grad():
         router.contribution.weight.copy_(fit.weight)
         router.contribution.bias.copy_(fit.bias)

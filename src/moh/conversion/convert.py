@@ -79,7 +79,7 @@ def convert(
     dense = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_causal_lm(model_or_path)
     fields = moh_config_fields(dense.config, router)
     layers = _requested_layers(dense.config, shared_heads, active_heads, router)
-    _check(router, allocation, refit_output, shared_heads, calibration)
+    _check(router, allocation, refit_output, shared_heads, calibration, batch_size)
     calibrator = None
     if calibration is not None and router != "query_norm":
         if tokenizer is None and not given:
@@ -124,8 +124,15 @@ def _requested_layers(
 
 
 def _check(
-    router: str, allocation: str, refit_output: bool, shared_heads: int | Sequence[int], calibration: object
+    router: str,
+    allocation: str,
+    refit_output: bool,
+    shared_heads: int | Sequence[int],
+    calibration: object,
+    batch_size: int,
 ) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
     if router != "linear" and (allocation != "even" or refit_output):

@@ -106,7 +106,7 @@ def collect_outputs(
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         z = taps.z.float()  # [T, H*D]
-        gates = routers[index](taps.x[None]).gates[0].float()  # [T, H]
+        gates = routers[index](taps.x[None].float()).gates[0].float()  # [T, H]
         g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
         sums[index].gg += (g.T @ g).double().cpu()
         sums[index].gz += (g.T @ z).double().cpu()

@@ -36,7 +36,7 @@ def calibration_blocks(
     if isinstance(calibration, str) or len(calibration) == 0:
         raise ValueError("calibration must be a non-empty list of texts, a list of token id lists, or ids [n, N]")
     if isinstance(calibration, Tensor):
-        if calibration.dim() != 2 or calibration.is_floating_point():
+        if calibration.dim() != 2 or calibration.shape[1] == 0 or calibration.is_floating_point():
             raise ValueError(
                 f"calibration must be integer token ids [n, N], got {calibration.dtype} {tuple(calibration.shape)}"
             )

@@ -85,6 +85,10 @@ class DemoSettings:
         for name in ("steps", "batch_size", "calibration_tokens", "heldout_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len must be at least 2, got {self.seq_len}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight must be between 0 and 1, got {self.distillation_weight}")
 
 
 def run_demo(settings: DemoSettings) -> DemoReport:
@@ -182,7 +186,7 @@ class _Demo:
             text=corpus.name if not s.files else ", ".join(s.files),
             licence=corpus.licence,
             heldout_tokens=dense_result.tokens,
-            calibration_tokens=min(s.calibration_tokens // s.seq_len, len(blocks)) * s.seq_len,
+            calibration_tokens=max(1, min(s.calibration_tokens // s.seq_len, len(blocks))) * s.seq_len,
             tuning_tokens=steps * s.batch_size * s.seq_len,
             steps=steps,
             precision=precision,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,11 +56,15 @@ class HeadLoad:
     def save_csv(self, path: str | Path) -> None:
         """Write `rows()` as CSV, whole or not at all."""
         path = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=["layer", "head", "kind", "load"])
-            writer.writeheader()
-            writer.writerows(self.rows())
-        os.replace(file.name, path)
+        scratch = path.with_name(f".{path.name}.partial")
+        try:
+            with open(scratch, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=["layer", "head", "kind", "load"])
+                writer.writeheader()
+                writer.writerows(self.rows())
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -56,5 +56,8 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write the figure in the format of the path's suffix (.png, .svg), whole or not at all."""
     path = Path(path)
     scratch = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(scratch, dpi=150)
-    os.replace(scratch, path)
+    try:
+        figure.savefig(scratch, dpi=150)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

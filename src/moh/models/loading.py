@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -21,10 +22,13 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype | str = "auto", **kwa
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: `path` looks like a local path but nothing is there.
+        ValueError: `path` looks like a local path but nothing is there, or its weights are damaged.
     """
     source, gguf = _source(path)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"model {str(path)!r} has weights that can't be read: {error}") from None
     if gguf:
         # The tensors are dequantised: from here on it is a plain model, which may be saved.
         model.hf_quantizer = None

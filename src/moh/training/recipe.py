@@ -164,7 +164,10 @@ def recipe_parser(prog: str | None = None) -> ArgumentParser:
     """The parser of recipes: `--config FILE` and one option for every field, such as `--training.max_steps 10`."""
     jsonargparse = require("jsonargparse", extra="llm")
     parser: ArgumentParser = jsonargparse.ArgumentParser(
-        prog=prog, exit_on_error=False, description="Options override the recipe in the YAML file."
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Options override the recipe in the YAML file.",
     )
     parser.add_argument("--config", action="config", help="YAML file with a recipe; may be given more than once")
     parser.add_class_arguments(Recipe)
