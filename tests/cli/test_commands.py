@@ -1,0 +1,171 @@
+"""Promise: each command does on the command line what its function does, and says where the result is."""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moh as package
+from moh.attention import backends
+from moh.evaluation import perplexity
+from moh.models.llama import MoHLlamaForCausalLM
+from moh.training import corpus_from_files, pack_tokens, read_texts
+
+COMMANDS = ["demo", "convert", "train", "eval", "generate", "inspect", "info"]
+
+
+def test_info_tells_versions_and_every_attention_backend(moh) -> None:
+    result = moh("info")
+    assert result.code == 0
+    assert result.out[0].startswith(f"moh {package.__version__}, Python ")
+    for name in ("torch", "transformers"):
+        assert f"  {name:13s} {version(name)}" in result.out
+    for backend in backends():
+        assert any(line.split()[:1] == [backend.name] and "work" in line for line in result.out)
+
+
+def test_convert_writes_a_model_and_its_tokenizer(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model"
+    result = moh(
+        "convert", base_dir, out, "--shared-heads", 1, "--active-heads", 2, "--files", text_file,
+        "--calibration-tokens", 1024, "--allocation", "sensitivity", "--refit-output",
+    )  # fmt: skip
+    assert result.code == 0
+    assert result.out == [f"{out}: MoH model, each token uses 75 % of the heads"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(model, MoHLlamaForCausalLM)
+    assert model.config.router == "linear" and model.config.share == 3 / 4
+    assert AutoTokenizer.from_pretrained(out)("the head").input_ids == [3, 5]
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_convert_the_papers_way_needs_no_text(moh, base_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("moh.training.load_corpus", None)
+    heads = ["--shared-heads", 2, "--active-heads", 0, "--router", "query_norm"]
+    result = moh("convert", base_dir, tmp_path / "model", *heads)
+    assert result.code == 0 and "50 %" in result.out[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "MoH"])
+def test_eval_measures_the_held_out_text(moh, base_dir: Path, moh_dir: Path, text_file: Path, kind) -> None:
+    path = base_dir if kind == "dense" else moh_dir
+    options = ["--files", text_file, "--seq-len", 32, "--max-tokens", 96]
+    result = moh("eval", path, *options, "--json")
+    blocks = pack_tokens(corpus_from_files([text_file]).heldout, AutoTokenizer.from_pretrained(base_dir), seq_len=32)[
+        :3
+    ]
+    expected = perplexity(AutoModelForCausalLM.from_pretrained(path), blocks)
+    assert result.code == 0 and len(result.out) == 1
+    read = json.loads(result.out[0])
+    assert read == {
+        "perplexity": pytest.approx(expected.perplexity),
+        "loss": pytest.approx(expected.loss),
+        "stderr": pytest.approx(expected.stderr),
+        "tokens": 3 * 31,
+    }
+    result = moh("eval", path, *options)
+    assert result.out[0].startswith(f"perplexity {expected.perplexity:.3f} (loss {expected.loss:.4f} ")
+
+
+def test_eval_of_all_text_reads_the_whole_file(moh, base_dir: Path, text_file: Path) -> None:
+    result = moh("eval", base_dir, "--files", text_file, "--all-text", "--seq-len", 32, "--json")
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    assert json.loads(result.out[0])["tokens"] == len(pack_tokens(read_texts([text_file]), tokenizer, seq_len=32)) * 31
+
+
+def test_eval_of_a_single_block_is_still_json(moh, base_dir: Path, text_file: Path) -> None:
+    result = moh("eval", base_dir, "--files", text_file, "--seq-len", 32, "--max-tokens", 32, "--json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert result.code == 0
+    assert json.loads(result.out[0], parse_constant=refuse)["stderr"] is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "MoH"])
+def test_generate_prints_what_the_model_generates(moh, base_dir: Path, moh_dir: Path, kind) -> None:
+    path = base_dir if kind == "dense" else moh_dir
+    result = moh("generate", path, "the head sees", "--max-new-tokens", 8)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(path)("the head sees").input_ids])
+    model = AutoModelForCausalLM.from_pretrained(path)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0]
+    expected = AutoTokenizer.from_pretrained(path).decode(written, skip_special_tokens=True)
+    assert result.code == 0
+    assert " ".join(result.out).split() == expected.split()
+    assert len(expected.split()) > 3
+
+
+def test_sampling_is_repeatable_by_its_seed(moh, base_dir: Path) -> None:
+    runs = [
+        moh("generate", base_dir, "the head", "--max-new-tokens", 12, "--temperature", 5, "--seed", seed).out
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_inspect_writes_a_table_and_two_pictures(moh, moh_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "load"
+    result = moh("inspect", moh_dir, "--out", out, "--files", text_file, "--seq-len", 32)
+    assert result.code == 0, result.err
+    assert {path.name for path in out.iterdir()} == {"head_load.csv", "head_load.png", "head_load.svg"}
+    with open(out / "head_load.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4 and sum(float(row["load"]) for row in rows) == pytest.approx(2 * 2)
+    assert [line.split(":")[0].split() for line in result.out[:2]] == [["layer", "0"], ["layer", "1"]]
+    assert all("50 % of the heads used" in line for line in result.out[:2])
+    assert result.out[2].startswith(f"{out}: head_load.csv")
+
+
+def test_train_follows_a_recipe_and_its_overrides(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+        model: {{path: {base_dir}}}
+        conversion: {{shared_heads: 1, active_heads: 1, calibration_tokens: 256}}
+        data: {{files: ['{text_file}'], seq_len: 16}}
+        training: {{output_dir: {tmp_path / "out"}, max_steps: 9, per_device_train_batch_size: 2, precision: fp32}}
+        """
+    )
+    result = moh("train", recipe, "--training.max_steps", 2)
+    assert result.code == 0, result.err
+    assert result.out[-1].startswith(f"{tmp_path / 'out' / 'model'}: step 2, loss ")
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model"), MoHLlamaForCausalLM)
+
+
+def test_demo_hands_its_options_on(moh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_file: Path) -> None:
+    given = []
+    monkeypatch.setattr("moh.demo.run_demo", given.append)
+    result = moh("demo", "--output-dir", tmp_path, "--files", text_file, "--steps", 3, "--full", "--minutes", 1.5)
+    assert result.code == 0, result.err
+    (settings,) = given
+    assert settings.output_dir == str(tmp_path) and settings.files == (str(text_file),)
+    assert (settings.steps, settings.full, settings.minutes, settings.base) == (3, True, 1.5, None)
+
+
+def test_the_demos_defaults_are_those_of_its_settings(moh, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moh.demo import DemoSettings
+
+    given = []
+    monkeypatch.setattr("moh.demo.run_demo", given.append)
+    assert moh("demo").code == 0
+    assert given == [DemoSettings()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(moh, command) -> None:
+    result = moh(command, "--help")
+    assert result.code == 0 and not result.err
+    assert result.out[0].startswith(f"usage: moh {command}")
+
+
+def test_the_overview_names_every_command(moh) -> None:
+    result = moh("--help")
+    first_words = [line.split()[0] for line in result.out if line.startswith("    ")]
+    assert result.code == 0 and set(COMMANDS) <= set(first_words)

@@ -1,0 +1,170 @@
+"""Promise: bad input ends with exit code 2 and one line that names what is wrong and where."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADS = ["--shared-heads", 1, "--active-heads", 1]
+
+
+def assert_one_line(result, command: str, message: str) -> None:
+    assert result.code == 2
+    assert len(result.err) == 1, result.err
+    assert result.err[0].startswith(f"moh {command}: ")
+    assert re.search(message, result.err[0])
+
+
+@pytest.fixture
+def in_the_way(tmp_path: Path) -> Path:
+    """A path that can't be written, even by root: it lies below a file."""
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path / "file" / "out"
+
+
+@pytest.fixture
+def latin1(tmp_path: Path) -> Path:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("na\u00efve".encode("latin-1"))
+    return file
+
+
+def test_a_missing_model_is_named(moh, text_file: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    message = f"there is no '{re.escape(str(nowhere))}'"
+    text = ["--files", text_file]
+    assert_one_line(moh("eval", nowhere, *text), "eval", message)
+    assert_one_line(moh("generate", nowhere, "the"), "generate", message)
+    assert_one_line(moh("convert", nowhere, tmp_path / "out", *HEADS, *text), "convert", message)
+    assert_one_line(moh("inspect", nowhere, "--out", tmp_path / "out", *text), "inspect", message)
+    assert_one_line(moh("eval", f"{nowhere}.gguf", *text), "eval", r"existing \.gguf file, got .*nowhere\.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_is_named_not_traced(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    for file in base_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = moh("eval", tmp_path, "--files", text_file, "--seq-len", 16)
+    assert_one_line(result, "eval", re.escape(str(tmp_path)))
+
+
+def test_text_that_is_not_utf8_names_the_file_and_the_byte(moh, base_dir: Path, latin1: Path, tmp_path: Path) -> None:
+    message = f"{re.escape(str(latin1))} is not UTF-8 text: byte 0xef at offset 2"
+    assert_one_line(moh("eval", base_dir, "--files", latin1), "eval", message)
+    assert_one_line(moh("convert", base_dir, tmp_path / "out", *HEADS, "--files", latin1), "convert", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_text_is_named(moh, base_dir: Path) -> None:
+    message = r"no such text file or directory: /nowhere\.txt"
+    assert_one_line(moh("eval", base_dir, "--files", "/nowhere.txt"), "eval", message)
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_runs(moh, in_the_way: Path, text_file: Path) -> None:
+    message = f"{re.escape(str(in_the_way))} can't be written: Not a directory"
+    text = ["--files", text_file]
+    assert_one_line(moh("convert", "/nowhere/at/all", in_the_way, *HEADS, *text), "convert", message)
+    assert_one_line(moh("inspect", "/nowhere/at/all", "--out", in_the_way, *text), "inspect", message)
+    assert_one_line(moh("demo", "--base", "/nowhere/at/all", "--output-dir", in_the_way, *text), "demo", message)
+
+
+@pytest.mark.parametrize(
+    ("shared", "active", "message"),
+    [
+        (3, 2, "active_heads must be between 0 and .* = 1, got 2"),
+        (5, 0, "shared_heads must be between 0 and num_heads = 4, got 5"),
+        (0, 0, "active_heads must be at least 1"),
+    ],
+)
+def test_heads_that_do_not_add_up_are_told(moh, base_dir: Path, text_file, tmp_path, shared, active, message) -> None:
+    heads = ["--shared-heads", shared, "--active-heads", active]
+    result = moh("convert", base_dir, tmp_path / "out", *heads, "--files", text_file)
+    assert_one_line(result, "convert", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspecting_a_dense_model_tells_why_not(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    result = moh("inspect", base_dir, "--out", tmp_path / "out", "--files", text_file, "--seq-len", 16)
+    assert_one_line(result, "inspect", "model has no MoH layers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval", "--all-text"], "--all-text needs --files"),
+        (["eval", "--seq-len", 1], "--seq-len must be at least 2"),
+        (["eval", "--seq-len", 64, "--max-tokens", 63], "--max-tokens at least --seq-len, got 64, 63"),
+        (["generate", "the", "--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
+        (["generate", "the", "--temperature", -1], "--temperature at least 0"),
+        (["generate", ""], "prompt"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_an_option_out_of_range_is_told(moh, base_dir: Path, text_file: Path, argv, message) -> None:
+    command, *rest = argv
+    files = ["--files", text_file] if command == "eval" and "--all-text" not in rest else []
+    assert_one_line(moh(command, base_dir, *rest, *files), command, message)
+
+
+@pytest.mark.parametrize("content", [None, "model: {path: /nowhere/at/all}\ntraining: {max_step: 3}", "a: [b"])
+def test_a_recipe_that_cannot_be_read_is_named(moh, tmp_path: Path, content) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    assert_one_line(moh("train", recipe), "train", "recipe.yaml")
+
+
+def test_a_recipe_with_an_unknown_override_tells_it(moh, tmp_path: Path, base_dir: Path, text_file: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{path: {base_dir}}}\ntraining: {{output_dir: {tmp_path / 'out'}, max_steps: 1}}\n")
+    assert_one_line(moh("train", recipe, "--training.max_step=3"), "train", "max_step")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["eval", "x", "--seqlen", "3"],
+        ["info", "--json"],
+        ["convert", "x", "y"],
+        ["convert", "x", "y", "--shared-heads", "some", "--active-heads", "1"],
+        ["generate", "x", "y", "--max-new", "3"],
+        ["fly"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_what_the_parser_does_not_know_ends_with_code_2(moh, argv) -> None:
+    result = moh(*argv)
+    assert result.code == 2 and not result.out
+    assert result.err[0].startswith("usage: moh") and "error: " in result.err[-1]
+
+
+def test_debug_shows_the_traceback(moh, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no"):
+        moh("--debug", "generate", tmp_path / "nowhere", "the")
+
+
+def test_an_interrupted_command_ends_like_a_shell_expects(moh, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moh.demo.run_demo", interrupt)
+    result = moh("demo")
+    assert result.code == 130 and result.err == ["moh demo: interrupted"]
+
+
+def test_a_process_of_its_own_prints_one_line_even_after_a_model_was_loaded(base_dir: Path) -> None:
+    argv = [sys.executable, "-m", "moh", "generate", str(base_dir), ""]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == ["moh generate: prompt must hold at least one token, got ''"]

@@ -1,0 +1,74 @@
+"""What all tests share: one thread, a fixed seed, no network, few but always the same examples, a tiny model and text.
+
+`HYPOTHESIS_PROFILE=thorough` tries many more, new ones on each run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default",
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+torch.set_num_threads(1)
+
+WORDS = "the a head token gate router layer value key query sees skips picks weighs reads and or not of in".split()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_every_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a two-layer Llama with four heads, two of keys and values, and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", ".", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 paragraphs of random sentences of the tokenizer's words."""
+    generator = torch.Generator().manual_seed(0)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    indices = torch.randint(len(WORDS), (60, 4, 8), generator=generator).tolist()
+    paragraphs = [" ".join(" ".join(WORDS[i] for i in sentence) + " ." for sentence in part) for part in indices]
+    file.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return file

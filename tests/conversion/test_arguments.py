@@ -1,0 +1,139 @@
+"""Promise: calibration may come in any form; what can't be converted is refused with a reason, and nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from moh import convert
+
+HEADS = dict(shared_heads=1, active_heads=1)
+
+
+def states_equal(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def texts(text_file: Path) -> list[str]:
+    return text_file.read_text(encoding="utf-8").split("\n\n")
+
+
+@pytest.mark.parametrize("router", ["linear", "two_stage"])
+def test_texts_id_lists_and_tensors_give_the_same_model(base_dir: Path, texts, router) -> None:
+    dense, tokenizer = AutoModelForCausalLM.from_pretrained(base_dir), AutoTokenizer.from_pretrained(base_dir)
+    options = dict(**HEADS, router=router, seq_len=16)
+    ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts]
+    row = torch.tensor([i for text in ids for i in text])
+    blocks = row[: len(row) // 16 * 16].view(-1, 16)
+    expected = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
+    assert states_equal(convert(dense, calibration=ids, **options), expected)
+    assert states_equal(convert(dense, calibration=blocks, **options), expected)
+    assert states_equal(convert(dense, calibration=blocks.int(), **options), expected)
+    assert states_equal(convert(base_dir, calibration=texts, **options), expected)  # finds the tokenizer itself
+    assert not states_equal(convert(dense, calibration=blocks[:5], **options), expected)
+
+
+def test_calibration_tokens_bound_what_is_looked_at(make_dense, tokens) -> None:
+    dense = make_dense()
+    few = convert(dense, calibration=tokens, calibration_tokens=3 * 16, **HEADS)
+    assert states_equal(few, convert(dense, calibration=tokens[torch.linspace(0, 23, 3).long()], **HEADS))
+
+
+def test_the_query_norm_router_does_not_look_at_calibration(make_dense, tokens) -> None:
+    options = dict(**HEADS, router="query_norm")
+    assert states_equal(convert(make_dense(), calibration=tokens, **options), convert(make_dense(), **options))
+
+
+def test_the_number_of_blocks_per_pass_does_not_matter(make_dense, tokens) -> None:
+    one, all_at_once = (
+        convert(make_dense(), calibration=tokens, batch_size=n, **HEADS).model.layers[1].self_attn.router.contribution
+        for n in (1, 24)
+    )
+    assert torch.allclose(one.weight, all_at_once.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(calibration=None), "calibration must be given for router='linear'"),
+        (dict(router="two_stage", calibration=None), "calibration must be given for router='two_stage'"),
+        (dict(router="best"), "router must be one of .*'best'"),
+        (dict(shared_heads=2, active_heads=3), "active_heads must be between 0 and .* = 2, got 3"),
+        (dict(shared_heads=5), "shared_heads must be between 0 and num_heads = 4, got 5"),
+        (dict(shared_heads=[0, 7]), r"shared_heads must hold indices between 0 and .* = 3, got \[0, 7\]"),
+        (dict(active_heads=[1, 1, 1]), r"active_heads must be .* one entry per layer \(2\), got 3 entries"),
+        (dict(active_heads=[1, 9]), "active_heads must be between 0 and .* = 3, got 9"),
+        (dict(allocation="random"), "allocation must be one of 'even', 'sensitivity', got 'random'"),
+        (dict(router="two_stage", allocation="sensitivity"), "need router='linear', got router='two_stage'"),
+        (dict(router="query_norm", calibration=None, refit_output=True), "need router='linear', got router='query_norm'"),
+        (dict(shared_heads=[0], allocation="sensitivity"), "shared_heads must be a number for allocation='sensitivity'"),
+        (dict(calibration=["a text"]), "tokenizer must be given when calibration is texts"),
+        (dict(calibration="a text"), "calibration must be a non-empty list of texts"),
+        (dict(calibration=[]), "calibration must be a non-empty list of texts"),
+        (dict(calibration=[[1]]), "calibration must hold at least 2 tokens, got 1"),
+        (dict(calibration=[[1, 64]]), "token ids from 0 to 63, got 1 to 64: does the tokenizer belong to the model?"),
+        (dict(calibration=[[-1, 3]]), "token ids from 0 to 63, got -1 to 3"),
+        (dict(calibration=torch.rand(2, 4)), r"integer token ids \[n, N\], got torch.float32 \(2, 4\)"),
+        (dict(calibration=torch.arange(4)), r"integer token ids \[n, N\], got torch.int64 \(4,\)"),
+        (dict(calibration=torch.ones(3, 0, dtype=torch.long)), r"integer token ids \[n, N\], got torch.int64 \(3, 0\)"),
+        (dict(seq_len=1), "seq_len at least 2, got 12288, 1"),
+        (dict(calibration_tokens=0), "calibration_tokens must be at least 1 .*, got 0, 512"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(router_aux_loss_coef=-0.1), "router_aux_loss_coef must be at least 0, got -0.1"),
+    ],
+)  # fmt: skip
+def test_an_argument_out_of_range_is_refused_and_nothing_changes(make_dense, tokens, options, message) -> None:
+    dense = make_dense().train()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    settings = dense.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        convert(dense, **dict(**HEADS, calibration=tokens) | options)
+    assert dense.training and dense.config.to_dict() == settings
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in dense.parameters())
+
+
+def test_a_family_that_is_not_supported_is_named_with_those_that_are() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"model must be of a type among llama, mistral, qwen2.*, got 'gpt2'"):
+        convert(gpt2, router="query_norm", **HEADS)
+
+
+def test_a_model_that_normalises_its_queries_is_pointed_to_the_contribution_router(make_dense) -> None:
+    with pytest.raises(ValueError, match=r"query_norm.*'qwen3'.*normalises its queries.*router='linear'"):
+        convert(make_dense("Qwen3"), router="query_norm", **HEADS)
+
+
+def test_a_moh_model_is_not_converted_again(make_dense) -> None:
+    model = convert(make_dense(), router="query_norm", **HEADS)
+    with pytest.raises(ValueError, match="model is a MoH model already"):
+        convert(model, router="query_norm", **HEADS)
+
+
+def test_layers_with_and_without_a_window_are_not_mixed(make_dense) -> None:
+    mixed = make_dense("Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    with pytest.raises(ValueError, match=r"mixes layers with and without an attention window \(1 of 2 have one\)"):
+        convert(mixed, router="query_norm", **HEADS)
+
+
+@pytest.mark.parametrize("first_window_layer", [0, 2], ids=["all_layers", "no_layer"])
+@torch.no_grad()
+def test_a_window_of_all_layers_or_of_none_is_kept(make_dense, tokens, first_window_layer) -> None:
+    options = dict(use_sliding_window=True, sliding_window=5, max_window_layers=first_window_layer)
+    dense = make_dense("Qwen2", **options)
+    model = convert(dense, router="query_norm", shared_heads=1, active_heads=3)
+    assert model.config.sliding_window == (5 if first_window_layer == 0 else None)
+    expected = dense(tokens[:2]).logits
+    assert (model(tokens[:2]).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_path_where_nothing_is_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*nothing"):
+        convert(tmp_path / "nothing", router="query_norm", **HEADS)
+    with pytest.raises(ValueError, match=r"existing .gguf file, got .*nothing\.gguf"):
+        convert(tmp_path / "nothing.gguf", router="query_norm", **HEADS)

@@ -1,0 +1,127 @@
+"""Promise: the conversion's closed forms are the least-squares solutions that they are said to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moh import convert
+from moh.conversion.fit import OUTPUT_RIDGE, ROUTER_RIDGE, fit_contributions, refit_output_projection
+from moh.conversion.statistics import OutputSums, collect_contributions, head_contributions
+
+FAMILIES = ["Llama", "Mistral", "Qwen2"]
+
+
+def contributions_by_definition(z: Tensor, o_proj: Tensor) -> Tensor:
+    """`||H_i W_O^i||` with z `[T, H, D]` and o_proj `[C, H*D]`, head by head."""
+    width = z.shape[-1]
+    columns = [(z[:, i] @ o_proj.double()[:, i * width : (i + 1) * width].T).norm(dim=-1) for i in range(z.shape[1])]
+    return torch.stack(columns, -1)
+
+
+def ridge(a: Tensor, b: Tensor, penalty: float, towards: Tensor | None = None, *, free: int = 0) -> Tensor:
+    """min ||a w - b||^2 + penalty ||w - towards||^2 by `lstsq` on extra rows; the last `free` unknowns not penalised."""
+    unknowns = a.shape[1]
+    rows = penalty**0.5 * torch.eye(unknowns, dtype=torch.float64)[: unknowns - free]
+    wanted = rows @ towards if towards is not None else torch.zeros(len(rows), b.shape[1], dtype=torch.float64)
+    return torch.linalg.lstsq(torch.cat([a, rows]), torch.cat([b, wanted])).solution
+
+
+def test_head_contributions_are_the_norms_of_each_heads_part_of_the_output() -> None:
+    z, o_proj = torch.randn(7, 3, 5), torch.randn(11, 15)
+    expected = contributions_by_definition(z.double(), o_proj)
+    got = head_contributions(z.flatten(1), o_proj, 3)
+    assert got.shape == (7, 3)
+    assert torch.allclose(got.double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_contribution_router_is_the_least_squares_fit(make_dense, tokens, watch, family) -> None:
+    dense = make_dense(family)
+    model = convert(dense, shared_heads=1, active_heads=1, calibration=tokens, batch_size=5)
+    for layer, converted, seen in zip(dense.model.layers, model.model.layers, watch(dense, tokens), strict=True):
+        c = contributions_by_definition(seen.z, layer.self_attn.o_proj.weight)
+        x = torch.cat([seen.x, torch.ones(len(seen.x), 1, dtype=torch.float64)], -1)
+        w = ridge(x, c, ROUTER_RIDGE * float(seen.x.square().sum(0).mean()), free=1)  # [C + 1, H]
+        router = converted.self_attn.router.contribution
+        assert torch.allclose(router.weight.double(), w[:-1].T, atol=1e-4 * float(w.abs().max()))
+        assert torch.allclose(router.bias.double(), w[-1], atol=1e-4 * float(w.abs().max()))
+
+
+@torch.no_grad()
+def test_the_fit_reports_means_and_explained_variance(make_dense, tokens, watch) -> None:
+    dense = make_dense()
+    attentions = [layer.self_attn for layer in dense.model.layers]
+    sums = collect_contributions(dense.model, attentions, iter(tokens.split(7)), 4)
+    for layer, layer_sums, seen in zip(attentions, sums, watch(dense, tokens), strict=True):
+        fit = fit_contributions(layer_sums)
+        c = contributions_by_definition(seen.z, layer.o_proj.weight)
+        left = (c - seen.x @ fit.weight.T - fit.bias).square().sum(0)
+        r2 = 1 - left / (c - c.mean(0)).square().sum(0)
+        assert layer_sums.tokens == tokens.numel()
+        assert torch.allclose(fit.mean, c.mean(0), rtol=1e-5)
+        assert torch.allclose(fit.r2, r2, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@torch.no_grad()
+def test_a_number_of_shared_heads_means_those_that_contribute_most(make_dense, tokens, watch, count) -> None:
+    dense = make_dense()
+    model = convert(dense, shared_heads=count, active_heads=1, calibration=tokens)
+    expected = [
+        tuple(
+            sorted(contributions_by_definition(s.z, layer.self_attn.o_proj.weight).mean(0).topk(count).indices.tolist())
+        )
+        for layer, s in zip(dense.model.layers, watch(dense, tokens), strict=True)
+    ]
+    assert [c.shared_indices for c in model.config.layer_configs()] == expected
+    assert set(expected) != {tuple(range(count))}  # not just the first heads
+
+
+def test_named_shared_heads_stay_the_named_ones(make_dense, tokens) -> None:
+    model = convert(make_dense(), shared_heads=[3, 0], active_heads=1, calibration=tokens)
+    assert [c.shared_indices for c in model.config.layer_configs()] == [(0, 3)] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_refitted_output_minimises_its_objective(make_dense, tokens, watch, family) -> None:
+    dense = make_dense(family)
+    options = dict(shared_heads=1, active_heads=1, calibration=tokens)
+    plain, refitted = convert(dense, **options), convert(dense, **options, refit_output=True)
+    for index, seen in enumerate(watch(dense, tokens)):
+        gates = plain.model.layers[index].self_attn.router(seen.x.float()[None]).gates[0].double()
+        g, z = (seen.z * gates[..., None]).flatten(1), seen.z.flatten(1)  # [T, HD]
+        w_o = dense.model.layers[index].self_attn.o_proj.weight.double().T
+        penalty = OUTPUT_RIDGE * float(g.square().sum(0).mean())
+        got = refitted.model.layers[index].self_attn.o_proj.weight.double().T
+        expected = ridge(g, z @ w_o, penalty, towards=w_o)
+        assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
+        assert (g @ got - z @ w_o).norm() < 0.95 * (g @ w_o - z @ w_o).norm()  # the point of it
+
+
+def test_any_change_of_the_refitted_weight_raises_the_objective() -> None:
+    gates = (torch.rand(200, 3, 1) < 0.6).double()
+    z = torch.randn(200, 3, 4).double() + 0.5
+    g, z = (z * gates).flatten(1), z.flatten(1)
+    o_proj = torch.randn(5, 12).double()
+    ridge_share = 0.3
+
+    def objective(weight: Tensor) -> Tensor:
+        penalty = ridge_share * g.square().sum(0).mean()
+        return (g @ weight.T - z @ o_proj.T).square().sum() + penalty * (weight - o_proj).square().sum()
+
+    best = refit_output_projection(OutputSums(g.T @ g, g.T @ z), o_proj, ridge=ridge_share)
+    assert best.shape == o_proj.shape and objective(best) < objective(o_proj)
+    for size in (1e-3, 1e-1):
+        for _ in range(10):
+            assert objective(best + size * torch.randn_like(best)) > objective(best)
+
+
+def test_the_refit_changes_nothing_when_every_head_is_kept(make_dense, tokens) -> None:
+    dense = make_dense()
+    model = convert(dense, shared_heads=1, active_heads=3, calibration=tokens, refit_output=True)
+    for before, after in zip(dense.model.layers, model.model.layers, strict=True):
+        assert torch.equal(before.self_attn.o_proj.weight, after.self_attn.o_proj.weight)

@@ -1,0 +1,78 @@
+"""Promises of saving: what `save_pretrained` writes, the Auto classes read back, number by number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM, MoHLlamaModel
+
+KINDS = [
+    pytest.param(dict(router="two_stage"), id="two_stage"),
+    pytest.param(dict(router="query_norm"), id="query_norm"),
+    pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
+    pytest.param(dict(tie_word_embeddings=True), id="tied-embeddings"),
+    pytest.param(dict(attention_bias=True, attention_out_bias=False, sliding_window=5), id="qwen2-and-mistral"),
+]
+
+
+@pytest.mark.parametrize("max_shard_size", [pytest.param("5GB", id="one-file"), pytest.param("20KB", id="sharded")])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_saved_model_is_loaded_by_the_auto_classes(tiny_model, tokens, tmp_path, kind, max_shard_size):
+    model = tiny_model(**kind)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_size == "20KB")
+    assert not list(tmp_path.glob("*.bin"))
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is MoHLlamaForCausalLM
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is MoHLlamaConfig
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is MoHLlamaModel
+    assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
+def test_tensor_names_are_those_of_llama_and_the_router(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+    routers = {f"model.layers.{i}.self_attn.router.{part}.weight" for i in range(2) for part in ("routed", "stage")}
+    assert names == set(llama.state_dict()) | routers  # one head is shared, so there is no W_s
+
+
+def test_loading_in_bfloat16_keeps_the_routers_working(tiny_model, tokens, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(tokens).logits.isfinite().all()
+
+
+def test_config_names_the_model_type(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "moh_llama"
+    assert saved["architectures"] == ["MoHLlamaForCausalLM"]
+    assert (saved["router"], saved["shared_heads"], saved["active_heads"]) == ("two_stage", 1, 2)
+
+
+@torch.no_grad()
+def test_resized_embeddings_keep_the_old_tokens(tiny_model, tokens, tmp_path):
+    model = tiny_model()
+    before = model(tokens).logits
+    model.resize_token_embeddings(70, mean_resizing=False)
+    after = model(tokens).logits
+    assert after.shape == (2, 12, 70)
+    assert torch.equal(after[..., :64], before)
+    assert model(torch.full((1, 3), 69)).logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, after)

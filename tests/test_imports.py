@@ -1,0 +1,133 @@
+"""Promises of `import moh`: it loads no extra, and the Auto classes know our models whichever package comes first."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from moh._extras import require
+from moh._import_hooks import when_imported
+
+TINY = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="the llm extra is not installed"
+)
+
+
+def in_new_interpreter(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+MODEL_LOADS = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+tiny = json.loads(sys.argv[1])
+config = AutoConfig.for_model("moh_llama", **tiny)
+model = AutoModelForCausalLM.from_config(config)
+assert type(config).__name__ == "MoHLlamaConfig", type(config)
+assert type(model).__name__ == "MoHLlamaForCausalLM", type(model)
+assert type(AutoModel.from_config(config)).__name__ == "MoHLlamaModel"
+model.save_pretrained(sys.argv[2])
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[2])) is type(model)
+"""
+
+
+@needs_transformers
+def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path):
+    code = """
+    import json, sys
+    import moh
+    extras = "transformers huggingface_hub accelerate matplotlib jsonargparse rich peft gguf timm diffusers".split()
+    loaded = [name for name in extras if name in sys.modules]
+    assert not loaded, f"import moh also imported {loaded}"
+    """
+    in_new_interpreter(textwrap.dedent(code) + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("from transformers import AutoConfig, AutoModelForCausalLM", id="auto-classes-loaded"),
+        pytest.param("from transformers import AutoConfig", id="only-the-configurations-loaded"),
+    ],
+)
+def test_transformers_first_is_registered_with_at_once(tmp_path, first):
+    code = f"import json, sys\n{first}\nAutoConfig.for_model('llama')\nimport moh\n"
+    in_new_interpreter(code + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
+
+
+def test_missing_extra_is_named():
+    with pytest.raises(ImportError, match=r"needs not_there_at_all.*pip install 'mixture-of-heads\[llm\]'"):
+        require("not_there_at_all.sub", extra="llm")
+
+
+def test_present_module_is_returned_without_talk_of_extras():
+    assert require("json.decoder", extra="llm") is sys.modules["json.decoder"]
+
+
+def test_broken_package_is_not_mistaken_for_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "moh_test_broken.py").write_text("import moh_test_lost\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="moh_test_lost"):
+        require("moh_test_broken", extra="llm")
+
+
+@pytest.fixture
+def module_on_disk(tmp_path, monkeypatch):
+    name = "moh_test_watched"
+    (tmp_path / f"{name}.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    yield name
+    sys.modules.pop(name, None)
+    sys.meta_path[:] = finders
+
+
+def test_callback_runs_once_after_the_module_is_there(module_on_disk):
+    seen = []
+    when_imported(module_on_disk, lambda: seen.append(sys.modules[module_on_disk].value))
+    assert seen == []
+    importlib.import_module(module_on_disk)
+    importlib.import_module(module_on_disk)
+    assert seen == [1]
+
+
+def test_callback_runs_at_once_for_a_module_already_there(module_on_disk):
+    importlib.import_module(module_on_disk)
+    seen = []
+    when_imported(module_on_disk, lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_two_callbacks_for_one_module_both_run(module_on_disk):
+    seen = []
+    when_imported(module_on_disk, lambda: seen.append("a"))
+    when_imported(module_on_disk, lambda: seen.append("b"))
+    importlib.import_module(module_on_disk)
+    assert sorted(seen) == ["a", "b"]
+
+
+def test_looking_for_a_module_without_importing_it_does_not_use_the_callback_up(module_on_disk):
+    seen = []
+    when_imported(module_on_disk, lambda: seen.append(1))
+    assert importlib.util.find_spec(module_on_disk) is not None
+    importlib.import_module(module_on_disk)
+    assert seen == [1]
+
+
+def test_unknown_attribute_of_the_package_is_an_attribute_error():
+    import moh
+
+    with pytest.raises(AttributeError, match="module 'moh' has no attribute 'nonsense'"):
+        _ = moh.nonsense
