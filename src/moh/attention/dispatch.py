@@ -84,7 +84,7 @@ def moh_attention(
     Args:
         q: queries `[B, H, Nq, D]`.
         k: keys `[B, Hkv, Nk, D]` with `H % Hkv == 0`; query head i reads key/value head `i // (H // Hkv)`.
-        v: values `[B, Hkv, Nk, D]`.
+        v: values `[B, Hkv, Nk, Dv]`, usually Dv = D.
         gates: `[B, Nq, H]`, each head's weight for each token; exactly 0 means inactive, not computed.
         is_causal: query i sees keys 0 to i (aligned at the first query and key, as in
             `torch.nn.functional.scaled_dot_product_attention`); may be combined with `attn_mask`.
@@ -95,7 +95,7 @@ def moh_attention(
         backend: name of a backend, or None for the most preferred that supports the call.
 
     Returns:
-        `[B, Nq, H, D]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive,
+        `[B, Nq, H, Dv]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive,
         token-major so that the output projection reads it without a transpose. Differentiable in q, k, v, gates and
         an additive mask; the gradient of a gate that is 0 is defined as 0, since its head was never computed.
         A query that may see no key gives 0.
@@ -104,7 +104,7 @@ def moh_attention(
         ValueError: a shape, dtype, probability or backend name is not as above, or a named backend can't serve
             the call; the message says which and why.
     """
-    if torch.is_autocast_enabled(q.device.type):  # as autocast treats scaled_dot_product_attention
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as with PyTorch's own function
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, gates = q.to(dtype), k.to(dtype), v.to(dtype), gates.to(dtype)
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask

@@ -85,7 +85,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     """Record the routing of every MoH layer of `model` while the block runs.
 
     The recorded tensors keep their autograd graph, so that `task_loss + 0.01 * routing.balance_loss()` trains the
-    router. A model without MoH layers gives an empty record.
+    router. A model without MoH layers gives an empty record. To compile with `fullgraph=True` *and* use gradient
+    checkpointing, set `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`: the recomputation
+    then does not record again.
 
     Examples:
         >>> with moh.record_routing(model) as routing:  # doctest: +SKIP
