@@ -6,6 +6,7 @@ Here: `moh_llama` (MoH-LLaMA3: Llama's tensor names, query-norm router). Our own
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,29 @@ def load_published(
         ValueError: an unknown model, a key missing from `config`, a file that isn't there, or tensors that are missing,
             left over or of another shape than the configuration says; the message names them.
     """
+    SafetensorError = require("safetensors", extra="llm").SafetensorError
     if "model" not in config:
         raise ValueError("config must have the key 'model'")
     if config["model"] != "moh_llama":
         raise ValueError(f"config['model'] must be 'moh_llama', got {config['model']!r}")
-    state = path_or_state_dict if isinstance(path_or_state_dict, Mapping) else _read(Path(path_or_state_dict))
-    return _llama(dict(state), config, dtype)
+    if isinstance(path_or_state_dict, Mapping):
+        state = {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # training must not change theirs
+    else:
+        path = Path(path_or_state_dict)
+        try:
+            state = _read(path)
+        except (
+            SafetensorError,
+            pickle.UnpicklingError,
+            KeyError,
+            json.JSONDecodeError,
+            RuntimeError,
+            EOFError,
+        ) as error:
+            raise ValueError(
+                f"path_or_state_dict: {path} can't be read as tensors: {' '.join(str(error).split())}"
+            ) from None
+    return _llama(state, config, dtype)
 
 
 def _llama(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from moh.attention.packed import packed_attention
 
+# The body reads counts from the device, which a CUDA graph can't record.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("moh::packed_attention", mutates_args=())
+
+@torch.library.custom_op("moh::packed_attention", mutates_args=(), tags=_TAGS)
 def packed_attention_op(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
@@ -28,7 +31,7 @@ def _(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
-@torch.library.custom_op("moh::packed_attention_backward", mutates_args=())
+@torch.library.custom_op("moh::packed_attention_backward", mutates_args=(), tags=_TAGS)
 def packed_attention_backward_op(
     grad: Tensor,
     q: Tensor,

@@ -28,17 +28,20 @@ def run_demo(arguments: Namespace) -> None:
 
 def run_convert(arguments: Namespace) -> None:
     from moh.conversion import convert
-    from moh.models.loading import load_tokenizer
-    from moh.training.checkpoints import check_writable, replacing_directory
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.training.checkpoints import check_replaceable, replacing_directory
 
-    check_writable(arguments.output, name="output")
+    if Path(arguments.output).resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
+    check_replaceable(arguments.output, name="output")
     calibration = None if arguments.router == "query_norm" else _corpus(arguments).train
     model = convert(
-        arguments.model,
+        load_causal_lm(arguments.model, device=default_device()),
         shared_heads=arguments.shared_heads,
         active_heads=arguments.active_heads,
         router=arguments.router,
         calibration=calibration,
+        tokenizer=load_tokenizer(arguments.model),
         calibration_tokens=arguments.calibration_tokens,
         allocation=arguments.allocation,
         refit_output=arguments.refit_output,
@@ -59,7 +62,7 @@ def run_train(arguments: Namespace) -> None:
 
 def run_eval(arguments: Namespace) -> None:
     from moh.evaluation import perplexity
-    from moh.models.loading import load_causal_lm, load_tokenizer
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     if arguments.all_text:
@@ -71,7 +74,8 @@ def run_eval(arguments: Namespace) -> None:
     else:
         texts = _corpus(arguments).heldout
     result = perplexity(
-        load_causal_lm(arguments.model), _blocks(texts, tokenizer, arguments.seq_len, arguments.max_tokens)
+        load_causal_lm(arguments.model, device=default_device()),
+        _blocks(texts, tokenizer, arguments.seq_len, arguments.max_tokens),
     )
     if arguments.json:
         stderr = None if math.isnan(result.stderr) else result.stderr  # a single block; JSON has no NaN
@@ -88,17 +92,17 @@ def run_generate(arguments: Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from moh.models.loading import load_causal_lm, load_tokenizer
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
     tokenizer = load_tokenizer(arguments.model)
-    model = load_causal_lm(arguments.model)
+    model = load_causal_lm(arguments.model, device=default_device())
     torch.manual_seed(arguments.seed)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
     )
-    inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
     model.generate(
@@ -110,14 +114,14 @@ def run_generate(arguments: Namespace) -> None:
 def run_inspect(arguments: Namespace) -> None:
     from moh.inspection import head_load
     from moh.inspection.plots import plot_head_load, save
-    from moh.models.loading import load_causal_lm, load_tokenizer
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
     from moh.training.checkpoints import check_writable
 
     out = Path(arguments.out)
     check_writable(out, name="--out")
     tokenizer = load_tokenizer(arguments.model)
     blocks = _blocks(_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens)
-    load = head_load(load_causal_lm(arguments.model), blocks)
+    load = head_load(load_causal_lm(arguments.model, device=default_device()), blocks)
     out.mkdir(parents=True, exist_ok=True)
     load.save_csv(out / "head_load.csv")
     for suffix in ("png", "svg"):

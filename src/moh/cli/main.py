@@ -1,6 +1,6 @@
 """Parse the command line, run one command, and turn what went wrong into one clear line and exit code 2.
 
-The commands are in `moh.cli.commands`; nothing but the standard library is imported until one runs.
+The commands are in `moh.cli.commands`; nothing heavier than `moh` itself is imported until one runs.
 """
 
 from __future__ import annotations

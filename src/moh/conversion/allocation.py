@@ -45,8 +45,10 @@ def layer_costs(
             def see_gradient(gradient: Tensor) -> None:
                 effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
                 ordered = effect.flatten(0, -2).gather(-1, orders[index])
-                skipped = ordered.flip(-1).cumsum(-1).flip(-1).double()  # entry n: sum over the heads after the first n
-                costs[index, :-1] += skipped.square().sum(0).cpu() / 2
+                skipped = (
+                    ordered.flip(-1).cumsum(-1).flip(-1).cpu().double()
+                )  # entry n: sum over the heads after the first n
+                costs[index, :-1] += skipped.square().sum(0) / 2
 
             z.register_hook(see_gradient)
 
@@ -92,6 +94,8 @@ def allocate(costs: Tensor, total: int, *, at_least: int = 1) -> list[int]:
         ValueError: `total` is out of reach.
     """
     layers, most = costs.shape[0], costs.shape[1] - 1
+    if not bool(costs.isfinite().all()):
+        raise ValueError("costs must be finite: the calibration gave NaN or infinity (try the model in float32)")
     if not layers * at_least <= total <= layers * most:
         raise ValueError(f"total must be between {layers * at_least} and {layers * most} heads, got {total}")
     best = {0: 0.0}  # heads spent so far -> least cost

@@ -44,12 +44,12 @@ class Calibrator:
         sums = collect_contributions(self._dense.get_decoder(), self._attentions, batches, layers[0].num_heads)
         self._fits = [fit_contributions(s) for s in sums]
         routers: list[LinearRouter | TwoStageRouter] = []
-        for layer, layer_sums, fit in zip(layers, sums, self._fits, strict=True):
+        for layer, layer_sums, fit, attention in zip(layers, sums, self._fits, self._attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
             routers.append(
-                _linear_router(config, fit, self._dense.device)
+                _linear_router(config, fit, attention.q_proj.weight.device)
                 if layer.router == "linear"
                 else _two_stage_router(config, layer_sums)
             )
@@ -65,10 +65,10 @@ class Calibrator:
         """Routers with `total` heads over all layers, shared out by `costs`."""
         budget = allocate(costs, total, at_least=min(MIN_HEADS, total // len(routers)))
         reallocated = []
-        for router, fit, heads in zip(routers, self._fits, budget, strict=True):
+        for router, fit, heads, attention in zip(routers, self._fits, budget, self._attentions, strict=True):
             shared = fit.strongest(min(router.config.num_shared, heads))
             config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
-            reallocated.append(_linear_router(config, fit, self._dense.device))
+            reallocated.append(_linear_router(config, fit, attention.q_proj.weight.device))
         return reallocated
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
@@ -86,7 +86,7 @@ class Calibrator:
 
 
 def _linear_router(config: MoHConfig, fit: ContributionFit, device: torch.device) -> LinearRouter:
-    """The fitted router in float32, where the dense model is."""
+    """The fitted router in float32, where its layer is."""
     router = LinearRouter(config, fit.weight.shape[1], device=device, dtype=torch.float32)
     with torch.no_grad():
         router.contribution.weight.copy_(fit.weight)

@@ -34,7 +34,8 @@ def moh_config_fields(config: PreTrainedConfig, router: str) -> dict[str, Any]:
     if model_type in _QUERY_NORMALISING and router == "query_norm":
         raise ValueError(
             f"router 'query_norm' can't serve a model of type {model_type!r}: it normalises its queries, so that their "
-            "norms say nothing about which heads matter; the contribution router (router='linear') does not need them"
+            "norms say nothing about which heads matter; the contribution router (router='linear') does not need them, "
+            f"but conversion of this type is not supported yet: only of {', '.join(SUPPORTED)}"
         )
     if model_type not in SUPPORTED:
         raise ValueError(

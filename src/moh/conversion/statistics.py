@@ -84,9 +84,9 @@ def collect_contributions(
         x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
         c = head_contributions(taps.z, attentions[index].o_proj.weight, num_heads)
         layer = sums[index]
-        layer.xx += (x.T @ x).double().cpu()
-        layer.xc += (x.T @ c).double().cpu()
-        layer.cc += (c.T @ c).double().cpu()
+        layer.xx += (x.T @ x).cpu().double()
+        layer.xc += (x.T @ c).cpu().double()
+        layer.cc += (c.T @ c).cpu().double()
         layer.tokens += x.shape[0]
 
     _run(model, attentions, batches, add)
@@ -108,8 +108,8 @@ def collect_outputs(
         z = taps.z.float()  # [T, H*D]
         gates = routers[index](taps.x[None].float()).gates[0].float()  # [T, H]
         g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
-        sums[index].gg += (g.T @ g).double().cpu()
-        sums[index].gz += (g.T @ z).double().cpu()
+        sums[index].gg += (g.T @ g).cpu().double()
+        sums[index].gz += (g.T @ z).cpu().double()
 
     _run(model, attentions, batches, add)
     return sums

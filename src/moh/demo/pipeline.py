@@ -6,6 +6,10 @@ Every step is a public function of a lower room; this file only joins them and k
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
+import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,7 +30,7 @@ from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
 from moh.inspection import head_load
 from moh.inspection.plots import plot_head_load, plot_losses, save
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.loading import default_device, load_causal_lm, load_tokenizer
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
 from moh.training.checkpoints import check_writable, replacing_directory
 from moh.training.corpus import DEFAULT_CORPUS
@@ -116,7 +120,7 @@ class _Demo:
         s = self.settings
         with self._step("loading the model and the text"):
             base = s.base if s.base is not None else str(default_base_model())
-            dense = load_causal_lm(base, dtype=torch.float32)
+            dense = load_causal_lm(base, dtype=torch.float32, device=default_device())
             tokenizer = load_tokenizer(base)
             corpus = corpus_from_files(s.files) if s.files else load_corpus(s.corpus)
             blocks = pack_tokens(corpus.train, tokenizer, seq_len=s.seq_len)
@@ -147,7 +151,7 @@ class _Demo:
         runs = 3 if s.full else 2
         with self._step("choosing precision and steps"):
             precision = choose_precision(dense.device)
-            steps = s.steps if s.steps is not None else self._steps_in_time(dense, blocks, precision, runs)
+            steps = self._steps(dense, blocks, precision, runs)
         self.console.print(f"[bold]tuning for {steps} steps of {s.batch_size} x {s.seq_len} tokens in {precision}")
         with self._step("tuning the dense control"):
             control = self._tune("dense control", copy.deepcopy(dense), base, tokenizer, blocks, steps, precision, None)
@@ -240,9 +244,29 @@ class _Demo:
         self.console.print(f"  [green]{row.name}: held-out perplexity {row.perplexity:.2f}{against}")
         return row
 
+    def _work_dir(self) -> Path:
+        """Where these settings' runs keep their checkpoints, so that other settings never go on from them."""
+        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "output_dir"}
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return self.output_dir / "training" / key
+
+    def _steps(self, dense: PreTrainedModel, blocks: Tensor, precision: str, runs: int) -> int:
+        """As asked for, or as an interrupted demo with these settings had it, or as many as fit the time."""
+        if self.settings.steps is not None:
+            return self.settings.steps
+        file = self._work_dir() / "steps.json"
+        if file.is_file():
+            return int(json.loads(file.read_text(encoding="utf-8")))
+        steps = self._steps_in_time(dense, blocks, precision, runs)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".partial")
+        scratch.write_text(json.dumps(steps), encoding="utf-8")
+        os.replace(scratch, file)
+        return steps
+
     def _steps_in_time(self, dense: PreTrainedModel, blocks: Tensor, precision: str, runs: int) -> int:
         """Steps for which `runs` runs fit the time, from one timed forward and backward pass of each batch's size."""
-        batch = blocks[: self.settings.batch_size]
+        batch = blocks[: self.settings.batch_size].to(dense.device)
         seconds = 0.0
         for _ in range(2):  # the first also pays for the memory
             start = time.perf_counter()
@@ -269,7 +293,7 @@ class _Demo:
         recipe = Recipe(
             model=ModelRecipe(base),
             training=TrainingRecipe(
-                output_dir=str(self.output_dir / "training" / slug),
+                output_dir=str(self._work_dir() / slug),
                 max_steps=steps,
                 learning_rate=s.learning_rate,
                 per_device_train_batch_size=s.batch_size,

@@ -9,32 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_causal_lm(path: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")
+
+
+def load_causal_lm(
+    path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a causal language model, dense or MoH.
 
     Args:
         path: local directory, name on the Hugging Face hub, or a .gguf file (dequantised, needs the `gguf` package).
         dtype: of the weights; "auto" keeps the checkpoint's.
+        device: where the model goes; None leaves it where transformers loads it, on the CPU unless `kwargs` say else.
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: `path` looks like a local path but nothing is there, or its weights are damaged.
+        ValueError: `path` looks like a local path but nothing is there, or its configuration or weights are damaged.
     """
     source, gguf = _source(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"model {str(path)!r} has weights that can't be read: {error}") from None
+    except (SafetensorError, StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"model {str(path)!r} has a configuration or weights that can't be read: {error}") from None
     if gguf:
         # The tensors are dequantised: from here on it is a plain model, which may be saved.
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
-    return model
+    return model if device is None else model.to(device)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -83,6 +83,22 @@ def check_writable(directory: str | Path, *, name: str) -> None:
         raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
 
 
+def check_replaceable(directory: str | Path, *, name: str) -> None:
+    """Check that `directory` may be made, or replaced: it does not exist, is empty, or holds a model.
+
+    Raises:
+        ValueError: it holds something else, or can't be written; the message begins with `name`.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{name} {directory} must be a directory, but it is a file")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(
+            f"{name} {directory} must be new, empty or a model's directory; it holds other files, which stay"
+        )
+    check_writable(target.parent if target.exists() else target, name=name)
+
+
 @contextmanager
 def replacing_directory(target: Path, *, writes: bool = True) -> Iterator[Path]:
     """Yield a directory beside `target` that takes its place if the block ends well, and vanishes if it does not.
@@ -91,6 +107,9 @@ def replacing_directory(target: Path, *, writes: bool = True) -> Iterator[Path]:
         target: the directory to make or to replace.
         writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
     """
+    target = target.resolve()
+    if writes:
+        check_replaceable(target, name="output directory")
     scratch = target.with_name(f".{target.name}.partial")  # the same name on every process
     if writes:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -171,6 +172,11 @@ class MoHLlamaForCausalLM(MoHLlamaPreTrainedModel, LlamaForCausalLM):  # type: i
             return outputs
         assert labels is not None
         balance = routing.balance_loss(_token_mask(attention_mask, labels))
+        if self.training and torch.is_grad_enabled() and not balance.requires_grad and self._router_is_trained():
+            raise RuntimeError(
+                "the load-balance loss has no gradient: reentrant gradient checkpointing runs the layers without one; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
+            )
         weight = coefficient * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
         return MoeCausalLMOutputWithPast(
             loss=outputs.loss + weight * balance.to(outputs.loss.device),
@@ -180,6 +186,15 @@ class MoHLlamaForCausalLM(MoHLlamaPreTrainedModel, LlamaForCausalLM):  # type: i
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _router_is_trained(self) -> bool:
+        """Whether anything that decides the routing of a layer with routed heads is to be trained."""
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            source = attention.q_proj if attention.router.uses_queries else attention.router
+            if attention.router.config.active_heads and any(p.requires_grad for p in source.parameters()):
+                return True
+        return False
 
 
 def _token_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor | None:
