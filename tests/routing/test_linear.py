@@ -80,3 +80,9 @@ def test_gates_are_known_before_the_queries():
 def test_missing_input_is_named():
     with pytest.raises(ValueError, match="x must be given: the 'linear' router decides by it"):
         router_of(2, 3)(q=torch.randn(1, 1, 8, 4))
+
+
+def test_frozen_router_sends_no_gradient_to_the_input() -> None:
+    router = LinearRouter(MoHConfig(4, 1, 2, "linear"), 8).requires_grad_(False)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    assert not router(x).gates.requires_grad
