@@ -82,7 +82,14 @@ def test_missing_input_is_named():
         router_of(2, 3)(q=torch.randn(1, 1, 8, 4))
 
 
-def test_frozen_router_sends_no_gradient_to_the_input() -> None:
-    router = LinearRouter(MoHConfig(4, 1, 2, "linear"), 8).requires_grad_(False)
+def test_gradient_of_the_gates_reaches_the_router_and_not_the_input() -> None:
+    router = build_router(MoHConfig(4, 1, 2, "linear"), 8)
     x = torch.randn(2, 5, 8, requires_grad=True)
-    assert not router(x).gates.requires_grad
+    router(x=x).gates.square().sum().backward()
+    assert x.grad is None
+    assert router.contribution.weight.grad.abs().sum() > 0
+
+
+def test_gates_of_a_frozen_router_are_constants() -> None:
+    router = build_router(MoHConfig(4, 1, 2, "linear"), 8).requires_grad_(False)
+    assert not router(x=torch.randn(2, 5, 8, requires_grad=True)).gates.requires_grad

@@ -163,9 +163,8 @@ class LinearRouter(_HardRouter):
     """Contribution router, for conversion: predicts each head's contribution to the residual stream from x.
 
     `c = W_r x + b` stands for `c_i = ||H_i(x) W_O^i||_2`; a token activates the k routed heads with the largest c_i.
-    Gates are 1 and 0; in training the gate's gradient goes to c_i (straight-through estimator), unless the router is
-    frozen (`router.requires_grad_(False)`): then the gates are constants. The gates are known
-    before the query projection. The fit is in `moh.conversion`.
+    Gates are 1 and 0; in training the gate's gradient goes to c_i (straight-through estimator) and on to W_r and b, not
+    to x. The gates are known before the query projection. The fit is in `moh.conversion`.
 
     Args:
         config: the layer's heads and routing.
@@ -182,9 +181,9 @@ class LinearRouter(_HardRouter):
         self.contribution = nn.Linear(dim, config.num_heads, device=device, dtype=dtype)
 
     def _route(self, source: Tensor) -> RoutingInfo:
-        if not self.contribution.weight.requires_grad:
-            source = source.detach()  # a frozen router takes no part in training: x must not learn to move its choices
-        logits = self.contribution(source).float()[..., list(self._routed)]  # [B, N, h_r]
+        # The fit has large weights along directions that x hardly uses: back through them, the gates' gradient would
+        # swamp that of the attention itself (thousands of times, measured on SmolLM2). So it stops at the router.
+        logits = self.contribution(source.detach()).float()[..., list(self._routed)]  # [B, N, h_r]
         probs = logits.softmax(-1) if self.config.active_heads else None
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
