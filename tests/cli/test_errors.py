@@ -168,3 +168,15 @@ def test_a_process_of_its_own_prints_one_line_even_after_a_model_was_loaded(base
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == ["moh generate: prompt must hold at least one token, got ''"]
+
+
+def test_the_dense_model_and_other_files_are_not_overwritten(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = ["--files", text_file]
+    assert_one_line(
+        moh("convert", base_dir, base_dir, *HEADS, *text), "convert", "must not be the directory of the dense model"
+    )
+    (tmp_path / "letter.txt").write_text("keep me")
+    assert_one_line(moh("convert", base_dir, tmp_path, *HEADS, *text), "convert", "it holds other files, which stay")
+    assert (base_dir / "model.safetensors").exists() and (tmp_path / "letter.txt").read_text() == "keep me"

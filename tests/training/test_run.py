@@ -131,20 +131,26 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "model"
     for text in ("first", "second"):
         with replacing_directory(target) as scratch:
-            (scratch / "file").write_text(text)
-        assert (target / "file").read_text() == text
+            (scratch / "config.json").write_text(text)
+        assert (target / "config.json").read_text() == text
     with pytest.raises(KeyboardInterrupt), replacing_directory(target) as scratch:
-        (scratch / "file").write_text("third")
+        (scratch / "config.json").write_text("third")
         raise KeyboardInterrupt
-    assert (target / "file").read_text() == "second"
+    assert (target / "config.json").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_directory_that_holds_other_files_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "documents"
+    target.mkdir()
+    (target / "letter.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="must be new, empty or a model's directory"), replacing_directory(target):
+        pass
+    assert (target / "letter.txt").read_text() == "keep me"
+    assert [path.name for path in tmp_path.iterdir()] == ["documents"]
 
 
 @pytest.mark.parametrize(("bf16_seconds", "choice"), [(0.5, "bf16"), (0.95, "fp32"), (10.0, "fp32")])
 def test_bf16_is_chosen_on_a_cpu_only_where_it_is_measured_to_be_faster(monkeypatch, bf16_seconds, choice) -> None:
     monkeypatch.setattr(precision, "_seconds", {torch.bfloat16: bf16_seconds, torch.float32: 1.0}.__getitem__)
     assert choose_precision(torch.device("cpu")) == choice
-
-
-def test_precision_is_measured_within_a_second() -> None:
-    assert 0 < precision._seconds(torch.bfloat16) < 1
