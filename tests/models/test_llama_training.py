@@ -196,3 +196,10 @@ def test_lora_trains_and_merges(tiny_model, tokens, router):
     assert not torch.allclose(after, before)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(tokens).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balance_loss(tiny_model, tokens):
+    model = tiny_model(router="two_stage", router_aux_loss_coef=0.01).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model(input_ids=tokens, labels=tokens)
