@@ -317,7 +317,7 @@ class _Demo:
 
     def _print(self, report: DemoReport) -> None:
         table = Table(title="Held-out perplexity")
-        for row in report.quality_table()[::1]:
+        for row in report.quality_table():
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             if row.startswith("| ---"):
                 continue
