@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moh.attention import cpu
 from moh.attention.compiled import packed_attention_compiled
 from moh.attention.packed import packed_attention
 from moh.attention.reference import reference_attention
@@ -56,6 +57,7 @@ _BACKENDS = {
     backend.name: backend
     for backend in (
         # In order of preference: backend=None takes the first that supports the call.
+        Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.cpu_attention, cpu.unsupported),
         Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", _sdpa, _serves_all),
         Backend("reference", "the definition: every head, then weighted", reference_attention, _serves_all),
     )

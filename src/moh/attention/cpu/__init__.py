@@ -1,0 +1,12 @@
+"""Backend `cpu`: routed attention in C++, compiled for this machine on first use; `csrc/` holds the kernels."""
+
+from moh.attention.cpu.build import BuildError
+from moh.attention.cpu.operators import (
+    cpu_attention,
+    instruction_sets,
+    unavailable,
+    unsupported,
+    use_instruction_set,
+)
+
+__all__ = ["BuildError", "cpu_attention", "instruction_sets", "unavailable", "unsupported", "use_instruction_set"]

@@ -1,0 +1,139 @@
+"""Compiles the C++ sources for this machine, once: a cache directory per sources, compiler, torch and processor.
+
+Not for what the operators compute (`csrc/`) or how they are registered (`operators.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = "moh_cpu.so"
+
+FLAGS = (
+    "-O3",
+    "-fopenmp",
+    # Also where a compiler's default is not to fuse a * b + c: the kernels are written for it.
+    "-ffp-contract=fast",
+)
+
+# Instruction sets beyond the portable one: source file -> what torch calls the features it needs.
+INSTRUCTION_SETS = {
+    "avx2": ("avx2", "fma3"),
+    "avx512": ("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+}
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled; the message says why."""
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: `$MOH_CACHE_DIR`, or `moh` in the user's cache directory."""
+    chosen = os.environ.get("MOH_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moh"
+
+
+def supported_instruction_sets() -> list[str]:
+    """Names of the instruction sets, the portable one aside, that this processor runs."""
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name, needed in INSTRUCTION_SETS.items() if all(capabilities.get(key) for key in needed)]
+
+
+def compile_kernels() -> Path:
+    """The compiled library, from the cache or built now (about half a minute); safe in several processes at once.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or the cache directory can't be written.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise BuildError(f"the C++ compiler {os.environ.get('CXX', 'g++')!r} was not found (set CXX to name another)")
+    sets = supported_instruction_sets()
+    directory = cache_directory() / "cpu" / _key(compiler, sets)
+    library = directory / LIBRARY
+    if library.exists():
+        return library
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # The lock spares a second build; it goes with its process, so that a killed one leaves nobody waiting.
+        with FileLock(f"{directory}.lock"):
+            if not library.exists():
+                _build_into(directory, sets)
+    except OSError as error:
+        raise BuildError(f"{directory.parent} can't be written: {error}; set MOH_CACHE_DIR to another place") from error
+    return library
+
+
+def _key(compiler: str, sets: list[str]) -> str:
+    """Differs wherever a library built in one place could be wrong in another."""
+    key = hashlib.sha256()
+    for file in sorted(SOURCES.iterdir()):
+        key.update(file.name.encode() + file.read_bytes())
+    stat = Path(compiler).resolve().stat()
+    features = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    for part in (torch.__version__, platform.machine(), compiler, stat.st_size, stat.st_mtime_ns, FLAGS, sets, features):
+        key.update(repr(part).encode())
+    return key.hexdigest()[:16]
+
+
+def _build_into(directory: Path, sets: list[str]) -> None:
+    """Build beside `directory` and move the result there, so that nobody sees half a library."""
+    print("moh: compiling the CPU kernels for this machine (once, about half a minute) ...", file=sys.stderr, flush=True)
+    sources = [SOURCES / "attention.cpp", SOURCES / "portable.cpp", *(SOURCES / f"{name}.cpp" for name in sets)]
+    work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    try:
+        with _compiler_environment():
+            from torch.utils import cpp_extension
+
+            # Loads the library too. It stays the same file when it is moved, so that loading it from its final place
+            # again does nothing.
+            cpp_extension.load(
+                name="moh_cpu",
+                sources=[str(source) for source in sources],
+                extra_cflags=[*FLAGS, *(f"-DMOH_{name.upper()}" for name in sets)],
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(work),
+                with_cuda=False,
+                is_python_module=False,
+            )
+        next(work.glob("*.so")).rename(work / LIBRARY)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(work, directory)
+    except (RuntimeError, ImportError) as error:
+        log = Path(f"{directory}.log")
+        log.write_text(str(error), encoding="utf-8")
+        first = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error))
+        raise BuildError(f"{first.strip()} (all of it: {log})") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _compiler_environment() -> Iterator[None]:
+    """ninja from its package, even if the virtual environment is not activated; no word about a missing CUDA."""
+    import ninja
+
+    path, logger = os.environ.get("PATH", ""), logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path
+        logger.setLevel(level)

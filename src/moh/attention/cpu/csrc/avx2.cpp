@@ -1,0 +1,19 @@
+// Kernels for AVX2 with FMA: 16 registers of 8 floats.
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#include "kernels.h"
+
+namespace moh {
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  static constexpr int kVectors = 2;
+  static constexpr int kRows = 6;         // 12 accumulators, 2 vectors of B and 1 number of A: 15 of 16 registers
+  static constexpr int64_t kKeyTile = 64;  // 64 keys of width 64 fill half of a 32 KiB L1 cache
+};
+
+const Kernels& avx2_kernels() {
+  static const Kernels table = kernels<Avx2>("avx2");
+  return table;
+}
+
+}  // namespace moh

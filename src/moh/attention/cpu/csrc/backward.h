@@ -1,0 +1,153 @@
+// Gradients of a block of active rows: weights from the saved log-sum-exp, no softmax and no N x N matrix.
+//
+// With P = exp2(S - lse), grad of a head dO = gate * grad and delta = grad . out: dV = P' dO, dS = P * (dO V' - delta),
+// dQ = scale * dS K, dK = scale * dS' Q, dgate = delta / gate.
+#pragma once
+
+#include "block.h"
+
+namespace moh {
+
+template <class Isa, class T>
+struct Backward {
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  using Product = Tile<Isa>;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+
+  static int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
+  static int64_t padded(int64_t width) { return (width + kWidth - 1) / kWidth * kWidth; }
+
+  static int64_t scratch(const Problem& p, int64_t rows) {
+    const int64_t lanes = blocks(rows) * kWidth;
+    const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * (p.width + p.value_width);
+    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 2 + 2 * kTile) + copies;
+  }
+
+  static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
+    const int64_t D = p.width, Dv = p.value_width, count = blocks(rows.count), all = count * kWidth;
+    float* queries = scratch;             // [block, D, kWidth], times the scale and log2(e)
+    float* grad_queries = queries + all * D;  // [block, D, kWidth], not yet times the scale
+    float* grads = grad_queries + all * D;    // [block, Dv, kWidth]: gate * grad
+    float* query_rows = grads + all * Dv;     // [all, padded D], times the scale
+    float* grad_rows = query_rows + all * padded(D);  // [all, padded Dv]
+    float* lse = grad_rows + all * padded(Dv);        // [all]
+    float* delta = lse + all;                         // [all]
+    float* weights = delta + all;                     // [kTile, all]
+    float* grad_scores = weights + kTile * all;       // [kTile, all]
+    float* key_copy = grad_scores + kTile * all;
+    float* value_copy = key_copy + kTile * D;
+
+    std::fill(grad_queries, grads, 0.0f);
+    std::fill(query_rows, lse, 0.0f);
+    std::fill(lse, delta, kInfinity);
+    std::fill(delta, weights, 0.0f);
+    Lanes<Isa> lanes;
+    for (int64_t block = 0; block < count; ++block) {
+      lanes.fill(p, rows, block * kWidth);
+      load(p, rows.batch, lanes, block, queries, grads, query_rows, grad_rows, lse, delta);
+    }
+    const int64_t end = lanes.key_end(p);
+    lanes.fill(p, rows, 0);
+    for (int64_t first = lanes.key_begin(p) / kTile * kTile; first < end; first += kTile) {
+      const int64_t loaded = std::min(kTile, end - first);
+      int64_t key_stride, value_stride;
+      const float* keys =
+          tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, key_copy, &key_stride);
+      const float* values =
+          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
+      int64_t used = 0;  // keys that any block sees
+      int64_t first_block = count, last_block = 0;
+      for (int64_t block = 0; block < count; ++block) {
+        lanes.fill(p, rows, block * kWidth);
+        const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
+        float* w = weights + block * kWidth;
+        float* g = grad_scores + block * kWidth;
+        if (seen <= 0 || first + kTile <= lanes.key_begin(p) ||
+            !mask_shows_any(p, rows.batch, lanes, first, seen)) {
+          clear(w, g, 0, loaded, all);
+          continue;
+        }
+        used = std::max(used, seen);
+        first_block = std::min(first_block, block);
+        last_block = block + 1;
+        Product::template multiply<Product::Into::kSet>(seen, keys, key_stride, 1, queries + block * D * kWidth, kWidth,
+                                                        D, w, all);
+        hide<Isa, T>(p, rows.batch, lanes, first, seen, w, all);
+        Product::template multiply<Product::Into::kSet>(seen, values, value_stride, 1, grads + block * Dv * kWidth,
+                                                        kWidth, Dv, g, all);
+        for (int j = 0; j < Isa::kVectors; ++j) {
+          const Floats shift = S::load(lse + block * kWidth + j * Isa::kLanes);
+          const Floats less = S::load(delta + block * kWidth + j * Isa::kLanes);
+          for (int64_t n = 0; n < seen; ++n) {
+            float* wn = w + n * all + j * Isa::kLanes;
+            float* gn = g + n * all + j * Isa::kLanes;
+            const Floats weight = S::exp2(S::load(wn) - shift);
+            S::store(wn, weight);
+            S::store(gn, weight * (S::load(gn) - less));
+          }
+        }
+        clear(w, g, seen, loaded, all);
+        Product::template multiply<Product::Into::kAdd>(D, keys, 1, key_stride, g, all, seen,
+                                                        grad_queries + block * D * kWidth, kWidth);
+      }
+      if (used == 0) continue;
+      const int64_t skip = first_block * kWidth, depth = (last_block - first_block) * kWidth;
+      for (int64_t d = 0; d < padded(D); d += kWidth)
+        Product::template multiply<Product::Into::kAdd>(used, grad_scores + skip, all, 1,
+                                                        query_rows + skip * padded(D) + d, padded(D), depth,
+                                                        grad_k + first * padded(D) + d, padded(D));
+      for (int64_t d = 0; d < padded(Dv); d += kWidth)
+        Product::template multiply<Product::Into::kAdd>(used, weights + skip, all, 1,
+                                                        grad_rows + skip * padded(Dv) + d, padded(Dv), depth,
+                                                        grad_v + first * padded(Dv) + d, padded(Dv));
+    }
+    T* grad_q = static_cast<T*>(p.grad_q);
+    for (int64_t block = 0; block < count; ++block) {
+      lanes.fill(p, rows, block * kWidth);
+      const float* from = grad_queries + block * D * kWidth;
+      for (int i = 0; i < lanes.count; ++i) {
+        T* to = grad_q + ((rows.batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]) * D;
+        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(p.scale * from[d * kWidth + i]);
+      }
+    }
+  }
+
+ private:
+  static void clear(float* weights, float* grad_scores, int64_t from, int64_t to, int64_t stride) {
+    for (int64_t n = from; n < to; ++n) {
+      std::fill_n(weights + n * stride, kWidth, 0.0f);
+      std::fill_n(grad_scores + n * stride, kWidth, 0.0f);
+    }
+  }
+
+  // A block's queries and gradients, on the lanes and as rows, its log-sum-exps and deltas; writes its gates' gradients.
+  static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t block, float* queries,
+                   float* grads, float* query_rows, float* grad_rows, float* lse, float* delta) {
+    const int64_t D = p.width, Dv = p.value_width;
+    const T* gates = static_cast<const T*>(p.gates);
+    const auto entry = [&](int i) { return (batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i]; };
+    const auto query = [&](int i) { return at<T>(p.q, batch, lanes.head[i], lanes.token[i]); };
+    const auto grad = [&](int i) { return static_cast<const T*>(p.grad) + entry(i) * Dv; };
+    put_on_lanes<Isa>(lanes.count, D, query, [&](int) { return p.scale * kLog2e; }, queries + block * D * kWidth);
+    put_on_lanes<Isa>(lanes.count, Dv, grad, [&](int i) { return static_cast<float>(gates[entry(i)]); },
+                      grads + block * Dv * kWidth);
+    for (int i = 0; i < lanes.count; ++i) {
+      const int64_t row = block * kWidth + i;
+      const float gate = static_cast<float>(gates[entry(i)]);
+      const T* out = static_cast<const T*>(p.out) + entry(i) * Dv;
+      float dot = 0;
+      for (int64_t d = 0; d < D; ++d) query_rows[row * padded(D) + d] = p.scale * static_cast<float>(query(i)[d]);
+      for (int64_t d = 0; d < Dv; ++d) {
+        grad_rows[row * padded(Dv) + d] = gate * static_cast<float>(grad(i)[d]);
+        dot += static_cast<float>(grad(i)[d]) * static_cast<float>(out[d]);
+      }
+      lse[row] = p.lse[(batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]];
+      delta[row] = dot;
+      static_cast<T*>(p.grad_gates)[entry(i)] = static_cast<T>(dot / gate);
+    }
+  }
+};
+
+}  // namespace moh

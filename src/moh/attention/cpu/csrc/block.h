@@ -1,0 +1,161 @@
+// What forward and backward share: rows on the lanes, scores of a tile of keys, masks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "problem.h"
+#include "tile.h"
+
+namespace moh {
+
+constexpr float kLog2e = 1.44269504088896341f;  // the softmax is computed with powers of two
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Queries whose heads work through the keys together, one per lane. Lanes beyond `count` repeat the last row and see
+// what it sees; they hold zeros and are never written out.
+template <class Isa>
+struct Lanes {
+  static constexpr int kWidth = Tile<Isa>::kWidth;
+  using Ints = typename Simd<Isa::kLanes>::Ints;
+
+  int count = 0;
+  int32_t token[kWidth];
+  int32_t head[kWidth];  // of all the query heads
+
+  void fill(const Problem& p, const Rows& rows, int64_t first) {
+    count = static_cast<int>(std::min<int64_t>(kWidth, rows.count - first));
+    for (int i = 0; i < kWidth; ++i) {
+      const int32_t row = rows.index[first + std::min(i, count - 1)];
+      token[i] = row / static_cast<int32_t>(p.group);
+      head[i] = static_cast<int32_t>(rows.kv_head * p.group) + row % static_cast<int32_t>(p.group);
+    }
+  }
+  Ints tokens(int vector) const {
+    Ints x;
+    std::memcpy(&x, token + vector * Isa::kLanes, sizeof x);
+    return x;
+  }
+  int64_t key_begin(const Problem& p) const { return p.key_begin(token[0]); }
+  int64_t key_end(const Problem& p) const { return p.key_end(token[kWidth - 1]); }
+};
+
+template <class T>
+const T* at(const View& x, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + token * x.token;
+}
+
+// A tile of keys or values as floats: the tensor itself where it holds floats, else a converted copy.
+template <class Isa, class T>
+const float* tile_of(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
+                     float* copy, int64_t* stride) {
+  const T* from = at<T>(x, batch, head, first);
+  if constexpr (std::is_same_v<T, float>) {
+    *stride = x.token;
+    return from;
+  } else {
+    using S = Simd<Isa::kLanes>;
+    for (int64_t n = 0; n < count; ++n, from += x.token) {
+      float* to = copy + n * width;
+      int64_t d = 0;
+      for (; d + Isa::kLanes <= width; d += Isa::kLanes) S::store(to + d, S::load(from + d));
+      for (; d < width; ++d) to[d] = static_cast<float>(from[d]);
+    }
+    *stride = width;
+    return copy;
+  }
+}
+
+// Whether any of the lanes may see any of the keys. Additive masks are taken to show something.
+template <class Isa>
+bool mask_shows_any(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t first, int64_t count) {
+  if (p.mask.kind != MaskKind::kBool) return true;
+  const Mask& m = p.mask;
+  const char* previous = nullptr;
+  for (int i = 0; i < lanes.count; ++i) {
+    const char* row = static_cast<const char*>(m.data) + batch * m.batch + lanes.head[i] * m.head +
+                      lanes.token[i] * m.query + first * m.key;
+    if (row == previous) continue;
+    previous = row;
+    if (m.key == 1) {
+      if (std::memchr(row, 1, count) != nullptr) return true;
+    } else {
+      for (int64_t n = 0; n < count; ++n)
+        if (row[n * m.key]) return true;
+    }
+  }
+  return false;
+}
+
+// Applies the mask's entry `index` to a score.
+template <class T>
+[[gnu::always_inline]] inline float masked(const Mask& m, int64_t index, float score) {
+  if (m.kind == MaskKind::kBool) return static_cast<const char*>(m.data)[index] ? score : -kInfinity;
+  return score + kLog2e * static_cast<float>(static_cast<const T*>(m.data)[index]);
+}
+
+// Hides what causality, the window and the mask hide, in scores [count, stride] of keys from `first` on.
+template <class Isa, class T>
+void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t first, int64_t count, float* scores,
+          int64_t stride) {
+  using S = Simd<Isa::kLanes>;
+  using Ints = typename S::Ints;
+  constexpr int kWidth = Tile<Isa>::kWidth;
+  const auto hidden = S::set(-kInfinity);
+  if (p.causal) {
+    const int64_t from = std::max<int64_t>(first, lanes.token[0] + 1);
+    for (int64_t n = from; n < first + count; ++n)
+      for (int j = 0; j < Isa::kVectors; ++j) {
+        float* s = scores + (n - first) * stride + j * Isa::kLanes;
+        const Ints key = Ints{} + static_cast<int32_t>(n);
+        S::store(s, lanes.tokens(j) >= key ? S::load(s) : hidden);
+      }
+  }
+  if (p.window > 0) {
+    const int64_t end = std::min(first + count, lanes.token[kWidth - 1] + 1 - p.window);
+    for (int64_t n = first; n < end; ++n)
+      for (int j = 0; j < Isa::kVectors; ++j) {
+        float* s = scores + (n - first) * stride + j * Isa::kLanes;
+        const Ints seen_until = Ints{} + static_cast<int32_t>(n + p.window);
+        S::store(s, lanes.tokens(j) < seen_until ? S::load(s) : hidden);
+      }
+  }
+  const Mask& m = p.mask;
+  if (m.kind == MaskKind::kNone) return;
+  if (m.head == 0 && m.query == 0) {  // the same for every row: padding
+    for (int64_t n = 0; n < count; ++n) {
+      const float change = masked<T>(m, batch * m.batch + (first + n) * m.key, 0.0f);
+      if (change == 0.0f) continue;
+      for (int j = 0; j < Isa::kVectors; ++j) {
+        float* s = scores + n * stride + j * Isa::kLanes;
+        // Set, not added: a hidden score may be NaN.
+        S::store(s, m.kind == MaskKind::kBool ? hidden : S::load(s) + change);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < kWidth; ++i) {
+    const int64_t row = batch * m.batch + lanes.head[i] * m.head + lanes.token[i] * m.query + first * m.key;
+    for (int64_t n = 0; n < count; ++n) {
+      float* s = scores + n * stride + i;
+      *s = masked<T>(m, row + n * m.key, *s);
+    }
+  }
+}
+
+// Rows `from(i)` of `width` numbers, one per lane, to [width, kWidth], times `factor(i)`; zeros in the lanes beyond.
+template <class Isa, class From, class Factor>
+void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to) {
+  constexpr int kWidth = Tile<Isa>::kWidth;
+  if (count < kWidth) std::memset(to, 0, sizeof(float) * width * kWidth);
+  for (int i = 0; i < count; ++i) {
+    const auto* row = from(i);
+    const float f = factor(i);
+    for (int64_t d = 0; d < width; ++d) to[d * kWidth + i] = f * static_cast<float>(row[d]);
+  }
+}
+
+}  // namespace moh

@@ -1,0 +1,168 @@
+// A few queries against a long cache: the width of a head on the lanes, so that keys and values are read once.
+//
+// Works through a range of the keys and leaves a partial softmax, so that one cache can be split over threads.
+#pragma once
+
+#include "block.h"
+
+namespace moh {
+
+template <class Isa, class T>
+struct Decode {
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  static constexpr int L = Isa::kLanes;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+  static constexpr int kSums = 8;  // registers that collect a row's weighted values in one go
+
+  static int64_t scratch(const Problem& p, int64_t rows) {
+    return rows * (p.width + kTile) + kTile * (p.width + p.value_width);
+  }
+
+  static void run(const Problem& p, const Rows& rows, int64_t key_begin, int64_t key_end, const Partial& to,
+                  float* scratch) {
+    const int64_t D = p.width, Dv = p.value_width, R = rows.count;
+    float* queries = scratch;              // [R, D], times the scale and log2(e)
+    float* scores = queries + R * D;       // [R, kTile]
+    float* key_copy = scores + R * kTile;
+    float* value_copy = key_copy + kTile * D;
+    const int32_t group = static_cast<int32_t>(p.group);
+    const auto token = [&](int64_t r) { return rows.index[r] / group; };
+    const auto head = [&](int64_t r) { return rows.kv_head * group + rows.index[r] % group; };
+
+    for (int64_t r = 0; r < R; ++r) {
+      const T* q = at<T>(p.q, rows.batch, head(r), token(r));
+      for (int64_t d = 0; d < D; ++d) queries[r * D + d] = p.scale * kLog2e * static_cast<float>(q[d]);
+    }
+    std::fill_n(to.max, R, -kInfinity);
+    std::fill_n(to.total, R, 0.0f);
+    std::fill_n(to.sum, R * Dv, 0.0f);
+    for (int64_t first = key_begin; first < key_end; first += kTile) {
+      const int64_t loaded = std::min(kTile, key_end - first);
+      int64_t key_stride, value_stride;
+      const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, key_copy, &key_stride);
+      for (int64_t r = 0; r < R; ++r) score(queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
+      const float* values =
+          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
+      for (int64_t r = 0; r < R; ++r) {
+        float* s = scores + r * kTile;
+        hide_row(p, rows.batch, head(r), token(r), first, loaded, s);
+        const float rescale = softmax(s, loaded, to.max + r, to.total + r);
+        add_values<kSums>(s, values, value_stride, loaded, Dv, rescale, to.sum + r * Dv);
+      }
+    }
+  }
+
+ private:
+  // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
+  [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
+#if defined(__clang__)
+    return pairs(a, b, std::make_integer_sequence<int, L>());
+#else
+    typename S::Ints even;
+    for (int i = 0; i < L; ++i) even[i] = 2 * i;
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+  }
+#if defined(__clang__)
+  template <int... I>
+  [[gnu::always_inline]] static Floats pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+  }
+#endif
+
+  static void score(const float* q, const float* keys, int64_t stride, int64_t count, int64_t D, float* scores) {
+    const int64_t whole = D / L * L;
+    int64_t n = 0;
+    for (; n + L <= count; n += L) {
+      Floats sums[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
+        const float* k = keys + (n + i) * stride;
+        Floats a{}, b{}, c{}, d{};
+        for (int64_t x = 0; x < whole; x += L) {
+          const Floats qx = S::load(q + x);
+          a += qx * S::load(k + x);
+          b += qx * S::load(k + stride + x);
+          c += qx * S::load(k + 2 * stride + x);
+          d += qx * S::load(k + 3 * stride + x);
+        }
+        sums[i] = a, sums[i + 1] = b, sums[i + 2] = c, sums[i + 3] = d;
+      }
+#pragma GCC unroll 4
+      for (int width = L; width > 1; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width / 2; ++i) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+      S::store(scores + n, sums[0]);
+      if (whole < D)
+        for (int i = 0; i < L; ++i)
+          for (int64_t x = whole; x < D; ++x) scores[n + i] += q[x] * keys[(n + i) * stride + x];
+    }
+    for (; n < count; ++n) {
+      Floats a{};
+      for (int64_t x = 0; x < whole; x += L) a += S::load(q + x) * S::load(keys + n * stride + x);
+      float total = S::sum(a);
+      for (int64_t x = whole; x < D; ++x) total += q[x] * keys[n * stride + x];
+      scores[n] = total;
+    }
+  }
+
+  static void hide_row(const Problem& p, int64_t batch, int64_t head, int64_t token, int64_t first, int64_t count,
+                       float* scores) {
+    const int64_t from = p.key_begin(token) - first, to = p.key_end(token) - first;
+    for (int64_t n = 0; n < std::min(from, count); ++n) scores[n] = -kInfinity;
+    for (int64_t n = std::max<int64_t>(to, 0); n < count; ++n) scores[n] = -kInfinity;
+    if (p.mask.kind == MaskKind::kNone) return;
+    const int64_t row = batch * p.mask.batch + head * p.mask.head + token * p.mask.query + first * p.mask.key;
+    for (int64_t n = 0; n < count; ++n) scores[n] = masked<T>(p.mask, row + n * p.mask.key, scores[n]);
+  }
+
+  // As in the forward pass, for one row whose keys are on the lanes; returns the factor for earlier sums.
+  static float softmax(float* scores, int64_t count, float* most, float* total) {
+    for (int64_t n = count; n % L; ++n) scores[n] = -kInfinity;  // kTile is a multiple of L
+    Floats now = S::set(*most);
+    for (int64_t n = 0; n < count; n += L) now = S::max(now, S::load(scores + n));
+    const float largest = S::largest(now);
+    const float base = largest == -kInfinity ? 0.0f : largest;
+    Floats sum{};
+    for (int64_t n = 0; n < count; n += L) {
+      const Floats weight = S::exp2(S::load(scores + n) - base);
+      S::store(scores + n, weight);
+      sum += weight;
+    }
+    const float rescale = S::exp2(S::set(*most - base))[0];
+    *total = *total * rescale + S::sum(sum);
+    *most = largest;
+    return rescale;
+  }
+
+  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time.
+  template <int N>
+  static void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t Dv,
+                         float rescale, float* sum) {
+    int64_t d = 0;
+    for (; d + N * L <= Dv; d += N * L) {
+      Floats acc[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[j] = rescale * S::load(sum + d + j * L);
+      for (int64_t n = 0; n < count; ++n) {
+        const Floats w = S::set(weights[n]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) acc[j] += w * S::load(values + n * stride + d + j * L);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) S::store(sum + d + j * L, acc[j]);
+    }
+    if constexpr (N > 1) {
+      add_values<N / 2>(weights, values + d, stride, count, Dv - d, rescale, sum + d);
+    } else {
+      for (; d < Dv; ++d) {
+        float total = rescale * sum[d];
+        for (int64_t n = 0; n < count; ++n) total += weights[n] * values[n * stride + d];
+        sum[d] = total;
+      }
+    }
+  }
+};
+
+}  // namespace moh

@@ -1,0 +1,87 @@
+// What one call asks for, as plain numbers: shared by the operator (torch) and the kernels (no torch).
+#pragma once
+
+#include <cstdint>
+
+namespace moh {
+
+enum class DType { kFloat, kBFloat16, kHalf };
+enum class MaskKind { kNone, kBool, kAdditive };
+
+// A tensor of 4 dimensions [batch, head, token, width] whose last dimension is contiguous; strides count elements.
+struct View {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+// A mask broadcast to [batch, head, query, key]: a stride of 0 repeats. Additive masks have the inputs' dtype.
+struct Mask {
+  MaskKind kind = MaskKind::kNone;
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+};
+
+struct Problem {
+  DType dtype = DType::kFloat;
+  int64_t batches = 0, heads = 0, kv_heads = 0, group = 0;  // group: query heads per key/value head
+  int64_t queries = 0, keys = 0, width = 0, value_width = 0;
+  float scale = 0;  // of the scores
+  bool causal = false;
+  int64_t window = 0;  // a query sees at most this many keys, up to its own; 0: all
+  View q, k, v;
+  Mask mask;
+  const void* gates = nullptr;  // [B, Nq, H] contiguous
+  void* out = nullptr;          // [B, Nq, H, Dv] contiguous
+  float* lse = nullptr;         // [B, H, Nq]: log2 of the softmax's denominator, +inf where nothing is seen
+
+  // Backward only.
+  const void* grad = nullptr;  // [B, Nq, H, Dv] contiguous
+  void* grad_q = nullptr;      // [B, H, Nq, D] contiguous
+  void* grad_gates = nullptr;  // [B, Nq, H] contiguous
+
+  // One past the last key that query `token` may see, and the first that it may, masks aside.
+  int64_t key_end(int64_t token) const { return causal && token + 1 < keys ? token + 1 : keys; }
+  int64_t key_begin(int64_t token) const { return window > 0 && token + 1 > window ? token + 1 - window : 0; }
+};
+
+// Active rows of one key/value head in one batch row: row = token * group + (query head within the group), rising.
+struct Rows {
+  int64_t batch = 0, kv_head = 0;
+  const int32_t* index = nullptr;
+  int64_t count = 0;
+};
+
+// Partial softmax of some rows over a range of keys, to be merged with the other ranges' (decoding).
+struct Partial {
+  float* max = nullptr;    // [rows], log2 scale
+  float* total = nullptr;  // [rows]
+  float* sum = nullptr;    // [rows, Dv]
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  int64_t lanes_per_block;  // rows that share one pass over the keys: the unit of work
+  int64_t key_tile;         // keys that are worked through at a time: where a tile begins never depends on the split
+
+  int64_t (*forward_scratch)(const Problem&, int64_t rows);  // floats
+  void (*forward)(const Problem&, const Rows&, float* scratch);
+
+  int64_t (*backward_scratch)(const Problem&, int64_t rows);  // floats
+  int64_t (*padded_width)(int64_t width);                     // of the rows of grad_k and grad_v below
+  // Adds to grad_k [Nk, padded D] and grad_v [Nk, padded Dv]; writes the rows' grad_q and grad_gates.
+  void (*backward)(const Problem&, const Rows&, float* grad_k, float* grad_v, float* scratch);
+
+  int64_t (*decode_scratch)(const Problem&, int64_t rows);  // floats
+  void (*decode)(const Problem&, const Rows&, int64_t key_begin, int64_t key_end, const Partial&, float* scratch);
+};
+
+const Kernels& portable_kernels();
+#ifdef MOH_AVX2
+const Kernels& avx2_kernels();
+#endif
+#ifdef MOH_AVX512
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace moh

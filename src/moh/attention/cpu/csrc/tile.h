@@ -1,0 +1,77 @@
+// Small matrix products on tiles, the only place where the multiplications happen.
+//
+// C[i, j] = sum_k A[i, k] B[k, j]: B and C hold the vectors (j is contiguous), A is read one number at a time with any
+// strides. Attention uses it with query rows on the lanes (scores, outputs, grad_q) and, backward, with the heads'
+// width on the lanes (grad_k, grad_v).
+#pragma once
+
+#include "simd.h"
+
+namespace moh {
+
+// An instruction set gives: kLanes (floats in a register), kVectors (registers that a row of C takes), kRows (rows of C
+// at once: kRows * kVectors accumulators fill the registers, less those for B and A).
+template <class Isa>
+struct Tile {
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
+
+  enum class Into { kSet, kAdd, kRescale };
+
+  template <int N, Into into>
+  [[gnu::always_inline]] static void rows(const float* a, int64_t row_stride, int64_t k_stride, const float* b,
+                                          int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+                                          const float* rescale) {
+    Floats acc[N][Isa::kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Isa::kVectors; ++j) {
+        const float* at = c + i * c_stride + j * Isa::kLanes;
+        if constexpr (into == Into::kSet) acc[i][j] = Floats{};
+        if constexpr (into == Into::kAdd) acc[i][j] = S::load(at);
+        if constexpr (into == Into::kRescale) acc[i][j] = S::load(at) * S::load(rescale + j * Isa::kLanes);
+      }
+    for (int64_t k = 0; k < depth; ++k) {
+      Floats bk[Isa::kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < Isa::kVectors; ++j) bk[j] = S::load(b + k * b_stride + j * Isa::kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        const Floats aik = S::set(a[i * row_stride + k * k_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < Isa::kVectors; ++j) acc[i][j] += aik * bk[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Isa::kVectors; ++j) S::store(c + i * c_stride + j * Isa::kLanes, acc[i][j]);
+  }
+
+  template <int N, Into into>
+  static void remainder(int64_t left, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
+                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale) {
+    if constexpr (N > 0) {
+      if (left == N)
+        rows<N, into>(a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale);
+      else
+        remainder<N - 1, into>(left, a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale);
+    }
+  }
+
+  // `height` rows of C, each kWidth wide.
+  template <Into into>
+  static void multiply(int64_t height, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
+                       int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr) {
+    int64_t i = 0;
+    for (; i + Isa::kRows <= height; i += Isa::kRows)
+      rows<Isa::kRows, into>(a + i * row_stride, row_stride, k_stride, b, b_stride, depth, c + i * c_stride, c_stride,
+                             rescale);
+    remainder<Isa::kRows - 1, into>(height - i, a + i * row_stride, row_stride, k_stride, b, b_stride, depth,
+                                    c + i * c_stride, c_stride, rescale);
+  }
+};
+
+}  // namespace moh

@@ -1,0 +1,135 @@
+"""The compiled operators in PyTorch: loading on first use, shapes for `torch.compile`, the backend's function.
+
+Not for the build (`build.py`) or the kernels (`csrc/`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from moh.attention.cpu.build import BuildError, compile_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256
+
+_state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
+
+
+@torch.compiler.assume_constant_result
+def _load() -> str | None:
+    if "reason" not in _state:
+        _state["reason"] = _try_to_load()
+    return _state["reason"]
+
+
+def _try_to_load() -> str | None:
+    if os.environ.get("MOH_CPU_KERNELS", "1") == "0":
+        return "switched off by MOH_CPU_KERNELS=0"
+    try:
+        torch.ops.load_library(compile_kernels())
+    except (BuildError, OSError) as error:
+        reason = f"the C++ kernels could not be built: {error}"
+        warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
+        return reason
+    torch.library.register_fake("moh::cpu_attention", _attention_shapes)
+    torch.library.register_fake("moh::cpu_attention_backward", _attention_backward_shapes)
+    chosen = os.environ.get("MOH_CPU_ISA")
+    if chosen:
+        use_instruction_set(chosen)
+    return None
+
+
+def _attention_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    B, H, Nq = q.shape[:3]
+    return q.new_empty(B, Nq, H, v.shape[-1]), q.new_empty(B, H, Nq, dtype=torch.float32)
+
+
+def _attention_backward_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *saved: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gates.new_empty(gates.shape)
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets of the compiled kernels, the most capable first; the first is used.
+
+    Raises:
+        BuildError: there are no kernels.
+    """
+    _require()
+    names: list[str] = torch.ops.moh.cpu_instruction_sets()
+    return names
+
+
+def use_instruction_set(name: str) -> None:
+    """Use the kernels of another instruction set from now on, to test or to compare (also: `MOH_CPU_ISA=name`).
+
+    Raises:
+        ValueError: this machine's build has no such instruction set.
+        BuildError: there are no kernels.
+    """
+    _require()
+    known = torch.ops.moh.cpu_instruction_sets()
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(map(repr, known))} on this machine, got {name!r}")
+    torch.ops.moh.cpu_use_instruction_set(name)
+
+
+def _require() -> None:
+    reason = _state.get("reason") if _state else _load()
+    if reason is not None:
+        raise BuildError(reason)
+
+
+def unavailable() -> str | None:
+    """Why the kernels can't be used on this machine, or None; compiles them if that was not yet tried."""
+    reason: str | None = _load()
+    return reason
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> str | None:
+    """Why the backend can't serve the call, or None; compiles the kernels if nothing else stands against it."""
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, not on {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+    if dropout_p > 0:
+        return "it has no dropout of attention weights"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient for the mask"
+    return unavailable()
+
+
+def cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Routed attention by the C++ kernels; arguments and result as in `moh.attention.moh_attention`."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.detach()
+    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, attn_mask, is_causal, None, scale)[0]
+    return out
