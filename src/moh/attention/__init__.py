@@ -1,6 +1,15 @@
 """Routed attention: `(q, k, v, gates) -> heads`, one function over several backends."""
 
 from moh.attention.dispatch import Backend, backends, choose_backend, moh_attention
+from moh.attention.projections import project_output, project_queries
 from moh.attention.reference import reference_attention
 
-__all__ = ["Backend", "backends", "choose_backend", "moh_attention", "reference_attention"]
+__all__ = [
+    "Backend",
+    "backends",
+    "choose_backend",
+    "moh_attention",
+    "project_output",
+    "project_queries",
+    "reference_attention",
+]

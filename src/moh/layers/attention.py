@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moh.attention import moh_attention
+from moh.attention import moh_attention, project_output, project_queries
 from moh.config import MoHConfig
 from moh.routing import RoutingInfo, build_router
 
@@ -116,10 +116,15 @@ class MoHAttention(nn.Module):
         """
         context = x if context is None else context
         (B, Nq, _), Nk = x.shape, context.shape[1]
-        q = self.q_proj(x).view(B, Nq, self.num_heads, self.head_dim)
+        share = self.config.share
+        if self.router.uses_queries:
+            q = self.q_proj(x).view(B, Nq, self.num_heads, self.head_dim)
+            routing = self.router(q=q)
+        else:
+            routing = self.router(x)
+            q = project_queries(self.q_proj, x, routing.gates, share)
         k = self.k_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        routing = self.router(x, q)
         heads = moh_attention(
             q.transpose(1, 2),
             k,
@@ -130,7 +135,7 @@ class MoHAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )  # [B, Nq, h, D]
-        out: Tensor = self.proj_drop(self.proj(heads.flatten(2)))
+        out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share))
         return (out, routing) if return_routing else out
 
 

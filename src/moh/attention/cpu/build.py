@@ -10,7 +10,9 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +81,11 @@ def compile_kernels() -> Path:
     return library
 
 
+def _flags() -> list[str]:
+    """Ours and those of `$MOH_CPU_FLAGS`, which come last and so win: for sanitizers and experiments."""
+    return [*FLAGS, *shlex.split(os.environ.get("MOH_CPU_FLAGS", ""))]
+
+
 def _key(compiler: str, sets: list[str]) -> str:
     """Differs wherever a library built in one place could be wrong in another."""
     key = hashlib.sha256()
@@ -86,15 +93,27 @@ def _key(compiler: str, sets: list[str]) -> str:
         key.update(file.name.encode() + file.read_bytes())
     stat = Path(compiler).resolve().stat()
     features = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    for part in (torch.__version__, platform.machine(), compiler, stat.st_size, stat.st_mtime_ns, FLAGS, sets, features):
+    for part in (
+        torch.__version__,
+        platform.machine(),
+        compiler,
+        stat.st_size,
+        stat.st_mtime_ns,
+        _flags(),
+        sets,
+        features,
+    ):
         key.update(repr(part).encode())
     return key.hexdigest()[:16]
 
 
 def _build_into(directory: Path, sets: list[str]) -> None:
     """Build beside `directory` and move the result there, so that nobody sees half a library."""
-    print("moh: compiling the CPU kernels for this machine (once, about half a minute) ...", file=sys.stderr, flush=True)
-    sources = [SOURCES / "attention.cpp", SOURCES / "portable.cpp", *(SOURCES / f"{name}.cpp" for name in sets)]
+    print(
+        "moh: compiling the CPU kernels for this machine (once, about half a minute) ...", file=sys.stderr, flush=True
+    )
+    names = ["attention", "projection", "instruction_sets", "portable", *sets]
+    sources = [SOURCES / f"{name}.cpp" for name in names]
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
         with _compiler_environment():
@@ -105,8 +124,8 @@ def _build_into(directory: Path, sets: list[str]) -> None:
             cpp_extension.load(
                 name="moh_cpu",
                 sources=[str(source) for source in sources],
-                extra_cflags=[*FLAGS, *(f"-DMOH_{name.upper()}" for name in sets)],
-                extra_ldflags=["-fopenmp"],
+                extra_cflags=[*_flags(), *(f"-DMOH_{name.upper()}" for name in sets)],
+                extra_ldflags=_flags(),
                 build_directory=str(work),
                 with_cuda=False,
                 is_python_module=False,
@@ -114,10 +133,12 @@ def _build_into(directory: Path, sets: list[str]) -> None:
         next(work.glob("*.so")).rename(work / LIBRARY)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(work, directory)
-    except (RuntimeError, ImportError) as error:
-        log = Path(f"{directory}.log")
-        log.write_text(str(error), encoding="utf-8")
-        first = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error))
+    except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:
+        text, log = str(error), Path(f"{directory}.log")
+        if isinstance(error, subprocess.CalledProcessError):  # the compiler can't even tell its version
+            text += f"\n{(error.output or b'').decode(errors='replace')}"
+        log.write_text(text, encoding="utf-8")
+        first = next((line for line in text.splitlines() if "error:" in line.lower()), text.splitlines()[0])
         raise BuildError(f"{first.strip()} (all of it: {log})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

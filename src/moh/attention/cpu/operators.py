@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from moh.attention.cpu import projections
 from moh.attention.cpu.build import BuildError, compile_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +38,7 @@ def _try_to_load() -> str | None:
         return reason
     torch.library.register_fake("moh::cpu_attention", _attention_shapes)
     torch.library.register_fake("moh::cpu_attention_backward", _attention_backward_shapes)
+    projections.register()
     chosen = os.environ.get("MOH_CPU_ISA")
     if chosen:
         use_instruction_set(chosen)

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from moh.attention import moh_attention
+from moh.attention import moh_attention, project_output, project_queries
 from moh.config import MoHConfig
 from moh.models.llama.configuration import MoHLlamaConfig
 from moh.routing import build_router, record_routing
@@ -47,10 +47,15 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         B, N, _ = hidden_states.shape
-        q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
+        share = self.router.config.share
+        if self.router.uses_queries:  # before rotary embedding, which keeps the norms anyway
+            q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
+            routing = self.router(q=q)
+        else:
+            routing = self.router(hidden_states)
+            q = project_queries(self.q_proj, hidden_states, routing.gates, share)
         k = self.k_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, Hkv, N, D]
         v = self.v_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)
-        routing = self.router(hidden_states, q)  # before rotary embedding, which keeps the norms anyway
 
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k, *position_embeddings)
         if past_key_values is not None:
@@ -69,7 +74,7 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             dropout_p=self.attention_dropout if self.training else 0.0,
             backend="reference" if eager else self.config.moh_backend,
         )  # [B, N, H, D]
-        return self.o_proj(heads.flatten(2)), None
+        return project_output(self.o_proj, heads, routing.gates, share), None
 
 
 class MoHLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]

@@ -10,13 +10,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "problem.h"
+#include "operators.h"
 
 namespace moh {
 namespace {
@@ -26,51 +25,6 @@ constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish kee
 constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
 constexpr int64_t kDecodeKeys = 512;    // keys of one decoding task: the split must not depend on the threads
 constexpr int64_t kBackwardTasks = 16;  // parts that a backward pass is cut into where memory allows
-
-const Kernels* g_kernels = nullptr;
-
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> all;  // the most capable first
-#ifdef MOH_AVX512
-  all.push_back(&avx512_kernels());
-#endif
-#ifdef MOH_AVX2
-  all.push_back(&avx2_kernels());
-#endif
-  all.push_back(&portable_kernels());
-  return all;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels* k : available()) names.emplace_back(k->name);
-  return names;
-}
-
-void use_instruction_set(const std::string& name) {
-  for (const Kernels* k : available())
-    if (name == k->name) {
-      g_kernels = k;
-      return;
-    }
-  TORCH_CHECK_VALUE(false, "instruction set '", name, "' is not in this build");
-}
-
-const Kernels& kernels() {
-  if (g_kernels == nullptr) g_kernels = available().front();
-  return *g_kernels;
-}
-
-// Runs task(i, thread) for i < count, the next free thread taking the next task.
-template <class Task>
-void for_each_task(int64_t count, const Task& task) {
-  const int64_t threads = std::min<int64_t>(count, at::in_parallel_region() ? 1 : at::get_num_threads());
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t i = next++; i < count; i = next++) task(i, thread);
-  });
-}
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
@@ -102,7 +56,7 @@ struct Call {
                       "q, k, v and gates must have one dtype");
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
                       "q must be float32, bfloat16 or float16, got ", type);
-    p.dtype = type == at::kFloat ? DType::kFloat : type == at::kHalf ? DType::kHalf : DType::kBFloat16;
+    p.dtype = dtype_of(q);
     p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.width))));
     p.causal = causal;
     p.window = window.value_or(0);
@@ -190,11 +144,6 @@ void zero_inactive(const Problem& p, const at::Tensor& x, int64_t width, bool by
     zero_inactive_typed(p, x.mutable_data_ptr<c10::Half>(), width, by_head);
   else
     zero_inactive_typed(p, x.mutable_data_ptr<c10::BFloat16>(), width, by_head);
-}
-
-at::Tensor scratch_for(int64_t tasks, int64_t floats, const at::Tensor& like) {
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  return at::empty({threads, floats}, like.options().dtype(at::kFloat));
 }
 
 void forward_rows(const Call& call, const ActiveRows& active) {
@@ -424,8 +373,6 @@ TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def(
       "cpu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gates, Tensor? attn_mask, Tensor out, "
       "Tensor lse, bool is_causal, int? window, float? scale) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_instruction_sets() -> str[]", moh::instruction_sets);
-  m.def("cpu_use_instruction_set(str name) -> ()", moh::use_instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) {

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "projection.h"
 
 namespace moh {
 
@@ -40,6 +41,22 @@ Kernels kernels(const char* name) {
   };
   k.decode = [](const Problem& p, const Rows& rows, int64_t begin, int64_t end, const Partial& to, float* scratch) {
     with_type(p.dtype, [&](auto t) { Decode<Isa, decltype(t)>::run(p, rows, begin, end, to, scratch); });
+  };
+  k.projection_scratch = [](const Projection& p) { return Project<Isa, float>::scratch(p); };
+  k.expand = [](const Projection& p, const Tokens& tokens, float* scratch) {
+    with_type(p.dtype, [&](auto t) { Project<Isa, decltype(t)>::expand(p, tokens, scratch); });
+  };
+  k.sum_heads = [](const Projection& p, const Tokens* by_head, int64_t first_token, int64_t tokens,
+                   int64_t first_channel, int64_t channels, float* scratch) {
+    with_type(p.dtype, [&](auto t) {
+      Project<Isa, decltype(t)>::sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
+    });
+  };
+  k.outer = [](const Projection& p, const void* x, const Tokens& tokens, int64_t first_channel, int64_t channels,
+               float* scratch) {
+    with_type(p.dtype, [&](auto t) {
+      Project<Isa, decltype(t)>::outer(p, static_cast<const decltype(t)*>(x), tokens, first_channel, channels, scratch);
+    });
   };
   return k;
 }

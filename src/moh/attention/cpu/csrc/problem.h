@@ -58,6 +58,26 @@ struct Partial {
   float* sum = nullptr;    // [rows, Dv]
 };
 
+// Matrices of one product per head over its active tokens; x is [T, C], heads [T, H, D], all contiguous but for m.
+struct Projection {
+  DType dtype = DType::kFloat;
+  int64_t tokens = 0, heads = 0, width = 0, channels = 0;  // T, H, D, C
+  const void* from = nullptr;                              // what is read by row
+  const void* matrix = nullptr;                            // [H * D, C] with these strides
+  int64_t head_stride = 0, channel_stride = 0;
+  void* to = nullptr;
+};
+
+// Active tokens of one head, rising.
+struct Tokens {
+  int64_t head = 0;
+  const int32_t* index = nullptr;
+  int64_t count = 0;
+};
+
+constexpr int64_t kProjectionRows = 240;      // tokens of one task: with their channels half of a 512 KiB L2 cache
+constexpr int64_t kProjectionChannels = 256;  // channels that are worked through at a time
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -74,6 +94,14 @@ struct Kernels {
 
   int64_t (*decode_scratch)(const Problem&, int64_t rows);  // floats
   void (*decode)(const Problem&, const Rows&, int64_t key_begin, int64_t key_end, const Partial&, float* scratch);
+
+  // Products with the active rows alone (projection.h); all three need this much scratch.
+  int64_t (*projection_scratch)(const Projection&);  // floats
+  void (*expand)(const Projection&, const Tokens&, float* scratch);
+  void (*sum_heads)(const Projection&, const Tokens* by_head, int64_t first_token, int64_t tokens,
+                    int64_t first_channel, int64_t channels, float* scratch);
+  void (*outer)(const Projection&, const void* x, const Tokens&, int64_t first_channel, int64_t channels,
+                float* scratch);
 };
 
 const Kernels& portable_kernels();

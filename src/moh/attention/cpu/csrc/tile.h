@@ -22,13 +22,13 @@ struct Tile {
   template <int N, Into into>
   [[gnu::always_inline]] static void rows(const float* a, int64_t row_stride, int64_t k_stride, const float* b,
                                           int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
-                                          const float* rescale) {
+                                          const float* rescale, const int32_t* c_rows) {
     Floats acc[N][Isa::kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < Isa::kVectors; ++j) {
-        const float* at = c + i * c_stride + j * Isa::kLanes;
+        const float* at = c + (c_rows == nullptr ? i : c_rows[i]) * c_stride + j * Isa::kLanes;
         if constexpr (into == Into::kSet) acc[i][j] = Floats{};
         if constexpr (into == Into::kAdd) acc[i][j] = S::load(at);
         if constexpr (into == Into::kRescale) acc[i][j] = S::load(at) * S::load(rescale + j * Isa::kLanes);
@@ -47,30 +47,35 @@ struct Tile {
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < Isa::kVectors; ++j) S::store(c + i * c_stride + j * Isa::kLanes, acc[i][j]);
+      for (int j = 0; j < Isa::kVectors; ++j)
+        S::store(c + (c_rows == nullptr ? i : c_rows[i]) * c_stride + j * Isa::kLanes, acc[i][j]);
   }
 
   template <int N, Into into>
   static void remainder(int64_t left, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
-                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale) {
+                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale,
+                        const int32_t* c_rows) {
     if constexpr (N > 0) {
       if (left == N)
-        rows<N, into>(a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale);
+        rows<N, into>(a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale, c_rows);
       else
-        remainder<N - 1, into>(left, a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale);
+        remainder<N - 1, into>(left, a, row_stride, k_stride, b, b_stride, depth, c, c_stride, rescale, c_rows);
     }
   }
 
-  // `height` rows of C, each kWidth wide.
+  // `height` rows of C, each kWidth wide: the first ones, or those that `c_rows` names.
   template <Into into>
   static void multiply(int64_t height, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
-                       int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr) {
+                       int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr,
+                       const int32_t* c_rows = nullptr) {
+    const auto at = [&](int64_t i) { return c_rows == nullptr ? c + i * c_stride : c; };
+    const auto rows_at = [&](int64_t i) { return c_rows == nullptr ? nullptr : c_rows + i; };
     int64_t i = 0;
     for (; i + Isa::kRows <= height; i += Isa::kRows)
-      rows<Isa::kRows, into>(a + i * row_stride, row_stride, k_stride, b, b_stride, depth, c + i * c_stride, c_stride,
-                             rescale);
-    remainder<Isa::kRows - 1, into>(height - i, a + i * row_stride, row_stride, k_stride, b, b_stride, depth,
-                                    c + i * c_stride, c_stride, rescale);
+      rows<Isa::kRows, into>(a + i * row_stride, row_stride, k_stride, b, b_stride, depth, at(i), c_stride, rescale,
+                             rows_at(i));
+    remainder<Isa::kRows - 1, into>(height - i, a + i * row_stride, row_stride, k_stride, b, b_stride, depth, at(i),
+                                    c_stride, rescale, rows_at(i));
   }
 };
 

@@ -1,0 +1,53 @@
+// Which kernels are in this build, and which are in use.
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "operators.h"
+
+namespace moh {
+namespace {
+
+const Kernels* in_use = nullptr;
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> all;  // the most capable first
+#ifdef MOH_AVX512
+  all.push_back(&avx512_kernels());
+#endif
+#ifdef MOH_AVX2
+  all.push_back(&avx2_kernels());
+#endif
+  all.push_back(&portable_kernels());
+  return all;
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> names;
+  for (const Kernels* k : available()) names.emplace_back(k->name);
+  return names;
+}
+
+void use(const std::string& name) {
+  for (const Kernels* k : available())
+    if (name == k->name) {
+      in_use = k;
+      return;
+    }
+  TORCH_CHECK_VALUE(false, "instruction set '", name, "' is not in this build");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (in_use == nullptr) in_use = available().front();
+  return *in_use;
+}
+
+}  // namespace moh
+
+TORCH_LIBRARY_FRAGMENT(moh, m) {
+  m.def("cpu_instruction_sets() -> str[]", moh::names);
+  m.def("cpu_use_instruction_set(str name) -> ()", moh::use);
+}

@@ -1,0 +1,133 @@
+// The operators `moh::cpu_expand`, `moh::cpu_sum_heads` and `moh::cpu_outer`: projections of active pairs alone.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <numeric>
+#include <vector>
+
+#include "operators.h"
+
+namespace moh {
+namespace {
+
+// The active tokens of every head.
+class ActiveTokens {
+ public:
+  explicit ActiveTokens(const at::Tensor& gates) : tokens_(gates.size(0)), heads_(gates.size(1)) {
+    const at::Tensor active = gates.ne(0).contiguous();
+    const bool* flags = active.const_data_ptr<bool>();
+    index_.resize(tokens_ * heads_);
+    by_head_.resize(heads_);
+    at::parallel_for(0, heads_, 1 + 32768 / (tokens_ + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) {
+        int32_t* to = index_.data() + h * tokens_;
+        int64_t count = 0;
+        for (int64_t t = 0; t < tokens_; ++t) {
+          to[count] = static_cast<int32_t>(t);
+          count += flags[t * heads_ + h];
+        }
+        by_head_[h] = {h, to, count};
+      }
+    });
+  }
+  const std::vector<Tokens>& by_head() const { return by_head_; }
+
+ private:
+  int64_t tokens_, heads_;
+  std::vector<int32_t> index_;
+  std::vector<Tokens> by_head_;
+};
+
+Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates) {
+  TORCH_CHECK_VALUE(gates.dim() == 2 && matrix.dim() == 2, "gates must be [T, H] and the matrix [H * D, C]");
+  TORCH_CHECK_VALUE(gates.size(1) > 0 && matrix.size(0) % gates.size(1) == 0,
+                    "the matrix must have a multiple of ", gates.size(1), " rows, got ", matrix.size(0));
+  TORCH_CHECK_VALUE(rows.scalar_type() == matrix.scalar_type(), "tensors must have one dtype");
+  TORCH_CHECK_VALUE(rows.size(0) == gates.size(0), "x, heads and gates must have the same number of tokens");
+  TORCH_CHECK_VALUE(gates.size(0) < INT32_MAX, "there must be less than 2^31 tokens");
+  Projection p;
+  p.dtype = dtype_of(rows);
+  p.tokens = gates.size(0), p.heads = gates.size(1);
+  p.width = matrix.size(0) / p.heads, p.channels = matrix.size(1);
+  p.matrix = matrix.const_data_ptr();
+  p.head_stride = matrix.stride(0), p.channel_stride = matrix.stride(1);
+  return p;
+}
+
+at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& gates) {
+  Projection p = check(x, matrix, gates);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == p.channels, "x must be [T, C = ", p.channels, "], got ", x.sizes());
+  const at::Tensor from = x.contiguous();
+  const at::Tensor to = at::zeros({p.tokens, p.heads, p.width}, x.options());
+  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
+  const ActiveTokens active(gates);
+  std::vector<Tokens> tasks;
+  for (const Tokens& all : active.by_head())
+    for (int64_t first = 0; first < all.count; first += kProjectionRows)
+      tasks.push_back({all.head, all.index + first, std::min(kProjectionRows, all.count - first)});
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Tokens& a, const Tokens& b) { return a.count > b.count; });
+  const at::Tensor scratch = scratch_for(tasks.size(), kernels().projection_scratch(p), x);
+  for_each_task(tasks.size(), [&](int64_t i, int64_t thread) {
+    kernels().expand(p, tasks[i], scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+  });
+  return to;
+}
+
+at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at::Tensor& gates) {
+  Projection p = check(heads, matrix, gates);
+  TORCH_CHECK_VALUE(heads.sizes() == at::IntArrayRef({p.tokens, p.heads, p.width}),
+                    "heads must be [T, H, D] to match gates and matrix, got ", heads.sizes());
+  const at::Tensor from = heads.contiguous();
+  const at::Tensor to = at::empty({p.tokens, p.channels}, heads.options());
+  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
+  const ActiveTokens active(gates);
+  const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
+  const int64_t down = (p.tokens + kProjectionRows - 1) / kProjectionRows;
+  const at::Tensor scratch = scratch_for(across * down, kernels().projection_scratch(p), heads);
+  for_each_task(across * down, [&](int64_t i, int64_t thread) {
+    const int64_t token = i / across * kProjectionRows, channel = i % across * kProjectionChannels;
+    kernels().sum_heads(p, active.by_head().data(), token, std::min(kProjectionRows, p.tokens - token), channel,
+                        std::min(kProjectionChannels, p.channels - channel),
+                        scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+  });
+  return to;
+}
+
+at::Tensor outer(const at::Tensor& heads, const at::Tensor& x, const at::Tensor& gates) {
+  TORCH_CHECK_VALUE(heads.dim() == 3 && x.dim() == 2 && heads.scalar_type() == x.scalar_type() &&
+                        heads.size(0) == x.size(0) && gates.sizes() == heads.sizes().slice(0, 2),
+                    "heads must be [T, H, D], x [T, C] and gates [T, H], got ", heads.sizes(), ", ", x.sizes(), " and ",
+                    gates.sizes());
+  const at::Tensor from = heads.contiguous(), rows = x.contiguous();
+  Projection p;
+  p.dtype = dtype_of(x);
+  p.tokens = heads.size(0), p.heads = heads.size(1), p.width = heads.size(2), p.channels = x.size(1);
+  const at::Tensor to = at::empty({p.heads * p.width, p.channels}, x.options());
+  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
+  const ActiveTokens active(gates);
+  const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
+  const at::Tensor scratch = scratch_for(across * p.heads, kernels().projection_scratch(p), x);
+  for_each_task(across * p.heads, [&](int64_t i, int64_t thread) {
+    const int64_t channel = i % across * kProjectionChannels;
+    kernels().outer(p, rows.const_data_ptr(), active.by_head()[i / across], channel,
+                    std::min(kProjectionChannels, p.channels - channel),
+                    scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+  });
+  return to;
+}
+
+}  // namespace
+}  // namespace moh
+
+TORCH_LIBRARY_FRAGMENT(moh, m) {
+  m.def("cpu_expand(Tensor x, Tensor matrix, Tensor gates) -> Tensor");
+  m.def("cpu_sum_heads(Tensor heads, Tensor matrix, Tensor gates) -> Tensor");
+  m.def("cpu_outer(Tensor heads, Tensor x, Tensor gates) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(moh, CPU, m) {
+  m.impl("cpu_expand", moh::expand);
+  m.impl("cpu_sum_heads", moh::sum_heads);
+  m.impl("cpu_outer", moh::outer);
+}

@@ -1,0 +1,68 @@
+"""Query and output projection of the active heads alone, where that is faster than the dense product.
+
+Both need the gates first, so the queries' only with a router that decides by the layer's input. Not for keys and
+values, which every head of a group shares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moh.attention import cpu
+
+MIN_TOKENS = 64
+"""With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
+
+MAX_SHARE = 0.7
+"""Above this share of active heads the dense product is as fast (measured in float32, AVX2: docs/results/speed.md)."""
+
+
+def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -> Tensor:
+    """Queries of the active heads: `linear(x)` as `[B, N, H, D]`, perhaps with zeros where the gate is 0.
+
+    Args:
+        linear: the query projection, C -> H * D.
+        x: `[B, N, C]`.
+        gates: `[B, N, H]`, 0 where a head is inactive.
+        share: expected share of pairs that are active, which decides whether the sparse product is worth it.
+    """
+    B, N, H = gates.shape
+    if not _sparse_is_faster(linear, x, share):
+        return linear(x).view(B, N, H, -1)  # type: ignore[no-any-return]
+    heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), linear.weight, gates.detach().flatten(0, 1))
+    if linear.bias is not None:
+        heads = heads + linear.bias.view(H, -1)
+    return heads.view(B, N, H, -1)
+
+
+def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float) -> Tensor:
+    """`linear(heads)` of weighted heads `[B, N, H, D]` that are 0 where the gate is 0 -> `[B, N, C]`.
+
+    Args as in `project_queries`; `linear` is the output projection, H * D -> C.
+    """
+    if not _sparse_is_faster(linear, heads, share):
+        return linear(heads.flatten(2))  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.moh.cpu_sum_heads(heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1))
+    if linear.bias is not None:
+        out = out + linear.bias
+    return out.view(*heads.shape[:2], -1)
+
+
+def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float) -> bool:
+    return (
+        share <= MAX_SHARE
+        and x.shape[0] * x.shape[1] >= MIN_TOKENS
+        and x.device.type == "cpu"
+        # 16-bit products run on units of their own where the processor has them, float32 on the vector units
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and _is_plain(linear)
+        and cpu.unavailable() is None
+    )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` does what its weight says: no adapter, no hook, no quantisation."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks) and linear.weight.dtype == torch.float32

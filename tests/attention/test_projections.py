@@ -1,0 +1,192 @@
+"""Promises of the projections of active heads: the dense product's values and gradients, where it would be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import moh
+from moh.attention import cpu, projections
+
+needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
+
+SIZES = [
+    pytest.param(dict(T=70, C=40, H=4, D=16), id="T70-C40-H4-D16"),
+    pytest.param(dict(T=500, C=300, H=3, D=24), id="more-than-one-block-of-tokens-and-channels"),
+    pytest.param(dict(T=5, C=3, H=2, D=1), id="tiny"),
+    pytest.param(dict(T=9, C=17, H=1, D=33), id="odd"),
+    pytest.param(dict(T=0, C=8, H=2, D=4), id="no-tokens"),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@pytest.fixture(params=cpu.instruction_sets() if cpu.unavailable() is None else [])
+def instruction_set(request):
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(cpu.instruction_sets()[0])
+
+
+def case(T: int, C: int, H: int, D: int, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    x, heads, matrix = torch.randn(T, C), torch.randn(T, H, D), torch.randn(H * D, C) / C**0.5
+    gates = torch.rand(T, H) * (torch.rand(T, H) < 0.6)
+    if T:
+        gates[0] = 0  # a token without a head
+    return (*(t.to(dtype).requires_grad_() for t in (x, heads, matrix)), gates.to(dtype))
+
+
+def assert_close(got, expected, dtype):
+    allowed = TOLERANCE[dtype] * max(1.0, float(expected.detach().abs().max()) if expected.numel() else 0.0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_products_and_gradients_are_the_dense_ones_of_active_pairs(instruction_set, size, layout, dtype):
+    x, heads, matrix, gates = case(**size, dtype=dtype)
+    if layout == "columns":  # as the transposed weight of an output projection lies in memory
+        matrix = matrix.detach().t().contiguous().t().requires_grad_()
+    active = (gates != 0)[..., None]
+    dense = (x @ matrix.t()).view(heads.shape) * active
+    expanded = torch.ops.moh.cpu_expand(x, matrix, gates)
+    assert_close(expanded, dense, dtype)
+    weight = torch.randn_like(dense)
+    for got, expected in zip(
+        torch.autograd.grad(expanded, (x, matrix), weight), torch.autograd.grad(dense, (x, matrix), weight), strict=True
+    ):
+        assert_close(got, expected, dtype)
+
+    dense = (heads * active).flatten(1) @ matrix
+    summed = torch.ops.moh.cpu_sum_heads(heads, matrix, gates)
+    assert_close(summed, dense, dtype)
+    weight = torch.randn_like(dense)
+    for got, expected in zip(
+        torch.autograd.grad(summed, (heads, matrix), weight),
+        torch.autograd.grad(dense, (heads, matrix), weight),
+        strict=True,
+    ):
+        assert_close(got, expected, dtype)
+
+
+@needs_kernels
+def test_bits_do_not_depend_on_the_number_of_threads(instruction_set):
+    x, heads, matrix, gates = (t.detach() for t in case(T=500, C=300, H=3, D=24))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(
+                (
+                    torch.ops.moh.cpu_expand(x, matrix, gates),
+                    torch.ops.moh.cpu_sum_heads(heads, matrix, gates),
+                    torch.ops.moh.cpu_outer(heads, x, gates),
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("operator", ["cpu_expand", "cpu_sum_heads"])
+def test_operators_are_registered_correctly(operator):
+    x, heads, matrix, gates = case(T=20, C=12, H=2, D=8)
+    source = x if operator == "cpu_expand" else heads
+    torch.library.opcheck(getattr(torch.ops.moh, operator).default, (source, matrix, gates), atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("multiple of 3 rows, got 8", lambda x, h, m: torch.ops.moh.cpu_expand(x, m, torch.ones(5, 3))),
+        ("x must be .*C = 6", lambda x, h, m: torch.ops.moh.cpu_expand(x[:, :4], m, torch.ones(5, 2))),
+        ("same number of tokens", lambda x, h, m: torch.ops.moh.cpu_expand(x[:4], m, torch.ones(5, 2))),
+        ("heads must be", lambda x, h, m: torch.ops.moh.cpu_sum_heads(h[..., :3], m, torch.ones(5, 2))),
+        (
+            "float32, bfloat16 or float16",
+            lambda x, h, m: torch.ops.moh.cpu_expand(x.double(), m.double(), torch.ones(5, 2)),
+        ),
+    ],
+    ids=["rows", "channels", "tokens", "heads", "dtype"],
+)
+def test_shapes_that_do_not_fit_are_refused(message, call):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(5, 6), torch.randn(5, 2, 4), torch.randn(8, 6))
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """Names of the sparse products that were called."""
+    calls = []
+    for name in ("cpu_expand", "cpu_sum_heads"):
+        operator = getattr(torch.ops.moh, name)
+        monkeypatch.setattr(
+            torch.ops.moh, name, lambda *a, name=name, operator=operator: calls.append(name) or operator(*a)
+        )
+    return calls
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("router", ["linear", "two_stage", "query_norm"])
+def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse_calls, monkeypatch, router, bias):
+    torch.manual_seed(0)
+    layer = moh.MoHAttention(
+        64, num_heads=8, shared_heads=2, active_heads=2, router=router, num_kv_heads=4, qkv_bias=bias, proj_bias=bias
+    )
+    x = torch.randn(2, 50, 64, requires_grad=True)
+    sparse = layer(x, is_causal=True)
+    assert sparse_calls == (["cpu_sum_heads"] if router == "query_norm" else ["cpu_expand", "cpu_sum_heads"])
+    weight = torch.randn_like(sparse)
+    inputs = [x, *layer.parameters()]
+    sparse_grads = torch.autograd.grad(sparse, inputs, weight)
+    monkeypatch.setattr(projections, "MAX_SHARE", 0.0)
+    dense = layer(x, is_causal=True)
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
+    for got, expected in zip(sparse_grads, torch.autograd.grad(dense, inputs, weight), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "reason",
+    ["few tokens", "large share", "bfloat16", "autocast", "hook", "adapter"],
+    ids=lambda r: r.replace(" ", "-"),
+)
+def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, reason):
+    linear: nn.Module = nn.Linear(32, 32)
+    x, gates = torch.randn(1, 100, 32), torch.ones(1, 100, 4)
+    seen = []
+    if reason == "bfloat16":
+        linear, x, gates = linear.bfloat16(), x.bfloat16(), gates.bfloat16()
+    if reason == "few tokens":
+        x, gates = x[:, :10], gates[:, :10]
+    if reason == "hook":
+        linear.register_forward_hook(lambda *_: seen.append("hook"))
+    if reason == "adapter":
+        linear = nn.Sequential(linear)
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        q = moh.attention.project_queries(linear, x, gates, share=0.9 if reason == "large share" else 0.5)
+    assert q.shape == (1, x.shape[1], 4, 8)
+    assert sparse_calls == []
+    assert seen == (["hook"] if reason == "hook" else [])
+
+
+@needs_kernels
+def test_compiled_layer_is_one_graph_and_equals_eager():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear")
+    x = torch.randn(1, 80, 32, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(x, is_causal=True), layer(x, is_causal=True)
+    torch.testing.assert_close(got, expected)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x, weight), torch.autograd.grad(expected, x, weight))
