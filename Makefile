@@ -18,7 +18,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo test test-all lint format docs clean
+.PHONY: help demo bench test test-all sanitize lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,11 +26,17 @@ help: ## list the targets
 demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options: make demo ARGS="--help"
 	$(BIN)/moh demo $(ARGS)
 
+bench: $(VENV)/.stamp-llm ## speed against dense attention, into docs/results/; options: make bench ARGS="--help"
+	$(BIN)/python -m benchmarks $(ARGS)
+
 test: $(VENV)/.stamp-dev ## the fast tests; options for pytest: make test ARGS="-k routing"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(VENV)/.stamp-dev ## all tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and undefined-behaviour sanitizers
+	tests/sanitize/run.sh $(abspath $(BIN))/python $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .

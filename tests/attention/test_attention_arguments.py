@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import BACKENDS, assert_same, make_inputs
+from attention_cases import BACKENDS, Inputs, assert_same, attend, make_inputs
 
 import moh.attention.dispatch
-from moh.attention import Backend, backends, choose_backend, moh_attention
+from moh.attention import Backend, backends, choose_backend, cpu, moh_attention
 
 Q, K, V, GATES = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.ones(2, 5, 4)
 
@@ -52,7 +52,7 @@ Q, K, V, GATES = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2
         pytest.param(dict(attn_mask=torch.ones(5, 6).double()), "got torch.float64", id="mask-dtype"),
         pytest.param(dict(dropout_p=1.0), "dropout_p must be at least 0 and below 1, got 1.0", id="dropout-1"),
         pytest.param(dict(dropout_p=-0.1), "dropout_p must be at least 0 and below 1, got -0.1", id="dropout-negative"),
-        pytest.param(dict(backend="fast"), "backend must be None or one of 'sdpa', .*got 'fast'", id="backend"),
+        pytest.param(dict(backend="fast"), "backend must be None or one of 'cpu', 'sdpa', .*got 'fast'", id="backend"),
     ],
 )
 def test_bad_argument_is_refused_by_name_and_value(change, message):
@@ -74,13 +74,20 @@ def test_mask_of_any_broadcastable_shape_is_that_mask_expanded(shape):
         assert_same(got, moh_attention(Q, K, V, gates, attn_mask=full, is_causal=True, backend="reference"), "output")
 
 
+def test_default_backend_is_cpu_where_it_serves_and_sdpa_elsewhere():
+    assert choose_backend(Q, K, V, GATES).name == ("cpu" if cpu.unavailable() is None else "sdpa")
+    assert choose_backend(*(t.double() for t in (Q, K, V, GATES))).name == "sdpa"
+    assert choose_backend(*(t.to("meta") for t in (Q, K, V, GATES))).name == "sdpa"
+
+
 def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_named(monkeypatch):
     def never(*arguments: object) -> str:
         return "it is broken"
 
+    usual = choose_backend(Q, K, V, GATES)
     broken = Backend("broken", "never works", lambda *a, **k: pytest.fail("must not be called"), never)
     monkeypatch.setattr(moh.attention.dispatch, "_BACKENDS", {"broken": broken} | {b.name: b for b in backends()})
-    assert choose_backend(Q, K, V, GATES).name == "sdpa"
+    assert choose_backend(Q, K, V, GATES) == usual
     moh_attention(Q, K, V, GATES)
     with pytest.raises(ValueError, match="backend 'broken' can't serve this call: it is broken"):
         moh_attention(Q, K, V, GATES, backend="broken")
@@ -89,8 +96,7 @@ def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_nam
 def test_backends_have_names_and_a_line_for_the_reader():
     names = [b.name for b in backends()]
     assert len(set(names)) == len(names)
-    assert {"sdpa", "reference"} <= set(names)
-    assert names[-1] == "reference"  # the last resort
+    assert names == ["cpu", "sdpa", "reference"]  # the most preferred first, the last resort last
     assert all(b.description and "\n" not in b.description for b in backends())
 
 
@@ -102,7 +108,7 @@ def test_autocast_takes_mixed_dtypes_and_gives_its_own(backend, mask):
     low_mask = inputs.attn_mask.bfloat16() if mask == "bias_per_head" else inputs.attn_mask
     expected = moh_attention(*low, attn_mask=low_mask, backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
-        got = moh_attention(inputs.q, low[1], inputs.v, inputs.gates, attn_mask=inputs.attn_mask, backend=backend.name)
+        got = attend(backend, Inputs(inputs.q, low[1], inputs.v, inputs.gates, inputs.attn_mask))
     assert got.dtype == torch.bfloat16
     assert_same(got, expected, "output")
     got.sum().backward()

@@ -133,8 +133,8 @@ def test_compiled_attention_is_one_graph_and_equals_eager():
     compiled = torch.compile(moh_attention, backend="aot_eager", fullgraph=True)
     for kind in ({}, dict(is_causal=True), dict(mask="padding"), dict(activity="none"), dict(Nq=70, activity="uneven")):
         inputs = make_inputs(**kind)
-        expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, **inputs.options)
-        got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, **inputs.options)
+        expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
+        got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
         assert_same(got, expected, "output")
         weight = torch.randn_like(expected)
         expected_grads = gradients(expected, inputs, weight)
@@ -151,10 +151,10 @@ def test_inductor_compiles_forward_and_backward_into_one_graph():
 
     @torch.compile(fullgraph=True)
     def compiled(q, k, v, gates):
-        return moh_attention(q * 2, k, v, gates.sin(), is_causal=True).cos()
+        return moh_attention(q * 2, k, v, gates.sin(), is_causal=True, backend="sdpa").cos()
 
     got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates)
-    expected = moh_attention(inputs.q * 2, inputs.k, inputs.v, inputs.gates.sin(), is_causal=True).cos()
+    expected = moh_attention(inputs.q * 2, inputs.k, inputs.v, inputs.gates.sin(), is_causal=True, backend="sdpa").cos()
     assert_same(got, expected, "output")
     weight = torch.randn_like(expected)
     expected_grads = gradients(expected, inputs, weight)
@@ -166,8 +166,8 @@ def test_compiled_learned_bias_gets_its_gradient():
     torch.compiler.reset()
     inputs = make_inputs(mask="bias_per_head")
     compiled = torch.compile(moh_attention, backend="aot_eager")  # two graphs: how many rows is for Python to say
-    got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, **inputs.options)
-    expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, **inputs.options)
+    got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
+    expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
     weight = torch.randn_like(expected)
     assert_same(got, expected, "output")
     assert_same(gradients(got, inputs, weight)["attn_mask"], gradients(expected, inputs, weight)["attn_mask"], "mask")
@@ -178,7 +178,8 @@ def test_compiled_dropout_still_drops():
     inputs = make_inputs(activity="half")
     compiled = torch.compile(moh_attention, backend="aot_eager")
     arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
-    assert not torch.equal(compiled(*arguments, dropout_p=0.5), compiled(*arguments))
+    dropped, whole = compiled(*arguments, dropout_p=0.5, backend="sdpa"), compiled(*arguments, backend="sdpa")
+    assert not torch.equal(dropped, whole)
 
 
 def test_all_heads_active_is_one_call_without_gathering(sdpa_calls):

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+import moh.attention.cpu
+import moh.attention.dispatch
+
 KINDS = [
     pytest.param(dict(router="two_stage"), id="two_stage"),
     pytest.param(dict(router="query_norm"), id="query_norm"),
@@ -112,19 +115,23 @@ def test_beam_search_reorders_the_cache(tiny_model, tokens):
 
 
 @torch.no_grad()
-def test_eager_is_the_definition_and_sdpa_the_backend(tiny_model, tokens, monkeypatch):
-    calls = []
-    original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
+def test_eager_is_the_definition_and_sdpa_the_fastest_backend(tiny_model, tokens, monkeypatch):
+    chosen = []
+    original = moh.attention.dispatch.choose_backend
+
+    def noted(*args, **kwargs):
+        backend = original(*args, **kwargs)
+        chosen.append(backend.name)
+        return backend
+
+    monkeypatch.setattr(moh.attention.dispatch, "choose_backend", noted)
     model = tiny_model()
     model(tokens)
-    assert calls
-    calls.clear()
+    assert set(chosen) == {"cpu" if moh.attention.cpu.unavailable() is None else "sdpa"}
+    chosen.clear()
     model.set_attn_implementation("eager")
     model(tokens)
-    assert not calls
+    assert set(chosen) == {"reference"}
 
 
 def test_attention_implementations_that_would_compute_all_heads_are_refused(tiny_model):

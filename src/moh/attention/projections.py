@@ -29,11 +29,11 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -
     """
     B, N, H = gates.shape
     if not _sparse_is_faster(linear, x, share):
-        return linear(x).view(B, N, H, -1)  # type: ignore[no-any-return]
+        return linear(x).unflatten(-1, (H, -1))  # type: ignore[no-any-return]
     heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), linear.weight, gates.detach().flatten(0, 1))
     if linear.bias is not None:
         heads = heads + linear.bias.view(H, -1)
-    return heads.view(B, N, H, -1)
+    return heads.unflatten(0, (B, N))
 
 
 def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float) -> Tensor:
@@ -46,7 +46,7 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
     out: Tensor = torch.ops.moh.cpu_sum_heads(heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1))
     if linear.bias is not None:
         out = out + linear.bias
-    return out.view(*heads.shape[:2], -1)
+    return out.unflatten(0, heads.shape[:2])
 
 
 def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float) -> bool:
