@@ -24,14 +24,17 @@ class Backend:
     Attributes:
         name: what `moh_attention(backend=...)` takes.
         description: one line for `moh info`.
-        function: `(q, k, v, gates, *, is_causal, attn_mask, scale, dropout_p) -> [B, Nq, H, D]`.
+        function: `(q, k, v, gates, *, is_causal, attn_mask, scale, dropout_p) -> [B, Nq, H, D]`, and `sliding_window`
+            where `has_sliding_window`.
         unsupported: `(q, k, v, gates, attn_mask, dropout_p)` -> why it can't serve the call, or None if it can.
+        has_sliding_window: whether it leaves out keys before the window itself; else it gets a mask.
     """
 
     name: str
     description: str
     function: Callable[..., Tensor]
     unsupported: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str | None]
+    has_sliding_window: bool = False
 
 
 def _serves_all(
@@ -57,7 +60,7 @@ _BACKENDS = {
     backend.name: backend
     for backend in (
         # In order of preference: backend=None takes the first that supports the call.
-        Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.cpu_attention, cpu.unsupported),
+        Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.cpu_attention, cpu.unsupported, True),
         Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", _sdpa, _serves_all),
         Backend("reference", "the definition: every head, then weighted", reference_attention, _serves_all),
     )
@@ -79,6 +82,7 @@ def moh_attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    sliding_window: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention in which each token uses only some heads: `out[b, t, i] = gates[b, t, i] * H_i(x_t)`.
@@ -94,6 +98,7 @@ def moh_attention(
         scale: factor of the scores; None means `1 / sqrt(D)`.
         dropout_p: probability of dropping an attention weight. As in PyTorch's function it is applied whenever it is
             above 0, so pass 0 in evaluation.
+        sliding_window: query i sees at most this many keys, i itself the last; needs `is_causal`. None means all.
         backend: name of a backend, or None for the most preferred that supports the call.
 
     Returns:
@@ -111,8 +116,35 @@ def moh_attention(
         q, k, v, gates = q.to(dtype), k.to(dtype), v.to(dtype), gates.to(dtype)
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     _check(q, k, v, gates, attn_mask, dropout_p)
+    if sliding_window is not None and (sliding_window < 1 or not is_causal):
+        raise ValueError(
+            f"sliding_window must be at least 1 and needs is_causal=True, got {sliding_window}, {is_causal}"
+        )
     chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
+    if sliding_window is not None and chosen.has_sliding_window:
+        return chosen.function(
+            q,
+            k,
+            v,
+            gates,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            scale=scale,
+            dropout_p=dropout_p,
+            sliding_window=sliding_window,
+        )
+    if sliding_window is not None:
+        attn_mask = _with_window(attn_mask, sliding_window, q, k.shape[2])
     return chosen.function(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p)
+
+
+def _with_window(attn_mask: Tensor | None, sliding_window: int, q: Tensor, Nk: int) -> Tensor:
+    """`attn_mask` with the keys before each query's window taken away."""
+    distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(Nk, device=q.device)  # [Nq, Nk]
+    near = distance < sliding_window
+    if attn_mask is None:
+        return near
+    return attn_mask & near if attn_mask.dtype == torch.bool else torch.where(near, attn_mask, -torch.inf)
 
 
 def choose_backend(

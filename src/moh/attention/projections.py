@@ -29,11 +29,12 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -
     """
     B, N, H = gates.shape
     if not _sparse_is_faster(linear, x, share):
-        return linear(x).unflatten(-1, (H, -1))  # type: ignore[no-any-return]
+        dense: Tensor = linear(x)
+        return dense.view(B, N, H, dense.shape[-1] // H)
     heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), linear.weight, gates.detach().flatten(0, 1))
     if linear.bias is not None:
         heads = heads + linear.bias.view(H, -1)
-    return heads.unflatten(0, (B, N))
+    return heads.view(B, N, H, heads.shape[-1])
 
 
 def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float) -> Tensor:
@@ -42,11 +43,12 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
     Args as in `project_queries`; `linear` is the output projection, H * D -> C.
     """
     if not _sparse_is_faster(linear, heads, share):
-        return linear(heads.flatten(2))  # type: ignore[no-any-return]
+        dense: Tensor = linear(heads.flatten(2))
+        return dense
     out: Tensor = torch.ops.moh.cpu_sum_heads(heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1))
     if linear.bias is not None:
         out = out + linear.bias
-    return out.unflatten(0, heads.shape[:2])
+    return out.view(*heads.shape[:2], out.shape[-1])
 
 
 def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float) -> bool:

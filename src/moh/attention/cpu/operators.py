@@ -129,9 +129,10 @@ def cpu_attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Routed attention by the C++ kernels; arguments and result as in `moh.attention.moh_attention`."""
     if attn_mask is not None:
         attn_mask = attn_mask.detach()
-    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, attn_mask, is_causal, None, scale)[0]
+    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, attn_mask, is_causal, sliding_window, scale)[0]
     return out

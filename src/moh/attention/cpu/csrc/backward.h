@@ -106,11 +106,9 @@ struct Backward {
     T* grad_q = static_cast<T*>(p.grad_q);
     for (int64_t block = 0; block < count; ++block) {
       lanes.fill(p, rows, block * kWidth);
-      const float* from = grad_queries + block * D * kWidth;
-      for (int i = 0; i < lanes.count; ++i) {
-        T* to = grad_q + ((rows.batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]) * D;
-        for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(p.scale * from[d * kWidth + i]);
-      }
+      take_off_lanes<Isa>(
+          lanes.count, D, grad_queries + block * D * kWidth, [&](int) { return p.scale; },
+          [&](int i) { return grad_q + ((rows.batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]) * D; });
     }
   }
 

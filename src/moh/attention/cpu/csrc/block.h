@@ -146,15 +146,60 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
   }
 }
 
+// to = factor * from, for some numbers.
+template <class Isa, class T>
+[[gnu::always_inline]] inline void put(const float* from, int count, float factor, T* to) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<T>(factor * from[i]);
+}
+
 // Rows `from(i)` of `width` numbers, one per lane, to [width, kWidth], times `factor(i)`; zeros in the lanes beyond.
 template <class Isa, class From, class Factor>
 void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to) {
-  constexpr int kWidth = Tile<Isa>::kWidth;
-  if (count < kWidth) std::memset(to, 0, sizeof(float) * width * kWidth);
-  for (int i = 0; i < count; ++i) {
-    const auto* row = from(i);
-    const float f = factor(i);
-    for (int64_t d = 0; d < width; ++d) to[d * kWidth + i] = f * static_cast<float>(row[d]);
+  using S = Simd<Isa::kLanes>;
+  constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  decltype(from(0)) rows[kWidth];
+  float factors[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    rows[i] = from(std::min(i, count - 1));
+    factors[i] = i < count ? factor(i) : 0.0f;
+  }
+  for (int first = 0; first < kWidth; first += L) {
+    int64_t d = 0;
+    for (; d + L <= width; d += L) {
+      typename S::Floats square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        square[i] = first + i < count ? S::load(rows[first + i] + d) * factors[first + i] : typename S::Floats{};
+      S::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) S::store(to + (d + i) * kWidth + first, square[i]);
+    }
+    for (; d < width; ++d)
+      for (int i = first; i < first + L; ++i)
+        to[d * kWidth + i] = i < count ? factors[i] * static_cast<float>(rows[i][d]) : 0.0f;
+  }
+}
+
+// The way back: lane i of [width, kWidth], times `factor(i)`, to the row `to(i)`; lanes from `count` on are left out.
+template <class Isa, class To, class Factor>
+void take_off_lanes(int count, int64_t width, const float* from, Factor factor, To to) {
+  using S = Simd<Isa::kLanes>;
+  constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  for (int first = 0; first < count; first += L) {
+    const int last = std::min(first + L, count);
+    int64_t d = 0;
+    for (; d + L <= width; d += L) {
+      typename S::Floats square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = S::load(from + (d + i) * kWidth + first);
+      S::transpose(square);
+      float numbers[L][L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) S::store(numbers[i], square[i]);
+      for (int i = first; i < last; ++i) put<Isa>(numbers[i - first], L, factor(i), to(i) + d);
+    }
+    for (; d < width; ++d)
+      for (int i = first; i < last; ++i) put<Isa>(from + d * kWidth + i, 1, factor(i), to(i) + d);
   }
 }
 

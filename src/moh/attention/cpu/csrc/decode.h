@@ -54,23 +54,6 @@ struct Decode {
   }
 
  private:
-  // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
-  [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
-#if defined(__clang__)
-    return pairs(a, b, std::make_integer_sequence<int, L>());
-#else
-    typename S::Ints even;
-    for (int i = 0; i < L; ++i) even[i] = 2 * i;
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-#endif
-  }
-#if defined(__clang__)
-  template <int... I>
-  [[gnu::always_inline]] static Floats pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-  }
-#endif
-
   static void score(const float* q, const float* keys, int64_t stride, int64_t count, int64_t D, float* scores) {
     const int64_t whole = D / L * L;
     int64_t n = 0;
@@ -92,7 +75,7 @@ struct Decode {
 #pragma GCC unroll 4
       for (int width = L; width > 1; width /= 2)
 #pragma GCC unroll 8
-        for (int i = 0; i < width / 2; ++i) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+        for (int i = 0; i < width / 2; ++i) sums[i] = S::add_pairs(sums[2 * i], sums[2 * i + 1]);
       S::store(scores + n, sums[0]);
       if (whole < D)
         for (int i = 0; i < L; ++i)

@@ -97,15 +97,17 @@ struct Forward {
                     const float* totals) {
     const T* gates = static_cast<const T*>(p.gates);
     T* out = static_cast<T*>(p.out);
+    float factors[kWidth];
+    const auto entry = [&](int i) { return (batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i]; };
     for (int i = 0; i < lanes.count; ++i) {
-      const int64_t entry = (batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i];
       const bool blind = totals[i] == 0.0f;
-      const float factor = blind ? 0.0f : static_cast<float>(gates[entry]) / totals[i];
-      T* to = out + entry * p.value_width;
-      for (int64_t d = 0; d < p.value_width; ++d) to[d] = static_cast<T>(sums[d * kWidth + i] * factor);
+      factors[i] = blind ? 0.0f : static_cast<float>(gates[entry(i)]) / totals[i];
       p.lse[(batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]] =
           blind ? kInfinity : most[i] + std::log2(totals[i]);
     }
+    take_off_lanes<Isa>(
+        lanes.count, p.value_width, sums, [&](int i) { return factors[i]; },
+        [&](int i) { return out + entry(i) * p.value_width; });
   }
 };
 

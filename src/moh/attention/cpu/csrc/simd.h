@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace moh {
 
@@ -79,20 +80,70 @@ struct Simd : Vectors<Lanes> {
     return most;
   }
 
-  // 2^x for x <= 127, within 1e-7 of it; 0 below -126, NaN for NaN. A polynomial of degree 5 (minimax on [-1/2, 1/2],
-  // relative error 7.5e-8) times a power of two that is added to the exponent's bits.
+  // 2^x for x <= 127, within 2e-7 of it; 0 for x <= -127 and hardly more up to -126, NaN for NaN. A polynomial
+  // (minimax on [-1/2, 1/2] with p(0) = 1) times a power of two that is added to the exponent's bits, which for -127
+  // leaves exactly 0.
   [[gnu::always_inline]] static Floats exp2(Floats x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
-    const Floats shifted = (x < -126.0f ? set(-126.0f) : x) + kRound;
-    const Floats f = (x < -126.0f ? set(-126.0f) : x) - (shifted - kRound);
-    Floats p = set(1.3276472454890609e-3f);
-    p = p * f + 9.675541892647743e-3f;
-    p = p * f + 5.550713092088699e-2f;
-    p = p * f + 2.4022120237350464e-1f;
-    p = p * f + 6.931469440460205e-1f;
-    p = p * f + 1.0000001192092896f;
-    const Floats scaled = floats(bits(p) + (bits(shifted) << 23));
-    return x < -126.0f ? Floats{} : scaled;
+    x = max(set(-127.0f), x);              // in this order NaN stays
+    const Floats shifted = x + kRound;
+    const Floats f = x - (shifted - kRound);
+    Floats p = set(0.001326472731307149f);
+    p = p * f + 0.009671512991189957f;
+    p = p * f + 0.05550733581185341f;
+    p = p * f + 0.24022242426872253f;
+    p = p * f + 0.6931470036506653f;
+    p = p * f + 1.0f;
+    return floats(bits(p) + (bits(shifted) << 23));
+  }
+
+  // One of two vectors' numbers by turns, from their first or second half: [a0, b0, a1, b1, ...].
+  [[gnu::always_inline]] static Floats interleave_first(Floats a, Floats b) { return interleave<0>(a, b); }
+  [[gnu::always_inline]] static Floats interleave_second(Floats a, Floats b) { return interleave<Lanes / 2>(a, b); }
+
+  // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
+  [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
+    return pick<0, 2>(a, b, std::make_integer_sequence<int, Lanes>()) +
+           pick<1, 2>(a, b, std::make_integer_sequence<int, Lanes>());
+  }
+
+  // Rows become columns. Each round deals the cards of the two halves by turns; log2(Lanes) rounds transpose.
+  [[gnu::always_inline]] static void transpose(Floats (&v)[Lanes]) {
+#pragma GCC unroll 4
+    for (int round = 1; round < Lanes; round *= 2) {
+      Floats dealt[Lanes];
+#pragma GCC unroll 8
+      for (int i = 0; i < Lanes / 2; ++i) {
+        dealt[2 * i] = interleave_first(v[i], v[i + Lanes / 2]);
+        dealt[2 * i + 1] = interleave_second(v[i], v[i + Lanes / 2]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < Lanes; ++i) v[i] = dealt[i];
+    }
+  }
+
+ private:
+  // Numbers First, First + Step, ... of the 2 * Lanes in (a, b).
+  template <int First, int Step, int... I>
+  [[gnu::always_inline]] static Floats pick(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return shuffle<(First + Step * I)...>(a, b);
+  }
+  template <int First, int... I>
+  [[gnu::always_inline]] static Floats deal(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return shuffle<(First + I / 2 + (I % 2) * Lanes)...>(a, b);
+  }
+  template <int First>
+  [[gnu::always_inline]] static Floats interleave(Floats a, Floats b) {
+    return deal<First>(a, b, std::make_integer_sequence<int, Lanes>());
+  }
+  template <int... I>
+  [[gnu::always_inline]] static Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    constexpr typename Vectors<Lanes>::Ints which = {I...};
+    return __builtin_shuffle(a, b, which);
+#endif
   }
 };
 
