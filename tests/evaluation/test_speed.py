@@ -106,3 +106,21 @@ def test_the_cpu_name_is_read_from_the_system(tmp_path, monkeypatch, cpuinfo: st
 def test_a_system_without_cpuinfo_still_has_a_name(monkeypatch) -> None:
     monkeypatch.setattr(machine, "_cpuinfo", dict)
     assert cpu_name()
+
+
+def test_training_steps_are_timed_on_request_and_leave_no_gradients(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moh.evaluation import speed
+
+    assert measure_speed(models, prompt_tokens=8, decode_tokens=1, repeats=1).models["moh"].train is None
+    original = speed._time_training
+    seen = []
+
+    def half_a_second(model, prompt):
+        assert original(model, prompt) > 0
+        seen.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return 0.5
+
+    monkeypatch.setattr(speed, "_time_training", half_a_second)
+    report = measure_speed(models, prompt_tokens=8, decode_tokens=1, batch_size=2, repeats=2, training=True)
+    assert report.models["moh"].train.values == (32.0, 32.0)
+    assert seen == [False] * 6

@@ -31,6 +31,7 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -
     if not _sparse_is_faster(linear, x, share):
         dense: Tensor = linear(x)
         return dense.view(B, N, H, dense.shape[-1] // H)
+    assert isinstance(linear, nn.Linear)  # as _sparse_is_faster has seen
     heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), linear.weight, gates.detach().flatten(0, 1))
     if linear.bias is not None:
         heads = heads + linear.bias.view(H, -1)
@@ -45,6 +46,7 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
     if not _sparse_is_faster(linear, heads, share):
         dense: Tensor = linear(heads.flatten(2))
         return dense
+    assert isinstance(linear, nn.Linear)
     out: Tensor = torch.ops.moh.cpu_sum_heads(heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1))
     if linear.bias is not None:
         out = out + linear.bias

@@ -181,7 +181,9 @@ class _Demo:
                 )
                 save(plot_losses(self.losses), self.output_dir / f"losses.{suffix}")
         with self._step("speed, dense against MoH"):
-            speed = measure_speed({"dense": control, "MoH": ours}, prompt=heldout[:1], decode_tokens=32, repeats=5)
+            speed = measure_speed(
+                {"dense": control, "MoH": ours}, prompt=heldout[:1], decode_tokens=32, repeats=5, training=True
+            )
         with self._step("writing some text"):
             sample = {prompt: _continue(ours, tokenizer, prompt) for prompt in PROMPTS}
 

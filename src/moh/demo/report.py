@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from moh.evaluation import PerplexityResult, SpeedReport
+from moh.evaluation import PerplexityResult, Rate, SpeedReport
 
 
 @dataclass
@@ -121,11 +121,15 @@ class DemoReport:
         if self.speed is None:
             return []
         s = self.speed
-        lines = ["| speed, tokens/s, median (quartiles) | prefill | decode |", "| --- | --- | --- |"]
+        kinds = ["prefill", "decode", "train"]
+        lines = [
+            "| speed, tokens/s, median (quartiles) | prefill | decode | training step |",
+            "| --- | --- | --- | --- |",
+        ]
         for name, speed in s.models.items():
-            cells = [f"{r.median:.0f} ({r.low:.0f}–{r.high:.0f})" for r in (speed.prefill, speed.decode)]
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-        lines += ["", f"Batch {s.batch_size}, prompt {s.prompt_tokens} tokens, {s.decode_tokens} decoded, {s.repeats} rounds, "
+            cells = [_rate(getattr(speed, kind)) for kind in kinds]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += ["", f"Batch {s.batch_size}, prompt {s.prompt_tokens} tokens, {s.decode_tokens} decoded, training step on the prompt (forward and backward), {s.repeats} rounds, "
                   f"{s.dtype}, models in turns in one process."]  # fmt: skip
         return lines
 
@@ -133,6 +137,10 @@ class DemoReport:
         """Write `report.json` and `report.md`, each whole or not at all."""
         _write(directory / "report.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
         _write(directory / "report.md", self.markdown() + "\n")
+
+
+def _rate(rate: Rate | None) -> str:
+    return "–" if rate is None else f"{rate.median:.0f} ({rate.low:.0f}–{rate.high:.0f})"
 
 
 def _write(path: Path, text: str) -> None:

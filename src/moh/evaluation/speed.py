@@ -1,4 +1,4 @@
-"""Tokens per second of several causal language models, side by side: prefill and decoding.
+"""Tokens per second of several causal language models, side by side: prefill, decoding, training step.
 
 The models take turns within each repeat, so that a slow phase of the machine hits all of them. Not for single layers or kernels.
 """
@@ -44,10 +44,12 @@ class ModelSpeed:
     Attributes:
         prefill: prompt tokens per second.
         decode: new tokens per second, one at a time with the cache.
+        train: tokens per second of a training step's forward and backward pass; None if not measured.
     """
 
     prefill: Rate
     decode: Rate
+    train: Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class SpeedReport:
     repeats: int
 
 
-@torch.no_grad()
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -83,6 +84,7 @@ def measure_speed(
     decode_tokens: int = 32,
     batch_size: int = 1,
     repeats: int = 5,
+    training: bool = False,
     progress: bool = True,
 ) -> SpeedReport:
     """Time each model's prefill of a prompt and its decoding after it, `repeats` times in turns, after one warm-up.
@@ -94,6 +96,7 @@ def measure_speed(
         decode_tokens: tokens decoded after the prompt, greedily.
         batch_size: sequences of a drawn prompt.
         repeats: timed rounds.
+        training: also time the loss and its gradients on the prompt, as a training step has them (no optimiser step).
         progress: show a progress bar (only on a terminal).
 
     Raises:
@@ -116,7 +119,7 @@ def measure_speed(
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(first.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     prompt = prompt.to(first.device)
-    rates: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    rates: dict[str, tuple[list[float], list[float], list[float]]] = {name: ([], [], []) for name in models}
     modes = {name: model.training for name, model in models.items()}
     names = list(models)
     try:
@@ -131,11 +134,18 @@ def measure_speed(
                 if repeat >= 0:
                     rates[name][0].append(prompt.numel() / prefill)
                     rates[name][1].append(prompt.shape[0] * decode_tokens / decode)
+                if training:
+                    seconds = _time_training(models[name], prompt)
+                    if repeat >= 0:
+                        rates[name][2].append(prompt.numel() / seconds)
     finally:
         for name, model in models.items():
             model.train(modes[name])
     return SpeedReport(
-        models={name: ModelSpeed(_rate(prefill), _rate(decode)) for name, (prefill, decode) in rates.items()},
+        models={
+            name: ModelSpeed(_rate(prefill), _rate(decode), _rate(train) if training else None)
+            for name, (prefill, decode, train) in rates.items()
+        },
         device=device_name(first.device),
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
@@ -147,6 +157,7 @@ def measure_speed(
     )
 
 
+@torch.no_grad()
 def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and for decoding after it."""
     clock = _clock(prompt.device)
@@ -158,6 +169,19 @@ def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tu
         token = outputs.logits[:, -1:].argmax(-1)  # [B, 1]
         outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
     return middle - start, clock() - middle
+
+
+def _time_training(model: PreTrainedModel, prompt: Tensor) -> float:
+    """Seconds for the loss of the prompt and its gradients, which are dropped again."""
+    clock = _clock(prompt.device)
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    start = clock()
+    with torch.enable_grad():
+        model(input_ids=prompt, labels=prompt, use_cache=False).loss.backward()
+    seconds = clock() - start
+    for parameter, grad in kept:
+        parameter.grad = grad
+    return seconds
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -4,7 +4,7 @@
 // add up is added in a fixed order.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -24,7 +24,7 @@ constexpr int64_t kBlocksPerTask = 4;   // blocks of rows that share a tile of k
 constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish keeps the others waiting
 constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
 constexpr int64_t kDecodeKeys = 512;    // keys of one decoding task: the split must not depend on the threads
-constexpr int64_t kBackwardTasks = 16;  // parts that a backward pass is cut into where memory allows
+constexpr int64_t kBackwardTasks = 8;   // parts that a backward pass is cut into where memory allows
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
@@ -59,8 +59,8 @@ struct Call {
     p.dtype = dtype_of(q);
     p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.width))));
     p.causal = causal;
+    TORCH_CHECK_VALUE(!window.has_value() || (*window > 0 && causal), "window must be positive and needs is_causal");
     p.window = window.value_or(0);
-    TORCH_CHECK_VALUE(p.window >= 0 && (p.window == 0 || causal), "window must be positive and needs is_causal");
     p.q = view(q), p.k = view(k), p.v = view(v);
     p.gates = gates.const_data_ptr();
     if (mask_.has_value()) {
@@ -241,7 +241,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
   const at::Tensor out = at::empty({p.batches, p.queries, p.heads, p.value_width}, q.options());
-  const at::Tensor lse = at::empty({p.batches, p.heads, p.queries}, q.options().dtype(at::kFloat));
+  const at::Tensor lse = at::full({p.batches, p.heads, p.queries}, INFINITY, q.options().dtype(at::kFloat));
   if (out.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -288,6 +288,11 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const int64_t sums = parts == 1 ? concurrent : pairs * parts;
   const at::Tensor sum_k = at::empty({sums, p.keys, padded_k}, floats);
   const at::Tensor sum_v = at::empty({sums, p.keys, padded_v}, floats);
+  const auto write = [&](int64_t pair, float* from_k, float* from_v) {
+    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
+    grad_k[b][h].copy_(at::from_blob(from_k, {p.keys, p.width}, {padded_k, 1}, floats));
+    grad_v[b][h].copy_(at::from_blob(from_v, {p.keys, p.value_width}, {padded_v, 1}, floats));
+  };
   std::vector<int64_t> order(pairs * parts);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
@@ -303,20 +308,18 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
     for (int64_t first = part * size; first < active.count(pair); first += parts * size)
       kernel.backward(p, active.rows(pair, first, std::min(size, active.count(pair) - first)), to_k, to_v,
                       scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
-    if (parts == 1) {
-      const auto from_k = at::from_blob(to_k, {p.keys, p.width}, {padded_k, 1}, floats);
-      const auto from_v = at::from_blob(to_v, {p.keys, p.value_width}, {padded_v, 1}, floats);
-      grad_k[pair / p.kv_heads][pair % p.kv_heads].copy_(from_k);
-      grad_v[pair / p.kv_heads][pair % p.kv_heads].copy_(from_v);
-    }
+    if (parts == 1) write(pair, to_k, to_v);
   });
-  if (parts > 1) {
-    const auto total = [&](const at::Tensor& x, int64_t padded, int64_t width) {
-      return x.view({p.batches, p.kv_heads, parts, p.keys, padded}).sum(2).narrow(-1, 0, width);
-    };
-    grad_k.copy_(total(sum_k, padded_k, p.width));
-    grad_v.copy_(total(sum_v, padded_v, p.value_width));
-  }
+  if (parts > 1)
+    for_each_task(pairs, [&](int64_t pair, int64_t) {
+      float* to_k = sum_k.mutable_data_ptr<float>() + pair * parts * p.keys * padded_k;
+      float* to_v = sum_v.mutable_data_ptr<float>() + pair * parts * p.keys * padded_v;
+      for (int64_t part = 1; part < parts; ++part) {
+        for (int64_t i = 0; i < p.keys * padded_k; ++i) to_k[i] += to_k[part * p.keys * padded_k + i];
+        for (int64_t i = 0; i < p.keys * padded_v; ++i) to_v[i] += to_v[part * p.keys * padded_v + i];
+      }
+      write(pair, to_k, to_v);
+    });
   return {grad_q, grad_k, grad_v, grad_gates};
 }
 
@@ -355,6 +358,37 @@ class Autograd : public torch::autograd::Function<Autograd> {
   }
 };
 
+// The backward pass has no derivative of its own; asked for one, it says so.
+class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& grad,
+                                                const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                const at::Tensor& gates, const std::optional<at::Tensor>& mask,
+                                                const at::Tensor& out, const at::Tensor& lse, bool is_causal,
+                                                std::optional<int64_t> window, std::optional<double> scale) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(kBackward, "").typed<decltype(attention_backward)>();
+    auto [grad_q, grad_k, grad_v, grad_gates] =
+        op.call(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
+    return {grad_q, grad_k, grad_v, grad_gates};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "the backend 'cpu' has no second derivative; use backend='reference' where you need one");
+  }
+};
+
+Gradients attention_backward_autograd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
+                                      const at::Tensor& v, const at::Tensor& gates,
+                                      const std::optional<at::Tensor>& mask, const at::Tensor& out,
+                                      const at::Tensor& lse, bool is_causal, std::optional<int64_t> window,
+                                      std::optional<double> scale) {
+  auto g = BackwardAutograd::apply(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
+  return {g[0], g[1], g[2], g[3]};
+}
+
 std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                       const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                                       bool is_causal, std::optional<int64_t> window,
@@ -380,4 +414,7 @@ TORCH_LIBRARY_IMPL(moh, CPU, m) {
   m.impl("cpu_attention_backward", moh::attention_backward);
 }
 
-TORCH_LIBRARY_IMPL(moh, Autograd, m) { m.impl("cpu_attention", moh::attention_autograd); }
+TORCH_LIBRARY_IMPL(moh, Autograd, m) {
+  m.impl("cpu_attention", moh::attention_autograd);
+  m.impl("cpu_attention_backward", moh::attention_backward_autograd);
+}

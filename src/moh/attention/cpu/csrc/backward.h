@@ -1,7 +1,8 @@
 // Gradients of a block of active rows: weights from the saved log-sum-exp, no softmax and no N x N matrix.
 //
 // With P = exp2(S - lse), grad of a head dO = gate * grad and delta = grad . out: dV = P' dO, dS = P * (dO V' - delta),
-// dQ = scale * dS K, dK = scale * dS' Q, dgate = delta / gate.
+// dQ = scale * dS K, dK = scale * dS' Q, and dgate = sum(P * dO V') / gate, which unlike delta / gate does not pass
+// through the output's rounding: a small gate may have rounded it to 0.
 #pragma once
 
 #include "block.h"
@@ -22,7 +23,7 @@ struct Backward {
   static int64_t scratch(const Problem& p, int64_t rows) {
     const int64_t lanes = blocks(rows) * kWidth;
     const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * (p.width + p.value_width);
-    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 2 + 2 * kTile) + copies;
+    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 3 + 2 * kTile) + copies;
   }
 
   static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
@@ -34,7 +35,8 @@ struct Backward {
     float* grad_rows = query_rows + all * padded(D);  // [all, padded Dv]
     float* lse = grad_rows + all * padded(Dv);        // [all]
     float* delta = lse + all;                         // [all]
-    float* weights = delta + all;                     // [kTile, all]
+    float* gate_sums = delta + all;                   // [all]: sum of P * dO V'
+    float* weights = gate_sums + all;                 // [kTile, all]
     float* grad_scores = weights + kTile * all;       // [kTile, all]
     float* key_copy = grad_scores + kTile * all;
     float* value_copy = key_copy + kTile * D;
@@ -80,13 +82,17 @@ struct Backward {
         for (int j = 0; j < Isa::kVectors; ++j) {
           const Floats shift = S::load(lse + block * kWidth + j * Isa::kLanes);
           const Floats less = S::load(delta + block * kWidth + j * Isa::kLanes);
+          Floats gate_sum = S::load(gate_sums + block * kWidth + j * Isa::kLanes);
           for (int64_t n = 0; n < seen; ++n) {
             float* wn = w + n * all + j * Isa::kLanes;
             float* gn = g + n * all + j * Isa::kLanes;
             const Floats weight = S::exp2(S::load(wn) - shift);
             S::store(wn, weight);
-            S::store(gn, weight * (S::load(gn) - less));
+            const Floats grad = S::load(gn);
+            gate_sum += weight * grad;
+            S::store(gn, weight * (grad - less));
           }
+          S::store(gate_sums + block * kWidth + j * Isa::kLanes, gate_sum);
         }
         clear(w, g, seen, loaded, all);
         Product::template multiply<Product::Into::kAdd>(D, keys, 1, key_stride, g, all, seen,
@@ -104,8 +110,14 @@ struct Backward {
                                                         grad_v + first * padded(Dv) + d, padded(Dv));
     }
     T* grad_q = static_cast<T*>(p.grad_q);
+    const T* gates = static_cast<const T*>(p.gates);
+    T* grad_gates = static_cast<T*>(p.grad_gates);
     for (int64_t block = 0; block < count; ++block) {
       lanes.fill(p, rows, block * kWidth);
+      for (int i = 0; i < lanes.count; ++i) {
+        const int64_t entry = (rows.batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i];
+        grad_gates[entry] = static_cast<T>(gate_sums[block * kWidth + i] / static_cast<float>(gates[entry]));
+      }
       take_off_lanes<Isa>(
           lanes.count, D, grad_queries + block * D * kWidth, [&](int) { return p.scale; },
           [&](int i) { return grad_q + ((rows.batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]) * D; });
@@ -120,7 +132,7 @@ struct Backward {
     }
   }
 
-  // A block's queries and gradients, on the lanes and as rows, its log-sum-exps and deltas; writes its gates' gradients.
+  // A block's queries and gradients, on the lanes and as rows, its log-sum-exps and deltas.
   static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t block, float* queries,
                    float* grads, float* query_rows, float* grad_rows, float* lse, float* delta) {
     const int64_t D = p.width, Dv = p.value_width;
@@ -143,7 +155,6 @@ struct Backward {
       }
       lse[row] = p.lse[(batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]];
       delta[row] = dot;
-      static_cast<T*>(p.grad_gates)[entry(i)] = static_cast<T>(dot / gate);
     }
   }
 };

@@ -1,0 +1,129 @@
+"""The command line: choose cases, measure them, print tables, write results, page and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import report, runner
+from benchmarks.cases import GRIDS, Case
+from benchmarks.results import Machine, Run, this_machine
+from moh.attention.cpu import BuildError
+
+ROOT = Path(__file__).parents[1]
+SECONDS = {"quick": 0.3, "default": 1.5, "full": 1.5}
+
+DESCRIPTION = """\
+Time routed attention against dense attention on this CPU: about a quarter of an hour by default.
+Writes benchmarks/results/<cpu>.json, docs/results/speed.md (from all such files) and docs/images/speed_*.png;
+--quick writes to runs/benchmarks instead. Keep the machine quiet meanwhile."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; returns the exit code: 0, 1 if a case failed, 2 for bad input, 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    if options.output_dir is None and options.grid == "quick":
+        options.output_dir = ROOT / "runs" / "benchmarks"
+    home: Path | None = options.output_dir
+    results = home or ROOT / "benchmarks" / "results"
+    page, images = (home / "speed.md", home) if home else (ROOT / "docs/results/speed.md", ROOT / "docs/images")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.isa:
+        os.environ["MOH_CPU_ISA"] = options.isa
+    failed = 0
+    try:
+        if not options.report_only:
+            cases = _cases(options)
+            if options.list:
+                print("\n".join(case.key for case in cases))
+                return 0
+            failed = _measure(options, cases, results)
+    except (ValueError, BuildError, OSError, ImportError) as error:
+        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    runs = [Run.load(path) for path in sorted(results.glob("*.json")) if ".partial" not in path.suffixes]
+    if not runs:
+        print(f"benchmarks: no results in {results}", file=sys.stderr)
+        return 2
+    report.write_page(runs, page, images, results)
+    print(f"{page}\n{failed} failed" if failed else page)
+    return 1 if failed else 0
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    options.subjects = options.subjects or list(runner.SUBJECTS)
+    unknown = sorted(set(options.subjects) - set(runner.SUBJECTS))
+    if unknown:
+        raise ValueError(f"SUBJECT must be of {', '.join(runner.SUBJECTS)}, got {', '.join(unknown)}")
+    cases = runner.select(options.subjects, options.grid, checkpoint=options.model, only=options.only)
+    if not cases:
+        raise ValueError(f"no case of {', '.join(options.subjects)} has {options.only!r} in its name")
+    return cases
+
+
+def _measure(options: argparse.Namespace, cases: Sequence[Case], results: Path) -> int:
+    machine = this_machine()
+    partial, final = results / f"{machine.slug}.partial.json", results / f"{machine.slug}.json"
+    run = _resumed(partial, machine) if options.resume else Run(machine)
+    seconds = SECONDS[options.grid] if options.seconds is None else options.seconds
+    failed = runner.measure_missing(cases, run, partial, functools.partial(runner.measure, seconds=seconds))
+    report.print_tables(run, options.subjects)
+    merged = Run.load(final).merged(run, part=bool(options.only)) if final.exists() else run
+    merged.save(final)
+    partial.unlink(missing_ok=True)
+    return failed
+
+
+def _resumed(partial: Path, machine: Machine) -> Run:
+    """What an interrupted run has measured.
+
+    Raises:
+        ValueError: it was measured on something else.
+    """
+    if not partial.exists():
+        return Run(machine)
+    run = Run.load(partial)
+    if run.machine != machine:
+        raise ValueError(
+            f"{partial} was measured on {run.machine}, this is {machine}: run without --resume to start anew"
+        )
+    return run
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(runner.SUBJECTS)} (default: all)"
+    )
+    parser.set_defaults(grid="default")
+    for grid, words in zip(
+        GRIDS, ("a few small cases, to see that all works", "", "the whole grid: many hours"), strict=True
+    ):
+        if words:
+            parser.add_argument(f"--{grid}", dest="grid", action="store_const", const=grid, help=words)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their name, see --list")
+    parser.add_argument("--list", action="store_true", help="print the cases' names, measure nothing")
+    parser.add_argument("--seconds", type=float, help="per case, beyond the 5 rounds that each gets (default: 1.5)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--isa", help="instruction set of our kernels (default: the most capable)")
+    parser.add_argument("--model", metavar="DIR", help="language model to take instead of random weights, dense or MoH")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="everything goes here")
+    parser.add_argument("--report-only", action="store_true", help="page and pictures from the results that there are")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

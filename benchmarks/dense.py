@@ -1,0 +1,47 @@
+"""Dense counterparts of `MoHAttention`, for comparison: all heads, a model's worth of fewer heads, or all then weighted.
+
+`DenseAttention` has the names and the shapes of `moh.MoHAttention`; nothing here is part of the package.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moh import MoHConfig
+from moh.routing import Router
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention by PyTorch's function; with a router, each head's output is then weighted by its gate."""
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, width: int, *, router: Router | None = None, qkv_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.kv_heads, self.width = kv_heads, width
+        self.q_proj = nn.Linear(dim, heads * width, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, kv_heads * width, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, kv_heads * width, bias=qkv_bias)
+        self.proj = nn.Linear(heads * width, dim)
+        self.router = router
+
+    def forward(self, x: Tensor, *, is_causal: bool = False) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=is_causal,
+            enable_gqa=q.shape[2] > self.kv_heads,
+        ).transpose(1, 2)  # [B, N, H, D]
+        if self.router is not None:
+            heads = heads * self.router(x, q).gates[..., None]
+        out: Tensor = self.proj(heads.flatten(2))
+        return out
+
+
+def heads_of(share_heads: int, heads: int, router: str) -> MoHConfig:
+    """A layer's heads with `share_heads` of them in use: one in eight shared, as far as there are so many."""
+    shared = min(max(1, heads // 8), share_heads)
+    return MoHConfig(heads, shared, share_heads - shared, router)

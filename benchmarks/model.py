@@ -1,0 +1,212 @@
+"""Subject `model`: a whole language model of SmolLM2-135M's size: prefill, decoding one token, and a training step.
+
+Random weights unless a checkpoint is named; either way the routers are random, so that tokens spread over heads about
+evenly, unless the checkpoint is a MoH model. A training step is forward and backward, without the optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.cases import Case, Contender, active_heads, ideal_heads
+from benchmarks.dense import heads_of
+from moh.conversion.convert import build
+from moh.conversion.families import moh_config_fields
+from moh.models.llama import MoHLlamaConfig
+from moh.models.loading import load_causal_lm
+from moh.routing import Router, build_router
+
+BASE = Case(
+    "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
+)
+
+
+def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
+    """The cases of a grid, each once; with a checkpoint, of its size and at the shares of `cases`."""
+    base = BASE if checkpoint is None else _base_of(checkpoint)
+    if grid == "quick":
+        layers = 2 if checkpoint is None else base.layers
+        base = replace(base, length=128, layers=layers, shares=base.shares[1:2] or base.shares)
+    few = tuple(share for share in base.shares if share >= 0.5 and share != 7 / 9)
+    training = replace(base, mode="training", length=min(256, base.length), shares=few or base.shares)
+    chosen = [base, replace(base, mode="decode"), training]
+    if grid == "full":
+        chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, 2048)]
+        chosen += [replace(case, batch=8) for case in chosen[:2]]
+    return chosen
+
+
+def _base_of(checkpoint: str) -> Case:
+    model = _checkpoint(checkpoint)
+    config = model.config
+    return replace(
+        BASE,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        width=config.head_dim,
+        layers=config.num_hidden_layers,
+        router=getattr(config, "router", "linear"),
+        model=checkpoint,
+        shares=(config.share,) if isinstance(config, MoHLlamaConfig) else (0.25, 0.5, 0.75, 1.0),
+    )
+
+
+def contenders(case: Case) -> list[Contender]:
+    """Dense and, for each share, ours and the ideal; masked at about half of the heads."""
+    disable_progress_bar()
+    if case.model is not None and isinstance(_checkpoint(case.model).config, MoHLlamaConfig):
+        ours = _checkpoint(case.model)
+        ours.config.moh_backend = "cpu"
+        models = [("dense", _without_routers(ours), None, None), ("ours", ours, ours.config.share, ours.config.share)]
+    else:
+        models = _conversions(case)
+    return [Contender(name, _step(model, case), share, actual) for name, model, share, actual in models]
+
+
+def _conversions(case: Case) -> list[tuple[str, PreTrainedModel, float | None, float | None]]:
+    H, dense = case.heads, _dense(case)
+    half = active_heads(0.5, H)
+    found: list[Any] = [("dense", dense, None, None), ("masked", _masked(dense, half, case), 0.5, half / H)]
+    for share in case.shares:
+        active = active_heads(share, H)
+        found.append(("ours", _converted(dense, active, case), share, active / H))
+        kept = ideal_heads(share, case)
+        if kept is not None:
+            found.append(("ideal", _with_heads(dense, *kept), share, kept[0] / H))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(path: str) -> PreTrainedModel:
+    return load_causal_lm(path if not Path(path).exists() else str(Path(path).resolve()), dtype=torch.float32)
+
+
+@lru_cache(maxsize=1)
+def _random_model(case: Case) -> PreTrainedModel:
+    """A Llama of SmolLM2-135M's size: width 576, 30 layers, 49,152 tokens."""
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=case.heads * case.width,
+        intermediate_size=1536,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(case.torch_dtype)
+
+
+def _dense(case: Case) -> PreTrainedModel:
+    if case.model is not None:
+        return _checkpoint(case.model)
+    return _random_model(Case("model", "", heads=case.heads, kv_heads=case.kv_heads, layers=case.layers))
+
+
+def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
+    """The MoH model on the dense one's own tensors, with random routers."""
+    layer = heads_of(active, case.heads, case.router or "")
+    fields = moh_config_fields(dense.config, layer.router) | {
+        "router": layer.router,
+        "shared_heads": layer.num_shared,
+        "active_heads": layer.active_heads,
+        "moh_backend": "cpu",
+    }
+    routers = [build_router(layer, dense.config.hidden_size) for _ in range(dense.config.num_hidden_layers)]
+    return build(dense, MoHLlamaConfig(**fields), routers, [], copied=False)
+
+
+def _with_heads(dense: PreTrainedModel, heads: int, kv_heads: int) -> PreTrainedModel:
+    """The dense model with the first query heads alone, on the same tensors where they have the same size."""
+    config = type(dense.config)(**{**dense.config.to_dict(), "num_attention_heads": heads, "head_dim": _width(dense)})
+    config.num_key_value_heads = kv_heads
+    width = heads * _width(dense)
+    state = dense.state_dict()
+    for name in state:
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
+            state[name] = state[name][:width].contiguous()
+        elif name.endswith("o_proj.weight"):
+            state[name] = state[name][:, :width].contiguous()
+        elif heads == kv_heads and ("k_proj" in name or "v_proj" in name):
+            state[name] = state[name][: kv_heads * _width(dense)].contiguous()
+    return _from_state(type(dense), config, state, dense)
+
+
+def _without_routers(moh: PreTrainedModel) -> PreTrainedModel:
+    """The dense model that has a MoH model's weights."""
+    state = {name: tensor for name, tensor in moh.state_dict().items() if ".router." not in name}
+    known = LlamaConfig().to_dict()
+    fields = {name: value for name, value in moh.config.to_dict().items() if name in known and name != "model_type"}
+    return _from_state(LlamaForCausalLM, LlamaConfig(**fields), state, moh)
+
+
+def _from_state(
+    kind: type[PreTrainedModel], config: Any, state: dict[str, Tensor], like: PreTrainedModel
+) -> PreTrainedModel:
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=like.dtype, attn_implementation="sdpa"
+    )
+    return model
+
+
+def _width(dense: PreTrainedModel) -> int:
+    width: int = dense.model.layers[0].self_attn.head_dim
+    return width
+
+
+def _masked(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
+    """The dense model, each head's output weighted by a router's gate before the output projection."""
+    model = _from_state(type(dense), dense.config, dense.state_dict(), dense)
+    layer = heads_of(active, case.heads, case.router or "")
+    for block in model.model.layers:
+        _weigh_heads(block.self_attn, build_router(layer, dense.config.hidden_size))
+    return model
+
+
+def _weigh_heads(attention: nn.Module, router: Router) -> None:
+    gates: list[Tensor] = []
+
+    def route(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        gates[:] = [router(kwargs["hidden_states"]).gates]
+
+    def weigh(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        heads = args[0].unflatten(-1, (gates[0].shape[-1], -1))  # [B, N, H, D]
+        return ((heads * gates[0][..., None]).flatten(2),)
+
+    attention.register_forward_pre_hook(route, with_kwargs=True)
+    attention.o_proj.register_forward_pre_hook(weigh)  # type: ignore[union-attr]
+
+
+def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
+    model.train(case.backward)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (case.batch, case.length), generator=generator)
+    if case.mode == "training":
+
+        def train() -> None:
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            model.zero_grad()
+
+        return train
+    if case.mode == "prefill":  # as `generate` does it: logits of the last token alone
+        return lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+
+    cache: list[DynamicCache] = []
+
+    def decode() -> None:
+        if not cache:
+            cache.append(model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values)
+        model(input_ids=tokens[:, -1:], past_key_values=cache[0], use_cache=True)
+        cache[0].crop(-1)  # every token meets the same context
+
+    return decode

@@ -1,0 +1,84 @@
+"""The results page and the table on the terminal, made from every JSON file that is found.
+
+Numbers into words; `tables` chooses them, `plots` draws them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks import plots, tables
+from benchmarks.results import Run, write_whole
+
+INTRODUCTION = """\
+Made by `make bench`: times of routed attention next to those of PyTorch's dense attention.
+
+- **dense**: `scaled_dot_product_attention` with all heads, the time that all ratios refer to.
+- **ours**: backend `cpu` of `moh.moh_attention`; *ours (sdpa)*: its pure PyTorch backend.
+- **ideal**: dense attention of a model that has only the active heads (with grouped queries: smaller groups, all
+  keys and values).
+- **masked**: dense attention, then weighted by the gates, as published MoH code does it.
+
+Percentages are the share of active heads, as whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads (H32/8:
+8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets gates that are random and balanced:
+the same number of heads for each token, every head for the same number of tokens. Layers and models have learned routers
+with random weights. All contenders of a case take turns in one process; each cell is the median of at least 5 rounds, of
+the ratio to dense in the same round, ± half the distance between the quartiles."""
+
+
+def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> None:
+    """Write the page and its pictures; `results` may hold a `<cpu>.md` per CPU with remarks, put in as they are."""
+    pictures = plots.draw(runs, images)
+    parts = ["# Speed", INTRODUCTION, _markdown(tables.machines(runs)), _markdown(tables.targets(runs))]
+    parts.append(
+        "Reached: the median of all cases that the target is about (lowest to highest). A target counts as missed if a "
+        "single case misses it."
+    )
+    missed = tables.missed(runs)
+    if missed:
+        parts.append("Cases above *must*:\n\n" + "\n".join(f"- {line}" for line in missed))
+    for letter, run in zip(tables.letters(runs), runs, strict=True):
+        remarks = results / f"{run.machine.slug}.md"
+        if remarks.is_file():
+            parts.append(f"### On {letter}, {run.machine.cpu}\n\n{remarks.read_text(encoding='utf-8').strip()}")
+    for title, picture in pictures:
+        parts.append(f"## {title}\n\n![{title}]({_relative(picture, page.parent)})")
+    for subject in tables.SUBJECTS:
+        table = tables.subject_table(subject, runs)
+        if table is not None:
+            parts.append(_markdown(table))
+    write_whole(page, "\n\n".join(parts) + "\n")
+
+
+def print_tables(run: Run, subjects: Sequence[str]) -> None:
+    """The tables of some subjects, for the terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    for subject in subjects:
+        table = tables.subject_table(subject, [run])
+        if table is None:
+            continue
+        shown = RichTable(title=table.title, title_justify="left")
+        for index, name in enumerate(table.header):
+            shown.add_column(name, justify="left" if index < 2 else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    console.print(f"{run.machine.cpu}, {run.machine.threads} threads, {run.machine.instruction_set}", highlight=False)
+
+
+def _markdown(table: tables.Table) -> str:
+    lines = [f"## {table.title}", ""]
+    lines += [f"| {' | '.join(table.header)} |", "|" + " --- |" * len(table.header)]
+    lines += [f"| {' | '.join(row)} |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def _relative(path: Path, start: Path) -> str:
+    return Path(os.path.relpath(path, start)).as_posix()

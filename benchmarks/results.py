@@ -1,0 +1,185 @@
+"""The results on disk: one JSON file per CPU, and a partial one while a run lasts. Whole or not at all.
+
+Not for what the numbers mean (`report`, `targets`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.timing import Row
+from moh.attention import cpu
+from moh.evaluation.machine import cpu_name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run was measured on.
+
+    Attributes:
+        cpu: the processor's name.
+        threads: of torch.
+        torch: its version.
+        instruction_set: of our kernels.
+        amx: whether the processor has matrix units for bfloat16 (AMX).
+        bf16: whether it has bfloat16 dot products.
+    """
+
+    cpu: str
+    threads: int
+    torch: str
+    instruction_set: str
+    amx: bool
+    bf16: bool
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.cpu.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case, measured; or why it could not be.
+
+    Attributes:
+        case: what was measured.
+        rows: one per contender.
+        commit: of the code, "-dirty" if it had changes; None outside a repository.
+        date: of the measurement, ISO 8601.
+        error: why there are no rows.
+    """
+
+    case: Case
+    rows: tuple[Row, ...]
+    commit: str | None = None
+    date: str = ""
+    error: str | None = None
+
+    def row(self, contender: str, share: float | None = None) -> Row | None:
+        """The contender's row at a share, None if it wasn't measured."""
+        return next((r for r in self.rows if r.contender == contender and r.share == share), None)
+
+
+@dataclass
+class Run:
+    """All results of one CPU."""
+
+    machine: Machine
+    results: list[Result] = field(default_factory=list)
+
+    def measured(self) -> set[str]:
+        """Keys of the cases that need not be measured again."""
+        return {r.case.key for r in self.results if r.error is None}
+
+    def add(self, result: Result) -> None:
+        """Put a result in, in place of an older one of the same case."""
+        self.results = [r for r in self.results if r.case.key != result.case.key] + [result]
+
+    def merged(self, new: Run, *, part: bool = False) -> Run:
+        """The new run, and what is left of this one: other subjects, or all other cases if the new one is a `part`.
+
+        Nothing is left if the machine was set up differently: one file holds one set-up.
+        """
+        subjects, keys = {r.case.subject for r in new.results}, {r.case.key for r in new.results}
+        if self.machine != new.machine:
+            return new
+        old = [r for r in self.results if (r.case.key not in keys if part else r.case.subject not in subjects)]
+        return Run(new.machine, [*old, *new.results])
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        text = json.dumps({"machine": asdict(self.machine), "results": [_dumped(r) for r in self.results]}, indent=1)
+        write_whole(path, _compact_rows(text) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no such JSON.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            results = [
+                Result(
+                    Case.from_dict(r["case"]),
+                    tuple(Row(**row) for row in r["rows"]),
+                    r["commit"],
+                    r["date"],
+                    r["error"],
+                )
+                for r in data["results"]
+            ]
+            return cls(Machine(**data["machine"]), results)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no results of these benchmarks: {error!r}") from None
+
+
+def this_machine() -> Machine:
+    """The machine as it is set up now.
+
+    Raises:
+        moh.attention.cpu.BuildError: the kernels could not be built.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return Machine(
+        cpu=cpu_name(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        instruction_set=os.environ.get("MOH_CPU_ISA") or cpu.instruction_sets()[0],
+        amx=bool(capabilities.get("amx_bf16")),
+        bf16=bool(capabilities.get("avx512_bf16")),
+    )
+
+
+def commit() -> str | None:
+    """The commit of the code that runs."""
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def now() -> str:
+    """Date and time, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name and move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.scratch")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _dumped(result: Result) -> dict[str, Any]:
+    """Plain data, numbers to five digits: more would be noise."""
+    data = asdict(result)
+    data["rows"] = [
+        {
+            name: float(f"{value:.5g}") if isinstance(value, float) and name != "share" else value
+            for name, value in r.items()
+        }
+        for r in data["rows"]
+    ]
+    return data
+
+
+def _compact_rows(text: str) -> str:
+    """One line per innermost object or list, so that the file can be read and compared."""
+    return re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda found: re.sub(r"\s*\n\s*", " ", found.group()), text)

@@ -1,0 +1,67 @@
+"""Go through cases, measure those that are missing, keep each result at once.
+
+Not for how a case is measured (`timing`, `memory`) or which ones there are (the subjects).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import core, decode, layer, memory, model, vision
+from benchmarks.cases import Case
+from benchmarks.results import Result, Run, commit, now
+from benchmarks.timing import Row, time_in_turns
+
+TIMED = {subject.__name__.rpartition(".")[2]: subject for subject in (core, decode, layer, model, vision)}
+SUBJECTS = (*TIMED, "memory")
+
+Measure = Callable[[Case], Sequence[Row]]
+
+
+def select(subjects: Sequence[str], grid: str, *, checkpoint: str | None = None, only: str = "") -> list[Case]:
+    """The subjects' cases, in order, whose key holds the text `only`."""
+    found: list[Case] = []
+    for name in subjects:
+        if name == "memory":
+            found += memory.cases(grid)
+        elif name == "model":
+            found += model.cases(grid, checkpoint)
+        else:
+            found += TIMED[name].cases(grid)
+    return [case for case in found if only in case.key]
+
+
+def measure(case: Case, *, seconds: float) -> Sequence[Row]:
+    """One case's measurement."""
+    if case.subject == "memory":
+        return memory.measure(case)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(case.backward):
+        return time_in_turns(TIMED[case.subject].contenders(case), seconds=seconds)
+
+
+def measure_missing(cases: Sequence[Case], run: Run, save: Path, measure: Measure) -> int:
+    """Measure the cases that `run` has no result of, writing the run to `save` after each; returns how many failed.
+
+    A case that can't be measured is kept with its reason, and the others go on.
+    """
+    done, version = run.measured(), commit()
+    missing = [case for case in cases if case.key not in done]
+    failed = 0
+    with tqdm(missing, unit="case", dynamic_ncols=True) as progress:
+        for case in progress:
+            progress.set_description(case.key)
+            try:
+                result = Result(case, tuple(measure(case)), version, now())
+            except (RuntimeError, ValueError, OSError) as error:
+                failed += 1
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                progress.write(f"{case.key} failed: {reason}")
+                result = Result(case, (), version, now(), reason)
+            run.add(result)
+            run.save(save)
+    return failed

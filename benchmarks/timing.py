@@ -1,0 +1,112 @@
+"""Time several contenders against each other in one process: in turns, until there are enough rounds.
+
+Knows nothing of attention. Ratios are taken within a round, so that a slow phase of the machine hits both sides.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.cases import Contender
+
+MIN_ROUNDS = 5
+MAX_ROUNDS = 60
+SAMPLE_SECONDS = 2e-3
+"""Shorter work is repeated within a sample, so that the clock and the call around it don't count."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's measurement.
+
+    Attributes:
+        contender, share, actual: as in `Contender`.
+        median, low, high: seconds, or bytes for memory; low and high are quartiles.
+        ratio, ratio_low, ratio_high: to the baseline in the same round, likewise.
+        rounds: how many were measured.
+    """
+
+    contender: str
+    share: float | None
+    actual: float | None
+    median: float
+    low: float
+    high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+
+
+def time_in_turns(contenders: Sequence[Contender], *, seconds: float, baseline: str = "dense") -> list[Row]:
+    """Time each contender at least `MIN_ROUNDS` times, and on until `seconds` have passed (or `MAX_ROUNDS` rounds).
+
+    A different contender goes first in each round.
+
+    Raises:
+        ValueError: no contender has the baseline's name.
+    """
+    names = [c.name for c in contenders]
+    if baseline not in names:
+        raise ValueError(f"baseline must be the name of a contender, one of {names}, got {baseline!r}")
+    repeats = [_warm_up(c) for c in contenders]
+    samples: list[list[float]] = [[] for _ in contenders]
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        while len(samples[-1]) < MAX_ROUNDS:
+            done = min(map(len, samples))
+            if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            for step in range(len(contenders)):
+                index = (step + done) % len(contenders)
+                samples[index].append(_time_once(contenders[index], repeats[index]))
+    finally:
+        if collecting:
+            gc.enable()
+    return rows(contenders, samples, names.index(baseline))
+
+
+def rows(contenders: Sequence[Contender], samples: Sequence[Sequence[float]], baseline: int) -> list[Row]:
+    """Medians and quartiles of each contender's samples, and of their ratios to the baseline's."""
+    return [
+        Row(
+            contender.name,
+            contender.share,
+            contender.actual,
+            *_quartiles(values),
+            *_quartiles([value / base for value, base in zip(values, samples[baseline], strict=True)]),
+            len(values),
+        )
+        for contender, values in zip(contenders, samples, strict=True)
+    ]
+
+
+def _warm_up(contender: Contender) -> int:
+    """Run it once, or twice if that is cheap; how often one sample has to run it."""
+    if _time_once(contender, 1) > 100 * SAMPLE_SECONDS:
+        return 1
+    return max(1, math.ceil(SAMPLE_SECONDS / max(_time_once(contender, 1), 1e-7)))
+
+
+def _time_once(contender: Contender, repeats: int) -> float:
+    run = contender.run
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, lower, upper)"""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, low, high

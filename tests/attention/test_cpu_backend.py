@@ -1,0 +1,483 @@
+"""Promises of the `cpu` backend alone: every instruction set, block and decoding path, threads, window, compiled graphs.
+
+What it shares with the other backends is in `test_attention_conformance.py`, its build in `test_cpu_build.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from attention_cases import ACTIVITIES, MASKS, Inputs, assert_same, gradients, make_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from moh.attention import choose_backend, cpu, moh_attention
+from moh.attention.cpu.build import INSTRUCTION_SETS, BuildError
+
+ISAS = [*INSTRUCTION_SETS, "portable"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per key/value head
+    pytest.param(dict(B=2, Hkv=2, G=4, Nq=3, Nk=1100, D=24), id="decode"),
+    pytest.param(dict(B=2, Hkv=2, G=2, Nq=75, Nk=90, D=24), id="blocks"),
+]
+causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="full"), pytest.param(True, id="causal")])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+each_path = pytest.mark.parametrize("shape", PATHS)
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Skips the test, with the reason, where there are no kernels."""
+    reason = cpu.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, kernels: None) -> Iterator[str]:
+    """Each instruction set of this machine in turn."""
+    known = cpu.instruction_sets()
+    if request.param not in known:
+        pytest.skip(f"this build has no {request.param}")
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(os.environ.get("MOH_CPU_ISA") or known[0])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def attend(inputs: Inputs, *, window: int | None = None) -> Tensor:
+    """The operator itself, which knows the sliding window too."""
+    mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates, mask, inputs.is_causal, window, inputs.scale)
+    out: Tensor = torch.ops.moh.cpu_attention(*arguments)[0]
+    return out
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers, so that what differs is the kernels' rounding and not the definition's."""
+
+    def double(x: Tensor | None) -> Tensor | None:
+        if x is None or not x.is_floating_point():
+            return x
+        return x.detach().double().requires_grad_()
+
+    q, k, v, gates = map(double, (inputs.q, inputs.k, inputs.v, inputs.gates))
+    mask = double(inputs.attn_mask)
+    return Inputs(q, k, v, gates, None if mask is None else mask.detach(), inputs.is_causal, inputs.scale)
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str, *, floor: float) -> None:
+    """Equal to within 1e-5 (float32) or 2e-2 (16 bits) of the largest expected number, or of `floor` if that is more."""
+    assert got.isfinite().all(), f"{what}: not finite"
+    if expected.numel():
+        allowed = (1e-5 if got.dtype == torch.float32 else 2e-2) * max(expected.abs().max().item(), floor)
+        error = (got.double() - expected).abs().max().item()
+        assert error <= allowed, f"{what}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_like_definition(inputs: Inputs, *, window: int | None = None) -> None:
+    """Values and gradients are those of the reference, computed in float64."""
+    exact = in_float64(inputs)
+    if window is not None:
+        Nq, Nk = inputs.q.shape[2], inputs.k.shape[2]
+        distance = torch.arange(Nq)[:, None] - torch.arange(Nk)
+        exact.attn_mask, exact.is_causal = (distance >= 0) & (distance < window), False
+    expected = moh_attention(exact.q, exact.k, exact.v, exact.gates, backend="reference", **exact.options)
+    got = attend(inputs, window=window)
+    assert got.shape == expected.shape and got.dtype == inputs.q.dtype
+    assert_close(got, expected, "output", floor=0.1)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(inputs.q.dtype)
+    inputs.attn_mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
+    expected_grads = gradients(expected, exact, weight)
+    for name, grad in gradients(got, inputs, weight).items():
+        # Where a gradient cancels to nothing (one key), rounding is what remains: that of products of output and
+        # gradient, as long as values are wide, summed over the rows that see a key. Most so if the output has 16 bits.
+        H, Nq = inputs.q.shape[1:3]
+        Hkv, Nk, Dv = inputs.v.shape[1:]
+        size = math.sqrt(Dv * max(1.0, H // Hkv * Nq / max(Nk, 1)))
+        floor = max(1.0, size / 4 if inputs.q.dtype == torch.float32 else size)
+        assert_close(grad, expected_grads[name], f"gradient of {name}", floor=floor)
+
+
+def test_every_instruction_set_of_this_machine_is_tested_here(kernels):
+    assert set(cpu.instruction_sets()) <= set(ISAS)
+    assert cpu.instruction_sets()[-1] == "portable"
+
+
+def test_unknown_instruction_set_is_refused_by_name(kernels):
+    with pytest.raises(ValueError, match=r"name must be one of .*'portable' on this machine, got 'avx1024'"):
+        cpu.use_instruction_set("avx1024")
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> dict[str, object]:
+    """Any call of at most some 20 million multiplications: many short ones, some with long caches or wide heads."""
+    kind: dict[str, object] = dict(
+        Nq=draw(st.one_of(st.integers(1, 16), st.integers(17, 150))),
+        Nk=draw(st.one_of(st.none(), st.integers(1, 140), st.integers(141, 1100))),
+        D=draw(st.one_of(st.integers(1, 8).map(lambda n: 16 * n), st.integers(1, 256))),
+    )
+    kind["Dv"] = draw(st.one_of(st.none(), st.integers(1, 256)))
+    one = kind["Nq"] * (kind["Nk"] or kind["Nq"]) * (kind["D"] + (kind["Dv"] or kind["D"]))
+    for name, most in (("G", 8), ("Hkv", 3), ("B", 3)):
+        kind[name] = draw(st.integers(1, max(1, min(most, 20_000_000 // one))))
+        one *= kind[name]
+    return kind | dict(
+        activity=draw(st.sampled_from(ACTIVITIES)),
+        mask=draw(st.sampled_from(MASKS)),
+        is_causal=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.2])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@settings(max_examples=40)
+@given(kind=kinds())
+def test_anything_is_like_the_definition(isa, kind):
+    assert_like_definition(make_inputs(**kind))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000, derandomize=False)
+@given(kind=kinds())
+def test_anything_is_like_the_definition_in_thousands_of_cases(isa, kind):
+    assert_like_definition(make_inputs(**kind))
+
+
+@each_dtype
+@causal_or_not
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(dict(Nq=1, Nk=1, D=1), id="one-of-everything"),
+        pytest.param(dict(Nq=40, Nk=1), id="one-key"),
+        pytest.param(dict(Nq=1, Nk=511), id="decode-511-keys"),
+        pytest.param(dict(Nq=1, Nk=512), id="decode-512-keys"),
+        pytest.param(dict(Nq=1, Nk=513), id="decode-513-keys"),
+        pytest.param(dict(Nq=8, Nk=600), id="decode-16-rows"),
+        pytest.param(dict(Nq=9, Nk=600), id="blocks-18-rows"),
+        pytest.param(dict(Nq=150, Nk=129, D=17, Dv=33), id="no-multiple-of-anything"),
+        pytest.param(dict(B=1, Hkv=1, Nq=130, D=256), id="D256"),
+        pytest.param(dict(B=1, Hkv=1, Nq=4, Nk=70, D=255, Dv=1), id="D255-Dv1"),
+        pytest.param(dict(B=1, Hkv=1, G=9, Nq=70, D=12), id="nine-query-heads-per-key-head"),
+    ],
+)
+def test_shapes_at_the_edges_of_blocks_are_like_the_definition(isa, shape, is_causal, dtype):
+    for activity in ("all", "random"):
+        assert_like_definition(make_inputs(activity=activity, is_causal=is_causal, dtype=dtype, **shape))
+
+
+@each_dtype
+@each_path
+@pytest.mark.parametrize("window", [1, 2, 7, 64, 65, 500, 2000])
+def test_sliding_window_is_a_band_in_the_mask(isa, window, shape, dtype):
+    inputs = make_inputs(is_causal=True, dtype=dtype, **shape)
+    assert_like_definition(inputs, window=window)
+
+
+@pytest.mark.parametrize("window", [1, 40, 130])
+def test_sliding_window_over_many_tiles_of_keys_is_a_band_in_the_mask(isa, window):
+    inputs = make_inputs(B=1, Hkv=1, G=2, Nq=400, is_causal=True, activity="uneven")
+    assert_like_definition(inputs, window=window)
+
+
+@pytest.mark.parametrize(
+    "window, is_causal",
+    [
+        pytest.param(-1, True, id="negative"),
+        pytest.param(0, True, id="empty"),
+        pytest.param(3, False, id="not-causal"),
+    ],
+)
+def test_window_without_meaning_is_refused(kernels, window, is_causal):
+    with pytest.raises((ValueError, RuntimeError), match="window must be positive and needs is_causal"):
+        attend(make_inputs(is_causal=is_causal), window=window)
+
+
+@each_dtype
+@each_path
+@causal_or_not
+def test_very_large_logits_do_not_overflow(isa, is_causal, shape, dtype):
+    inputs = make_inputs(is_causal=is_causal, dtype=dtype, **shape)
+    size = 250.0 if dtype == torch.float16 else 1e4
+    inputs.q, inputs.k = (inputs.q.detach() * size).requires_grad_(), (inputs.k.detach() * size).requires_grad_()
+    exact = in_float64(inputs)
+    out = attend(inputs)
+    expected = moh_attention(exact.q, exact.k, exact.v, exact.gates, backend="reference", **exact.options)
+    assert_close(out, expected, "output", floor=0.1)
+    assert all(grad.isfinite().all() for grad in gradients(out, inputs, torch.ones_like(out)).values())
+
+
+@each_path
+@causal_or_not
+def test_nan_of_a_query_stays_in_its_row(isa, is_causal, shape):
+    inputs = make_inputs(is_causal=is_causal, **shape)
+    weight = torch.randn(*inputs.gates.shape, 24)
+    clean = attend(inputs)
+    clean_q = gradients(clean, inputs, weight)["q"]
+    b, t, i = (inputs.gates != 0).nonzero()[5].tolist()
+    inputs.q = inputs.q.detach().clone()
+    inputs.q[b, i, t, 3] = math.nan
+    inputs.q.requires_grad_()
+    out = attend(inputs)
+    grad_q = gradients(out, inputs, weight)["q"]
+    assert out[b, t, i].isnan().all()
+    others = torch.ones(inputs.gates.shape, dtype=torch.bool)
+    others[b, t, i] = False
+    assert torch.equal(out[others], clean[others])
+    assert torch.equal(grad_q.transpose(1, 2)[others], clean_q.transpose(1, 2)[others])
+
+
+@each_path
+@pytest.mark.parametrize("how", ["bool", "additive"])
+def test_query_that_may_see_no_key_gives_0_and_gradients_of_0(isa, how, shape):
+    inputs = make_inputs(activity="all", **shape)
+    seen = torch.rand(shape["Nq"], shape["Nk"]) < 0.5
+    seen[1] = False
+    inputs.attn_mask = seen if how == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    out = attend(inputs)
+    assert (out[:, 1] == 0).all()
+    assert (gradients(out, inputs, torch.ones_like(out))["q"][:, :, 1] == 0).all()
+    assert_like_definition(inputs)
+
+
+@each_path
+@causal_or_not
+def test_keys_hidden_by_padding_may_hold_anything_but_infinite_values(isa, is_causal, shape):
+    inputs = make_inputs(activity="all", is_causal=is_causal, **shape)
+    inputs.attn_mask = torch.ones(2, 1, 1, shape["Nk"], dtype=torch.bool)
+    inputs.attn_mask[..., -3:] = inputs.attn_mask[1, ..., :2] = False
+    clean = attend(inputs)
+    inputs.k = inputs.k.detach().masked_fill(~inputs.attn_mask.mT, math.nan)
+    assert torch.equal(attend(inputs), clean)
+
+
+@each_dtype
+@each_path
+def test_small_gates_get_exact_gradients(isa, shape, dtype):
+    inputs = make_inputs(activity="all", dtype=dtype, **shape)
+    inputs.gates = (torch.rand(inputs.gates.shape) * 1e-5).to(dtype).requires_grad_()
+    assert_like_definition(inputs)
+
+
+@each_path
+@causal_or_not
+def test_non_contiguous_inputs_are_served_as_they_are(isa, is_causal, shape):
+    inputs = make_inputs(is_causal=is_causal, mask="bool_full", **shape)
+    expected = attend(inputs)
+    inputs.q = inputs.q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    inputs.k = torch.cat([inputs.k.detach()] * 2, dim=2)[:, :, : shape["Nk"]].requires_grad_()
+    inputs.v = inputs.v.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
+    inputs.gates = inputs.gates.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+    inputs.attn_mask = inputs.attn_mask.mT.contiguous().mT
+    assert torch.equal(attend(inputs), expected)
+    assert_like_definition(inputs)
+
+
+@each_path
+def test_inputs_are_left_as_they_were(isa, shape):
+    inputs = make_inputs(mask="bias_per_head", is_causal=True, **shape)
+    copies = [t.detach().clone() for t in inputs.tensors.values()]
+    attend(inputs).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(inputs.tensors.values(), copies, strict=True))
+
+
+THREADED = [
+    pytest.param(dict(B=2, Hkv=2, G=4, Nq=1, Nk=2100, D=40, activity="random"), id="decode"),
+    pytest.param(dict(B=1, Hkv=1, G=3, Nq=5, Nk=1500, D=64, mask="padding"), id="decode-few-heads"),
+    pytest.param(dict(B=2, Hkv=2, G=4, Nq=150, D=40, activity="uneven", is_causal=True), id="causal-gqa"),
+    pytest.param(dict(B=3, Hkv=6, G=1, Nq=100, Nk=300, D=16), id="many-heads"),
+    pytest.param(dict(B=1, Hkv=1, G=9, Nq=120, D=24, mask="bool_2d"), id="one-key-head"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", THREADED)
+def test_any_number_of_threads_gives_the_same_bits(isa, threads, kind, dtype):
+    inputs = make_inputs(dtype=dtype, **kind)
+    inputs.attn_mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
+    results = {}
+    for count in (1, 2, 3, 4, 8):
+        threads(count)
+        out = attend(inputs)
+        weight = torch.ones_like(out).cumsum(1) / out.shape[1]
+        results[count] = {"output": out, **gradients(out, inputs, weight)}
+    for count, result in results.items():
+        for name, tensor in result.items():
+            assert torch.equal(tensor, results[1][name]), f"{name} with {count} threads"
+
+
+@pytest.mark.parametrize("window", [3, 70])
+def test_any_number_of_threads_gives_the_same_bits_with_a_window(isa, threads, window):
+    inputs = make_inputs(B=1, Hkv=2, G=4, Nq=300, is_causal=True)
+    results = []
+    for count in (1, 2, 3, 4, 8):
+        threads(count)
+        out = attend(inputs, window=window)
+        results.append((out, *gradients(out, inputs, torch.ones_like(out)).values()))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        pytest.param(dict(dtype=torch.float64), "it computes float32, bfloat16 and float16, not float64", id="float64"),
+        pytest.param(dict(D=257), "it has heads of width at most 256, not 257", id="wide"),
+        pytest.param(dict(Dv=300), "it has heads of width at most 256, not 300", id="wide-values"),
+        pytest.param(dict(dropout_p=0.1), "it has no dropout of attention weights", id="dropout"),
+        pytest.param(dict(mask="bias_per_head"), "it has no gradient for the mask", id="learned-mask"),
+    ],
+)
+def test_call_that_it_cannot_serve_goes_to_sdpa_and_is_refused_by_name_with_the_reason(kernels, change, reason):
+    change = dict(change)
+    dropout_p = change.pop("dropout_p", 0.0)
+    inputs = make_inputs(**change)
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
+    options = dict(attn_mask=inputs.attn_mask, dropout_p=dropout_p)
+    assert choose_backend(*arguments, **options).name == "sdpa"
+    with pytest.raises(ValueError, match=f"backend 'cpu' can't serve this call: {reason}"):
+        moh_attention(*arguments, backend="cpu", **options)
+
+
+def test_additive_mask_that_needs_no_gradient_is_served(kernels):
+    inputs = make_inputs(mask="bias_per_head")
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
+    assert choose_backend(*arguments, attn_mask=inputs.attn_mask.detach()).name == "cpu"
+    with torch.no_grad():
+        assert choose_backend(*arguments, attn_mask=inputs.attn_mask).name == "cpu"
+
+
+def test_operator_refuses_what_does_not_fit_together(kernels):
+    inputs = make_inputs()
+    arguments = [inputs.q, inputs.k, inputs.v, inputs.gates, None, False, None, None]
+    for index, wrong, message in (
+        (0, inputs.q[0], "4 dimensions"),
+        (1, inputs.k[:, :, :-1], "matching shapes"),
+        (2, inputs.v.bfloat16(), "one dtype"),
+        (3, inputs.gates.mT, "matching shapes"),
+        (4, torch.ones(5, 5).long(), "attn_mask must be bool or of q's dtype"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.moh.cpu_attention(*arguments[:index], wrong, *arguments[index + 1 :])
+
+
+def test_second_derivative_is_refused_not_wrong(kernels):
+    inputs = make_inputs()
+    (grad,) = torch.autograd.grad(attend(inputs).square().sum(), inputs.q, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(grad.square().sum(), inputs.k)
+
+
+OP_CASES = [
+    pytest.param(dict(), id="plain"),
+    pytest.param(dict(is_causal=True, Nq=40), id="causal-blocks"),
+    pytest.param(dict(is_causal=True, Nq=40, window=3), id="window"),
+    pytest.param(dict(mask="padding", scale=0.3, Nk=7), id="padding-own-scale"),
+    pytest.param(dict(mask="bias_per_head", Dv=5), id="bias-narrow-values"),
+    pytest.param(dict(activity="all", dtype=torch.bfloat16), id="all-active-bfloat16"),
+    pytest.param(dict(activity="none"), id="nothing-active"),
+    pytest.param(dict(Nq=1, Nk=600), id="decode"),
+]
+
+
+@pytest.mark.parametrize("kind", OP_CASES)
+def test_operator_is_registered_correctly(kernels, kind):
+    kind = dict(kind)
+    window = kind.pop("window", None)
+    inputs = make_inputs(**kind)
+    mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates, mask, inputs.is_causal, window, inputs.scale)
+    torch.library.opcheck(torch.ops.moh.cpu_attention.default, arguments, atol=1e-5, rtol=1e-5)
+
+
+def assert_compiled_equals_eager(compiled: Callable[..., Tensor], inputs: Inputs) -> None:
+    inputs.attn_mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
+    arguments, options = (inputs.q, inputs.k, inputs.v, inputs.gates), dict(backend="cpu", **inputs.options)
+    got, expected = compiled(*arguments, **options), moh_attention(*arguments, **options)
+    assert_same(got, expected, "output")
+    weight = torch.randn_like(expected)
+    expected_grads = gradients(expected, inputs, weight)
+    for name, grad in gradients(got, inputs, weight).items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+def test_compiled_attention_is_one_graph_and_equals_eager(kernels):
+    torch.compiler.reset()
+    compiled = torch.compile(moh_attention, backend="aot_eager", fullgraph=True)
+    for kind in (
+        dict(),
+        dict(is_causal=True),
+        dict(mask="padding"),
+        dict(mask="bias_per_head"),
+        dict(activity="none"),
+        dict(Nq=70, activity="uneven"),
+        dict(dtype=torch.bfloat16, scale=0.3),
+    ):
+        assert_compiled_equals_eager(compiled, make_inputs(**kind))
+
+
+def test_compiled_attention_is_used_by_default_and_without_gradients(kernels):
+    torch.compiler.reset()
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    inputs = make_inputs(Nq=1, Nk=9)
+    with torch.no_grad():
+        got = torch.compile(moh_attention, backend=keep, fullgraph=True)(inputs.q, inputs.k, inputs.v, inputs.gates)
+    assert torch.equal(got, attend(inputs))
+    assert [node.target for graph in graphs for node in graph.graph.nodes].count(torch.ops.moh.cpu_attention) == 1
+
+
+def test_one_compiled_graph_serves_all_lengths(kernels):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moh_attention, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for N, Nk in ((5, 7), (70, 90), (33, 21), (6, 800)):
+        assert_compiled_equals_eager(compiled, make_inputs(Nq=N, Nk=Nk, mask="padding"))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 4
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), reason="there is no C++ compiler"
+)
+def test_inductor_compiles_forward_and_backward_into_one_graph(kernels):
+    torch.compiler.reset()
+    inputs = make_inputs(is_causal=True)
+
+    def around(q, k, v, gates):
+        return moh_attention(q * 2, k, v, gates.sin(), is_causal=True, backend="cpu").cos()
+
+    got = torch.compile(around, fullgraph=True)(inputs.q, inputs.k, inputs.v, inputs.gates)
+    expected = around(inputs.q, inputs.k, inputs.v, inputs.gates)
+    assert_same(got, expected, "output")
+    weight = torch.randn_like(expected)
+    expected_grads = gradients(expected, inputs, weight)
+    for name, grad in gradients(got, inputs, weight).items():
+        assert_same(grad, expected_grads[name], f"gradient of {name}")
+
+
+def test_instruction_sets_without_kernels_is_an_error_with_the_reason(monkeypatch):
+    monkeypatch.setattr(cpu.operators, "_state", {"reason": "no compiler"})
+    for call in (cpu.instruction_sets, lambda: cpu.use_instruction_set("portable")):
+        with pytest.raises(BuildError, match="no compiler"):
+            call()

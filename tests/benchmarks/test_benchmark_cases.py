@@ -1,0 +1,73 @@
+"""Gates and cases of the benchmarks: exact shares, balance, no case twice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import ModuleType
+
+import pytest
+
+from benchmarks import core, decode, layer, memory, model, vision
+from benchmarks.cases import GRIDS, Case, active_heads, balanced_gates, ideal_heads
+
+
+@pytest.mark.parametrize("active", (1, 3, 8))
+@pytest.mark.parametrize("length", (64, 61))
+def test_gates_have_the_same_number_of_active_heads_in_every_token(length: int, active: int) -> None:
+    gates = balanced_gates(3, length, 8, active)
+    assert gates.shape == (3, length, 8)
+    assert set(gates.unique().tolist()) <= {0.0, 1.0}
+    assert (gates.sum(-1) == active).all()
+
+
+@pytest.mark.parametrize("active", (1, 3, 7))
+def test_gates_give_every_head_the_same_number_of_tokens(active: int) -> None:
+    assert (balanced_gates(2, 64, 8, active).sum(1) == 64 * active / 8).all()
+
+
+def test_gates_of_a_length_that_is_no_multiple_of_the_heads_are_balanced_but_for_the_rest() -> None:
+    counts = balanced_gates(2, 61, 8, 3).sum(1)
+    assert counts.min() >= 7 * 3 and counts.max() <= 8 * 3
+
+
+def test_gates_differ_between_sequences_tokens_and_seeds() -> None:
+    gates = balanced_gates(2, 64, 8, 4)
+    assert (gates[0] != gates[1]).any()
+    assert (gates[0, 0] != gates[0]).any()
+    assert (balanced_gates(2, 64, 8, 4, seed=1) != gates).any()
+    assert (balanced_gates(2, 64, 8, 4) == gates).all()
+
+
+@pytest.mark.parametrize("share, heads", [(0.01, 1), (0.25, 2), (0.9, 7), (1.0, 8)])
+def test_active_heads_are_the_nearest_whole_number(share: float, heads: int) -> None:
+    assert active_heads(share, 8) == heads
+
+
+@pytest.mark.parametrize(
+    "share, kv_heads, expected",
+    [(0.5, 8, (4, 4)), (0.5, 2, (4, 2)), (0.9, 2, None), (1.0, 8, None)],
+    ids=["all heads have keys", "grouped: groups shrink", "no even groups", "nothing left out"],
+)
+def test_ideal_is_a_dense_model_of_the_active_heads(
+    share: float, kv_heads: int, expected: tuple[int, int] | None
+) -> None:
+    assert ideal_heads(share, Case("core", "forward", heads=8, kv_heads=kv_heads)) == expected
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("subject", (core, decode, layer, memory, model, vision), ids=lambda m: m.__name__)
+def test_every_case_is_there_once_and_survives_json(subject: ModuleType, grid: str) -> None:
+    cases = subject.cases(grid)
+    assert cases and len({case.key for case in cases}) == len(cases)
+    assert all(Case.from_dict(asdict(case)) == case for case in cases)
+
+
+@pytest.mark.parametrize("subject", (core, decode, layer), ids=lambda m: m.__name__)
+def test_contenders_are_named_and_those_that_skip_heads_say_how_many(subject: ModuleType) -> None:
+    case = subject.cases("quick")[0]
+    found = subject.contenders(case)
+    assert found[0].name == "dense" and found[0].share is None
+    ours = {c.share: c.actual for c in found if c.name == "ours"}
+    assert ours == {share: active_heads(share, case.heads) / case.heads for share in case.shares}
+    ideal = {c.share: c.actual for c in found if c.name == "ideal"}
+    assert ideal and ideal.items() <= ours.items()

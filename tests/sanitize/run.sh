@@ -1,0 +1,29 @@
+#!/bin/sh
+# Runs the tests of the CPU kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+# Usage: run.sh PYTHON [options for pytest]. The build is kept apart, in a cache of its own; GCC is needed.
+set -eu
+
+python=$1
+shift
+cd "$(dirname "$0")/../.."
+
+compiler=${CXX:-g++}
+runtime=$("$compiler" -print-file-name=libasan.so)
+if [ ! -e "$runtime" ]; then
+    echo "sanitize: $compiler has no libasan.so; on Debian and Ubuntu: apt install libasan8" >&2
+    exit 1
+fi
+
+export MOH_CPU_FLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+export MOH_CACHE_DIR="${MOH_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/moh}/sanitize"
+# Python and torch leave memory to the system at exit, and AddressSanitizer has to be there before either.
+export ASAN_OPTIONS="detect_leaks=0:abort_on_error=0:${ASAN_OPTIONS:-}"
+export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
+export PYTHONMALLOC=malloc
+
+# libstdc++ too: AddressSanitizer looks for it at the start, when Python has not loaded it yet.
+preload="$runtime $("$compiler" -print-file-name=libstdc++.so.6)"
+
+# Without capturing: a finding ends the process, and its report with it. Inductor's own C++ is not what is tested.
+LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_attention_conformance.py \
+    -k "not inductor and not sdpa and not -reference" --capture=no -p no:faulthandler "$@"
