@@ -160,11 +160,12 @@ def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse
     ["few tokens", "large share", "bfloat16", "autocast", "hook", "adapter"],
     ids=lambda r: r.replace(" ", "-"),
 )
-def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, reason):
+def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, monkeypatch, reason):
     linear: nn.Module = nn.Linear(32, 32)
     x, gates = torch.randn(1, 100, 32), torch.ones(1, 100, 4)
     seen = []
-    if reason == "bfloat16":
+    if reason == "bfloat16":  # on a processor that has units for it
+        monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": True})
         linear, x, gates = linear.bfloat16(), x.bfloat16(), gates.bfloat16()
     if reason == "few tokens":
         x, gates = x[:, :10], gates[:, :10]
@@ -180,13 +181,27 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, r
 
 
 @needs_kernels
-def test_compiled_layer_is_one_graph_and_equals_eager():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compiled_layer_is_one_graph_and_equals_eager(dtype):
     torch.compiler.reset()
     torch.manual_seed(0)
-    layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear")
-    x = torch.randn(1, 80, 32, requires_grad=True)
+    layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear", dtype=dtype)
+    x = torch.randn(1, 80, 32, dtype=dtype, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     got, expected = compiled(x, is_causal=True), layer(x, is_causal=True)
     torch.testing.assert_close(got, expected)
     weight = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(got, x, weight), torch.autograd.grad(expected, x, weight))
+
+
+@needs_kernels
+def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):
+    monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": False})
+    linear, x, gates = (
+        nn.Linear(32, 32).bfloat16(),
+        torch.randn(1, 100, 32).bfloat16(),
+        torch.ones(1, 100, 4).bfloat16(),
+    )
+    q = moh.attention.project_queries(linear, x, gates, share=1.0)
+    assert sparse_calls == ["cpu_expand"]
+    assert_close(q.flatten(2), linear(x), torch.bfloat16)

@@ -6,6 +6,8 @@ values, which every head of a group shares.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ MIN_TOKENS = 64
 
 MAX_SHARE = 0.7
 """Above this share of active heads the dense product is as fast (measured in float32, AVX2: docs/results/speed.md)."""
+
+_UNITS_OF_16_BITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
 def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -> Tensor:
@@ -55,18 +59,40 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
 
 def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float) -> bool:
     return (
-        share <= MAX_SHARE
+        share <= _max_share(x.dtype)
         and x.shape[0] * x.shape[1] >= MIN_TOKENS
         and x.device.type == "cpu"
-        # 16-bit products run on units of their own where the processor has them, float32 on the vector units
-        and x.dtype == torch.float32
+        and x.dtype in cpu.DTYPES
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(linear)
+        and _is_plain(linear, x.dtype)
         and cpu.unavailable() is None
     )
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def _max_share(dtype: torch.dtype) -> float:
+    """Above this share the dense product is as fast.
+
+    16-bit products run on units of their own where the processor has them. Elsewhere PyTorch emulates them, some five
+    times slower than the sparse product, which converts to float32.
+    """
+    if dtype == torch.float32:
+        return MAX_SHARE
+    return 1.0 if _is_emulated(dtype) else 0.0
+
+
+@torch.compiler.assume_constant_result
+def _is_emulated(dtype: torch.dtype) -> bool:
+    capabilities = _capabilities()
+    known = capabilities.get("architecture") in ("x86_64", "AMD64")
+    return known and not any(capabilities.get(unit) for unit in _UNITS_OF_16_BITS[dtype])
+
+
+@functools.cache
+def _capabilities() -> dict[str, object]:
+    return dict(torch.cpu.get_capabilities())
+
+
+def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `linear` does what its weight says: no adapter, no hook, no quantisation."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and linear.weight.dtype == torch.float32
+    return type(linear) is nn.Linear and not any(hooks) and linear.weight.dtype == dtype

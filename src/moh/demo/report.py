@@ -129,8 +129,11 @@ class DemoReport:
         for name, speed in s.models.items():
             cells = [_rate(getattr(speed, kind)) for kind in kinds]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines += ["", f"Batch {s.batch_size}, prompt {s.prompt_tokens} tokens, {s.decode_tokens} decoded, training step on the prompt (forward and backward), {s.repeats} rounds, "
-                  f"{s.dtype}, models in turns in one process."]  # fmt: skip
+        lines += [
+            "",
+            f"Batch {s.batch_size}, prompt {s.prompt_tokens} tokens, {s.decode_tokens} decoded, training step on the prompt "
+            f"(forward and backward), {s.repeats} rounds, {s.dtype}, models in turns in one process.",
+        ]
         return lines
 
     def save(self, directory: Path) -> None:

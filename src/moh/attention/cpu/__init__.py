@@ -2,6 +2,7 @@
 
 from moh.attention.cpu.build import BuildError
 from moh.attention.cpu.operators import (
+    DTYPES,
     cpu_attention,
     instruction_sets,
     unavailable,
@@ -9,4 +10,12 @@ from moh.attention.cpu.operators import (
     use_instruction_set,
 )
 
-__all__ = ["BuildError", "cpu_attention", "instruction_sets", "unavailable", "unsupported", "use_instruction_set"]
+__all__ = [
+    "DTYPES",
+    "BuildError",
+    "cpu_attention",
+    "instruction_sets",
+    "unavailable",
+    "unsupported",
+    "use_instruction_set",
+]
