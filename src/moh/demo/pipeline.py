@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moh._files import write_text
 from moh.conversion import convert
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
@@ -261,9 +261,7 @@ class _Demo:
             return int(json.loads(file.read_text(encoding="utf-8")))
         steps = self._steps_in_time(dense, blocks, precision, runs)
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".partial")
-        scratch.write_text(json.dumps(steps), encoding="utf-8")
-        os.replace(scratch, file)
+        write_text(file, json.dumps(steps))
         return steps
 
     def _steps_in_time(self, dense: PreTrainedModel, blocks: Tensor, precision: str, runs: int) -> int:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moh._files import write_text
 from moh.evaluation import PerplexityResult, Rate, SpeedReport
 
 
@@ -138,16 +137,9 @@ class DemoReport:
 
     def save(self, directory: Path) -> None:
         """Write `report.json` and `report.md`, each whole or not at all."""
-        _write(directory / "report.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
-        _write(directory / "report.md", self.markdown() + "\n")
+        write_text(directory / "report.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
+        write_text(directory / "report.md", self.markdown() + "\n")
 
 
 def _rate(rate: Rate | None) -> str:
     return "–" if rate is None else f"{rate.median:.0f} ({rate.low:.0f}–{rate.high:.0f})"
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

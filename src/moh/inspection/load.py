@@ -6,7 +6,7 @@ The load of a head is the share of tokens that activate it (f_i of the balance l
 from __future__ import annotations
 
 import csv
-import os
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moh._files import write_text
 from moh.config import MoHConfig
 from moh.routing import record_routing
 
@@ -55,16 +56,11 @@ class HeadLoad:
 
     def save_csv(self, path: str | Path) -> None:
         """Write `rows()` as CSV, whole or not at all."""
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.partial")
-        try:
-            with open(scratch, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=["layer", "head", "kind", "load"])
-                writer.writeheader()
-                writer.writerows(self.rows())
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=["layer", "head", "kind", "load"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        write_text(Path(path), text.getvalue())
 
 
 @torch.no_grad()

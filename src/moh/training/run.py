@@ -6,8 +6,6 @@ Everything that happens within a step is the transformers Trainer's (`moh.traini
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moh._extras import require
+from moh._files import write_text
 from moh.training.checkpoints import check_writable, last_complete_checkpoint, replacing_directory, trainer_state
 from moh.training.corpus import Corpus, corpus_from_files, load_corpus
 from moh.training.data import TokenBlocks, pack_tokens
@@ -230,9 +229,7 @@ def _write_recipe(recipe: Recipe, arguments: TrainingArguments, output_dir: Path
     precision: Precision = "bf16" if arguments.bf16 else "fp32"
     training = dataclasses.replace(recipe.training, precision=precision)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=output_dir, delete=False, encoding="utf-8") as file:
-        file.write(dump_recipe(dataclasses.replace(recipe, training=training)))
-    os.replace(file.name, output_dir / _RECIPE_FILE)
+    write_text(output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(recipe, training=training)))
 
 
 def _earlier_recipe(recipe: Recipe, output_dir: Path) -> Recipe | None:
