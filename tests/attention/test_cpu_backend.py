@@ -481,3 +481,25 @@ def test_instruction_sets_without_kernels_is_an_error_with_the_reason(monkeypatc
     for call in (cpu.instruction_sets, lambda: cpu.use_instruction_set("portable")):
         with pytest.raises(BuildError, match="no compiler"):
             call()
+
+
+def test_weights_of_huge_scores_stay_weights_in_the_backward_pass(kernels):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 64) for n in (4, 300, 300))
+    q, k = (q * 1e5).requires_grad_(), (k * 1e5).requires_grad_()
+    v.requires_grad_()
+    gates = torch.ones(1, 4, 1, requires_grad=True)
+    out = moh_attention(q, k, v, gates, backend="cpu")
+    grads = torch.autograd.grad(out.sum(), (q, k, v, gates))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[2].min() >= 0 and grads[2].max() <= 4  # the weights that four queries give a key
+
+
+@pytest.mark.parametrize("Nq", [1, 40])
+def test_a_row_masked_with_the_lowest_number_averages_as_in_the_reference(kernels, Nq):
+    q, k, v = torch.randn(1, 2, Nq, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
+    mask = torch.full((1, 1, Nq, 50), torch.finfo(torch.float32).min)
+    gates = torch.ones(1, Nq, 2)
+    out = moh_attention(q, k, v, gates, attn_mask=mask, backend="cpu")
+    expected = moh_attention(q, k, v, gates, attn_mask=mask, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

@@ -240,3 +240,15 @@ def test_build_that_is_killed_leaves_nothing_that_the_next_one_stumbles_over(cac
     again = subprocess.run([sys.executable, "-c", USE_KERNELS], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout.strip() == "portable"
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="there are no kernels")
+def test_instruction_set_is_chosen_by_the_environment_and_checked():
+    code = "import torch, moh; from moh.attention import cpu; print(cpu.unavailable(), torch.ops.moh.cpu_in_use())"
+    environment = os.environ | {"MOH_CPU_ISA": "portable"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "portable"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"MOH_CPU_ISA": "sse9"}, capture_output=True, text=True
+    )
+    assert "must be one of" in done.stderr and "'sse9'" in done.stderr

@@ -205,3 +205,50 @@ def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):
     q = moh.attention.project_queries(linear, x, gates, share=1.0)
     assert sparse_calls == ["cpu_expand"]
     assert_close(q.flatten(2), linear(x), torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reason", ["offloaded", "quantised", "other-backend"])
+def test_linears_that_hide_their_product_and_other_backends_stay_dense(sparse_calls, reason):
+    class Quantised(torch.Tensor):
+        pass
+
+    linear, x, gates = nn.Linear(32, 32), torch.randn(1, 100, 32), torch.ones(1, 100, 4)
+    if reason == "offloaded":
+        original = linear.forward
+        linear.forward = lambda x: original(x) * 2  # as accelerate replaces it
+    if reason == "quantised":
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    backend = "sdpa" if reason == "other-backend" else None
+    q = moh.attention.project_queries(linear, x, gates, share=0.5, backend=backend)
+    assert sparse_calls == []
+    torch.testing.assert_close(q.flatten(2).as_subclass(torch.Tensor), linear(x).as_subclass(torch.Tensor))
+
+
+@needs_kernels
+def test_gradient_of_a_weights_gradient_is_the_dense_one():
+    x, heads, matrix, gates = case(T=70, C=20, H=2, D=8)
+    active = (gates != 0)[..., None]
+
+    def penalty(product):
+        (grad,) = torch.autograd.grad(product.square().sum(), matrix, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (x, matrix))
+
+    dense = penalty((x @ matrix.t()).view(heads.shape) * active)
+    sparse = penalty(torch.ops.moh.cpu_expand(x, matrix, gates))
+    for got, expected in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+
+
+@needs_kernels
+def test_function_transforms_get_the_dense_products_and_work():
+    torch.manual_seed(0)
+    layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear")
+    x = torch.randn(1, 80, 32, requires_grad=True)
+    parameters = dict(layer.named_parameters())
+
+    def loss(x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected, rtol=1e-4, atol=1e-5)

@@ -22,7 +22,7 @@ MAX_SHARE = 0.7
 _UNITS_OF_16_BITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
-def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -> Tensor:
+def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None) -> Tensor:
     """Queries of the active heads: `linear(x)` as `[B, N, H, D]`, perhaps with zeros where the gate is 0.
 
     Args:
@@ -30,9 +30,10 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -
         x: `[B, N, C]`.
         gates: `[B, N, H]`, 0 where a head is inactive.
         share: expected share of pairs that are active, which decides whether the sparse product is worth it.
+        backend: of the attention; the sparse product belongs to `cpu`, named or chosen by None.
     """
     B, N, H = gates.shape
-    if not _sparse_is_faster(linear, x, share):
+    if not _sparse_is_faster(linear, x, share, backend):
         dense: Tensor = linear(x)
         return dense.view(B, N, H, dense.shape[-1] // H)
     assert isinstance(linear, nn.Linear)  # as _sparse_is_faster has seen
@@ -42,12 +43,12 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float) -
     return heads.view(B, N, H, heads.shape[-1])
 
 
-def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float) -> Tensor:
+def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float, backend: str | None = None) -> Tensor:
     """`linear(heads)` of weighted heads `[B, N, H, D]` that are 0 where the gate is 0 -> `[B, N, C]`.
 
     Args as in `project_queries`; `linear` is the output projection, H * D -> C.
     """
-    if not _sparse_is_faster(linear, heads, share):
+    if not _sparse_is_faster(linear, heads, share, backend):
         dense: Tensor = linear(heads.flatten(2))
         return dense
     assert isinstance(linear, nn.Linear)
@@ -57,14 +58,16 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
     return out.view(*heads.shape[:2], out.shape[-1])
 
 
-def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float) -> bool:
+def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float, backend: str | None) -> bool:
     return (
-        share <= _max_share(x.dtype)
+        backend in (None, "cpu")
+        and share <= _max_share(x.dtype)
         and x.shape[0] * x.shape[1] >= MIN_TOKENS
         and x.device.type == "cpu"
         and x.dtype in cpu.DTYPES
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(linear, x.dtype)
+        and _is_plain(linear, x)
+        and not cpu.transforms_are_active()
         and cpu.unavailable() is None
     )
 
@@ -92,7 +95,11 @@ def _capabilities() -> dict[str, object]:
     return dict(torch.cpu.get_capabilities())
 
 
-def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `linear` does what its weight says: no adapter, no hook, no quantisation."""
+def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+    """Whether `linear` does what its weight says: no adapter, no hook, no quantisation, no offloading."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and linear.weight.dtype == dtype
+    weight = linear.weight
+    plain = type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling()
+    return not any(hooks) and plain and weight.dtype == x.dtype and weight.device == x.device

@@ -122,7 +122,7 @@ class MoHAttention(nn.Module):
             routing = self.router(q=q)
         else:
             routing = self.router(x)
-            q = project_queries(self.q_proj, x, routing.gates, share)
+            q = project_queries(self.q_proj, x, routing.gates, share, self.backend)
         k = self.k_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         heads = moh_attention(
@@ -135,7 +135,7 @@ class MoHAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )  # [B, Nq, h, D]
-        out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share))
+        out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share, self.backend))
         return (out, routing) if return_routing else out
 
 

@@ -33,8 +33,8 @@ FLAGS = (
 
 # Instruction sets beyond the portable one: source file -> what torch calls the features it needs.
 INSTRUCTION_SETS = {
-    "avx2": ("avx2", "fma3"),
-    "avx512": ("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx2": ("avx2", "fma3", "f16c", "bmi2"),
+    "avx512": ("avx2", "fma3", "f16c", "bmi2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
 }
 
 
@@ -62,9 +62,10 @@ def compile_kernels() -> Path:
     Raises:
         BuildError: there is no compiler, it failed, or the cache directory can't be written.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    command = os.environ.get("CXX") or "g++"
+    compiler = shutil.which((shlex.split(command) or [command])[0])
     if compiler is None:
-        raise BuildError(f"the C++ compiler {os.environ.get('CXX', 'g++')!r} was not found (set CXX to name another)")
+        raise BuildError(f"the C++ compiler {command!r} was not found (set CXX to name another)")
     sets = supported_instruction_sets()
     directory = cache_directory() / "cpu" / _key(compiler, sets)
     library = directory / LIBRARY
@@ -75,7 +76,7 @@ def compile_kernels() -> Path:
         # The lock spares a second build; it goes with its process, so that a killed one leaves nobody waiting.
         with FileLock(f"{directory}.lock"):
             if not library.exists():
-                _build_into(directory, sets)
+                _build_into(directory, command, sets)
     except OSError as error:
         raise BuildError(f"{directory.parent} can't be written: {error}; set MOH_CACHE_DIR to another place") from error
     return library
@@ -96,6 +97,7 @@ def _key(compiler: str, sets: list[str]) -> str:
     for part in (
         torch.__version__,
         platform.machine(),
+        os.environ.get("CXX"),  # it may have arguments
         compiler,
         stat.st_size,
         stat.st_mtime_ns,
@@ -107,16 +109,18 @@ def _key(compiler: str, sets: list[str]) -> str:
     return key.hexdigest()[:16]
 
 
-def _build_into(directory: Path, sets: list[str]) -> None:
+def _build_into(directory: Path, command: str, sets: list[str]) -> None:
     """Build beside `directory` and move the result there, so that nobody sees half a library."""
     print(
         "moh: compiling the CPU kernels for this machine (once, about half a minute) ...", file=sys.stderr, flush=True
     )
-    names = ["attention", "projection", "instruction_sets", "portable", *sets]
+    # The portable kernels come before the others: where two of them hold the same inline function, the linker keeps the
+    # first, and that one runs everywhere.
+    names = ["portable", *sets, "attention", "projection", "instruction_sets"]
     sources = [SOURCES / f"{name}.cpp" for name in names]
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
-        with _compiler_environment():
+        with _compiler_environment(command):
             from torch.utils import cpp_extension
 
             # Loads the library too. It stays the same file when it is moved, so that loading it from its final place
@@ -133,8 +137,8 @@ def _build_into(directory: Path, sets: list[str]) -> None:
         next(work.glob("*.so")).rename(work / LIBRARY)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(work, directory)
-    except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:
-        text, log = str(error), Path(f"{directory}.log")
+    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+        text, log = str(error) or repr(error), Path(f"{directory}.log")
         if isinstance(error, subprocess.CalledProcessError):  # the compiler can't even tell its version
             text += f"\n{(error.output or b'').decode(errors='replace')}"
         log.write_text(text, encoding="utf-8")
@@ -145,16 +149,22 @@ def _build_into(directory: Path, sets: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _compiler_environment() -> Iterator[None]:
-    """ninja from its package, even if the virtual environment is not activated; no word about a missing CUDA."""
+def _compiler_environment(command: str) -> Iterator[None]:
+    """The compiler, ninja from its package even if the virtual environment is not activated, no word about CUDA."""
     import ninja
 
-    path, logger = os.environ.get("PATH", ""), logging.getLogger("torch.utils.cpp_extension")
+    before = {name: os.environ.get(name) for name in ("PATH", "CXX")}
+    logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before["PATH"] or ""])
+    os.environ["CXX"] = command
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        os.environ["PATH"] = path
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         logger.setLevel(level)

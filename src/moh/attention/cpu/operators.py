@@ -6,6 +6,7 @@ Not for the build (`build.py`) or the kernels (`csrc/`).
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 import torch
@@ -20,11 +21,15 @@ MAX_WIDTH = 256
 _state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
 
 
+_lock = threading.Lock()
+
+
 @torch.compiler.assume_constant_result
 def _load() -> str | None:
-    if "reason" not in _state:
-        _state["reason"] = _try_to_load()
-    return _state["reason"]
+    with _lock:
+        if "reason" not in _state:
+            _state["reason"] = _try_to_load()
+        return _state["reason"]
 
 
 def _try_to_load() -> str | None:
@@ -32,8 +37,8 @@ def _try_to_load() -> str | None:
         return "switched off by MOH_CPU_KERNELS=0"
     try:
         torch.ops.load_library(compile_kernels())
-    except (BuildError, OSError) as error:
-        reason = f"the C++ kernels could not be built: {error}"
+    except Exception as error:  # whatever it is, attention still works without the kernels
+        reason = f"the C++ kernels could not be built: {error if isinstance(error, BuildError) else repr(error)}"
         warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
         return reason
     torch.library.register_fake("moh::cpu_attention", _attention_shapes)
@@ -41,7 +46,7 @@ def _try_to_load() -> str | None:
     projections.register()
     chosen = os.environ.get("MOH_CPU_ISA")
     if chosen:
-        use_instruction_set(chosen)
+        _use(chosen)
     return None
 
 
@@ -84,6 +89,10 @@ def use_instruction_set(name: str) -> None:
         BuildError: there are no kernels.
     """
     _require()
+    _use(name)
+
+
+def _use(name: str) -> None:
     known = torch.ops.moh.cpu_instruction_sets()
     if name not in known:
         raise ValueError(f"name must be one of {', '.join(map(repr, known))} on this machine, got {name!r}")
@@ -91,7 +100,7 @@ def use_instruction_set(name: str) -> None:
 
 
 def _require() -> None:
-    reason = _state.get("reason") if _state else _load()
+    reason = _load()
     if reason is not None:
         raise BuildError(reason)
 
@@ -112,11 +121,18 @@ def unsupported(
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+    if transforms_are_active():
+        return "it has no rules for torch.func's transforms"
     if dropout_p > 0:
         return "it has no dropout of attention weights"
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for the mask"
     return unavailable()
+
+
+def transforms_are_active() -> bool:
+    """Whether the call is inside `torch.func.grad`, `vmap` or the like."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def cpu_attention(

@@ -2,7 +2,7 @@
 
 With M `[H * D, C]`: `cpu_expand(x, M, gates)` is `heads[t, h] = M[h] x[t]`, `cpu_sum_heads(heads, M, gates)` is
 `x[t] = sum_h M[h]' heads[t, h]`, both over the pairs whose gate is not 0. Each is the other's gradient, and
-`cpu_outer` is M's. Gates only say which pairs are active; they get no gradient here.
+`cpu_outer(heads, x, gates)` is M's. Gates only say which pairs are active; they get no gradient here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def register() -> None:
     torch.library.register_fake("moh::cpu_outer", _outer_shape)
     torch.library.register_autograd("moh::cpu_expand", _expand_backward, setup_context=_save)
     torch.library.register_autograd("moh::cpu_sum_heads", _sum_heads_backward, setup_context=_save)
+    torch.library.register_autograd("moh::cpu_outer", _outer_backward, setup_context=_save)
 
 
 def _expand_shape(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
@@ -53,3 +54,11 @@ def _sum_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor |
     grad_heads = torch.ops.moh.cpu_expand(grad, matrix, gates) if needs_heads else None
     grad_matrix = torch.ops.moh.cpu_outer(heads, grad, gates) if needs_matrix else None
     return grad_heads, grad_matrix, None
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    heads, x, gates = ctx.saved_tensors
+    needs_heads, needs_x, _ = ctx.needs_input_grad
+    grad_heads = torch.ops.moh.cpu_expand(x, grad, gates) if needs_heads else None
+    grad_x = torch.ops.moh.cpu_sum_heads(heads, grad, gates) if needs_x else None
+    return grad_heads, grad_x, None

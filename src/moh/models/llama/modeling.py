@@ -48,12 +48,14 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
     ) -> tuple[Tensor, None]:
         B, N, _ = hidden_states.shape
         share = self.router.config.share
+        # `eager` is the definition
+        backend = "reference" if self.config._attn_implementation == "eager" else self.config.moh_backend
         if self.router.uses_queries:  # before rotary embedding, which keeps the norms anyway
             q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
             routing = self.router(q=q)
         else:
             routing = self.router(hidden_states)
-            q = project_queries(self.q_proj, hidden_states, routing.gates, share)
+            q = project_queries(self.q_proj, hidden_states, routing.gates, share, backend)
         k = self.k_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, Hkv, N, D]
         v = self.v_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)
 
@@ -62,7 +64,6 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             k, v = past_key_values.update(k, v, self.layer_idx)
 
         # transformers leaves the mask out where it is plainly causal, or where a single token sees everything before it
-        eager = self.config._attn_implementation == "eager"
         heads = moh_attention(
             q,
             k,
@@ -72,9 +73,9 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             attn_mask=attention_mask,
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            backend="reference" if eager else self.config.moh_backend,
+            backend=backend,
         )  # [B, N, H, D]
-        return project_output(self.o_proj, heads, routing.gates, share), None
+        return project_output(self.o_proj, heads, routing.gates, share, backend), None
 
 
 class MoHLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]

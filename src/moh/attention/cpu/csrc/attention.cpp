@@ -20,7 +20,8 @@
 namespace moh {
 namespace {
 
-constexpr int64_t kBlocksPerTask = 4;   // blocks of rows that share a tile of keys while it is in the L1 cache
+constexpr int64_t kBlocksPerTask = 16;  // blocks of rows that share a tile of keys while it is in the L1 cache: 128 KiB of L2
+constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
 constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish keeps the others waiting
 constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
 constexpr int64_t kDecodeKeys = 512;    // keys of one decoding task: the split must not depend on the threads
@@ -232,6 +233,23 @@ void decode_rows(const Call& call, const ActiveRows& active) {
   }
 }
 
+template <class T>
+void write_rows_typed(const float* from, int64_t rows, int64_t width, int64_t stride, T* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < width; ++d) to[r * width + d] = static_cast<T>(from[r * stride + d]);
+}
+
+// Rows with their stride to a contiguous tensor, `offset` numbers in. Plain loops: threads of ours run no tensor operators.
+void write_rows(DType dtype, const float* from, int64_t rows, int64_t width, int64_t stride, const at::Tensor& to,
+                int64_t offset) {
+  if (dtype == DType::kFloat)
+    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<float>() + offset);
+  else if (dtype == DType::kHalf)
+    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<c10::Half>() + offset);
+  else
+    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<c10::BFloat16>() + offset);
+}
+
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -277,11 +295,11 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const ActiveRows active(p);
 
   // Each (batch row, key/value head) is cut into parts with their own sums, added up in order: at most as many as query
-  // heads in its group, so that this takes no more memory than keys and values repeated for them would.
+  // heads in its group, so that in float32 this takes no more memory than keys and values repeated for them would.
   const int64_t pairs = active.pairs(), padded_k = kernel.padded_width(p.width);
   const int64_t padded_v = kernel.padded_width(p.value_width);
   const int64_t parts = pairs == 0 ? 1 : std::clamp<int64_t>((kBackwardTasks + pairs - 1) / pairs, 1, p.group);
-  const int64_t size = kBlocksPerTask * kernel.lanes_per_block;
+  const int64_t size = kBackwardBlocks * kernel.lanes_per_block;
   const int64_t concurrent = std::min<int64_t>(pairs * parts, at::get_num_threads());
   const at::Tensor scratch = at::empty({concurrent, kernel.backward_scratch(p, size)}, floats);
   // A part's sums are converted as soon as they are complete, unless there are several to add up.
@@ -290,8 +308,8 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const at::Tensor sum_v = at::empty({sums, p.keys, padded_v}, floats);
   const auto write = [&](int64_t pair, float* from_k, float* from_v) {
     const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
-    grad_k[b][h].copy_(at::from_blob(from_k, {p.keys, p.width}, {padded_k, 1}, floats));
-    grad_v[b][h].copy_(at::from_blob(from_v, {p.keys, p.value_width}, {padded_v, 1}, floats));
+    write_rows(p.dtype, from_k, p.keys, p.width, padded_k, grad_k, (b * p.kv_heads + h) * p.keys * p.width);
+    write_rows(p.dtype, from_v, p.keys, p.value_width, padded_v, grad_v, (b * p.kv_heads + h) * p.keys * p.value_width);
   };
   std::vector<int64_t> order(pairs * parts);
   std::iota(order.begin(), order.end(), 0);

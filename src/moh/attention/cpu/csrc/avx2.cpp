@@ -1,5 +1,8 @@
 // Kernels for AVX2 with FMA: 16 registers of 8 floats.
 #pragma GCC target("avx2,fma,f16c,bmi2")
+#ifdef __clang__
+#error "this compiler does not take instruction sets from a pragma: use GCC"
+#endif
 #include "kernels.h"
 
 namespace moh {

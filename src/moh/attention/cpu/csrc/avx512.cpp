@@ -1,5 +1,8 @@
 // Kernels for AVX-512: 32 registers of 16 floats.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#ifdef __clang__
+#error "this compiler does not take instruction sets from a pragma: use GCC"
+#endif
 #include "kernels.h"
 
 namespace moh {

@@ -86,7 +86,8 @@ struct Backward {
           for (int64_t n = 0; n < seen; ++n) {
             float* wn = w + n * all + j * Isa::kLanes;
             float* gn = g + n * all + j * Isa::kLanes;
-            const Floats weight = S::exp2(S::load(wn) - shift);
+            // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
+            const Floats weight = S::exp2(S::min(Floats{}, S::load(wn) - shift));
             S::store(wn, weight);
             const Floats grad = S::load(gn);
             gate_sum += weight * grad;

@@ -14,6 +14,7 @@ namespace moh {
 
 constexpr float kLog2e = 1.44269504088896341f;  // the softmax is computed with powers of two
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Queries whose heads work through the keys together, one per lane. Lanes beyond `count` repeat the last row and see
 // what it sees; they hold zeros and are never written out.
@@ -80,12 +81,8 @@ bool mask_shows_any(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, in
                       lanes.token[i] * m.query + first * m.key;
     if (row == previous) continue;
     previous = row;
-    if (m.key == 1) {
-      if (std::memchr(row, 1, count) != nullptr) return true;
-    } else {
-      for (int64_t n = 0; n < count; ++n)
-        if (row[n * m.key]) return true;
-    }
+    for (int64_t n = 0; n < count; ++n)
+      if (row[n * m.key]) return true;
   }
   return false;
 }
@@ -94,7 +91,9 @@ bool mask_shows_any(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, in
 template <class T>
 [[gnu::always_inline]] inline float masked(const Mask& m, int64_t index, float score) {
   if (m.kind == MaskKind::kBool) return static_cast<const char*>(m.data)[index] ? score : -kInfinity;
-  return score + kLog2e * static_cast<float>(static_cast<const T*>(m.data)[index]);
+  // In units of log2 the lowest number would be -inf, which hides; it only makes the key very unlikely.
+  const float bias = static_cast<float>(static_cast<const T*>(m.data)[index]);
+  return score + (bias == -kInfinity ? bias : std::max(-kLargest, kLog2e * bias));
 }
 
 // Hides what causality, the window and the mask hide, in scores [count, stride] of keys from `first` on.

@@ -1,6 +1,7 @@
 // Which kernels are in this build, and which are in use.
 #include <torch/library.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -9,7 +10,7 @@
 namespace moh {
 namespace {
 
-const Kernels* in_use = nullptr;
+std::atomic<const Kernels*> in_use{nullptr};
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> all;  // the most capable first
@@ -41,8 +42,8 @@ void use(const std::string& name) {
 }  // namespace
 
 const Kernels& kernels() {
-  if (in_use == nullptr) in_use = available().front();
-  return *in_use;
+  const Kernels* chosen = in_use;
+  return chosen != nullptr ? *chosen : *available().front();
 }
 
 }  // namespace moh
@@ -50,4 +51,5 @@ const Kernels& kernels() {
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def("cpu_instruction_sets() -> str[]", moh::names);
   m.def("cpu_use_instruction_set(str name) -> ()", moh::use);
+  m.def("cpu_in_use() -> str", [] { return std::string(moh::kernels().name); });
 }

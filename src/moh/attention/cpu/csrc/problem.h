@@ -1,4 +1,4 @@
-// What one call asks for, as plain numbers: shared by the operator (torch) and the kernels (no torch).
+// What one call asks for, as plain numbers: shared by the operators and the kernels, which know no tensors.
 #pragma once
 
 #include <cstdint>

@@ -62,14 +62,15 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tenso
   const at::Tensor to = at::zeros({p.tokens, p.heads, p.width}, x.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
   const ActiveTokens active(gates);
+  const Kernels& kernel = kernels();
   std::vector<Tokens> tasks;
   for (const Tokens& all : active.by_head())
     for (int64_t first = 0; first < all.count; first += kProjectionRows)
       tasks.push_back({all.head, all.index + first, std::min(kProjectionRows, all.count - first)});
   std::stable_sort(tasks.begin(), tasks.end(), [](const Tokens& a, const Tokens& b) { return a.count > b.count; });
-  const at::Tensor scratch = scratch_for(tasks.size(), kernels().projection_scratch(p), x);
+  const at::Tensor scratch = scratch_for(tasks.size(), kernel.projection_scratch(p), x);
   for_each_task(tasks.size(), [&](int64_t i, int64_t thread) {
-    kernels().expand(p, tasks[i], scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+    kernel.expand(p, tasks[i], scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
   });
   return to;
 }
@@ -82,12 +83,13 @@ at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at
   const at::Tensor to = at::empty({p.tokens, p.channels}, heads.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
   const ActiveTokens active(gates);
+  const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
   const int64_t down = (p.tokens + kProjectionRows - 1) / kProjectionRows;
-  const at::Tensor scratch = scratch_for(across * down, kernels().projection_scratch(p), heads);
+  const at::Tensor scratch = scratch_for(across * down, kernel.projection_scratch(p), heads);
   for_each_task(across * down, [&](int64_t i, int64_t thread) {
     const int64_t token = i / across * kProjectionRows, channel = i % across * kProjectionChannels;
-    kernels().sum_heads(p, active.by_head().data(), token, std::min(kProjectionRows, p.tokens - token), channel,
+    kernel.sum_heads(p, active.by_head().data(), token, std::min(kProjectionRows, p.tokens - token), channel,
                         std::min(kProjectionChannels, p.channels - channel),
                         scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
   });
@@ -106,11 +108,12 @@ at::Tensor outer(const at::Tensor& heads, const at::Tensor& x, const at::Tensor&
   const at::Tensor to = at::empty({p.heads * p.width, p.channels}, x.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
   const ActiveTokens active(gates);
+  const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
-  const at::Tensor scratch = scratch_for(across * p.heads, kernels().projection_scratch(p), x);
+  const at::Tensor scratch = scratch_for(across * p.heads, kernel.projection_scratch(p), x);
   for_each_task(across * p.heads, [&](int64_t i, int64_t thread) {
     const int64_t channel = i % across * kProjectionChannels;
-    kernels().outer(p, rows.const_data_ptr(), active.by_head()[i / across], channel,
+    kernel.outer(p, rows.const_data_ptr(), active.by_head()[i / across], channel,
                     std::min(kProjectionChannels, p.channels - channel),
                     scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
   });

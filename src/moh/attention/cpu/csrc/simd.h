@@ -68,6 +68,7 @@ struct Simd : Vectors<Lanes> {
   }
 
   [[gnu::always_inline]] static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  [[gnu::always_inline]] static Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
   [[gnu::always_inline]] static float sum(Floats x) {
     float total = 0;
@@ -85,7 +86,7 @@ struct Simd : Vectors<Lanes> {
   // leaves exactly 0.
   [[gnu::always_inline]] static Floats exp2(Floats x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
-    x = max(set(-127.0f), x);              // in this order NaN stays
+    x = max(set(-127.0f), x);              // if the second is NaN it stays
     const Floats shifted = x + kRound;
     const Floats f = x - (shifted - kRound);
     Floats p = set(0.001326472731307149f);
@@ -94,7 +95,8 @@ struct Simd : Vectors<Lanes> {
     p = p * f + 0.24022242426872253f;
     p = p * f + 0.6931470036506653f;
     p = p * f + 1.0f;
-    return floats(bits(p) + (bits(shifted) << 23));
+    const Floats scaled = floats(bits(p) + (bits(shifted) << 23));
+    return x == x ? scaled : x;  // the sum of bits could make a number of a NaN
   }
 
   // One of two vectors' numbers by turns, from their first or second half: [a0, b0, a1, b1, ...].

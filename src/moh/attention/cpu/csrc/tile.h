@@ -1,4 +1,4 @@
-// Small matrix products on tiles, the only place where the multiplications happen.
+// Small matrix products on tiles, in which all passes but decoding do their multiplications.
 //
 // C[i, j] = sum_k A[i, k] B[k, j]: B and C hold the vectors (j is contiguous), A is read one number at a time with any
 // strides. Attention uses it with query rows on the lanes (scores, outputs, grad_q) and, backward, with the heads'
