@@ -20,8 +20,6 @@
 namespace moh {
 namespace {
 
-constexpr int64_t kBlocksPerTask = 16;  // blocks of rows that share a tile of keys while it is in the L1 cache: 128 KiB of L2
-constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
 constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish keeps the others waiting
 constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
 constexpr int64_t kDecodeKeys = 512;    // keys of one decoding task: the split must not depend on the threads
@@ -55,8 +53,6 @@ struct Call {
     const auto type = q.scalar_type();
     TORCH_CHECK_VALUE(k.scalar_type() == type && v.scalar_type() == type && gates.scalar_type() == type,
                       "q, k, v and gates must have one dtype");
-    TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-                      "q must be float32, bfloat16 or float16, got ", type);
     p.dtype = dtype_of(q);
     p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.width))));
     p.causal = causal;
@@ -76,82 +72,28 @@ struct Call {
   }
 };
 
-// The active rows of every key/value head of every batch row, in token order.
-class ActiveRows {
- public:
-  explicit ActiveRows(const Problem& p) : problem_(p), capacity_(p.queries * p.group) {
-    index_.resize(p.batches * p.kv_heads * capacity_);
-    counts_.resize(p.batches * p.kv_heads);
-    if (p.dtype == DType::kFloat)
-      scan<float>();
-    else if (p.dtype == DType::kHalf)
-      scan<c10::Half>();
-    else
-      scan<c10::BFloat16>();
-  }
-  int64_t pairs() const { return static_cast<int64_t>(counts_.size()); }
-  Rows rows(int64_t pair) const { return rows(pair, 0, counts_[pair]); }
-  Rows rows(int64_t pair, int64_t first, int64_t count) const {
-    return {pair / problem_.kv_heads, pair % problem_.kv_heads, index_.data() + pair * capacity_ + first, count};
-  }
-  int64_t count(int64_t pair) const { return counts_[pair]; }
-  int64_t total() const { return std::accumulate(counts_.begin(), counts_.end(), int64_t{0}); }
-
- private:
-  template <class T>
-  void scan() {
-    const Problem& p = problem_;
-    const T* gates = static_cast<const T*>(p.gates);
-    at::parallel_for(0, pairs(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const T* gate = gates + pair / p.kv_heads * p.queries * p.heads + pair % p.kv_heads * p.group;
-        int32_t* to = index_.data() + pair * capacity_;
-        int64_t count = 0;
-        for (int64_t t = 0; t < p.queries; ++t, gate += p.heads)
-          for (int64_t g = 0; g < p.group; ++g) {
-            to[count] = static_cast<int32_t>(t * p.group + g);
-            count += static_cast<float>(gate[g]) != 0.0f;
-          }
-        counts_[pair] = count;
-      }
-    });
-  }
-
-  const Problem& problem_;
-  int64_t capacity_;
-  std::vector<int32_t> index_;
-  std::vector<int64_t> counts_;
-};
-
-// Zeros the entries [B, Nq, H, width] of `x` (or [B, H, Nq, width], if `by_head`) whose gate is 0.
-template <class T>
-void zero_inactive_typed(const Problem& p, T* x, int64_t width, bool by_head) {
-  const T* gates = static_cast<const T*>(p.gates);
-  at::parallel_for(0, p.batches * p.queries, 1 + 65536 / (p.heads * width + 1), [&](int64_t begin, int64_t end) {
+// Zeros the entries [B, Nq, H] of `x` (or [B, H, Nq], if `by_head`) whose gate is 0.
+void zero_inactive(const Problem& p, const ActiveRows& active, const at::Tensor& x, bool by_head) {
+  if (x.numel() == 0) return;
+  const bool* flags = active.flags();
+  const int64_t bytes = x.size(-1) * x.element_size();
+  char* data = static_cast<char*>(x.mutable_data_ptr());
+  at::parallel_for(0, p.batches * p.queries, 1 + 262144 / (p.heads * bytes + 1), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token)
       for (int64_t h = 0; h < p.heads; ++h) {
-        if (static_cast<float>(gates[token * p.heads + h]) != 0.0f) continue;
+        if (flags[token * p.heads + h]) continue;
         const int64_t b = token / p.queries, t = token % p.queries;
         const int64_t entry = by_head ? (b * p.heads + h) * p.queries + t : token * p.heads + h;
-        std::memset(static_cast<void*>(x + entry * width), 0, sizeof(T) * width);
+        std::memset(data + entry * bytes, 0, bytes);
       }
   });
-}
-
-void zero_inactive(const Problem& p, const at::Tensor& x, int64_t width, bool by_head) {
-  if (p.dtype == DType::kFloat)
-    zero_inactive_typed(p, x.mutable_data_ptr<float>(), width, by_head);
-  else if (p.dtype == DType::kHalf)
-    zero_inactive_typed(p, x.mutable_data_ptr<c10::Half>(), width, by_head);
-  else
-    zero_inactive_typed(p, x.mutable_data_ptr<c10::BFloat16>(), width, by_head);
 }
 
 void forward_rows(const Call& call, const ActiveRows& active) {
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
   const int64_t wanted = kTasksPerThread * at::get_num_threads();
-  int64_t size = kBlocksPerTask * kernel.lanes_per_block;
+  int64_t size = kForwardBlocks * kernel.lanes_per_block;
   while (size > kernel.lanes_per_block && active.total() < wanted * size) size /= 2;
 
   struct Task {
@@ -167,10 +109,9 @@ void forward_rows(const Call& call, const ActiveRows& active) {
     }
   // The longest first: what is left over at the end is short.
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  const at::Tensor scratch = scratch_for(tasks.size(), kernel.forward_scratch(p, size), call.q);
-  for_each_task(tasks.size(), [&](int64_t i, int64_t thread) {
-    kernel.forward(p, tasks[i].rows, scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
-  });
+  const Scratch scratch(threads_for(tasks.size()), kernel.forward_scratch(p, size), call.q);
+  for_each_task(tasks.size(),
+                [&](int64_t i, int64_t thread) { kernel.forward(p, tasks[i].rows, scratch.of(thread)); });
 }
 
 template <class T>
@@ -206,48 +147,40 @@ void decode_rows(const Call& call, const ActiveRows& active) {
   std::vector<int64_t> pairs;
   for (int64_t pair = 0; pair < active.pairs(); ++pair)
     if (active.count(pair) > 0) pairs.push_back(pair);
-  const int64_t most = p.queries * p.group, partial_floats = most * (2 + p.value_width);
+  const int64_t most = p.queries * p.group;
   const int64_t tasks = static_cast<int64_t>(pairs.size()) * splits;
-  const at::Tensor partials = at::empty({tasks, partial_floats}, call.q.options().dtype(at::kFloat));
+  const Scratch partials(tasks, most * (2 + p.value_width), call.q);
   const auto partial = [&](int64_t i) {
-    float* at = partials.mutable_data_ptr<float>() + i * partial_floats;
+    float* at = partials.of(i);
     return Partial{at, at + most, at + 2 * most};
   };
-  const at::Tensor scratch = scratch_for(tasks, kernel.decode_scratch(p, most), call.q);
+  const Scratch scratch(threads_for(tasks), kernel.decode_scratch(p, most), call.q);
   for_each_task(tasks, [&](int64_t i, int64_t thread) {
     const Rows rows = active.rows(pairs[i / splits]);
     const int64_t begin = i % splits * kDecodeKeys;
     kernel.decode(p, rows, begin, std::min(p.keys, begin + kDecodeKeys), partial(i),
-                  scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+                  scratch.of(thread));
   });
   std::vector<Partial> parts(splits);
   for (size_t i = 0; i < pairs.size(); ++i) {
     for (int64_t s = 0; s < splits; ++s) parts[s] = partial(i * splits + s);
     const Rows rows = active.rows(pairs[i]);
-    if (p.dtype == DType::kFloat)
-      merge<float>(p, rows, parts);
-    else if (p.dtype == DType::kHalf)
-      merge<c10::Half>(p, rows, parts);
-    else
-      merge<c10::BFloat16>(p, rows, parts);
+    with_type(p.dtype, [&](auto t) { merge<decltype(t)>(p, rows, parts); });
   }
 }
 
-template <class T>
-void write_rows_typed(const float* from, int64_t rows, int64_t width, int64_t stride, T* to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < width; ++d) to[r * width + d] = static_cast<T>(from[r * stride + d]);
+// Rows with their stride to a contiguous tensor, from row `first` on. Plain loops: threads of ours run no tensor operators.
+void write_rows(DType dtype, const float* from, int64_t rows, int64_t stride, const at::Tensor& to, int64_t first) {
+  with_type(dtype, [&](auto t) {
+    const int64_t width = to.size(-1);
+    auto* at = to.mutable_data_ptr<decltype(t)>() + first * width;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < width; ++d) at[r * width + d] = static_cast<decltype(t)>(from[r * stride + d]);
+  });
 }
 
-// Rows with their stride to a contiguous tensor, `offset` numbers in. Plain loops: threads of ours run no tensor operators.
-void write_rows(DType dtype, const float* from, int64_t rows, int64_t width, int64_t stride, const at::Tensor& to,
-                int64_t offset) {
-  if (dtype == DType::kFloat)
-    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<float>() + offset);
-  else if (dtype == DType::kHalf)
-    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<c10::Half>() + offset);
-  else
-    write_rows_typed(from, rows, width, stride, to.mutable_data_ptr<c10::BFloat16>() + offset);
+void add(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -263,8 +196,8 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   if (out.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
-  zero_inactive(p, out, p.value_width, false);
-  const ActiveRows active(p);
+  const ActiveRows active(call.gates, p.kv_heads);
+  zero_inactive(p, active, out, false);
   if (active.total() == 0) return {out, lse};
   if (p.queries * p.group <= kDecodeRows)
     decode_rows(call, active);
@@ -281,7 +214,6 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   Problem& p = call.problem;
   const Kernels& kernel = kernels();
   const at::Tensor grad_out = grad.contiguous(), saved_out = out.contiguous(), saved_lse = lse.contiguous();
-  const auto floats = q.options().dtype(at::kFloat);
   const at::Tensor grad_q = at::empty(q.sizes(), q.options());
   const at::Tensor grad_k = at::empty(k.sizes(), k.options());
   const at::Tensor grad_v = at::empty(v.sizes(), v.options());
@@ -291,8 +223,8 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   p.lse = saved_lse.mutable_data_ptr<float>();
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_gates = grad_gates.mutable_data_ptr();
-  if (grad_q.numel() > 0) zero_inactive(p, grad_q, p.width, true);
-  const ActiveRows active(p);
+  const ActiveRows active(call.gates, p.kv_heads);
+  zero_inactive(p, active, grad_q, true);
 
   // Each (batch row, key/value head) is cut into parts with their own sums, added up in order: at most as many as query
   // heads in its group, so that in float32 this takes no more memory than keys and values repeated for them would.
@@ -300,16 +232,14 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const int64_t padded_v = kernel.padded_width(p.value_width);
   const int64_t parts = pairs == 0 ? 1 : std::clamp<int64_t>((kBackwardTasks + pairs - 1) / pairs, 1, p.group);
   const int64_t size = kBackwardBlocks * kernel.lanes_per_block;
-  const int64_t concurrent = std::min<int64_t>(pairs * parts, at::get_num_threads());
-  const at::Tensor scratch = at::empty({concurrent, kernel.backward_scratch(p, size)}, floats);
+  const int64_t concurrent = threads_for(pairs * parts);
+  const Scratch scratch(concurrent, kernel.backward_scratch(p, size), q);
   // A part's sums are converted as soon as they are complete, unless there are several to add up.
   const int64_t sums = parts == 1 ? concurrent : pairs * parts;
-  const at::Tensor sum_k = at::empty({sums, p.keys, padded_k}, floats);
-  const at::Tensor sum_v = at::empty({sums, p.keys, padded_v}, floats);
-  const auto write = [&](int64_t pair, float* from_k, float* from_v) {
-    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
-    write_rows(p.dtype, from_k, p.keys, p.width, padded_k, grad_k, (b * p.kv_heads + h) * p.keys * p.width);
-    write_rows(p.dtype, from_v, p.keys, p.value_width, padded_v, grad_v, (b * p.kv_heads + h) * p.keys * p.value_width);
+  const Scratch sum_k(sums, p.keys * padded_k, q), sum_v(sums, p.keys * padded_v, q);
+  const auto write = [&](int64_t pair, int64_t slot) {
+    write_rows(p.dtype, sum_k.of(slot), p.keys, padded_k, grad_k, pair * p.keys);
+    write_rows(p.dtype, sum_v.of(slot), p.keys, padded_v, grad_v, pair * p.keys);
   };
   std::vector<int64_t> order(pairs * parts);
   std::iota(order.begin(), order.end(), 0);
@@ -318,31 +248,39 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   for_each_task(pairs * parts, [&](int64_t i, int64_t thread) {
     const int64_t task = order[i], pair = task / parts, part = task % parts;
     const int64_t slot = parts == 1 ? thread : task;
-    float* to_k = sum_k.mutable_data_ptr<float>() + slot * p.keys * padded_k;
-    float* to_v = sum_v.mutable_data_ptr<float>() + slot * p.keys * padded_v;
+    float *to_k = sum_k.of(slot), *to_v = sum_v.of(slot);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);
     std::fill_n(to_v, p.keys * padded_v, 0.0f);
     // Blocks are dealt out in turn: with causal attention the late ones see more keys.
     for (int64_t first = part * size; first < active.count(pair); first += parts * size)
       kernel.backward(p, active.rows(pair, first, std::min(size, active.count(pair) - first)), to_k, to_v,
-                      scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
-    if (parts == 1) write(pair, to_k, to_v);
+                      scratch.of(thread));
+    if (parts == 1) write(pair, slot);
   });
   if (parts > 1)
     for_each_task(pairs, [&](int64_t pair, int64_t) {
-      float* to_k = sum_k.mutable_data_ptr<float>() + pair * parts * p.keys * padded_k;
-      float* to_v = sum_v.mutable_data_ptr<float>() + pair * parts * p.keys * padded_v;
       for (int64_t part = 1; part < parts; ++part) {
-        for (int64_t i = 0; i < p.keys * padded_k; ++i) to_k[i] += to_k[part * p.keys * padded_k + i];
-        for (int64_t i = 0; i < p.keys * padded_v; ++i) to_v[i] += to_v[part * p.keys * padded_v + i];
+        add(sum_k.of(pair * parts + part), p.keys * padded_k, sum_k.of(pair * parts));
+        add(sum_v.of(pair * parts + part), p.keys * padded_v, sum_v.of(pair * parts));
       }
-      write(pair, to_k, to_v);
+      write(pair, pair * parts);
     });
   return {grad_q, grad_k, grad_v, grad_gates};
 }
 
-constexpr const char* kForward = "moh::cpu_attention";
-constexpr const char* kBackward = "moh::cpu_attention_backward";
+// The operators by way of the dispatcher, so that tracing sees them.
+const auto& forward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("moh::cpu_attention", "").typed<decltype(attention)>();
+  return op;
+}
+
+const auto& backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("moh::cpu_attention_backward", "")
+                             .typed<decltype(attention_backward)>();
+  return op;
+}
 
 class Autograd : public torch::autograd::Function<Autograd> {
  public:
@@ -351,9 +289,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
                                                 const std::optional<at::Tensor>& mask, bool is_causal,
                                                 std::optional<int64_t> window, std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(attention)>();
-    auto [out, lse] = op.call(q, k, v, gates, mask, is_causal, window, scale);
+    auto [out, lse] = forward_operator().call(q, k, v, gates, mask, is_causal, window, scale);
     ctx->save_for_backward({q, k, v, gates, mask.value_or(at::Tensor()), out, lse});
     ctx->saved_data["is_causal"] = is_causal;
     ctx->saved_data["window"] = window;
@@ -364,12 +300,10 @@ class Autograd : public torch::autograd::Function<Autograd> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow(kBackward, "").typed<decltype(attention_backward)>();
     const auto saved = ctx->get_saved_variables();
     const auto mask = saved[4].defined() ? std::optional<at::Tensor>(saved[4]) : std::nullopt;
     auto [grad_q, grad_k, grad_v, grad_gates] =
-        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], mask, saved[5], saved[6],
+        backward_operator().call(grads[0], saved[0], saved[1], saved[2], saved[3], mask, saved[5], saved[6],
                 ctx->saved_data["is_causal"].toBool(), ctx->saved_data["window"].toOptional<int64_t>(),
                 ctx->saved_data["scale"].toOptional<double>());
     return {grad_q, grad_k, grad_v, grad_gates, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
@@ -385,10 +319,8 @@ class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
                                                 const at::Tensor& out, const at::Tensor& lse, bool is_causal,
                                                 std::optional<int64_t> window, std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow(kBackward, "").typed<decltype(attention_backward)>();
     auto [grad_q, grad_k, grad_v, grad_gates] =
-        op.call(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
+        backward_operator().call(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
     return {grad_q, grad_k, grad_v, grad_gates};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,

@@ -17,17 +17,17 @@ struct Backward {
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
-  static int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
-  static int64_t padded(int64_t width) { return (width + kWidth - 1) / kWidth * kWidth; }
+  static int64_t padded(int64_t width) { return Product::padded(width); }
 
   static int64_t scratch(const Problem& p, int64_t rows) {
-    const int64_t lanes = blocks(rows) * kWidth;
+    const int64_t lanes = padded(rows);
     const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * (p.width + p.value_width);
     return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 3 + 2 * kTile) + copies;
   }
 
   static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
-    const int64_t D = p.width, Dv = p.value_width, count = blocks(rows.count), all = count * kWidth;
+    const Blocks<Isa> blocks(p, rows);
+    const int64_t D = p.width, Dv = p.value_width, count = blocks.count, all = count * kWidth;
     float* queries = scratch;             // [block, D, kWidth], times the scale and log2(e)
     float* grad_queries = queries + all * D;  // [block, D, kWidth], not yet times the scale
     float* grads = grad_queries + all * D;    // [block, Dv, kWidth]: gate * grad
@@ -45,14 +45,10 @@ struct Backward {
     std::fill(query_rows, lse, 0.0f);
     std::fill(lse, delta, kInfinity);
     std::fill(delta, weights, 0.0f);
-    Lanes<Isa> lanes;
-    for (int64_t block = 0; block < count; ++block) {
-      lanes.fill(p, rows, block * kWidth);
-      load(p, rows.batch, lanes, block, queries, grads, query_rows, grad_rows, lse, delta);
-    }
-    const int64_t end = lanes.key_end(p);
-    lanes.fill(p, rows, 0);
-    for (int64_t first = lanes.key_begin(p) / kTile * kTile; first < end; first += kTile) {
+    for (int64_t block = 0; block < count; ++block)
+      load(p, rows.batch, blocks.lanes[block], block, queries, grads, query_rows, grad_rows, lse, delta);
+    const int64_t end = blocks.key_end(p);
+    for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       int64_t key_stride, value_stride;
       const float* keys =
@@ -62,7 +58,7 @@ struct Backward {
       int64_t used = 0;  // keys that any block sees
       int64_t first_block = count, last_block = 0;
       for (int64_t block = 0; block < count; ++block) {
-        lanes.fill(p, rows, block * kWidth);
+        const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
         float* w = weights + block * kWidth;
         float* g = grad_scores + block * kWidth;
@@ -114,14 +110,14 @@ struct Backward {
     const T* gates = static_cast<const T*>(p.gates);
     T* grad_gates = static_cast<T*>(p.grad_gates);
     for (int64_t block = 0; block < count; ++block) {
-      lanes.fill(p, rows, block * kWidth);
+      const Lanes<Isa>& lanes = blocks.lanes[block];
       for (int i = 0; i < lanes.count; ++i) {
-        const int64_t entry = (rows.batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i];
+        const int64_t entry = lanes.by_token(p, rows.batch, i);
         grad_gates[entry] = static_cast<T>(gate_sums[block * kWidth + i] / static_cast<float>(gates[entry]));
       }
       take_off_lanes<Isa>(
           lanes.count, D, grad_queries + block * D * kWidth, [&](int) { return p.scale; },
-          [&](int i) { return grad_q + ((rows.batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]) * D; });
+          [&](int i) { return grad_q + lanes.by_head(p, rows.batch, i) * D; });
     }
   }
 
@@ -138,7 +134,7 @@ struct Backward {
                    float* grads, float* query_rows, float* grad_rows, float* lse, float* delta) {
     const int64_t D = p.width, Dv = p.value_width;
     const T* gates = static_cast<const T*>(p.gates);
-    const auto entry = [&](int i) { return (batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i]; };
+    const auto entry = [&](int i) { return lanes.by_token(p, batch, i); };
     const auto query = [&](int i) { return at<T>(p.q, batch, lanes.head[i], lanes.token[i]); };
     const auto grad = [&](int i) { return static_cast<const T*>(p.grad) + entry(i) * Dv; };
     put_on_lanes<Isa>(lanes.count, D, query, [&](int) { return p.scale * kLog2e; }, queries + block * D * kWidth);
@@ -154,7 +150,7 @@ struct Backward {
         grad_rows[row * padded(Dv) + d] = gate * static_cast<float>(grad(i)[d]);
         dot += static_cast<float>(grad(i)[d]) * static_cast<float>(out[d]);
       }
-      lse[row] = p.lse[(batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]];
+      lse[row] = p.lse[lanes.by_head(p, batch, i)];
       delta[row] = dot;
     }
   }

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 
-#include "problem.h"
 #include "tile.h"
 
 namespace moh {
@@ -42,11 +41,46 @@ struct Lanes {
   }
   int64_t key_begin(const Problem& p) const { return p.key_begin(token[0]); }
   int64_t key_end(const Problem& p) const { return p.key_end(token[kWidth - 1]); }
+  // Where lane i stands in [B, Nq, H] and in [B, H, Nq].
+  int64_t by_token(const Problem& p, int64_t batch, int i) const {
+    return (batch * p.queries + token[i]) * p.heads + head[i];
+  }
+  int64_t by_head(const Problem& p, int64_t batch, int i) const {
+    return (batch * p.heads + head[i]) * p.queries + token[i];
+  }
+};
+
+// The blocks of one task, in token order.
+template <class Isa>
+struct Blocks {
+  int64_t count;
+  Lanes<Isa> lanes[std::max(kForwardBlocks, kBackwardBlocks)];
+
+  Blocks(const Problem& p, const Rows& rows) : count(Tile<Isa>::blocks(rows.count)) {
+    for (int64_t block = 0; block < count; ++block) lanes[block].fill(p, rows, block * Tile<Isa>::kWidth);
+  }
+  int64_t key_begin(const Problem& p) const { return lanes[0].key_begin(p) / Isa::kKeyTile * Isa::kKeyTile; }
+  int64_t key_end(const Problem& p) const { return lanes[count - 1].key_end(p); }
 };
 
 template <class T>
 const T* at(const View& x, int64_t batch, int64_t head, int64_t token) {
   return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + token * x.token;
+}
+
+// `count` numbers as floats.
+template <class Isa, class T>
+[[gnu::always_inline]] inline void get(const T* from, int64_t count, float* to) {
+  using S = Simd<Isa::kLanes>;
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) S::store(to + i, S::load(from + i));
+  for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// to = factor * from, for some numbers.
+template <class T>
+[[gnu::always_inline]] inline void put(const float* from, int64_t count, float factor, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(factor * from[i]);
 }
 
 // A tile of keys or values as floats: the tensor itself where it holds floats, else a converted copy.
@@ -58,13 +92,7 @@ const float* tile_of(const View& x, int64_t batch, int64_t head, int64_t first, 
     *stride = x.token;
     return from;
   } else {
-    using S = Simd<Isa::kLanes>;
-    for (int64_t n = 0; n < count; ++n, from += x.token) {
-      float* to = copy + n * width;
-      int64_t d = 0;
-      for (; d + Isa::kLanes <= width; d += Isa::kLanes) S::store(to + d, S::load(from + d));
-      for (; d < width; ++d) to[d] = static_cast<float>(from[d]);
-    }
+    for (int64_t n = 0; n < count; ++n, from += x.token) get<Isa>(from, width, copy + n * width);
     *stride = width;
     return copy;
   }
@@ -145,12 +173,6 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
   }
 }
 
-// to = factor * from, for some numbers.
-template <class Isa, class T>
-[[gnu::always_inline]] inline void put(const float* from, int count, float factor, T* to) {
-  for (int i = 0; i < count; ++i) to[i] = static_cast<T>(factor * from[i]);
-}
-
 // Rows `from(i)` of `width` numbers, one per lane, to [width, kWidth], times `factor(i)`; zeros in the lanes beyond.
 template <class Isa, class From, class Factor>
 void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to) {
@@ -195,10 +217,10 @@ void take_off_lanes(int count, int64_t width, const float* from, Factor factor, 
       float numbers[L][L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) S::store(numbers[i], square[i]);
-      for (int i = first; i < last; ++i) put<Isa>(numbers[i - first], L, factor(i), to(i) + d);
+      for (int i = first; i < last; ++i) put(numbers[i - first], L, factor(i), to(i) + d);
     }
     for (; d < width; ++d)
-      for (int i = first; i < last; ++i) put<Isa>(from + d * kWidth + i, 1, factor(i), to(i) + d);
+      for (int i = first; i < last; ++i) put(from + d * kWidth + i, 1, factor(i), to(i) + d);
   }
 }
 

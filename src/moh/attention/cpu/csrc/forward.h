@@ -13,16 +13,15 @@ struct Forward {
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
-  static int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
-
   static int64_t scratch(const Problem& p, int64_t rows) {
     const int64_t width = p.width + p.value_width;
     const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * width;
-    return kWidth * (blocks(rows) * (width + 2) + kTile + 1) + copies;
+    return kWidth * (Product::blocks(rows) * (width + 2) + kTile + 1) + copies;
   }
 
   static void run(const Problem& p, const Rows& rows, float* scratch) {
-    const int64_t D = p.width, Dv = p.value_width, count = blocks(rows.count);
+    const Blocks<Isa> blocks(p, rows);
+    const int64_t D = p.width, Dv = p.value_width, count = blocks.count;
     float* queries = scratch;                    // [block, D, kWidth], times the scale and log2(e)
     float* sums = queries + count * D * kWidth;  // [block, Dv, kWidth], not yet divided by the totals
     float* most = sums + count * Dv * kWidth;    // [block, kWidth]
@@ -35,16 +34,14 @@ struct Forward {
     std::fill(sums, most, 0.0f);
     std::fill(most, totals, -kInfinity);
     std::fill(totals, rescale, 0.0f);
-    Lanes<Isa> lanes;
     for (int64_t block = 0; block < count; ++block) {
-      lanes.fill(p, rows, block * kWidth);
+      const Lanes<Isa>& lanes = blocks.lanes[block];
       put_on_lanes<Isa>(
           lanes.count, D, [&](int i) { return at<T>(p.q, rows.batch, lanes.head[i], lanes.token[i]); },
           [&](int) { return p.scale * kLog2e; }, queries + block * D * kWidth);
     }
-    const int64_t end = lanes.key_end(p);  // of the last block, whose tokens are the last
-    lanes.fill(p, rows, 0);
-    for (int64_t first = lanes.key_begin(p) / kTile * kTile; first < end; first += kTile) {
+    const int64_t end = blocks.key_end(p);
+    for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       int64_t key_stride, value_stride;
       const float* keys =
@@ -52,7 +49,7 @@ struct Forward {
       const float* values =
           tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
       for (int64_t block = 0; block < count; ++block) {
-        lanes.fill(p, rows, block * kWidth);
+        const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
         if (seen <= 0 || first + kTile <= lanes.key_begin(p)) continue;
         if (!mask_shows_any(p, rows.batch, lanes, first, seen)) continue;
@@ -65,8 +62,7 @@ struct Forward {
       }
     }
     for (int64_t block = 0; block < count; ++block) {
-      lanes.fill(p, rows, block * kWidth);
-      write(p, rows.batch, lanes, sums + block * Dv * kWidth, most + block * kWidth, totals + block * kWidth);
+      write(p, rows.batch, blocks.lanes[block], sums + block * Dv * kWidth, most + block * kWidth, totals + block * kWidth);
     }
   }
 
@@ -98,16 +94,14 @@ struct Forward {
     const T* gates = static_cast<const T*>(p.gates);
     T* out = static_cast<T*>(p.out);
     float factors[kWidth];
-    const auto entry = [&](int i) { return (batch * p.queries + lanes.token[i]) * p.heads + lanes.head[i]; };
     for (int i = 0; i < lanes.count; ++i) {
       const bool blind = totals[i] == 0.0f;
-      factors[i] = blind ? 0.0f : static_cast<float>(gates[entry(i)]) / totals[i];
-      p.lse[(batch * p.heads + lanes.head[i]) * p.queries + lanes.token[i]] =
-          blind ? kInfinity : most[i] + std::log2(totals[i]);
+      factors[i] = blind ? 0.0f : static_cast<float>(gates[lanes.by_token(p, batch, i)]) / totals[i];
+      p.lse[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i] + std::log2(totals[i]);
     }
     take_off_lanes<Isa>(
         lanes.count, p.value_width, sums, [&](int i) { return factors[i]; },
-        [&](int i) { return out + entry(i) * p.value_width; });
+        [&](int i) { return out + lanes.by_token(p, batch, i) * p.value_width; });
   }
 };
 

@@ -8,21 +8,11 @@
 
 namespace moh {
 
-template <class Function>
-auto with_type(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::kBFloat16: return function(c10::BFloat16());
-    case DType::kHalf: return function(c10::Half());
-    default: return function(0.0f);
-  }
-}
-
 template <class Isa>
 Kernels kernels(const char* name) {
   Kernels k;
   k.name = name;
   k.lanes_per_block = Tile<Isa>::kWidth;
-  k.key_tile = Isa::kKeyTile;
   k.forward_scratch = [](const Problem& p, int64_t rows) {
     return with_type(p.dtype, [&](auto t) { return Forward<Isa, decltype(t)>::scratch(p, rows); });
   };
@@ -32,7 +22,7 @@ Kernels kernels(const char* name) {
   k.backward_scratch = [](const Problem& p, int64_t rows) {
     return with_type(p.dtype, [&](auto t) { return Backward<Isa, decltype(t)>::scratch(p, rows); });
   };
-  k.padded_width = [](int64_t width) { return Backward<Isa, float>::padded(width); };
+  k.padded_width = [](int64_t width) { return Tile<Isa>::padded(width); };
   k.backward = [](const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
     with_type(p.dtype, [&](auto t) { Backward<Isa, decltype(t)>::run(p, rows, grad_k, grad_v, scratch); });
   };
@@ -43,16 +33,16 @@ Kernels kernels(const char* name) {
     with_type(p.dtype, [&](auto t) { Decode<Isa, decltype(t)>::run(p, rows, begin, end, to, scratch); });
   };
   k.projection_scratch = [](const Projection& p) { return Project<Isa, float>::scratch(p); };
-  k.expand = [](const Projection& p, const Tokens& tokens, float* scratch) {
+  k.expand = [](const Projection& p, const Rows& tokens, float* scratch) {
     with_type(p.dtype, [&](auto t) { Project<Isa, decltype(t)>::expand(p, tokens, scratch); });
   };
-  k.sum_heads = [](const Projection& p, const Tokens* by_head, int64_t first_token, int64_t tokens,
+  k.sum_heads = [](const Projection& p, const Rows* by_head, int64_t first_token, int64_t tokens,
                    int64_t first_channel, int64_t channels, float* scratch) {
     with_type(p.dtype, [&](auto t) {
       Project<Isa, decltype(t)>::sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
     });
   };
-  k.outer = [](const Projection& p, const void* x, const Tokens& tokens, int64_t first_channel, int64_t channels,
+  k.outer = [](const Projection& p, const void* x, const Rows& tokens, int64_t first_channel, int64_t channels,
                float* scratch) {
     with_type(p.dtype, [&](auto t) {
       Project<Isa, decltype(t)>::outer(p, static_cast<const decltype(t)*>(x), tokens, first_channel, channels, scratch);

@@ -1,11 +1,14 @@
-// What the operators share: the kernels in use, tasks on threads, scratch memory.
+// What the operators share: the kernels in use, tasks on threads, scratch memory, the active rows.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ne.h>
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <vector>
 
 #include "problem.h"
 
@@ -22,21 +25,68 @@ inline DType dtype_of(const at::Tensor& x) {
                                         : DType::kBFloat16;
 }
 
+// How many threads work on so many tasks at once.
+inline int64_t threads_for(int64_t tasks) {
+  return std::min<int64_t>(tasks, at::in_parallel_region() ? 1 : at::get_num_threads());
+}
+
 // Runs task(i, thread) for i < count, the next free thread taking the next task.
 template <class Task>
 void for_each_task(int64_t count, const Task& task) {
-  const int64_t threads = std::min<int64_t>(count, at::in_parallel_region() ? 1 : at::get_num_threads());
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, threads_for(count), 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t i = next++; i < count; i = next++) task(i, thread);
   });
 }
 
-// Rows of `floats` numbers, one for each thread that `for_each_task` may use.
-inline at::Tensor scratch_for(int64_t tasks, int64_t floats, const at::Tensor& like) {
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  return at::empty({threads, floats}, like.options().dtype(at::kFloat));
-}
+// Memory for `count` users, `floats` numbers each.
+class Scratch {
+ public:
+  Scratch(int64_t count, int64_t floats, const at::Tensor& like)
+      : memory_(at::empty({count, floats}, like.options().dtype(at::kFloat))) {}
+  float* of(int64_t user) const { return memory_.mutable_data_ptr<float>() + user * memory_.size(1); }
+
+ private:
+  at::Tensor memory_;
+};
+
+// The active rows of every key/value head of every batch row, in token order.
+class ActiveRows {
+ public:
+  // Gates [B, Nq, H].
+  ActiveRows(const at::Tensor& gates, int64_t kv_heads)
+      : active_(gates.ne(0).contiguous()), kv_heads_(kv_heads), group_(gates.size(2) / kv_heads),
+        capacity_(gates.size(1) * group_), index_(gates.numel()), counts_(gates.size(0) * kv_heads) {
+    const int64_t queries = gates.size(1), heads = gates.size(2);
+    at::parallel_for(0, pairs(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const bool* flag = flags() + pair / kv_heads_ * queries * heads + pair % kv_heads_ * group_;
+        int32_t* to = index_.data() + pair * capacity_;
+        int64_t count = 0;
+        for (int64_t t = 0; t < queries; ++t, flag += heads)
+          for (int64_t g = 0; g < group_; ++g) {  // without a branch: which heads are active can't be foreseen
+            to[count] = static_cast<int32_t>(t * group_ + g);
+            count += flag[g];
+          }
+        counts_[pair] = count;
+      }
+    });
+  }
+  const bool* flags() const { return active_.const_data_ptr<bool>(); }  // [B, Nq, H]
+  int64_t pairs() const { return static_cast<int64_t>(counts_.size()); }
+  Rows rows(int64_t pair) const { return rows(pair, 0, counts_[pair]); }
+  Rows rows(int64_t pair, int64_t first, int64_t count) const {
+    return {pair / kv_heads_, pair % kv_heads_, index_.data() + pair * capacity_ + first, count};
+  }
+  int64_t count(int64_t pair) const { return counts_[pair]; }
+  int64_t total() const { return std::accumulate(counts_.begin(), counts_.end(), int64_t{0}); }
+
+ private:
+  at::Tensor active_;
+  int64_t kv_heads_, group_, capacity_;
+  std::vector<int32_t> index_;
+  std::vector<int64_t> counts_;
+};
 
 }  // namespace moh

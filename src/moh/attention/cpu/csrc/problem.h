@@ -1,11 +1,25 @@
 // What one call asks for, as plain numbers: shared by the operators and the kernels, which know no tensors.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <cstdint>
 
 namespace moh {
 
 enum class DType { kFloat, kBFloat16, kHalf };
+
+// Calls function(T()) with the C++ type of `dtype`.
+template <class Function>
+auto with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kBFloat16: return function(c10::BFloat16());
+    case DType::kHalf: return function(c10::Half());
+    default: return function(0.0f);
+  }
+}
+
 enum class MaskKind { kNone, kBool, kAdditive };
 
 // A tensor of 4 dimensions [batch, head, token, width] whose last dimension is contiguous; strides count elements.
@@ -44,7 +58,8 @@ struct Problem {
   int64_t key_begin(int64_t token) const { return window > 0 && token + 1 > window ? token + 1 - window : 0; }
 };
 
-// Active rows of one key/value head in one batch row: row = token * group + (query head within the group), rising.
+// Active rows of one key/value head in one batch row: row = token * group + (query head within the group), rising. In a
+// projection each head is a group by itself, so that its rows are its tokens.
 struct Rows {
   int64_t batch = 0, kv_head = 0;
   const int32_t* index = nullptr;
@@ -68,13 +83,8 @@ struct Projection {
   void* to = nullptr;
 };
 
-// Active tokens of one head, rising.
-struct Tokens {
-  int64_t head = 0;
-  const int32_t* index = nullptr;
-  int64_t count = 0;
-};
-
+constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
+constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
 constexpr int64_t kProjectionRows = 240;      // tokens of one task: with their channels half of a 512 KiB L2 cache
 constexpr int64_t kProjectionChannels = 256;  // channels that are worked through at a time
 
@@ -82,7 +92,6 @@ constexpr int64_t kProjectionChannels = 256;  // channels that are worked throug
 struct Kernels {
   const char* name;
   int64_t lanes_per_block;  // rows that share one pass over the keys: the unit of work
-  int64_t key_tile;         // keys that are worked through at a time: where a tile begins never depends on the split
 
   int64_t (*forward_scratch)(const Problem&, int64_t rows);  // floats
   void (*forward)(const Problem&, const Rows&, float* scratch);
@@ -97,10 +106,10 @@ struct Kernels {
 
   // Products with the active rows alone (projection.h); all three need this much scratch.
   int64_t (*projection_scratch)(const Projection&);  // floats
-  void (*expand)(const Projection&, const Tokens&, float* scratch);
-  void (*sum_heads)(const Projection&, const Tokens* by_head, int64_t first_token, int64_t tokens,
+  void (*expand)(const Projection&, const Rows&, float* scratch);
+  void (*sum_heads)(const Projection&, const Rows* by_head, int64_t first_token, int64_t tokens,
                     int64_t first_channel, int64_t channels, float* scratch);
-  void (*outer)(const Projection&, const void* x, const Tokens&, int64_t first_channel, int64_t channels,
+  void (*outer)(const Projection&, const void* x, const Rows&, int64_t first_channel, int64_t channels,
                 float* scratch);
 };
 

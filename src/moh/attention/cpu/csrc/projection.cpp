@@ -3,41 +3,12 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <numeric>
 #include <vector>
 
 #include "operators.h"
 
 namespace moh {
 namespace {
-
-// The active tokens of every head.
-class ActiveTokens {
- public:
-  explicit ActiveTokens(const at::Tensor& gates) : tokens_(gates.size(0)), heads_(gates.size(1)) {
-    const at::Tensor active = gates.ne(0).contiguous();
-    const bool* flags = active.const_data_ptr<bool>();
-    index_.resize(tokens_ * heads_);
-    by_head_.resize(heads_);
-    at::parallel_for(0, heads_, 1 + 32768 / (tokens_ + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) {
-        int32_t* to = index_.data() + h * tokens_;
-        int64_t count = 0;
-        for (int64_t t = 0; t < tokens_; ++t) {
-          to[count] = static_cast<int32_t>(t);
-          count += flags[t * heads_ + h];
-        }
-        by_head_[h] = {h, to, count};
-      }
-    });
-  }
-  const std::vector<Tokens>& by_head() const { return by_head_; }
-
- private:
-  int64_t tokens_, heads_;
-  std::vector<int32_t> index_;
-  std::vector<Tokens> by_head_;
-};
 
 Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates) {
   TORCH_CHECK_VALUE(gates.dim() == 2 && matrix.dim() == 2, "gates must be [T, H] and the matrix [H * D, C]");
@@ -55,23 +26,24 @@ Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Ten
   return p;
 }
 
+// The active tokens of every head: rows of groups of one head.
+ActiveRows active_tokens(const at::Tensor& gates) { return ActiveRows(gates.unsqueeze(0), std::max<int64_t>(gates.size(1), 1)); }
+
 at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& gates) {
   Projection p = check(x, matrix, gates);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == p.channels, "x must be [T, C = ", p.channels, "], got ", x.sizes());
   const at::Tensor from = x.contiguous();
   const at::Tensor to = at::zeros({p.tokens, p.heads, p.width}, x.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
-  const ActiveTokens active(gates);
+  const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
-  std::vector<Tokens> tasks;
-  for (const Tokens& all : active.by_head())
-    for (int64_t first = 0; first < all.count; first += kProjectionRows)
-      tasks.push_back({all.head, all.index + first, std::min(kProjectionRows, all.count - first)});
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Tokens& a, const Tokens& b) { return a.count > b.count; });
-  const at::Tensor scratch = scratch_for(tasks.size(), kernel.projection_scratch(p), x);
-  for_each_task(tasks.size(), [&](int64_t i, int64_t thread) {
-    kernel.expand(p, tasks[i], scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
-  });
+  std::vector<Rows> tasks;
+  for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t first = 0; first < active.count(h); first += kProjectionRows)
+      tasks.push_back(active.rows(h, first, std::min(kProjectionRows, active.count(h) - first)));
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.count > b.count; });
+  const Scratch scratch(threads_for(tasks.size()), kernel.projection_scratch(p), x);
+  for_each_task(tasks.size(), [&](int64_t i, int64_t thread) { kernel.expand(p, tasks[i], scratch.of(thread)); });
   return to;
 }
 
@@ -82,16 +54,17 @@ at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at
   const at::Tensor from = heads.contiguous();
   const at::Tensor to = at::empty({p.tokens, p.channels}, heads.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
-  const ActiveTokens active(gates);
+  const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
   const int64_t down = (p.tokens + kProjectionRows - 1) / kProjectionRows;
-  const at::Tensor scratch = scratch_for(across * down, kernel.projection_scratch(p), heads);
+  const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), heads);
+  std::vector<Rows> by_head;
+  for (int64_t h = 0; h < p.heads; ++h) by_head.push_back(active.rows(h));
   for_each_task(across * down, [&](int64_t i, int64_t thread) {
     const int64_t token = i / across * kProjectionRows, channel = i % across * kProjectionChannels;
-    kernel.sum_heads(p, active.by_head().data(), token, std::min(kProjectionRows, p.tokens - token), channel,
-                        std::min(kProjectionChannels, p.channels - channel),
-                        scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+    kernel.sum_heads(p, by_head.data(), token, std::min(kProjectionRows, p.tokens - token), channel,
+                     std::min(kProjectionChannels, p.channels - channel), scratch.of(thread));
   });
   return to;
 }
@@ -107,15 +80,14 @@ at::Tensor outer(const at::Tensor& heads, const at::Tensor& x, const at::Tensor&
   p.tokens = heads.size(0), p.heads = heads.size(1), p.width = heads.size(2), p.channels = x.size(1);
   const at::Tensor to = at::empty({p.heads * p.width, p.channels}, x.options());
   p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
-  const ActiveTokens active(gates);
+  const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
-  const at::Tensor scratch = scratch_for(across * p.heads, kernel.projection_scratch(p), x);
+  const Scratch scratch(threads_for(across * p.heads), kernel.projection_scratch(p), x);
   for_each_task(across * p.heads, [&](int64_t i, int64_t thread) {
     const int64_t channel = i % across * kProjectionChannels;
-    kernel.outer(p, rows.const_data_ptr(), active.by_head()[i / across], channel,
-                    std::min(kProjectionChannels, p.channels - channel),
-                    scratch.mutable_data_ptr<float>() + thread * scratch.size(1));
+    kernel.outer(p, rows.const_data_ptr(), active.rows(i / across), channel,
+                 std::min(kProjectionChannels, p.channels - channel), scratch.of(thread));
   });
   return to;
 }

@@ -12,41 +12,40 @@ namespace moh {
 
 template <class Isa, class T>
 struct Project {
-  using S = Simd<Isa::kLanes>;
   using Product = Tile<Isa>;
   static constexpr int64_t kWidth = Product::kWidth;
   static constexpr int64_t kRows = kProjectionRows, kChannels = kProjectionChannels;
 
-  static int64_t padded(int64_t width) { return (width + kWidth - 1) / kWidth * kWidth; }
+  static int64_t padded(int64_t width) { return Product::padded(width); }
 
   static int64_t scratch(const Projection& p) {
     const int64_t width = padded(p.width);
     return kRows * kChannels + kRows * width + kChannels * width + kWidth;
   }
 
-  static void expand(const Projection& p, const Tokens& tokens, float* scratch) {
+  static void expand(const Projection& p, const Rows& tokens, float* scratch) {
     const int64_t width = padded(p.width);
     float* rows = scratch;                       // [kRows, kChannels]
     float* matrix = rows + kRows * kChannels;    // panels [width / kWidth, kChannels, kWidth]
     float* result = matrix + kChannels * width;  // [kRows, width]
     const T* x = static_cast<const T*>(p.from);
-    const T* m = static_cast<const T*>(p.matrix) + tokens.head * p.width * p.head_stride;
+    const T* m = static_cast<const T*>(p.matrix) + tokens.kv_head * p.width * p.head_stride;
     std::fill_n(result, tokens.count * width, 0.0f);
     for (int64_t first = 0; first < p.channels; first += kChannels) {
       const int64_t depth = std::min(kChannels, p.channels - first);
       for (int64_t i = 0; i < tokens.count; ++i)
-        copy(x + tokens.index[i] * p.channels + first, depth, rows + i * kChannels);
+        get<Isa>(x + tokens.index[i] * p.channels + first, depth, rows + i * kChannels);
       pack(m + first * p.channel_stride, p.channel_stride, depth, p.head_stride, p.width, matrix);
       for (int64_t d = 0; d < width; d += kWidth)
         Product::template multiply<Product::Into::kAdd>(tokens.count, rows, kChannels, 1, matrix + d * depth, kWidth,
                                                         depth, result + d, width);
     }
-    T* to = static_cast<T*>(p.to) + tokens.head * p.width;
+    T* to = static_cast<T*>(p.to) + tokens.kv_head * p.width;
     for (int64_t i = 0; i < tokens.count; ++i)
-      copy_back(result + i * width, p.width, to + tokens.index[i] * p.heads * p.width);
+      put(result + i * width, p.width, 1.0f, to + tokens.index[i] * p.heads * p.width);
   }
 
-  static void sum_heads(const Projection& p, const Tokens* by_head, int64_t first_token, int64_t count,
+  static void sum_heads(const Projection& p, const Rows* by_head, int64_t first_token, int64_t count,
                         int64_t first_channel, int64_t channels, float* scratch) {
     const int64_t D = p.width, wide = padded(channels);
     float* sums = scratch;                      // [kRows, wide]
@@ -57,13 +56,13 @@ struct Project {
     int32_t index[kRows];
     std::fill_n(sums, count * wide, 0.0f);
     for (int64_t h = 0; h < p.heads; ++h) {
-      const Tokens& active = by_head[h];
+      const Rows& active = by_head[h];
       const int32_t* end = active.index + active.count;
       const int32_t* at = std::lower_bound(active.index, end, static_cast<int32_t>(first_token));
       int64_t used = 0;
       for (; at < end && *at < first_token + count; ++at, ++used) {
         index[used] = *at - static_cast<int32_t>(first_token);
-        copy(heads + (*at * p.heads + h) * D, D, rows + used * D);
+        get<Isa>(heads + (*at * p.heads + h) * D, D, rows + used * D);
       }
       if (used == 0) continue;
       pack(m + h * D * p.head_stride, p.head_stride, D, p.channel_stride, channels, matrix);
@@ -72,10 +71,10 @@ struct Project {
                                                         nullptr, index);
     }
     T* to = static_cast<T*>(p.to) + first_token * p.channels + first_channel;
-    for (int64_t i = 0; i < count; ++i) copy_back(sums + i * wide, channels, to + i * p.channels);
+    for (int64_t i = 0; i < count; ++i) put(sums + i * wide, channels, 1.0f, to + i * p.channels);
   }
 
-  static void outer(const Projection& p, const T* x, const Tokens& tokens, int64_t first_channel, int64_t channels,
+  static void outer(const Projection& p, const T* x, const Rows& tokens, int64_t first_channel, int64_t channels,
                     float* scratch) {
     const int64_t D = p.width, wide = padded(channels);
     float* channel_rows = scratch;                       // panels [wide / kWidth, kRows, kWidth]
@@ -90,27 +89,18 @@ struct Project {
         const int64_t t = tokens.index[first + i];
         const T* row = x + t * p.channels + first_channel;
         for (int64_t c = 0; c < channels; c += kWidth)
-          copy(row + c, std::min(kWidth, channels - c), channel_rows + c * kRows + i * kWidth);
-        copy(heads + (t * p.heads + tokens.head) * D, D, head_rows + i * D);
+          get<Isa>(row + c, std::min(kWidth, channels - c), channel_rows + c * kRows + i * kWidth);
+        get<Isa>(heads + (t * p.heads + tokens.kv_head) * D, D, head_rows + i * D);
       }
       for (int64_t c = 0; c < wide; c += kWidth)
         Product::template multiply<Product::Into::kAdd>(D, head_rows, 1, D, channel_rows + c * kRows, kWidth, count,
                                                         sums + c, wide);
     }
-    T* to = static_cast<T*>(p.to) + tokens.head * D * p.channels + first_channel;
-    for (int64_t d = 0; d < D; ++d) copy_back(sums + d * wide, channels, to + d * p.channels);
+    T* to = static_cast<T*>(p.to) + tokens.kv_head * D * p.channels + first_channel;
+    for (int64_t d = 0; d < D; ++d) put(sums + d * wide, channels, 1.0f, to + d * p.channels);
   }
 
  private:
-  [[gnu::always_inline]] static void copy(const T* from, int64_t count, float* to) {
-    int64_t i = 0;
-    for (; i + Isa::kLanes <= count; i += Isa::kLanes) S::store(to + i, S::load(from + i));
-    for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
-  }
-  static void copy_back(const float* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-  }
-
   // from [rows, columns], each with its stride, to panels [wide / kWidth, rows, kWidth], zeros beyond `columns`. In a
   // panel the rows lie side by side; a power of two apart they would fall into the same few places of the cache.
   static void pack(const T* from, int64_t row_stride, int64_t rows, int64_t column_stride, int64_t columns,
@@ -120,7 +110,7 @@ struct Project {
       const T* panel = from + c * column_stride;
       if (width < kWidth) std::fill_n(to, rows * kWidth, 0.0f);
       if (column_stride == 1) {
-        for (int64_t r = 0; r < rows; ++r) copy(panel + r * row_stride, width, to + r * kWidth);
+        for (int64_t r = 0; r < rows; ++r) get<Isa>(panel + r * row_stride, width, to + r * kWidth);
         continue;
       }
       constexpr int64_t kLine = 64 / sizeof(T);  // a transposition, by the numbers of one cache line

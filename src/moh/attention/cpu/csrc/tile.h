@@ -17,6 +17,9 @@ struct Tile {
   using Floats = typename S::Floats;
   static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
 
+  static constexpr int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
+  static constexpr int64_t padded(int64_t width) { return blocks(width) * kWidth; }
+
   enum class Into { kSet, kAdd, kRescale };
 
   template <int N, Into into>
