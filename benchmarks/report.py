@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks import plots, tables
-from benchmarks.results import Run, write_whole
+from benchmarks.results import Run
+from moh._files import write_text
 
 INTRODUCTION = """\
 Made by `make bench`: times of routed attention next to those of PyTorch's dense attention.
@@ -52,7 +53,8 @@ def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> 
         table = tables.subject_table(subject, runs)
         if table is not None:
             parts.append(_markdown(table))
-    write_whole(page, "\n\n".join(parts) + "\n")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, "\n\n".join(parts) + "\n")
 
 
 def print_tables(run: Run, subjects: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.timing import Row
+from moh._files import write_text
 from moh.attention import cpu
 from moh.evaluation.machine import cpu_name
 
@@ -100,7 +100,8 @@ class Run:
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
         text = json.dumps({"machine": asdict(self.machine), "results": [_dumped(r) for r in self.results]}, indent=1)
-        write_whole(path, _compact_rows(text) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, _compact_rows(text) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -137,7 +138,7 @@ def this_machine() -> Machine:
         cpu=cpu_name(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        instruction_set=os.environ.get("MOH_CPU_ISA") or cpu.instruction_sets()[0],
+        instruction_set=cpu.instruction_set(),
         amx=bool(capabilities.get("amx_bf16")),
         bf16=bool(capabilities.get("avx512_bf16")),
     )
@@ -157,14 +158,6 @@ def commit() -> str | None:
 def now() -> str:
     """Date and time, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.scratch")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _dumped(result: Result) -> dict[str, Any]:

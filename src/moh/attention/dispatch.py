@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,21 +122,12 @@ def moh_attention(
             f"sliding_window must be at least 1 and needs is_causal=True, got {sliding_window}, {is_causal}"
         )
     chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
+    options: dict[str, Any] = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale, "dropout_p": dropout_p}
     if sliding_window is not None and chosen.has_sliding_window:
-        return chosen.function(
-            q,
-            k,
-            v,
-            gates,
-            is_causal=is_causal,
-            attn_mask=attn_mask,
-            scale=scale,
-            dropout_p=dropout_p,
-            sliding_window=sliding_window,
-        )
-    if sliding_window is not None:
-        attn_mask = _with_window(attn_mask, sliding_window, q, k.shape[2])
-    return chosen.function(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p)
+        options["sliding_window"] = sliding_window
+    elif sliding_window is not None:
+        options["attn_mask"] = _with_window(attn_mask, sliding_window, q, k.shape[2])
+    return chosen.function(q, k, v, gates, **options)
 
 
 def _with_window(attn_mask: Tensor | None, sliding_window: int, q: Tensor, Nk: int) -> Tensor:

@@ -4,6 +4,7 @@ from moh.attention.cpu.build import BuildError
 from moh.attention.cpu.operators import (
     DTYPES,
     cpu_attention,
+    instruction_set,
     instruction_sets,
     transforms_are_active,
     unavailable,
@@ -15,6 +16,7 @@ __all__ = [
     "DTYPES",
     "BuildError",
     "cpu_attention",
+    "instruction_set",
     "instruction_sets",
     "transforms_are_active",
     "unavailable",

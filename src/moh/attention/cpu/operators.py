@@ -19,8 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
 
 _state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
-
-
 _lock = threading.Lock()
 
 
@@ -71,7 +69,7 @@ def _attention_backward_shapes(
 
 
 def instruction_sets() -> list[str]:
-    """Instruction sets of the compiled kernels, the most capable first; the first is used.
+    """Instruction sets of the compiled kernels, the most capable first.
 
     Raises:
         BuildError: there are no kernels.
@@ -79,6 +77,17 @@ def instruction_sets() -> list[str]:
     _require()
     names: list[str] = torch.ops.moh.cpu_instruction_sets()
     return names
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the most capable, unless another was chosen.
+
+    Raises:
+        BuildError: there are no kernels.
+    """
+    _require()
+    name: str = torch.ops.moh.cpu_in_use()
+    return name
 
 
 def use_instruction_set(name: str) -> None:
