@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from moh.attention import choose_backend, cpu, moh_attention
 from moh.attention.cpu.build import INSTRUCTION_SETS, BuildError
 
-ISAS = [*INSTRUCTION_SETS, "portable"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per key/value head
     pytest.param(dict(B=2, Hkv=2, G=4, Nq=3, Nk=1100, D=24), id="decode"),
@@ -30,32 +29,6 @@ PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per ke
 causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="full"), pytest.param(True, id="causal")])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_path = pytest.mark.parametrize("shape", PATHS)
-
-
-@pytest.fixture
-def kernels() -> None:
-    """Skips the test, with the reason, where there are no kernels."""
-    reason = cpu.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, kernels: None) -> Iterator[str]:
-    """Each instruction set of this machine in turn."""
-    known = cpu.instruction_sets()
-    if request.param not in known:
-        pytest.skip(f"this build has no {request.param}")
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(os.environ.get("MOH_CPU_ISA") or known[0])
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def attend(inputs: Inputs, *, window: int | None = None) -> Tensor:
@@ -113,7 +86,7 @@ def assert_like_definition(inputs: Inputs, *, window: int | None = None) -> None
 
 
 def test_every_instruction_set_of_this_machine_is_tested_here(kernels):
-    assert set(cpu.instruction_sets()) <= set(ISAS)
+    assert set(cpu.instruction_sets()) <= {*INSTRUCTION_SETS, "portable"}
     assert cpu.instruction_sets()[-1] == "portable"
 
 

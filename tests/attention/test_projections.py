@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import moh
-from moh.attention import cpu, projections
+from moh.attention import projections
 
-needs_kernels = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SIZES = [
     pytest.param(dict(T=70, C=40, H=4, D=16), id="T70-C40-H4-D16"),
@@ -19,13 +19,6 @@ SIZES = [
     pytest.param(dict(T=0, C=8, H=2, D=4), id="no-tokens"),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-@pytest.fixture(params=cpu.instruction_sets() if cpu.unavailable() is None else [])
-def instruction_set(request):
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(cpu.instruction_sets()[0])
 
 
 def case(T: int, C: int, H: int, D: int, dtype: torch.dtype = torch.float32):
@@ -42,11 +35,10 @@ def assert_close(got, expected, dtype):
     torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_products_and_gradients_are_the_dense_ones_of_active_pairs(instruction_set, size, layout, dtype):
+def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, layout, dtype):
     x, heads, matrix, gates = case(**size, dtype=dtype)
     if layout == "columns":  # as the transposed weight of an output projection lies in memory
         matrix = matrix.detach().t().contiguous().t().requires_grad_()
@@ -72,28 +64,22 @@ def test_products_and_gradients_are_the_dense_ones_of_active_pairs(instruction_s
         assert_close(got, expected, dtype)
 
 
-@needs_kernels
-def test_bits_do_not_depend_on_the_number_of_threads(instruction_set):
+def test_bits_do_not_depend_on_the_number_of_threads(isa, threads):
     x, heads, matrix, gates = (t.detach() for t in case(T=500, C=300, H=3, D=24))
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(
-                (
-                    torch.ops.moh.cpu_expand(x, matrix, gates),
-                    torch.ops.moh.cpu_sum_heads(heads, matrix, gates),
-                    torch.ops.moh.cpu_outer(heads, x, gates),
-                )
+    for count in (1, 2, 3, 8):
+        threads(count)
+        results.append(
+            (
+                torch.ops.moh.cpu_expand(x, matrix, gates),
+                torch.ops.moh.cpu_sum_heads(heads, matrix, gates),
+                torch.ops.moh.cpu_outer(heads, x, gates),
             )
-    finally:
-        torch.set_num_threads(threads)
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-@needs_kernels
 @pytest.mark.parametrize("operator", ["cpu_expand", "cpu_sum_heads"])
 def test_operators_are_registered_correctly(operator):
     x, heads, matrix, gates = case(T=20, C=12, H=2, D=8)
@@ -101,7 +87,6 @@ def test_operators_are_registered_correctly(operator):
     torch.library.opcheck(getattr(torch.ops.moh, operator).default, (source, matrix, gates), atol=1e-5, rtol=1e-5)
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     "message, call",
     [
@@ -122,7 +107,7 @@ def test_shapes_that_do_not_fit_are_refused(message, call):
 
 
 @pytest.fixture
-def sparse_calls(monkeypatch):
+def sparse_calls(monkeypatch, kernels):
     """Names of the sparse products that were called."""
     calls = []
     for name in ("cpu_expand", "cpu_sum_heads"):
@@ -133,7 +118,6 @@ def sparse_calls(monkeypatch):
     return calls
 
 
-@needs_kernels
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("router", ["linear", "two_stage", "query_norm"])
 def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse_calls, monkeypatch, router, bias):
@@ -154,7 +138,6 @@ def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     "reason",
     ["few tokens", "large share", "bfloat16", "autocast", "hook", "adapter"],
@@ -180,7 +163,6 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     assert seen == (["hook"] if reason == "hook" else [])
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compiled_layer_is_one_graph_and_equals_eager(dtype):
     torch.compiler.reset()
@@ -194,7 +176,6 @@ def test_compiled_layer_is_one_graph_and_equals_eager(dtype):
     torch.testing.assert_close(torch.autograd.grad(got, x, weight), torch.autograd.grad(expected, x, weight))
 
 
-@needs_kernels
 def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):
     monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": False})
     linear, x, gates = (
@@ -207,7 +188,6 @@ def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):
     assert_close(q.flatten(2), linear(x), torch.bfloat16)
 
 
-@needs_kernels
 @pytest.mark.parametrize("reason", ["offloaded", "quantised", "other-backend"])
 def test_linears_that_hide_their_product_and_other_backends_stay_dense(sparse_calls, reason):
     class Quantised(torch.Tensor):
@@ -225,7 +205,6 @@ def test_linears_that_hide_their_product_and_other_backends_stay_dense(sparse_ca
     torch.testing.assert_close(q.flatten(2).as_subclass(torch.Tensor), linear(x).as_subclass(torch.Tensor))
 
 
-@needs_kernels
 def test_gradient_of_a_weights_gradient_is_the_dense_one():
     x, heads, matrix, gates = case(T=70, C=20, H=2, D=8)
     active = (gates != 0)[..., None]
@@ -240,7 +219,6 @@ def test_gradient_of_a_weights_gradient_is_the_dense_one():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
 
 
-@needs_kernels
 def test_function_transforms_get_the_dense_products_and_work():
     torch.manual_seed(0)
     layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear")
