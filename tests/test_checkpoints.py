@@ -159,7 +159,7 @@ def test_an_untied_model_needs_its_head(state, config) -> None:
 
 @pytest.mark.parametrize("model", ["moh_vit", None, 3])
 def test_an_unknown_model_is_refused(state, config, model) -> None:
-    with pytest.raises(ValueError, match=r"config\['model'\] must be 'moh_llama'"):
+    with pytest.raises(ValueError, match=r"config\['model'\] must be one of 'moh_llama'"):
         load_published(state, config | {"model": model})
 
 

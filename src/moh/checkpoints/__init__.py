@@ -1,0 +1,50 @@
+"""Load checkpoints that the authors of the paper published, into our models, exactly.
+
+One module a family; our own checkpoints need only `from_pretrained` or timm's loaders.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh.checkpoints.reading import read_tensors
+
+_FAMILIES = {"moh_llama": "llama"}
+"""config["model"] -> the module here that knows it."""
+
+
+def load_published(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build our model from a published checkpoint.
+
+    Args:
+        path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
+            with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
+        config: the published keys: `model`, which names the family, and what its `load` says: "moh_llama"
+            (`moh.checkpoints.llama`).
+        dtype: of the model; None keeps the checkpoint's.
+
+    Returns:
+        the model in evaluation mode.
+
+    Raises:
+        ValueError: an unknown model, a key missing from `config`, a file that isn't there, or tensors that are missing,
+            left over or of another shape than the configuration says; the message names them.
+    """
+    if "model" not in config:
+        raise ValueError("config must have the key 'model'")
+    if config["model"] not in _FAMILIES:
+        raise ValueError(f"config['model'] must be one of {', '.join(map(repr, _FAMILIES))}, got {config['model']!r}")
+    family = importlib.import_module(f"moh.checkpoints.{_FAMILIES[config['model']]}")
+    model: nn.Module = family.load(read_tensors(path_or_state_dict), config, dtype)
+    return model

@@ -1,0 +1,94 @@
+"""Published files -> tensors by name, and the check that they are the ones that a configuration says.
+
+Never unpickles arbitrary objects. What the names mean is the business of the module of each family.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moh._extras import require
+
+
+def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict (copied), a `.safetensors` or PyTorch file, or a directory.
+
+    Raises:
+        ValueError: there is no such file, or it holds no tensors.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # training must not change theirs
+    SafetensorError = require("safetensors", extra="llm").SafetensorError
+    path = Path(path_or_state_dict)
+    try:
+        return _read(path)
+    except (SafetensorError, pickle.UnpicklingError, KeyError, json.JSONDecodeError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"path_or_state_dict: {path} can't be read as tensors: {' '.join(str(error).split())}"
+        ) from None
+
+
+def require_keys(config: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    """Check that a published configuration says what a model needs.
+
+    Raises:
+        ValueError: a key is missing; names it.
+    """
+    if missing := [key for key in needed if key not in config]:
+        raise ValueError(f"config must have the keys {', '.join(needed)}; missing: {', '.join(missing)}")
+
+
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Check that `state` has just the expected names and shapes.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; names them.
+    """
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"missing tensors: {_some(missing)}")
+    if extra := sorted(state.keys() - expected.keys()):
+        problems.append(f"unexpected tensors: {_some(extra)}")
+    for name in sorted(expected.keys() & state.keys()):
+        if state[name].shape != expected[name]:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name])}")
+    if problems:
+        raise ValueError("the checkpoint does not fit the configuration: " + "; ".join(problems[:8]))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file or directory; never by unpickling arbitrary objects."""
+    safetensors = require("safetensors.torch", extra="llm")
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / name for name in shards]
+        else:
+            files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"path_or_state_dict: the directory {path} holds no .safetensors file")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= _read(file)
+        return tensors
+    if not path.is_file():
+        raise ValueError(f"path_or_state_dict: there is no file or directory {path}")
+    if path.suffix == ".safetensors":
+        return dict(safetensors.load_file(path))
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"path_or_state_dict: {path} holds no state dict")
+    return state
