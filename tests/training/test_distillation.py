@@ -9,7 +9,7 @@ from transformers import default_data_collator
 
 from moh.training import TokenBlocks, distillation, distillation_loss
 from moh.training.recipe import TrainingRecipe
-from moh.training.run import training_arguments
+from moh.training.session import training_arguments
 from moh.training.trainer import MoHTrainer
 
 

@@ -1,21 +1,23 @@
-"""Training language models: texts, recipes, and runs on the transformers Trainer (extra `llm`).
+"""Training: recipes, data, and runs on the transformers Trainer (extra `llm`), for every family of models.
 
-Not for evaluation (`moh.evaluation`). Importing this imports no extra; `train` and `MoHTrainer` are loaded when first used.
+Not for evaluation (`moh.evaluation`). Importing this imports no extra; what needs one is loaded when first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS, Corpus, corpus_from_files, load_corpus
 from moh.training.data import TokenBlocks, pack_tokens
 from moh.training.distillation import distillation_loss
 from moh.training.precision import choose_precision
-from moh.training.recipe import Recipe, load_recipe
+from moh.training.recipe import Recipe
+from moh.training.recipe_file import load_recipe
 from moh.training.text import read_texts
 
 if TYPE_CHECKING:
-    from moh.training.run import TrainResult, train
+    from moh.training.run import TrainResult
     from moh.training.trainer import MoHTrainer
 
 __all__ = [
@@ -37,11 +39,31 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("train", "TrainResult"):
-        from moh.training import run
+_RUNS = {"language": "moh.training.run"}
+"""task of a recipe -> the module whose `train` runs it."""
 
-        return getattr(run, name)
+
+def train(recipe: Any, **overrides: Any) -> Any:
+    """Run a recipe of any family; if its `output_dir` holds a complete checkpoint of the same recipe, go on from there.
+
+    Args:
+        recipe: as `load_recipe` reads it.
+        overrides: objects in place of what the recipe names: see the `train` of its family (`moh.training.run`).
+
+    Returns:
+        what the family's `train` returns; `model_dir`, `losses` and `precision` are common to all.
+
+    Raises:
+        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+    """
+    return importlib.import_module(_RUNS[recipe.task]).train(recipe, **overrides)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainResult":
+        from moh.training.run import TrainResult
+
+        return TrainResult
     if name == "MoHTrainer":
         from moh.training.trainer import MoHTrainer
 

@@ -1,21 +1,15 @@
-"""A training run as data: frozen dataclasses read from a YAML file, with overrides from the command line.
+"""A training run of a language model as data: frozen dataclasses, every field validated once, at construction.
 
-Every field is validated once, at construction. Not for running anything: `moh.training.train` does that.
+Not for reading files (`moh.training.recipe_file`) nor for running anything (`moh.training.train`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from moh._extras import require
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from moh.training.settings import TrainingSettings, at_least
 
 
 @dataclass(frozen=True)
@@ -74,65 +68,23 @@ class DataRecipe:
             raise ValueError(f"data.corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
         if self.heldout_files and not self.files:
             raise ValueError("data.heldout_files needs data.files: a built-in corpus has its own held-out part")
-        _at_least("data.seq_len", self.seq_len, 2)
+        at_least("data.seq_len", self.seq_len, 2)
 
 
 @dataclass(frozen=True)
-class TrainingRecipe:
-    """How to train; the names are those of `transformers.TrainingArguments` where it has the same.
+class TrainingRecipe(TrainingSettings):
+    """How to train a language model: `TrainingSettings`, and distillation from the dense original.
 
     Args:
-        output_dir: checkpoints, TensorBoard logs and, in model/, the result; an interrupted run resumes from here.
-        max_steps: optimiser steps.
-        learning_rate: its peak, after the warm-up.
-        warmup_steps: steps of linear warm-up; below 1, a share of `max_steps`.
-        lr_scheduler_type: "cosine", "linear", "constant_with_warmup" and so on.
-        weight_decay: of AdamW.
-        per_device_train_batch_size: sequences per process and forward pass.
-        gradient_accumulation_steps: forward passes per optimiser step.
-        seed: of the order of the data and of dropout.
-        precision: "bf16" (autocast), "fp32", or "auto": bf16 where this machine is faster with it.
-        logging_steps: steps between two entries of the loss.
-        save_steps: steps between two checkpoints, a multiple of `logging_steps` so that a resumed run logs the same.
-        save_total_limit: checkpoints to keep.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        balance_loss_coef: weight beta of the load-balance loss (0.01 in the paper).
         distillation_weight: w in (1 - w) next-token loss + w T^2 KL(dense original || model).
         distillation_temperature: T of the distillation.
-        extra: more arguments of `transformers.TrainingArguments`, by name.
     """
 
-    output_dir: str
-    max_steps: int
-    learning_rate: float = 1e-4
-    warmup_steps: float = 0.1
-    lr_scheduler_type: str = "cosine"
-    weight_decay: float = 0.0
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    logging_steps: int = 1
-    save_steps: int = 50
-    save_total_limit: int = 2
-    gradient_checkpointing: bool = False
-    balance_loss_coef: float = 0.0
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            _at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("logging_steps", "save_steps", "save_total_limit"):
-            _at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "balance_loss_coef"):
-            _at_least(f"training.{name}", getattr(self, name), 0)
-        if self.save_steps % self.logging_steps:
-            raise ValueError(
-                f"training.save_steps must be a multiple of training.logging_steps = {self.logging_steps}, "
-                f"got {self.save_steps}"
-            )
+        super().__post_init__()
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"training.distillation_weight must be between 0 and 1, got {self.distillation_weight}")
         if self.distillation_temperature <= 0:
@@ -141,82 +93,22 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run.
+    """One training run of a language model.
 
     Args:
         model: the pretrained model to start from.
         training: how to train.
         data: the text.
         conversion: how to make a MoH model of it first; null trains the model as it is (the dense control).
+        task: tells recipes of language models from others.
     """
 
     model: ModelRecipe
     training: TrainingRecipe
     data: DataRecipe = field(default_factory=DataRecipe)
     conversion: ConversionRecipe | None = None
+    task: Literal["language"] = "language"
 
     def __post_init__(self) -> None:
         if self.conversion is not None:  # here, because the parser hides what an optional part raises
-            _at_least("conversion.calibration_tokens", self.conversion.calibration_tokens, 1)
-
-
-def recipe_parser(prog: str | None = None) -> ArgumentParser:
-    """The parser of recipes: `--config FILE` and one option for every field, such as `--training.max_steps 10`."""
-    jsonargparse = require("jsonargparse", extra="llm")
-    parser: ArgumentParser = jsonargparse.ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Options override the recipe in the YAML file.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with a recipe; may be given more than once")
-    parser.add_class_arguments(Recipe)
-    return parser
-
-
-def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file and apply overrides.
-
-    Args:
-        path: the YAML file; None if the overrides say everything.
-        overrides: as on a command line: `["--training.max_steps", "10", "--conversion", "null"]`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown, missing or wrong field; one line that names it.
-    """
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"no such recipe: {path}")
-    jsonargparse = require("jsonargparse", extra="llm")
-    parser = recipe_parser()
-    arguments = ([] if path is None else ["--config", str(path)]) + list(overrides)
-    try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-        return Recipe(**{f.name: parsed[f.name] for f in dataclasses.fields(Recipe)})
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        raise ValueError(f"{path or 'recipe'}: {_one_line(str(error))}") from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads."""
-    yaml = require("yaml", extra="llm")
-    return str(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-
-
-def _one_line(text: str) -> str:
-    """The parser's message, without its account of every alternative that an optional part could have been."""
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "- Problem with",
-        "- Expected a <class 'NoneType'>",
-        "Given value",
-    )
-    lines = [line.strip() for line in text.splitlines()]
-    return " ".join(" ".join(line for line in lines if not line.startswith(noise)).split())
+            at_least("conversion.calibration_tokens", self.conversion.calibration_tokens, 1)

@@ -1,12 +1,10 @@
-"""One training run, from a recipe to a saved model: text, model, conversion, Trainer, resumption.
+"""One training run of a language model, from a recipe to a saved model: text, conversion, Trainer.
 
 Everything that happens within a step is the transformers Trainer's (`moh.training.trainer`). Runs under `torchrun` as it is.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from moh._extras import require
-from moh._files import write_text
-from moh.training.checkpoints import check_writable, last_complete_checkpoint, replacing_directory, trainer_state
-from moh.training.corpus import Corpus, corpus_from_files, load_corpus
-from moh.training.data import TokenBlocks, pack_tokens
-from moh.training.loading import build_model, load_dense, load_tokenizer
-from moh.training.precision import Precision, choose_precision
-from moh.training.recipe import DataRecipe, Recipe, TrainingRecipe, dump_recipe, load_recipe
-
-require("transformers", extra="llm")
-require("accelerate", extra="llm")
-require("tensorboard", extra="llm")
-
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,9 +21,12 @@ from transformers import (  # noqa: E402
     default_data_collator,
 )
 
-from moh.training.trainer import MoHTrainer  # noqa: E402
-
-_RECIPE_FILE = "recipe.yaml"
+from moh.training.corpus import Corpus, corpus_from_files, load_corpus
+from moh.training.data import TokenBlocks, pack_tokens
+from moh.training.loading import build_model, load_dense, load_tokenizer
+from moh.training.recipe import DataRecipe, Recipe
+from moh.training.session import open_session, saving
+from moh.training.trainer import MoHTrainer
 
 
 @dataclass(frozen=True)
@@ -92,18 +79,13 @@ def train(
     Raises:
         ValueError: something in the recipe can't be served (the message names the field); raised before training.
     """
-    settings, output_dir = recipe.training, Path(recipe.training.output_dir)
-    check_writable(output_dir, name="training.output_dir")
-    checkpoint = last_complete_checkpoint(output_dir)
-    before = _earlier_recipe(recipe, output_dir) if checkpoint is not None else None
-    arguments = training_arguments(settings, precision=_precision(settings, before))
-
+    session = open_session(recipe)
+    settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
     if train_blocks is None:
         train_blocks, heldout_blocks = _blocks(recipe.data, tokenizer, arguments)
     _check_enough(train_blocks, arguments)
-    if arguments.should_save:
-        _write_recipe(recipe, arguments, output_dir)
+    session.write_recipe()
 
     if checkpoint is not None and (checkpoint / "config.json").exists():  # its weights need no conversion
         kind = type(model) if model is not None else AutoModelForCausalLM
@@ -131,57 +113,12 @@ def train(
         distillation_weight=settings.distillation_weight,
         distillation_temperature=settings.distillation_temperature,
     )
-    if arguments.fsdp and not trainer.is_fsdp_enabled:
-        warnings.warn(
-            "training.extra.fsdp has no effect without torchrun and GPUs: weights are not sharded", stacklevel=2
-        )
-    if checkpoint is not None and trainer_state(checkpoint)["global_step"] >= settings.max_steps:
-        history = trainer_state(checkpoint)["log_history"]  # the Trainer would train one step more
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        history = trainer.state.log_history
+    history = session.run(trainer)
     model.config.use_cache = use_cache  # the Trainer turns it off
-    _save(trainer, output_dir / "model")
+    model_dir = session.output_dir / "model"
+    _save(trainer, model_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
-    precision = "bf16" if arguments.bf16 else "fp32"
-    return TrainResult(trained, tokenizer, output_dir / "model", history, precision, checkpoint)
-
-
-def training_arguments(settings: TrainingRecipe, *, precision: str) -> TrainingArguments:
-    """The transformers arguments of a recipe; `settings.extra` may add to them and change the defaults below.
-
-    Raises:
-        ValueError: `extra` has an unknown name, or one that is a field of the recipe.
-    """
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    own = {f.name for f in dataclasses.fields(settings)} | {"bf16"}
-    for name in settings.extra:
-        if name in own:
-            raise ValueError(f"training.extra must not set {name}: set training.{name.replace('bf16', 'precision')}")
-        if name not in known:
-            raise ValueError(f"training.extra: transformers.TrainingArguments has no argument {name!r}")
-    same = {name: getattr(settings, name) for name in own & known - {"gradient_checkpointing"} if name != "bf16"}
-    defaults = {
-        "bf16": precision == "bf16",
-        "use_cpu": not torch.accelerator.is_available(),  # unsaid, torchrun on CPUs trains one model per process
-        "data_seed": settings.seed,  # the order of the data, the same on every process
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_drop_last": True,  # every step reads full batches, however many processes share them
-        "prediction_loss_only": True,  # held-out logits would fill the memory
-        "save_strategy": "steps",
-        "report_to": ["tensorboard"],
-    }
-    if settings.gradient_checkpointing:
-        # renamed in transformers 5.2x
-        word = "activation" if "activation_checkpointing" in known else "gradient"
-        defaults |= {f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
-    try:
-        arguments = TrainingArguments(**{**defaults, **same, **settings.extra})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from None
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
-    return arguments
+    return TrainResult(trained, tokenizer, model_dir, history, session.precision, checkpoint)
 
 
 def load_text(data: DataRecipe) -> Corpus:
@@ -212,54 +149,9 @@ def _check_enough(blocks: Tensor, arguments: TrainingArguments) -> None:
         )
 
 
-def _precision(settings: TrainingRecipe, before: Recipe | None) -> str:
-    """As asked; else as the interrupted run had it; else measured, on the first process for all of them."""
-    if settings.precision != "auto":
-        return settings.precision
-    if before is not None:
-        return before.training.precision
-    from accelerate.utils import broadcast_object_list
-
-    device = training_arguments(settings, precision="fp32").device  # joins the processes of torchrun, if there are any
-    return str(broadcast_object_list([choose_precision(device)])[0])
-
-
-def _write_recipe(recipe: Recipe, arguments: TrainingArguments, output_dir: Path) -> None:
-    """Write the recipe beside the checkpoints, with the precision that was chosen."""
-    precision: Precision = "bf16" if arguments.bf16 else "fp32"
-    training = dataclasses.replace(recipe.training, precision=precision)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(recipe, training=training)))
-
-
-def _earlier_recipe(recipe: Recipe, output_dir: Path) -> Recipe | None:
-    """The recipe whose checkpoints lie in `output_dir`.
-
-    Raises:
-        ValueError: it has another model, conversion or text, so that going on from there would mix two runs.
-    """
-    file = output_dir / _RECIPE_FILE
-    if not file.exists():
-        return None
-    before = load_recipe(file)
-    for section in ("model", "conversion", "data"):
-        old, new = getattr(before, section), getattr(recipe, section)
-        if old != new:
-            raise ValueError(
-                f"training.output_dir {output_dir} holds checkpoints of another recipe ({section} was {old}, is {new}): "
-                "choose another directory, or delete it to start anew"
-            )
-    return before
-
-
 def _save(trainer: MoHTrainer, target: Path) -> None:
-    """Save model and tokenizer in a temporary directory, moved into place; every process takes part."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with replacing_directory(target, writes=trainer.args.should_save) as scratch:
-        trainer.accelerator.wait_for_everyone()
+    """Save model and tokenizer, whole or not at all."""
+    with saving(trainer, target) as scratch:
         trainer.save_model(str(scratch), _internal_call=True)
-        trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml tells more
-    trainer.accelerator.wait_for_everyone()

@@ -1,34 +1,30 @@
-"""The transformers Trainer with what it lacks: distillation from a dense teacher, and a log of the routing.
+"""The transformers Trainer for causal language models, with distillation from a dense teacher.
 
-Works for any causal language model; one without MoH layers just has no routing to log. Not for recipes or data: see
-`moh.training.run`.
+Not for recipes or data: see `moh.training.run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moh._extras import require
-from moh.routing import record_routing
 from moh.training.distillation import distillation_loss
+from moh.training.routing_trainer import RoutingTrainer
 
 require("transformers", extra="llm")
 
-from transformers import PreTrainedModel, Trainer  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 
-class MoHTrainer(Trainer):  # type: ignore[misc]
+class MoHTrainer(RoutingTrainer):
     """`transformers.Trainer` for causal language models, MoH or dense.
 
     With a teacher the loss is `(1 - w) L + w T^2 KL(teacher || student) + balance`: L the next-token loss, w the
     `distillation_weight`, T the temperature, both means over all predicted tokens of the step; the load-balance term
-    (`config.router_aux_loss_coef` times the loss) keeps its weight. Where routing happens, the log gets `active_share`, the
-    mean share of heads that a token used, and `balance_loss`, of the last batch before each entry.
+    (`config.router_aux_loss_coef` times the loss) keeps its weight.
 
     Args:
         args: all arguments of `transformers.Trainer`.
@@ -54,7 +50,6 @@ class MoHTrainer(Trainer):  # type: ignore[misc]
         self.teacher = teacher
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature
-        self._routing_log: dict[str, float] = {}
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
 
@@ -66,7 +61,7 @@ class MoHTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The Trainer's loss, mixed with the teacher's while training."""
-        with self._routing_logged(model):
+        with self.recording(model):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -75,13 +70,6 @@ class MoHTrainer(Trainer):  # type: ignore[misc]
                 model, inputs, outputs, num_items_in_batch
             )
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with the routing beside the training loss."""
-        if "loss" in logs:
-            logs.update(self._routing_log)
-            self._routing_log = {}
-        super().log(logs, start_time)
 
     def _teacher_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], outputs: Any, num_items_in_batch: Tensor | int | None
@@ -103,17 +91,3 @@ class MoHTrainer(Trainer):  # type: ignore[misc]
         # Every process divides by the tokens of all of them, and DDP averages: hence their number
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self.distillation_weight * loss / num_items_in_batch * processes
-
-    @contextmanager
-    def _routing_logged(self, model: nn.Module) -> Iterator[None]:
-        """Keep the figures of this forward pass if it belongs to a step that is logged."""
-        if not model.training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
-            yield
-            return
-        with record_routing(self.accelerator.unwrap_model(model)) as routing:
-            yield
-        if len(routing):
-            self._routing_log = {
-                "active_share": routing.share(),
-                "balance_loss": float(routing.balance_loss().detach()),
-            }

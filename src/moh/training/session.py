@@ -1,0 +1,173 @@
+"""What a training run of any family needs around the Trainer: arguments, precision, resumption, saving.
+
+Not for what is trained on which data: each family has a `run` of its own. Works as it is under `torchrun`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moh._extras import require
+from moh._files import write_text
+from moh.training.checkpoints import check_writable, last_complete_checkpoint, replacing_directory, trainer_state
+from moh.training.precision import Precision, choose_precision
+from moh.training.recipe_file import dump_recipe, load_recipe
+from moh.training.settings import TrainingSettings
+
+require("transformers", extra="llm")
+require("accelerate", extra="llm")
+require("tensorboard", extra="llm")
+
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+_RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a recipe, new or gone on with.
+
+    Attributes:
+        recipe: the run.
+        arguments: of the Trainer.
+        checkpoint: the complete checkpoint to go on from, or None.
+    """
+
+    recipe: Any
+    arguments: TrainingArguments
+    checkpoint: Path | None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.training.output_dir)
+
+    @property
+    def precision(self) -> Precision:
+        return "bf16" if self.arguments.bf16 else "fp32"
+
+    def write_recipe(self) -> None:
+        """Write the recipe beside the checkpoints, with the precision that was chosen; only the first process does."""
+        if not self.arguments.should_save:
+            return
+        training = dataclasses.replace(self.recipe.training, precision=self.precision)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(self.recipe, training=training)))
+
+    def run(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Train to the recipe's last step; returns the log, entries from before an interruption included."""
+        if self.arguments.fsdp and not trainer.is_fsdp_enabled:
+            warnings.warn(
+                "training.extra.fsdp has no effect without torchrun and GPUs: weights are not sharded", stacklevel=2
+            )
+        checkpoint = self.checkpoint
+        if checkpoint is not None and trainer_state(checkpoint)["global_step"] >= self.recipe.training.max_steps:
+            history: list[dict[str, Any]] = trainer_state(checkpoint)["log_history"]
+            return history  # the Trainer would train one step more
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return list(trainer.state.log_history)
+
+
+def open_session(recipe: Any) -> Session:
+    """Look at the recipe's `training.output_dir` and prepare to start, or to go on from its last complete checkpoint.
+
+    Raises:
+        ValueError: the directory can't be written or holds another recipe's checkpoints, or the settings don't fit.
+    """
+    settings: TrainingSettings = recipe.training
+    output_dir = Path(settings.output_dir)
+    check_writable(output_dir, name="training.output_dir")
+    checkpoint = last_complete_checkpoint(output_dir)
+    before = _earlier_recipe(recipe, output_dir) if checkpoint is not None else None
+    return Session(recipe, training_arguments(settings, precision=_precision(settings, before)), checkpoint)
+
+
+def training_arguments(settings: TrainingSettings, *, precision: str) -> TrainingArguments:
+    """The transformers arguments of a recipe; `settings.extra` may add to them and change the defaults below.
+
+    Raises:
+        ValueError: `extra` has an unknown name, or one that is a field of the recipe.
+    """
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    own = {f.name for f in dataclasses.fields(settings)} | {"bf16"}
+    for name in settings.extra:
+        if name in own:
+            raise ValueError(f"training.extra must not set {name}: set training.{name.replace('bf16', 'precision')}")
+        if name not in known:
+            raise ValueError(f"training.extra: transformers.TrainingArguments has no argument {name!r}")
+    same = {name: getattr(settings, name) for name in own & known - {"gradient_checkpointing"} if name != "bf16"}
+    defaults = {
+        "bf16": precision == "bf16",
+        "use_cpu": not torch.accelerator.is_available(),  # unsaid, torchrun on CPUs trains one model per process
+        "data_seed": settings.seed,  # the order of the data, the same on every process
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_drop_last": True,  # every step reads full batches, however many processes share them
+        "prediction_loss_only": True,  # held-out logits would fill the memory
+        "save_strategy": "steps",
+        "report_to": ["tensorboard"],
+    }
+    if settings.gradient_checkpointing:
+        # renamed in transformers 5.2x
+        word = "activation" if "activation_checkpointing" in known else "gradient"
+        defaults |= {f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+    try:
+        arguments = TrainingArguments(**{**defaults, **same, **settings.extra})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
+    return arguments
+
+
+def _precision(settings: TrainingSettings, before: Any) -> str:
+    """As asked; else as the interrupted run had it; else measured, on the first process for all of them."""
+    if settings.precision != "auto":
+        return settings.precision
+    if before is not None:
+        return str(before.training.precision)
+    from accelerate.utils import broadcast_object_list
+
+    device = training_arguments(settings, precision="fp32").device  # joins the processes of torchrun, if there are any
+    return str(broadcast_object_list([choose_precision(device)])[0])
+
+
+def _earlier_recipe(recipe: Any, output_dir: Path) -> Any:
+    """The recipe whose checkpoints lie in `output_dir`.
+
+    Raises:
+        ValueError: it differs in anything but how to train, so that going on from there would mix two runs.
+    """
+    file = output_dir / _RECIPE_FILE
+    if not file.exists():
+        return None
+    before = load_recipe(file)
+    for section in [f.name for f in dataclasses.fields(recipe) if f.name != "training"]:
+        old, new = getattr(before, section, None), getattr(recipe, section)
+        if old != new:
+            raise ValueError(
+                f"training.output_dir {output_dir} holds checkpoints of another recipe ({section} was {old}, is {new}): "
+                "choose another directory, or delete it to start anew"
+            )
+    return before
+
+
+@contextmanager
+def saving(trainer: Trainer, target: Path) -> Iterator[Path]:
+    """Yield a temporary directory to save the trained model in, moved to `target` if all ends well.
+
+    Every process takes part, because a sharded model is gathered by all; only the first one's files count.
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    with replacing_directory(target, writes=trainer.args.should_save) as scratch:
+        trainer.accelerator.wait_for_everyone()
+        yield scratch
+        trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()
