@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ROUTERS = ("two_stage", "query_norm", "linear")
-"""Names of the routers: learned, parameter-free (both of the paper), fitted to contributions (ours)."""
+ROUTERS = ("two_stage", "single_stage", "query_norm", "linear")
+"""Names of the routers: learned, the same without its first stage (the paper's ablation), parameter-free (both of the
+paper), fitted to contributions (ours)."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class MoHConfig:
         num_heads: h, the number of query heads.
         shared_heads: h_s, either a number (the first h_s heads are shared) or the indices of the shared heads.
         active_heads: k, how many of the other, *routed*, heads each token activates.
-        router: "two_stage" (learned from scratch), "query_norm" (no parameters) or "linear" (contribution router).
-        scale_gates: for the two-stage router only. True gives the published models' gates, with which a uniform
+        router: "two_stage" (learned from scratch), "single_stage" (the same without the weighing of shared against routed
+            heads), "query_norm" (no parameters) or "linear" (contribution router).
+        scale_gates: for the learned routers only. True gives the published models' gates, with which a uniform
             router weighs every active head 1; False gives the gates as the paper's text has them.
 
     Raises:

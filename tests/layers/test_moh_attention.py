@@ -101,7 +101,7 @@ def test_padding_of_the_context_is_not_seen():
     torch.testing.assert_close(layer(x, padded, key_padding_mask=real), layer(x, context))
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm", "linear"])
+@pytest.mark.parametrize("router", ["two_stage", "single_stage", "query_norm", "linear"])
 @pytest.mark.parametrize("shared", [pytest.param(2, id="first-2-shared"), pytest.param([1, 5], id="1-and-5-shared")])
 def test_output_is_the_sum_of_the_active_heads_times_their_gates(router, shared):
     layer = MoHAttention(C, H, shared_heads=shared, active_heads=2, router=router, num_kv_heads=3)
@@ -120,7 +120,7 @@ def test_output_is_the_sum_of_the_active_heads_times_their_gates(router, shared)
     assert routing.config == layer.config
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm", "linear"])
+@pytest.mark.parametrize("router", ["two_stage", "single_stage", "query_norm", "linear"])
 def test_every_parameter_learns(router):
     layer = MoHAttention(C, H, shared_heads=2, active_heads=2, router=router, qkv_bias=True)
     layer(torch.randn(B, N, C)).square().sum().backward()
@@ -139,7 +139,7 @@ def test_dropout_only_in_training(kind):
     assert torch.equal(layer(x), plain(x))
 
 
-@pytest.mark.parametrize("router", ["two_stage", "query_norm", "linear"])
+@pytest.mark.parametrize("router", ["two_stage", "single_stage", "query_norm", "linear"])
 def test_state_dict_round_trip(tmp_path, router):
     def make() -> MoHAttention:
         return MoHAttention(C, H, shared_heads=[0, 3], active_heads=2, router=router, num_kv_heads=2)

@@ -35,8 +35,9 @@ def gates_of_one_token(router: TwoStageRouter, x: Tensor) -> Tensor:
         return [e / sum(exponentials) for e in exponentials]
 
     one = x.new_ones(())
-    a_1, a_2 = softmax(router.stage.weight) if h_s and k else (one, one)
-    stage_factor = 2 if scaled and h_s and k else 1
+    two_stages = h_s and k and config.router == "two_stage"
+    a_1, a_2 = softmax(router.stage.weight) if two_stages else (one, one)
+    stage_factor = 2 if scaled and two_stages else 1
     gates = [x.new_zeros(()) for _ in range(config.num_heads)]
     shared = softmax(router.shared.weight) if h_s > 1 else [one] * h_s
     for head, share in zip(config.shared_indices, shared, strict=True):
@@ -54,10 +55,11 @@ def directly(router: TwoStageRouter, x: Tensor) -> Tensor:
     return torch.stack([torch.stack([gates_of_one_token(router, t) for t in row]) for row in x.double()])
 
 
+@pytest.mark.parametrize("kind", ["two_stage", "single_stage"])
 @pytest.mark.parametrize("scaled", [pytest.param(True, id="published"), pytest.param(False, id="as-printed")])
 @pytest.mark.parametrize("heads, shared, active", CASES)
-def test_gates_and_their_gradients_are_those_of_the_equations(heads, shared, active, scaled):
-    router = build_router(MoHConfig(heads, shared, active, scale_gates=scaled), C)
+def test_gates_and_their_gradients_are_those_of_the_equations(heads, shared, active, scaled, kind):
+    router = build_router(MoHConfig(heads, shared, active, kind, scale_gates=scaled), C)
     x = torch.randn(2, 3, C, requires_grad=True)
     weight = torch.randn(2, 3, heads)
     parameters = [x, *router.parameters()]

@@ -23,7 +23,7 @@ class MoHAttention(nn.Module):
         num_heads: h.
         shared_heads: h_s: a number (the first ones) or the indices of the heads that are always active.
         active_heads: k, routed heads active per token. With `shared_heads + active_heads = num_heads` every head is.
-        router: "two_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
         num_kv_heads: key/value heads for grouped-query attention; None means `num_heads`.
         head_dim: D, the width of one head; None means `dim // num_heads`. `num_heads * head_dim` may differ from `dim`.
         context_dim: width of the keys' and values' input in cross-attention; None means `dim`.

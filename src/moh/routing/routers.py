@@ -71,13 +71,14 @@ class TwoStageRouter(Router):
     `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
     With `config.scale_gates` (the published models) shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates
     `2 a_2 k p_i / sum_active p_j`; without it they are `a_1 softmax(W_s x)` and `a_2 p_i`.
+    With `config.router = "single_stage"` (the paper's ablation) there is no W_h: `2 a_1 = 2 a_2 = 1`, or `a_1 = a_2 = 1`.
 
     Args:
         config: the layer's heads and routing.
         dim: C, the width of the layer's input.
 
     Parameters (bias-free): `shared.weight` W_s `[h_s, C]` (if h_s > 1), `routed.weight` W_r `[h_r, C]` (if k > 0),
-    `stage.weight` W_h `[2, C]` (if there are shared and active routed heads).
+    `stage.weight` W_h `[2, C]` (two stages, if there are shared and active routed heads).
     """
 
     def __init__(
@@ -90,7 +91,8 @@ class TwoStageRouter(Router):
 
         self.shared = linear(config.num_shared, config.num_shared > 1)
         self.routed = linear(config.num_routed, config.active_heads > 0)
-        self.stage = linear(2, config.num_shared > 0 and config.active_heads > 0)
+        both = config.num_shared > 0 and config.active_heads > 0
+        self.stage = linear(2, both and config.router == "two_stage")
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -199,7 +201,7 @@ def build_router(
     config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Router:
     """The router that `config.router` names, for a layer whose input has width `dim`."""
-    if config.router == "two_stage":
+    if config.router in ("two_stage", "single_stage"):
         return TwoStageRouter(config, dim, device=device, dtype=dtype)
     if config.router == "linear":
         return LinearRouter(config, dim, device=device, dtype=dtype)

@@ -18,7 +18,7 @@ class MoHLlamaConfig(LlamaConfig):  # type: ignore[misc]
     """Llama's configuration (every argument of `transformers.LlamaConfig`) with the heads of each layer.
 
     Args:
-        router: "two_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
         shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
