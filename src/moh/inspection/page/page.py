@@ -1,0 +1,115 @@
+"""Samples -> one HTML file: the data compressed inside, no address outside, nothing of the user's text as markup.
+
+The page itself is `template.html`, `page.css` and `page.js` beside this file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moh._files import write_text
+from moh.inspection.page.samples import PageSample
+
+_VALUES = ("gates", "contributions")
+
+
+@dataclass(frozen=True)
+class HeadPage:
+    """A finished page. `save` writes it; a notebook shows it by itself."""
+
+    html: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the page, whole or not at all."""
+        write_text(Path(path), self.html)
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self.html)}" style="width:100%;height:760px;border:0"></iframe>'
+
+
+def head_page(samples: Sequence[PageSample], *, title: str = "Which head does what") -> HeadPage:
+    """Make the page of some inputs to one model.
+
+    Args:
+        samples: of one model, so that all have the same layers and heads.
+        title: of the page.
+
+    Raises:
+        ValueError: no samples, or samples of different models.
+    """
+    if not samples:
+        raise ValueError("samples must hold at least one input")
+    first = [(layer.name, layer.gates.shape[-1]) for layer in samples[0].layers]
+    for sample in samples:
+        if [(layer.name, layer.gates.shape[-1]) for layer in sample.layers] != first:
+            raise ValueError(f"samples must come from one model, but {sample.name!r} has other layers than the first")
+    data = {
+        "title": title,
+        "layers": [
+            {
+                "name": layer.name,
+                "heads": layer.gates.shape[-1],
+                "routed": layer.config is not None,
+                "shared": [] if layer.config is None else list(layer.config.shared_indices),
+            }
+            for layer in samples[0].layers
+        ],
+        "samples": [_sample(sample) for sample in samples],
+    }
+    folder = files(__package__)
+    page = (folder / "template.html").read_text(encoding="utf-8")
+    parts = {
+        "title": html.escape(title),
+        "style": (folder / "page.css").read_text(encoding="utf-8"),
+        "script": (folder / "page.js").read_text(encoding="utf-8"),
+        # no token can end the element: "<" never stands in it
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    for name, text in parts.items():
+        before, after = page.split(f"{{{{{name}}}}}")
+        page = before + text + after
+    return HeadPage(page)
+
+
+def _sample(sample: PageSample) -> dict[str, Any]:
+    made: dict[str, Any] = {"name": sample.name, "group": sample.group, "layers": []}
+    if sample.image is not None:
+        buffer = io.BytesIO()
+        sample.image.save(buffer, format="PNG")
+        made["image"] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    else:
+        made["tokens"] = sample.tokens
+    packed = bytearray()
+    for layer in sample.layers:
+        scales = {}
+        for name in _VALUES:
+            levels, scales[name] = _levels(getattr(layer, name)[0])
+            packed += levels
+        entry = {"tokens": layer.gates.shape[1], "scales": [scales[name] for name in _VALUES]}
+        if sample.image is not None:
+            entry["grid"] = list(sample.grid(layer))
+        made["layers"].append(entry)
+    made["values"] = base64.b64encode(zlib.compress(bytes(packed), 9)).decode()
+    return made
+
+
+def _levels(values: Tensor) -> tuple[bytes, float]:
+    """`[N, H]` values of at least 0 -> one byte each, head by head, and what 255 stands for; only 0 becomes 0."""
+    finite = values.nan_to_num(0.0, 0.0, 0.0).clamp_min(0).T.contiguous()  # [H, N]
+    top = float(finite.max()) if finite.numel() else 0.0
+    if top == 0:
+        return bytes(finite.numel()), 0.0
+    levels = torch.where(finite > 0, (finite / top * 255).round().clamp(1, 255), 0.0)
+    return levels.to(torch.uint8).cpu().numpy().tobytes(), top
