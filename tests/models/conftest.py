@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
 
 TINY = dict(
     vocab_size=64,

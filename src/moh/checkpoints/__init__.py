@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moh.checkpoints.reading import read_tensors
 
-_FAMILIES = {"moh_llama": "llama"}
+_FAMILIES = {"moh_llama": "llama", "transnext": "transnext", "dit": "dit"}
 """config["model"] -> the module here that knows it."""
 
 
@@ -31,7 +31,7 @@ def load_published(
         path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
             with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
         config: the published keys: `model`, which names the family, and what its `load` says: "moh_llama"
-            (`moh.checkpoints.llama`).
+            (`moh.checkpoints.llama`), "transnext" (`moh.checkpoints.transnext`) or "dit" (`moh.checkpoints.dit`).
         dtype: of the model; None keeps the checkpoint's.
 
     Returns:

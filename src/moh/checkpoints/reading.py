@@ -5,6 +5,7 @@ Never unpickles arbitrary objects. What the names mean is the business of the mo
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from collections.abc import Mapping
@@ -87,8 +88,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"path_or_state_dict: there is no file or directory {path}")
     if path.suffix == ".safetensors":
         return dict(safetensors.load_file(path))
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # Of a training checkpoint the averaged weights, which are what its authors evaluate
+    state = loaded.get("ema", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"path_or_state_dict: {path} holds no state dict")
     return state

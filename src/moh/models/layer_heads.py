@@ -1,0 +1,71 @@
+"""The heads of each layer of a model, from what its configuration says: one number for all layers or one per layer.
+
+Shared by the models of all families; a single layer's part is a `moh.MoHConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moh.config import MoHConfig
+
+
+def layer_configs(
+    num_layers: int,
+    num_heads: int | Sequence[int],
+    *,
+    shared_heads: int | Sequence[int | Sequence[int]] | None,
+    active_heads: int | Sequence[int],
+    router: str,
+) -> list[MoHConfig]:
+    """The heads and routing of each layer.
+
+    Args:
+        num_layers: layers of the model.
+        num_heads: h, one number for every layer or a list with one per layer.
+        shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
+            the list of that layer's shared heads. None shares all heads that are not active routed ones.
+        active_heads: routed heads active per token, a number or a list with one per layer.
+        router: `moh.config.ROUTERS`.
+
+    Raises:
+        ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
+    """
+    layers = []
+    for index in range(num_layers):
+        heads = _of_layer("num_attention_heads", num_heads, index, num_layers)
+        active = _of_layer("active_heads", active_heads, index, num_layers)
+        shared = _of_layer("shared_heads", shared_heads, index, num_layers)
+        if shared is None:
+            shared = heads - active
+        try:
+            layers.append(MoHConfig(heads, shared, active, router))
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from None
+    return layers
+
+
+def mean_share(layers: Sequence[MoHConfig]) -> float:
+    """Mean share of the heads that a token uses, over the layers."""
+    return sum(layer.share for layer in layers) / len(layers)
+
+
+def compact_heads(layers: Sequence[MoHConfig]) -> dict[str, Any]:
+    """`shared_heads` and `active_heads` as `layer_configs` takes them: one number where all layers have the same."""
+    shared = [c.shared_heads if isinstance(c.shared_heads, int) else list(c.shared_indices) for c in layers]
+    return {"shared_heads": _compact(shared), "active_heads": _compact([c.active_heads for c in layers])}
+
+
+def _of_layer(name: str, value: Any, index: int, num_layers: int) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != num_layers:
+        raise ValueError(
+            f"{name} must be a number or a list with one entry per layer ({num_layers}), got {len(value)} entries"
+        )
+    return value[index]
+
+
+def _compact(values: list[Any]) -> Any:
+    return values[0] if isinstance(values[0], int) and len(set(map(str, values))) == 1 else values
