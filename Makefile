@@ -61,7 +61,7 @@ $(VENV)/.stamp-llm: $(STAMPED_BY)
 
 $(VENV)/.stamp-dev: $(STAMPED_BY)
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes some minutes."
-	$(INSTALL) ".[llm,test,lint]"
+	$(INSTALL) ".[all,test,lint]"
 	@touch $@
 
 $(VENV)/.stamp-docs: $(STAMPED_BY)

@@ -1,0 +1,74 @@
+"""`moh eval fid`: score generated images against reference images. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+_COMMAND = "eval fid"
+_HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
+
+
+def join_command(argv: Sequence[str]) -> list[str]:
+    """`argv` with its command `eval` `fid` in one piece, as the parser knows it; `eval ./fid` is a model of that name."""
+    joined = list(argv)
+    first = next((i for i, word in enumerate(joined) if not word.startswith("-")), len(joined))
+    if joined[first : first + 2] == _COMMAND.split():
+        joined[first : first + 2] = [_COMMAND]
+    return joined
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `eval fid` to the commands."""
+    parser = sub.add_parser(_COMMAND, help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("samples", help="generated images: a directory, or an .npz file with arr_0")
+    parser.add_argument(
+        "--reference", required=True, metavar="PATH",
+        help="real images, the same way, or their statistics (.npz with mu and sigma, or what --save-reference wrote)",
+    )  # fmt: skip
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--inception", metavar="FILE", help="weights of FID's network (default: fetched if need be)")
+    network.add_argument(
+        "--features", metavar="CHECKPOINT", help="compare features of this image classifier; the distance is no FID"
+    )
+    parser.add_argument("--size", type=int, help="crop the middle square of each image and resize it to this side")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: Namespace) -> None:
+    from moh.evaluation.generation import (
+        InceptionFeatures,
+        load_classifier,
+        open_images,
+        reference_features,
+        save_features,
+        score_images,
+    )
+    from moh.models.loading import default_device
+    from moh.training.checkpoints import check_writable
+
+    target = None if arguments.save_reference is None else Path(arguments.save_reference)
+    if target is not None:
+        if target.suffix != ".safetensors":
+            raise ValueError(f"--save-reference must be a file that ends in .safetensors, got {target}")
+        check_writable(target.parent, name="--save-reference")
+    open_images(arguments.samples, size=arguments.size)  # told now, not after the reference has been read
+    device = default_device()
+    extractor = (
+        InceptionFeatures(arguments.inception, device=device)
+        if arguments.features is None
+        else load_classifier(arguments.features, device=device)
+    )
+    options = {"size": arguments.size, "batch_size": arguments.batch_size}
+    reference = reference_features(arguments.reference, extractor, **options)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_features(target, reference, extractor)
+    result = score_images(arguments.samples, reference, extractor, **options)
+    print(json.dumps(result.to_dict()) if arguments.json else "\n".join(result.lines()))

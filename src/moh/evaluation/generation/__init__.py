@@ -1,0 +1,55 @@
+"""Scoring generated images: FID, sFID, inception score, precision and recall, or the same on a named classifier.
+
+    extractor = InceptionFeatures()                      # or load_classifier("my-classifier")
+    scores = score_images("samples.npz", "reference-images", extractor)
+    print("\\n".join(scores.lines()))
+
+`frechet_distance(features_a, features_b)` takes features of any origin. Not for making images (`moh.sampling`).
+"""
+
+from moh._extras import require
+
+require("timm", extra="diffusion")
+require("torch_fidelity", extra="diffusion")
+
+from moh.evaluation.generation.classifier import ClassifierFeatures, load_classifier  # noqa: E402
+from moh.evaluation.generation.features import (  # noqa: E402
+    Extracted,
+    FeatureExtractor,
+    ImageFeatures,
+    extract_features,
+)
+from moh.evaluation.generation.frechet import Gaussian, frechet_distance, gaussian_frechet_distance  # noqa: E402
+from moh.evaluation.generation.images import Images, open_images  # noqa: E402
+from moh.evaluation.generation.inception import InceptionFeatures  # noqa: E402
+from moh.evaluation.generation.scores import (  # noqa: E402
+    GenerationScores,
+    compare,
+    inception_score,
+    precision_recall,
+    score_images,
+)
+from moh.evaluation.generation.statistics import load_features, reference_features, save_features  # noqa: E402
+
+__all__ = [
+    "ClassifierFeatures",
+    "Extracted",
+    "FeatureExtractor",
+    "Gaussian",
+    "GenerationScores",
+    "ImageFeatures",
+    "Images",
+    "InceptionFeatures",
+    "compare",
+    "extract_features",
+    "frechet_distance",
+    "gaussian_frechet_distance",
+    "inception_score",
+    "load_classifier",
+    "load_features",
+    "open_images",
+    "precision_recall",
+    "reference_features",
+    "save_features",
+    "score_images",
+]

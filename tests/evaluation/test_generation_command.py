@@ -1,0 +1,117 @@
+"""Promise: `moh eval fid` prints the scores of its functions, under true names, and leaves `moh eval MODEL` as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from generation_cases import random_images, save_tiny_classifier, write_npz, write_pngs
+
+from moh.cli import main
+from moh.cli.scores import join_command
+from moh.evaluation.generation import load_classifier, score_images
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "samples": write_npz(tmp_path / "samples.npz", random_images(30, seed=1, bright=200)),
+        "reference": write_pngs(tmp_path / "reference", random_images(40, seed=2)),
+        "classifier": save_tiny_classifier(tmp_path / "classifier"),
+    }
+
+
+def moh(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, list[str], list[str]]:
+    capsys.readouterr()
+    try:
+        code = main([str(part) for part in argv])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+def test_it_prints_the_scores_on_a_named_classifier_and_says_so(capsys, files: dict[str, Path]) -> None:
+    argv = ["eval", "fid", files["samples"], "--reference", files["reference"], "--features", files["classifier"]]
+    expected = score_images(files["samples"], files["reference"], load_classifier(files["classifier"]))
+    code, out, _ = moh(capsys, *argv)
+    assert code == 0 and out == expected.lines()
+    assert f"Frechet distance on features of {files['classifier']}, not comparable with FID: " in out[0]
+    code, out, _ = moh(capsys, *argv, "--json", "--batch-size", 7)
+    assert code == 0 and len(out) == 1
+    read = json.loads(out[0])
+    assert read["label"] == expected.label and "fid" not in read
+    assert read["frechet_distance"] == pytest.approx(expected.frechet_distance, rel=1e-4)
+
+
+def test_the_references_statistics_are_saved_and_serve_in_its_place(
+    capsys, files: dict[str, Path], tmp_path: Path
+) -> None:
+    common = ["--features", files["classifier"], "--size", 8, "--json"]
+    target = tmp_path / "new" / "reference.safetensors"
+    argv = ["eval", "fid", files["samples"], "--reference", files["reference"], *common, "--save-reference", target]
+    code, first, _ = moh(capsys, *argv)
+    assert code == 0 and target.is_file()
+    code, second, _ = moh(capsys, "--debug", "eval", "fid", files["samples"], "--reference", target, *common)
+    assert code == 0 and second == first
+
+
+def test_the_weights_that_are_missing_are_told_in_one_line(capsys, files, tmp_path: Path, monkeypatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    code, out, err = moh(capsys, "eval", "fid", files["samples"], "--reference", files["reference"])
+    assert code == 2 and not out and len(err) == 1
+    assert err[0].startswith("moh eval fid: the Inception weights that FID needs are not at ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--features", "nowhere/at/all"], "model 'nowhere/at/all' can't be loaded"),
+        (["--inception", "nowhere.pth"], "there is no file of Inception weights at nowhere.pth"),
+        (["--save-reference", "statistics.npz"], "--save-reference must be a file that ends in .safetensors"),
+        (["--size", "0"], "size must be at least 1, got 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_are_told_in_one_line(capsys, files: dict[str, Path], options, message: str) -> None:
+    code, out, err = moh(capsys, "eval", "fid", files["samples"], "--reference", files["reference"], *options)
+    assert code == 2 and not out and len(err) == 1 and message in err[0]
+
+
+def test_samples_that_are_not_there_are_told_before_the_reference_is_read(capsys, files: dict[str, Path]) -> None:
+    code, _, err = moh(capsys, "eval", "fid", "nowhere", "--reference", files["reference"])
+    assert code == 2 and err == [
+        "moh eval fid: images must be a directory, an .npz file or a Dataset, but 'nowhere' is not there"
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv", [["eval", "fid"], ["eval", "fid", "x"], ["eval", "fid", "x", "--reference", "y", "--corpus", "z"],
+             ["eval", "fid", "x", "--reference", "y", "--features", "a", "--inception", "b"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_the_parser_does_not_know_ends_with_code_2(capsys, argv: list[str]) -> None:
+    code, out, err = moh(capsys, *argv)
+    assert code == 2 and not out and "error: " in err[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "joined"),
+    [
+        ("eval fid a", ["eval fid", "a"]),
+        ("--debug eval fid a", ["--debug", "eval fid", "a"]),
+        ("eval ./fid", ["eval", "./fid"]),
+        ("eval --json fid", ["eval", "--json", "fid"]),
+        ("generate eval fid", ["generate", "eval", "fid"]),
+        ("--debug", ["--debug"]),
+        ("", []),
+    ],
+)
+def test_only_the_command_itself_is_joined(argv: str, joined: list[str]) -> None:
+    assert join_command(argv.split()) == joined
