@@ -11,12 +11,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import core, decode, layer, memory, model, vision
-from benchmarks.cases import Case
+from benchmarks import core, decode, layer, memory, model, presets, vision
+from benchmarks.cases import Case, Contender
 from benchmarks.results import Result, Run, commit, now
 from benchmarks.timing import Row, time_in_turns
 
-TIMED = {subject.__name__.rpartition(".")[2]: subject for subject in (core, decode, layer, model, vision)}
+TIMED: dict[str, tuple[Callable[[str], list[Case]], Callable[[Case], list[Contender]]]] = {
+    "core": (core.cases, core.contenders),
+    "decode": (decode.cases, decode.contenders),
+    "layer": (layer.cases, layer.contenders),
+    "model": (model.cases, model.contenders),
+    "vision": (vision.cases, vision.contenders),
+    "images": (presets.image_cases, presets.contenders),
+    "diffusion": (presets.diffusion_cases, presets.contenders),
+}
+"""subject -> (its cases in a grid, the contenders of one)."""
 SUBJECTS = (*TIMED, "memory")
 
 Measure = Callable[[Case], Sequence[Row]]
@@ -31,7 +40,7 @@ def select(subjects: Sequence[str], grid: str, *, checkpoint: str | None = None,
         elif name == "model":
             found += model.cases(grid, checkpoint)
         else:
-            found += TIMED[name].cases(grid)
+            found += TIMED[name][0](grid)
     return [case for case in found if only in case.key]
 
 
@@ -41,7 +50,7 @@ def measure(case: Case, *, seconds: float) -> Sequence[Row]:
         return memory.measure(case)
     torch.manual_seed(0)
     with torch.set_grad_enabled(case.backward):
-        return time_in_turns(TIMED[case.subject].contenders(case), seconds=seconds)
+        return time_in_turns(TIMED[case.subject][1](case), seconds=seconds)
 
 
 def measure_missing(cases: Sequence[Case], run: Run, save: Path, measure: Measure) -> int:

@@ -31,6 +31,8 @@ SUBJECTS = {
     "layer": "Whole layer, width H times D",
     "model": "Language model of SmolLM2-135M's size",
     "vision": "Stack of blocks of ViT-B's size",
+    "images": "Image classifiers",
+    "diffusion": "Diffusion transformers: one denoising step",
     "memory": "Peak memory on top of the inputs",
 }
 
@@ -112,14 +114,18 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
     results = [result for same in found.values() for _, result in same]
     shares = sorted({r.share for result in results for r in result.rows if r.contender == "ours" and r.share})
     half = min(shares, key=lambda share: (abs(share - 0.5) > 0.17, -share), default=0.5)
-    others = [x for x in ("ours (sdpa)", "ideal", "masked") if any(r.contender == x for q in results for r in q.rows)]
+    models = subject in ("images", "diffusion")
+    masked = shares if models else [0.5]
+    others = [x for x in ("ours (sdpa)", "ideal") if any(r.contender == x for q in results for r in q.rows)]
     routing = any(r.contender == "routing" for result in results for r in result.rows)
     header = (
         "case",
         "CPU",
         "dense, MB" if subject == "memory" else "dense, ms",
+        *([RATES[subject]] if models else []),
         *(f"ours, {share:.0%}" for share in shares),
-        *(f"{name}, {0.5 if name == 'masked' else half:.0%}" for name in others),
+        *(f"{name}, {half:.0%}" for name in others),
+        *(f"masked, {share:.0%}" for share in masked if _has(results, "masked", share)),
         *(["routing, of ours at 50%"] if routing else []),
     )
     rows = []
@@ -130,9 +136,26 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
                 rows.append((label, letter, f"failed: {result.error}", *[NOTHING] * (len(header) - 3)))
                 continue
             cells = [_ratio(result.row("ours", share)) for share in shares]
-            cells += [_ratio(result.row(name, 0.5 if name == "masked" else half)) for name in others]
-            rows.append((label, letter, _absolute(result), *cells, *([_routing(result)] if routing else [])))
+            cells += [_ratio(result.row(name, half)) for name in others]
+            cells += [_ratio(result.row("masked", share)) for share in masked if _has(results, "masked", share)]
+            rate = [_rate(result)] if models else []
+            rows.append((label, letter, _absolute(result), *rate, *cells, *([_routing(result)] if routing else [])))
     return Table(SUBJECTS[subject], header, tuple(rows))
+
+
+RATES = {"images": "dense, images/s", "diffusion": "dense, steps/s"}
+"""A step denoises the whole batch once."""
+
+
+def _has(results: Sequence[Result], contender: str, share: float) -> bool:
+    return any(row.contender == contender and row.share == share for result in results for row in result.rows)
+
+
+def _rate(result: Result) -> str:
+    row = result.row("dense")
+    if row is None:
+        return NOTHING
+    return _three_digits((result.case.batch if result.case.subject == "images" else 1) / row.median)
 
 
 def _order(case: Case) -> tuple[object, ...]:

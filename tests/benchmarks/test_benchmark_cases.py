@@ -6,9 +6,13 @@ from dataclasses import asdict
 from types import ModuleType
 
 import pytest
+import timm
+import torch
 
-from benchmarks import core, decode, layer, memory, model, vision
+from benchmarks import core, decode, layer
 from benchmarks.cases import GRIDS, Case, active_heads, balanced_gates, ideal_heads
+from benchmarks.presets import _attentions, _weigh_heads
+from benchmarks.runner import SUBJECTS, select
 
 
 @pytest.mark.parametrize("active", (1, 3, 8))
@@ -55,9 +59,9 @@ def test_ideal_is_a_dense_model_of_the_active_heads(
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("subject", (core, decode, layer, memory, model, vision), ids=lambda m: m.__name__)
-def test_every_case_is_there_once_and_survives_json(subject: ModuleType, grid: str) -> None:
-    cases = subject.cases(grid)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_case_is_there_once_and_survives_json(subject: str, grid: str) -> None:
+    cases = select([subject], grid)
     assert cases and len({case.key for case in cases}) == len(cases)
     assert all(Case.from_dict(asdict(case)) == case for case in cases)
 
@@ -71,3 +75,23 @@ def test_contenders_are_named_and_those_that_skip_heads_say_how_many(subject: Mo
     assert ours == {share: active_heads(share, case.heads) / case.heads for share in case.shares}
     ideal = {c.share: c.actual for c in found if c.name == "ideal"}
     assert ideal and ideal.items() <= ours.items()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "dense, moh, side, channels",
+    [
+        ("moh_vit_micro_patch4_28_dense", "moh_vit_micro_patch4_28_50", 28, 3),
+        ("moh_transnext_micro32_dense", "moh_transnext_micro32_50", 32, 3),
+    ],
+    ids=["vit", "transnext"],
+)
+def test_dense_then_mask_computes_the_same_function(dense: str, moh: str, side: int, channels: int) -> None:
+    torch.manual_seed(0)
+    ours, masked = timm.create_model(moh).eval(), timm.create_model(dense).eval()
+    masked.load_state_dict({k: v for k, v in ours.state_dict().items() if ".router." not in k})
+    plain = masked(x := torch.randn(2, channels, side, side))
+    for attention, other in zip(_attentions(masked), _attentions(ours), strict=True):
+        _weigh_heads(attention, other.router)
+    torch.testing.assert_close(masked(x), ours(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, masked(x), atol=1e-3)
