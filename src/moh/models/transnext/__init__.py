@@ -1,0 +1,15 @@
+"""MoH-ViT: the TransNeXt backbone with Mixture-of-Head attention, as ordinary timm models (extra `vision`).
+
+Importing `moh` is enough for `timm.create_model("moh_transnext_base_75")` to find them.
+"""
+
+from moh._extras import require
+
+require("timm", extra="vision")
+
+from moh.models.transnext import presets  # noqa: E402
+from moh.models.transnext.architecture import Architecture  # noqa: E402
+from moh.models.transnext.attention import AggregatedAttention, PlainAttention  # noqa: E402
+from moh.models.transnext.model import MoHTransNeXt  # noqa: E402
+
+__all__ = ["AggregatedAttention", "Architecture", "MoHTransNeXt", "PlainAttention", "presets"]

@@ -1,0 +1,127 @@
+"""TransNeXt's attention for active (token, head) pairs: the C++ operator where it can serve, else PyTorch's operators.
+
+The definition is in `scoring.py`. PyTorch computes every head: packing the active pairs with its gathers was measured
+and is hardly faster at half of the heads, slower above (docs/kernel.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moh.attention import cpu
+from moh.models.transnext.scoring import Scoring, neighbours, reference_attention
+
+BACKENDS = ("cpu", "sdpa", "reference")
+"""The names that `moh.moh_attention` knows: C++, PyTorch (here every head, then weighted), the definition."""
+
+
+def aggregated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    gates: Tensor,
+    scoring: Scoring,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention to a window of neighbours and to pooled keys under one softmax, in which each token uses some heads.
+
+    Args:
+        q: queries `[B, N, H, D]`, not yet normalised; any finite values where the gate is 0.
+        k: normalised keys `[B, N, H, D]`; without a local window, `[B, 0, H, D]`.
+        v: values, as k.
+        pooled_k: normalised keys `[B, P, H, D]` that every query sees.
+        pooled_v: values `[B, P, H, D]`.
+        gates: `[B, N, H]`, each head's weight for each token; exactly 0 means inactive.
+        scoring: the layer's parameters.
+        dropout_p: probability of dropping a weight of the softmax.
+        backend: one of `BACKENDS`, None for C++ where it can serve and PyTorch elsewhere.
+
+    Returns:
+        `[B, N, H, D]` in q's dtype, weighted by the gates, 0 where inactive. Differentiable in all tensors but
+        `scoring.length`; the gradient of a gate that is 0 is defined as 0.
+
+    Raises:
+        ValueError: an unknown backend, or one that can't serve the call; says why.
+    """
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in (None, "cpu"):
+        reason = _unsupported(q, scoring, dropout_p)
+        if reason is None:
+            return _compiled(q, k, v, pooled_k, pooled_v, gates, scoring)
+        if backend == "cpu":
+            raise ValueError(f"backend 'cpu' can't serve this call: {reason}")
+    if backend == "reference" and not dropout_p:
+        return reference_attention(q, k, v, pooled_k, pooled_v, gates, scoring)
+    if backend == "reference":
+        raise ValueError("backend 'reference' can't serve this call: it has no dropout of attention weights")
+    return _dense(q, k, v, pooled_k, pooled_v, gates, scoring, dropout_p)
+
+
+def _unsupported(q: Tensor, scoring: Scoring, dropout_p: float) -> str | None:
+    """Why the C++ operator can't serve the call, or None."""
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, not on {q.device.type}"
+    if q.dtype not in cpu.DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if dropout_p > 0:
+        return "it has no dropout of attention weights"
+    if scoring.window > cpu.MAX_WINDOW:
+        return f"it has local windows of at most {cpu.MAX_WINDOW} x {cpu.MAX_WINDOW}, not of {scoring.window}"
+    if cpu.transforms_are_active():
+        return "it has no rules for torch.func's transforms"
+    return cpu.unavailable()
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, gates: Tensor, scoring: Scoring
+) -> Tensor:
+    s = scoring
+    inputs = (q, k, v, pooled_k, pooled_v, gates)
+    parameters = (s.embedding, s.temperature, s.length, s.tokens, s.token_bias, s.local_bias, s.pooled_bias)
+    out: Tensor = torch.ops.moh.cpu_aggregated_attention(*(t.float() for t in (*inputs, *parameters)), *s.size)
+    return out.to(q.dtype)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    gates: Tensor,
+    scoring: Scoring,
+    dropout_p: float,
+) -> Tensor:
+    """Every head, then weighted. The neighbours are `window^2` shifted views of the padded image, read one by one."""
+    unit, scaled = scoring.queries(q)
+    places = scoring.window**2
+    scores = (scaled.transpose(1, 2) @ pooled_k.permute(0, 2, 3, 1) + scoring.pooled_bias).transpose(1, 2)
+    if places:
+        local = torch.stack([(scaled * shifted).sum(-1) for shifted in _shifted(k, scoring)], dim=-1)
+        visible = neighbours(scoring.size, scoring.window, q.device)[1][:, None]  # [N, 1, W]
+        local = (local + scoring.local_bias).masked_fill(~visible, -torch.inf)
+        scores = torch.cat([local, scores], dim=-1)  # [B, N, H, W + P]
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    heads = (weights[..., places:].transpose(1, 2) @ pooled_v.transpose(1, 2)).transpose(1, 2)  # [B, N, H, D]
+    if places:
+        extra = (unit.transpose(1, 2) @ scoring.tokens).transpose(1, 2) + scoring.token_bias
+        local = weights[..., :places] + extra  # outside of the image the shifted values are 0
+        for place, shifted in enumerate(_shifted(v, scoring)):
+            heads = heads + local[..., place : place + 1] * shifted
+    return torch.where((gates != 0)[..., None], heads, 0.0) * gates[..., None]
+
+
+def _shifted(x: Tensor, scoring: Scoring) -> list[Tensor]:
+    """For each place of the window, every token's neighbour at that place, `[B, N, H, D]`; 0 outside of the image."""
+    (B, N, H, D), (height, width), window = x.shape, scoring.size, scoring.window
+    reach = window // 2
+    image = F.pad(x.reshape(B, height, width, H * D), (0, 0, reach, reach, reach, reach))
+    corners = [(i, j) for i in range(window) for j in range(window)]
+    return [image[:, i : i + height, j : j + width].reshape(B, N, H, D) for i, j in corners]
