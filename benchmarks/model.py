@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
 from benchmarks.dense import heads_of
-from moh.conversion.convert import build
 from moh.conversion.families import moh_config_fields
+from moh.conversion.language import build
 from moh.models.llama import MoHLlamaConfig
 from moh.models.loading import load_causal_lm
 from moh.routing import Router, build_router

@@ -24,8 +24,8 @@ from transformers.utils.logging import set_verbosity_error
 from moh.config import MoHConfig
 from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator
-from moh.conversion.convert import build
 from moh.conversion.families import moh_config_fields
+from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.tokens import calibration_blocks
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity
@@ -89,7 +89,7 @@ def main() -> None:
 
     add(dense.config.num_attention_heads, "dense original", dense)
     h = dense.config.num_attention_heads
-    calibrator = Calibrator(dense, blocks, 2, progress=False)
+    calibrator = Calibrator(DenseLanguageModel(dense, "linear", copied=False), blocks, 2, progress=False)
     shared = options.shared_heads
     routers = calibrator.fit_routers([MoHConfig(h, shared, h - 1 - shared, "linear")] * dense.config.num_hidden_layers)
     costs = calibrator.costs(routers)

@@ -1,7 +1,7 @@
 """Mixture-of-Heads: transformers whose attention heads are experts (arXiv 2410.11842).
 
-`import moh` needs torch alone. What needs transformers is loaded when it is first used; the Auto classes of
-transformers know our models as soon as both packages are imported, in either order.
+`import moh` needs torch alone. What needs an extra is loaded when it is first used; the Auto classes of transformers
+and timm's `create_model` know our models as soon as both packages are imported, in either order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from moh.attention import moh_attention
 from moh.config import MoHConfig
 from moh.layers import MoHAttention
 from moh.models.registration import register_with_transformers
+from moh.models.timm_registration import register_with_timm
 from moh.routing import RoutingInfo, record_routing
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = ["MoHAttention", "MoHConfig", "RoutingInfo", "convert", "moh_attention
 
 
 register_with_transformers()
+register_with_timm()
 
 
 def __getattr__(name: str) -> Any:

@@ -138,6 +138,25 @@ def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_fused_projection_gives_the_dense_queries_keys_and_values(sparse_calls, bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 3 * 48, bias=bias), torch.randn(2, 50, 64, requires_grad=True)
+    gates = (torch.rand(2, 50, 6) < 0.5).float()
+    inputs = [x, *linear.parameters()]
+    results = []
+    for share in (0.5, 1.0):
+        q, k, v = moh.attention.project_qkv(linear, x, gates, share)
+        assert q.shape == k.shape == v.shape == (2, 50, 6, 8)
+        q = q * gates[..., None]  # what an inactive head's query is does not matter
+        results.append([q, k, v, *torch.autograd.grad((q * 2 + k * 3 + v * v).sin().sum(), inputs)])
+    assert sparse_calls.count("cpu_expand") == 1  # the second share is too large
+    for sparse, dense in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+    expected = linear(x).view(2, 50, 3, 6, 8)
+    torch.testing.assert_close(torch.stack(results[1][1:3], 2), expected[:, :, 1:])
+
+
 @pytest.mark.parametrize(
     "reason",
     ["few tokens", "large share", "bfloat16", "autocast", "hook", "adapter"],

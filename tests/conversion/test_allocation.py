@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moh import MoHConfig, convert
 from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.language import DenseLanguageModel
 from moh.routing import LinearRouter
 
 
@@ -49,7 +50,7 @@ def routers_of(dense: nn.Module) -> list[LinearRouter]:
 
 
 def costs_of(dense: nn.Module, routers: list[LinearRouter], tokens: Tensor) -> Tensor:
-    return layer_costs(dense, [layer.self_attn for layer in dense.model.layers], routers, iter(tokens.split(3)))
+    return layer_costs(DenseLanguageModel(dense, "linear", copied=True), routers, iter(tokens.split(3)))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])

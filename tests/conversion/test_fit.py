@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moh import convert
 from moh.conversion.fit import OUTPUT_RIDGE, ROUTER_RIDGE, fit_contributions, refit_output_projection
+from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_contributions, head_contributions
 
 FAMILIES = ["Llama", "Mistral", "Qwen2"]
@@ -53,9 +54,10 @@ def test_the_contribution_router_is_the_least_squares_fit(make_dense, tokens, wa
 @torch.no_grad()
 def test_the_fit_reports_means_and_explained_variance(make_dense, tokens, watch) -> None:
     dense = make_dense()
-    attentions = [layer.self_attn for layer in dense.model.layers]
-    sums = collect_contributions(dense.model, attentions, iter(tokens.split(7)), 4)
-    for layer, layer_sums, seen in zip(attentions, sums, watch(dense, tokens), strict=True):
+    sums = collect_contributions(DenseLanguageModel(dense, "linear", copied=True), iter(tokens.split(7)))
+    for layer, layer_sums, seen in zip(
+        [layer.self_attn for layer in dense.model.layers], sums, watch(dense, tokens), strict=True
+    ):
         fit = fit_contributions(layer_sums)
         c = contributions_by_definition(seen.z, layer.o_proj.weight)
         left = (c - seen.x @ fit.weight.T - fit.bias).square().sum(0)

@@ -1,7 +1,7 @@
 """Routed attention: `(q, k, v, gates) -> heads`, one function over several backends."""
 
 from moh.attention.dispatch import Backend, backends, choose_backend, moh_attention
-from moh.attention.projections import project_output, project_queries
+from moh.attention.projections import project_output, project_qkv, project_queries
 from moh.attention.reference import reference_attention
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "choose_backend",
     "moh_attention",
     "project_output",
+    "project_qkv",
     "project_queries",
     "reference_attention",
 ]

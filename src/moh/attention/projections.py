@@ -37,9 +37,33 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, b
         dense: Tensor = linear(x)
         return dense.view(B, N, H, dense.shape[-1] // H)
     assert isinstance(linear, nn.Linear)  # as _sparse_is_faster has seen
-    heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), linear.weight, gates.detach().flatten(0, 1))
-    if linear.bias is not None:
-        heads = heads + linear.bias.view(H, -1)
+    return _active_queries(linear.weight, linear.bias, x, gates)
+
+
+def project_qkv(
+    linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`project_queries` and the dense keys and values, of one fused projection: q, k and v, each `[B, N, H, D]`.
+
+    Args as in `project_queries`; `linear` is C -> 3 * H * D, its rows those of the queries, the keys and the values.
+    """
+    B, N, H = gates.shape
+    if not _sparse_is_faster(linear, x, share, backend):
+        dense: Tensor = linear(x)
+        q, k, v = dense.view(B, N, 3, H, dense.shape[-1] // (3 * H)).unbind(2)
+        return q, k, v
+    assert isinstance(linear, nn.Linear)
+    rows = linear.out_features // 3  # H * D
+    q_bias, kv_bias = (None, None) if linear.bias is None else (linear.bias[:rows], linear.bias[rows:])
+    k, v = nn.functional.linear(x, linear.weight[rows:], kv_bias).view(B, N, 2, H, rows // H).unbind(2)
+    return _active_queries(linear.weight[:rows], q_bias, x, gates), k, v
+
+
+def _active_queries(weight: Tensor, bias: Tensor | None, x: Tensor, gates: Tensor) -> Tensor:
+    B, N, H = gates.shape
+    heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), weight, gates.detach().flatten(0, 1))
+    if bias is not None:
+        heads = heads + bias.view(H, -1)
     return heads.view(B, N, H, heads.shape[-1])
 
 

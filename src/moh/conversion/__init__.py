@@ -1,4 +1,4 @@
-"""Conversion: a pretrained dense model -> the same model with MoH attention (extra `llm`)."""
+"""Conversion: a pretrained dense model -> the same model with MoH attention (extra `llm`; `vision` for timm's)."""
 
 from moh._extras import require
 

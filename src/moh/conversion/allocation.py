@@ -12,24 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh.conversion.statistics import Attentions
+from moh.conversion.dense import DenseModel
 from moh.routing import LinearRouter
 
 
-def layer_costs(
-    model: nn.Module, attentions: Attentions, routers: Sequence[LinearRouter], batches: Iterator[Tensor]
-) -> Tensor:
+def layer_costs(dense: DenseModel, routers: Sequence[LinearRouter], batches: Iterator[Tensor]) -> Tensor:
     """Estimated rise of the loss, in nats per token, if one layer used only n heads.
 
     Args:
-        model: the dense model; its gradients are left as they were.
+        dense: the dense model; its gradients are left as they were.
         routers: one per layer; they tell which n heads a token would use.
-        batches: token ids `[B, N]`.
+        batches: samples `[B, ...]` that the model reads.
 
     Returns:
         `[L, H + 1]` float64; entry n is the cost of n heads, 0 for n = H.
     """
-    num_heads = routers[0].config.num_heads
+    model, num_heads = dense.model, dense.num_heads
     costs = torch.zeros(len(routers), num_heads + 1, dtype=torch.float64)
     tokens = 0
     orders: list[Tensor] = [torch.empty(0)] * len(routers)
@@ -52,10 +50,10 @@ def layer_costs(
 
             z.register_hook(see_gradient)
 
-        attention = attentions[index]
+        attention = dense.attentions[index]
         return [
-            attention.q_proj.register_forward_pre_hook(see_input),
-            attention.o_proj.register_forward_pre_hook(see_heads),
+            attention.entry.register_forward_pre_hook(see_input),
+            attention.output.register_forward_pre_hook(see_heads),
         ]
 
     handles = [handle for index in range(len(routers)) for handle in watch(index)]
@@ -66,13 +64,8 @@ def layer_costs(
     try:
         with torch.enable_grad():  # the caller may have gradients off
             for batch in batches:
-                embedded = model.get_input_embeddings()(batch).requires_grad_()  # type: ignore[operator]
-                logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-                loss = nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
-                )
-                loss.backward()
-                tokens += batch.numel()
+                dense.loss(batch).backward()
+                tokens += len(orders[0])
     finally:
         for handle in handles:
             handle.remove()

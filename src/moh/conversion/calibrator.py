@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
 from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.dense import DenseModel
 from moh.conversion.fit import ContributionFit, fit_contributions, fit_two_stage_logits, refit_output_projection
 from moh.conversion.statistics import ContributionSums, collect_contributions, collect_outputs
 from moh.routing import LinearRouter, Router, TwoStageRouter
@@ -30,26 +30,26 @@ MIN_HEADS = 4
 class Calibrator:
     """The calibration passes over one dense model."""
 
-    def __init__(self, dense: PreTrainedModel, blocks: Tensor, batch_size: int, progress: bool) -> None:
+    def __init__(self, dense: DenseModel, samples: Tensor, batch_size: int, progress: bool) -> None:
+        """`samples` `[n, ...]` as the model reads them, `batch_size` of them in one pass."""
         self._dense = dense
-        self._attentions = [layer.self_attn for layer in dense.get_decoder().layers]
         self._fits: list[ContributionFit] = []
-        self._blocks = blocks
+        self._samples = samples
         self._batch_size = batch_size
         self._progress = progress
 
     def fit_routers(self, layers: Sequence[MoHConfig]) -> Sequence[LinearRouter | TwoStageRouter]:
         """One router per layer. A number of shared heads becomes the set of those that contribute most."""
-        batches = self._batches("recording what each head contributes", self._blocks, self._batch_size)
-        sums = collect_contributions(self._dense.get_decoder(), self._attentions, batches, layers[0].num_heads)
+        batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
+        sums = collect_contributions(self._dense, batches)
         self._fits = [fit_contributions(s) for s in sums]
         routers: list[LinearRouter | TwoStageRouter] = []
-        for layer, layer_sums, fit, attention in zip(layers, sums, self._fits, self._attentions, strict=True):
+        for layer, layer_sums, fit, attention in zip(layers, sums, self._fits, self._dense.attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
             routers.append(
-                _linear_router(config, fit, attention.q_proj.weight.device)
+                _linear_router(config, fit, attention.device)
                 if layer.router == "linear"
                 else _two_stage_router(config, layer_sums)
             )
@@ -57,31 +57,31 @@ class Calibrator:
 
     def costs(self, routers: Sequence[Any]) -> Tensor:
         """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`)."""
-        blocks = self._blocks[: max(1, COST_TOKENS // self._blocks.shape[1])]
-        batches = self._batches("estimating what each layer needs", blocks, max(1, self._batch_size // 2))
-        return layer_costs(self._dense, self._attentions, routers, batches)
+        samples = self._samples[: max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))]
+        batches = self._batches("estimating what each layer needs", samples, max(1, self._batch_size // 2))
+        return layer_costs(self._dense, routers, batches)
 
     def reallocate(self, routers: Sequence[Any], costs: Tensor, total: int) -> list[LinearRouter]:
         """Routers with `total` heads over all layers, shared out by `costs`."""
         budget = allocate(costs, total, at_least=min(MIN_HEADS, total // len(routers)))
         reallocated = []
-        for router, fit, heads, attention in zip(routers, self._fits, budget, self._attentions, strict=True):
+        for router, fit, heads, attention in zip(routers, self._fits, budget, self._dense.attentions, strict=True):
             shared = fit.strongest(min(router.config.num_shared, heads))
             config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
-            reallocated.append(_linear_router(config, fit, attention.q_proj.weight.device))
+            reallocated.append(_linear_router(config, fit, attention.device))
         return reallocated
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
         """New weights of each layer's output projection."""
-        batches = self._batches("refitting the output projections", self._blocks, self._batch_size)
-        sums = collect_outputs(self._dense.get_decoder(), self._attentions, routers, batches)
+        batches = self._batches("refitting the output projections", self._samples, self._batch_size)
+        sums = collect_outputs(self._dense, routers, batches)
         return [
-            refit_output_projection(s, attention.o_proj.weight)
-            for s, attention in zip(sums, self._attentions, strict=True)
+            refit_output_projection(s, attention.output.weight)
+            for s, attention in zip(sums, self._dense.attentions, strict=True)
         ]
 
-    def _batches(self, title: str, blocks: Tensor, batch_size: int) -> Iterator[Tensor]:
-        batches = blocks.to(self._dense.device).split(batch_size)
+    def _batches(self, title: str, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
+        batches = samples.to(self._dense.device).split(batch_size)
         yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
 
 

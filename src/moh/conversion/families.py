@@ -39,7 +39,8 @@ def moh_config_fields(config: PreTrainedConfig, router: str) -> dict[str, Any]:
         )
     if model_type not in SUPPORTED:
         raise ValueError(
-            f"model must be of a type among {', '.join(SUPPORTED)} (SmolLM is a llama), got {model_type!r}"
+            f"model must be of a type among {', '.join(SUPPORTED)} (SmolLM is a llama) or vit, or one of timm's vision "
+            f"transformers (DeiT), got {model_type!r}"
         )
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
     fields["sliding_window"] = _uniform_window(config)

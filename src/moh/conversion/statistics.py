@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh.conversion.dense import DenseAttention, DenseModel
 from moh.routing import Router
 
 
@@ -50,16 +51,12 @@ class _Taps:
     z: Tensor | None = field(default=None)  # [tokens, H*D]
 
 
-Attentions = Sequence[Any]
-"""The attention modules of a model, each with `q_proj`, `o_proj` and `head_dim`."""
-
-
 def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
     """`||H_i W_O^i||_2` of every token and head.
 
     Args:
         z: all heads of each token, concatenated, `[T, H*D]`.
-        o_proj: weight of the output projection, `[C, H*D]`.
+        o_proj: weight of the output projection, `[C, H*D]`, as it reaches the residual stream.
 
     Returns:
         `[T, H]`, float32.
@@ -69,37 +66,34 @@ def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
     return torch.stack([(h @ w).norm(dim=-1) for h, w in zip(heads, parts, strict=True)], dim=-1)
 
 
-def collect_contributions(
-    model: nn.Module, attentions: Attentions, batches: Iterator[Tensor], num_heads: int
-) -> list[ContributionSums]:
-    """Run the dense `model` over `batches` of token ids `[B, N]` and sum up each layer's inputs and contributions."""
+def collect_contributions(dense: DenseModel, batches: Iterator[Tensor]) -> list[ContributionSums]:
+    """Run the dense model over `batches` and sum up each layer's inputs and contributions."""
+    num_heads = dense.num_heads
     sums: list[ContributionSums] = []
-    for attention in attentions:
-        width = attention.q_proj.in_features + 1
-        zeros = torch.zeros(width, width, dtype=torch.float64)
+    for attention in dense.attentions:
+        zeros = torch.zeros(attention.width + 1, attention.width + 1, dtype=torch.float64)
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
+    written = [attention.written for attention in dense.attentions]
 
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
-        c = head_contributions(taps.z, attentions[index].o_proj.weight, num_heads)
+        c = head_contributions(taps.z, written[index], num_heads)
         layer = sums[index]
         layer.xx += (x.T @ x).cpu().double()
         layer.xc += (x.T @ c).cpu().double()
         layer.cc += (c.T @ c).cpu().double()
         layer.tokens += x.shape[0]
 
-    _run(model, attentions, batches, add)
+    _run(dense, batches, add)
     return sums
 
 
-def collect_outputs(
-    model: nn.Module, attentions: Attentions, routers: Sequence[Router], batches: Iterator[Tensor]
-) -> list[OutputSums]:
-    """Run the dense `model` again and sum up, per layer, the heads that `routers` would keep against all heads."""
+def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> list[OutputSums]:
+    """Run the dense model again and sum up, per layer, the heads that `routers` would keep against all heads."""
     sums: list[OutputSums] = []
-    for attention in attentions:
-        width = attention.o_proj.in_features
+    for attention in dense.attentions:
+        width = attention.output.in_features
         zeros = torch.zeros(width, width, dtype=torch.float64)
         sums.append(OutputSums(zeros, zeros.clone()))
 
@@ -111,26 +105,24 @@ def collect_outputs(
         sums[index].gg += (g.T @ g).cpu().double()
         sums[index].gz += (g.T @ z).cpu().double()
 
-    _run(model, attentions, batches, add)
+    _run(dense, batches, add)
     return sums
 
 
-def _run(
-    model: nn.Module, attentions: Attentions, batches: Iterator[Tensor], add: Callable[[int, _Taps], None]
-) -> None:
+def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, _Taps], None]) -> None:
     """Forward passes in evaluation mode; `add(layer, taps)` after each layer's attention."""
-    training = model.training
-    model.eval()
+    training = dense.model.training
+    dense.model.eval()
     try:
-        with torch.no_grad(), _tapped(attentions, add):
+        with torch.no_grad(), _tapped(dense.attentions, add):
             for batch in batches:
-                model(input_ids=batch, use_cache=False)
+                dense.run(batch)
     finally:
-        model.train(training)
+        dense.model.train(training)
 
 
 @contextmanager
-def _tapped(attentions: Attentions, add: Callable[[int, _Taps], None]) -> Iterator[None]:
+def _tapped(attentions: Sequence[DenseAttention], add: Callable[[int, _Taps], None]) -> Iterator[None]:
     """Hooks on the query and output projections, whose inputs are the layer's input and its heads."""
     handles = []
     for index, attention in enumerate(attentions):
@@ -144,8 +136,8 @@ def _tapped(attentions: Attentions, add: Callable[[int, _Taps], None]) -> Iterat
             add(index, taps)
             taps.x = taps.z = None
 
-        handles.append(attention.q_proj.register_forward_pre_hook(see_input))
-        handles.append(attention.o_proj.register_forward_pre_hook(see_heads))
+        handles.append(attention.entry.register_forward_pre_hook(see_input))
+        handles.append(attention.output.register_forward_pre_hook(see_heads))
     try:
         yield
     finally:

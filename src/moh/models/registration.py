@@ -8,26 +8,64 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from moh._import_hooks import when_imported
 
-_MODEL_TYPE = "moh_llama"
-_PACKAGE = "moh.models.llama"
-_CONFIG = "MoHLlamaConfig"
-_MODELS = {"AutoModel": "MoHLlamaModel", "AutoModelForCausalLM": "MoHLlamaForCausalLM"}
-_MODEL_NAMES = {"AutoModel": "MODEL_MAPPING_NAMES", "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"}
+
+@dataclass(frozen=True)
+class _ModelType:
+    """One type of model.
+
+    Attributes:
+        name: `config.model_type`.
+        package: where its classes are.
+        config: name of the configuration's class.
+        models: name of the Auto class -> name of the model's class.
+    """
+
+    name: str
+    package: str
+    config: str
+    models: Mapping[str, str]
+
+
+_MODEL_TYPES = (
+    _ModelType(
+        "moh_llama",
+        "moh.models.llama",
+        "MoHLlamaConfig",
+        {"AutoModel": "MoHLlamaModel", "AutoModelForCausalLM": "MoHLlamaForCausalLM"},
+    ),
+    _ModelType(
+        "moh_vit",
+        "moh.models.transformers_vit",
+        "MoHViTConfig",
+        {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"},
+    ),
+)
+_MODEL_NAMES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
 _AUTO = "transformers.models.auto"
 
 
 class _LazyPackage(ModuleType):
     """Stands where transformers looks for a model type's module, and is our package from the first look on."""
 
+    def __init__(self, name: str, package: str) -> None:
+        super().__init__(name)
+        self._package = package
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(_PACKAGE), name)
+        return getattr(importlib.import_module(self._package), name)
 
 
 def register_with_transformers() -> None:
@@ -35,26 +73,31 @@ def register_with_transformers() -> None:
     if f"{_AUTO}.modeling_auto" in sys.modules:
         _register_classes()
     else:
-        when_imported(f"{_AUTO}.configuration_auto", _add_config_name)
+        when_imported(f"{_AUTO}.configuration_auto", _add_config_names)
         when_imported(f"{_AUTO}.modeling_auto", _add_model_names)
 
 
 def _register_classes() -> None:
     auto = importlib.import_module(f"{_AUTO}.modeling_auto")
     mapping = importlib.import_module(f"{_AUTO}.configuration_auto").CONFIG_MAPPING
-    package = importlib.import_module(_PACKAGE)
-    config = getattr(package, _CONFIG)
-    mapping.register(_MODEL_TYPE, config, exist_ok=True)
-    for auto_class, model in _MODELS.items():
-        getattr(auto, auto_class).register(config, getattr(package, model), exist_ok=True)
+    for kind in _MODEL_TYPES:
+        package = importlib.import_module(kind.package)
+        config = getattr(package, kind.config)
+        mapping.register(kind.name, config, exist_ok=True)
+        for auto_class, model in kind.models.items():
+            getattr(auto, auto_class).register(config, getattr(package, model), exist_ok=True)
 
 
-def _add_config_name() -> None:
-    sys.modules[f"transformers.models.{_MODEL_TYPE}"] = _LazyPackage(f"transformers.models.{_MODEL_TYPE}")
-    sys.modules[f"{_AUTO}.configuration_auto"].CONFIG_MAPPING_NAMES[_MODEL_TYPE] = _CONFIG
+def _add_config_names() -> None:
+    names = sys.modules[f"{_AUTO}.configuration_auto"].CONFIG_MAPPING_NAMES
+    for kind in _MODEL_TYPES:
+        module = f"transformers.models.{kind.name}"
+        sys.modules[module] = _LazyPackage(module, kind.package)
+        names[kind.name] = kind.config
 
 
 def _add_model_names() -> None:
     auto = sys.modules[f"{_AUTO}.modeling_auto"]
-    for auto_class, names in _MODEL_NAMES.items():
-        getattr(auto, names)[_MODEL_TYPE] = _MODELS[auto_class]
+    for kind in _MODEL_TYPES:
+        for auto_class, model in kind.models.items():
+            getattr(auto, _MODEL_NAMES[auto_class])[kind.name] = model

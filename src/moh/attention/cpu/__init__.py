@@ -1,5 +1,6 @@
 """Backend `cpu`: routed attention in C++, compiled for this machine on first use; `csrc/` holds the kernels."""
 
+from moh.attention.cpu.aggregated import MAX_WINDOW
 from moh.attention.cpu.build import BuildError
 from moh.attention.cpu.operators import (
     DTYPES,
@@ -14,6 +15,7 @@ from moh.attention.cpu.operators import (
 
 __all__ = [
     "DTYPES",
+    "MAX_WINDOW",
     "BuildError",
     "cpu_attention",
     "instruction_set",

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from moh.attention.cpu import projections
+from moh.attention.cpu import aggregated, projections
 from moh.attention.cpu.build import BuildError, compile_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +42,7 @@ def _try_to_load() -> str | None:
     torch.library.register_fake("moh::cpu_attention", _attention_shapes)
     torch.library.register_fake("moh::cpu_attention_backward", _attention_backward_shapes)
     projections.register()
+    aggregated.register()
     chosen = os.environ.get("MOH_CPU_ISA")
     if chosen:
         _use(chosen)

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from moh.config import MoHConfig
+from moh.models.layer_heads import layer_configs, mean_share
 
 
 @strict
@@ -61,33 +62,18 @@ class MoHLlamaConfig(LlamaConfig):  # type: ignore[misc]
         Raises:
             ValueError: as the class says.
         """
-        layers = []
-        for index in range(self.num_hidden_layers):
-            active = self._of_layer("active_heads", self.active_heads, index)
-            shared = self._of_layer("shared_heads", self.shared_heads, index)
-            if shared is None:
-                shared = self.num_attention_heads - active
-            try:
-                layers.append(MoHConfig(self.num_attention_heads, shared, active, self.router))
-            except ValueError as error:
-                raise ValueError(f"layer {index}: {error}") from None
-        return layers
-
-    def _of_layer(self, name: str, value: Any, index: int) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        if len(value) != self.num_hidden_layers:
-            raise ValueError(
-                f"{name} must be a number or a list with one entry per layer ({self.num_hidden_layers}), "
-                f"got {len(value)} entries"
-            )
-        return value[index]
+        return layer_configs(
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            shared_heads=self.shared_heads,
+            active_heads=self.active_heads,
+            router=self.router,
+        )
 
     @property
     def share(self) -> float:
         """Mean share of the heads that a token uses, over the layers."""
-        layers = self.layer_configs()
-        return sum(layer.share for layer in layers) / len(layers)
+        return mean_share(self.layer_configs())
 
 
 __all__ = ["MoHLlamaConfig"]

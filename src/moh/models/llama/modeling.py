@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -24,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from moh.attention import moh_attention, project_output, project_queries
 from moh.config import MoHConfig
+from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.llama.configuration import MoHLlamaConfig
 from moh.routing import build_router, record_routing
 
@@ -178,12 +178,9 @@ class MoHLlamaForCausalLM(MoHLlamaPreTrainedModel, LlamaForCausalLM):  # type: i
             return outputs
         assert labels is not None
         balance = routing.balance_loss(_token_mask(attention_mask, labels))
-        if self.training and torch.is_grad_enabled() and not balance.requires_grad and self._router_is_trained():
-            raise RuntimeError(
-                "the load-balance loss has no gradient: reentrant gradient checkpointing runs the layers without one; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
-            )
-        weight = coefficient * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        if self.training:
+            check_balance_gradient(balance, (layer.self_attn for layer in self.model.layers))
+        weight = coefficient * share_of_batch(labels[..., 1:], kwargs.get("num_items_in_batch"))
         return MoeCausalLMOutputWithPast(
             loss=outputs.loss + weight * balance.to(outputs.loss.device),
             aux_loss=balance,
@@ -193,29 +190,9 @@ class MoHLlamaForCausalLM(MoHLlamaPreTrainedModel, LlamaForCausalLM):  # type: i
             attentions=outputs.attentions,
         )
 
-    def _router_is_trained(self) -> bool:
-        """Whether anything that decides the routing of a layer with routed heads is to be trained."""
-        for layer in self.model.layers:
-            attention = layer.self_attn
-            source = attention.q_proj if attention.router.uses_queries else attention.router
-            if attention.router.config.active_heads and any(p.requires_grad for p in source.parameters()):
-                return True
-        return False
-
 
 def _token_mask(attention_mask: Tensor | None, labels: Tensor) -> Tensor | None:
     """The padding mask `[B, N]` if there is one of the inputs' own length."""
     if attention_mask is not None and attention_mask.shape == labels.shape:
         return attention_mask
     return None
-
-
-def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This call's share of an optimiser step's labels.
-
-    With gradient accumulation the Trainer gives the step's number of labels and adds the losses of its calls up. The
-    balance loss has to be averaged over the calls like the loss itself.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch

@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set: the three passes for each data type.
 #pragma once
 
+#include "aggregated.h"
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
@@ -48,6 +49,13 @@ Kernels kernels(const char* name) {
       Project<Isa, decltype(t)>::outer(p, static_cast<const decltype(t)*>(x), tokens, first_channel, channels, scratch);
     });
   };
+  k.aggregate_scratch = [](const Aggregate& p, const Rows* rows) {
+    using A = AggregatedAttention<Isa>;
+    return rows == nullptr ? A::scratch(p, p.tokens, true)
+                           : A::scratch(p, A::end_near(p, *rows) - A::first_near(p, *rows), false);
+  };
+  k.aggregate = AggregatedAttention<Isa>::forward;
+  k.aggregate_backward = AggregatedAttention<Isa>::backward;
   return k;
 }
 

@@ -83,6 +83,41 @@ struct Projection {
   void* to = nullptr;
 };
 
+// A tensor [batch, token, head, width] of floats whose last dimension is contiguous; strides count elements.
+struct Rowed {
+  const float* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0;
+};
+
+// What one call of aggregated attention asks for (aggregated.h): B, N, H, D, P pooled keys, W places of the window.
+struct Aggregate {
+  int64_t batches = 0, tokens = 0, heads = 0, width = 0, pooled = 0, places = 0;
+  int64_t side = 0, rows = 0, columns = 0;  // of the window; of the image, in tokens
+  Rowed q, k, v, pooled_k, pooled_v;
+  const float* gates = nullptr;          // [B, N, H], as everything below contiguous
+  const float* embedding = nullptr;      // [H, D]
+  const float* temperature = nullptr;    // [H]
+  const float* length = nullptr;         // [N]
+  const float* token_weights = nullptr;  // [H, D, W]
+  const float* token_bias = nullptr;     // [H, W]
+  const float* local_bias = nullptr;     // [H, W]
+  const float* pooled_bias = nullptr;    // [H, N, P]
+  float* out = nullptr;                  // [B, N, H, D]
+
+  // Backward only: `grad` as `out`, the others as what they are the gradient of, but contiguous.
+  const float* grad = nullptr;
+  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *grad_pooled_k = nullptr, *grad_pooled_v = nullptr;
+  float* grad_gates = nullptr;
+};
+
+// Where one task of the backward pass sums the gradients of its head's parameters.
+struct AggregateSums {
+  float *embedding, *temperature, *tokens, *token_bias, *local_bias, *pooled_bias;
+};
+
+constexpr float kSmallestNorm = 1e-12f;  // queries are divided by at least this, as torch.nn.functional.normalize does
+constexpr int64_t kPlaces = 49;          // places of the largest window, 7 x 7
+
 constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
 constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
 constexpr int64_t kProjectionRows = 240;      // tokens of one task: with their channels half of a 512 KiB L2 cache
@@ -111,6 +146,11 @@ struct Kernels {
                     int64_t first_channel, int64_t channels, float* scratch);
   void (*outer)(const Projection&, const void* x, const Rows&, int64_t first_channel, int64_t channels,
                 float* scratch);
+
+  // Floats for a forward task of these rows; without rows, for a backward task.
+  int64_t (*aggregate_scratch)(const Aggregate&, const Rows*);
+  void (*aggregate)(const Aggregate&, const Rows&, float* scratch);
+  void (*aggregate_backward)(const Aggregate&, const Rows&, const AggregateSums&, float* scratch);
 };
 
 const Kernels& portable_kernels();

@@ -1,0 +1,108 @@
+"""The conversion's adapter for language models of the Llama family: dense transformers model -> `MoHLlamaForCausalLM`.
+
+Which models of transformers belong to the family is in `families.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moh.config import MoHConfig
+from moh.conversion.dense import DenseAttention, DenseModel
+from moh.conversion.families import moh_config_fields
+from moh.conversion.tokens import calibration_blocks
+from moh.models.layer_heads import compact_heads
+from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.routing import Router
+
+SEQ_LEN = 512
+"""Tokens of a block of packed texts, unless asked for otherwise."""
+
+
+class DenseLanguageModel(DenseModel):
+    """A dense causal language model.
+
+    Args:
+        model: of the Llama family.
+        router: of the conversion.
+        copied: False lets the MoH model have the dense model's own tensors.
+
+    Raises:
+        ValueError: the model is of another family, or `router` makes no sense for it.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
+        self._fields = moh_config_fields(model.config, router)
+        self._copied = copied
+        self.model = model
+        self.num_heads = model.config.num_attention_heads
+        self.attentions = [
+            DenseAttention(layer.self_attn.q_proj, layer.self_attn.o_proj) for layer in model.get_decoder().layers
+        ]
+
+    def needs_calibration(self, router: str) -> bool:
+        return router != "query_norm"
+
+    def samples(
+        self, calibration: Any, *, max_tokens: int, tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None
+    ) -> Tensor:
+        """Token ids `[n, N]`."""
+        seq_len = SEQ_LEN if seq_len is None else seq_len
+        return calibration_blocks(calibration, tokenizer, max_tokens, seq_len, self.model.config.vocab_size)
+
+    def tokens_per_sample(self, samples: Tensor) -> int:
+        return samples.shape[1]
+
+    def run(self, samples: Tensor) -> None:
+        self.model.get_decoder()(input_ids=samples, use_cache=False)
+
+    def loss(self, samples: Tensor) -> Tensor:
+        """Next-token cross-entropy."""
+        embedded = self.model.get_input_embeddings()(samples).requires_grad_()
+        logits = self.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), samples[:, 1:].flatten(), reduction="sum")
+
+    def build(
+        self,
+        layers: Sequence[MoHConfig],
+        routers: Sequence[Router],
+        output_weights: Sequence[Tensor],
+        *,
+        router_aux_loss_coef: float,
+    ) -> MoHLlamaForCausalLM:
+        config = MoHLlamaConfig(
+            **self._fields,
+            router=layers[0].router,
+            **compact_heads(layers),
+            router_aux_loss_coef=router_aux_loss_coef,
+        )
+        return build(self.model, config, routers, output_weights, copied=self._copied)
+
+
+def build(
+    dense: PreTrainedModel,
+    config: MoHLlamaConfig,
+    routers: Sequence[nn.Module],
+    output_weights: Sequence[Tensor],
+    *,
+    copied: bool,
+) -> MoHLlamaForCausalLM:
+    """The MoH model with the dense model's weights, the fitted routers and, if any, the refitted output weights."""
+    state = {name: tensor.clone() if copied else tensor for name, tensor in dense.state_dict().items()}
+    for index, router in enumerate(routers):
+        for name, tensor in router.state_dict().items():
+            state[f"model.layers.{index}.self_attn.router.{name}"] = tensor.to(dense.device, dense.dtype)
+    for index, weight in enumerate(output_weights):
+        state[f"model.layers.{index}.self_attn.o_proj.weight"] = weight
+    model = MoHLlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=dense.dtype, attn_implementation="sdpa"
+    )
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    return model.to(dense.device).eval()  # type: ignore[no-any-return]
