@@ -1,15 +1,24 @@
-"""Text files that appear whole or not at all. Not for directories (`moh.training.checkpoints`)."""
+"""Files that appear whole or not at all. Not for directories (`moh.training.checkpoints`)."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; the file that the block writes there is moved into place if it ends well."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        file = Path(scratch) / path.name
+        yield file
+        os.replace(file, path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 under a temporary name beside `path`, then move it into place."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        file = Path(scratch) / path.name
+    with replacing_file(path) as file:
         file.write_text(text, encoding="utf-8")
-        os.replace(file, path)

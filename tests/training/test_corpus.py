@@ -51,7 +51,7 @@ def test_own_held_out_files_are_taken_whole(tmp_path: Path) -> None:
 
 
 def test_an_unknown_corpus_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="django-docs, debian-handbook, anarchism, got 'bible'"):
+    with pytest.raises(ValueError, match=r"django-docs, debian-handbook, anarchism, .*, got 'bible'"):
         load_corpus("bible")
     assert DEFAULT_CORPUS in CORPORA
 

@@ -1,19 +1,36 @@
-"""Evaluating language models: perplexity with its error, speed side by side, and what it was measured on.
+"""Evaluating models: perplexity and speed of language models, accuracy of image classifiers (extra `vision`).
 
-Works for any transformers causal language model, MoH or dense. Not for training (`moh.training`).
+Works for MoH and dense models alike. Not for training (`moh.training`).
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from moh.evaluation.machine import cpu_name, device_name
 from moh.evaluation.perplexity import PerplexityResult, perplexity
 from moh.evaluation.speed import ModelSpeed, Rate, SpeedReport, measure_speed
 
+if TYPE_CHECKING:
+    from moh.evaluation.images import ImageEvaluation, evaluate_images
+
 __all__ = [
+    "ImageEvaluation",
     "ModelSpeed",
     "PerplexityResult",
     "Rate",
     "SpeedReport",
     "cpu_name",
     "device_name",
+    "evaluate_images",
     "measure_speed",
     "perplexity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ImageEvaluation", "evaluate_images"):
+        from moh.evaluation import images
+
+        return getattr(images, name)
+    raise AttributeError(f"module 'moh.evaluation' has no attribute {name!r}")

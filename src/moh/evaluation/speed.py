@@ -160,7 +160,7 @@ def measure_speed(
 @torch.no_grad()
 def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and for decoding after it."""
-    clock = _clock(prompt.device)
+    clock = device_clock(prompt.device)
     start = clock()
     # As `generate` does it: the vocabulary's logits are computed for the last token alone
     outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
@@ -173,7 +173,7 @@ def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tu
 
 def _time_training(model: PreTrainedModel, prompt: Tensor) -> float:
     """Seconds for the loss of the prompt and its gradients, which are dropped again."""
-    clock = _clock(prompt.device)
+    clock = device_clock(prompt.device)
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     start = clock()
     with torch.enable_grad():
@@ -184,7 +184,7 @@ def _time_training(model: PreTrainedModel, prompt: Tensor) -> float:
     return seconds
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def device_clock(device: torch.device) -> Callable[[], float]:
     """A clock that waits for the GPU's queue."""
     if device.type != "cuda":
         return time.perf_counter

@@ -1,12 +1,11 @@
-"""How many tokens use each head: counted over a text, layer by layer, in constant memory.
+"""How many tokens use each head: counted over a text, layer by layer.
 
-The load of a head is the share of tokens that activate it (f_i of the balance loss). Pictures are in `plots`.
+The load of a head is the share of tokens that activate it (f_i of the balance loss). Pictures are in `plots`; the load per
+class of image is in `class_load`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moh._files import write_text
 from moh.config import MoHConfig
-from moh.routing import record_routing
+from moh.inspection.counting import HeadCounter, stack_layers
+from moh.inspection.tables import save_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +26,8 @@ class HeadLoad:
     """Loads of all heads of a model.
 
     Attributes:
-        load: `[L, H]` float64, share of tokens that activate each head; 1 for shared heads.
+        load: `[L, H]` float64, share of tokens that activate each head; 1 for shared heads. Where layers differ in their
+            number of heads, H is the largest, and NaN stands where a layer has none.
         layers: heads and routing of each of the L layers.
         tokens: tokens counted.
     """
@@ -39,7 +39,7 @@ class HeadLoad:
     @property
     def share(self) -> list[float]:
         """Share of heads that a token uses in each layer, as counted."""
-        return [float(row) for row in self.load.mean(1)]
+        return [float(row) for row in self.load.nanmean(1)]
 
     def rows(self) -> list[dict[str, int | float | str]]:
         """One row per layer and head: layer, head, kind ("shared" or "routed"), load."""
@@ -56,11 +56,7 @@ class HeadLoad:
 
     def save_csv(self, path: str | Path) -> None:
         """Write `rows()` as CSV, whole or not at all."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=["layer", "head", "kind", "load"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        write_text(Path(path), text.getvalue())
+        save_rows(path, self.rows())
 
 
 @torch.no_grad()
@@ -74,20 +70,14 @@ def head_load(model: PreTrainedModel, blocks: Tensor, *, batch_size: int = 4, pr
 
     if blocks.dim() != 2 or blocks.numel() == 0:
         raise ValueError(f"blocks must be token ids [n, seq_len] with n >= 1, got shape {tuple(blocks.shape)}")
-    counts: list[Tensor] = []
-    layers: list[MoHConfig] = []
+    counter = HeadCounter(model)
     training = model.training
     model.eval()
     try:
         batches = blocks.split(batch_size)
         for batch in tqdm(batches, desc="head load", unit="batch", disable=None if progress else True, leave=False):
-            with record_routing(model) as routing:
+            with counter.counting():
                 model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
-            if not len(routing):
-                raise ValueError("model has no MoH layers: a dense model uses every head for every token")
-            layers = [info.config for _, info in routing]
-            active = [info.active.sum((0, 1)).double().cpu() for _, info in routing]
-            counts = active if not counts else [c + a for c, a in zip(counts, active, strict=True)]
     finally:
         model.train(training)
-    return HeadLoad(torch.stack(counts) / blocks.numel(), layers, blocks.numel())
+    return HeadLoad(stack_layers([load[0] for load in counter.load]), counter.layers, blocks.numel())

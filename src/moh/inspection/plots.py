@@ -24,7 +24,8 @@ def plot_head_load(load: HeadLoad, *, title: str = "Head load") -> Figure:
     """Layers x heads, the share of tokens that activate each head; shared heads are marked S."""
     figure_module = require("matplotlib.figure", extra="llm")
     count, heads = load.load.shape
-    figure: Figure = figure_module.Figure(figsize=(1.6 + 0.42 * heads, 1.4 + 0.2 * count), layout="constrained")
+    height = max(4.4, 1.4 + 0.2 * count)  # at least the length of the colour bar's label
+    figure: Figure = figure_module.Figure(figsize=(1.6 + 0.42 * heads, height), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(load.load.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for layer, config in enumerate(load.layers):

@@ -70,11 +70,16 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
 
 def is_image_classifier(directory: str | Path) -> bool:
     """Whether a directory holds a model in timm's format."""
+    return "architecture" in saved_config(directory)
+
+
+def saved_config(directory: str | Path) -> dict[str, Any]:
+    """A directory's config.json; empty if it has none that can be read. `label_names`: the classes; `model_args`."""
     try:
         config = json.loads((Path(directory).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args: Mapping[str, Any]) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def default_device() -> torch.device:
@@ -45,6 +52,15 @@ def load_causal_lm(
         model.is_quantized = False
         del model.config.quantization_config
     return model if device is None else model.to(device)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Load the configuration of a model alone; `path` as in `load_causal_lm`."""
+    source, gguf = _source(path)
+    try:
+        return AutoConfig.from_pretrained(source, **gguf)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"model {str(path)!r} has a configuration that can't be read: {error}") from None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -39,7 +39,11 @@ __all__ = [
 ]
 
 
-_RUNS = {"language": "moh.training.run"}
+_RUNS = {
+    "language": "moh.training.run",
+    "image_classification": "moh.training.images.run",
+    "diffusion": "moh.training.diffusion.run",
+}
 """task of a recipe -> the module whose `train` runs it."""
 
 

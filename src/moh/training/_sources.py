@@ -1,4 +1,4 @@
-"""Where the built-in corpora come from: Django's source release through pip, and two Debian packages.
+"""Where data comes from: Django's source release through pip, texts in Debian packages, and how both are fetched.
 
 Each function takes the cache directory and returns the documents and their source. Not for splitting or tokenising.
 """
@@ -57,6 +57,21 @@ def anarchism(cache_dir: Path) -> tuple[list[str], str]:
     return _debian_pages("anarchism", "html", cache_dir)
 
 
+def postgresql_doc(cache_dir: Path) -> tuple[list[str], str]:
+    """The manual of PostgreSQL 15, one document per page."""
+    return _debian_pages("postgresql-doc-15", "html", cache_dir, "**/*.html")
+
+
+def python_doc(cache_dir: Path) -> tuple[list[str], str]:
+    """The documentation of Python 3.11, one document per page."""
+    return _debian_pages("python3.11-doc", "html", cache_dir, "**/*.html")
+
+
+def linux_doc(cache_dir: Path) -> tuple[list[str], str]:
+    """The documentation of Linux 6.1 in English, one document per page."""
+    return _debian_pages("linux-doc-6.1", "html", cache_dir, "**/*.html", without="translations")
+
+
 def rst_paragraphs(text: str) -> list[str]:
     """The running text of a reStructuredText page: unindented paragraphs and list items, without the markup.
 
@@ -101,14 +116,17 @@ def _is_prose(paragraph: str) -> bool:
     return len(paragraph) >= 200 or (ends and len(paragraph) >= 40)
 
 
-def _debian_pages(package: str, folder: str, cache_dir: Path) -> tuple[list[str], str]:
+def _debian_pages(
+    package: str, folder: str, cache_dir: Path, pattern: str = "*.html", *, without: str | None = None
+) -> tuple[list[str], str]:
+    """The pages of a package, but those below a folder named `without`."""
     below = Path("usr/share/doc") / package / folder
     root = Path("/")
     if not (root / below).is_dir():  # not installed, or installed without its documentation
         root = cache_dir / package
         if not (root / below).is_dir():
-            _apt_download(package, root)
-    pages = sorted((root / below).glob("*.html"))
+            apt_download(package, root, advice=f"{_OWN_FILES}, or use django-docs")
+    pages = sorted(page for page in (root / below).glob(pattern) if without not in page.parts)
     documents = [_document(html_paragraphs(decode_utf8(page.read_bytes(), name=page))) for page in pages]
     documents = [text for text in documents if text]
     if not documents:
@@ -143,15 +161,24 @@ def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = F
         os.replace(scratch / target.name, target)
 
 
-def _apt_download(package: str, target: Path) -> None:
-    """Fetch a Debian package without installing it, and unpack it to `target`."""
+def apt_download(package: str, target: Path, *, advice: str) -> None:
+    """Fetch a Debian package without installing it, and unpack it to `target`.
+
+    Args:
+        package: its name.
+        target: where its files go, replaced if it exists.
+        advice: what to do instead, for the message.
+
+    Raises:
+        RuntimeError: this is no Debian system, or its registry can't be reached.
+    """
     failure = f"the Debian package {package} is not installed (apt-get install {package}) and can't be fetched"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise RuntimeError(f"{failure}: this is not a Debian or Ubuntu system; {_OWN_FILES}, or use django-docs")
+        raise RuntimeError(f"{failure}: this is not a Debian or Ubuntu system; {advice}")
     with _scratch(target.parent) as scratch:
-        _run(["apt-get", "download", package], scratch, failure)
+        _run(["apt-get", "download", package], scratch, failure, advice)
         (archive,) = scratch.glob("*.deb")
-        _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure)
+        _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure, advice)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(scratch / "unpacked", target)
 
@@ -163,12 +190,12 @@ def _scratch(parent: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _run(command: list[str], folder: Path, failure: str) -> None:
+def _run(command: list[str], folder: Path, failure: str, advice: str = _OWN_FILES) -> None:
     print(f"fetching: {' '.join(command)}", file=sys.stderr)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{failure}: {error}; {_OWN_FILES}") from None
+        raise RuntimeError(f"{failure}: {error}; {advice}") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(f"{failure}: {lines[-1] if lines else f'exit code {done.returncode}'}; {_OWN_FILES}")
+        raise RuntimeError(f"{failure}: {lines[-1] if lines else f'exit code {done.returncode}'}; {advice}")

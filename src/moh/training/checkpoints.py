@@ -67,6 +67,37 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def writing_checkpoint(checkpoint: Path, *, writes: bool = True) -> Iterator[None]:
+    """Write a checkpoint in the block; if the disk can't take it, delete the half that was written and say what is left.
+
+    Args:
+        checkpoint: its directory, beside which the earlier ones lie.
+        writes: False on the processes of a distributed run that delete nothing.
+
+    Raises:
+        RuntimeError: it can't be written; names the last complete checkpoint.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_disk(error) or checkpoint_problem(checkpoint) is None:  # perhaps an old one can't be deleted
+            raise
+        if writes:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        last = last_complete_checkpoint(checkpoint.parent)
+        left = "there is no earlier one" if last is None else f"{last} is complete: a new start goes on from there"
+        raise RuntimeError(
+            f"the checkpoint {checkpoint} can't be written ({' '.join(str(error).split())}); is the disk full? {left}"
+        ) from error
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether an error comes from writing; safetensors and torch raise their own, the latter without a reason."""
+    text = str(error)
+    return isinstance(error, OSError) or "I/O error" in text or "inline_container" in text or "PytorchStream" in text
+
+
 def check_writable(directory: str | Path, *, name: str) -> None:
     """Check that files can be made in `directory`, or in the nearest directory above it that exists; leaves nothing.
 
@@ -83,8 +114,8 @@ def check_writable(directory: str | Path, *, name: str) -> None:
         raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
 
 
-def check_replaceable(directory: str | Path, *, name: str) -> None:
-    """Check that `directory` may be made, or replaced: it does not exist, is empty, or holds a model.
+def check_replaceable(directory: str | Path, *, name: str, holding: str = "config.json") -> None:
+    """Check that `directory` may be made, or replaced: it does not exist, is empty, or holds a model (or file `holding`).
 
     Raises:
         ValueError: it holds something else, or can't be written; the message begins with `name`.
@@ -92,7 +123,7 @@ def check_replaceable(directory: str | Path, *, name: str) -> None:
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} {directory} must be a directory, but it is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / holding).is_file():
         raise ValueError(
             f"{name} {directory} must be new, empty or a model's directory; it holds other files, which stay"
         )
@@ -100,16 +131,17 @@ def check_replaceable(directory: str | Path, *, name: str) -> None:
 
 
 @contextmanager
-def replacing_directory(target: Path, *, writes: bool = True) -> Iterator[Path]:
+def replacing_directory(target: Path, *, writes: bool = True, holding: str = "config.json") -> Iterator[Path]:
     """Yield a directory beside `target` that takes its place if the block ends well, and vanishes if it does not.
 
     Args:
         target: the directory to make or to replace.
         writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
+        holding: the file by which a directory that may be replaced is known.
     """
     target = target.resolve()
     if writes:
-        check_replaceable(target, name="output directory")
+        check_replaceable(target, name="output directory", holding=holding)
     scratch = target.with_name(f".{target.name}.partial")  # the same name on every process
     if writes:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Texts to tune and to measure on: three that install anywhere or on Debian, or the user's own, each with a held-out part.
+"""Texts to train and to measure on: some that install anywhere or on Debian, or the user's own, each with a held-out part.
 
 The held-out rule, one for all: of the documents in their fixed order, every tenth (the 10th, 20th, ...) is held out.
 Nothing is shuffled, and no document is in both parts. Not for tokenising: see `moh.training.data`.
@@ -50,6 +50,12 @@ CORPORA: dict[str, _Entry] = {
     "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", _sources.debian_handbook),
     # 141 pages, 2,445,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
     "anarchism": _Entry("GPL-2.0-only", _sources.anarchism),
+    # 1,087 pages, 1,088,000 tokens: the manual of a data base; this and the next two are packages of Debian 12
+    "postgresql-doc": _Entry("PostgreSQL", _sources.postgresql_doc),
+    # 530 pages, 1,644,000 tokens: a language and its library
+    "python-doc": _Entry("PSF-2.0", _sources.python_doc),
+    # 2,522 pages, 4,353,000 tokens: a kernel, for those who work on it
+    "linux-doc": _Entry("GPL-2.0-only", _sources.linux_doc),
 }
 """The built-in corpora by name."""
 
@@ -63,8 +69,8 @@ def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None)
     tenth in the order of their file names.
 
     Args:
-        name: one of `CORPORA`. "django-docs" comes through pip at a pinned version with a checked digest; the other
-            two are Debian packages, read where they are installed or fetched with `apt-get download` (no root needed).
+        name: one of `CORPORA`. "django-docs" comes through pip at a pinned version with a checked digest; the others
+            are Debian packages, read where they are installed or fetched with `apt-get download` (no root needed).
         cache_dir: where fetched texts are kept; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The model that a recipe names, loaded in float32 and converted.
+"""The model that a recipe names, in float32: loaded and converted, or new; and whether text and model fit each other.
 
 Not for the conversion itself (`moh.conversion`) nor for published MoH checkpoints (`moh.checkpoints`).
 """
@@ -8,77 +8,168 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moh._extras import require
+from moh.training.architecture import FromScratchRecipe
 from moh.training.checkpoints import replacing_directory
-from moh.training.recipe import ModelRecipe, Recipe
+from moh.training.recipe import Recipe
+from moh.training.tokens.byte_pair import byte_pair_tokenizer
+from moh.training.tokens.prepare import TrainingText, cache_directory, open_sources
 
 require("transformers", extra="llm")
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
-from moh.models.loading import load_causal_lm  # noqa: E402
+from moh.models.llama import MoHLlamaConfig  # noqa: E402
+from moh.models.loading import load_causal_lm, load_config  # noqa: E402
 from moh.models.loading import load_tokenizer as _load_tokenizer  # noqa: E402
 
-
-def load_dense(model: ModelRecipe) -> PreTrainedModel:
-    """Load the recipe's model in float32 (autocast, not the weights, makes training cheaper).
-
-    Raises:
-        ValueError: transformers can't load it.
-    """
-    try:
-        return load_causal_lm(model.path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise _unloadable(model, error) from None
+_MOST_PADDING = 2048
+"""Rows of an embedding beyond the tokenizer's ids: more than any model pads to, so it must be another's tokenizer."""
 
 
-def load_tokenizer(model: ModelRecipe) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the recipe's model.
+def load_dense(path: str) -> PreTrainedModel:
+    """Load the pretrained model of a recipe in float32 (autocast, not the weights, makes training cheaper).
 
     Raises:
         ValueError: transformers can't load it.
     """
     try:
-        return _load_tokenizer(model.path)
+        return load_causal_lm(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise _unloadable(model, error) from None
+        raise _unloadable("model.path", path, error) from None
 
 
-def build_model(recipe: Recipe, train_blocks: Tensor, arguments: TrainingArguments) -> PreTrainedModel:
-    """Load the recipe's model and convert it if the recipe says so.
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model, pretrained or new.
 
-    Under torchrun one process converts and the others load its result, so that all have the same heads.
+    Raises:
+        ValueError: transformers can't load it, or it can't be made from the text.
     """
+    new = recipe.model.from_scratch
+    if new is not None and new.tokenizer is None:
+        assert new.vocab_size is not None
+        return byte_pair_tokenizer(open_sources(recipe.data), new.vocab_size, cache_directory(recipe.data))
+    path = recipe.model.path if new is None else new.tokenizer
+    assert path is not None
+    try:
+        return _load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise _unloadable("model.path" if new is None else "model.from_scratch.tokenizer", path, error) from None
+
+
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the recipe's model, without its weights.
+
+    Raises:
+        ValueError: transformers can't load it, or the sizes of a new model don't fit each other.
+    """
+    if recipe.model.from_scratch is not None:
+        return new_config(recipe.model.from_scratch, tokenizer)
+    assert recipe.model.path is not None
+    try:
+        return load_config(recipe.model.path)
+    except (OSError, ValueError) as error:
+        raise _unloadable("model.path", recipe.model.path, error) from None
+
+
+def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The configuration of a new model: Llama's, or `MoHLlamaConfig` where the recipe has MoH heads.
+
+    Raises:
+        ValueError: heads that don't add up, or an argument that the configuration doesn't have.
+    """
+    names = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
+    names += " max_position_embeddings tie_word_embeddings"
+    fields = {name: getattr(recipe, name) for name in names.split()}
+    fields |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    fields["vocab_size"] = recipe.vocab_size or largest_id(tokenizer) + 1
+    if recipe.moh is not None:
+        fields |= {name: getattr(recipe.moh, name) for name in ("shared_heads", "active_heads", "router")}
+    kind = LlamaConfig if recipe.moh is None else MoHLlamaConfig
+    for name in recipe.extra:
+        if name in fields:
+            raise ValueError(f"model.from_scratch.extra must not set {name}: it has a field of its own")
+        if not hasattr(kind(), name):
+            raise ValueError(f"model.from_scratch.extra: {kind.__name__} has no argument {name!r}")
+    try:
+        return kind(**fields, **recipe.extra)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.from_scratch: {' '.join(str(error).split())}") from None
+
+
+def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+    """Check that the model knows the tokenizer's ids and is made for sequences so long.
+
+    Raises:
+        ValueError: the vocabularies differ, or `seq_len` is above the model's positions.
+    """
+    tokens, rows = largest_id(tokenizer) + 1, config.get_text_config().vocab_size
+    if not tokens <= rows <= tokens + _MOST_PADDING:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model a vocabulary of {rows}: the model must have as many, or up "
+            f"to {_MOST_PADDING} more for padding"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len must be at most the model's max_position_embeddings = {positions}, got {seq_len}"
+        )
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id; with gaps in the vocabulary it is more than the number of tokens."""
+    return int(max(tokenizer.get_vocab().values()))
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, text: TrainingText, arguments: TrainingArguments
+) -> PreTrainedModel:
+    """Load the recipe's model and convert it if the recipe says so, or make a new one.
+
+    Under torchrun one process converts and the others load its result, so that all have the same heads. A new model's
+    weights depend on the seed alone.
+    """
+    if recipe.model.from_scratch is not None:
+        torch.manual_seed(recipe.training.seed)
+        return AutoModelForCausalLM.from_config(new_config(recipe.model.from_scratch, tokenizer), dtype=torch.float32)
+    assert recipe.model.path is not None
     if recipe.conversion is None:
-        return load_dense(recipe.model)
+        return load_dense(recipe.model.path)
     if arguments.world_size == 1:
-        return _convert(recipe, train_blocks)
+        return _convert(recipe, text)
     target = Path(arguments.output_dir) / "converted"
     with arguments.main_process_first(local=False, desc="converting the model"):
         if arguments.process_index == 0:
             with replacing_directory(target) as scratch:
-                _convert(recipe, train_blocks).save_pretrained(scratch)
+                _convert(recipe, text).save_pretrained(scratch)
     return load_causal_lm(target, dtype=torch.float32)
 
 
-def _convert(recipe: Recipe, train_blocks: Tensor) -> PreTrainedModel:
+def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
     from moh.conversion import convert
 
-    assert recipe.conversion is not None
+    assert recipe.conversion is not None and recipe.model.path is not None
     settings = recipe.conversion
+    needs_text = settings.router != "query_norm"
     return convert(
-        load_dense(recipe.model),
+        load_dense(recipe.model.path),
         shared_heads=settings.shared_heads,
         active_heads=settings.active_heads,
         router=settings.router,
-        calibration=None if settings.router == "query_norm" else train_blocks,
+        calibration=text.sample(settings.calibration_tokens, recipe.data.seq_len) if needs_text else None,
         calibration_tokens=settings.calibration_tokens,
         allocation=settings.allocation,
         refit_output=settings.refit_output,
     )
 
 
-def _unloadable(model: ModelRecipe, error: Exception) -> ValueError:
-    return ValueError(f"model.path {model.path!r} can't be loaded: {' '.join(str(error).split())}")
+def _unloadable(name: str, path: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} {path!r} can't be loaded: {' '.join(str(error).split())}")

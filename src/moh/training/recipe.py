@@ -6,21 +6,38 @@ Not for reading files (`moh.training.recipe_file`) nor for running anything (`mo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from moh.training.architecture import FromScratchRecipe
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS
 from moh.training.settings import TrainingSettings, at_least
+from moh.training.tokens.recipe import SourceRecipe, check_sources
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The pretrained model to start from.
+    """The model to start from: a pretrained one, or one with random weights.
 
     Args:
         path: a local directory, a name on the model hub, or a .gguf file (which holds weights and tokenizer).
+        from_scratch: sizes, heads and tokenizer of a new model, in place of `path`.
     """
 
-    path: str
+    path: str | None = None
+    from_scratch: FromScratchRecipe | None = None
+
+    def check(self) -> None:
+        """Check the choice; called by the recipe, as the parser hides what parts raise.
+
+        Raises:
+            ValueError: neither or both are given, or a size is out of its range.
+        """
+        if (self.path is None) == (self.from_scratch is None):
+            raise ValueError(
+                "model must have either a path or from_scratch, got " + ("both" if self.path else "neither")
+            )
+        if self.from_scratch is not None:
+            self.from_scratch.check()
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,22 @@ class DataRecipe:
         corpus: a built-in corpus (`moh.training.corpus.CORPORA`); not used if `files` are given.
         files: your own text files or directories (.txt, .md, .html, UTF-8).
         heldout_files: text files to hold out; without them a fixed tenth of `files` is held out.
+        sources: text from any mix of files, data sets and corpora, in place of `corpus` and `files`: tokenised once, kept in
+            `cache_dir`, and packed so that no document sees another.
+        heldout_sources: likewise, to evaluate on if `training.extra` sets an `eval_strategy`.
+        streaming: tokenise `sources` while they are read and keep nothing.
+        stream_buffer: sequences of each source that streaming reads ahead and shuffles.
         seq_len: tokens per training sequence.
-        cache_dir: where fetched corpora are kept (default ~/.cache/moh).
+        cache_dir: where fetched corpora and tokens are kept (default ~/.cache/moh).
     """
 
     corpus: str = DEFAULT_CORPUS
     files: list[str] = field(default_factory=list)
     heldout_files: list[str] = field(default_factory=list)
+    sources: list[SourceRecipe] = field(default_factory=list)
+    heldout_sources: list[SourceRecipe] = field(default_factory=list)
+    streaming: bool = False
+    stream_buffer: int = 1024
     seq_len: int = 512
     cache_dir: str | None = None
 
@@ -68,6 +94,13 @@ class DataRecipe:
             raise ValueError(f"data.corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
         if self.heldout_files and not self.files:
             raise ValueError("data.heldout_files needs data.files: a built-in corpus has its own held-out part")
+        if self.files and self.sources:
+            raise ValueError("data must have either files or sources, got both; a file may be a source")
+        if not self.sources and (self.heldout_sources or self.streaming):
+            raise ValueError("data.heldout_sources and data.streaming need data.sources")
+        check_sources(self.sources, name="data.sources")
+        check_sources(self.heldout_sources, name="data.heldout_sources")
+        at_least("data.stream_buffer", self.stream_buffer, 1)
         at_least("data.seq_len", self.seq_len, 2)
 
 
@@ -76,15 +109,34 @@ class TrainingRecipe(TrainingSettings):
     """How to train a language model: `TrainingSettings`, and distillation from the dense original.
 
     Args:
+        lr_scheduler_kwargs: of the schedule: `{min_lr_rate: 0.1}` for "cosine_with_min_lr" ends at 10 % of the peak.
+        adam_beta1: of AdamW.
+        adam_beta2: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+        tokens_per_batch: tokens per optimiser step; `gradient_accumulation_steps` then follows from it, from the length of
+            the sequences and from the number of processes.
         distillation_weight: w in (1 - w) next-token loss + w T^2 KL(dense original || model).
         distillation_temperature: T of the distillation.
     """
 
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    tokens_per_batch: int | None = None
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        at_least("training.max_grad_norm", self.max_grad_norm, 0)
+        if self.tokens_per_batch is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "training.gradient_accumulation_steps must be 1 with training.tokens_per_batch: it follows"
+            )
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"training.distillation_weight must be between 0 and 1, got {self.distillation_weight}")
         if self.distillation_temperature <= 0:
@@ -96,7 +148,7 @@ class Recipe:
     """One training run of a language model.
 
     Args:
-        model: the pretrained model to start from.
+        model: the model to start from.
         training: how to train.
         data: the text.
         conversion: how to make a MoH model of it first; null trains the model as it is (the dense control).
@@ -110,5 +162,8 @@ class Recipe:
     task: Literal["language"] = "language"
 
     def __post_init__(self) -> None:
+        self.model.check()
+        if self.conversion is not None and self.model.from_scratch is not None:
+            raise ValueError("conversion is for pretrained models: give model.from_scratch.moh in its place")
         if self.conversion is not None:  # here, because the parser hides what an optional part raises
             at_least("conversion.calibration_tokens", self.conversion.calibration_tokens, 1)

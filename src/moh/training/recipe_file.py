@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TASKS = {
     "language": ("moh.training.recipe", "Recipe"),
+    "image_classification": ("moh.training.images.recipe", "ImageRecipe"),
+    "diffusion": ("moh.training.diffusion.recipe", "DiffusionRecipe"),
 }
 """task -> (module, dataclass) of its recipes. A recipe without `task` is one of a language model."""
 

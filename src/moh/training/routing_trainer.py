@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moh._extras import require
 from moh.routing import RoutingRecord, record_routing
+from moh.training.checkpoints import writing_checkpoint
 
 require("transformers", extra="llm")
 
@@ -36,6 +38,11 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
             self._routing_log = {}
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing_checkpoint(checkpoint, writes=self.args.should_save):
+            super()._save_checkpoint(model, trial)
+
     @contextmanager
     def recording(self, model: nn.Module, *, always: bool = False) -> Iterator[RoutingRecord | None]:
         """Record the routing of a forward pass, and keep its figures if it belongs to a step that is logged.
@@ -44,7 +51,7 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
             model: as the Trainer passes it, perhaps wrapped for several processes.
             always: record every forward pass, for a loss that needs the routing; else only those that are logged.
         """
-        logged = model.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+        logged = self.logs_step(model)
         if not (logged or always):
             yield None
             return
@@ -55,3 +62,7 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
                 "active_share": routing.share(),
                 "balance_loss": float(routing.balance_loss().detach()),
             }
+
+    def logs_step(self, model: nn.Module) -> bool:
+        """Whether the forward pass of `model` that is being made belongs to a training step that is logged."""
+        return model.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0

@@ -21,12 +21,13 @@ from transformers import (
     default_data_collator,
 )
 
-from moh.training.corpus import Corpus, corpus_from_files, load_corpus
-from moh.training.data import TokenBlocks, pack_tokens
-from moh.training.loading import build_model, load_dense, load_tokenizer
-from moh.training.recipe import DataRecipe, Recipe
+from moh.training.data import TokenBlocks
+from moh.training.loading import build_model, check_fits, load_dense, load_tokenizer, model_config
+from moh.training.recipe import Recipe
 from moh.training.session import open_session, saving
-from moh.training.trainer import MoHTrainer
+from moh.training.tokens.prepare import TrainingText, prepare_text
+from moh.training.tokens.streaming import StreamedMixture
+from moh.training.trainer import MoHTrainer, stream_position
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,26 @@ def train(
     """
     session = open_session(recipe)
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
+    if settings.tokens_per_batch is not None:
+        arguments.gradient_accumulation_steps = _accumulation(recipe, arguments)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
+    if settings.distillation_weight and teacher is None and recipe.model.path is None:
+        raise ValueError("training.distillation_weight must be 0 with model.from_scratch: there is no dense original")
     if train_blocks is None:
-        train_blocks, heldout_blocks = _blocks(recipe.data, tokenizer, arguments)
-    _check_enough(train_blocks, arguments)
+        check_fits(
+            model.config if model is not None else model_config(recipe, tokenizer), tokenizer, recipe.data.seq_len
+        )
+        text = prepare_text(recipe, tokenizer, arguments)
+    else:
+        text = TrainingText(TokenBlocks(train_blocks), None if heldout_blocks is None else TokenBlocks(heldout_blocks))
+    _check_enough(text, arguments)
+    if checkpoint is not None:
+        text.check_unchanged(session.output_dir)
+    if isinstance(text.train, StreamedMixture):
+        _open_stream(text.train, arguments, checkpoint)
     session.write_recipe()
+    if arguments.should_save:
+        text.write_identity(session.output_dir)
 
     if checkpoint is not None and (checkpoint / "config.json").exists():  # its weights need no conversion
         kind = type(model) if model is not None else AutoModelForCausalLM
@@ -94,18 +110,18 @@ def train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     elif model is None:
-        model = build_model(recipe, train_blocks, arguments)
+        model = build_model(recipe, tokenizer, text, arguments)
     if settings.balance_loss_coef and hasattr(model.config, "router_aux_loss_coef"):
         model.config.router_aux_loss_coef = settings.balance_loss_coef
-    if settings.distillation_weight and teacher is None:
-        teacher = load_dense(recipe.model)
+    if settings.distillation_weight and teacher is None and recipe.model.path is not None:
+        teacher = load_dense(recipe.model.path)
 
     use_cache = model.config.use_cache
     trainer = MoHTrainer(
         model=model,
         args=arguments,
-        train_dataset=TokenBlocks(train_blocks),
-        eval_dataset=None if heldout_blocks is None else TokenBlocks(heldout_blocks),
+        train_dataset=text.train,
+        eval_dataset=text.heldout,
         data_collator=default_data_collator,
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -121,32 +137,38 @@ def train(
     return TrainResult(trained, tokenizer, model_dir, history, session.precision, checkpoint)
 
 
-def load_text(data: DataRecipe) -> Corpus:
-    """The text that a recipe names, split."""
-    if data.files:
-        return corpus_from_files(data.files, data.heldout_files)
-    return load_corpus(data.corpus, data.cache_dir)
+def _accumulation(recipe: Recipe, arguments: TrainingArguments) -> int:
+    """Forward passes of one optimiser step that reads `training.tokens_per_batch` tokens."""
+    wanted = recipe.training.tokens_per_batch
+    once = recipe.data.seq_len * arguments.per_device_train_batch_size * arguments.world_size
+    assert wanted is not None
+    if wanted % once:
+        raise ValueError(
+            f"training.tokens_per_batch must be a multiple of {once} = data.seq_len {recipe.data.seq_len} x "
+            f"per_device_train_batch_size {arguments.per_device_train_batch_size} x {arguments.world_size} processes, "
+            f"got {wanted}"
+        )
+    return int(wanted // once)
 
 
-def _blocks(
-    data: DataRecipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments
-) -> tuple[Tensor, Tensor]:
-    with arguments.main_process_first(desc="fetching the text"):
-        corpus = load_text(data)
-    show = arguments.process_index == 0
-    train, heldout = (
-        pack_tokens(texts, tokenizer, seq_len=data.seq_len, progress=show) for texts in (corpus.train, corpus.heldout)
-    )
-    return train, heldout
-
-
-def _check_enough(blocks: Tensor, arguments: TrainingArguments) -> None:
+def _check_enough(text: TrainingText, arguments: TrainingArguments) -> None:
+    """A corpus in memory has to fill a forward pass; other data begins anew where it ends."""
     needed = arguments.per_device_train_batch_size * arguments.world_size
-    if len(blocks) < needed:
+    if isinstance(text.train, TokenBlocks) and len(text.train) < needed:
+        blocks = text.train.blocks
         raise ValueError(
             f"the training text fills {len(blocks)} sequences of {blocks.shape[1]} tokens, fewer than the {needed} that "
             "one forward pass reads: lower training.per_device_train_batch_size or data.seq_len, or give more text"
         )
+
+
+def _open_stream(stream: StreamedMixture, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """Let the stream, not the Trainer, find the sequence at which a run goes on."""
+    arguments.remove_unused_columns = False  # the stream's state is no input of the model
+    if checkpoint is not None:
+        arguments.ignore_data_skip = True
+        batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+        stream.resume(*stream_position(checkpoint, batch))
 
 
 def _save(trainer: MoHTrainer, target: Path) -> None:

@@ -159,14 +159,15 @@ def _earlier_recipe(recipe: Any, output_dir: Path) -> Any:
 
 
 @contextmanager
-def saving(trainer: Trainer, target: Path) -> Iterator[Path]:
+def saving(trainer: Trainer, target: Path, *, holding: str = "config.json") -> Iterator[Path]:
     """Yield a temporary directory to save the trained model in, moved to `target` if all ends well.
 
     Every process takes part, because a sharded model is gathered by all; only the first one's files count.
+    `holding` is the file by which an earlier result, which may be replaced, is known.
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with replacing_directory(target, writes=trainer.args.should_save) as scratch:
+    with replacing_directory(target, writes=trainer.args.should_save, holding=holding) as scratch:
         trainer.accelerator.wait_for_everyone()
         yield scratch
         trainer.accelerator.wait_for_everyone()

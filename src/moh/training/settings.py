@@ -50,7 +50,8 @@ class TrainingSettings:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        self._check_length()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("logging_steps", "save_steps", "save_total_limit"):
             at_least(f"training.{name}", getattr(self, name), 1)
@@ -61,6 +62,10 @@ class TrainingSettings:
                 f"training.save_steps must be a multiple of training.logging_steps = {self.logging_steps}, "
                 f"got {self.save_steps}"
             )
+
+    def _check_length(self) -> None:
+        """How long to train; a family that counts in epochs has another rule."""
+        at_least("training.max_steps", self.max_steps, 1)
 
 
 def at_least(name: str, value: float, low: float) -> None:

@@ -1,22 +1,58 @@
-"""The transformers Trainer for causal language models, with distillation from a dense teacher.
+"""The transformers Trainer for causal language models: distillation from a dense teacher, mixtures of text in their order.
 
 Not for recipes or data: see `moh.training.run`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from moh._extras import require
+from moh.training.checkpoints import trainer_state
 from moh.training.distillation import distillation_loss
 from moh.training.routing_trainer import RoutingTrainer
+from moh.training.tokens.mixture import StoredMixture
+from moh.training.tokens.streaming import STREAM_KEY, StreamedMixture
 
 require("transformers", extra="llm")
 
-from transformers import PreTrainedModel  # noqa: E402
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.trainer_callback import ExportableState  # noqa: E402
+
+
+class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps the state of a stream beside the Trainer's own, in `trainer_state.json`, the last file of a checkpoint.
+
+    Args:
+        values: of `STREAM_KEY`, of the last sequence that was trained on.
+    """
+
+    def __init__(self, values: list[int] | None = None) -> None:
+        self.values = values or []
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"values": self.values}, "attributes": {}}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The Trainer counts from the place at which it began to read
+        state.epoch = state.global_step / state.max_steps
+
+
+def stream_position(checkpoint: Path, batch: int) -> tuple[list[int], int]:
+    """A stream's state in a checkpoint, and the number of the first sequence that was not trained on.
+
+    Args:
+        checkpoint: complete, of a run that streams.
+        batch: sequences of an optimiser step.
+    """
+    state = trainer_state(checkpoint)
+    values: list[int] = state["stateful_callbacks"][StreamPosition.__name__]["args"]["values"]
+    return values, state["global_step"] * batch
 
 
 class MoHTrainer(RoutingTrainer):
@@ -25,6 +61,8 @@ class MoHTrainer(RoutingTrainer):
     With a teacher the loss is `(1 - w) L + w T^2 KL(teacher || student) + balance`: L the next-token loss, w the
     `distillation_weight`, T the temperature, both means over all predicted tokens of the step; the load-balance term
     (`config.router_aux_loss_coef` times the loss) keeps its weight.
+
+    A `StoredMixture` is read in its own order; the place in a `StreamedMixture` is kept in checkpoints.
 
     Args:
         args: all arguments of `transformers.Trainer`.
@@ -52,6 +90,24 @@ class MoHTrainer(RoutingTrainer):
         self.distillation_temperature = distillation_temperature
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
+        self._stream = StreamPosition()
+        if isinstance(self.train_dataset, StreamedMixture):
+            self.add_callback(self._stream)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StoredMixture):
+            return SequentialSampler(dataset)
+        sampler: Sampler[Any] | None = super()._get_train_sampler(train_dataset)
+        return sampler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's batches of a step, without the stream's state, which is kept."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            if (states := batch.pop(STREAM_KEY, None)) is not None:
+                self._stream.values = states[-1].tolist()
+        return batches, items
 
     def compute_loss(
         self,

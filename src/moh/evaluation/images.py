@@ -1,0 +1,132 @@
+"""Top-1, top-5 and per-class accuracy of an image classifier, its images per second and the share of heads it uses.
+
+Works for any timm model, MoH or dense. Not for reading images (`moh.training.images`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moh._extras import require
+from moh.evaluation.speed import device_clock
+from moh.models.image_loading import ImageInput
+from moh.routing import record_routing
+from moh.training.images.batches import SKIPPED, ImageBatches, image_loader, report_damaged
+from moh.training.images.sources import ImageSource
+
+require("timm", extra="vision")
+
+from timm.utils.metrics import accuracy  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """How well a model classifies images.
+
+    Attributes:
+        top1: percent of the images whose label is the likeliest class.
+        top5: percent of the images whose label is among the five likeliest classes.
+        loss: mean cross-entropy, in nats.
+        per_class: class -> percent of its images that are recognised (top-1); None for a class without images.
+        images: evaluated images.
+        skipped: names of the images that could not be read; they are not counted.
+        images_per_second: of the model's forward passes alone, without reading the images.
+        share: mean share of heads that a token used, over the MoH layers; None for a dense model.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    per_class: dict[str, float | None]
+    images: int
+    skipped: tuple[str, ...]
+    images_per_second: float
+    share: float | None
+
+
+@torch.no_grad()
+def evaluate_images(
+    model: nn.Module,
+    dataset: ImageSource,
+    *,
+    wanted: ImageInput | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = True,
+) -> ImageEvaluation:
+    """Classify all images once.
+
+    Args:
+        model: a timm model; used in evaluation mode and left in its own.
+        dataset: labelled images, with the model's classes in any order.
+        wanted: what the model wants to see; None takes what it says itself (`moh.models.image_loading.image_input`).
+        batch_size: images per forward pass.
+        workers: processes that load images; 0 loads them here.
+        progress: show a progress bar (only on a terminal).
+
+    Raises:
+        ValueError: the images have other classes than the model, none can be read, or `batch_size` is below 1.
+    """
+    from tqdm.auto import tqdm
+
+    loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
+    batches: ImageBatches = loader.dataset  # type: ignore[assignment]
+    source = batches.source
+    device = next(model.parameters()).device
+    clock = device_clock(device)
+    sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, share
+    moh = False
+    right = torch.zeros(len(source.classes), dtype=torch.int64)
+    counted = torch.zeros_like(right)
+    times: list[tuple[int, float]] = []
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="evaluation", unit="batch", disable=None if progress else True, leave=False):
+            readable = batch["labels"] != SKIPPED
+            if not readable.any():
+                continue
+            images, labels = batch["images"][readable].to(device), batch["labels"][readable].to(device)
+            with record_routing(model) as routing:
+                start = clock()
+                logits = model(images).float()  # [B, K]
+                times.append((len(images), clock() - start))
+            moh = bool(len(routing))
+            first, fifth = accuracy(logits, labels, topk=(1, 5))  # type: ignore[no-untyped-call]
+            loss = F.cross_entropy(logits, labels)
+            means = [float(first), float(fifth), float(loss), routing.share() if moh else 0.0]
+            sums += len(images) * torch.tensor(means, dtype=torch.float64)
+            counted += labels.cpu().bincount(minlength=len(counted))
+            right += labels[logits.argmax(-1) == labels].cpu().bincount(minlength=len(counted))
+    finally:
+        model.train(training)
+    skipped = report_damaged(source, batches.damaged, what="skipped")
+    if not times:
+        raise ValueError(f"none of the {len(source.labels)} images can be read")
+    top1, top5, loss_mean, share = (sums / counted.sum()).tolist()
+    return ImageEvaluation(
+        top1=top1,
+        top5=top5,
+        loss=loss_mean,
+        per_class=_per_class(source.classes, right, counted),
+        images=int(counted.sum()),
+        skipped=skipped,
+        images_per_second=_rate(times),
+        share=share if moh else None,
+    )
+
+
+def _per_class(classes: Sequence[str], right: Tensor, counted: Tensor) -> dict[str, float | None]:
+    pairs = zip(right.tolist(), counted.tolist(), strict=True)
+    return {name: 100 * r / n if n else None for name, (r, n) in zip(classes, pairs, strict=True)}
+
+
+def _rate(times: list[tuple[int, float]]) -> float:
+    """Images per second; the first pass, which prepares the kernels, counts only if it is the only one."""
+    timed = times[1:] or times
+    return sum(images for images, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9)

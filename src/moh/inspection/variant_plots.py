@@ -1,0 +1,76 @@
+"""Pictures that compare variants of a model: one figure of each per seed, and one of each per layer.
+
+Needs the extra `llm` (matplotlib); `moh.inspection.plots.save` writes the figure. Colours and marks as in `plots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from moh._extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's palette
+_MARKS = "os^Dv<>"
+
+
+def plot_scores(scores: Mapping[str, Sequence[float]], *, quantity: str, title: str) -> Figure:
+    """One row per variant: a dot for every seed, a line at their mean.
+
+    Args:
+        scores: name of the variant -> one number per seed.
+        quantity: label of the axis.
+        title: of the figure.
+    """
+    figure_module = require("matplotlib.figure", extra="llm")
+    figure: Figure = figure_module.Figure(figsize=(6.4, 1.3 + 0.42 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for row, values in enumerate(scores.values()):
+        colour = _COLOURS[row % len(_COLOURS)]
+        axes.plot(values, [row] * len(values), _MARKS[row % len(_MARKS)], color=colour, alpha=0.75)
+        axes.vlines(mean(values), row - 0.3, row + 0.3, color=colour, linewidth=2)
+    axes.set(xlabel=quantity, title=title, yticks=range(len(scores)), yticklabels=list(scores))
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def plot_over_layers(
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    quantity: str,
+    title: str,
+    level: tuple[str, float] | None = None,
+) -> Figure:
+    """One line per variant over the layers, the mean of its seeds, in a band from the least to the largest of them.
+
+    Args:
+        curves: name of the variant -> for each seed, one number per layer. A variant without seeds is not drawn, but has
+            its colour, so that the others have theirs in every figure.
+        quantity: label of the vertical axis.
+        title: of the figure.
+        level: name and height of a level to draw, such as the best that is possible.
+    """
+    figure_module = require("matplotlib.figure", extra="llm")
+    figure: Figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, seeds) in enumerate(curves.items()):
+        if not seeds:
+            continue
+        colour, layers = _COLOURS[index % len(_COLOURS)], range(len(seeds[0]))
+        by_layer = list(zip(*seeds, strict=True))
+        axes.fill_between(
+            layers, list(map(min, by_layer)), list(map(max, by_layer)), color=colour, alpha=0.15, linewidth=0
+        )
+        axes.plot(layers, list(map(mean, by_layer)), f"-{_MARKS[index % len(_MARKS)]}", color=colour, label=name)
+    if level is not None:
+        axes.axhline(level[1], color="#666666", linestyle=":", label=level[0])
+    axes.set(xlabel="layer", ylabel=quantity, title=title)
+    axes.xaxis.set_major_locator(require("matplotlib.ticker", extra="llm").MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

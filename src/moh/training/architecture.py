@@ -1,0 +1,77 @@
+"""A language model to train from scratch, as data: sizes, heads and tokenizer; validated when the recipe is made.
+
+Not for building it (`moh.training.loading`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moh.training.settings import at_least
+
+
+@dataclass(frozen=True)
+class HeadsRecipe:
+    """The heads of each layer.
+
+    Args:
+        shared_heads: heads that every token uses: a number, or a list with one per layer.
+        active_heads: routed heads that each token chooses, likewise.
+        router: "two_stage" (the paper's), "single_stage" (its ablation) or "query_norm".
+    """
+
+    shared_heads: int | list[int]
+    active_heads: int | list[int]
+    router: str = "two_stage"
+
+
+@dataclass(frozen=True)
+class FromScratchRecipe:
+    """A model of the Llama family with random weights; the names are those of `transformers.LlamaConfig`.
+
+    Args:
+        num_hidden_layers: L.
+        hidden_size: C.
+        intermediate_size: width of the feed-forward layers.
+        num_attention_heads: h, each of width C / h.
+        num_key_value_heads: heads of keys and values; null means h.
+        max_position_embeddings: the longest sequence that the model is made for.
+        vocab_size: rows of the embedding; null means the tokenizer's. Without a tokenizer, the size of the one to make.
+        tokenizer: directory or hub name; null makes a byte-level BPE tokenizer from the training text.
+        tie_word_embeddings: use the embedding as output layer, too.
+        moh: the heads of each layer; null makes a dense model.
+        extra: more arguments of `transformers.LlamaConfig`, by name.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 2048
+    vocab_size: int | None = None
+    tokenizer: str | None = None
+    tie_word_embeddings: bool = False
+    moh: HeadsRecipe | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Check what can be told without transformers; called by the recipe, as the parser hides what parts raise.
+
+        Raises:
+            ValueError: a number is out of its range; the message names the field.
+        """
+        name = "model.from_scratch"
+        for number in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
+            at_least(f"{name}.{number}", getattr(self, number), 1)
+        at_least(f"{name}.max_position_embeddings", self.max_position_embeddings, 2)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{name}.hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
+                f"got {self.hidden_size}"
+            )
+        if self.tokenizer is None and self.vocab_size is None:
+            raise ValueError(f"{name} needs a tokenizer, or the vocab_size of the one to make from the training text")
+        if self.vocab_size is not None:
+            at_least(f"{name}.vocab_size", self.vocab_size, 1)

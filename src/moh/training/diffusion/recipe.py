@@ -1,0 +1,185 @@
+"""A training run of a diffusion model as data: frozen dataclasses, every field validated once, at construction.
+
+Not for reading files (`moh.training.recipe_file`) nor for running anything (`moh.training.diffusion.run`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moh.training.settings import TrainingSettings, at_least
+
+
+@dataclass(frozen=True)
+class DiffusionModelRecipe:
+    """The model to train.
+
+    Args:
+        preset: a preset of `moh.models.dit.create_dit`, such as "moh_dit_s_2_90".
+        overrides: more arguments of `create_dit`. Classes, channels and size come from the data.
+    """
+
+    preset: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "in_channels", "sample_size"):
+            if name in self.overrides:
+                raise ValueError(f"model.overrides must not set {name}: it comes from the data")
+
+
+@dataclass(frozen=True)
+class DiffusionDataRecipe:
+    """The labelled images, as pixels or as latents.
+
+    Args:
+        dataset: "fashion-mnist"; a directory of class folders, or one with train/ that holds them; or a data set of the
+            Hugging Face hub or on disk.
+        image_size: height and width; larger images are resized and cropped to the middle square, smaller ones of
+            "fashion-mnist" padded.
+        train_split: split of a Hugging Face data set; default train.
+        image_column: column of a Hugging Face data set; default the one that holds images.
+        label_column: likewise; default the one that holds class labels.
+        vae: directory or hub name of an `AutoencoderKL`: train on its latents. null trains on pixels.
+        latents: directory where the latents are kept, encoded once; default one in the cache for each VAE, data set and
+            size.
+        flip: mirror half of the images.
+        workers: processes that load images; 0 loads them in the training process.
+        cache_dir: where fetched data and latents are kept (default ~/.cache/moh).
+    """
+
+    dataset: str
+    image_size: int
+    train_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    vae: str | None = None
+    latents: str | None = None
+    flip: bool = True
+    workers: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise ValueError("data.dataset must name a data set or a directory")
+        at_least("data.image_size", self.image_size, 1)
+        at_least("data.workers", self.workers, 0)
+        if self.latents is not None and self.vae is None:
+            raise ValueError("data.latents needs data.vae, whose latents they are")
+
+
+@dataclass(frozen=True)
+class DiffusionProcessRecipe:
+    """The diffusion that the model learns to reverse.
+
+    Args:
+        train_steps: its steps.
+        beta_schedule: variances of the steps, as in diffusers: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        beta_start: the first.
+        beta_end: the last.
+    """
+
+    train_steps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        at_least("diffusion.train_steps", self.train_steps, 2)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                "diffusion.beta_start and diffusion.beta_end must be between 0 and 1 and not fall, "
+                f"got {self.beta_start} and {self.beta_end}"
+            )
+
+
+@dataclass(frozen=True)
+class SampleGridRecipe:
+    """Pictures of what the model draws during training.
+
+    Args:
+        every: optimiser steps between two grids, written to samples/ in the output directory; 0 draws none.
+        classes: ids, one column each; default the first eight.
+        rows: images of each class.
+        guidance: scale of classifier-free guidance; 1 is off.
+        steps: denoising steps.
+        scheduler: "ddim", "dpm++" or "ddpm".
+        seed: of the noise, the same in every grid.
+    """
+
+    every: int = 0
+    classes: list[int] = field(default_factory=list)
+    rows: int = 4
+    guidance: float = 1.5
+    steps: int = 50
+    scheduler: Literal["ddim", "dpm++", "ddpm"] = "ddim"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "guidance", "seed"):
+            at_least(f"training.samples.{name}", getattr(self, name), 0)
+        for name in ("rows", "steps"):
+            at_least(f"training.samples.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class DiffusionTrainingRecipe(TrainingSettings):
+    """How to train a diffusion model: `TrainingSettings`, with the paper's defaults, and what follows.
+
+    Args:
+        warmup_steps: the paper has none.
+        lr_scheduler_type: constant in the paper.
+        per_device_train_batch_size: 256 over all processes in the paper.
+        logging_steps: steps between two entries of the loss.
+        save_steps: steps between two checkpoints, a multiple of `logging_steps`.
+        balance_loss_coef: weight beta of the load-balance loss.
+        max_grad_norm: gradients are clipped to this norm; 0, as in the paper, does not clip.
+        ema_decay: of the moving average of the weights, which is what draws images and is saved as the model.
+        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it: at step s
+            the decay is at most (1 + s) / (10 + s).
+        samples: pictures during training.
+    """
+
+    warmup_steps: float = 0
+    lr_scheduler_type: str = "constant"
+    per_device_train_batch_size: int = 256
+    logging_steps: int = 100
+    save_steps: int = 10_000
+    balance_loss_coef: float = 0.01
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    samples: SampleGridRecipe = field(default_factory=SampleGridRecipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("training.max_grad_norm", self.max_grad_norm, 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class DiffusionRecipe:
+    """One training run of a class-conditional diffusion model.
+
+    Args:
+        model: the model to train.
+        data: the images.
+        training: how to train.
+        diffusion: the process that the model learns to reverse.
+        task: tells recipes of diffusion models from others.
+    """
+
+    model: DiffusionModelRecipe
+    data: DiffusionDataRecipe
+    training: DiffusionTrainingRecipe
+    diffusion: DiffusionProcessRecipe = field(default_factory=DiffusionProcessRecipe)
+    task: Literal["diffusion"] = "diffusion"
+
+    def __post_init__(self) -> None:
+        steps = self.training.samples.steps
+        if steps > self.diffusion.train_steps:
+            raise ValueError(
+                f"training.samples.steps must be at most diffusion.train_steps = {self.diffusion.train_steps}, got {steps}"
+            )

@@ -1,0 +1,162 @@
+"""One training run of a diffusion model, from a recipe to a saved model: images, latents, Trainer.
+
+What happens within a step is `moh.training.diffusion.trainer`'s. Runs under `torchrun` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moh._extras import require
+from moh.models.dit import MoHDiTTransformer2DModel, create_dit
+from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
+from moh.training.checkpoints import trainer_state
+from moh.training.diffusion.data import PixelDataset, as_batch, load_source
+from moh.training.diffusion.latents import LatentDataset, encode_latents
+from moh.training.diffusion.recipe import DiffusionRecipe
+from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
+from moh.training.images.sources import ImageSource
+from moh.training.session import open_session, saving
+
+require("transformers", extra="llm")
+require("diffusers", extra="diffusion")
+
+from diffusers import AutoencoderKL  # noqa: E402
+from transformers import TrainerCallback, TrainingArguments, set_seed  # noqa: E402
+
+
+@dataclass(frozen=True)
+class DiffusionResult:
+    """What a run leaves.
+
+    Attributes:
+        model: the trained model with the averaged weights, in evaluation mode, ready for `moh.sampling.sample`.
+        model_dir: where it is saved, as a diffusers pipeline's directory.
+        log_history: every logged entry, those before an interruption included.
+        precision: "bf16" or "fp32", as used.
+        resumed_from: the checkpoint from which the run went on, or None.
+    """
+
+    model: ImageModel
+    model_dir: Path
+    log_history: list[dict[str, Any]]
+    precision: str
+    resumed_from: Path | None
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss) of every entry."""
+        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
+
+
+def train(
+    recipe: DiffusionRecipe,
+    *,
+    images: ImageSource | None = None,
+    vae: AutoencoderKL | None = None,
+    transformer: MoHDiTTransformer2DModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> DiffusionResult:
+    """Run a recipe; if `output_dir` holds a complete checkpoint of the same recipe, go on from the last one.
+
+    Args:
+        recipe: the run.
+        images: labelled images in place of the recipe's.
+        vae: in place of the one that the recipe names.
+        transformer: a model to train in place of the recipe's preset; it has to fit the data.
+        callbacks: more callbacks of the transformers Trainer.
+
+    Raises:
+        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+    """
+    session = open_session(recipe)
+    settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
+    if arguments.fsdp:
+        raise ValueError("training.extra must not set fsdp: averaged weights of sharded models are not supported")
+    if vae is None and recipe.data.vae is not None:
+        vae = load_vae(recipe.data.vae)
+    if images is None:
+        with arguments.main_process_first(desc="fetching the images"):
+            images = load_source(recipe.data)
+    pixels = PixelDataset(images, recipe.data.image_size)
+    _check(recipe, pixels, arguments)
+    set_seed(settings.seed)  # of the first weights
+    if transformer is None:
+        transformer = _create(recipe, pixels, vae)
+    dataset: PixelDataset | LatentDataset = pixels
+    if vae is not None:
+        folder = None if recipe.data.latents is None else Path(recipe.data.latents)
+        dataset = encode_latents(vae, pixels, folder=folder, flip=recipe.data.flip, cache_dir=recipe.data.cache_dir)
+        vae.to(arguments.device)
+    session.write_recipe()
+
+    process = recipe.diffusion
+    scheduler = diffusion_scheduler(
+        clip=vae is None,
+        train_steps=process.train_steps,
+        beta_schedule=process.beta_schedule,
+        beta_start=process.beta_start,
+        beta_end=process.beta_end,
+    )
+    model = ImageModel(transformer, scheduler, vae, pixels.classes)
+    trainer = DiffusionTrainer(
+        model=Denoiser(transformer),
+        args=_fitting(arguments, transformer, recipe.data.workers),
+        train_dataset=dataset,
+        data_collator=as_batch,
+        callbacks=list(callbacks),
+        image_model=model,
+        settings=settings,
+        flip=recipe.data.flip,
+    )
+    if checkpoint is not None:
+        trainer.load_average(checkpoint, trainer_state(checkpoint)["global_step"])
+    history = session.run(trainer)
+    trainer.ema.copy_to(transformer.parameters())
+    model_dir = session.output_dir / "model"
+    with saving(trainer, model_dir, holding="model_index.json") as scratch:
+        if arguments.should_save:
+            save_image_model(model, scratch)
+    return DiffusionResult(model, model_dir, history, session.precision, checkpoint)
+
+
+def _create(recipe: DiffusionRecipe, pixels: PixelDataset, vae: AutoencoderKL | None) -> MoHDiTTransformer2DModel:
+    """The recipe's model, made to fit the data."""
+    channels, size = pixels.sample_shape[0], pixels.image_size
+    if vae is not None:
+        channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return create_dit(
+        recipe.model.preset,
+        num_classes=len(pixels.classes),
+        in_channels=channels,
+        sample_size=size,
+        **recipe.model.overrides,
+    )
+
+
+def _check(recipe: DiffusionRecipe, pixels: PixelDataset, arguments: TrainingArguments) -> None:
+    """Raise a ValueError for what doesn't fit the images."""
+    needed = arguments.per_device_train_batch_size * arguments.world_size
+    if len(pixels) < needed:
+        raise ValueError(
+            f"there are {len(pixels)} training images, fewer than the {needed} that one forward pass reads: lower "
+            "training.per_device_train_batch_size"
+        )
+    for label in recipe.training.samples.classes:
+        if not 0 <= label < len(pixels.classes):
+            raise ValueError(f"training.samples.classes must be between 0 and {len(pixels.classes) - 1}, got {label}")
+
+
+def _fitting(arguments: TrainingArguments, transformer: MoHDiTTransformer2DModel, workers: int) -> TrainingArguments:
+    """The arguments for a model and data that are not transformers' own."""
+    arguments.remove_unused_columns = False  # batches come whole
+    arguments.ddp_find_unused_parameters = False
+    arguments.dataloader_num_workers = workers
+    for word in ("activation", "gradient"):  # renamed in transformers 5.2x
+        if getattr(arguments, f"{word}_checkpointing", False):
+            setattr(arguments, f"{word}_checkpointing", False)
+            transformer.enable_gradient_checkpointing()
+    return arguments

@@ -1,0 +1,197 @@
+"""The transformers Trainer for diffusion models: noise, hybrid loss, balance loss, averaged weights, sample grids.
+
+Not for recipes or data (`moh.training.diffusion.run`), nor for the loss's terms (`moh.training.diffusion.loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh._extras import require
+from moh.sampling import ImageModel, image_grid, sample, save_image_model, write_png
+from moh.sampling.schedulers import SamplingSettings
+from moh.training.diffusion.data import to_float
+from moh.training.diffusion.draws import Draws, draw
+from moh.training.diffusion.loss import add_noise, hybrid_loss
+from moh.training.diffusion.recipe import DiffusionTrainingRecipe
+from moh.training.routing_trainer import RoutingTrainer
+
+require("transformers", extra="llm")
+require("diffusers", extra="diffusion")
+
+from diffusers.training_utils import EMAModel  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+from transformers.integrations import TensorBoardCallback  # noqa: E402
+
+
+class Denoiser(nn.Module):
+    """A diffusers model for the Trainer: called with tensors alone, its `config` hidden, which is not one of transformers.
+
+    The model stays in evaluation mode, where it drops no labels itself: the trainer does, by numbers of its own.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def train(self, mode: bool = True) -> Denoiser:
+        super().train(mode)
+        self.transformer.eval()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
+        """`[B, 2C, h, w]` from `[B, C, h, w]`, `[B]` and `[B]`."""
+        output: Tensor = self.transformer(x, timestep=t, class_labels=classes).sample
+        return output
+
+
+class DiffusionTrainer(RoutingTrainer):
+    """`transformers.Trainer` for class-conditional diffusion models, MoH or dense.
+
+    The loss is the mean over images of the hybrid loss, plus the balance-loss coefficient times the mean of the
+    layers' balance losses. The log has `mse` and `vb`, the parts of the hybrid loss, beside what `RoutingTrainer` logs.
+    A checkpoint is also a directory of a model with the averaged weights, for `moh sample`.
+
+    Args:
+        args: all arguments of `transformers.Trainer`; `model` is a `Denoiser`, the data sets give whole batches.
+        image_model: the model with its scheduler, VAE and class names; the transformer is the one to train.
+        settings: the recipe's balance loss, averaged weights and pictures.
+        flip: mirror half of the images.
+        kwargs: all arguments of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        image_model: ImageModel,
+        settings: DiffusionTrainingRecipe,
+        flip: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the Trainer divides by the accumulation steps
+        self.image_model = image_model
+        self.settings = settings
+        self.flip = flip
+        self.scheduler = image_model.scheduler
+        # without min_decay diffusers lets every average warm up
+        self.ema = EMAModel(
+            image_model.transformer.parameters(),
+            decay=settings.ema_decay,
+            min_decay=0.0 if settings.ema_warmup else settings.ema_decay,
+            foreach=True,
+        )
+        self.add_callback(_AfterStep(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The loss of a batch of `PixelDataset` or `LatentDataset`."""
+        drawn = self._draw(inputs["indices"])
+        clean = _clean(inputs, drawn)  # [B, C, h, w]
+        noisy = add_noise(clean, drawn.noise, drawn.t, self.scheduler)
+        dropped = drawn.uniform < self.image_model.transformer.config["class_dropout_prob"]
+        classes = torch.where(dropped, self.image_model.num_classes, inputs["labels"])
+        with self.recording(model, always=self.settings.balance_loss_coef > 0) as routing:
+            output = model(noisy, drawn.t, classes)  # [B, 2C, h, w]
+        terms = hybrid_loss(output, clean, noisy, drawn.noise, drawn.t, self.scheduler)
+        loss = terms.loss.mean()
+        if self.logs_step(model):
+            self._routing_log |= {"mse": float(terms.mse.mean().detach()), "vb": float(terms.vb.mean().detach())}
+        if routing is not None and len(routing) and self.settings.balance_loss_coef:
+            loss = loss + self.settings.balance_loss_coef * routing.balance_loss()
+        return (loss, {"output": output}) if return_outputs else loss
+
+    def _draw(self, indices: Tensor) -> Draws:
+        return draw(
+            indices,
+            self.image_model.sample_shape,
+            seed=self.args.seed,
+            step=self.state.global_step,
+            train_steps=self.scheduler.config.num_train_timesteps,
+            mirror=self.flip,
+            latents=self.image_model.vae is not None,
+            device=self.args.device,
+        )
+
+    @contextmanager
+    def averaged(self) -> Iterator[ImageModel]:
+        """The model with the averaged weights while the block runs."""
+        parameters = list(self.image_model.transformer.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield self.image_model
+        finally:
+            self.ema.restore(parameters)
+
+    def load_average(self, checkpoint: Path, step: int) -> None:
+        """Take the averaged weights of a checkpoint.
+
+        Raises:
+            ValueError: they can't be read.
+        """
+        kind = type(self.image_model.transformer)
+        try:
+            saved = kind.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"the averaged weights of {checkpoint} can't be read: {error}") from None
+        self.ema.shadow_params = [p.detach().to(self.args.device) for p in saved.parameters()]
+        self.ema.optimization_step = step
+
+    def draw_grid(self) -> None:
+        """Draw the grid of this step with the averaged weights: a PNG in samples/, and a picture in TensorBoard."""
+        grid = self.settings.samples
+        classes = grid.classes or list(range(min(8, self.image_model.num_classes)))
+        settings = SamplingSettings(scheduler=grid.scheduler, steps=grid.steps, guidance=grid.guidance, seed=grid.seed)
+        with self.averaged() as model:
+            picture = image_grid(sample(model, classes * grid.rows, settings), columns=len(classes))
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / f"step-{step:07d}.png", picture)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("samples", picture, step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write what the Trainer resumes from and, beside it, the averaged model."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            with self.averaged() as model:
+                save_image_model(model, Path(output_dir or self.args.output_dir), with_vae=False)
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Follows the weights with their average after every optimiser step, and draws the grids that are due."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.ema.step(self.trainer.image_model.transformer.parameters())
+        every = self.trainer.settings.samples.every
+        if every and state.global_step % every == 0 and state.is_world_process_zero:
+            self.trainer.draw_grid()
+
+
+def _clean(inputs: dict[str, Tensor], drawn: Draws) -> Tensor:
+    """`[B, C, h, w]` float32: images in -1..1 or latents, mirrored as drawn."""
+    if "pixels" in inputs:
+        x = to_float(inputs["pixels"])
+        return torch.where(drawn.mirrored[:, None, None, None], x.flip(-1), x)
+    rows = torch.arange(len(drawn.t), device=drawn.t.device)
+    mean, std = (inputs[name][rows, drawn.mirrored.long()].float() for name in ("mean", "std"))
+    assert drawn.latent is not None
+    return mean + std * drawn.latent

@@ -1,0 +1,64 @@
+"""What is done to training images, as data. Not for doing it: see `moh.training.images.augmentation`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moh.training.settings import at_least
+
+
+@dataclass(frozen=True)
+class AugmentationRecipe:
+    """What is done to training images; timm does it.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a random crop shows, such as [0.08, 1.0];
+            [] shows the whole image.
+        crop_padding: pixels of black around the image, of which a random window of its size is shown; small images
+            are cropped this way, instead of with `crop_scale`.
+        hflip: probability of mirroring.
+        color_jitter: strength of changes of brightness, contrast and saturation; timm leaves them out with `auto_augment`.
+        auto_augment: timm's name of a policy, such as "rand-m9-mstd0.5-inc1".
+        random_erasing: probability of erasing a rectangle.
+        erasing_mode: what it is filled with: "pixel" (noise), "rand" (one random colour) or "const" (the mean).
+        mixup: alpha of Mixup; 0 does none.
+        cutmix: alpha of CutMix; 0 does none. With both, each batch takes one of them.
+        mix_prob: probability of mixing a batch.
+        mix_switch_prob: probability of CutMix where there are both.
+        label_smoothing: weight of the uniform distribution in the targets.
+    """
+
+    crop_scale: list[float] = field(default_factory=list)
+    crop_padding: int = 0
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "color_jitter", "mixup", "cutmix"):
+            at_least(f"augmentation.{name}", getattr(self, name), 0)
+        for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation.{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"augmentation.label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
+        scale = self.crop_scale
+        if scale and (len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1):
+            raise ValueError(
+                f"augmentation.crop_scale must be [] or two rising numbers above 0 and at most 1, got {scale}"
+            )
+        if scale and self.crop_padding:
+            raise ValueError("augmentation.crop_scale and augmentation.crop_padding must not both be set")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0

@@ -1,0 +1,93 @@
+"""Which images a recipe or a command line means: Fashion-MNIST, a directory, or a Hugging Face data set.
+
+Not for what becomes of them: see `augmentation` and `batches`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moh._extras import require
+from moh.training.images.recipe import ImageDataRecipe
+from moh.training.images.sources import HELDOUT_NAMES, ImageSource, hold_out, with_classes
+
+require("torchvision", extra="vision")
+
+from moh.training.images.fashion_mnist import NAME as FASHION_MNIST  # noqa: E402
+from moh.training.images.fashion_mnist import has_idx_files, load_fashion_mnist, read_idx_folder  # noqa: E402
+from moh.training.images.folders import FolderImages  # noqa: E402
+
+
+def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
+    """`(train, heldout)` images of a recipe, with the same classes.
+
+    A directory either has train/ and val/ (or validation/, valid/, test/) with one folder per class in each, or class
+    folders alone, of which every tenth image is held out (`moh.training.images.sources.hold_out`); so is every tenth
+    of a Hugging Face data set without such a split.
+
+    Raises:
+        ValueError: there are no such images, or the two parts have different classes.
+        RuntimeError: Fashion-MNIST can be had neither from this machine nor from where it is published.
+    """
+    train: ImageSource
+    heldout: ImageSource | None
+    folder = Path(data.dataset).expanduser()
+    if data.dataset == FASHION_MNIST:
+        return load_fashion_mnist(data.cache_dir)
+    if folder.is_dir() and has_idx_files(folder):
+        return read_idx_folder(folder)
+    if folder.is_dir() and not _is_hub_directory(folder):
+        train, heldout = _folders(folder)
+    else:
+        _check_name(data.dataset)
+        from moh.training.images.hub import HubImages, load_splits
+
+        columns = {"image_column": data.image_column, "label_column": data.label_column}
+        rows, heldout_rows = load_splits(data.dataset, data.train_split, data.eval_split)
+        train = HubImages(rows, **columns)
+        heldout = None if heldout_rows is None else HubImages(heldout_rows, **columns)
+    if heldout is None:
+        return hold_out(train)
+    return train, with_classes(heldout, train.classes, what="the held-out images", than="the training images")
+
+
+def load_evaluation_images(dataset: str, cache_dir: str | None = None) -> ImageSource:
+    """The images that `moh eval` and `moh inspect` mean: the held-out part, or all of a directory of class folders.
+
+    Raises:
+        ValueError, RuntimeError: as `load_images`.
+    """
+    folder = Path(dataset).expanduser()
+    if folder.is_dir() and not has_idx_files(folder) and not _is_hub_directory(folder):
+        heldout = [name for name in _parts(folder) if name != "train"]
+        return FolderImages(folder / heldout[0] if heldout else folder)
+    return load_images(ImageDataRecipe(dataset, cache_dir=cache_dir))[1]
+
+
+def _folders(folder: Path) -> tuple[ImageSource, ImageSource | None]:
+    parts = _parts(folder)
+    if not parts:
+        return FolderImages(folder), None
+    if "train" not in parts:
+        raise ValueError(f"data.dataset {folder} has no train/ beside {', '.join(f'{name}/' for name in parts)}")
+    heldout = next((name for name in parts if name != "train"), None)
+    return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
+
+
+def _parts(folder: Path) -> list[str]:
+    """The subfolders of a directory that is split into train/, val/ and so on; none if they are class folders."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    return [name for name in ("train", *HELDOUT_NAMES) if name in names] if names <= {"train", *HELDOUT_NAMES} else []
+
+
+def _is_hub_directory(folder: Path) -> bool:
+    names = ("dataset_dict.json", "dataset_info.json", "*.parquet", "data/*.parquet")
+    return any(any(folder.glob(name)) for name in names)
+
+
+def _check_name(dataset: str) -> None:
+    looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    if looks_local and not Path(dataset).expanduser().is_dir():
+        raise ValueError(
+            f"data.dataset must be {FASHION_MNIST!r}, a directory or a data set's name, but there is no {dataset!r}"
+        )

@@ -1,0 +1,169 @@
+"""The classifier that a recipe names: made by timm, told about its images and classes, converted if the recipe says so.
+
+Not for the conversion itself (`moh.conversion`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import moh  # noqa: F401  registers our models with timm
+from moh._extras import require
+from moh.models.image_loading import (
+    ImageInput,
+    describe,
+    image_input,
+    load_image_classifier,
+    save_image_classifier,
+    saved_config,
+)
+from moh.training.checkpoints import replacing_directory
+from moh.training.images.batches import SKIPPED, ImageBatches
+from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
+from moh.training.images.sources import ImageSource, TensorImages, every_nth
+
+require("timm", extra="vision")
+
+import timm  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
+
+_ALL = 2**31  # tokens: as many as the calibration images have
+
+
+def saved_arguments(recipe: ImageModelRecipe, model: nn.Module) -> dict[str, Any]:
+    """The arguments with which `timm.create_model` makes the model again, saved with it."""
+    _, _, start = recipe.name.partition("local-dir:")
+    saved = saved_config(start).get("model_args", {}) if start else {}
+    own = {name: value for name, value in saved.items() if name != "num_classes"} | recipe.kwargs
+    if hasattr(model, "moh_arguments"):  # a ViT with MoH attention, perhaps a converted one
+        from moh.models.vit.saving import rebuild_arguments
+
+        own = rebuild_arguments(model)
+    return own | _drop_path(recipe)
+
+
+def _drop_path(recipe: ImageModelRecipe) -> dict[str, Any]:
+    return {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+
+
+def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
+    """Make the model, with pretrained weights where the recipe names some.
+
+    Raises:
+        ValueError: timm knows no such model, does not take the arguments, or can't load the weights.
+    """
+    weights: dict[str, Any] = {"pretrained": recipe.pretrained}
+    if recipe.weights is not None:
+        if not Path(recipe.weights).expanduser().is_file():
+            raise ValueError(f"model.weights must be a file, but there is no {recipe.weights!r}")
+        weights = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(Path(recipe.weights).expanduser())}}
+    plain = recipe.name.partition(".")[0]
+    if ":" not in recipe.name and not timm.is_model(plain):
+        similar = difflib.get_close_matches(plain, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+        raise ValueError(f"model.name {recipe.name!r} is no model of timm{hint}")
+    try:
+        return timm.create_model(
+            recipe.name, num_classes=len(classes), **weights, **recipe.kwargs, **_drop_path(recipe)
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"model {recipe.name!r} can't be made: {' '.join(str(error).split())}") from None
+
+
+def resolve_input(recipe: ImageRecipe, model: nn.Module, train: ImageSource) -> ImageInput:
+    """What the model gets to see: what the recipe says, else what its weights were made for, else what fits the data.
+
+    Raises:
+        ValueError: the recipe's numbers don't fit the model's channels.
+    """
+    data = recipe.data
+    own = image_input(model)
+    channels = int(recipe.model.kwargs.get("in_chans", own.size[0]))
+    side = data.image_size or recipe.model.kwargs.get("img_size") or own.size[1:]
+    height, width = (side, side) if isinstance(side, int) else tuple(side)
+    mean, std = own.mean, own.std
+    started = recipe.model.pretrained or recipe.model.weights is not None
+    if not started and isinstance(train, TensorImages) and train.mean is not None and train.std is not None:
+        mean, std = train.mean, train.std
+    mean, std = tuple(data.mean) or mean, tuple(data.std) or std
+    if len(mean) not in (1, channels):
+        if data.mean:
+            raise ValueError(f"data.mean must have one number or {channels}, one per channel, got {data.mean}")
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if len(mean) == 1:
+        mean, std = mean * channels, std * channels
+    crop = data.crop_pct or (own.crop_pct if started or min(height, width) > 64 else 1.0)
+    return ImageInput((channels, height, width), mean, std, crop, data.interpolation or own.interpolation)
+
+
+def prepare(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> None:
+    """Tell the model about its images and classes, and check with one black image that it serves them.
+
+    Raises:
+        ValueError: it has another number of classes, or can't read images of this size; says why.
+    """
+    describe(model, wanted, classes)
+    training, place = model.training, next(model.parameters())
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, *wanted.size, device=place.device, dtype=place.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"model can't read images of size {wanted.size}: {' '.join(str(error).split())} "
+            "(data.image_size, model.kwargs.img_size, model.kwargs.in_chans)"
+        ) from None
+    finally:
+        model.train(training)
+    if tuple(logits.shape) != (1, len(classes)):
+        raise ValueError(f"model must have {len(classes)} classes, as the data has, got {logits.shape[-1]}")
+
+
+def convert_model(
+    recipe: ImageRecipe, model: nn.Module, wanted: ImageInput, train: ImageSource, arguments: TrainingArguments
+) -> nn.Module:
+    """The recipe's conversion of `model`, calibrated on training images as they are evaluated.
+
+    Under torchrun one process converts and the others load its result, so that all have the same heads.
+
+    Raises:
+        ValueError: the model can't be converted; see `moh.convert`.
+    """
+    if arguments.world_size == 1:
+        return _convert(recipe, model, wanted, train)
+    target = Path(arguments.output_dir) / "converted"
+    with arguments.main_process_first(local=False, desc="converting the model"):
+        if arguments.process_index == 0:
+            converted = _convert(recipe, model, wanted, train)
+            with replacing_directory(target) as scratch:
+                save_image_classifier(converted, scratch, model_args=saved_arguments(recipe.model, converted))
+    return load_image_classifier(target)
+
+
+def _convert(recipe: ImageRecipe, model: nn.Module, wanted: ImageInput, train: ImageSource) -> nn.Module:
+    from moh.conversion import convert
+
+    settings = recipe.conversion
+    assert settings is not None
+    calibration = None
+    if settings.router != "query_norm":
+        batches = ImageBatches(every_nth(train, settings.calibration_images), wanted)
+        batch = batches.__getitems__(range(len(batches)))
+        calibration = batch["images"][batch["labels"] != SKIPPED]
+    return convert(  # type: ignore[no-any-return]
+        model,
+        shared_heads=settings.shared_heads,
+        active_heads=settings.active_heads,
+        router=settings.router,
+        calibration=calibration,
+        calibration_tokens=_ALL,
+        batch_size=16,
+        allocation=settings.allocation,
+        refit_output=settings.refit_output,
+    )

@@ -1,0 +1,202 @@
+"""One training run of an image classifier, from a recipe to a saved model: images, model, Trainer.
+
+Everything that happens within a step is the Trainer's (`moh.training.images.trainer`). Runs under `torchrun` as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from moh.models.image_loading import load_image_classifier, save_image_classifier, saved_config
+from moh.training.images.batches import ImageBatches, report_damaged
+from moh.training.images.datasets import load_images
+from moh.training.images.model import build_model, convert_model, prepare, resolve_input, saved_arguments
+from moh.training.images.recipe import ImageRecipe, ImageTrainingRecipe
+from moh.training.images.sources import ImageSource, with_classes
+from moh.training.images.trainer import ImageTrainer
+from moh.training.session import Session, open_session, saving, training_arguments
+
+
+@dataclass(frozen=True)
+class ImageTrainResult:
+    """What a run leaves.
+
+    Attributes:
+        model: the trained model (its moving average, where one was kept), in evaluation mode.
+        classes: names of its classes.
+        model_dir: where it is saved.
+        log_history: every logged entry, those before an interruption included.
+        precision: "bf16" or "fp32", as used.
+        resumed_from: the checkpoint from which the run went on, or None.
+        damaged: training images that this process could not read and replaced by the next one.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    model_dir: Path
+    log_history: list[dict[str, Any]]
+    precision: str
+    resumed_from: Path | None
+    damaged: tuple[str, ...]
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss) of every entry."""
+        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
+
+    @property
+    def top1(self) -> list[tuple[int, float]]:
+        """(step, top-1 in percent) of every evaluation."""
+        return [(int(entry["step"]), float(entry["eval_top1"])) for entry in self.log_history if "eval_top1" in entry]
+
+
+def train(
+    recipe: ImageRecipe,
+    *,
+    model: nn.Module | None = None,
+    train_dataset: ImageSource | None = None,
+    eval_dataset: ImageSource | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> ImageTrainResult:
+    """Run a recipe; if `output_dir` holds a complete checkpoint of the same recipe, go on from the last one.
+
+    Args:
+        recipe: the run.
+        model: a model to train in place of the one that the recipe would make. Its `model` section must describe it
+            all the same, because the saved model is made again from that.
+        train_dataset: in place of the recipe's images (`TensorImages`, for example); augmented as the recipe says.
+        eval_dataset: likewise; goes with `train_dataset`.
+        callbacks: more callbacks of the transformers Trainer.
+
+    Raises:
+        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+    """
+    session = open_session(recipe)
+    train_images, eval_images = _images(recipe, session, train_dataset, eval_dataset)
+    names = saved_config(session.checkpoint).get("label_names") if session.checkpoint is not None else None
+    if names:
+        train_images = with_classes(train_images, names, what="the training images", than="the checkpoint")
+        eval_images = with_classes(eval_images, names, what="the held-out images", than="the checkpoint")
+    classes = train_images.classes
+    session = _counted(session, len(train_images.labels))
+    set_seed(recipe.training.seed)  # of new weights; the Trainer does so before it trains
+    recipe, checkpoint = session.recipe, session.checkpoint
+    settings = recipe.training
+
+    if checkpoint is not None and model is None:
+        model = load_image_classifier(checkpoint)  # its weights need no conversion
+        wanted = resolve_input(recipe, model, train_images)
+    else:
+        given, model = model, model if model is not None else build_model(recipe.model, classes)
+        wanted = resolve_input(recipe, model, train_images)
+        if given is None and recipe.conversion is not None:
+            model = convert_model(recipe, model, wanted, train_images, session.arguments)
+    prepare(model, wanted, classes)
+    if settings.gradient_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    session.write_recipe()
+
+    batches = ImageBatches(train_images, wanted, augmentation=recipe.augmentation, seed=settings.seed)
+    eval_batches = ImageBatches(eval_images, wanted)
+    trainer = ImageTrainer(
+        model=model.train(),
+        args=session.arguments,
+        train_dataset=batches,
+        eval_dataset=eval_batches,
+        callbacks=list(callbacks),
+        model_args=saved_arguments(recipe.model, model),
+        balance_loss_coef=settings.balance_loss_coef,
+        label_smoothing=recipe.augmentation.label_smoothing,
+        ema_decay=settings.ema_decay,
+        ema_warmup=settings.ema_warmup,
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    history = session.run(trainer)
+    if not any("eval_top1" in entry and entry["step"] == settings.max_steps for entry in history):
+        history.append({**trainer.evaluate(), "step": settings.max_steps})
+    model_dir = session.output_dir / "model"
+    with saving(trainer, model_dir) as scratch:
+        if trainer.args.should_save:
+            save_image_classifier(trainer.final_model, scratch, model_args=trainer.model_args)
+    damaged = report_damaged(train_images, batches.damaged, what="replaced by the next one")
+    report_damaged(eval_images, eval_batches.damaged, what="left out of the evaluation")
+    return ImageTrainResult(
+        trainer.final_model.eval(), classes, model_dir, history, session.precision, checkpoint, damaged
+    )
+
+
+def _images(
+    recipe: ImageRecipe, session: Session, train: ImageSource | None, heldout: ImageSource | None
+) -> tuple[ImageSource, ImageSource]:
+    if train is None:
+        with session.arguments.main_process_first(desc="fetching the images"):
+            return load_images(recipe.data)
+    if heldout is None:
+        raise ValueError("eval_dataset must be given with train_dataset")
+    return train, with_classes(heldout, train.classes, what="eval_dataset", than="train_dataset")
+
+
+def _counted(session: Session, images: int) -> Session:
+    """The session with epochs turned into steps, and the Trainer's arguments that belong to images.
+
+    Raises:
+        ValueError: there are fewer images than one forward pass of all processes reads.
+    """
+    settings: ImageTrainingRecipe = session.recipe.training
+    per_pass = settings.per_device_train_batch_size * session.arguments.world_size
+    if images < per_pass:
+        raise ValueError(
+            f"there are {images} training images, fewer than the {per_pass} that one forward pass reads: "
+            "lower training.per_device_train_batch_size, or give more images"
+        )
+    per_epoch = math.ceil(images // per_pass / settings.gradient_accumulation_steps)
+    settings = dataclasses.replace(
+        settings,
+        max_steps=settings.max_steps or max(1, round(settings.epochs * per_epoch)),
+        warmup_steps=settings.warmup_steps or round(settings.warmup_epochs * per_epoch),
+        eval_steps=settings.eval_steps or per_epoch,
+        epochs=0,
+        warmup_epochs=0,
+    )
+    arguments = image_arguments(settings, workers=session.recipe.data.workers, precision=session.precision)
+    return dataclasses.replace(
+        session, recipe=dataclasses.replace(session.recipe, training=settings), arguments=arguments
+    )
+
+
+def image_arguments(settings: ImageTrainingRecipe, *, workers: int, precision: str) -> TrainingArguments:
+    """The transformers arguments of a recipe, whose steps are known.
+
+    Raises:
+        ValueError: `extra` has an unknown name, or something that image classifiers can't have.
+    """
+    own: dict[str, Any] = {
+        "eval_strategy": "steps",  # not "epoch", which comes after the checkpoint of the same step
+        "prediction_loss_only": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_num_workers": workers,
+    }
+    if settings.lr_scheduler_type == "cosine_warmup_with_min_lr":
+        peak = settings.learning_rate or 1.0  # at 0 the others are 0 as well
+        own["lr_scheduler_kwargs"] = {
+            "min_lr_rate": settings.min_lr / peak,
+            "warmup_lr_rate": settings.warmup_lr / peak,
+        }
+    # timm's models have a switch of their own for checkpointing
+    plain = dataclasses.replace(settings, gradient_checkpointing=False, extra={**own, **settings.extra})
+    arguments = training_arguments(plain, precision=precision)
+    if arguments.fsdp:
+        raise ValueError(
+            "training.extra.fsdp is not supported for image classifiers: every process holds the whole model"
+        )
+    return arguments

@@ -1,0 +1,200 @@
+"""The transformers Trainer for image classifiers: soft targets, balance loss, moving average of weights, top-1.
+
+Not for recipes or data: see `moh.training.images.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from moh._extras import require
+from moh.models.image_loading import save_image_classifier
+from moh.training.images.batches import SKIPPED, take
+from moh.training.routing_trainer import RoutingTrainer
+
+require("timm", extra="vision")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from timm.utils.model_ema import ModelEmaV3  # noqa: E402
+from transformers import EvalPrediction, TrainerCallback  # noqa: E402
+
+_EMA_FILE = "ema.safetensors"
+
+
+class ImageTrainer(RoutingTrainer):
+    """`transformers.Trainer` for timm models on batches of `images` and `labels` (`ImageBatches`).
+
+    The loss is the cross-entropy with the (smoothed or mixed) targets + `balance_loss_coef` times the mean of the layers'
+    load-balance losses; the latter is that of each process's own batch. What is evaluated is the moving average where
+    there is one: `eval_top1` and `eval_top5` are percentages, `eval_loss` the mean cross-entropy with the true labels.
+
+    Args:
+        args: all arguments of `transformers.Trainer`.
+        model_args: with which `timm.create_model` makes the model again, saved with it.
+        balance_loss_coef: weight of the load-balance loss.
+        label_smoothing: of labels that are not mixed (mixed ones are smoothed already).
+        ema_decay: of the moving average; 0 keeps none.
+        ema_warmup: let it forget faster in the beginning.
+        kwargs: all arguments of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        model_args: Mapping[str, Any],
+        balance_loss_coef: float = 0.0,
+        label_smoothing: float = 0.0,
+        ema_decay: float = 0.0,
+        ema_warmup: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            data_collator=take,
+            compute_metrics=_metrics,
+            preprocess_logits_for_metrics=_per_image,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over images, whatever the model's forward takes
+        self.model_args = dict(model_args)
+        self.balance_loss_coef = balance_loss_coef
+        self.label_smoothing = label_smoothing
+        self.ema: ModelEmaV3 | None = None
+        if ema_decay:
+            self.ema = ModelEmaV3(self.model, decay=ema_decay, use_warmup=ema_warmup)
+            self.add_callback(_Averaging(self.ema))
+        self.add_callback(_Epochs())
+
+    @property
+    def final_model(self) -> nn.Module:
+        """What is evaluated and saved: the moving average where there is one, else the model."""
+        model: nn.Module = self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
+        return model
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Training: cross-entropy with the targets, and the balance loss. Evaluation: with the labels, skipped ones apart."""
+        labels = inputs["labels"]
+        balanced = model.training and self.balance_loss_coef > 0
+        with self.recording(model, always=balanced) as routing:
+            logits = model(inputs["images"])
+        if not model.training:
+            loss = F.cross_entropy(logits.float(), labels, ignore_index=SKIPPED)
+        else:  # torch's loss takes mixed targets [B, K], which are smoothed already, as well as labels [B]
+            smoothing = self.label_smoothing if labels.ndim == 1 else 0.0
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        if balanced and routing is not None and len(routing):
+            loss = loss + self.balance_loss_coef * routing.balance_loss()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters with weight decay: not biases, not vectors (norms, temperatures), not those the model names."""
+        excluded = set(getattr(model, "no_weight_decay", set)())
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and not name.endswith(".bias") and name not in excluded
+        ]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """All evaluation images, also those that fill no batch (training reads full batches alone)."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            sampler=self._get_eval_sampler(dataset),
+            collate_fn=take,  # type: ignore[arg-type]
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the averaged weights where there are some."""
+        with self._averaged_weights():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as it is trained, and its moving average beside it."""
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        save_image_classifier(self.accelerator.unwrap_model(self.model), directory, model_args=self.model_args)
+        if self.ema is not None:
+            save_file(self.ema.module.state_dict(), directory / _EMA_FILE)
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Read what `save_model` wrote.
+
+        Raises:
+            ValueError: the checkpoint has no moving average, though the recipe wants one.
+        """
+        directory = Path(checkpoint)
+        self.accelerator.unwrap_model(self.model).load_state_dict(load_file(directory / "model.safetensors"))
+        if self.ema is not None:
+            if not (directory / _EMA_FILE).is_file():
+                raise ValueError(
+                    f"training.ema_decay needs the moving average of the interrupted run, but {directory} has none: "
+                    "set it to 0, or start anew in another directory"
+                )
+            self.ema.module.load_state_dict(load_file(directory / _EMA_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.restore(resume_from_checkpoint)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.ema.module.state_dict())
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained)
+
+
+class _Averaging(TrainerCallback):  # type: ignore[misc]
+    """Moves the average after every step of the optimiser."""
+
+    def __init__(self, ema: ModelEmaV3) -> None:
+        self.ema = ema
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ema.update(kwargs["model"], step=state.global_step + 1)
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the images which pass over them begins; accelerate's loaders do so in some cases only."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
+
+
+def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
+    """`[B, 3]` float32 of each image: whether the label is the likeliest class, whether among five, cross-entropy."""
+    known = labels.clamp(min=0)
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == known[:, None]  # [B, 5]
+    loss = F.cross_entropy(logits.float(), known, reduction="none")
+    return torch.stack([best[:, 0].float(), best.any(-1).float(), loss], dim=-1)
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over the images that could be read."""
+    top1, top5, loss = prediction.predictions[prediction.label_ids != SKIPPED].mean(0)
+    return {"top1": 100 * float(top1), "top5": 100 * float(top5), "loss": float(loss)}

@@ -1,0 +1,101 @@
+"""The order of a run's sequences, as a function of their number: nothing is stored, so a run resumes anywhere at once.
+
+Sources are interleaved by their weights; each is read in an order of its own, another in every epoch. Integer arithmetic
+alone: the same on every machine and with every release of anything. Not for what the sequences hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUND = 10_000
+"""Sequences after which the interleaving of the sources repeats: weights are served to one part in so many."""
+
+_ROUNDS = 6  # of the Feistel network; four already pass for random, two more for very small domains
+_MASK = (1 << 64) - 1
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """The place of `index` in a permutation of `range(size)` that `key` chooses.
+
+    A Feistel network over the next even number of bits; what falls outside is sent through again.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for step in range(_ROUNDS):
+            left, right = right, left ^ (_mixed(key + step * 0x9E3779B97F4A7C15 + right) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def make_key(*numbers: int) -> int:
+    """One key of 64 bits from several numbers."""
+    key = 0
+    for number in numbers:
+        key = _mixed(key ^ (number & _MASK))
+    return key
+
+
+def _mixed(value: int) -> int:
+    """The finaliser of splitmix64: every bit of the value moves every bit of the result."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Which source the i-th sequence of a run comes from, and how many came from there before it.
+
+    In a round of `ROUND` sequences every source has its exact share, evenly spread.
+
+    Args:
+        weights: one per source, above 0; only their ratios matter.
+    """
+
+    weights: Sequence[float]
+    quotas: tuple[int, ...] = field(init=False)
+    _source: NDArray[np.int32] = field(init=False, repr=False)  # [ROUND]
+    _before: NDArray[np.int32] = field(init=False, repr=False)  # [ROUND], of the same source
+
+    def __post_init__(self) -> None:
+        quotas = _quotas(self.weights)
+        rank = np.concatenate([np.arange(quota) for quota in quotas])
+        source = np.repeat(np.arange(len(quotas)), quotas)
+        # (2 rank + 1) / (2 quota) is when a source's turn comes; compared as integers, over a common denominator
+        turn = (2 * rank + 1) * (np.int64(2) ** 40 // np.array(quotas)[source])
+        order = np.lexsort((source, turn))
+        object.__setattr__(self, "quotas", quotas)
+        object.__setattr__(self, "_source", source[order].astype(np.int32))
+        object.__setattr__(self, "_before", rank[order].astype(np.int32))
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """`(source, how many sequences of that source come before)` of the sequence `index`."""
+        number, place = divmod(index, ROUND)
+        source = int(self._source[place])
+        return source, number * self.quotas[source] + int(self._before[place])
+
+
+def _quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """`ROUND` in whole parts, in the ratio of the weights, by largest remainders; at least 1 each."""
+    exact = [weight / sum(weights) * ROUND for weight in weights]
+    quotas = [max(1, int(part)) for part in exact]
+    by_need = sorted(range(len(weights)), key=lambda s: (quotas[s] - exact[s], s))
+    for source in by_need[: max(0, ROUND - sum(quotas))]:
+        quotas[source] += 1
+    quotas[quotas.index(max(quotas))] += ROUND - sum(quotas)  # not 0 only where rounding raised a quota to 1
+    return tuple(quotas)
+
+
+def shuffled_block(draw: int, blocks: int, *, seed: int, source: int) -> int:
+    """Which of a source's `blocks` its `draw`-th sequence is: every block once an epoch, in another order each time."""
+    epoch, index = divmod(draw, blocks)
+    return permuted(index, blocks, make_key(seed, source, epoch))

@@ -1,0 +1,90 @@
+"""Images become tensors of one size; what is drawn for an image depends on seed, step and image alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moh.training.diffusion.data import PixelDataset, load_source, to_float
+from moh.training.diffusion.draws import draw
+from moh.training.diffusion.recipe import DiffusionDataRecipe
+from moh.training.images.sources import TensorImages, UnreadableImage
+
+CPU = torch.device("cpu")
+
+
+def grey(size: int, count: int = 3) -> TensorImages:
+    pixels = torch.arange(count * size * size).reshape(count, 1, size, size) % 200 + 50
+    return TensorImages(pixels.to(torch.uint8), torch.arange(count), tuple("abc"))
+
+
+def test_small_images_in_memory_get_a_black_margin() -> None:
+    source = grey(6)
+    data = PixelDataset(source, 8)
+    assert data.sample_shape == (1, 8, 8) and len(data) == 3 and data.classes == ("a", "b", "c")
+    batch = data.__getitems__([2, 0])
+    assert torch.equal(batch["pixels"][:, :, 1:7, 1:7], source.pixels[[2, 0]])
+    assert int(batch["pixels"].sum()) == int(source.pixels[[2, 0]].sum())
+    assert batch["labels"].tolist() == [2, 0] and batch["indices"].tolist() == [2, 0]
+    assert all(torch.equal(data[2][name], batch[name][0]) for name in batch)
+
+
+def test_images_of_the_size_stay_as_they_are() -> None:
+    source = grey(8)
+    assert torch.equal(PixelDataset(source, 8).pixels([0, 1, 2]), source.pixels)
+
+
+def test_large_images_in_memory_are_resized() -> None:
+    source = TensorImages(torch.full((2, 3, 16, 16), 77, dtype=torch.uint8), torch.zeros(2), ("a",))
+    assert torch.equal(PixelDataset(source, 8).pixels([0]), torch.full((1, 3, 8, 8), 77, dtype=torch.uint8))
+
+
+def test_files_are_resized_and_cropped_to_the_middle_square(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    picture = torch.zeros(16, 48, dtype=torch.uint8)
+    picture[:, 16:32] = 200  # only the middle is bright
+    for part in ("train", "val"):
+        Image.fromarray(picture.numpy()).save(tmp_path / part / "a" / "wide.png")
+    data = PixelDataset(load_source(DiffusionDataRecipe(str(tmp_path), 8)), 8)
+    pixels = data.pixels([0])
+    assert pixels.shape == (1, 3, 8, 8)  # grey files become RGB
+    assert (pixels[..., 1:-1].int() - 200).abs().max() < 5  # bicubic edges ring
+    (tmp_path / "train" / "a" / "wide.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImage, match=r"wide\.png"):
+        data.pixels([0])
+
+
+def test_pixels_become_numbers_from_minus_one_to_one() -> None:
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def drawn(indices: list[int], **options):
+    defaults = dict(seed=0, step=5, train_steps=1000, mirror=True, latents=False, device=CPU)
+    return draw(torch.tensor(indices), (1, 8, 8), **defaults | options)
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch() -> None:
+    together, alone = drawn([3, 9, 4], latents=True), drawn([9], latents=True)
+    for name in ("t", "noise", "mirrored", "uniform", "latent"):
+        assert torch.equal(getattr(together, name)[1:2], getattr(alone, name)), name
+
+
+def test_seed_step_and_image_change_what_is_drawn() -> None:
+    noise = [drawn([1]), drawn([2]), drawn([1], step=6), drawn([1], seed=1)]
+    assert len({float(d.noise[0, 0, 0, 0]) for d in noise}) == 4
+
+
+def test_draws_have_the_right_distributions() -> None:
+    d = drawn(list(range(2000)), latents=True, train_steps=10)
+    assert d.t.bincount(minlength=10).float().div(2000).sub(0.1).abs().max() < 0.03 and d.t.max() == 9
+    assert abs(float(d.mirrored.float().mean()) - 0.5) < 0.04
+    assert abs(float(d.uniform.mean()) - 0.5) < 0.02 and d.uniform.min() >= 0 and d.uniform.max() < 1
+    for noise in (d.noise, d.latent):
+        assert abs(float(noise.mean())) < 0.01 and abs(float(noise.std()) - 1) < 0.01
+    for a, b in ((d.noise, d.latent), (d.mirrored, d.uniform), (d.t, d.uniform), (d.noise[:, 0, 0, 0], d.uniform)):
+        assert abs(float(torch.corrcoef(torch.stack([a.flatten().float(), b.flatten()]))[0, 1])) < 0.08
+    assert not drawn(list(range(50)), mirror=False).mirrored.any()

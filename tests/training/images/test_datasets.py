@@ -1,0 +1,223 @@
+"""Images are found in every form, split the same way each time, and what is wrong with a data set is said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from image_cases import CLASSES, pictures, write_folders, write_idx
+from torchvision.datasets import FashionMNIST, ImageFolder
+
+from moh.training.images import fashion_mnist
+from moh.training.images.datasets import load_evaluation_images, load_images
+from moh.training.images.recipe import ImageDataRecipe
+from moh.training.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
+
+
+def load(dataset: object, **fields: object):
+    return load_images(ImageDataRecipe(str(dataset), **fields))
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzipped"])
+def test_idx_files_are_read(tmp_path: Path, compressed: bool) -> None:
+    train, test = load(write_idx(tmp_path, train=20, test=10, compressed=compressed))
+    assert torch.equal(train.pixels, pictures(torch.arange(20) % 10))
+    assert train.labels.tolist() == [*range(10), *range(10)] and len(test.labels) == 10
+    assert train.classes == tuple(FashionMNIST.classes)
+    assert train.image(3).getpixel((0, 3)) == 250
+
+
+@pytest.mark.parametrize("where", ["installed", "cache", "torchvision"])
+def test_a_local_copy_of_fashion_mnist_is_looked_for_first(tmp_path: Path, monkeypatch, where: str) -> None:
+    monkeypatch.setattr(fashion_mnist, "apt_download", None)
+    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("share/fashion-mnist"))
+    folder = {
+        "installed": tmp_path / "root",
+        "cache": tmp_path / "dataset-fashion-mnist" / "share" / "fashion-mnist",
+        "torchvision": tmp_path / "FashionMNIST" / "raw",
+    }[where]
+    if where == "installed":
+        monkeypatch.setattr(fashion_mnist, "_BELOW", folder.relative_to("/"))
+    write_idx(folder, train=10)
+    assert len(load("fashion-mnist", cache_dir=str(tmp_path))[0].labels) == 10
+
+
+def test_fashion_mnist_that_is_not_here_is_fetched_from_debian(tmp_path: Path, monkeypatch) -> None:
+    fetched = []
+
+    def apt_download(package: str, target: Path, *, advice: str) -> None:
+        fetched.append(package)
+        write_idx(target / "share", train=10)
+
+    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("share"))
+    monkeypatch.setattr(fashion_mnist, "apt_download", apt_download)
+    for _ in range(2):
+        assert len(load("fashion-mnist", cache_dir=str(tmp_path))[0].labels) == 10
+    assert fetched == ["dataset-fashion-mnist"]
+
+
+def test_fashion_mnist_that_cannot_be_had_names_all_that_was_tried(tmp_path: Path, monkeypatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("nowhere"))
+    monkeypatch.setattr(fashion_mnist, "apt_download", fail)
+    monkeypatch.setattr(fashion_mnist, "FashionMNIST", fail)
+    with pytest.raises(
+        RuntimeError, match=f"neither in /nowhere nor in {tmp_path}; no network; torchvision: no network"
+    ):
+        load("fashion-mnist", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzipped"])
+def test_a_damaged_idx_file_is_named(tmp_path: Path, compressed: bool) -> None:
+    write_idx(tmp_path, compressed=compressed)
+    (file,) = tmp_path.glob("train-images*")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        load(tmp_path)
+
+
+def test_folders_have_torchvisions_order_and_classes(folders: Path) -> None:
+    train, heldout = load(folders)
+    reference = ImageFolder(str(folders / "train"))
+    assert list(train.classes) == reference.classes == list(CLASSES)
+    assert train.paths == [path for path, _ in reference.samples] and train.labels.tolist() == reference.targets
+    assert train.image(5).tobytes() == reference[5][0].tobytes()
+    assert len(heldout.labels) == 12 and "val" in heldout.name(0)
+
+
+def test_of_folders_that_are_not_split_every_tenth_image_of_a_class_is_held_out(tmp_path: Path) -> None:
+    write_folders(tmp_path / "data", 12)
+    train, heldout = load(tmp_path / "data")
+    assert [Path(heldout.name(i)).name for i in range(6)] == ["00.png", "10.png"] * 3
+    assert heldout.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(train.labels) == 30
+    names = {source.name(i) for source in (train, heldout) for i in range(len(source.labels))}
+    assert len(names) == 36
+    assert load(tmp_path / "data")[0].indices.equal(train.indices)
+
+
+def test_a_class_with_one_image_cannot_be_split(tmp_path: Path) -> None:
+    write_folders(tmp_path / "data", 1, ("cat",))
+    with pytest.raises(ValueError, match="class 'cat' has a single image"):
+        load(tmp_path / "data")
+
+
+def test_an_empty_class_folder_is_named(folders: Path) -> None:
+    shutil.rmtree(folders / "train" / "dog")
+    (folders / "train" / "dog").mkdir()
+    (folders / "train" / "dog" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=f"class folder {folders / 'train' / 'dog'} has no images"):
+        load(folders)
+
+
+def test_held_out_classes_that_differ_are_named(folders: Path) -> None:
+    (folders / "val" / "eel").rename(folders / "val" / "eal")
+    message = (
+        "the held-out images must have the 3 classes of the training images, but lacks 'eel' and has beside them 'eal'"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(folders)
+
+
+def test_a_directory_without_class_folders_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} must hold one folder per class, but it has no folders"):
+        load(tmp_path)
+    with pytest.raises(
+        ValueError, match="must be 'fashion-mnist', a directory or a data set's name, but there is no '/no"
+    ):
+        load("/nowhere/at/all")
+
+
+def test_images_to_evaluate_on_are_the_held_out_part_or_all(folders: Path, idx_folder: Path) -> None:
+    assert len(load_evaluation_images(str(folders)).labels) == 12
+    assert len(load_evaluation_images(str(folders / "train")).labels) == 36
+    assert len(load_evaluation_images(str(idx_folder)).labels) == 21
+
+
+def test_a_damaged_image_raises_what_says_so(folders: Path) -> None:
+    train, _ = load(folders)
+    for index, content in enumerate([b"", b"no image", Path(train.paths[0]).read_bytes()[:60]]):
+        Path(train.paths[index]).write_bytes(content)
+        with pytest.raises(UnreadableImage, match=f"{index:02d}.png"):
+            train.image(index)
+    Path(train.paths[3]).unlink()
+    with pytest.raises(UnreadableImage, match="No such file"):
+        train.image(3)
+
+
+@pytest.mark.parametrize("labels", ["names", "strings", "numbers"])
+def test_a_hugging_face_data_set_is_read_from_disk(tmp_path: Path, folders: Path, labels: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    reference, _ = load(folders)
+    kind = {
+        "names": datasets.ClassLabel(names=list(CLASSES)),
+        "strings": datasets.Value("string"),
+        "numbers": datasets.Value("int64"),
+    }[labels]
+    values = [CLASSES[label] if labels == "strings" else label for label in reference.labels.tolist()]
+    features = datasets.Features({"picture": datasets.Image(), "label": kind, "note": datasets.Value("string")})
+    columns = {"picture": reference.paths, "label": values, "note": ["x"] * 36}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(0, 36, 2))}).save_to_disk(tmp_path / "saved")
+    train, heldout = load(tmp_path / "saved")
+    assert train.classes == (("0", "1", "2") if labels == "numbers" else CLASSES)
+    assert train.labels.equal(reference.labels) and len(heldout.labels) == 18
+    assert train.image(4).tobytes() == reference.image(4).tobytes()
+    with pytest.raises(ValueError, match=r"data.label_column 'lable' is none of the columns: picture, label, note"):
+        load(tmp_path / "saved", label_column="lable")
+    with pytest.raises(ValueError, match=r"data.eval_split 'dev' is none of the splits of .*: train, test"):
+        load(tmp_path / "saved", eval_split="dev")
+    with pytest.raises(ValueError, match=r"data.image_column 'note' must hold images"):
+        load(tmp_path / "saved", image_column="note")
+
+
+def test_a_damaged_row_of_a_hugging_face_data_set_is_unreadable(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    images = [{"bytes": b"no image", "path": None}, None] * 10
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0] * 20}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    train, heldout = load(tmp_path / "saved")
+    assert (len(train.labels), len(heldout.labels)) == (18, 2)
+    for index in range(2):
+        with pytest.raises(UnreadableImage, match=r"row [12]"):
+            train.image(index)
+
+
+def test_labels_follow_the_wanted_order_of_classes(tensors: TensorImages, folders: Path) -> None:
+    order = ("eel", "cat", "dog")
+    for source in (tensors, load(folders)[0]):
+        view = with_classes(source, order, what="these", than="those")
+        assert [order[label] for label in view.labels] == [CLASSES[label] for label in source.labels]
+        assert view.image(2).tobytes() == source.image(2).tobytes()
+
+
+def test_a_sample_spreads_over_all_classes(folders: Path) -> None:
+    train, _ = load(folders)
+    assert every_nth(train, 6).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert every_nth(train, 100) is train
+    with pytest.raises(ValueError, match="at least 1 image is needed, got 0"):
+        every_nth(train, 0)
+
+
+def test_tensors_stay_tensors_when_held_out(tensors: TensorImages) -> None:
+    train, heldout = hold_out(tensors)
+    assert isinstance(train, TensorImages) and isinstance(heldout, TensorImages)
+    assert train.mean == tensors.mean and len(train.labels) + len(heldout.labels) == 24
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), [0, 0], r"pixels must be uint8 \[n, 1 or 3, H, W\]"),
+        (torch.zeros(2, 1, 8, 8), [0, 0], "pixels must be uint8 .*, got torch.float32"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0], r"labels must have shape \(2,\), got \(1,\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 3], "labels must be between 0 and 2, got 0 to 3"),
+    ],
+)
+def test_tensors_that_are_no_labelled_images_are_refused(pixels, labels, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        TensorImages(pixels, torch.tensor(labels), CLASSES)

@@ -1,0 +1,104 @@
+"""A killed run goes on as if nothing had happened: weights, moving average, augmentation, learning rate, top-1."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moh.training import load_recipe, train
+from moh.training.checkpoints import last_complete_checkpoint
+
+pytestmark = pytest.mark.timeout(120)
+SCRIPT = Path(__file__).parents[1] / "run_recipe.py"
+EVERYTHING = [  # more than an epoch of seven batches, so that the order and the augmentation change on the way
+    "--training.max_steps=10",
+    "--training.save_steps=4",
+    "--training.eval_steps=2",
+    "--training.ema_decay=0.7",
+    "--model.drop_path=0.3",
+    "--augmentation.mixup=0.8",
+    "--augmentation.cutmix=1",
+    "--augmentation.crop_padding=2",
+    "--augmentation.random_erasing=0.5",
+    "--augmentation.label_smoothing=0.1",
+]
+
+
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(options: list[str], tmp_path: Path) -> None:
+    options += EVERYTHING
+    killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, SCRIPT, tmp_path / "no.json", "9", *killed], env=environment, timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-8"
+
+    resumed, whole = train(load_recipe(None, killed)), train(load_recipe(None, options))
+    assert resumed.resumed_from.name == "checkpoint-8"
+    assert len({loss for _, loss in whole.losses}) == 10
+    assert resumed.losses == whole.losses
+    assert resumed.top1 == whole.top1 and [step for step, _ in whole.top1] == [2, 4, 6, 8, 10]
+    for (name, a), (_, b) in zip(resumed.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_resumed_run_in_the_middle_of_an_epoch_loads_with_processes_as_without(
+    options: list[str], tmp_path: Path
+) -> None:
+    options += [*EVERYTHING, "--augmentation.crop_padding=0", "--augmentation.auto_augment=rand-m9-mstd0.5-inc1"]
+    whole = train(load_recipe(None, options))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-10")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8", ignore_errors=True)
+    shutil.copytree(tmp_path / "out", tmp_path / "again", ignore=shutil.ignore_patterns("model", "runs"))
+    text = (tmp_path / "again" / "recipe.yaml").read_text().replace("workers: 0", "workers: 1")
+    (tmp_path / "again" / "recipe.yaml").write_text(text)
+    resumed = train(load_recipe(None, [*options, "--data.workers=1", f"--training.output_dir={tmp_path / 'again'}"]))
+    assert resumed.resumed_from is None or resumed.resumed_from.name == "checkpoint-4"
+    assert resumed.losses == whole.losses
+
+
+def test_a_finished_run_is_not_trained_again_but_has_its_top1(options: list[str]) -> None:
+    whole = train(load_recipe(None, [*options, "--training.ema_decay=0.5"]))
+    again = train(load_recipe(None, [*options, "--training.ema_decay=0.5"]))
+    assert again.resumed_from.name == "checkpoint-6"
+    assert again.losses == whole.losses and again.top1[-1] == whole.top1[-1]
+    for (name, a), (_, b) in zip(again.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_without_the_average_that_is_asked_for_is_refused(options: list[str]) -> None:
+    train(load_recipe(None, options))
+    with pytest.raises(ValueError, match=r"training.ema_decay needs the moving average of the interrupted run"):
+        train(load_recipe(None, [*options, "--training.ema_decay=0.5"]))
+
+
+def test_classes_that_differ_from_the_checkpoints_are_named(options: list[str], folders: Path) -> None:
+    options += [f"--data.dataset={folders}", "--model.kwargs.in_chans=3"]
+    train(load_recipe(None, options))
+    for part in ("train", "val"):
+        (folders / part / "eel").rename(folders / part / "ape")
+    with pytest.raises(
+        ValueError, match=r"images must have the 3 classes of the checkpoint, but lacks 'eel' and has .* 'ape'"
+    ):
+        train(load_recipe(None, [*options, "--training.max_steps=8"]))
+
+
+def test_a_cut_off_average_makes_a_checkpoint_incomplete(options: list[str], tmp_path: Path) -> None:
+    train(load_recipe(None, [*options, "--training.ema_decay=0.5", "--training.save_steps=3"]))
+    file = tmp_path / "out" / "checkpoint-6" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="checkpoint-6: its ema.safetensors is cut off"):
+        assert last_complete_checkpoint(tmp_path / "out").name == "checkpoint-3"
+
+
+def test_the_log_is_in_the_checkpoint(options: list[str], tmp_path: Path) -> None:
+    train(load_recipe(None, [*options, "--training.eval_steps=3", "--training.save_steps=3"]))
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_top1" in entry] == [3]

@@ -1,0 +1,218 @@
+"""A recipe becomes a saved classifier that timm reads; what can't be served is said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from image_cases import CLASSES, pictures
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import FashionMNIST
+
+from moh.models.image_loading import ImageInput, class_names, image_input, load_image_classifier
+from moh.training import load_recipe, train
+from moh.training.images.sources import TensorImages
+
+MOH = [
+    "--model.name=moh_vit_micro_patch4_28_75",
+    "--model.kwargs={'img_size': 8, 'in_chans': 1, 'embed_dim': 20, 'depth': 2, 'num_heads': 5}",
+    "--training.balance_loss_coef=0.01",
+]
+
+
+def run(options: list[str], *extra: str, **objects):
+    return train(load_recipe(None, [*options, *extra]), **objects)
+
+
+@pytest.mark.parametrize("extra", [[], ["--training.ema_decay=0.5"]], ids=["last-weights", "averaged"])
+def test_the_saved_model_is_the_trained_one_for_us_and_for_timm(options: list[str], tmp_path: Path, extra) -> None:
+    result = run(options, *extra)
+    assert result.model_dir == tmp_path / "out" / "model" and not result.model.training
+    assert [step for step, _ in result.losses] == [1, 2, 3, 4, 5, 6]
+    assert result.classes == tuple(FashionMNIST.classes) and result.resumed_from is None
+    assert {path.name for path in result.model_dir.iterdir()} == {"config.json", "model.safetensors"}
+
+    images = torch.randn(2, 1, 8, 8)
+    loaded = load_image_classifier(result.model_dir)
+    for model in (loaded, timm.create_model(f"local-dir:{result.model_dir}", pretrained=True).eval()):
+        assert torch.equal(model(images), result.model(images))
+    assert class_names(loaded) == result.classes
+    assert image_input(loaded) == ImageInput((1, 8, 8), (0.286,), (0.353,), 1.0, "bicubic")
+    assert json.loads((result.model_dir / "config.json").read_text())["label_names"][3] == "Dress"
+
+
+def test_a_model_learns_and_its_top1_is_logged(options: list[str], tensors: TensorImages, tmp_path: Path) -> None:
+    heldout = TensorImages(pictures(tensors.labels, seed=1), tensors.labels, CLASSES)
+    extra = ["--training.max_steps=70", "--training.learning_rate=0.01", "--training.warmup_steps=5"]
+    extra += ["--augmentation.hflip=0", "--training.eval_steps=30"]
+    result = run(options, *extra, train_dataset=tensors, eval_dataset=heldout)
+    assert result.losses[-1][1] < result.losses[0][1] / 2
+    assert [step for step, _ in result.top1] == [30, 60, 70]  # the last one at the end, though 70 is no multiple of 30
+    assert result.top1[-1][1] > 90
+    (events,) = (tmp_path / "out" / "runs").iterdir()
+    assert {"train/loss", "eval/top1", "eval/top5"} <= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+
+
+def test_all_held_out_images_are_evaluated(options: list[str], tensors: TensorImages) -> None:
+    labels = torch.tensor([0, 1, 2] * 3 + [2])  # ten images, three full batches of three and one more
+    heldout = TensorImages(pictures(labels), labels, CLASSES)
+    result = run(options, "--training.per_device_eval_batch_size=3", train_dataset=tensors, eval_dataset=heldout)
+    inputs = (heldout.pixels.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        logits = result.model(inputs)
+    entry = next(entry for entry in result.log_history if "eval_top1" in entry and entry["step"] == 6)
+    assert entry["eval_top1"] == pytest.approx(100 * (logits.argmax(-1) == labels).float().mean().item())
+    assert entry["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert entry["eval_top5"] == 100  # of three classes
+
+
+def test_a_moh_model_logs_its_routing_and_pays_for_imbalance(options: list[str]) -> None:
+    pytest.importorskip("moh.models.vit")
+    result = run(options, *MOH)
+    entry = next(entry for entry in result.log_history if "loss" in entry)
+    assert 0.6 <= entry["active_share"] <= 0.9 and entry["balance_loss"] > 0
+    without = run(options, *MOH, "--training.balance_loss_coef=0", f"--training.output_dir={result.model_dir}.2")
+    assert result.losses[0][1] == pytest.approx(without.losses[0][1] + 0.01 * entry["balance_loss"], abs=1e-5)
+    loaded = load_image_classifier(result.model_dir)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(images), result.model(images))
+
+
+@pytest.mark.parametrize("router", ["linear", "query_norm"])
+def test_a_pretrained_model_is_converted_trained_and_not_converted_again(
+    options: list[str], router, monkeypatch
+) -> None:
+    pytest.importorskip("moh.models.vit")
+    dense = run(options)
+    extra = [f"--model.name=local-dir:{dense.model_dir}", "--model.pretrained=true", "--model.kwargs={}"]
+    extra += [f"--conversion={{'shared_heads': 1, 'active_heads': 2, 'router': '{router}', 'calibration_images': 20}}"]
+    extra += [f"--training.output_dir={dense.model_dir}.2", "--model.drop_path=0.1", "--training.logging_steps=2"]
+    first = run(options, *extra, "--training.max_steps=2", "--training.save_steps=2")
+    assert first.losses[0][1] < dense.losses[0][1]  # it starts from what the dense model had learned
+    assert first.log_history[0]["active_share"] == pytest.approx(3 / 4)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(load_image_classifier(first.model_dir)(images), first.model(images))
+
+    monkeypatch.setattr("moh.conversion.convert", None)
+    longer = run(options, *extra, "--training.max_steps=4", "--training.save_steps=2")
+    assert longer.resumed_from.name == "checkpoint-2" and [step for step, _ in longer.losses] == [2, 4]
+    assert longer.model.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+
+
+def test_epochs_become_steps_and_the_rate_follows_the_recipe(options: list[str]) -> None:
+    extra = ["--training.max_steps=0", "--training.epochs=2", "--training.warmup_epochs=0.5", "--training.min_lr=2e-5"]
+    result = run(options, *extra, "--training.gradient_accumulation_steps=2")
+    rates = [entry["learning_rate"] for entry in result.log_history if "loss" in entry]
+    steps = 2 * math.ceil(60 // 8 / 2)
+    assert len(rates) == steps == 8
+    assert rates[0] == pytest.approx(1e-6) and rates[1] == pytest.approx(1e-3) and rates[-1] == pytest.approx(2e-5)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_biases_norms_and_named_parameters_are_not_decayed(options: list[str]) -> None:
+    groups = {}
+
+    class Look(__import__("transformers").TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, model, **kwargs):
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                groups.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
+
+    result = run(options, callbacks=[Look()])
+    assert groups[0.05] == {n for n, p in result.model.named_parameters() if p.ndim > 1} - {"pos_embed", "cls_token"}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} <= groups[0.0]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--augmentation.mixup=0.8", "--augmentation.cutmix=1", "--augmentation.label_smoothing=0.1"],
+        ["--augmentation.auto_augment=rand-m9-mstd0.5-inc1", "--augmentation.crop_scale=[0.5, 1]"],
+        ["--augmentation.label_smoothing=0.1", "--augmentation.random_erasing=0.3", "--augmentation.crop_padding=1"],
+        ["--model.drop_path=0.2", "--training.gradient_checkpointing=true", "--training.precision=bf16"],
+    ],
+    ids=["mixed", "policy", "smoothed", "drop-path-and-bf16"],
+)
+def test_what_a_recipe_may_ask_for_trains(options: list[str], extra: list[str]) -> None:
+    losses = [loss for _, loss in run(options, *extra).losses]
+    assert all(math.isfinite(loss) for loss in losses) and len(set(losses)) == 6
+
+
+def test_images_in_folders_are_trained_on_and_damaged_ones_reported(
+    options: list[str], folders: Path, tmp_path: Path
+) -> None:
+    broken = folders / "train" / "dog" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    unread = folders / "val" / "dog" / "01.png"
+    unread.write_bytes(b"")
+    extra = [f"--data.dataset={folders}", "--model.kwargs.in_chans=3", "--augmentation.crop_scale=[0.5, 1]"]
+    replaced = r"1 of 36 images can't be read and were replaced by the next one: .*dog/03\.png"
+    with (
+        pytest.warns(UserWarning, match=replaced),
+        pytest.warns(UserWarning, match=r"1 of 12 .* left out of the evaluation: .*dog/01\.png"),
+    ):
+        result = run(options, *extra)
+    assert result.damaged == (str(broken),) and result.classes == CLASSES
+    counts = [round(top1 / 100 * 11, 6) for _, top1 in result.top1]  # of 12 held-out images, 11 can be read
+    assert all(count == round(count) for count in counts)
+
+
+def test_a_model_may_be_given_as_an_object(options: list[str], tensors: TensorImages) -> None:
+    recipe = load_recipe(None, options)
+    model = timm.create_model(recipe.model.name, num_classes=3, **recipe.model.kwargs)
+    result = train(recipe, model=model, train_dataset=tensors, eval_dataset=tensors)
+    assert result.model is model
+    assert torch.equal(load_image_classifier(result.model_dir)(torch.ones(1, 1, 8, 8)), model(torch.ones(1, 1, 8, 8)))
+
+
+def test_training_can_start_from_a_saved_model_with_other_classes(options: list[str], tensors: TensorImages) -> None:
+    first = run(options)
+    start = load_image_classifier(first.model_dir)
+    extra = [f"--model.name=local-dir:{first.model_dir}", "--model.pretrained=true", "--model.kwargs={}"]
+    extra += [f"--training.output_dir={first.model_dir}.2", "--training.learning_rate=0", "--training.min_lr=0"]
+    result = run(options, *extra, "--training.warmup_lr=0", train_dataset=tensors, eval_dataset=tensors)
+    assert torch.equal(result.model.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
+    assert result.model.head.weight.shape == (3, 16)
+    assert image_input(load_image_classifier(result.model_dir)).mean == pytest.approx((0.286,))  # its weights' own
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--model.name=vit_tiny_patch16_225",
+            "model.name 'vit_tiny_patch16_225' is no model of timm; did you mean .*224",
+        ),
+        ("--model.kwargs.nonsense=1", "model 'vit_tiny_patch16_224' can't be made: .*nonsense"),
+        (
+            "--model.weights=/nowhere.safetensors",
+            "model.weights must be a file, but there is no '/nowhere.safetensors'",
+        ),
+        ("--data.image_size=10", r"model can't read images of size \(1, 10, 10\): .*data.image_size"),
+        ("--data={'dataset': '/nowhere/at/all'}", "but there is no '/nowhere/at/all'"),
+        ("--training.per_device_train_batch_size=500", "there are 60 training images, fewer than the 500"),
+        ("--training.extra={'fsdp': true}", "fsdp is not supported for image classifiers"),
+        ("--training.extra={'weight_decay': 1}", "extra must not set weight_decay: set training.weight_decay"),
+        ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
+        ("--augmentation.auto_augment=nonsense", "auto_augment 'nonsense' is none of timm's"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_training(
+    options: list[str], tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        run(options, override)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()
+
+
+def test_given_images_need_held_out_ones_of_the_same_classes(options: list[str], tensors: TensorImages) -> None:
+    with pytest.raises(ValueError, match="eval_dataset must be given with train_dataset"):
+        run(options, train_dataset=tensors)
+    other = TensorImages(tensors.pixels, tensors.labels, ("cat", "dog", "fox"))
+    with pytest.raises(ValueError, match="eval_dataset must have the 3 classes of train_dataset, but lacks 'eel'"):
+        run(options, train_dataset=tensors, eval_dataset=other)
