@@ -61,6 +61,11 @@ def run_train(arguments: Namespace) -> None:
 
 
 def run_eval(arguments: Namespace) -> None:
+    from moh.cli import images
+
+    if images.is_classifier(arguments):
+        images.run_eval(arguments)
+        return
     from moh.evaluation import perplexity
     from moh.models.loading import default_device, load_causal_lm, load_tokenizer
 
@@ -112,6 +117,13 @@ def run_generate(arguments: Namespace) -> None:
 
 
 def run_inspect(arguments: Namespace) -> None:
+    from moh.cli import images
+
+    if images.is_classifier(arguments):
+        images.run_inspect(arguments)
+        return
+    if arguments.classes is not None:
+        raise ValueError("--classes is for image classifiers: give --images too")
     from moh.inspection import head_load
     from moh.inspection.plots import plot_head_load, save
     from moh.models.loading import default_device, load_causal_lm, load_tokenizer

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moh.cli import commands
+from moh.cli import commands, images, sampling, scores
 
 _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers whose attention heads are experts."
 
@@ -19,7 +19,7 @@ _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers wh
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit code: 0, or 2 for bad input."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(scores.join_command(sys.argv[1:] if argv is None else argv))
     if rest and arguments.command != "train":  # train hands the rest to the recipe's parser
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
@@ -84,15 +84,19 @@ def build_parser() -> argparse.ArgumentParser:
         "recipe", help="YAML file; every field can be overridden, for example --training.learning_rate 5e-5"
     )
 
-    evaluate = command("eval", "Perplexity of a model, dense or MoH, on held-out text.")
-    evaluate.add_argument("model", help="directory, hub name or .gguf file")
+    evaluate = command("eval", "Perplexity of a language model on held-out text, or accuracy of an image classifier.")
+    evaluate.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     _text(evaluate)
+    images.add_options(evaluate)
     evaluate.add_argument("--all-text", action="store_true", help="use all of --files, not their held-out tenth")
     evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
     evaluate.add_argument(
         "--max-tokens", type=int, default=32_768, help="at most so many tokens (default: %(default)s)"
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    scores.add_parser(sub)
+    sampling.add_parser(sub)
 
     generate = command("generate", "Write text with a model, token by token.")
     generate.add_argument("model", help="directory, hub name or .gguf file")
@@ -101,10 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
-    inspect = command("inspect", "Which heads the tokens of a text use: a table (CSV) and a heat map (PNG, SVG).")
+    inspect = command(
+        "inspect", "Which heads a text's tokens, or each class of images, use: tables (CSV) and heat maps (PNG, SVG)."
+    )
     inspect.add_argument("model", help="directory or hub name of a MoH model")
     inspect.add_argument("--out", required=True, help="directory for head_load.csv, .png and .svg")
     _text(inspect)
+    images.add_options(inspect)
+    inspect.add_argument("--classes", nargs="+", metavar="NAME", help="classes of images to show in the picture")
     inspect.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
     inspect.add_argument("--max-tokens", type=int, default=8_192, help="at most so many tokens (default: %(default)s)")
 

@@ -1,0 +1,81 @@
+"""`moh sample`: draw images with a diffusion model. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+
+_HELP = "Draw images of given classes with a diffusion model; under torchrun the processes share the work."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `sample` to the commands."""
+    parser = sub.add_parser("sample", help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("checkpoint", help="directory: model/ of a run, one of its checkpoints, or a diffusers model")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
+    parser.add_argument("--num", type=int, help="images in all, of the classes in turn (default: one of each class)")
+    parser.add_argument("--out", metavar="DIR", help="write grid.png and images/*.png here")
+    parser.add_argument(
+        "--npz", metavar="FILE", help="write all images as arrays, as ADM's evaluation suite reads them"
+    )
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is off (default: %(default)s)")
+    parser.add_argument(
+        "--guided-channels",
+        type=int,
+        metavar="N",
+        help="guide the first N channels alone, as published: 3 of 4 latents",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    parser.add_argument(
+        "--scheduler", choices=("ddim", "ddpm", "dpm++"), default="ddim", help="sampler (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="image i of a seed is always the same (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images at a time and process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the transformer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vae", metavar="DIR", help="AutoencoderKL that decodes latents (default: the checkpoint's own)"
+    )
+
+
+def run(arguments: Namespace) -> None:
+    from moh.training.checkpoints import check_writable
+
+    out = None if arguments.out is None else Path(arguments.out)
+    npz = None if arguments.npz is None else Path(arguments.npz)
+    if out is None and npz is None:
+        raise ValueError("--out DIR or --npz FILE must say where to write the images")
+    for name, target in (("--out", out), ("--npz", npz if npz is None else npz.parent)):
+        if target is not None:
+            check_writable(target, name=name)
+    if arguments.num is not None and arguments.num < 1:
+        raise ValueError(f"--num must be at least 1, got {arguments.num}")
+
+    import torch
+
+    from moh.sampling import SamplingSettings, load_image_model, sample_to_files
+    from moh.sampling.processes import processes
+
+    settings = SamplingSettings(
+        scheduler=arguments.scheduler,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        guided_channels=arguments.guided_channels,
+    )
+    model = load_image_model(arguments.checkpoint, vae=arguments.vae)
+    classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
+    count = len(classes) if arguments.num is None else arguments.num
+    labels = [classes[i % len(classes)] for i in range(count)]
+    with processes() as state:
+        model.to(device=state.device, dtype=getattr(torch, arguments.dtype))
+        sample_to_files(model, labels, settings, out=out, npz=npz, batch_size=arguments.batch_size)
+        if state.is_main_process:
+            print(f"{' and '.join(str(path) for path in (out, npz) if path is not None)}: {count:,} images")

@@ -1,0 +1,25 @@
+"""Drawing images with diffusion models: samplers, guidance, several processes, files (extra `diffusion`).
+
+Not for models (`moh.models.dit`), training (`moh.training`) or scores (`moh.evaluation`).
+"""
+
+from moh.sampling.checkpoint import ImageModel, load_image_model, load_vae, save_image_model
+from moh.sampling.denoising import sample
+from moh.sampling.files import sample_to_files
+from moh.sampling.images import image_grid, write_npz, write_png
+from moh.sampling.schedulers import SAMPLERS, SamplingSettings, diffusion_scheduler
+
+__all__ = [
+    "SAMPLERS",
+    "ImageModel",
+    "SamplingSettings",
+    "diffusion_scheduler",
+    "image_grid",
+    "load_image_model",
+    "load_vae",
+    "sample",
+    "sample_to_files",
+    "save_image_model",
+    "write_npz",
+    "write_png",
+]

@@ -1,0 +1,112 @@
+"""From noise to images: the loop over a scheduler's steps, and what is checked on the way.
+
+Not for guidance (`moh.models.dit.guidance`), nor for files or several processes (`moh.sampling.files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moh.models.dit import guided_output
+from moh.sampling.checkpoint import ImageModel
+from moh.sampling.noise import draw_noise, image_generators
+from moh.sampling.schedulers import SamplingSettings, make_scheduler, takes_variance
+
+
+def sample(
+    model: ImageModel,
+    labels: Sequence[int],
+    settings: SamplingSettings | None = None,
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Draw images of given classes.
+
+    Args:
+        model: as `load_image_model` reads it.
+        labels: the class of each image.
+        settings: how to draw; None takes the defaults.
+        indices: the images' numbers: image i of a seed has the same noise whatever is drawn beside it; None counts
+            from 0.
+        batch_size: images at a time.
+
+    Returns:
+        `[len(labels), channels, height, width]` uint8 on the CPU.
+
+    Raises:
+        ValueError: a wrong class, setting or batch size.
+        RuntimeError: the model gave NaN or infinity; says in which step and for which images.
+    """
+    indices = range(len(labels)) if indices is None else indices
+    if len(indices) != len(labels):
+        raise ValueError(f"indices must have as many entries as labels, {len(labels)}, got {len(indices)}")
+    if not labels:
+        raise ValueError("labels must have at least one entry")
+    batches = sample_batches(model, labels, settings or SamplingSettings(), indices=indices, batch_size=batch_size)
+    return torch.cat([images for _, images in batches])
+
+
+@torch.no_grad()
+def sample_batches(
+    model: ImageModel,
+    labels: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    indices: Sequence[int],
+    batch_size: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """`sample`, batch by batch: yields (which of the labels, their images)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    model.check_classes(labels)
+    for start in range(0, len(labels), batch_size):
+        part = slice(start, min(start + batch_size, len(labels)))
+        clean = _denoise(model, labels[part], settings, indices[part])
+        yield part, to_bytes(_finite(model.decode(clean), "after the last step", indices[part]))
+
+
+def _denoise(model: ImageModel, labels: Sequence[int], settings: SamplingSettings, indices: Sequence[int]) -> Tensor:
+    """`[B, C, h, w]` float32, what the model draws for images `indices`."""
+    scheduler = make_scheduler(settings, model.scheduler.config, learned_variance=model.learns_variance)
+    generators = image_generators(settings.seed, indices)
+    classes = torch.tensor(labels, device=model.device)
+    x = draw_noise(generators, model.sample_shape).to(model.device)  # [B, C, h, w]
+    for step, t in enumerate(scheduler.timesteps):
+        output = guided_output(
+            model.transformer,
+            x,
+            t,
+            classes,
+            guidance=settings.guidance,
+            null_class=model.num_classes,
+            guided_channels=settings.guided_channels,
+        )
+        # Looked at here, because clipping would hide an infinity
+        _finite(output, f"in step {step + 1} of {settings.steps} (t = {int(t)})", indices)
+        if not takes_variance(scheduler):
+            output = output[:, : x.shape[1]]
+        x = scheduler.step(output, t, x, generator=generators).prev_sample
+    return x
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in -1..1, `[B, C, H, W]`, as uint8 on the CPU."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _finite(x: Tensor, where: str, indices: Sequence[int]) -> Tensor:
+    """`x`, if all of it is finite.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    bad = ~torch.isfinite(x).flatten(1).all(1)
+    if bad.any():
+        images = [indices[i] for i in bad.nonzero().flatten().tolist()]
+        shown = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
+        raise RuntimeError(f"the model gave NaN or infinity {where}, for image {shown}")
+    return x

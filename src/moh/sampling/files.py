@@ -1,0 +1,179 @@
+"""Many images on disk: several processes share the work, and an interrupted run goes on where it stopped.
+
+Every batch is written as a part; when all are there the first process makes PNGs, a grid and an array file of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moh._extras import require
+from moh._files import replacing_file
+from moh.sampling.checkpoint import ImageModel
+from moh.sampling.denoising import sample_batches
+from moh.sampling.images import image_grid, write_npz, write_png
+from moh.sampling.schedulers import SamplingSettings
+
+require("accelerate", extra="diffusion")
+
+from accelerate import PartialState  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+_GRID = 100  # images in the grid, at most
+
+
+def sample_to_files(
+    model: ImageModel,
+    labels: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    out: Path | None = None,
+    npz: Path | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Draw image i of class `labels[i]` for every i and write them; under `torchrun` the processes share the work.
+
+    Until all is done the batches lie in a directory `.moh-parts` in `out`, or beside `npz`, from which the same call
+    goes on after an interruption, with any batch size and number of processes.
+
+    Args:
+        model: as `load_image_model` reads it.
+        labels: the class of each image.
+        settings: how to draw.
+        out: directory, made if it isn't there, for `grid.png` with the first hundred and, in images/, a PNG of each, in
+            place of those of an earlier call.
+        npz: file for all images as arrays (`write_npz`).
+        batch_size: images at a time and process.
+
+    Raises:
+        ValueError: neither `out` nor `npz`, no labels, wrong classes, or parts of other images in the way.
+        RuntimeError: the model gave NaN or infinity.
+    """
+    if npz is not None and npz.suffix != ".npz":
+        raise ValueError(f"npz must be a file that ends in .npz, got {npz}")
+    if out is not None:
+        folder = out / ".moh-parts"
+    elif npz is not None:
+        folder = npz.with_name(f".{npz.name}.moh-parts")
+    else:
+        raise ValueError("out or npz must say where to write the images, got neither")
+    if not labels:
+        raise ValueError("labels must have at least one entry")
+    model.check_classes(labels)
+    state = PartialState()
+    dtype = next(model.transformer.parameters()).dtype
+    parts = _Parts(folder, [model.digest(), str(dtype), list(labels), asdict(settings)])
+    todo = parts.missing(len(labels))
+    state.wait_for_everyone()  # everyone has looked before anyone writes
+    mine = _share(todo, batch_size, state.process_index, state.num_processes)
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc="images", unit="image", disable=None if state.is_main_process else True) as bar:
+        for indices in mine:
+            batch = [labels[i] for i in indices]
+            for _, images in sample_batches(model, batch, settings, indices=indices, batch_size=batch_size):
+                parts.write(indices, images)
+                bar.update(len(indices))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(parts, labels, out, npz, model.class_names)
+    state.wait_for_everyone()
+
+
+class _Parts:
+    """The batches that are done, as safetensors files named by their first and last image."""
+
+    def __init__(self, folder: Path, identity: list[object]) -> None:
+        self.folder = folder
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, indices: range, images: Tensor) -> None:
+        with replacing_file(self.folder / f"{indices.start:08d}-{indices.stop:08d}.safetensors") as file:
+            save_file({"images": images.contiguous()}, file, metadata={"identity": self.identity})
+
+    def missing(self, count: int) -> list[int]:
+        """The images of `range(count)` that no part holds, in order.
+
+        Raises:
+            ValueError: a part of other images lies here.
+        """
+        done: set[int] = set()
+        for file, indices in self._files():
+            try:
+                with safe_open(file, framework="pt") as part:
+                    identity = (part.metadata() or {}).get("identity")
+            except SafetensorError as error:
+                raise ValueError(f"{file} can't be read ({error}): delete it") from None
+            if identity != self.identity:
+                raise ValueError(
+                    f"{self.folder} holds parts of another run (another model, classes, seed or settings): finish that "
+                    "run, or delete the directory"
+                )
+            done.update(indices)
+        return [i for i in range(count) if i not in done]
+
+    def read(self) -> Iterator[tuple[range, Tensor]]:
+        """(indices, images) of every part, in order."""
+        for file, indices in self._files():
+            with safe_open(file, framework="pt") as part:
+                yield indices, part.get_tensor("images")
+
+    def _files(self) -> list[tuple[Path, range]]:
+        found = []
+        for file in sorted(self.folder.glob("*.safetensors")):
+            first, last = file.stem.split("-")
+            found.append((file, range(int(first), int(last))))
+        return found
+
+
+def _share(todo: list[int], batch_size: int, process: int, processes: int) -> list[range]:
+    """The batches of one process: runs of neighbouring images, so spread that all processes have about as many."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    size = min(batch_size, max(1, -(-len(todo) // processes)))
+    batches: list[range] = []
+    for i in todo:
+        if batches and batches[-1].stop == i and len(batches[-1]) < size:
+            batches[-1] = range(batches[-1].start, i + 1)
+        else:
+            batches.append(range(i, i + 1))
+    return batches[process::processes]
+
+
+def _finish(
+    parts: _Parts, labels: Sequence[int], out: Path | None, npz: Path | None, class_names: Sequence[str]
+) -> None:
+    """Make the files of the parts, then delete the parts."""
+    if npz is not None:
+        npz.parent.mkdir(parents=True, exist_ok=True)
+        shape = tuple(next(parts.read())[1].shape[1:])
+        batches = ((images, torch.tensor([labels[i] for i in indices])) for indices, images in parts.read())
+        write_npz(npz, batches, count=len(labels), shape=shape)  # type: ignore[arg-type]
+    if out is not None:
+        first: list[Tensor] = []
+        (out / "images").mkdir(exist_ok=True)
+        for earlier in (out / "images").glob("[0-9]*-*.png"):
+            earlier.unlink()
+        for indices, images in parts.read():
+            for i, image in zip(indices, images, strict=True):
+                write_png(out / "images" / f"{i:05d}-{_file_name(labels[i], class_names)}.png", image)
+            if indices.start < _GRID:
+                first.append(images)
+        write_png(out / "grid.png", image_grid(torch.cat(first)[:_GRID]))
+    shutil.rmtree(parts.folder)
+
+
+def _file_name(label: int, class_names: Sequence[str]) -> str:
+    """The class as part of a file's name."""
+    name = class_names[label].split(",")[0] if label < len(class_names) else str(label)
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,28 @@
+"""The processes of `torchrun`, where there are several, for work that is shared without training.
+
+A training run has its Trainer for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moh._extras import require
+
+require("accelerate", extra="diffusion")
+
+from accelerate import PartialState  # noqa: E402
+
+
+@contextmanager
+def processes() -> Iterator[PartialState]:
+    """Join the processes of `torchrun` (or be the only one) while the block runs; `.device` is this process's."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        yield state
+    finally:
+        if state.num_processes > 1:
+            state.destroy_process_group()
