@@ -17,7 +17,7 @@ from moh.evaluation import perplexity
 from moh.models.llama import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens, read_texts
 
-COMMANDS = ["demo", "convert", "train", "eval", "generate", "inspect", "info"]
+COMMANDS = ["demo", "convert", "train", "eval", "eval fid", "sample", "generate", "inspect", "info"]
 
 
 def test_info_tells_versions_and_every_attention_backend(moh) -> None:
@@ -160,7 +160,7 @@ def test_the_demos_defaults_are_those_of_its_settings(moh, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(moh, command) -> None:
-    result = moh(command, "--help")
+    result = moh(*command.split(), "--help")
     assert result.code == 0 and not result.err
     assert result.out[0].startswith(f"usage: moh {command}")
 

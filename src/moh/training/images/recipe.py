@@ -82,7 +82,6 @@ class ImageDataRecipe:
         std: likewise.
         crop_pct: evaluation: the middle crop's share of the resized image's side; default the model's.
         interpolation: of resizing; default the model's.
-        workers: processes that load images; 0 loads them in the training process.
         cache_dir: where fetched data is kept (default ~/.cache/moh).
     """
 
@@ -96,7 +95,6 @@ class ImageDataRecipe:
     std: list[float] = field(default_factory=list)
     crop_pct: float | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    workers: int = 0
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +102,6 @@ class ImageDataRecipe:
             raise ValueError("data.dataset must name a data set or a directory")
         if self.image_size is not None:
             at_least("data.image_size", self.image_size, 1)
-        at_least("data.workers", self.workers, 0)
         if len(self.mean) != len(self.std):
             raise ValueError(f"data.mean and data.std must have as many numbers, got {self.mean} and {self.std}")
         if any(value <= 0 for value in self.std):
@@ -128,6 +125,8 @@ class ImageTrainingRecipe(TrainingSettings):
         ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it.
         eval_steps: steps between two evaluations; 0 evaluates once per epoch.
         per_device_eval_batch_size: images per process and evaluated batch.
+        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
+            number: what a model sees does not depend on it.
     """
 
     max_steps: int = 0
@@ -147,10 +146,11 @@ class ImageTrainingRecipe(TrainingSettings):
     ema_warmup: bool = False
     eval_steps: int = 0
     per_device_eval_batch_size: int = 256
+    workers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "max_grad_norm", "eval_steps"):
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "max_grad_norm", "eval_steps", "workers"):
             at_least(f"training.{name}", getattr(self, name), 0)
         at_least("training.per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         if not 0 <= self.ema_decay < 1:

@@ -167,13 +167,13 @@ def _counted(session: Session, images: int) -> Session:
         epochs=0,
         warmup_epochs=0,
     )
-    arguments = image_arguments(settings, workers=session.recipe.data.workers, precision=session.precision)
+    arguments = image_arguments(settings, precision=session.precision)
     return dataclasses.replace(
         session, recipe=dataclasses.replace(session.recipe, training=settings), arguments=arguments
     )
 
 
-def image_arguments(settings: ImageTrainingRecipe, *, workers: int, precision: str) -> TrainingArguments:
+def image_arguments(settings: ImageTrainingRecipe, *, precision: str) -> TrainingArguments:
     """The transformers arguments of a recipe, whose steps are known.
 
     Raises:
@@ -184,7 +184,7 @@ def image_arguments(settings: ImageTrainingRecipe, *, workers: int, precision: s
         "prediction_loss_only": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        "dataloader_num_workers": workers,
+        "dataloader_num_workers": settings.workers,
     }
     if settings.lr_scheduler_type == "cosine_warmup_with_min_lr":
         peak = settings.learning_rate or 1.0  # at 0 the others are 0 as well
