@@ -4,7 +4,7 @@
 
 Every variant is trained with the same data, steps, augmentation and seeds; each finished run is kept under `--runs`, so
 that the script can be stopped and started again. Writes `fashion_mnist_classification.json`, `.md` and a picture.
-Needs the extra `vision`; about an hour on two slow cores. `--epochs 10` gives steadier numbers.
+Needs the extra `vision`; about 40 minutes on two slow cores. `--epochs 10` gives steadier numbers.
 """
 
 from __future__ import annotations

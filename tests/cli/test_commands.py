@@ -168,4 +168,4 @@ def test_every_command_explains_itself(moh, command) -> None:
 def test_the_overview_names_every_command(moh) -> None:
     result = moh("--help")
     first_words = [line.split()[0] for line in result.out if line.startswith("    ")]
-    assert result.code == 0 and set(COMMANDS) <= set(first_words)
+    assert result.code == 0 and {command.split()[0] for command in COMMANDS} <= set(first_words)
