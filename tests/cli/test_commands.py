@@ -158,6 +158,13 @@ def test_the_demos_defaults_are_those_of_its_settings(moh, monkeypatch: pytest.M
     assert given == [DemoSettings()]
 
 
+def test_inspect_writes_a_page_of_the_texts_given(moh, moh_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    told = moh("inspect", moh_dir, "--files", text_file, "--html", tmp_path / "page.html", "--max-tokens", 600)
+    assert told.code == 0 and "1 texts" in told.out[0]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('"tokens":[') == 1 and text_file.name in page
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(moh, command) -> None:
     result = moh(*command.split(), "--help")

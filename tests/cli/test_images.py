@@ -139,3 +139,30 @@ def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> Non
     assert result.code == 0, result.err
     assert result.out[-1].startswith(f"{tmp_path / 'out' / 'model'}: step 2, loss ")
     assert moh("eval", tmp_path / "out" / "model", "--images", folder).code == 0
+
+
+@pytest.mark.parametrize("kind", ["75", "dense"])
+def test_inspect_writes_a_page_of_some_images_of_each_class(
+    moh, classifiers, folder: Path, tmp_path, kind: str
+) -> None:
+    told = moh(
+        "inspect", classifiers[kind], "--images", folder, "--html", tmp_path / "page.html", "--classes", "ant", "cow"
+    )
+    assert told.code == 0 and "4 images" in told.out[0]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    samples = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])["samples"]
+    assert [sample["group"] for sample in samples] == ["ant", "ant", "cow", "cow"]
+    assert samples[0]["layers"][0]["grid"] == [0, 2, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_an_unknown_class_or_no_target_is_refused_before_anything_is_written(
+    moh, classifiers, folder, tmp_path
+) -> None:
+    page = tmp_path / "page.html"
+    told = moh("inspect", classifiers["75"], "--images", folder, "--html", page, "--classes", "dog")
+    assert told.code == 2 and "--classes must be among ant, bee, cow, got dog" in told.err[0]
+    assert "--out DIR or --html FILE" in moh("inspect", classifiers["75"], "--images", folder).err[0]
+    told = moh("inspect", classifiers["75"], "--images", folder, "--html", tmp_path / "no" / "page.html")
+    assert "--html must be a file in a directory that exists" in told.err[0]
+    assert list(tmp_path.iterdir()) == []

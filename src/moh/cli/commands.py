@@ -34,7 +34,7 @@ def run_convert(arguments: Namespace) -> None:
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
     check_replaceable(arguments.output, name="output")
-    calibration = None if arguments.router == "query_norm" else _corpus(arguments).train
+    calibration = None if arguments.router == "query_norm" else read_corpus(arguments).train
     model = convert(
         load_causal_lm(arguments.model, device=default_device()),
         shared_heads=arguments.shared_heads,
@@ -77,7 +77,7 @@ def run_eval(arguments: Namespace) -> None:
             raise ValueError("--all-text needs --files")
         texts = read_texts(arguments.files)
     else:
-        texts = _corpus(arguments).heldout
+        texts = read_corpus(arguments).heldout
     result = perplexity(
         load_causal_lm(arguments.model, device=default_device()),
         _blocks(texts, tokenizer, arguments.seq_len, arguments.max_tokens),
@@ -124,6 +124,13 @@ def run_inspect(arguments: Namespace) -> None:
         return
     if arguments.classes is not None:
         raise ValueError("--classes is for image classifiers: give --images too")
+    check_targets(arguments)
+    if arguments.html is not None:
+        from moh.cli.pages import write_text_page
+
+        write_text_page(arguments)
+    if arguments.out is None:
+        return
     from moh.inspection import head_load
     from moh.inspection.plots import plot_head_load, save
     from moh.models.loading import default_device, load_causal_lm, load_tokenizer
@@ -132,7 +139,7 @@ def run_inspect(arguments: Namespace) -> None:
     out = Path(arguments.out)
     check_writable(out, name="--out")
     tokenizer = load_tokenizer(arguments.model)
-    blocks = _blocks(_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens)
+    blocks = _blocks(read_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens)
     load = head_load(load_causal_lm(arguments.model, device=default_device()), blocks)
     out.mkdir(parents=True, exist_ok=True)
     load.save_csv(out / "head_load.csv")
@@ -143,6 +150,18 @@ def run_inspect(arguments: Namespace) -> None:
         spread = f"routed heads' load {routed.min():.2f} to {routed.max():.2f}" if len(routed) else "no routed heads"
         print(f"layer {layer:3d}: {100 * share:3.0f} % of the heads used; {spread}")
     print(f"{out}: head_load.csv, head_load.png, head_load.svg ({load.tokens:,} tokens)")
+
+
+def check_targets(arguments: Namespace) -> None:
+    """Check, before anything is computed, that something is to be written and can be."""
+    from moh.training.checkpoints import check_writable
+
+    if arguments.out is None and arguments.html is None:
+        raise ValueError("--out DIR or --html FILE must say where the result goes")
+    if arguments.html is not None:
+        check_writable(Path(arguments.html).parent, name="--html's directory")
+        if not Path(arguments.html).parent.is_dir():
+            raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
 
 
 def run_info(arguments: Namespace) -> None:
@@ -177,7 +196,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _corpus(arguments: Namespace) -> Any:
+def read_corpus(arguments: Namespace) -> Any:
+    """The text that a command line names."""
     from moh.training import corpus_from_files, load_corpus
 
     return corpus_from_files(arguments.files) if arguments.files else load_corpus(arguments.corpus)

@@ -74,6 +74,8 @@ def run_eval(arguments: Namespace) -> None:
 
 def run_inspect(arguments: Namespace) -> None:
     """Head load per class: table and pictures."""
+    from moh.cli.commands import check_targets
+    from moh.cli.pages import write_image_page
     from moh.inspection import class_head_load
     from moh.inspection.class_plots import plot_class_load
     from moh.inspection.plots import plot_head_load, save
@@ -83,10 +85,15 @@ def run_inspect(arguments: Namespace) -> None:
     from moh.training.images.datasets import load_evaluation_images
     from moh.training.images.sources import every_nth
 
-    out = Path(arguments.out)
-    check_writable(out, name="--out")
+    check_targets(arguments)
     model = load_image_classifier(arguments.model, device=default_device())
     images = every_nth(load_evaluation_images(arguments.images), arguments.max_images)
+    if arguments.html is not None:
+        write_image_page(arguments, model, images)
+    if arguments.out is None:
+        return
+    out = Path(arguments.out)
+    check_writable(out, name="--out")
     load = class_head_load(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
     figure = plot_class_load(load, classes=arguments.classes)
     mean = load.mean()

@@ -106,10 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
     inspect = command(
-        "inspect", "Which heads a text's tokens, or each class of images, use: tables (CSV) and heat maps (PNG, SVG)."
+        "inspect", "Which heads a text's tokens, or each class of images, use: tables, heat maps, a page to explore."
     )
     inspect.add_argument("model", help="directory or hub name of a MoH model")
-    inspect.add_argument("--out", required=True, help="directory for head_load.csv, .png and .svg")
+    inspect.add_argument("--out", help="directory for head_load.csv, .png and .svg")
+    inspect.add_argument("--html", metavar="FILE", help="one page to explore tokens or patches and their heads")
     _text(inspect)
     images.add_options(inspect)
     inspect.add_argument("--classes", nargs="+", metavar="NAME", help="classes of images to show in the picture")

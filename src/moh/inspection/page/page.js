@@ -113,10 +113,10 @@ function drawPicture() {
   pen.filter = "grayscale(1)";
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   pen.filter = "none";
-  const width = canvas.width / columns, height = canvas.height / rows, hue = style.getPropertyValue("--hue");
+  const width = canvas.width / columns, height = canvas.height / rows;
   for (let i = 0; i < rows * columns; i++) {
     const v = level(s, state.layer, state.head, prefix + i, state.value) / 255;
-    pen.fillStyle = `rgba(${hue}, ${v * 0.7})`;
+    pen.fillStyle = `rgba(255, 140, 40, ${v * 0.75})`; // shows on black, on white and on grey
     pen.fillRect((i % columns) * width, Math.floor(i / columns) * height, width, height);
   }
   if (state.token) {

@@ -1,0 +1,62 @@
+"""`moh inspect --html`: which texts or images the page shows. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moh.training.images.sources import ImageSource
+
+_TEXTS = 3  # of a corpus, where no files are named
+_IMAGES_PER_CLASS = 2
+_MOST_CLASSES = 10
+
+
+def write_text_page(arguments: Namespace) -> None:
+    """A page of the files given, or of a few held-out documents of the corpus; each file is a group."""
+    from moh.cli.commands import read_corpus
+    from moh.inspection.page import head_page, text_sample
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.training import read_texts
+
+    if arguments.files:
+        texts = [(Path(file).name, text) for file in arguments.files for text in read_texts([file])]
+    else:
+        documents = read_corpus(arguments).heldout[:_TEXTS]
+        texts = [(f"{arguments.corpus} {number}", text) for number, text in enumerate(documents, 1)]
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_causal_lm(arguments.model, device=default_device())
+    limit = min(2_000, arguments.max_tokens)
+    samples = [
+        text_sample(model, tokenizer, text, name=f"{number}: {name}", group=name, max_tokens=limit)
+        for number, (name, text) in enumerate(texts, 1)
+    ]
+    page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
+    page.save(arguments.html)
+    print(f"{arguments.html}: {len(samples)} texts, {len(page.html.encode()) / 1e6:.1f} MB")
+
+
+def write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource) -> None:
+    """A page of the first images of each class, of at most ten classes unless some are named; each class is a group."""
+    from moh.inspection.page import head_page, image_sample
+    from moh.models.image_loading import image_input
+    from moh.training.images.augmentation import eval_transform
+
+    chosen = arguments.classes or list(images.classes)[:_MOST_CLASSES]
+    if unknown := [name for name in chosen if name not in images.classes]:
+        raise ValueError(f"--classes must be among {', '.join(images.classes)}, got {', '.join(unknown)}")
+    wanted = image_input(model)
+    transform = eval_transform(wanted)
+    samples = []
+    for name in chosen:
+        label = images.classes.index(name)
+        for index in (images.labels == label).nonzero().flatten()[:_IMAGES_PER_CLASS].tolist():
+            title = f"{name}, {images.name(index)}"
+            samples.append(image_sample(model, images.image(index), transform, name=title, group=name))
+    page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
+    page.save(arguments.html)
+    print(f"{arguments.html}: {len(samples)} images, {len(page.html.encode()) / 1e6:.1f} MB")
