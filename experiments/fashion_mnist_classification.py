@@ -21,6 +21,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from moh._files import write_text
+from moh.training.images.datasets import load_images
+from moh.training.images.recipe import ImageDataRecipe
 
 NAME = "fashion_mnist_classification"
 HEADS, DEPTH = 10, 4
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.runs /= f"{options.epochs:g}-epochs" if not options.one else ""
     if options.one:
         variant, seed = options.one
         run_one(variant, int(seed), options.epochs, options.runs)
@@ -56,6 +59,7 @@ def main() -> None:
     command = [sys.executable, __file__, "--runs", str(options.runs), "--epochs", str(options.epochs), "--one"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = 0
+    load_images(ImageDataRecipe("fashion-mnist"))  # fetched once, not by every run
 
     def run(job: tuple[str, int]) -> None:
         nonlocal done

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.runs /= f"{options.steps}-steps-{options.samples}x{options.denoising_steps}" if not options.one else ""
     if options.one:
         variant, seed = options.one
         train_classifier(options.runs) if variant == CLASSIFIER else run_one(variant, int(seed), options)

@@ -348,3 +348,9 @@ def test_a_directory_of_either_library_is_loaded_and_converted(tmp_path) -> None
     ):
         model = convert(directory, shared_heads=1, active_heads=3, router="query_norm")
         assert_same(output(model, images(2)), expected)
+
+
+def test_a_directory_without_a_classifier_gets_none(tmp_path) -> None:
+    ViTModel(transformers_model().config).save_pretrained(tmp_path / "bare")
+    converted = convert(tmp_path / "bare", shared_heads=1, active_heads=1, router="two_stage")
+    assert type(converted).__name__ == "MoHViTModel"

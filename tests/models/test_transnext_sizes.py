@@ -57,6 +57,22 @@ def test_bias_is_the_network_of_each_pairs_own_offset(size, ratio):
         torch.testing.assert_close(got[:, n], expected.T, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("training", [True, False], ids=["train_and_eval", "always_eval"])
+def test_kept_bias_follows_an_optimiser(fused: bool, training: bool):
+    module = bias().eval()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused)
+    with torch.no_grad():
+        before = module((8, 8)).clone()
+    module.train(training)
+    module((8, 8)).square().mean().backward()
+    optimiser.step()
+    with torch.no_grad():
+        after = module.eval()((8, 8))
+        assert not torch.allclose(before, after, atol=1e-3)
+        assert torch.equal(after, copy.deepcopy(module)._compute((8, 8)))
+
+
 @torch.no_grad()
 def test_kept_bias_follows_the_size_and_the_weights():
     module = bias().eval()

@@ -6,6 +6,10 @@ import argparse
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moh.training.images.sources import ImageSource
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--images", metavar="DATASET",
         help="fashion-mnist, a directory of class folders (or one with val/), or a Hugging Face data set's name",
     )  # fmt: skip
+    group.add_argument("--split", help="of a Hugging Face data set (default: validation or test)")
+    group.add_argument("--image-column", help="of a Hugging Face data set (default: the one that holds images)")
+    group.add_argument("--label-column", help="of a Hugging Face data set (default: the one that holds class labels)")
     group.add_argument("--max-images", type=int, help="at most so many images, evenly spread (default: all)")
     group.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
     group.add_argument("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
@@ -41,16 +48,23 @@ def is_classifier(arguments: Namespace) -> bool:
     return classifier
 
 
+def _images(arguments: Namespace) -> ImageSource:
+    from moh.training.images.datasets import load_evaluation_images
+    from moh.training.images.sources import every_nth
+
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    images = load_evaluation_images(arguments.images, eval_split=arguments.split, **columns)
+    return every_nth(images, arguments.max_images)
+
+
 def run_eval(arguments: Namespace) -> None:
     """Top-1 and more of a classifier."""
     from moh.evaluation import evaluate_images
     from moh.models.image_loading import load_image_classifier
     from moh.models.loading import default_device
-    from moh.training.images.datasets import load_evaluation_images
-    from moh.training.images.sources import every_nth
 
     model = load_image_classifier(arguments.model, device=default_device())
-    images = every_nth(load_evaluation_images(arguments.images), arguments.max_images)
+    images = _images(arguments)
     result = evaluate_images(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
     if arguments.json:
         print(json.dumps({
@@ -82,12 +96,10 @@ def run_inspect(arguments: Namespace) -> None:
     from moh.models.image_loading import load_image_classifier
     from moh.models.loading import default_device
     from moh.training.checkpoints import check_writable
-    from moh.training.images.datasets import load_evaluation_images
-    from moh.training.images.sources import every_nth
 
     check_targets(arguments)
     model = load_image_classifier(arguments.model, device=default_device())
-    images = every_nth(load_evaluation_images(arguments.images), arguments.max_images)
+    images = _images(arguments)
     if arguments.html is not None:
         write_image_page(arguments, model, images)
     if arguments.out is None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
 
     from moh.training.images.sources import ImageSource
@@ -54,9 +58,20 @@ def write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource
     samples = []
     for name in chosen:
         label = images.classes.index(name)
-        for index in (images.labels == label).nonzero().flatten()[:_IMAGES_PER_CLASS].tolist():
-            title = f"{name}, {images.name(index)}"
-            samples.append(image_sample(model, images.image(index), transform, name=title, group=name))
+        readable = _readable(images, (images.labels == label).nonzero().flatten().tolist())
+        for index, image in islice(readable, _IMAGES_PER_CLASS):
+            samples.append(image_sample(model, image, transform, name=f"{name}, {images.name(index)}", group=name))
     page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
     page.save(arguments.html)
     print(f"{arguments.html}: {len(samples)} images, {len(page.html.encode()) / 1e6:.1f} MB")
+
+
+def _readable(images: ImageSource, indices: list[int]) -> Iterator[tuple[int, Image]]:
+    """The images that can be read, with their indices; says which can't."""
+    from moh.training.images.sources import UnreadableImage
+
+    for index in indices:
+        try:
+            yield index, images.image(index)
+        except UnreadableImage as error:
+            print(f"skipped: {error}", file=sys.stderr)

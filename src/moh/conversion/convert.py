@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from moh.config import MoHConfig
 from moh.conversion.calibrator import Calibrator
@@ -172,7 +172,9 @@ def _load(path: str | Path) -> Any:
 
         return load_image_classifier(Path(path))
     if isinstance(config, dict) and config.get("model_type") in ("vit", "moh_vit"):
-        return AutoModelForImageClassification.from_pretrained(Path(path).expanduser(), use_safetensors=True)
+        bare = "ViTModel" in (config.get("architectures") or ())  # without a classifier, which would be a random one
+        auto = AutoModel if bare else AutoModelForImageClassification
+        return auto.from_pretrained(Path(path).expanduser(), use_safetensors=True)
     return load_causal_lm(path)
 
 

@@ -179,7 +179,8 @@ def apt_download(package: str, target: Path, *, advice: str) -> None:
         _run(["apt-get", "download", package], scratch, failure, advice)
         (archive,) = scratch.glob("*.deb")
         _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure, advice)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # perhaps of another process that fetches the same
+            os.replace(target, scratch / "old")
         os.replace(scratch / "unpacked", target)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from image_cases import CLASSES, pictures, write_folders, write_idx
+from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
 from moh.training.images import fashion_mnist
 from moh.training.images.datasets import load_evaluation_images, load_images
+from moh.training.images.folders import decode
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
 
@@ -146,6 +149,23 @@ def test_a_damaged_image_raises_what_says_so(folders: Path) -> None:
     Path(train.paths[3]).unlink()
     with pytest.raises(UnreadableImage, match="No such file"):
         train.image(3)
+
+
+@pytest.mark.parametrize("other", ["lost+found", "devkit"])
+def test_folders_beside_train_and_val_are_no_classes(folders: Path, other: str) -> None:
+    before = load(folders)
+    (folders / other).mkdir()
+    train, heldout = load(folders)
+    assert train.classes == heldout.classes == before[0].classes
+    assert len(load_evaluation_images(str(folders)).labels) == 12
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_8_bits_is_unreadable_instead_of_white(mode: str) -> None:
+    file = io.BytesIO()
+    Image.new(mode, (8, 8)).save(file, format="TIFF")
+    with pytest.raises(UnreadableImage, match="more than 8 bits"):
+        decode(file.getvalue())
 
 
 @pytest.mark.parametrize("labels", ["names", "strings", "numbers"])

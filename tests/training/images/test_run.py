@@ -10,11 +10,14 @@ import pytest
 import timm
 import torch
 from image_cases import CLASSES, pictures
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import FashionMNIST
 
 from moh.models.image_loading import ImageInput, class_names, image_input, load_image_classifier
 from moh.training import load_recipe, train
+from moh.training.images.model import build_model
+from moh.training.images.recipe import ImageModelRecipe
 from moh.training.images.sources import TensorImages
 
 MOH = [
@@ -178,6 +181,23 @@ def test_training_can_start_from_a_saved_model_with_other_classes(options: list[
     assert torch.equal(result.model.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
     assert result.model.head.weight.shape == (3, 16)
     assert image_input(load_image_classifier(result.model_dir)).mean == pytest.approx((0.286,))  # its weights' own
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_weights_that_are_not_the_models_are_refused_whatever_the_classes(tmp_path: Path, classes: int) -> None:
+    name, arguments = "moh_vit_micro_patch4_28_50", {"img_size": 8, "depth": 2}
+    dense = timm.create_model("moh_vit_micro_patch4_28_dense", num_classes=classes, **arguments)
+    ours = timm.create_model(name, num_classes=classes, **arguments)
+    for file, model in (("dense", dense), ("ours", ours)):
+        save_file(model.state_dict(), tmp_path / f"{file}.safetensors")
+
+    def build(file: str) -> torch.nn.Module:
+        recipe = ImageModelRecipe(name, weights=str(tmp_path / f"{file}.safetensors"), kwargs=arguments)
+        return build_model(recipe, ("ant", "bee", "cow"))
+
+    assert torch.equal(build("ours").blocks[0].attn.router.routed.weight, ours.blocks[0].attn.router.routed.weight)
+    with pytest.raises(ValueError, match="router"):
+        build("dense")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ class PositionBias(nn.Module):
     def forward(self, size: Size) -> Tensor:
         """`[H, N, P]` for `size = (height, width)` with N = height * width queries and P = N / ratio^2 pooled keys."""
         if not self._may_keep():
+            if not torch.compiler.is_compiling():
+                self._kept = None  # fused optimisers change weights without raising their version
             return self._compute(size)
         key = (size, torch.is_autocast_enabled(self.fc1.weight.device.type), *self._fingerprint())
         if self._kept is None or self._kept[0] != key:
@@ -87,6 +89,10 @@ class PositionBias(nn.Module):
 
     def _fingerprint(self) -> list[object]:
         return [(p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters()]
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept = None  # likewise: what was kept may be older than the last step
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._kept = None  # another device or dtype

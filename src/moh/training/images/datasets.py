@@ -51,8 +51,13 @@ def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
     return train, with_classes(heldout, train.classes, what="the held-out images", than="the training images")
 
 
-def load_evaluation_images(dataset: str, cache_dir: str | None = None) -> ImageSource:
+def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns: str | None) -> ImageSource:
     """The images that `moh eval` and `moh inspect` mean: the held-out part, or all of a directory of class folders.
+
+    Args:
+        dataset: as `ImageDataRecipe.dataset`.
+        cache_dir: as there.
+        columns: `eval_split`, `image_column` and `label_column` of a Hugging Face data set, as there.
 
     Raises:
         ValueError, RuntimeError: as `load_images`.
@@ -61,7 +66,7 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None) -> ImageS
     if folder.is_dir() and not has_idx_files(folder) and not _is_hub_directory(folder):
         heldout = [name for name in _parts(folder) if name != "train"]
         return FolderImages(folder / heldout[0] if heldout else folder)
-    return load_images(ImageDataRecipe(dataset, cache_dir=cache_dir))[1]
+    return load_images(ImageDataRecipe(dataset, cache_dir=cache_dir, **columns))[1]
 
 
 def _folders(folder: Path) -> tuple[ImageSource, ImageSource | None]:
@@ -77,7 +82,11 @@ def _folders(folder: Path) -> tuple[ImageSource, ImageSource | None]:
 def _parts(folder: Path) -> list[str]:
     """The subfolders of a directory that is split into train/, val/ and so on; none if they are class folders."""
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    return [name for name in ("train", *HELDOUT_NAMES) if name in names] if names <= {"train", *HELDOUT_NAMES} else []
+    found = [name for name in ("train", *HELDOUT_NAMES) if name in names]
+    split = names <= {"train", *HELDOUT_NAMES} or (
+        "train" in found and len(found) > 1
+    )  # else classes may have such names
+    return found if split else []
 
 
 def _is_hub_directory(folder: Path) -> bool:

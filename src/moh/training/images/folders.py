@@ -69,4 +69,6 @@ def decode(data: bytes) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(str(error)) from None
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip them to white
+        raise UnreadableImage(f"its pixels have more than 8 bits (mode {image.mode})")
     return image

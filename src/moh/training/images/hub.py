@@ -60,7 +60,7 @@ class HubImages:
     def image(self, index: int) -> Image.Image:
         cell = self._rows[index][self._image]
         try:
-            if cell is None:
+            if cell is None or (cell["bytes"] is None and cell["path"] is None):
                 raise UnreadableImage("there is none")
             return decode(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
         except (UnreadableImage, OSError) as error:

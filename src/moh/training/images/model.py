@@ -32,6 +32,7 @@ require("timm", extra="vision")
 
 import timm  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from timm.models import load_state_dict  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 _ALL = 2**31  # tokens: as many as the calibration images have
@@ -70,11 +71,31 @@ def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
         hint = f"; did you mean {', '.join(similar)}?" if similar else ""
         raise ValueError(f"model.name {recipe.name!r} is no model of timm{hint}")
     try:
-        return timm.create_model(
+        model: nn.Module = timm.create_model(
             recipe.name, num_classes=len(classes), **weights, **recipe.kwargs, **_drop_path(recipe)
         )
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {recipe.name!r} can't be made: {' '.join(str(error).split())}") from None
+    if recipe.weights is not None:
+        _check_weights(recipe.weights, model)
+    return model
+
+
+def _check_weights(file: str, model: nn.Module) -> None:
+    """Check that a file of weights was the model's, but for the classifier: with another one timm ignores what is missing.
+
+    Raises:
+        ValueError: tensors of the model are not in the file; names some.
+    """
+    there = {name.removeprefix("module.").removeprefix("model.") for name in load_state_dict(file, weights_only=True)}
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    missing = [name for name in model.state_dict() if name not in there and not name.startswith(heads)]
+    if missing:
+        raise ValueError(
+            f"model.weights {file} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])} ...; weights of a "
+            "dense model become those of a MoH model by `conversion`, published ones by moh.checkpoints.load_published"
+        )
 
 
 def resolve_input(recipe: ImageRecipe, model: nn.Module, train: ImageSource) -> ImageInput:
