@@ -126,7 +126,7 @@ def run_one(variant: str, seed: int, options: argparse.Namespace) -> None:
     _, preset, heads = VARIANTS[variant]
     recipe = DiffusionRecipe(
         model=DiffusionModelRecipe(preset, overrides=SIZES | heads),
-        data=DiffusionDataRecipe("fashion-mnist", image_size=28),
+        data=DiffusionDataRecipe("fashion-mnist", image_size=28, flip=False),  # shoes point to the left
         training=DiffusionTrainingRecipe(
             output_dir=str(options.runs / f"{variant}-{seed}"),
             max_steps=options.steps,

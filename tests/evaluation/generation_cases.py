@@ -64,11 +64,12 @@ def tiny_classifier(*, channels: int = 3, classes: int = 5, kind: str = "test_re
     return model.eval()
 
 
-def save_tiny_classifier(folder: Path) -> Path:
+def save_tiny_classifier(folder: Path, *, channels: int = 3) -> Path:
     """A classifier on disk the way timm saves one."""
     folder.mkdir(parents=True)
-    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
-    model = tiny_classifier()
+    config = {"input_size": [channels, 32, 32], "mean": [0.5] * channels, "std": [0.5] * channels}
+    config |= {"interpolation": "bilinear"}
+    model = tiny_classifier(channels=channels)
     (folder / "config.json").write_text(
         json.dumps({"architecture": "test_resnet", "num_classes": 5, "num_features": 64, "pretrained_cfg": config})
     )

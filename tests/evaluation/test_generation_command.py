@@ -12,6 +12,8 @@ from generation_cases import random_images, save_tiny_classifier, write_npz, wri
 from moh.cli import main
 from moh.cli.scores import join_command
 from moh.evaluation.generation import load_classifier, score_images
+from moh.training.images import datasets
+from moh.training.images.sources import TensorImages
 
 
 @pytest.fixture
@@ -44,6 +46,35 @@ def test_it_prints_the_scores_on_a_named_classifier_and_says_so(capsys, files: d
     read = json.loads(out[0])
     assert read["label"] == expected.label and "fid" not in read
     assert read["frechet_distance"] == pytest.approx(expected.frechet_distance, rel=1e-4)
+
+
+def test_the_reference_may_be_a_data_set_by_name(
+    capsys, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = random_images(40, seed=3, channels=1)
+    held_out = TensorImages(pixels, torch.zeros(40), ("a",))
+    asked = []
+    monkeypatch.setattr(datasets, "load_evaluation_images", lambda name: asked.append(name) or held_out)
+    monkeypatch.chdir(tmp_path)
+    classifier = save_tiny_classifier(tmp_path / "grey", channels=1)
+    argv = ["eval", "fid", files["samples"], "--reference", "fashion-mnist", "--features", classifier, "--json"]
+    code, out, err = moh(capsys, *argv)
+    assert code == 0 and asked == ["fashion-mnist"], err
+    expected = score_images(files["samples"], pixels, load_classifier(classifier))
+    assert json.loads(out[0])["frechet_distance"] == pytest.approx(expected.frechet_distance, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("./nowhere", "--reference must be 'fashion-mnist', a directory or a data set's name"),
+        ("no.npz", "is not there"),
+    ],
+)
+def test_a_reference_that_is_not_there_is_told(capsys, files: dict[str, Path], reference: str, message: str) -> None:
+    argv = ["eval", "fid", files["samples"], "--reference", reference, "--features", files["classifier"]]
+    code, out, err = moh(capsys, *argv)
+    assert code == 2 and not out and len(err) == 1 and message in err[0]
 
 
 def test_the_references_statistics_are_saved_and_serve_in_its_place(

@@ -60,6 +60,12 @@ def test_a_vae_can_be_named_where_there_is_none(tiny, vae, tmp_path: Path) -> No
     assert torch.equal(sample(loaded, [4], SETTINGS), sample(model, [4], SETTINGS))
 
 
+def test_a_model_of_latents_without_its_vae_is_not_taken_for_one_of_pixels(tiny, vae, tmp_path: Path) -> None:
+    save_image_model(tiny(in_channels=3, vae=vae), tmp_path, with_vae=False)
+    with pytest.raises(ValueError, match="works on latents of 3 channels: name the VAE that decodes them"):
+        load_image_model(tmp_path)
+
+
 def test_a_transformer_alone_is_taken_to_be_trained_as_in_the_paper(tiny, tmp_path: Path) -> None:
     model = tiny()
     model.transformer.save_pretrained(tmp_path)

@@ -39,6 +39,40 @@ def test_pngs_a_grid_and_arrays_hold_the_images(tiny, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "a" / "out" / "images").iterdir()] == ["00000-great_white.png"]
 
 
+def test_pictures_of_the_user_are_kept(tiny, tmp_path: Path) -> None:
+    mine = tmp_path / "images" / "00000-mine.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"images holds files and no grid\.png lies beside it"):
+        sample_to_files(tiny(), [1], SETTINGS, out=tmp_path)
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["00000-mine.png"]
+    mine.unlink()
+    sample_to_files(tiny(), [1, 2], SETTINGS, out=tmp_path)
+    for name in ("2024-beach.png", "00001-a b.png", "012345-cat.png", "notes.txt"):
+        (tmp_path / "images" / name).write_bytes(b"mine")
+    sample_to_files(tiny(), [3], SETTINGS, out=tmp_path)
+    names = {"00000-3.png", "2024-beach.png", "00001-a b.png", "012345-cat.png", "notes.txt"}
+    assert {p.name for p in (tmp_path / "images").iterdir()} == names
+
+
+def test_an_interruption_while_pngs_are_written_is_no_obstacle(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.write_png
+
+    def interrupted(path: Path, image: torch.Tensor) -> None:
+        if path.name.startswith("00002"):
+            raise KeyboardInterrupt
+        real(path, image)
+
+    monkeypatch.setattr(files, "write_png", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_files(tiny(), [1, 2, 3], SETTINGS, out=tmp_path)
+    monkeypatch.setattr(files, "write_png", real)
+    sample_to_files(tiny(), [1, 2, 3], SETTINGS, out=tmp_path)
+    assert len(list((tmp_path / "images").iterdir())) == 3
+
+
 @pytest.mark.parametrize("batch_size", [3, 5])
 def test_an_interrupted_run_draws_only_what_is_missing(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 import moh  # noqa: F401 (makes the Auto classes know our models)
 from moh.models.llama import MoHLlamaForCausalLM
 from moh.routing import record_routing
-from moh.training import load_recipe, train
+from moh.training import load_recipe, run, train
 from moh.training.loading import new_config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "llm"
@@ -100,6 +101,25 @@ def test_the_weights_and_the_tokenizer_depend_on_the_seed_and_the_text_alone(opt
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
     assert results[0].tokenizer.get_vocab() == results[1].tokenizer.get_vocab()
+
+
+def test_the_first_process_makes_the_tokenizer_and_fetches_its_text_before_the_others(options, monkeypatch) -> None:
+    first: list[bool] = []
+    load = run.load_tokenizer
+
+    @contextmanager
+    def main_process_first(self, local=True, desc=""):
+        first.append(True)
+        yield
+        first.pop()
+
+    def load_tokenizer(recipe):
+        assert first
+        return load(recipe)
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", main_process_first)
+    monkeypatch.setattr(run, "load_tokenizer", load_tokenizer)
+    train(load_recipe(None, [*options, "--training.max_steps=1"]))
 
 
 def test_layers_may_differ_in_their_heads(options, tokenizer) -> None:

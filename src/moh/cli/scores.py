@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from moh.training.images.sources import ImageSource
 
 _COMMAND = "eval fid"
 _HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
@@ -28,7 +35,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("samples", help="generated images: a directory, or an .npz file with arr_0")
     parser.add_argument(
         "--reference", required=True, metavar="PATH",
-        help="real images, the same way, or their statistics (.npz with mu and sigma, or what --save-reference wrote)",
+        help="real images, the same way; or their statistics (.npz with mu and sigma, or what --save-reference wrote); or "
+        "the held-out images of a data set that `moh eval --images` takes, by its name, such as fashion-mnist",
     )  # fmt: skip
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--inception", metavar="FILE", help="weights of FID's network (default: fetched if need be)")
@@ -59,6 +67,7 @@ def run(arguments: Namespace) -> None:
             raise ValueError(f"--save-reference must be a file that ends in .safetensors, got {target}")
         check_writable(target.parent, name="--save-reference")
     open_images(arguments.samples, size=arguments.size)  # told now, not after the reference has been read
+    named = _named_images(arguments.reference)
     device = default_device()
     extractor = (
         InceptionFeatures(arguments.inception, device=device)
@@ -66,9 +75,36 @@ def run(arguments: Namespace) -> None:
         else load_classifier(arguments.features, device=device)
     )
     options = {"size": arguments.size, "batch_size": arguments.batch_size}
-    reference = reference_features(arguments.reference, extractor, **options)
+    reference = reference_features(arguments.reference if named is None else named, extractor, **options)
+    if named is not None:
+        reference = dataclasses.replace(reference, name=arguments.reference)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         save_features(target, reference, extractor)
     result = score_images(arguments.samples, reference, extractor, **options)
     print(json.dumps(result.to_dict()) if arguments.json else "\n".join(result.lines()))
+
+
+class _Pictures:
+    """The images of a source, without labels."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.source.image(index)
+
+
+def _named_images(reference: str) -> _Pictures | None:
+    """The held-out images of the data set of that name; None for a file or a directory."""
+    if Path(reference).exists() or Path(reference).suffix in (".npz", ".safetensors"):
+        return None
+    from moh.training.images.datasets import load_evaluation_images
+
+    try:
+        return _Pictures(load_evaluation_images(reference))
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.dataset", "--reference", 1)) from None

@@ -140,14 +140,14 @@ def load_image_model(path: str | Path, *, vae: str | Path | None = None) -> Imag
     own = root / "vae"
     autoencoder = load_vae(vae) if vae is not None else load_vae(own) if own.is_dir() else None
     channels = int(transformer.config["in_channels"])
-    if autoencoder is None and channels not in (1, 3):
+    clip = None if autoencoder is None else False  # latents are not clipped, whatever the file says
+    scheduler = read_scheduler(root / "scheduler", clip=clip) if pipeline else diffusion_scheduler(clip=clip is None)
+    if autoencoder is None and (channels not in (1, 3) or not scheduler.config.clip_sample):  # pixels are clipped
         raise ValueError(f"the model in {path} works on latents of {channels} channels: name the VAE that decodes them")
     if autoencoder is not None and channels != autoencoder.config.latent_channels:
         raise ValueError(
             f"vae must have the {channels} latent channels of the model, got {autoencoder.config.latent_channels}"
         )
-    clip = autoencoder is None
-    scheduler = read_scheduler(root / "scheduler", clip=clip) if pipeline else diffusion_scheduler(clip=clip)
     names = {int(key): str(value) for key, value in (index.get("id2label") or {}).items()}
     return ImageModel(transformer, scheduler, autoencoder, tuple(names[key] for key in sorted(names)))
 

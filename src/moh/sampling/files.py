@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 _GRID = 100  # images in the grid, at most
+_OWN = re.compile(r"(\d{5}|[1-9]\d{5,})-\w*\.png")  # the names of the images
 
 
 def sample_to_files(
@@ -51,12 +53,13 @@ def sample_to_files(
         labels: the class of each image.
         settings: how to draw.
         out: directory, made if it isn't there, for `grid.png` with the first hundred and, in images/, a PNG of each, in
-            place of those of an earlier call.
+            place of those of an earlier call, which is known by its `grid.png`.
         npz: file for all images as arrays (`write_npz`).
         batch_size: images at a time and process.
 
     Raises:
-        ValueError: neither `out` nor `npz`, no labels, wrong classes, or parts of other images in the way.
+        ValueError: neither `out` nor `npz`, no labels, wrong classes, or in the way parts of other images or, in images/,
+            files of something else.
         RuntimeError: the model gave NaN or infinity.
     """
     if npz is not None and npz.suffix != ".npz":
@@ -70,6 +73,8 @@ def sample_to_files(
     if not labels:
         raise ValueError("labels must have at least one entry")
     model.check_classes(labels)
+    if out is not None:
+        _check_own(out)
     state = PartialState()
     dtype = next(model.transformer.parameters()).dtype
     parts = _Parts(folder, [model.digest(), str(dtype), list(labels), asdict(settings)])
@@ -122,9 +127,11 @@ class _Parts:
             done.update(indices)
         return [i for i in range(count) if i not in done]
 
-    def read(self) -> Iterator[tuple[range, Tensor]]:
-        """(indices, images) of every part, in order."""
+    def read(self, stop: int | None = None) -> Iterator[tuple[range, Tensor]]:
+        """(indices, images) of every part, or of those that begin before image `stop`, in order."""
         for file, indices in self._files():
+            if stop is not None and indices.start >= stop:
+                return
             with safe_open(file, framework="pt") as part:
                 yield indices, part.get_tensor("images")
 
@@ -160,17 +167,26 @@ def _finish(
         batches = ((images, torch.tensor([labels[i] for i in indices])) for indices, images in parts.read())
         write_npz(npz, batches, count=len(labels), shape=shape)  # type: ignore[arg-type]
     if out is not None:
-        first: list[Tensor] = []
+        first = [images for _, images in parts.read(stop=_GRID)]
+        write_png(out / "grid.png", image_grid(torch.cat(first)[:_GRID]))  # the first of all: it makes images/ known
         (out / "images").mkdir(exist_ok=True)
-        for earlier in (out / "images").glob("[0-9]*-*.png"):
-            earlier.unlink()
+        for earlier in (out / "images").iterdir():
+            if _OWN.fullmatch(earlier.name):
+                earlier.unlink()
         for indices, images in parts.read():
             for i, image in zip(indices, images, strict=True):
                 write_png(out / "images" / f"{i:05d}-{_file_name(labels[i], class_names)}.png", image)
-            if indices.start < _GRID:
-                first.append(images)
-        write_png(out / "grid.png", image_grid(torch.cat(first)[:_GRID]))
     shutil.rmtree(parts.folder)
+
+
+def _check_own(out: Path) -> None:
+    """Raise a ValueError if `out / "images"` holds files and no earlier call has left its grid beside it."""
+    images = out / "images"
+    if not (out / "grid.png").exists() and images.is_dir() and any(images.iterdir()):
+        raise ValueError(
+            f"out must be a new directory or that of an earlier call, but {images} holds files and no grid.png lies "
+            "beside it"
+        )
 
 
 def _file_name(label: int, class_names: Sequence[str]) -> str:

@@ -88,8 +88,12 @@ def diffusion_scheduler(
     )
 
 
-def read_scheduler(folder: Path, *, clip: bool) -> DDIMScheduler:
+def read_scheduler(folder: Path, *, clip: bool | None = None) -> DDIMScheduler:
     """The diffusion that a saved scheduler of any kind describes, as `diffusion_scheduler` has it.
+
+    Args:
+        folder: where it is saved.
+        clip: as for `diffusion_scheduler`; None leaves it to the file.
 
     Raises:
         ValueError: it can't be read, or belongs to a model that does not predict the noise.
@@ -102,7 +106,9 @@ def read_scheduler(folder: Path, *, clip: bool) -> DDIMScheduler:
     if predicted != "epsilon":
         raise ValueError(f"scheduler {folder} must have prediction_type 'epsilon', got {predicted!r}")
     about = {name: config[name] for name in _DIFFUSION if name in config}
-    return DDIMScheduler(**{**about, "clip_sample": clip}, **SAMPLERS["ddim"][1])
+    if clip is not None:
+        about["clip_sample"] = clip
+    return DDIMScheduler(**about, **SAMPLERS["ddim"][1])
 
 
 def make_scheduler(

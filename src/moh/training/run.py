@@ -84,7 +84,9 @@ def train(
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
     if settings.tokens_per_batch is not None:
         arguments.gradient_accumulation_steps = _accumulation(recipe, arguments)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe)
+    if tokenizer is None:
+        with arguments.main_process_first(desc="making the tokenizer"):  # fetches the text that it is made from
+            tokenizer = load_tokenizer(recipe)
     if settings.distillation_weight and teacher is None and recipe.model.path is None:
         raise ValueError("training.distillation_weight must be 0 with model.from_scratch: there is no dense original")
     if train_blocks is None:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def grey(size: int, count: int = 3) -> TensorImages:
     pixels = torch.arange(count * size * size).reshape(count, 1, size, size) % 200 + 50
-    return TensorImages(pixels.to(torch.uint8), torch.arange(count), tuple("abc"))
+    return TensorImages(pixels.to(torch.uint8), torch.arange(count) % 3, tuple("abc"))
 
 
 def test_small_images_in_memory_get_a_black_margin() -> None:
@@ -44,11 +44,9 @@ def test_large_images_in_memory_are_resized() -> None:
 
 def test_files_are_resized_and_cropped_to_the_middle_square(tmp_path: Path) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
-    (tmp_path / "val" / "a").mkdir(parents=True)
     picture = torch.zeros(16, 48, dtype=torch.uint8)
     picture[:, 16:32] = 200  # only the middle is bright
-    for part in ("train", "val"):
-        Image.fromarray(picture.numpy()).save(tmp_path / part / "a" / "wide.png")
+    Image.fromarray(picture.numpy()).save(tmp_path / "train" / "a" / "wide.png")
     data = PixelDataset(load_source(DiffusionDataRecipe(str(tmp_path), 8)), 8)
     pixels = data.pixels([0])
     assert pixels.shape == (1, 3, 8, 8)  # grey files become RGB
@@ -56,6 +54,60 @@ def test_files_are_resized_and_cropped_to_the_middle_square(tmp_path: Path) -> N
     (tmp_path / "train" / "a" / "wide.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImage, match=r"wide\.png"):
         data.pixels([0])
+
+
+def pictures(folder: Path, names: str) -> PixelDataset:
+    """One grey picture of 8 x 8 in each class."""
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (level, level, level)).save(folder / name / "one.png")
+    return PixelDataset(load_source(DiffusionDataRecipe(str(folder), 8)), 8)
+
+
+def test_the_next_image_stands_in_for_a_damaged_one_which_is_named_once(tmp_path: Path) -> None:
+    data = pictures(tmp_path, "abcd")
+    for name in "bcd":
+        (tmp_path / name / "one.png").write_bytes(b"no image")
+        if name == "b":
+            with pytest.warns(UserWarning, match=r"replaced by the next image: .*b/one\.png") as told:
+                batch = data.__getitems__([1, 0, 1])
+            assert len(told) == 1
+            assert batch["pixels"].amax((1, 2, 3)).tolist() == batch["labels"].tolist() == [2, 0, 2]
+            assert batch["indices"].tolist() == [1, 0, 1]
+    with pytest.warns(UserWarning, match="replaced"):
+        assert int(data[2]["labels"]) == 0
+    (tmp_path / "a" / "one.png").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"a/one\.png"),
+        pytest.raises(RuntimeError, match=r"4 training images in a row can't be read, from .*c/one\.png on"),
+    ):
+        data.__getitems__([2])
+
+
+@pytest.mark.parametrize("change", ["pixels", "name", "size", "missing"])
+def test_the_digest_tells_changed_files(tmp_path: Path, change: str) -> None:
+    before = pictures(tmp_path, "ab").digest
+    file = tmp_path / "b" / "one.png"
+    if change == "pixels":
+        Image.new("RGB", (8, 8), (1, 2, 3)).save(file)
+    if change == "name":
+        file.rename(file.with_name("two.png"))
+    if change == "size":
+        file.write_bytes(file.read_bytes() + b"more")
+    data = pictures(tmp_path, "")
+    assert data.digest != before if change != "missing" else data.digest == before
+    if change == "missing":
+        file.unlink()
+        data = PixelDataset(data.source, 8)
+        assert data.digest != before
+
+
+def test_the_digest_of_images_in_memory_is_of_all_pixels() -> None:
+    source = grey(8, 40)
+    before = PixelDataset(source, 8).digest
+    assert PixelDataset(grey(8, 40), 8).digest == before
+    source.pixels[7, 0, 3, 3] += 1
+    assert PixelDataset(source, 8).digest != before
 
 
 def test_pixels_become_numbers_from_minus_one_to_one() -> None:

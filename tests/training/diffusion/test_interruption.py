@@ -72,4 +72,19 @@ def test_another_recipe_is_not_continued_but_other_pictures_are(options: list[st
     train(load_recipe(None, options))
     with pytest.raises(ValueError, match=r"holds checkpoints of another recipe \(data was .*flip=True"):
         train(load_recipe(None, [*options, "--data.flip=false"]))
-    train(load_recipe(None, [*options, "--training.samples.every=1"]))
+    train(load_recipe(None, [*options, "--training.samples.every=1", "--training.workers=1"]))
+
+
+@pytest.mark.parametrize("latents", [False, True], ids=["pixels", "latents"])
+def test_a_run_whose_images_have_changed_is_not_continued(
+    options: list[str], image_dir: Path, vae_dir: Path, tmp_path: Path, latents: bool
+) -> None:
+    shutil.copytree(image_dir, tmp_path / "images")
+    options += [f"--data.dataset={tmp_path / 'images'}", f"--data.cache_dir={tmp_path}"]
+    options += [f"--data.vae={vae_dir}"] if latents else []
+    train(load_recipe(None, [*options, "--training.max_steps=1", "--training.save_steps=1"]))
+    more = [*options, "--training.max_steps=2", "--training.save_steps=1"]
+    train(load_recipe(None, more))
+    (tmp_path / "images" / "train" / "cat" / "03.png").rename(tmp_path / "images" / "train" / "cat" / "new.png")
+    with pytest.raises(ValueError, match=r"data\.dataset: the images have changed since the run in .*out began"):
+        train(load_recipe(None, more))

@@ -57,6 +57,13 @@ def test_nested_fields_can_be_overridden_and_read_back(file: Path, tmp_path: Pat
         ("--training.ema_decay=1", "training.ema_decay must be at least 0 and below 1, got 1"),
         ("--training.max_grad_norm=-1", "training.max_grad_norm must be at least 0, got -1"),
         ("--training.samples.guidance=-1", "training.samples.guidance must be at least 0, got -1"),
+        ("--training.workers=-1", "training.workers must be at least 0, got -1"),
+        ("--training.samples.guidance=.inf", "training.samples.guidance must be a finite number, got inf"),
+        ("--training.samples.guidance=.nan", "training.samples.guidance must be a finite number, got nan"),
+        (
+            "--training.samples={scheduler: ddpm, steps: 1}",
+            "training.samples.steps must be at least 2 for ddpm, got 1",
+        ),
         ("--training.samples.rows=0", "training.samples.rows must be at least 1, got 0"),
         ("--training.samples.steps=2000", "training.samples.steps must be at most diffusion.train_steps = 1000"),
         ("--training.samples.scheduler=euler", "'ddim', 'dpm\\+\\+', 'ddpm'.*euler"),

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
 from moh.training.images import fashion_mnist
-from moh.training.images.datasets import load_evaluation_images, load_images
+from moh.training.images.datasets import load_evaluation_images, load_images, load_training_images
 from moh.training.images.folders import decode
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
@@ -138,6 +138,18 @@ def test_images_to_evaluate_on_are_the_held_out_part_or_all(folders: Path, idx_f
     assert len(load_evaluation_images(str(folders)).labels) == 12
     assert len(load_evaluation_images(str(folders / "train")).labels) == 36
     assert len(load_evaluation_images(str(idx_folder)).labels) == 21
+
+
+def test_images_to_train_on_alone_are_all_and_need_no_held_out_ones(folders: Path, tmp_path: Path) -> None:
+    def count(dataset: Path) -> int:
+        return len(load_training_images(ImageDataRecipe(str(dataset))).labels)
+
+    (folders / "val" / "eel").rename(folders / "val" / "eal")
+    assert count(folders) == count(folders / "train") == 36
+    shutil.rmtree(folders / "val")
+    assert count(folders) == 36
+    assert count(write_folders(tmp_path / "single", 1)) == 3
+    assert count(write_idx(tmp_path / "idx", train=20, test=10)) == 20
 
 
 def test_a_damaged_image_raises_what_says_so(folders: Path) -> None:

@@ -5,6 +5,11 @@ Not for finding images (`moh.training.images.datasets`), nor for latents (`moh.t
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +18,10 @@ from torch.utils.data import Dataset
 
 from moh._extras import require
 from moh.training.diffusion.recipe import DiffusionDataRecipe
-from moh.training.images.datasets import load_images
+from moh.training.images.datasets import load_training_images
+from moh.training.images.folders import FolderImages
 from moh.training.images.recipe import ImageDataRecipe
-from moh.training.images.sources import ImageSource, TensorImages
+from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage
 
 require("torchvision", extra="diffusion")
 
@@ -23,6 +29,7 @@ from torchvision.transforms import InterpolationMode  # noqa: E402
 from torchvision.transforms import functional as F  # noqa: E402
 
 Batch = dict[str, Tensor]
+_TRIES = 100  # damaged images in a row
 
 
 class PixelDataset(Dataset[Batch]):
@@ -43,6 +50,8 @@ class PixelDataset(Dataset[Batch]):
         self.classes = tuple(source.classes)
         self._pixels = _resized(source.pixels, image_size) if isinstance(source, TensorImages) else None
         self.sample_shape = (3 if self._pixels is None else self._pixels.shape[1], image_size, image_size)
+        # Shared with the loading processes, so that each damaged image is told once
+        self._damaged: Tensor = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,12 +70,54 @@ class PixelDataset(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch: `pixels` `[B, C, H, W]` uint8, `labels` and `indices` `[B]`."""
-        return {
-            "pixels": self.pixels(indices),
-            "labels": self.labels[indices],
-            "indices": torch.tensor(indices),
-        }
+        """A whole batch: `pixels` `[B, C, H, W]` uint8, `labels` and `indices` `[B]`.
+
+        The next image that can be read, with its label, stands in for a damaged one.
+
+        Warns:
+            UserWarning: an image is damaged, the first time that it is met; names it.
+
+        Raises:
+            RuntimeError: a hundred images in a row are damaged, or all of them.
+        """
+        if self._pixels is not None:
+            pixels, places = self._pixels[indices], indices
+        else:
+            read = [self._next_readable(index) for index in indices]
+            pixels, places = torch.stack([image for image, _ in read]), [place for _, place in read]
+        return {"pixels": pixels, "labels": self.labels[places], "indices": torch.tensor(indices)}
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies the images: classes, labels, and all pixels of images in memory; of others the names, the sizes
+        of files in folders, and the pixels of about eight images."""
+        digest = hashlib.sha256(json.dumps([self.classes, len(self)]).encode())
+        digest.update(self.labels.numpy().tobytes())
+        if isinstance(self.source, TensorImages):
+            digest.update(self.source.pixels.contiguous().numpy().data)
+            return digest.hexdigest()[:16]
+        for index in range(len(self)):
+            name = Path(self.source.name(index))
+            size = _file_size(name) if isinstance(self.source, FolderImages) else None
+            digest.update(json.dumps([name.parts[-2:], size]).encode())
+        for index in range(0, len(self), max(1, len(self) // 8)):
+            try:
+                digest.update(self._read(index).numpy().tobytes())
+            except UnreadableImage:
+                digest.update(b"damaged")
+        return digest.hexdigest()[:16]
+
+    def _next_readable(self, index: int) -> tuple[Tensor, int]:
+        """Pixels of the image at `index`, or of the next one that can be read, and where it is."""
+        tries = min(_TRIES, len(self))
+        for place in ((index + offset) % len(self) for offset in range(tries)):
+            try:
+                return self._read(place), place
+            except UnreadableImage as error:
+                if not self._damaged[place]:
+                    self._damaged[place] = True
+                    warnings.warn(f"replaced by the next image: {error}", stacklevel=2)
+        raise RuntimeError(f"{tries} training images in a row can't be read, from {self.source.name(index)} on")
 
     def _read(self, index: int) -> Tensor:
         image = self.source.image(index).convert("RGB")
@@ -79,10 +130,10 @@ def load_source(data: DiffusionDataRecipe) -> ImageSource:
     """The training images of a recipe.
 
     Raises:
-        ValueError, RuntimeError: as `moh.training.images.datasets.load_images`.
+        ValueError, RuntimeError: as `moh.training.images.datasets.load_training_images`.
     """
     fields = ("dataset", "train_split", "image_column", "label_column", "cache_dir")
-    return load_images(ImageDataRecipe(**{name: getattr(data, name) for name in fields}))[0]
+    return load_training_images(ImageDataRecipe(**{name: getattr(data, name) for name in fields}))
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -93,6 +144,14 @@ def to_float(pixels: Tensor) -> Tensor:
 def as_batch(batch: Any) -> Any:
     """The collate function of data sets that give whole batches."""
     return batch
+
+
+def _file_size(file: Path) -> int:
+    """In bytes; -1 for a file that is missing."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:

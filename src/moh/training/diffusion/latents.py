@@ -104,7 +104,7 @@ def encode_latents(
         raise ValueError(f"data.vae must encode images of {channels} channels, got one for {vae.config.in_channels}")
     if size % factor:
         raise ValueError(f"data.image_size must be a multiple of {factor}, by which the VAE divides it, got {size}")
-    identity = {"vae": weights_digest(vae), "images": _images_digest(images), "image_size": size, "flip": flip}
+    identity = {"vae": weights_digest(vae), "images": images.digest, "image_size": size, "flip": flip}
     if folder is None:
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "latents" / name
@@ -179,18 +179,6 @@ def _is_done(file: Path, identity: dict[str, Any]) -> bool:
                 "choose another directory, or delete it"
             )
     return True
-
-
-def _images_digest(images: PixelDataset) -> str:
-    """What identifies the images: classes, labels, file names, and the pixels of a few of them."""
-    digest = hashlib.sha256(json.dumps([images.classes, len(images)]).encode())
-    digest.update(images.labels.numpy().tobytes())
-    for index in range(len(images)):
-        digest.update("/".join(Path(images.source.name(index)).parts[-2:]).encode())
-    for index in range(0, len(images), max(1, len(images) // 8)):
-        pixels, readable = _readable(images, range(index, index + 1))
-        digest.update(pixels.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _file(folder: Path, number: int) -> Path:

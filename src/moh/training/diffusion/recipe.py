@@ -5,6 +5,7 @@ Not for reading files (`moh.training.recipe_file`) nor for running anything (`mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,7 +46,6 @@ class DiffusionDataRecipe:
         latents: directory where the latents are kept, encoded once; default one in the cache for each VAE, data set and
             size.
         flip: mirror half of the images.
-        workers: processes that load images; 0 loads them in the training process.
         cache_dir: where fetched data and latents are kept (default ~/.cache/moh).
     """
 
@@ -57,14 +57,12 @@ class DiffusionDataRecipe:
     vae: str | None = None
     latents: str | None = None
     flip: bool = True
-    workers: int = 0
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not self.dataset:
             raise ValueError("data.dataset must name a data set or a directory")
         at_least("data.image_size", self.image_size, 1)
-        at_least("data.workers", self.workers, 0)
         if self.latents is not None and self.vae is None:
             raise ValueError("data.latents needs data.vae, whose latents they are")
 
@@ -103,7 +101,7 @@ class SampleGridRecipe:
         classes: ids, one column each; default the first eight.
         rows: images of each class.
         guidance: scale of classifier-free guidance; 1 is off.
-        steps: denoising steps.
+        steps: denoising steps; "ddpm" needs 2.
         scheduler: "ddim", "dpm++" or "ddpm".
         seed: of the noise, the same in every grid.
     """
@@ -121,6 +119,10 @@ class SampleGridRecipe:
             at_least(f"training.samples.{name}", getattr(self, name), 0)
         for name in ("rows", "steps"):
             at_least(f"training.samples.{name}", getattr(self, name), 1)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"training.samples.guidance must be a finite number, got {self.guidance}")
+        if self.scheduler == "ddpm" and self.steps < 2:  # as `moh.sampling.schedulers.SamplingSettings` has it
+            raise ValueError(f"training.samples.steps must be at least 2 for ddpm, got {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class DiffusionTrainingRecipe(TrainingSettings):
         ema_decay: of the moving average of the weights, which is what draws images and is saved as the model.
         ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it: at step s
             the decay is at most (1 + s) / (10 + s).
+        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
+            number: what a model sees does not depend on it.
         samples: pictures during training.
     """
 
@@ -150,11 +154,13 @@ class DiffusionTrainingRecipe(TrainingSettings):
     max_grad_norm: float = 0.0
     ema_decay: float = 0.9999
     ema_warmup: bool = False
+    workers: int = 0
     samples: SampleGridRecipe = field(default_factory=SampleGridRecipe)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("training.max_grad_norm", self.max_grad_norm, 0)
+        for name in ("max_grad_norm", "workers"):
+            at_least(f"training.{name}", getattr(self, name), 0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
 

@@ -5,12 +5,14 @@ What happens within a step is `moh.training.diffusion.trainer`'s. Runs under `to
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moh._extras import require
+from moh._files import write_text
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
 from moh.training.checkpoints import trainer_state
@@ -26,6 +28,8 @@ require("diffusers", extra="diffusion")
 
 from diffusers import AutoencoderKL  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments, set_seed  # noqa: E402
+
+_IDENTITY_FILE = "data.json"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def train(
             images = load_source(recipe.data)
     pixels = PixelDataset(images, recipe.data.image_size)
     _check(recipe, pixels, arguments)
+    if checkpoint is not None:
+        _check_unchanged(pixels, session.output_dir)
     set_seed(settings.seed)  # of the first weights
     if transformer is None:
         transformer = _create(recipe, pixels, vae)
@@ -92,6 +98,8 @@ def train(
         dataset = encode_latents(vae, pixels, folder=folder, flip=recipe.data.flip, cache_dir=recipe.data.cache_dir)
         vae.to(arguments.device)
     session.write_recipe()
+    if arguments.should_save:
+        write_text(session.output_dir / _IDENTITY_FILE, json.dumps({"images": pixels.digest}) + "\n")
 
     process = recipe.diffusion
     scheduler = diffusion_scheduler(
@@ -104,7 +112,7 @@ def train(
     model = ImageModel(transformer, scheduler, vae, pixels.classes)
     trainer = DiffusionTrainer(
         model=Denoiser(transformer),
-        args=_fitting(arguments, transformer, recipe.data.workers),
+        args=_fitting(arguments, transformer, settings.workers),
         train_dataset=dataset,
         data_collator=as_batch,
         callbacks=list(callbacks),
@@ -148,6 +156,16 @@ def _check(recipe: DiffusionRecipe, pixels: PixelDataset, arguments: TrainingArg
     for label in recipe.training.samples.classes:
         if not 0 <= label < len(pixels.classes):
             raise ValueError(f"training.samples.classes must be between 0 and {len(pixels.classes) - 1}, got {label}")
+
+
+def _check_unchanged(pixels: PixelDataset, output_dir: Path) -> None:
+    """Raise a ValueError if the run in `output_dir`, which is to go on, began with other images."""
+    file = output_dir / _IDENTITY_FILE
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["images"] != pixels.digest:
+        raise ValueError(
+            f"data.dataset: the images have changed since the run in {output_dir} began: choose another "
+            "training.output_dir, or delete it to start anew"
+        )
 
 
 def _fitting(arguments: TrainingArguments, transformer: MoHDiTTransformer2DModel, workers: int) -> TrainingArguments:

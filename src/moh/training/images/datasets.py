@@ -6,6 +6,7 @@ Not for what becomes of them: see `augmentation` and `batches`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from moh._extras import require
 from moh.training.images.recipe import ImageDataRecipe
@@ -29,29 +30,23 @@ def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
         ValueError: there are no such images, or the two parts have different classes.
         RuntimeError: Fashion-MNIST can be had neither from this machine nor from where it is published.
     """
-    train: ImageSource
-    heldout: ImageSource | None
-    folder = Path(data.dataset).expanduser()
-    if data.dataset == FASHION_MNIST:
-        return load_fashion_mnist(data.cache_dir)
-    if folder.is_dir() and has_idx_files(folder):
-        return read_idx_folder(folder)
-    if folder.is_dir() and not _is_hub_directory(folder):
-        train, heldout = _folders(folder)
-    else:
-        _check_name(data.dataset)
-        from moh.training.images.hub import HubImages, load_splits
-
-        columns = {"image_column": data.image_column, "label_column": data.label_column}
-        rows, heldout_rows = load_splits(data.dataset, data.train_split, data.eval_split)
-        train = HubImages(rows, **columns)
-        heldout = None if heldout_rows is None else HubImages(heldout_rows, **columns)
+    train, heldout = _open(data, with_heldout=True)
     if heldout is None:
         return hold_out(train)
     return train, with_classes(heldout, train.classes, what="the held-out images", than="the training images")
 
 
-def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns: str | None) -> ImageSource:
+def load_training_images(data: ImageDataRecipe) -> ImageSource:
+    """The images of a recipe that evaluates on none: as `load_images`, but nothing is held out of them or read beside them.
+
+    Raises:
+        ValueError: there are no such images.
+        RuntimeError: as `load_images`.
+    """
+    return _open(data, with_heldout=False)[0]
+
+
+def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns: Any) -> ImageSource:
     """The images that `moh eval` and `moh inspect` mean: the held-out part, or all of a directory of class folders.
 
     Args:
@@ -69,13 +64,31 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns
     return load_images(ImageDataRecipe(dataset, cache_dir=cache_dir, **columns))[1]
 
 
-def _folders(folder: Path) -> tuple[ImageSource, ImageSource | None]:
+def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and, if they are wanted and have a part of their own, the held-out ones."""
+    folder = Path(data.dataset).expanduser()
+    if data.dataset == FASHION_MNIST:
+        return load_fashion_mnist(data.cache_dir)
+    if folder.is_dir() and has_idx_files(folder):
+        return read_idx_folder(folder)
+    if folder.is_dir() and not _is_hub_directory(folder):
+        return _folders(folder, with_heldout=with_heldout)
+    _check_name(data.dataset)
+    from moh.training.images.hub import HubImages, load_splits
+
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    rows, heldout_rows = load_splits(data.dataset, data.train_split, data.eval_split)
+    heldout = HubImages(heldout_rows, **columns) if with_heldout and heldout_rows is not None else None
+    return HubImages(rows, **columns), heldout
+
+
+def _folders(folder: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
     parts = _parts(folder)
     if not parts:
         return FolderImages(folder), None
     if "train" not in parts:
         raise ValueError(f"data.dataset {folder} has no train/ beside {', '.join(f'{name}/' for name in parts)}")
-    heldout = next((name for name in parts if name != "train"), None)
+    heldout = next((name for name in parts if name != "train" and with_heldout), None)
     return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
 
 
