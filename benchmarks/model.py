@@ -39,7 +39,10 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
         base = replace(base, length=128, layers=layers, shares=base.shares[1:2] or base.shares)
     few = tuple(share for share in base.shares if share >= 0.5 and share != 7 / 9)
     training = replace(base, mode="training", length=min(256, base.length), shares=few or base.shares)
-    chosen = [base, replace(base, mode="decode"), training]
+    decode = replace(base, mode="decode")
+    chosen = [base, decode, training]
+    if grid == "default":
+        chosen.append(replace(decode, length=2048))
     if grid == "full":
         chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, 2048)]
         chosen += [replace(case, batch=8) for case in chosen[:2]]
@@ -206,7 +209,7 @@ def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
     def decode() -> None:
         if not cache:
             cache.append(model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values)
+        # The cache grows as in generation: by tens of tokens in the end
         model(input_ids=tokens[:, -1:], past_key_values=cache[0], use_cache=True)
-        cache[0].crop(-1)  # every token meets the same context
 
     return decode

@@ -159,7 +159,7 @@ def test_fused_projection_gives_the_dense_queries_keys_and_values(sparse_calls, 
 
 @pytest.mark.parametrize(
     "reason",
-    ["few tokens", "large share", "bfloat16", "autocast", "hook", "adapter"],
+    ["few tokens", "large share", "bfloat16", "float64", "autocast", "hook", "adapter"],
     ids=lambda r: r.replace(" ", "-"),
 )
 def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, monkeypatch, reason):
@@ -169,6 +169,8 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     if reason == "bfloat16":  # on a processor that has units for it
         monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": True})
         linear, x, gates = linear.bfloat16(), x.bfloat16(), gates.bfloat16()
+    if reason == "float64":
+        linear, x, gates = linear.double(), x.double(), gates.double()
     if reason == "few tokens":
         x, gates = x[:, :10], gates[:, :10]
     if reason == "hook":

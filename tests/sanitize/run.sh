@@ -25,6 +25,6 @@ export PYTHONMALLOC=malloc
 preload="$runtime $("$compiler" -print-file-name=libstdc++.so.6)"
 
 # Without capturing: a finding ends the process, and its report with it. Inductor's own C++ is not what is tested.
-LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_attention_conformance.py \
+LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_decode_layer.py tests/attention/test_attention_conformance.py \
     tests/models/test_transnext_attention.py \
     -k "not inductor and not sdpa and not -reference" --capture=no -p no:faulthandler "$@"

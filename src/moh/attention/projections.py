@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.attention import cpu
+from moh.attention.plain import is_plain
 
 MIN_TOKENS = 64
 """With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
@@ -85,12 +86,12 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
 def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float, backend: str | None) -> bool:
     return (
         backend in (None, "cpu")
+        and x.dtype in cpu.DTYPES
         and share <= _max_share(x.dtype)
         and x.shape[0] * x.shape[1] >= MIN_TOKENS
         and x.device.type == "cpu"
-        and x.dtype in cpu.DTYPES
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(linear, x)
+        and is_plain(linear, x)
         and not cpu.transforms_are_active()
         and cpu.unavailable() is None
     )
@@ -117,13 +118,3 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 @functools.cache
 def _capabilities() -> dict[str, object]:
     return dict(torch.cpu.get_capabilities())
-
-
-def _is_plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear` does what its weight says: no adapter, no hook, no quantisation, no offloading."""
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
-        return False
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    weight = linear.weight
-    plain = type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling()
-    return not any(hooks) and plain and weight.dtype == x.dtype and weight.device == x.device

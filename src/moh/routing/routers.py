@@ -6,6 +6,9 @@ They only decide; the heads are computed by `moh.attention` and joined to a laye
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +31,10 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         # Indices are plain tuples and not buffers: buffers would appear in checkpoints or be lost on the meta device.
+        # Runs of them, for a slice needs neither a tensor of indices nor a copy of one to the device.
         self._shared = config.shared_indices
-        self._routed = config.routed_indices
+        self._routed_runs = tuple(_runs(config.routed_indices))
+        self._order = tuple(_order(config))
         self._recorders: tuple[Recorder, ...] = ()
 
     def forward(self, x: Tensor | None = None, q: Tensor | None = None) -> RoutingInfo:
@@ -40,6 +45,11 @@ class Router(nn.Module):
         for recorder in self._recorders:
             recorder.record(self, info)
         return info
+
+    def is_observed(self) -> bool:
+        """Whether someone waits for what `forward` returns: a recorder, a hook, or who has put himself in its place."""
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(self._recorders or hooked) or "forward" in vars(self)
 
     def _route(self, source: Tensor) -> RoutingInfo:
         raise NotImplementedError
@@ -53,12 +63,16 @@ class Router(nn.Module):
 
     def _join(self, shared: Tensor, routed: Tensor) -> Tensor:
         """Gates of the shared `[B, N, h_s]` and routed `[B, N, h_r]` heads -> `[B, N, H]` in the heads' order."""
-        joined = torch.cat([shared, routed], dim=-1)
-        order = (*self._shared, *self._routed)
-        if order == tuple(range(self.config.num_heads)):
-            return joined
-        position = sorted(range(len(order)), key=order.__getitem__)
-        return joined[..., position]
+        return torch.cat(
+            [(shared if is_shared else routed).narrow(-1, first, count) for is_shared, first, count in self._order], -1
+        )
+
+    def _of_routed(self, x: Tensor, dim: int) -> Tensor:
+        """The routed heads' part of `x`, whose dimension `dim` goes over all heads."""
+        parts = [x.narrow(dim, first, count) for first, count in self._routed_runs]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -149,16 +163,15 @@ class QueryNormRouter(_HardRouter):
         if config.active_heads == 0:
             gates = self._hard_gates_without_routing(source)
             return RoutingInfo(config, gates, None)
-        norms = source[..., list(self._routed), :].float().norm(dim=-1)  # [B, N, h_r]
+        norms = self._of_routed(source, -2).float().norm(dim=-1)  # [B, N, h_r]
         if config.num_routed > 1:  # a single head has no spread, and its probability is 1 anyway
             norms = norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
         probs = norms.softmax(-1)
         return RoutingInfo(config, self._hard_gates(norms, probs, source.dtype), probs)
 
     def _hard_gates_without_routing(self, q: Tensor) -> Tensor:
-        gates = q.new_zeros((*q.shape[:-2], self.config.num_heads))
-        gates[..., list(self._shared)] = 1
-        return gates
+        tokens = q.shape[:-2]
+        return self._join(q.new_ones((*tokens, self.config.num_shared)), q.new_zeros((*tokens, self.config.num_routed)))
 
 
 class LinearRouter(_HardRouter):
@@ -185,7 +198,7 @@ class LinearRouter(_HardRouter):
     def _route(self, source: Tensor) -> RoutingInfo:
         # The fit has large weights along directions that x hardly uses: back through them, the gates' gradient would
         # swamp that of the attention itself (thousands of times, measured on SmolLM2). So it stops at the router.
-        logits = self.contribution(source.detach()).float()[..., list(self._routed)]  # [B, N, h_r]
+        logits = self._of_routed(self.contribution(source.detach()).float(), -1)  # [B, N, h_r]
         probs = logits.softmax(-1) if self.config.active_heads else None
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
@@ -195,6 +208,22 @@ class LinearRouter(_HardRouter):
         logits[..., list(self._shared)] = torch.inf
         order: Tensor = logits.argsort(dim=-1, descending=True, stable=True)
         return order
+
+
+def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Rising indices as runs without a gap: (first, how many)."""
+    for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
+        heads = [head for _, head in run]
+        yield heads[0], len(heads)
+
+
+def _order(config: MoHConfig) -> Iterator[tuple[bool, int, int]]:
+    """Runs that make up all heads in order: (whether shared, first among the shared or routed ones, how many)."""
+    shared, seen = set(config.shared_indices), [0, 0]
+    for is_shared, run in groupby(range(config.num_heads), key=shared.__contains__):
+        count = len(list(run))
+        yield is_shared, seen[is_shared], count
+        seen[is_shared] += count
 
 
 def build_router(

@@ -4,6 +4,7 @@ from moh.attention.cpu.aggregated import MAX_WINDOW
 from moh.attention.cpu.build import BuildError
 from moh.attention.cpu.operators import (
     DTYPES,
+    MAX_WIDTH,
     cpu_attention,
     instruction_set,
     instruction_sets,
@@ -15,6 +16,7 @@ from moh.attention.cpu.operators import (
 
 __all__ = [
     "DTYPES",
+    "MAX_WIDTH",
     "MAX_WINDOW",
     "BuildError",
     "cpu_attention",

@@ -116,7 +116,7 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
     )
     # The portable kernels come before the others: where two of them hold the same inline function, the linker keeps the
     # first, and that one runs everywhere.
-    names = ["portable", *sets, "attention", "aggregated", "projection", "instruction_sets"]
+    names = ["portable", *sets, "attention", "aggregated", "projection", "decode_layer", "instruction_sets"]
     sources = [SOURCES / f"{name}.cpp" for name in names]
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def _try_to_load() -> str | None:
         return reason
     torch.library.register_fake("moh::cpu_attention", _attention_shapes)
     torch.library.register_fake("moh::cpu_attention_backward", _attention_backward_shapes)
+    torch.library.register_fake("moh::cpu_decode_layer", _decode_layer_shape)
     projections.register()
     aggregated.register()
     chosen = os.environ.get("MOH_CPU_ISA")
@@ -67,6 +69,11 @@ def _attention_backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *saved: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gates.new_empty(gates.shape)
+
+
+def _decode_layer_shape(x: Tensor, *others: Any) -> Tensor:
+    o_weight: Tensor = others[11]
+    return x.new_empty(*x.shape[:2], o_weight.shape[0])
 
 
 def instruction_sets() -> list[str]:

@@ -25,6 +25,7 @@ from moh.attention import moh_attention, project_output, project_queries
 from moh.config import MoHConfig
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.llama.configuration import MoHLlamaConfig
+from moh.models.llama.decoding import decode
 from moh.routing import build_router, record_routing
 
 
@@ -46,10 +47,13 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        B, N, _ = hidden_states.shape
-        share = self.router.config.share
         # `eager` is the definition
         backend = "reference" if self.config._attn_implementation == "eager" else self.config.moh_backend
+        decoded = decode(self, hidden_states, position_embeddings, attention_mask, past_key_values, backend)
+        if decoded is not None:
+            return decoded, None
+        B, N, _ = hidden_states.shape
+        share = self.router.config.share
         if self.router.uses_queries:  # before rotary embedding, which keeps the norms anyway
             q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
             routing = self.router(q=q)

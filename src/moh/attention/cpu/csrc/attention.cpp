@@ -4,7 +4,6 @@
 // add up is added in a fixed order.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -185,6 +184,8 @@ void add(const float* from, int64_t count, float* to) {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,
@@ -192,7 +193,8 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
   const at::Tensor out = at::empty({p.batches, p.queries, p.heads, p.value_width}, q.options());
-  const at::Tensor lse = at::full({p.batches, p.heads, p.queries}, INFINITY, q.options().dtype(at::kFloat));
+  const at::Tensor lse = at::empty({p.batches, p.heads, p.queries}, q.options().dtype(at::kFloat));
+  std::fill_n(lse.mutable_data_ptr<float>(), lse.numel(), INFINITY);
   if (out.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -205,6 +207,8 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
     forward_rows(call, active);
   return {out, lse};
 }
+
+namespace {
 
 Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& gates, const std::optional<at::Tensor>& mask, const at::Tensor& out,
@@ -339,10 +343,20 @@ Gradients attention_backward_autograd(const at::Tensor& grad, const at::Tensor& 
   return {g[0], g[1], g[2], g[3]};
 }
 
+// Whether a gradient, backward or forward, may be asked for.
+template <class... Tensors>
+bool is_differentiated(const Tensors&... x) {
+  return (at::GradMode::is_enabled() && (x.requires_grad() || ...)) || (x._fw_grad(/*level=*/0).defined() || ...);
+}
+
 std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                       const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                                       bool is_causal, std::optional<int64_t> window,
                                                       std::optional<double> scale) {
+  if (!is_differentiated(q, k, v, gates)) {  // as in decoding, where what `apply` keeps for a gradient takes time
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale);
+  }
   auto results = Autograd::apply(q, k, v, gates, mask, is_causal, window, scale);
   return {results[0], results[1]};
 }

@@ -4,6 +4,7 @@
 #include "aggregated.h"
 #include "backward.h"
 #include "decode.h"
+#include "few_tokens.h"
 #include "forward.h"
 #include "projection.h"
 
@@ -56,6 +57,13 @@ Kernels kernels(const char* name) {
   };
   k.aggregate = AggregatedAttention<Isa>::forward;
   k.aggregate_backward = AggregatedAttention<Isa>::backward;
+  k.dot_rows = [](DType dtype, const void* matrix, int64_t stride, int64_t rows, const float* x,
+                  const Segment* segments, int64_t count, float* to) {
+    with_type(dtype, [&](auto t) {
+      FewTokens<Isa, decltype(t)>::dot_rows(static_cast<const decltype(t)*>(matrix), stride, rows, x, segments, count,
+                                            to);
+    });
+  };
   return k;
 }
 

@@ -3,11 +3,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ne.h>
 
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "problem.h"
@@ -54,23 +55,13 @@ class Scratch {
 // The active rows of every key/value head of every batch row, in token order.
 class ActiveRows {
  public:
-  // Gates [B, Nq, H].
+  // Gates [B, Nq, H], contiguous.
   ActiveRows(const at::Tensor& gates, int64_t kv_heads)
-      : active_(gates.ne(0).contiguous()), kv_heads_(kv_heads), group_(gates.size(2) / kv_heads),
-        capacity_(gates.size(1) * group_), index_(gates.numel()), counts_(gates.size(0) * kv_heads) {
-    const int64_t queries = gates.size(1), heads = gates.size(2);
-    at::parallel_for(0, pairs(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const bool* flag = flags() + pair / kv_heads_ * queries * heads + pair % kv_heads_ * group_;
-        int32_t* to = index_.data() + pair * capacity_;
-        int64_t count = 0;
-        for (int64_t t = 0; t < queries; ++t, flag += heads)
-          for (int64_t g = 0; g < group_; ++g) {  // without a branch: which heads are active can't be foreseen
-            to[count] = static_cast<int32_t>(t * group_ + g);
-            count += flag[g];
-          }
-        counts_[pair] = count;
-      }
+      : active_(at::empty(gates.sizes(), gates.options().dtype(at::kBool))), kv_heads_(kv_heads),
+        group_(gates.size(2) / kv_heads), capacity_(gates.size(1) * group_), index_(gates.numel()),
+        counts_(gates.size(0) * kv_heads) {
+    with_type(dtype_of(gates), [&](auto t) {
+      find(static_cast<const decltype(t)*>(gates.const_data_ptr()), gates.size(1), gates.size(2));
     });
   }
   const bool* flags() const { return active_.const_data_ptr<bool>(); }  // [B, Nq, H]
@@ -83,10 +74,37 @@ class ActiveRows {
   int64_t total() const { return std::accumulate(counts_.begin(), counts_.end(), int64_t{0}); }
 
  private:
+  template <class T>
+  void find(const T* gates, int64_t queries, int64_t heads) {
+    bool* flags = active_.mutable_data_ptr<bool>();
+    at::parallel_for(0, pairs(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const int64_t start = pair / kv_heads_ * queries * heads + pair % kv_heads_ * group_;
+        const T* gate = gates + start;
+        bool* flag = flags + start;
+        int32_t* to = index_.data() + pair * capacity_;
+        int64_t count = 0;
+        for (int64_t t = 0; t < queries; ++t, gate += heads, flag += heads)
+          for (int64_t g = 0; g < group_; ++g) {  // without a branch: which heads are active can't be foreseen
+            flag[g] = static_cast<float>(gate[g]) != 0.0f;
+            to[count] = static_cast<int32_t>(t * group_ + g);
+            count += flag[g];
+          }
+        counts_[pair] = count;
+      }
+    });
+  }
+
   at::Tensor active_;
   int64_t kv_heads_, group_, capacity_;
   std::vector<int32_t> index_;
   std::vector<int64_t> counts_;
 };
+
+// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp.
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                             const at::Tensor& gates, const std::optional<at::Tensor>& mask,
+                                             bool is_causal, std::optional<int64_t> window,
+                                             std::optional<double> scale);
 
 }  // namespace moh

@@ -118,6 +118,11 @@ struct AggregateSums {
 constexpr float kSmallestNorm = 1e-12f;  // queries are divided by at least this, as torch.nn.functional.normalize does
 constexpr int64_t kPlaces = 49;          // places of the largest window, 7 x 7
 
+// Neighbouring columns of a matrix.
+struct Segment {
+  int64_t first = 0, count = 0;
+};
+
 constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
 constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
 constexpr int64_t kProjectionRows = 240;      // tokens of one task: with their channels half of a 512 KiB L2 cache
@@ -151,6 +156,10 @@ struct Kernels {
   int64_t (*aggregate_scratch)(const Aggregate&, const Rows*);
   void (*aggregate)(const Aggregate&, const Rows&, float* scratch);
   void (*aggregate_backward)(const Aggregate&, const Rows&, const AggregateSums&, float* scratch);
+
+  // to[r] = row r of a matrix times x over the columns of some segments (few_tokens.h).
+  void (*dot_rows)(DType, const void* matrix, int64_t stride, int64_t rows, const float* x, const Segment*,
+                   int64_t segments, float* to);
 };
 
 const Kernels& portable_kernels();

@@ -27,7 +27,9 @@ Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Ten
 }
 
 // The active tokens of every head: rows of groups of one head.
-ActiveRows active_tokens(const at::Tensor& gates) { return ActiveRows(gates.unsqueeze(0), std::max<int64_t>(gates.size(1), 1)); }
+ActiveRows active_tokens(const at::Tensor& gates) {
+  return ActiveRows(gates.contiguous().unsqueeze(0), std::max<int64_t>(gates.size(1), 1));
+}
 
 at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& gates) {
   Projection p = check(x, matrix, gates);

@@ -1,0 +1,171 @@
+// The operator `moh::cpu_decode_layer`: a whole attention layer on the one new token of each sequence.
+//
+// Projections, router, rotary embedding, key/value cache and attention in one call: with one token the arithmetic is so
+// little that calling a dozen operators takes as long. Matrices are read once, without the rows and columns of heads
+// that no token uses. No gradients; no result depends on the number of threads.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "few_tokens_product.h"
+#include "operators.h"
+
+namespace moh {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Gates [T, H] of the linear router: 1 for the shared heads and the `active` others with the largest x W' + b, 0 for
+// the rest. Of equal numbers the first wins; NaN counts as the largest, as in at::topk.
+template <class T>
+void hard_gates(const FewTokensProduct& router, const Floats& x, int64_t tokens, at::IntArrayRef shared,
+                int64_t active, T* gates) {
+  const int64_t heads = router.rows;
+  std::vector<char> is_shared(heads, 0);
+  for (const int64_t h : shared) {
+    TORCH_CHECK_VALUE(h >= 0 && h < heads, "shared heads must be between 0 and ", heads - 1, ", got ", h);
+    is_shared[h] = 1;
+  }
+  std::vector<int64_t> routed;
+  for (int64_t h = 0; h < heads; ++h)
+    if (!is_shared[h]) routed.push_back(h);
+  const int64_t all = static_cast<int64_t>(routed.size());
+  TORCH_CHECK_VALUE(active >= 0 && active <= all, "active must be between 0 and ", all, ", got ", active);
+  for (int64_t i = 0; i < tokens * heads; ++i) gates[i] = static_cast<T>(is_shared[i % heads] || active == all ? 1 : 0);
+  if (active == 0 || active == all) return;
+
+  std::vector<T> scores(tokens * heads);
+  router.multiply<T>(x, tokens, scores.data());
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* score = scores.data() + t * heads;
+    std::partial_sort(routed.begin(), routed.begin() + active, routed.end(), [&](int64_t a, int64_t b) {
+      const float x = static_cast<float>(score[a]), y = static_cast<float>(score[b]);
+      if (std::isnan(x) || std::isnan(y)) return std::isnan(x) && (!std::isnan(y) || a < b);
+      return x > y || (x == y && a < b);
+    });
+    for (int64_t i = 0; i < active; ++i) gates[t * heads + routed[i]] = static_cast<T>(1);
+  }
+}
+
+// x [width] turned by the angles whose cosines and sines are given: number i goes with number i + width / 2.
+template <class T>
+void rotate(const T* x, const T* cos, const T* sin, int64_t width, T* to) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = static_cast<float>(x[i]), b = static_cast<float>(x[i + half]);
+    to[i] = static_cast<T>(a * static_cast<float>(cos[i]) - b * static_cast<float>(sin[i]));
+    to[i + half] = static_cast<T>(b * static_cast<float>(cos[i + half]) + a * static_cast<float>(sin[i + half]));
+  }
+}
+
+// Angles [1 or B, 1, D] -> contiguous, and how far it is from one token's to the next.
+at::Tensor angles(const at::Tensor& x, int64_t batches, int64_t width, const at::Tensor& like, int64_t* stride) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && (x.size(0) == 1 || x.size(0) == batches) && x.size(1) == 1 && x.size(2) == width &&
+                        width % 2 == 0 && x.scalar_type() == like.scalar_type(),
+                    "cos and sin must be [1 or ", batches, ", 1, D = ", width, "] with an even D, got ", x.sizes());
+  *stride = x.size(0) == 1 ? 0 : width;
+  return x.contiguous();
+}
+
+at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const OptionalTensor& router_weight,
+                        const OptionalTensor& router_bias, at::IntArrayRef shared, int64_t active,
+                        const at::Tensor& q_weight, const OptionalTensor& q_bias, const at::Tensor& k_weight,
+                        const OptionalTensor& k_bias, const at::Tensor& v_weight, const OptionalTensor& v_bias,
+                        const at::Tensor& o_weight, const OptionalTensor& o_bias, const at::Tensor& cos,
+                        const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values, int64_t length,
+                        const OptionalTensor& mask, double scale) {
+  at::AutoDispatchBelowADInplaceOrView below;  // no gradients: spares the operators called here the look for them
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x must be [B, 1, C], got ", x.sizes());
+  TORCH_CHECK_VALUE(keys.dim() == 4 && values.sizes() == keys.sizes() && keys.size(0) == x.size(0) &&
+                        keys.scalar_type() == x.scalar_type() && values.scalar_type() == x.scalar_type() &&
+                        keys.stride(3) == 1 && values.stride(3) == 1,
+                    "keys and values must be [B, Hkv, capacity, D] of x's dtype, got ", keys.sizes(), " and ",
+                    values.sizes());
+  TORCH_CHECK_VALUE(length >= 0 && length < keys.size(2), "length must be below the caches' ", keys.size(2), ", got ",
+                    length);
+  const int64_t B = x.size(0), kv_heads = keys.size(1), D = keys.size(3);
+  const FewTokensProduct q_proj("q", q_weight, q_bias, x), k_proj("k", k_weight, k_bias, x);
+  const FewTokensProduct v_proj("v", v_weight, v_bias, x), o_proj("o", o_weight, o_bias, x);
+  TORCH_CHECK_VALUE(D > 0 && q_proj.rows % D == 0 && k_proj.rows == kv_heads * D && v_proj.rows == kv_heads * D &&
+                        o_proj.columns == q_proj.rows && q_proj.columns == x.size(2) &&
+                        k_proj.columns == x.size(2) && v_proj.columns == x.size(2),
+                    "q, k, v and o weights must match x and the cache, got ", q_weight.sizes(), ", ", k_weight.sizes(),
+                    ", ", v_weight.sizes(), " and ", o_weight.sizes());
+  const int64_t H = q_proj.rows / D;
+  TORCH_CHECK_VALUE(gates_.has_value() != router_weight.has_value(), "either gates or a router must be given");
+  int64_t cos_stride, sin_stride;
+  const at::Tensor cosines = angles(cos, B, D, x, &cos_stride), sines = angles(sin, B, D, x, &sin_stride);
+  const Floats from(x);
+  const at::Tensor q = at::empty({B, H, 1, D}, x.options());
+  at::Tensor gates = gates_.has_value() ? gates_->contiguous() : at::empty({B, 1, H}, x.options());
+  TORCH_CHECK_VALUE(gates.sizes() == at::IntArrayRef({B, 1, H}) && gates.scalar_type() == x.scalar_type(),
+                    "gates must be [B, 1, H = ", H, "] of x's dtype, got ", gates.sizes());
+  std::vector<char> flags(B * H);
+
+  with_type(q_proj.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (router_weight.has_value()) {
+      const FewTokensProduct router("router", *router_weight, router_bias, x);
+      TORCH_CHECK_VALUE(router.rows == H && router.columns == x.size(2), "router's weight must be [H, C], got ",
+                        router_weight->sizes());
+      hard_gates<T>(router, from, B, shared, active, gates.mutable_data_ptr<T>());
+    }
+    const T* gate = static_cast<const T*>(gates.const_data_ptr());
+    for (int64_t i = 0; i < B * H; ++i) flags[i] = static_cast<float>(gate[i]) != 0.0f;
+
+    T* queries = q.mutable_data_ptr<T>();
+    std::vector<T> new_keys(B * kv_heads * D), new_values(B * kv_heads * D);
+    q_proj.multiply<T>(from, B, queries, flags.data(), H);
+    k_proj.multiply<T>(from, B, new_keys.data());
+    v_proj.multiply<T>(from, B, new_values.data());
+    const T* c = static_cast<const T*>(cosines.const_data_ptr());
+    const T* s = static_cast<const T*>(sines.const_data_ptr());
+    std::vector<T> row(D);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t h = 0; h < H; ++h) {
+        T* query = queries + (b * H + h) * D;
+        std::copy_n(query, D, row.data());
+        rotate(row.data(), c + b * cos_stride, s + b * sin_stride, D, query);
+      }
+      for (int64_t h = 0; h < kv_heads; ++h) {
+        const auto place = [&](const at::Tensor& cache) {
+          return cache.mutable_data_ptr<T>() + b * cache.stride(0) + h * cache.stride(1) + length * cache.stride(2);
+        };
+        const int64_t from_row = (b * kv_heads + h) * D;
+        rotate(new_keys.data() + from_row, c + b * cos_stride, s + b * sin_stride, D, place(keys));
+        std::copy_n(new_values.data() + from_row, D, place(values));
+      }
+    }
+  });
+  for (const at::Tensor* cache : {&keys, &values})
+    if (!cache->is_inference()) cache->unsafeGetTensorImpl()->bump_version();
+
+  const at::Tensor heads = std::get<0>(attention(q, keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1),
+                                                 gates, mask, false, std::nullopt, scale));  // [B, 1, H, D]
+  const at::Tensor out = at::empty({B, 1, o_proj.rows}, x.options());
+  const Floats weighted(heads);
+  with_type(o_proj.dtype, [&](auto type) {
+    using T = decltype(type);
+    o_proj.multiply_columns<T>(weighted, B, out.mutable_data_ptr<T>(), flags.data(), H);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moh
+
+TORCH_LIBRARY_FRAGMENT(moh, m) {
+  m.def(
+      "cpu_decode_layer(Tensor x, Tensor? gates, Tensor? router_weight, Tensor? router_bias, int[] shared, int active, "
+      "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, "
+      "Tensor o_weight, Tensor? o_bias, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
+      "Tensor? attn_mask, float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_decode_layer", moh::decode_layer); }
+
+// It has no gradient, and spends no time on finding that out.
+TORCH_LIBRARY_IMPL(moh, Autograd, m) { m.impl("cpu_decode_layer", torch::CppFunction::makeFallthrough()); }

@@ -1,0 +1,228 @@
+"""Promises of the operator for one new token: the layer's definition in PyTorch, in one call, with fewer weights read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moh import MoHConfig
+from moh.attention import reference_attention
+from moh.routing import build_router
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+CASES = [
+    pytest.param(dict(), id="plain"),
+    pytest.param(dict(B=3, bias=True, mask="bool"), id="batch-biases-bool-mask"),
+    pytest.param(dict(B=2, mask="additive", own_angles=True), id="batch-additive-mask-own-angles"),
+    pytest.param(dict(H=5, Hkv=1, D=6, C=17, length=1), id="odd-sizes"),
+    pytest.param(dict(H=9, Hkv=3, D=64, C=576, length=530), id="as-large-as-SmolLM2"),
+    pytest.param(dict(length=0), id="empty-cache"),
+]
+ROUTING = [
+    pytest.param(dict(shared=[1], active=2, router=True), id="router-1-shared-2-active"),
+    pytest.param(dict(shared=[], active=1, router=True), id="router-1-active"),
+    pytest.param(dict(shared=[0, 2, 3], active=0, router=True), id="router-none-routed"),
+    pytest.param(dict(shared=[0], active=-1, router=True), id="router-all-active"),
+    pytest.param(dict(shared=[], active=0, router=False), id="gates-given"),
+]
+
+
+def inputs(
+    B=1, H=4, Hkv=2, D=16, C=24, length=40, bias=False, mask=None, own_angles=False, shared=(1,), active=2, router=True
+):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def linear(rows: int, columns: int) -> list[Tensor | None]:
+        return [normal(rows, columns) / columns**0.5, normal(rows) if bias else None]
+
+    active = H - len(shared) if active < 0 else active
+    config = MoHConfig(H, list(shared), active, "linear") if router else None
+    gates = None if router else torch.rand(B, 1, H, generator=generator) * (normal(B, 1, H) > 0)
+    contribution = [normal(H, C), normal(H)] if router else [None, None]
+    angles = 6 * torch.rand(B if own_angles else 1, 1, D // 2, generator=generator).repeat(1, 1, 2)
+    hidden = None
+    if mask == "bool":
+        hidden = torch.rand(B, 1, 1, length + 1, generator=generator) < 0.7
+    if mask == "additive":
+        hidden = normal(1, H, 1, length + 1)
+    return dict(
+        x=normal(B, 1, C),
+        gates=gates,
+        router=contribution,
+        heads=[list(shared), active],
+        projections=[*linear(H * D, C), *linear(Hkv * D, C), *linear(Hkv * D, C), *linear(C, H * D)],
+        angles=[angles.cos(), angles.sin()],
+        caches=[normal(B, Hkv, length + 7, D), normal(B, Hkv, length + 7, D)],
+        length=length,
+        mask=hidden,
+    ), config
+
+
+def to(value, dtype: torch.dtype):
+    if isinstance(value, dict):
+        return {name: to(item, dtype) for name, item in value.items()}
+    if isinstance(value, list):
+        return [to(item, dtype) for item in value]
+    return value.to(dtype, copy=True) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def call(case) -> Tensor:
+    c = case
+    return torch.ops.moh.cpu_decode_layer(
+        c["x"],
+        c["gates"],
+        *c["router"],
+        *c["heads"],
+        *c["projections"],
+        *c["angles"],
+        *c["caches"],
+        c["length"],
+        c["mask"],
+        0.3,
+    )
+
+
+def definition(case, config: MoHConfig | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and keys and values of all tokens."""
+    x, n, projections = case["x"], case["length"], case["projections"]
+    D = case["caches"][0].shape[-1]
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (-1, D)).transpose(1, 2)
+        for w, b in zip(projections[:6:2], projections[1:6:2], strict=True)
+    )
+    gates = case["gates"]
+    if config is not None:
+        router = build_router(config, x.shape[-1], dtype=x.dtype)
+        router.load_state_dict({"contribution.weight": case["router"][0], "contribution.bias": case["router"][1]})
+        gates = router(x).gates
+    cos, sin = (angle[:, None] for angle in case["angles"])
+
+    def rotated(t: Tensor) -> Tensor:
+        return t * cos + torch.cat([-t[..., D // 2 :], t[..., : D // 2]], dim=-1) * sin
+
+    keys, values = (
+        torch.cat([cache[:, :, :n], new], dim=2) for cache, new in zip(case["caches"], (rotated(k), v), strict=True)
+    )
+    heads = reference_attention(rotated(q), keys, values, gates, attn_mask=case["mask"], scale=0.3)
+    return F.linear(heads.flatten(2), *projections[6:]), keys, values
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    allowed = TOLERANCE[got.dtype] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+@pytest.mark.parametrize("sizes", CASES)
+@torch.no_grad()
+def test_output_and_cache_are_those_of_the_definition(isa, sizes, routing):
+    case, config = inputs(**sizes, **routing)
+    expected, keys, values = definition(case, config)
+    n = case["length"] + 1
+    later = [cache[:, :, n:].clone() for cache in case["caches"]]
+    assert_close(call(case), expected)
+    assert_close(case["caches"][0][:, :, :n], keys)
+    assert_close(case["caches"][1][:, :, :n], values)
+    assert all(torch.equal(cache[:, :, n:], kept) for cache, kept in zip(case["caches"], later, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@torch.no_grad()
+def test_sixteen_bits_are_the_definition_in_float32(isa, dtype):
+    # Gates are given: rounded predictions may be ranked otherwise
+    case = to(inputs(B=2, H=9, Hkv=3, D=64, C=100, length=90, bias=True, router=False)[0], dtype)
+    expected, keys, _ = definition(to(case, torch.float32), None)
+    assert_close(call(case), expected)
+    assert_close(case["caches"][0][:, :, :91], keys)
+
+
+@torch.no_grad()
+def test_weights_of_inactive_heads_are_not_read():
+    case, _ = inputs(router=False)
+    case["gates"] = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]])
+    expected = call(case)
+    q_weight, o_weight = case["projections"][0], case["projections"][6]
+    for head in (0, 2):
+        q_weight[head * 16 : (head + 1) * 16] = torch.nan
+        o_weight[:, head * 16 : (head + 1) * 16] = torch.nan
+    assert torch.equal(call(case), expected)
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_the_number_of_threads(threads):
+    case, _ = inputs(H=9, Hkv=3, D=64, C=576, length=1100)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        results.append(call(case))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@torch.no_grad()
+def test_a_nan_makes_the_first_routed_heads_active_and_reaches_the_output():
+    case, _ = inputs(shared=[3], active=1)
+    case["x"][0, 0, 0] = torch.nan
+    assert call(case).isnan().all()
+
+
+@torch.no_grad()
+def test_transposed_weights_and_caches_with_any_strides_are_read_as_they_lie():
+    case, config = inputs()
+    case["projections"][0] = case["projections"][0].t().contiguous().t()
+    case["caches"] = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in case["caches"]]
+    expected = definition(case, config)[0]
+    assert_close(call(case), expected)
+
+
+def test_operator_is_registered_correctly():
+    case, _ = inputs(bias=True, mask="bool")
+    arguments = (
+        case["x"],
+        None,
+        *case["router"],
+        *case["heads"],
+        *case["projections"],
+        *case["angles"],
+        *case["caches"],
+        case["length"],
+        case["mask"],
+        0.3,
+    )
+    torch.library.opcheck(torch.ops.moh.cpu_decode_layer.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        (r"x must be \[B, 1, C\]", dict(x=torch.zeros(1, 2, 24))),
+        ("length must be below the caches' 47, got 47", dict(length=47)),
+        ("either gates or a router", dict(gates=torch.ones(1, 1, 4))),
+        (r"gates must be \[B, 1, H = 4\]", dict(gates=torch.ones(1, 1, 3), router=[None, None])),
+        ("active must be between 0 and 3, got 4", dict(heads=[[1], 4])),
+        ("shared heads must be between 0 and 3, got 4", dict(heads=[[4], 1])),
+        (r"keys and values must be \[B, Hkv, capacity, D\]", dict(caches=[torch.zeros(1, 2, 47, 16)] * 1)),
+        ("cos and sin must be", dict(angles=[torch.ones(1, 1, 8), torch.ones(1, 1, 8)])),
+        ("q's weight must have 2 dimensions and x's dtype", dict(projections=0)),
+        ("must match x and the cache", dict(projections=2)),
+    ],
+    ids=["tokens", "full", "both", "gates", "active", "shared", "caches", "angles", "dtype", "weights"],
+)
+def test_arguments_that_do_not_fit_are_refused(message, change):
+    case, _ = inputs()
+    if change.get("projections") == 0:
+        case["projections"][0] = case["projections"][0].double()
+    elif change.get("projections") == 2:
+        case["projections"][2] = case["projections"][2][:-1]
+    elif "caches" in change:
+        case["caches"][1] = case["caches"][1][:, :1]
+    else:
+        case |= change
+    with pytest.raises(ValueError, match=message):
+        call(case)

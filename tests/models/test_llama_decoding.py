@@ -1,0 +1,216 @@
+"""Promises of decoding by one operator: the same logits, where it may be used; a cache that nobody's tensors change in."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import moh
+import moh.attention.cpu
+from moh.models.llama import modeling
+
+pytestmark = pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
+
+SERVED = [
+    pytest.param(dict(router="linear"), id="linear"),
+    pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
+    pytest.param(dict(router="linear", shared_heads=[4, 2], active_heads=[0, 2]), id="linear-all-active"),
+    pytest.param(dict(router="two_stage"), id="two_stage"),
+    pytest.param(dict(router="linear", attention_bias=True, head_dim=6, tie_word_embeddings=True), id="biases"),
+]
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[bool]:
+    """For each call of an attention layer, whether the operator served it."""
+    calls: list[bool] = []
+    original = modeling.decode
+
+    def noted(*args):
+        out = original(*args)
+        calls.append(out is not None)
+        return out
+
+    monkeypatch.setattr(modeling, "decode", noted)
+    return calls
+
+
+def prefilled(model, tokens, length=7) -> DynamicCache:
+    with torch.no_grad():
+        return model(tokens[:, :length], use_cache=True).past_key_values
+
+
+def step(model, tokens, cache, at=7, **options):
+    return model(tokens[:, at : at + 1], past_key_values=cache, **options).logits
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@torch.no_grad()
+def test_logits_are_those_of_the_full_forward_pass(tiny_model, tokens, decoded, kind):
+    model = tiny_model(**kind)
+    full = model(tokens).logits
+    cache = prefilled(model, tokens)
+    decoded.clear()
+    for t in range(7, 12):
+        torch.testing.assert_close(step(model, tokens, cache, t), full[:, t : t + 1], rtol=1e-4, atol=2e-5)
+    assert decoded == [True] * 10
+    assert cache.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_left_padding_is_masked(tiny_model, tokens, decoded):
+    model = tiny_model(router="linear")
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    full = model(tokens, attention_mask=mask, position_ids=positions).logits
+    cache = model(
+        tokens[:, :11], attention_mask=mask[:, :11], position_ids=positions[:, :11], use_cache=True
+    ).past_key_values
+    decoded.clear()
+    last = step(model, tokens, cache, 11, attention_mask=mask, position_ids=positions[:, 11:])
+    torch.testing.assert_close(last, full[:, 11:], rtol=1e-4, atol=2e-5)
+    assert decoded == [True, True]
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "gradients",
+        "hook",
+        "adapter",
+        "replaced forward",
+        "autocast",
+        "eager",
+        "other backend",
+        "query_norm",
+        "static cache",
+        "float64",
+        "two tokens",
+        "large batch",
+    ],
+    ids=lambda r: r.replace(" ", "-"),
+)
+def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypatch, reason):
+    model = tiny_model(
+        router="query_norm" if reason == "query_norm" else "linear",
+        moh_backend="sdpa" if reason == "other backend" else None,
+    )
+    if reason == "float64":
+        model.double()
+    if reason == "large batch":
+        monkeypatch.setattr("moh.models.llama.decoding.MAX_BATCH", 1)
+    cache = prefilled(model, tokens)
+    if reason == "static cache":
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(tokens[:, :7], past_key_values=cache)
+    layers = [layer.self_attn for layer in model.model.layers]
+    seen = []
+    for layer in layers:
+        if reason == "hook":
+            layer.q_proj.register_forward_hook(lambda *_: seen.append(1))
+        if reason == "adapter":
+            layer.o_proj.__class__ = Adapter
+        if reason == "replaced forward":
+            layer.v_proj.forward = layer.v_proj.forward
+    if reason == "eager":
+        model.set_attn_implementation("eager")
+    decoded.clear()
+    with torch.set_grad_enabled(reason == "gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
+        if reason == "two tokens":
+            model(tokens[:, 7:9], past_key_values=cache)
+        else:
+            step(model, tokens, cache)
+    assert decoded == [False, False]
+    assert len(seen) == (2 if reason == "hook" else 0)
+
+
+@torch.no_grad()
+def test_what_is_recorded_in_decoding_is_what_the_routers_return(tiny_model, tokens, decoded):
+    model = tiny_model(router="linear")
+    with moh.record_routing(model) as full:
+        expected = model(tokens[:, :8]).logits[:, 7:]
+    cache = prefilled(model, tokens)
+    decoded.clear()
+    with moh.record_routing(model) as routing:
+        got = step(model, tokens, cache)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    assert decoded == [True, True]
+    for (name, info), (full_name, full_info) in zip(routing, full, strict=True):
+        assert name == full_name
+        assert torch.equal(info.gates, full_info.gates[:, 7:])
+        torch.testing.assert_close(info.probs, full_info.probs[:, 7:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_is_written_in_place_and_not_with_the_whole_cache(tiny_model, tokens):
+    model = tiny_model(router="linear")
+    cache = prefilled(model, tokens)
+    step(model, tokens, cache)
+    before = cache.layers[0].keys.data_ptr()
+    step(model, tokens, cache, 8)
+    assert cache.layers[0].keys.data_ptr() == before
+    assert cache.layers[0].keys.shape[2] == 9
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "deep copy", "repeat", "reset"])
+@torch.no_grad()
+def test_changes_of_the_cache_go_on_as_with_transformers_own(tiny_model, tokens, monkeypatch, change):
+    model = tiny_model(router="linear")
+
+    def run() -> list[torch.Tensor]:
+        cache = prefilled(model, tokens)
+        outputs = [step(model, tokens, cache, 7), step(model, tokens, cache, 8)]
+        snapshot = [cache.layers[1].keys, cache.layers[1].values]
+        kept = [tensor.clone() for tensor in snapshot]
+        ids = tokens
+        if change == "crop":
+            cache.crop(-2)
+        if change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 1]))
+        if change == "deep copy":
+            other = copy.deepcopy(cache)
+            outputs.append(step(model, tokens.flip(1), other))
+        if change == "repeat":
+            cache.batch_repeat_interleave(2)
+            ids = tokens.repeat_interleave(2, dim=0)
+        if change == "reset":
+            cache.reset()
+        outputs += [step(model, ids.flip(1), cache), step(model, ids.flip(1), cache, 8)]
+        assert all(torch.equal(a, b) for a, b in zip(snapshot, kept, strict=True))
+        return outputs
+
+    got = run()
+    monkeypatch.setattr(modeling, "decode", lambda *_: None)
+    for a, b in zip(got, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_a_cache_of_inference_mode_can_be_gone_on_with_outside_of_it(tiny_model, tokens):
+    model = tiny_model(router="linear")
+    with torch.no_grad():
+        full = model(tokens).logits
+    with torch.inference_mode():
+        cache = model(tokens[:, :7], use_cache=True).past_key_values
+        step(model, tokens, cache, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(step(model, tokens, cache, 8), full[:, 8:9], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_full_cache_is_enlarged(tiny_model, tokens, monkeypatch):
+    monkeypatch.setattr("moh.models.llama.cache_room.MIN_ROOM", 2)
+    model = tiny_model(router="linear")
+    full = model(tokens).logits
+    cache = prefilled(model, tokens)
+    for t in range(7, 12):
+        torch.testing.assert_close(step(model, tokens, cache, t), full[:, t : t + 1], rtol=1e-4, atol=2e-5)
