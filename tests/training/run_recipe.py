@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def run_all(options: list[str], kill_at: int = 0) -> list[list[float]]:
         losses.append([loss for _, loss in result.losses])
         rest = rest[end + 1 :]
     return losses
+
+
+def run_on_two_processes(options: list[str], target: Path, *, timeout: float) -> list[list[float]]:
+    """`run_all` under torchrun, on two processes of the CPU; `target` is where the losses pass through."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, __file__, target, "0", *options]
+    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(target.read_text())
 
 
 if __name__ == "__main__":

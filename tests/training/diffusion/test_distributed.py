@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parents[1] / "run_recipe.py"
-run_all = runpy.run_path(str(SCRIPT))["run_all"]
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "run_recipe.py"))
+run_all, run_on_two_processes = SCRIPT["run_all"], SCRIPT["run_on_two_processes"]
 
 
 @pytest.mark.timeout(240)
@@ -33,15 +29,10 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
             arguments += [*options, *extra, *latents, *batched, "---"]
         return arguments
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, SCRIPT, tmp_path / "losses.json", "0", *runs(2, tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, timeout=230, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "losses.json").read_text())
+    losses = run_on_two_processes(runs(2, tmp_path / "two"), tmp_path / "losses.json", timeout=230)
     one = run_all(runs(4, tmp_path / "one"))
 
-    for name, ours, theirs in zip(("pixels", "latents"), two, one, strict=True):
+    for name, ours, theirs in zip(("pixels", "latents"), losses, one, strict=True):
         assert len(set(theirs)) == 6
         assert ours == pytest.approx(theirs, rel=1e-4), name
         for file in ("model/transformer/diffusion_pytorch_model.safetensors", "checkpoint-6/model.safetensors"):

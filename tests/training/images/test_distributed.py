@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parents[1] / "run_recipe.py"
-run_all = runpy.run_path(str(SCRIPT))["run_all"]
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "run_recipe.py"))
+run_all, run_on_two_processes = SCRIPT["run_all"], SCRIPT["run_on_two_processes"]
 
 
 RUNS = {
@@ -33,12 +30,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(options: list
             arguments += [*options, *extra, *batched, "---"]
         return arguments
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, SCRIPT, tmp_path / "losses.json", "0", *runs(3, tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, timeout=260, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = dict(zip(RUNS, json.loads((tmp_path / "losses.json").read_text()), strict=True))
+    losses = run_on_two_processes(runs(3, tmp_path / "two"), tmp_path / "losses.json", timeout=260)
+    two = dict(zip(RUNS, losses, strict=True))
     one = dict(zip(RUNS, run_all(runs(6, tmp_path / "one")), strict=True))
 
     for name in RUNS:
