@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moh.attention import moh_attention, project_output, project_queries
+from moh.attention import moh_attention, project_output
 from moh.config import MoHConfig
+from moh.layers.queries import route_and_project
 from moh.routing import RoutingInfo, build_router
 
 
@@ -115,14 +116,9 @@ class MoHAttention(nn.Module):
             `[B, Nq, C]`, or that and the routing.
         """
         context = x if context is None else context
-        (B, Nq, _), Nk = x.shape, context.shape[1]
+        B, Nk = context.shape[:2]
         share = self.config.share
-        if self.router.uses_queries:
-            q = self.q_proj(x).view(B, Nq, self.num_heads, self.head_dim)
-            routing = self.router(q=q)
-        else:
-            routing = self.router(x)
-            q = project_queries(self.q_proj, x, routing.gates, share, self.backend)
+        routing, q = route_and_project(self.router, self.q_proj, x, self.backend)  # q: [B, Nq, h, D]
         k = self.k_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(context).view(B, Nk, self.num_kv_heads, self.head_dim).transpose(1, 2)
         heads = moh_attention(

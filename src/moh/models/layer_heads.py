@@ -46,6 +46,46 @@ def layer_configs(
     return layers
 
 
+class HasLayerHeads:
+    """What a configuration of transformers with the fields `router`, `shared_heads` and `active_heads` can tell."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    router: str
+    shared_heads: int | list[int | list[int]] | None
+    active_heads: int | list[int]
+    router_aux_loss_coef: float
+
+    def check_heads(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: the heads of a layer don't add up, or the weight of the balance loss is below 0.
+        """
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
+        self.layer_configs()
+
+    def layer_configs(self) -> list[MoHConfig]:
+        """The heads and routing of each layer.
+
+        Raises:
+            ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
+        """
+        return layer_configs(
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            shared_heads=self.shared_heads,
+            active_heads=self.active_heads,
+            router=self.router,
+        )
+
+    @property
+    def share(self) -> float:
+        """Mean share of the heads that a token uses, over the layers."""
+        return mean_share(self.layer_configs())
+
+
 def mean_share(layers: Sequence[MoHConfig]) -> float:
     """Mean share of the heads that a token uses, over the layers."""
     return sum(layer.share for layer in layers) / len(layers)

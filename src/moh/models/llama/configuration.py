@@ -10,12 +10,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from moh.config import MoHConfig
-from moh.models.layer_heads import layer_configs, mean_share
+from moh.models.layer_heads import HasLayerHeads
 
 
 @strict
-class MoHLlamaConfig(LlamaConfig):  # type: ignore[misc]
+class MoHLlamaConfig(HasLayerHeads, LlamaConfig):  # type: ignore[misc]
     """Llama's configuration (every argument of `transformers.LlamaConfig`) with the heads of each layer.
 
     Args:
@@ -52,28 +51,7 @@ class MoHLlamaConfig(LlamaConfig):  # type: ignore[misc]
                 f"num_attention_heads must be a multiple of num_key_value_heads = {self.num_key_value_heads}, "
                 f"got {self.num_attention_heads}"
             )
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
-        self.layer_configs()  # validates
-
-    def layer_configs(self) -> list[MoHConfig]:
-        """The heads and routing of each layer.
-
-        Raises:
-            ValueError: as the class says.
-        """
-        return layer_configs(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            shared_heads=self.shared_heads,
-            active_heads=self.active_heads,
-            router=self.router,
-        )
-
-    @property
-    def share(self) -> float:
-        """Mean share of the heads that a token uses, over the layers."""
-        return mean_share(self.layer_configs())
+        self.check_heads()
 
 
 __all__ = ["MoHLlamaConfig"]

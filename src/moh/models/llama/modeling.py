@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from moh.attention import moh_attention, project_output, project_queries
+from moh.attention import moh_attention, project_output
 from moh.config import MoHConfig
+from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.llama.configuration import MoHLlamaConfig
 from moh.models.llama.decoding import decode
@@ -54,12 +55,8 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             return decoded, None
         B, N, _ = hidden_states.shape
         share = self.router.config.share
-        if self.router.uses_queries:  # before rotary embedding, which keeps the norms anyway
-            q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
-            routing = self.router(q=q)
-        else:
-            routing = self.router(hidden_states)
-            q = project_queries(self.q_proj, hidden_states, routing.gates, share, backend)
+        # Routed before rotary embedding, which keeps the norms anyway
+        routing, q = route_and_project(self.router, self.q_proj, hidden_states, backend)  # q: [B, N, H, D]
         k = self.k_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, Hkv, N, D]
         v = self.v_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)
 

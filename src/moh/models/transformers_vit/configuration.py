@@ -10,12 +10,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
-from moh.config import MoHConfig
-from moh.models.layer_heads import layer_configs, mean_share
+from moh.models.layer_heads import HasLayerHeads
 
 
 @strict
-class MoHViTConfig(ViTConfig):  # type: ignore[misc]
+class MoHViTConfig(HasLayerHeads, ViTConfig):  # type: ignore[misc]
     """ViT's configuration (every argument of `transformers.ViTConfig`) with the heads of each layer.
 
     Args:
@@ -41,28 +40,7 @@ class MoHViTConfig(ViTConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
-        self.layer_configs()  # validates
-
-    def layer_configs(self) -> list[MoHConfig]:
-        """The heads and routing of each layer.
-
-        Raises:
-            ValueError: as the class says.
-        """
-        return layer_configs(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            shared_heads=self.shared_heads,
-            active_heads=self.active_heads,
-            router=self.router,
-        )
-
-    @property
-    def share(self) -> float:
-        """Mean share of the heads that a token uses, over the layers."""
-        return mean_share(self.layer_configs())
+        self.check_heads()
 
 
 __all__ = ["MoHViTConfig"]

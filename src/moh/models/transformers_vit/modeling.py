@@ -19,8 +19,9 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from moh.attention import moh_attention, project_output, project_queries
+from moh.attention import moh_attention, project_output
 from moh.config import MoHConfig
+from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.transformers_vit.configuration import MoHViTConfig
 from moh.routing import build_router, record_routing
@@ -47,12 +48,7 @@ class MoHViTAttention(ViTAttention):  # type: ignore[misc]
         share = self.router.config.share
         # `eager` is the definition
         backend = "reference" if self.config._attn_implementation == "eager" else self.config.moh_backend
-        if self.router.uses_queries:
-            q = self.q_proj(hidden_states).view(B, N, -1, self.head_dim)  # [B, N, H, D]
-            routing = self.router(q=q)
-        else:
-            routing = self.router(hidden_states)
-            q = project_queries(self.q_proj, hidden_states, routing.gates, share, backend)
+        routing, q = route_and_project(self.router, self.q_proj, hidden_states, backend)  # q: [B, N, H, D]
         k = self.k_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)  # [B, H, N, D]
         v = self.v_proj(hidden_states).view(B, N, -1, self.head_dim).transpose(1, 2)
         heads = moh_attention(

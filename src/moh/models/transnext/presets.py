@@ -35,9 +35,29 @@ MICRO: dict[str, Any] = dict(
     mlp_ratios=(2, 2, 2),
     sr_ratios=(4, 2, 1),
 )
-MICRO_50: dict[str, Any] = dict(shared_heads=(1, 2, 4), active_heads=(1, 2, 4))
-MICRO_75: dict[str, Any] = dict(shared_heads=(1, 2, 4), active_heads=(2, 4, 8))
-MICRO_90: dict[str, Any] = dict(shared_heads=(4, 2, 4), active_heads=(0, 5, 10))
+_MICRO_HEADS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "50": dict(shared_heads=(1, 2, 4), active_heads=(1, 2, 4)),
+    "75": dict(shared_heads=(1, 2, 4), active_heads=(2, 4, 8)),
+    "90": dict(shared_heads=(4, 2, 4), active_heads=(0, 5, 10)),
+}
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small_dense": ("TransNeXt-S, every head of every token: the control.", SMALL),
+    "small_75": ("MoH-ViT-S-75.", SMALL | dict(shared_heads=(3, 6, 3, 4), active_heads=(0, 0, 6, 12))),
+    "small_80": ("MoH-ViT-S-80.", SMALL | dict(shared_heads=(3, 6, 3, 8), active_heads=(0, 0, 6, 12))),
+    "base_dense": ("TransNeXt-B, every head of every token: the control.", BASE),
+    "base_75": ("MoH-ViT-B-75.", BASE | dict(shared_heads=(4, 8, 4, 5), active_heads=(0, 0, 8, 16))),
+    "base_50": ("MoH-ViT-B-50.", BASE | dict(shared_heads=(2, 2, 2, 4), active_heads=(2, 4, 6, 8))),
+} | {
+    f"micro{side}_{share}": (
+        f"For images of {side} x {side}, "
+        + ("every head of every token: the control." if share == "dense" else f"{share} % of the heads."),
+        MICRO | heads | dict(img_size=side, patch_size=side // 16),
+    )
+    for side in (32, 64)
+    for share, heads in _MICRO_HEADS.items()
+}
+"""name after "moh_transnext_" -> (what it is, its architecture)."""
 
 
 def _cfg(img_size: int, pool_size: int) -> dict[str, Any]:
@@ -59,12 +79,8 @@ def _cfg(img_size: int, pool_size: int) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{
-            f"moh_transnext_{name}": _cfg(224, 7)
-            for name in ("small_dense", "small_75", "small_80", "base_dense", "base_75", "base_50")
-        },
-        **{f"moh_transnext_micro32_{name}": _cfg(32, 4) for name in ("dense", "50", "75", "90")},
-        **{f"moh_transnext_micro64_{name}": _cfg(64, 4) for name in ("dense", "50", "75", "90")},
+        f"moh_transnext_{name}": _cfg(sizes.get("img_size", 224), 4 if name.startswith("micro") else 7)
+        for name, (_, sizes) in _PRESETS.items()
     }
 )
 
@@ -77,97 +93,14 @@ def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[
     )
 
 
-@register_model
-def moh_transnext_small_dense(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """TransNeXt-S, every head of every token: the control."""
-    return _create("moh_transnext_small_dense", pretrained, SMALL, kwargs)
+def _register(variant: str, description: str, sizes: dict[str, Any]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
+        return _create(variant, pretrained, sizes, kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    entrypoint.__doc__ = description
+    register_model(entrypoint)
 
 
-@register_model
-def moh_transnext_small_75(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """MoH-ViT-S-75."""
-    sizes = SMALL | dict(shared_heads=(3, 6, 3, 4), active_heads=(0, 0, 6, 12))
-    return _create("moh_transnext_small_75", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_small_80(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """MoH-ViT-S-80."""
-    sizes = SMALL | dict(shared_heads=(3, 6, 3, 8), active_heads=(0, 0, 6, 12))
-    return _create("moh_transnext_small_80", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_base_dense(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """TransNeXt-B, every head of every token: the control."""
-    return _create("moh_transnext_base_dense", pretrained, BASE, kwargs)
-
-
-@register_model
-def moh_transnext_base_75(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """MoH-ViT-B-75."""
-    sizes = BASE | dict(shared_heads=(4, 8, 4, 5), active_heads=(0, 0, 8, 16))
-    return _create("moh_transnext_base_75", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_base_50(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """MoH-ViT-B-50."""
-    sizes = BASE | dict(shared_heads=(2, 2, 2, 4), active_heads=(2, 4, 6, 8))
-    return _create("moh_transnext_base_50", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro32_dense(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 32 x 32, every head of every token: the control."""
-    sizes = MICRO | dict(img_size=32, patch_size=2)
-    return _create("moh_transnext_micro32_dense", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro32_50(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 32 x 32, 50 % of the heads."""
-    sizes = MICRO | MICRO_50 | dict(img_size=32, patch_size=2)
-    return _create("moh_transnext_micro32_50", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro32_75(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 32 x 32, 75 % of the heads."""
-    sizes = MICRO | MICRO_75 | dict(img_size=32, patch_size=2)
-    return _create("moh_transnext_micro32_75", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro32_90(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 32 x 32, 90 % of the heads."""
-    sizes = MICRO | MICRO_90 | dict(img_size=32, patch_size=2)
-    return _create("moh_transnext_micro32_90", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro64_dense(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 64 x 64, every head of every token: the control."""
-    sizes = MICRO | dict(img_size=64, patch_size=4)
-    return _create("moh_transnext_micro64_dense", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro64_50(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 64 x 64, 50 % of the heads."""
-    sizes = MICRO | MICRO_50 | dict(img_size=64, patch_size=4)
-    return _create("moh_transnext_micro64_50", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro64_75(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 64 x 64, 75 % of the heads."""
-    sizes = MICRO | MICRO_75 | dict(img_size=64, patch_size=4)
-    return _create("moh_transnext_micro64_75", pretrained, sizes, kwargs)
-
-
-@register_model
-def moh_transnext_micro64_90(pretrained: bool = False, **kwargs: Any) -> MoHTransNeXt:
-    """For images of 64 x 64, 90 % of the heads."""
-    sizes = MICRO | MICRO_90 | dict(img_size=64, patch_size=4)
-    return _create("moh_transnext_micro64_90", pretrained, sizes, kwargs)
+for _name, (_description, _sizes) in _PRESETS.items():
+    _register(f"moh_transnext_{_name}", _description, _sizes)
