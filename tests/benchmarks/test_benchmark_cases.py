@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import core, decode, layer
 from benchmarks.cases import GRIDS, Case, active_heads, balanced_gates, ideal_heads
-from benchmarks.presets import _attentions, _weigh_heads
+from benchmarks.dense import weigh_heads
+from benchmarks.presets import _attentions
 from benchmarks.runner import SUBJECTS, select
 
 
@@ -92,6 +93,6 @@ def test_dense_then_mask_computes_the_same_function(dense: str, moh: str, side: 
     masked.load_state_dict({k: v for k, v in ours.state_dict().items() if ".router." not in k})
     plain = masked(x := torch.randn(2, channels, side, side))
     for attention, other in zip(_attentions(masked), _attentions(ours), strict=True):
-        _weigh_heads(attention, other.router)
+        weigh_heads(attention, attention.proj, other.router)
     torch.testing.assert_close(masked(x), ours(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, masked(x), atol=1e-3)

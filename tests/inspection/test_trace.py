@@ -8,7 +8,8 @@ from torch import nn
 
 import moh
 from moh import MoHAttention
-from moh.inspection.trace import contributions, trace
+from moh.conversion.statistics import head_contributions
+from moh.inspection.trace import trace
 
 
 def explicit(layer: MoHAttention, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_a_dense_language_model_uses_every_head(base_dir) -> None:
 def test_contributions_are_lengths_of_each_heads_part() -> None:
     torch.manual_seed(0)
     heads, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
-    got = contributions(heads, weight, 4)
+    got = head_contributions(heads.flatten(0, 1), weight, 4).view(2, 3, 4)
     for head in range(4):
         part = slice(2 * head, 2 * head + 2)
         torch.testing.assert_close(got[..., head], (heads[..., part] @ weight[:, part].T).norm(dim=-1))

@@ -134,10 +134,8 @@ def run_inspect(arguments: Namespace) -> None:
     from moh.inspection import head_load
     from moh.inspection.plots import plot_head_load, save
     from moh.models.loading import default_device, load_causal_lm, load_tokenizer
-    from moh.training.checkpoints import check_writable
 
     out = Path(arguments.out)
-    check_writable(out, name="--out")
     tokenizer = load_tokenizer(arguments.model)
     blocks = _blocks(read_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens)
     load = head_load(load_causal_lm(arguments.model, device=default_device()), blocks)
@@ -158,6 +156,8 @@ def check_targets(arguments: Namespace) -> None:
 
     if arguments.out is None and arguments.html is None:
         raise ValueError("--out DIR or --html FILE must say where the result goes")
+    if arguments.out is not None:
+        check_writable(arguments.out, name="--out")
     if arguments.html is not None:
         check_writable(Path(arguments.html).parent, name="--html's directory")
         if not Path(arguments.html).parent.is_dir():

@@ -95,7 +95,6 @@ def run_inspect(arguments: Namespace) -> None:
     from moh.inspection.plots import plot_head_load, save
     from moh.models.image_loading import load_image_classifier
     from moh.models.loading import default_device
-    from moh.training.checkpoints import check_writable
 
     check_targets(arguments)
     model = load_image_classifier(arguments.model, device=default_device())
@@ -105,7 +104,6 @@ def run_inspect(arguments: Namespace) -> None:
     if arguments.out is None:
         return
     out = Path(arguments.out)
-    check_writable(out, name="--out")
     load = class_head_load(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
     figure = plot_class_load(load, classes=arguments.classes)
     mean = load.mean()

@@ -15,7 +15,7 @@ from moh._extras import require
 from moh.evaluation.speed import device_clock
 from moh.models.image_loading import ImageInput
 from moh.routing import record_routing
-from moh.training.images.batches import SKIPPED, ImageBatches, image_loader, report_damaged
+from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
 from moh.training.images.sources import ImageSource
 
 require("timm", extra="vision")
@@ -72,8 +72,6 @@ def evaluate_images(
     Raises:
         ValueError: the images have other classes than the model, none can be read, or `batch_size` is below 1.
     """
-    from tqdm.auto import tqdm
-
     loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
     batches: ImageBatches = loader.dataset  # type: ignore[assignment]
     source = batches.source
@@ -87,11 +85,8 @@ def evaluate_images(
     training = model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="evaluation", unit="batch", disable=None if progress else True, leave=False):
-            readable = batch["labels"] != SKIPPED
-            if not readable.any():
-                continue
-            images, labels = batch["images"][readable].to(device), batch["labels"][readable].to(device)
+        for images, labels in readable_batches(loader, desc="evaluation", progress=progress):
+            images, labels = images.to(device), labels.to(device)
             with record_routing(model) as routing:
                 start = clock()
                 logits = model(images).float()  # [B, K]

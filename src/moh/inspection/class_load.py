@@ -18,7 +18,7 @@ from moh.inspection.counting import HeadCounter, stack_layers
 from moh.inspection.load import HeadLoad
 from moh.inspection.tables import save_rows
 from moh.models.image_loading import ImageInput
-from moh.training.images.batches import SKIPPED, ImageBatches, image_loader, report_damaged
+from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
 from moh.training.images.sources import ImageSource
 
 
@@ -111,8 +111,6 @@ def class_head_load(
     Raises:
         ValueError: the model has no MoH layers, the images have other classes, or none can be read.
     """
-    from tqdm.auto import tqdm
-
     loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
     batches: ImageBatches = loader.dataset  # type: ignore[assignment]
     classes = batches.source.classes
@@ -122,13 +120,9 @@ def class_head_load(
     training = model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="head load", unit="batch", disable=None if progress else True, leave=False):
-            readable = batch["labels"] != SKIPPED
-            if not readable.any():
-                continue
-            labels = batch["labels"][readable]  # [B]
+        for pixels, labels in readable_batches(loader, desc="head load", progress=progress):
             with counter.counting(labels):
-                model(batch["images"][readable].to(device))
+                model(pixels.to(device))
             images += labels.bincount(minlength=len(classes))
     finally:
         model.train(training)

@@ -7,7 +7,7 @@ kept in the model. Not for whole data sets: see `moh.inspection.load`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.routing import Router, RoutingInfo
+from moh.conversion.statistics import head_contributions
+from moh.routing import Router, record_routing
 
 _PROJECTIONS = ("o_proj", "proj", "out_proj", "to_out.0")
 """Where the output projection of an attention module is found: transformers, timm and ours, diffusers."""
@@ -39,35 +40,24 @@ class LayerTrace:
 
 
 class _Layer:
-    """An attention module that is listened to."""
+    """An attention module whose output projection is listened to."""
 
-    def __init__(self, name: str, projection: nn.Linear, router: Router | None, num_heads: int) -> None:
+    def __init__(self, name: str, projection: nn.Linear, num_heads: int, config: MoHConfig | None) -> None:
         self.name = name
         self.projection = projection
-        self.router = router
         self.num_heads = num_heads
-        self.gates: list[Tensor] = []
+        self.config = config
         self.contributions: list[Tensor] = []
 
-    def record(self, router: Router, info: RoutingInfo) -> None:
-        self.gates.append(info.gates.detach().float())
-
     def before_projection(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heads = inputs[0].detach()  # [..., H * D], weighted by the gates
-        self.contributions.append(contributions(heads, self.projection.weight, self.num_heads))
+        heads = inputs[0]  # [B, N, H * D], weighted by the gates
+        found = head_contributions(heads.flatten(0, -2), self.projection.weight, self.num_heads)
+        self.contributions.append(found.view(*heads.shape[:-1], self.num_heads))
 
-    def trace(self) -> LayerTrace:
-        contribution = torch.cat(self.contributions)
-        gates = torch.cat(self.gates).reshape(contribution.shape) if self.gates else torch.ones_like(contribution)
-        return LayerTrace(self.name, self.router.config if self.router is not None else None, gates, contribution)
-
-
-def contributions(heads: Tensor, output_weight: Tensor, num_heads: int) -> Tensor:
-    """`||H_i W_O^i||_2` of weighted heads `[B, N, H * D]` and an output projection `[C, H * D]` -> `[B, N, H]` float32."""
-    split = heads.float().unflatten(-1, (num_heads, -1))  # [B, N, H, D]
-    parts = output_weight.detach().float().unflatten(-1, (num_heads, -1))  # [C, H, D]
-    gram = torch.einsum("chd,che->hde", parts, parts)  # [H, D, D]: ||h W||^2 = h (W W') h'
-    return torch.einsum("bnhd,hde,bnhe->bnh", split, gram, split).clamp_min(0).sqrt()
+    def trace(self, gates: list[Tensor]) -> LayerTrace:
+        contributions = torch.cat(self.contributions)  # [B, N, H]
+        weights = torch.cat(gates).float().reshape(contributions.shape) if gates else torch.ones_like(contributions)
+        return LayerTrace(self.name, self.config, weights, contributions)
 
 
 @torch.no_grad()
@@ -90,27 +80,17 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
     training = model.training
     model.eval()
     try:
-        with ExitStack() as stack:
+        with record_routing(model) as routing, ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(_listening(layer))
+                hook = layer.projection.register_forward_pre_hook(layer.before_projection)
+                stack.callback(hook.remove)
             forward()
     finally:
         model.train(training)
-    return [layer.trace() for layer in layers if layer.contributions]
-
-
-@contextmanager
-def _listening(layer: _Layer) -> Iterator[None]:
-    """Listen to the router's decisions and to what goes into the output projection."""
-    hook = layer.projection.register_forward_pre_hook(layer.before_projection)
-    if layer.router is not None:
-        layer.router._recorders = (*layer.router._recorders, layer)
-    try:
-        yield
-    finally:
-        hook.remove()
-        if layer.router is not None:
-            layer.router._recorders = tuple(r for r in layer.router._recorders if r is not layer)
+    gates: dict[str, list[Tensor]] = {}
+    for name, info in routing:
+        gates.setdefault(name, []).append(info.gates)
+    return [layer.trace(gates.get(f"{layer.name}.router".lstrip("."), [])) for layer in layers if layer.contributions]
 
 
 def _attention_layers(model: nn.Module) -> Iterator[_Layer]:
@@ -120,9 +100,9 @@ def _attention_layers(model: nn.Module) -> Iterator[_Layer]:
             continue
         router = getattr(module, "router", None)
         if isinstance(router, Router):
-            yield _Layer(name, projection, router, router.config.num_heads)
+            yield _Layer(name, projection, router.config.num_heads, router.config)
         elif (num_heads := _dense_heads(module, projection)) is not None:
-            yield _Layer(name, projection, None, num_heads)
+            yield _Layer(name, projection, num_heads, None)
 
 
 def _projection(module: nn.Module) -> nn.Linear | None:
@@ -138,8 +118,8 @@ def _projection(module: nn.Module) -> nn.Linear | None:
 
 def _dense_heads(module: nn.Module, projection: nn.Linear) -> int | None:
     """How many heads a dense attention module has; None if it is no attention module."""
-    for owner, attribute in ((module, "num_heads"), (module, "heads"), (module, "num_attention_heads")):
-        if isinstance(heads := getattr(owner, attribute, None), int):
+    for name in ("num_heads", "heads", "num_attention_heads"):
+        if isinstance(heads := getattr(module, name, None), int):
             return heads
     head_dim = getattr(module, "head_dim", None)
     return projection.in_features // head_dim if isinstance(head_dim, int) else None

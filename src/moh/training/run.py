@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,36 +23,23 @@ from transformers import (
 from moh.training.data import TokenBlocks
 from moh.training.loading import build_model, check_fits, load_dense, load_tokenizer, model_config
 from moh.training.recipe import Recipe
-from moh.training.session import open_session, saving
+from moh.training.session import RunResult, open_session, saving
 from moh.training.tokens.prepare import TrainingText, prepare_text
 from moh.training.tokens.streaming import StreamedMixture
 from moh.training.trainer import MoHTrainer, stream_position
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves.
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(RunResult):
+    """What a run leaves, beside what `RunResult` names.
 
     Attributes:
         model: the trained model, in evaluation mode.
         tokenizer: its tokenizer.
-        model_dir: where both are saved.
-        log_history: every logged entry, those before an interruption included.
-        precision: "bf16" or "fp32", as used.
-        resumed_from: the checkpoint from which the run went on, or None.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    model_dir: Path
-    log_history: list[dict[str, Any]]
-    precision: str
-    resumed_from: Path | None
-
-    @property
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of every entry."""
-        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
 
 
 def train(
@@ -97,13 +83,11 @@ def train(
     else:
         text = TrainingText(TokenBlocks(train_blocks), None if heldout_blocks is None else TokenBlocks(heldout_blocks))
     _check_enough(text, arguments)
-    if checkpoint is not None:
-        text.check_unchanged(session.output_dir)
+    session.check_unchanged(text.identity, "data.sources: {name} or the tokenizer has changed")
     if isinstance(text.train, StreamedMixture):
         _open_stream(text.train, arguments, checkpoint)
     session.write_recipe()
-    if arguments.should_save:
-        text.write_identity(session.output_dir)
+    session.write_identity(text.identity)
 
     if checkpoint is not None and (checkpoint / "config.json").exists():  # its weights need no conversion
         kind = type(model) if model is not None else AutoModelForCausalLM
@@ -136,7 +120,14 @@ def train(
     model_dir = session.output_dir / "model"
     _save(trainer, model_dir)
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
-    return TrainResult(trained, tokenizer, model_dir, history, session.precision, checkpoint)
+    return TrainResult(
+        model=trained,
+        tokenizer=tokenizer,
+        model_dir=model_dir,
+        log_history=history,
+        precision=session.precision,
+        resumed_from=checkpoint,
+    )
 
 
 def _accumulation(recipe: Recipe, arguments: TrainingArguments) -> int:

@@ -6,8 +6,9 @@ Not for what is trained on which data: each family has a `run` of its own. Works
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,29 @@ require("tensorboard", extra="llm")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 _RECIPE_FILE = "recipe.yaml"
+_IDENTITY_FILE = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a training run of any family leaves.
+
+    Attributes:
+        model_dir: where the model is saved.
+        log_history: every logged entry, those before an interruption included.
+        precision: "bf16" or "fp32", as used.
+        resumed_from: the checkpoint from which the run went on, or None.
+    """
+
+    model_dir: Path
+    log_history: list[dict[str, Any]]
+    precision: str
+    resumed_from: Path | None
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss) of every entry."""
+        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,31 @@ class Session:
         training = dataclasses.replace(self.recipe.training, precision=self.precision)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(self.output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(self.recipe, training=training)))
+
+    def check_unchanged(self, identity: Mapping[str, Any], changed: str) -> None:
+        """Check that a run that is gone on with began with the same data, by what `write_identity` left.
+
+        Args:
+            identity: of each part of the data; nothing is compared if it is empty.
+            changed: the message, in which {name} stands for the part that is another one.
+
+        Raises:
+            ValueError: going on would mix two runs.
+        """
+        file = self.output_dir / _IDENTITY_FILE
+        if self.checkpoint is None or not identity or not file.exists():
+            return
+        for name, before in json.loads(file.read_text(encoding="utf-8")).items():
+            if identity.get(name) != before:
+                raise ValueError(
+                    f"{changed.format(name=name)} since the run in {self.output_dir} began: choose another "
+                    "training.output_dir, or delete it to start anew"
+                )
+
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        """Leave what `check_unchanged` compares with, if there is anything; only the first process does."""
+        if identity and self.arguments.should_save:
+            write_text(self.output_dir / _IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
     def run(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Train to the recipe's last step; returns the log, entries from before an interruption included."""

@@ -5,14 +5,11 @@ What happens within a step is `moh.training.diffusion.trainer`'s. Runs under `to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moh._extras import require
-from moh._files import write_text
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
 from moh.training.checkpoints import trainer_state
@@ -21,7 +18,7 @@ from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
 from moh.training.images.sources import ImageSource
-from moh.training.session import open_session, saving
+from moh.training.session import RunResult, open_session, saving
 
 require("transformers", extra="llm")
 require("diffusers", extra="diffusion")
@@ -29,31 +26,16 @@ require("diffusers", extra="diffusion")
 from diffusers import AutoencoderKL  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments, set_seed  # noqa: E402
 
-_IDENTITY_FILE = "data.json"
 
-
-@dataclass(frozen=True)
-class DiffusionResult:
-    """What a run leaves.
+@dataclass(frozen=True, kw_only=True)
+class DiffusionResult(RunResult):
+    """What a run leaves, beside what `RunResult` names.
 
     Attributes:
         model: the trained model with the averaged weights, in evaluation mode, ready for `moh.sampling.sample`.
-        model_dir: where it is saved, as a diffusers pipeline's directory.
-        log_history: every logged entry, those before an interruption included.
-        precision: "bf16" or "fp32", as used.
-        resumed_from: the checkpoint from which the run went on, or None.
     """
 
     model: ImageModel
-    model_dir: Path
-    log_history: list[dict[str, Any]]
-    precision: str
-    resumed_from: Path | None
-
-    @property
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of every entry."""
-        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
 
 
 def train(
@@ -87,8 +69,8 @@ def train(
             images = load_source(recipe.data)
     pixels = PixelDataset(images, recipe.data.image_size)
     _check(recipe, pixels, arguments)
-    if checkpoint is not None:
-        _check_unchanged(pixels, session.output_dir)
+    identity = {"images": pixels.digest}
+    session.check_unchanged(identity, "data.dataset: the {name} have changed")
     set_seed(settings.seed)  # of the first weights
     if transformer is None:
         transformer = _create(recipe, pixels, vae)
@@ -98,8 +80,7 @@ def train(
         dataset = encode_latents(vae, pixels, folder=folder, flip=recipe.data.flip, cache_dir=recipe.data.cache_dir)
         vae.to(arguments.device)
     session.write_recipe()
-    if arguments.should_save:
-        write_text(session.output_dir / _IDENTITY_FILE, json.dumps({"images": pixels.digest}) + "\n")
+    session.write_identity(identity)
 
     process = recipe.diffusion
     scheduler = diffusion_scheduler(
@@ -128,7 +109,13 @@ def train(
     with saving(trainer, model_dir, holding="model_index.json") as scratch:
         if arguments.should_save:
             save_image_model(model, scratch)
-    return DiffusionResult(model, model_dir, history, session.precision, checkpoint)
+    return DiffusionResult(
+        model=model,
+        model_dir=model_dir,
+        log_history=history,
+        precision=session.precision,
+        resumed_from=checkpoint,
+    )
 
 
 def _create(recipe: DiffusionRecipe, pixels: PixelDataset, vae: AutoencoderKL | None) -> MoHDiTTransformer2DModel:
@@ -156,16 +143,6 @@ def _check(recipe: DiffusionRecipe, pixels: PixelDataset, arguments: TrainingArg
     for label in recipe.training.samples.classes:
         if not 0 <= label < len(pixels.classes):
             raise ValueError(f"training.samples.classes must be between 0 and {len(pixels.classes) - 1}, got {label}")
-
-
-def _check_unchanged(pixels: PixelDataset, output_dir: Path) -> None:
-    """Raise a ValueError if the run in `output_dir`, which is to go on, began with other images."""
-    file = output_dir / _IDENTITY_FILE
-    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["images"] != pixels.digest:
-        raise ValueError(
-            f"data.dataset: the images have changed since the run in {output_dir} began: choose another "
-            "training.output_dir, or delete it to start anew"
-        )
 
 
 def _fitting(arguments: TrainingArguments, transformer: MoHDiTTransformer2DModel, workers: int) -> TrainingArguments:

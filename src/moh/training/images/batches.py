@@ -7,7 +7,7 @@ same; one of an evaluation set is left out of the count (label -100). Both are f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,18 @@ def image_loader(
         )
     batches = ImageBatches(dataset, image_input(model) if wanted is None else wanted)
     return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)  # type: ignore[arg-type]
+
+
+def readable_batches(
+    loader: DataLoader[dict[str, Tensor]], *, desc: str, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(images, labels)` of each batch of `image_loader`, without those that could not be read, under a progress bar."""
+    from tqdm.auto import tqdm
+
+    for batch in tqdm(loader, desc=desc, unit="batch", disable=None if progress else True, leave=False):
+        readable = batch["labels"] != SKIPPED
+        if readable.any():
+            yield batch["images"][readable], batch["labels"][readable]
 
 
 def report_damaged(source: ImageSource, damaged: Tensor, *, what: str) -> tuple[str, ...]:

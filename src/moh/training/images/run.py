@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,35 +21,22 @@ from moh.training.images.model import build_model, convert_model, prepare, resol
 from moh.training.images.recipe import ImageRecipe, ImageTrainingRecipe
 from moh.training.images.sources import ImageSource, with_classes
 from moh.training.images.trainer import ImageTrainer
-from moh.training.session import Session, open_session, saving, training_arguments
+from moh.training.session import RunResult, Session, open_session, saving, training_arguments
 
 
-@dataclass(frozen=True)
-class ImageTrainResult:
-    """What a run leaves.
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainResult(RunResult):
+    """What a run leaves, beside what `RunResult` names.
 
     Attributes:
         model: the trained model (its moving average, where one was kept), in evaluation mode.
         classes: names of its classes.
-        model_dir: where it is saved.
-        log_history: every logged entry, those before an interruption included.
-        precision: "bf16" or "fp32", as used.
-        resumed_from: the checkpoint from which the run went on, or None.
         damaged: training images that this process could not read and replaced by the next one.
     """
 
     model: nn.Module
     classes: tuple[str, ...]
-    model_dir: Path
-    log_history: list[dict[str, Any]]
-    precision: str
-    resumed_from: Path | None
     damaged: tuple[str, ...]
-
-    @property
-    def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of every entry."""
-        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
 
     @property
     def top1(self) -> list[tuple[int, float]]:
@@ -130,7 +116,13 @@ def train(
     damaged = report_damaged(train_images, batches.damaged, what="replaced by the next one")
     report_damaged(eval_images, eval_batches.damaged, what="left out of the evaluation")
     return ImageTrainResult(
-        trainer.final_model.eval(), classes, model_dir, history, session.precision, checkpoint, damaged
+        model=trainer.final_model.eval(),
+        classes=classes,
+        damaged=damaged,
+        model_dir=model_dir,
+        log_history=history,
+        precision=session.precision,
+        resumed_from=checkpoint,
     )
 
 

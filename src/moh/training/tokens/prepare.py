@@ -5,7 +5,6 @@ Serves both kinds of recipes: a corpus in memory (`moh.training.data`), and sour
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from moh._files import write_text
 from moh.training.corpus import Corpus, corpus_from_files, default_cache_dir, load_corpus
 from moh.training.data import TokenBlocks, pack_tokens
 from moh.training.recipe import DataRecipe, Recipe
@@ -30,8 +28,6 @@ from moh.training.tokens.tokenising import DocumentTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
-
-_IDENTITY_FILE = "data.json"
 
 
 @dataclass(frozen=True)
@@ -57,26 +53,6 @@ class TrainingText:
             return torch.stack([item["input_ids"] for item in islice(self.train, count)])
         assert isinstance(self.train, StoredMixture)
         return torch.stack([self.train[index]["input_ids"] for index in range(min(count, len(self.train)))])
-
-    def check_unchanged(self, output_dir: Path) -> None:
-        """Check that a run in `output_dir`, if there was one, read the same.
-
-        Raises:
-            ValueError: a source has changed, so that going on would mix two runs.
-        """
-        file = output_dir / _IDENTITY_FILE
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        for name, identity in before.items():
-            if self.identity and self.identity.get(name) != identity:
-                raise ValueError(
-                    f"data.sources: {name} or the tokenizer has changed since the run in {output_dir} began: choose another "
-                    "training.output_dir, or delete it to start anew"
-                )
-
-    def write_identity(self, output_dir: Path) -> None:
-        """Leave what `check_unchanged` compares with."""
-        if self.identity:
-            write_text(output_dir / _IDENTITY_FILE, json.dumps(self.identity, indent=1) + "\n")
 
 
 def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments) -> TrainingText:
