@@ -45,3 +45,24 @@ def heads_of(share_heads: int, heads: int, router: str) -> MoHConfig:
     """A layer's heads with `share_heads` of them in use: one in eight shared, as far as there are so many."""
     shared = min(max(1, heads // 8), share_heads)
     return MoHConfig(heads, shared, share_heads - shared, router)
+
+
+def weigh_heads(attention: nn.Module, projection: nn.Module, router: Router) -> None:
+    """Weigh each head's output by its gate before the output projection: what published MoH code does.
+
+    Args:
+        attention: dense, called with its input `[B, N, C]` first or as `hidden_states`.
+        projection: its output projection.
+        router: routes by that input.
+    """
+    gates: list[Tensor] = []
+
+    def route(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        gates[:] = [router(args[0] if args else kwargs["hidden_states"]).gates]
+
+    def weigh(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        heads = args[0].unflatten(-1, (gates[0].shape[-1], -1))  # [B, N, H, D]
+        return ((heads * gates[0].view(*heads.shape[:-1], 1)).flatten(-2),)
+
+    attention.register_forward_pre_hook(route, with_kwargs=True)
+    projection.register_forward_pre_hook(weigh)

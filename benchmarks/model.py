@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
-from benchmarks.dense import heads_of
+from benchmarks.dense import heads_of, weigh_heads
 from moh.conversion.families import moh_config_fields
 from moh.conversion.language import build
 from moh.models.llama import MoHLlamaConfig
 from moh.models.loading import load_causal_lm
-from moh.routing import Router, build_router
+from moh.routing import build_router
 
 BASE = Case(
     "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
@@ -172,22 +172,8 @@ def _masked(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     model = _from_state(type(dense), dense.config, dense.state_dict(), dense)
     layer = heads_of(active, case.heads, case.router or "")
     for block in model.model.layers:
-        _weigh_heads(block.self_attn, build_router(layer, dense.config.hidden_size))
+        weigh_heads(block.self_attn, block.self_attn.o_proj, build_router(layer, dense.config.hidden_size))
     return model
-
-
-def _weigh_heads(attention: nn.Module, router: Router) -> None:
-    gates: list[Tensor] = []
-
-    def route(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        gates[:] = [router(kwargs["hidden_states"]).gates]
-
-    def weigh(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        heads = args[0].unflatten(-1, (gates[0].shape[-1], -1))  # [B, N, H, D]
-        return ((heads * gates[0][..., None]).flatten(2),)
-
-    attention.register_forward_pre_hook(route, with_kwargs=True)
-    attention.o_proj.register_forward_pre_hook(weigh)  # type: ignore[union-attr]
 
 
 def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import moh  # noqa: F401  (registers our models with timm)
 from benchmarks.cases import Case, Contender
+from benchmarks.dense import weigh_heads
 from moh.models.dit import create_dit
-from moh.routing import Router
 
 Make = Callable[..., nn.Module]
 
@@ -95,7 +95,8 @@ def contenders(case: Case) -> list[Contender]:
         found.append(Contender("ours", _step(ours, inputs), share, share))
         masked = make(family.dense)
         for attention, moh_attention in zip(_attentions(masked), _attentions(ours), strict=True):
-            _weigh_heads(attention, moh_attention.router)  # type: ignore[arg-type]
+            if moh_attention.router is not None:
+                weigh_heads(attention, attention.proj, moh_attention.router)  # type: ignore[arg-type]
         found.append(Contender("masked", _step(masked, inputs), share, share))
     return found
 
@@ -126,20 +127,3 @@ def _step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
 def _attentions(model: nn.Module) -> list[nn.Module]:
     """Attention modules in order: those with a number of heads and an output projection."""
     return [m for m in model.modules() if hasattr(m, "num_heads") and isinstance(getattr(m, "proj", None), nn.Linear)]
-
-
-def _weigh_heads(attention: nn.Module, router: Router | None) -> None:
-    """Weigh each head's output by its gate before the output projection: what published MoH code does."""
-    if router is None:
-        return
-    gates: list[Tensor] = []
-
-    def route(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        gates[:] = [router(args[0]).gates]
-
-    def weigh(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        heads = args[0].unflatten(-1, (gates[0].shape[-1], -1))  # [B, N, H, D]
-        return ((heads * gates[0].view(*heads.shape[:-1], 1)).flatten(-2),)
-
-    attention.register_forward_pre_hook(route)
-    attention.proj.register_forward_pre_hook(weigh)  # type: ignore[union-attr]
