@@ -31,7 +31,11 @@ def run(options: list[str], *extra: str, **objects):
     return train(load_recipe(None, [*options, *extra]), **objects)
 
 
-@pytest.mark.parametrize("extra", [[], ["--training.ema_decay=0.5"]], ids=["last-weights", "averaged"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--training.ema_decay=0.5"], ["--model.name=moh_vit_micro_patch4_28_dense", *MOH[1:2]], MOH],
+    ids=["last-weights", "averaged", "our-dense-control", "moh"],
+)
 def test_the_saved_model_is_the_trained_one_for_us_and_for_timm(options: list[str], tmp_path: Path, extra) -> None:
     result = run(options, *extra)
     assert result.model_dir == tmp_path / "out" / "model" and not result.model.training

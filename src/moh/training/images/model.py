@@ -43,10 +43,12 @@ def saved_arguments(recipe: ImageModelRecipe, model: nn.Module) -> dict[str, Any
     _, _, start = recipe.name.partition("local-dir:")
     saved = saved_config(start).get("model_args", {}) if start else {}
     own = {name: value for name, value in saved.items() if name != "num_classes"} | recipe.kwargs
-    if hasattr(model, "moh_arguments"):  # a ViT with MoH attention, perhaps a converted one
+    if hasattr(model, "moh_arguments"):  # one of our ViTs, perhaps a converted one; its dense control needs no more
+        from moh.models.vit.replacing import moh_attentions
         from moh.models.vit.saving import rebuild_arguments
 
-        own = rebuild_arguments(model)
+        if moh_attentions(model):
+            own = rebuild_arguments(model)
     return own | _drop_path(recipe)
 
 
