@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import timm
 import torch
@@ -70,13 +71,15 @@ def image_cases(grid: str) -> list[Case]:
 
 
 def diffusion_cases(grid: str) -> list[Case]:
-    """256 tokens, a pair of images (guidance); 1,024 tokens and 16 images of those that take seconds."""
+    """256 and 1,024 tokens, a pair of images (guidance) and 16: of those that take seconds, unless `grid` is "full"."""
     if grid == "quick":
         return [_at_shares(DIFFUSION[0])]
-    small = DIFFUSION if grid == "full" else DIFFUSION[:1]
-    found = [_at_shares(f) for f in (DIFFUSION if grid == "full" else DIFFUSION[:2])]
-    found += [replace(_at_shares(f), length=1024) for f in small]
-    return found + [replace(_at_shares(f), batch=16) for f in small]
+    full = grid == "full"
+    some = [_at_shares(f) for f in (DIFFUSION if full else DIFFUSION[:2])]
+    small = [_at_shares(f) for f in (DIFFUSION if full else DIFFUSION[:1])]
+    long = [replace(case, length=1024) for case in small]
+    found = some + long + [replace(case, batch=16) for case in small]
+    return found + [replace(case, batch=16) for case in long] if full else found
 
 
 def _at_shares(family: Family) -> Case:
@@ -86,14 +89,14 @@ def _at_shares(family: Family) -> Case:
 def contenders(case: Case) -> list[Contender]:
     """Dense, and for each share ours and dense-then-mask with the same routing."""
     family = FAMILIES[str(case.model)]
-    make = _makers(case)
+    make, make_masked = _makers(case, family)
     inputs = _inputs(case)
     dense = make(family.dense)
     found = [Contender("dense", _step(dense, inputs))]
     for share, name in family.shares.items():
         ours = make(name)
         found.append(Contender("ours", _step(ours, inputs), share, share))
-        masked = make(family.dense)
+        masked = make_masked(name)
         for attention, moh_attention in zip(_attentions(masked), _attentions(ours), strict=True):
             if moh_attention.router is not None:
                 weigh_heads(attention, attention.proj, moh_attention.router)  # type: ignore[arg-type]
@@ -101,11 +104,13 @@ def contenders(case: Case) -> list[Contender]:
     return found
 
 
-def _makers(case: Case) -> Make:
+def _makers(case: Case, family: Family) -> tuple[Make, Make]:
+    """By name: any model, and the dense model with the MoH model's number of heads in each layer (published ones differ)."""
     if case.subject == "images":
-        return timm.create_model
+        return timm.create_model, lambda _: timm.create_model(family.dense)
     side = 2 * int(case.length**0.5)  # patches of 2
-    return lambda name: create_dit(name, sample_size=side)
+    make = partial(create_dit, sample_size=side)
+    return make, partial(make, shared_heads=None, active_heads=None)
 
 
 def _inputs(case: Case) -> tuple[Tensor, ...]:
