@@ -250,14 +250,15 @@ def picture(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def head_picture(model_dir: Path, path: Path) -> None:
     """Head load per class and layer of one of the models."""
-    from moh.inspection import class_head_load
-    from moh.inspection.class_plots import plot_class_load
+    from moh.inspection import image_groups, inspect_groups
+    from moh.inspection.group_plots import plot_group_load
     from moh.inspection.plots import save
     from moh.models.image_loading import load_image_classifier
     from moh.training.images.datasets import load_evaluation_images
 
-    load = class_head_load(load_image_classifier(model_dir), load_evaluation_images("fashion-mnist"))
-    save(plot_class_load(load), path)
+    model = load_image_classifier(model_dir)
+    use = inspect_groups(model, image_groups(model, load_evaluation_images("fashion-mnist")))
+    save(plot_group_load(use), path)
 
 
 if __name__ == "__main__":

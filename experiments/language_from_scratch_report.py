@@ -20,7 +20,6 @@ from torch.utils.data import default_collate
 from moh._files import write_text
 from moh.config import MoHConfig
 from moh.evaluation import cpu_name
-from moh.inspection import HeadLoad
 from moh.inspection.plots import plot_head_load, save
 from moh.inspection.variant_plots import plot_over_layers, plot_scores
 from moh.routing import record_routing
@@ -114,7 +113,7 @@ def report(options: argparse.Namespace) -> None:
             options.out / f"{NAME}_balance.png",
         )
         shown = "moh_50" if "moh_50" in routed else next(iter(routed))
-        save(plot_head_load(_head_load(shown, routed[shown]), title=f"Head load, {label[shown]}, mean of the seeds"),
+        save(plot_head_load(*_mean_load(shown, routed[shown]), title=f"Head load, {label[shown]}, mean of the seeds"),
              options.out / f"{NAME}_load.png")  # fmt: skip
 
     lines = [
@@ -123,8 +122,9 @@ def report(options: argparse.Namespace) -> None:
         f"{options.layers} layers of 12 heads, width {options.width}, a vocabulary of {options.vocabulary:,}, trained on "
         f"{first['tokens']:,} tokens ({first['steps']} steps of {options.batch} x {options.seq_len}) of "
         f"{', '.join(options.corpora)}; {len(options.seeds)} seeds, the same order of the same sequences for every variant of a "
-        f"seed. Perplexity of {first['heldout_tokens']:,} held-out tokens, ± standard deviation over the seeds; the difference "
-        "to dense is that of the mean loss, ± the standard error of the differences of equal seeds. Balance: the paper's loss, "
+        f"seed; parameters differ by the routers alone. Perplexity of {first['heldout_tokens']:,} held-out tokens, "
+        "± standard deviation over the seeds; the difference to dense is that of the mean loss, ± the standard error of the "
+        "differences of equal seeds. Balance: the paper's loss, "
         f"divided by its value where all routed heads are alike (1 is best). {cpu_name()}, {options.jobs} runs at a time, "
         f"torch {torch.__version__}, float32.",
         "",
@@ -145,8 +145,17 @@ def report(options: argparse.Namespace) -> None:
     lines += (
         [f"![load balance over the layers]({NAME}_balance.png)", f"![head load]({NAME}_load.png)"] if routed else []
     )
-    lines += ["", f"Made by `python experiments/{NAME}.py`."]
+    lines += ["", f"Made by `python experiments/{NAME}.py {_arguments(options)}`."]
     write_text(options.out / f"{NAME}.md", "\n".join(lines) + "\n")
+
+
+def _arguments(options: argparse.Namespace) -> str:
+    """The options on which the figures depend, as on the command line."""
+    length = [f"--steps {options.steps}"] if options.steps else [f"--minutes {options.minutes:g}"]
+    names = "layers width vocabulary seq_len batch learning_rate heldout_tokens".split()
+    numbers = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    lists = [f"--{name} {' '.join(map(str, getattr(options, name)))}" for name in ("seeds", "corpora")]
+    return " ".join([*length, *numbers, *lists])
 
 
 def _row(variant: str, runs: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> str:
@@ -178,10 +187,11 @@ def _spread(values: list[float]) -> str:
     return f" ± {stdev(values):.2f}" if len(values) > 1 else ""
 
 
-def _head_load(variant: str, runs: list[dict[str, Any]]) -> HeadLoad:
+def _mean_load(variant: str, runs: list[dict[str, Any]]) -> tuple[Tensor, list[MoHConfig]]:
+    """`[L, H]` mean of the seeds, and the heads of each layer."""
     from language_from_scratch import VARIANTS
 
     _, router, shared, active = VARIANTS[variant]
-    load = torch.tensor([run["load"] for run in runs], dtype=torch.float64).mean(0)  # [L, H]
+    load = torch.tensor([run["load"] for run in runs], dtype=torch.float64).mean(0)
     assert router is not None
-    return HeadLoad(load, [MoHConfig(12, shared, active, router)] * len(load), runs[0]["heldout_tokens"])
+    return load, [MoHConfig(12, shared, active, router)] * len(load)

@@ -38,8 +38,11 @@ def text_page_sample(tokens: list[str], heads: list[int], **options: Any) -> Pag
 
 
 @contextmanager
-def browser_page(width: int = 1280, height: int = 900) -> Iterator[tuple[Any, list[str]]]:
-    """A page of the system's Chromium, and what it complains about; skips where there is none."""
+def browser_page(width: int = 1280, height: int = 900, *, address: str = "") -> Iterator[tuple[Any, list[str]]]:
+    """A page of the system's Chromium, and what it complains about; skips where there is none.
+
+    What it asks of the network is a complaint, unless it is of `address`.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
     if chromium is None:
@@ -51,6 +54,8 @@ def browser_page(width: int = 1280, height: int = 900) -> Iterator[tuple[Any, li
         problems: list[str] = []
         page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda r: problems.append(r.url) if r.url.startswith(("http", "ws")) else None)
+        allowed = (address, address.replace("http", "ws")) if address else ()
+        outside = lambda url: url.startswith(("http", "ws")) and not url.startswith(allowed)  # noqa: E731
+        page.on("request", lambda r: problems.append(r.url) if outside(r.url) else None)
         yield page, problems
         browser.close()

@@ -1,4 +1,4 @@
-"""`moh eval` and `moh inspect` for image classifiers. Imports what it needs when it runs."""
+"""`moh eval` for image classifiers, and how any command is told on which images. Imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def is_classifier(arguments: Namespace) -> bool:
     return classifier
 
 
-def _images(arguments: Namespace) -> ImageSource:
+def read_images(arguments: Namespace) -> ImageSource:
+    """The images that a command line names."""
     from moh.training.images.datasets import load_evaluation_images
     from moh.training.images.sources import every_nth
 
@@ -64,7 +65,7 @@ def run_eval(arguments: Namespace) -> None:
     from moh.models.loading import default_device
 
     model = load_image_classifier(arguments.model, device=default_device())
-    images = _images(arguments)
+    images = read_images(arguments)
     result = evaluate_images(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
     if arguments.json:
         print(json.dumps({
@@ -84,41 +85,3 @@ def run_eval(arguments: Namespace) -> None:
     known = sorted((value, name) for name, value in result.per_class.items() if value is not None)
     named = ", ".join(f"{name} {value:.1f} %" for value, name in known[:5])
     print(f"least recognised: {named}")
-
-
-def run_inspect(arguments: Namespace) -> None:
-    """Head load per class: table and pictures."""
-    from moh.cli.commands import check_targets
-    from moh.cli.pages import write_image_page
-    from moh.inspection import class_head_load
-    from moh.inspection.class_plots import plot_class_load
-    from moh.inspection.plots import plot_head_load, save
-    from moh.models.image_loading import load_image_classifier
-    from moh.models.loading import default_device
-
-    check_targets(arguments)
-    model = load_image_classifier(arguments.model, device=default_device())
-    images = _images(arguments)
-    if arguments.html is not None:
-        write_image_page(arguments, model, images)
-    if arguments.out is None:
-        return
-    out = Path(arguments.out)
-    load = class_head_load(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
-    figure = plot_class_load(load, classes=arguments.classes)
-    mean = load.mean()
-    out.mkdir(parents=True, exist_ok=True)
-    load.save_csv(out / "class_head_load.csv")
-    mean.save_csv(out / "head_load.csv")
-    for suffix in ("png", "svg"):
-        save(figure, out / f"class_head_load.{suffix}")
-        save(plot_head_load(mean, title="Head load, mean over classes"), out / f"head_load.{suffix}")
-    for layer, (share, config) in enumerate(zip(mean.share, mean.layers, strict=True)):
-        routed = load.load[layer][load.images > 0][:, list(config.routed_indices)]
-        spread = (
-            f"a class's load of a routed head {routed.min():.2f} to {routed.max():.2f}"
-            if routed.numel()
-            else "all shared"
-        )
-        print(f"layer {layer:3d}: {100 * share:3.0f} % of the heads used; {spread}")
-    print(f"{out}: class_head_load and head_load, each as .csv, .png and .svg ({int(load.images.sum()):,} images)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,32 +12,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moh.training.images.sources import ImageSource
 
-_TEXTS = 3  # of a corpus, where no files are named
+_TEXTS = 3  # of each group
 _IMAGES_PER_CLASS = 2
 _MOST_CLASSES = 10
 
 
-def write_text_page(arguments: Namespace) -> None:
-    """A page of the files given, or of a few held-out documents of the corpus; each file is a group."""
-    from moh.cli.commands import read_corpus
+def write_text_page(
+    arguments: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+) -> None:
+    """A page of the first texts of each group."""
     from moh.inspection.page import head_page, text_sample
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
-    from moh.training import read_texts
 
-    if arguments.files:
-        texts = [(Path(file).name, text) for file in arguments.files for text in read_texts([file])]
-    else:
-        documents = read_corpus(arguments).heldout[:_TEXTS]
-        texts = [(f"{arguments.corpus} {number}", text) for number, text in enumerate(documents, 1)]
-    tokenizer = load_tokenizer(arguments.model)
-    model = load_causal_lm(arguments.model, device=default_device())
     limit = min(2_000, arguments.max_tokens)
+    shown = [(group, text) for group, members in texts.items() for text in members[:_TEXTS]]
     samples = [
-        text_sample(model, tokenizer, text, name=f"{number}: {name}", group=name, max_tokens=limit)
-        for number, (name, text) in enumerate(texts, 1)
+        text_sample(model, tokenizer, text, name=f"{number}: {group}", group=group, max_tokens=limit)
+        for number, (group, text) in enumerate(shown, 1)
     ]
     page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
     page.save(arguments.html)

@@ -28,7 +28,7 @@ from moh.conversion import convert
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
-from moh.inspection import head_load
+from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
 from moh.models.loading import default_device, load_causal_lm, load_tokenizer
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
@@ -172,11 +172,11 @@ class _Demo:
             ours.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         with self._step("head load"):
-            load = head_load(ours, heldout[:8])
-            load.save_csv(self.output_dir / "head_load.csv")
+            use = inspect_groups(ours, token_groups(ours, {"held-out": heldout[:8]}))
+            use.save_csv(self.output_dir / "head_load.csv")
             for suffix in ("png", "svg"):
                 save(
-                    plot_head_load(load, title="Head load on the held-out text"),
+                    plot_head_load(use.mean_load(), use.configs, title="Head load on the held-out text"),
                     self.output_dir / f"head_load.{suffix}",
                 )
                 save(plot_losses(self.losses), self.output_dir / f"losses.{suffix}")
@@ -200,7 +200,7 @@ class _Demo:
             threads=torch.get_num_threads(),
             versions={name: version(name) for name in ("torch", "transformers")},
             rows=self.rows,
-            layer_shares=load.share,
+            layer_shares=use.share(),
             speed=speed,
             losses=self.losses,
             seconds=self.seconds,

@@ -1,23 +1,59 @@
-"""Inspection: which head did what. Head load per layer, and per class of images (extra `vision`), as a table and a picture.
+"""Inspection: which head did what, for any model, MoH or dense, and any groups of inputs: tables, tests, ablation.
 
-Pictures are in `plots` and `class_plots` (extra `llm`).
+Groups of images need the extra `vision`, of a diffusion model `diffusion`; pictures (`plots`, `group_plots`, `use_plots`,
+`training_plots`) the extra `llm`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from moh.inspection.load import HeadLoad, head_load
+from moh.inspection.ablation import HeadAblation, ablate_heads
+from moh.inspection.batches import GroupBatch, GroupedInputs
+from moh.inspection.groups import inspect_groups
+from moh.inspection.permutation import pair_tests, permutation_test, specialised_heads
+from moh.inspection.statistics import (
+    distance_rows,
+    layer_rows,
+    load_distance,
+    load_entropy,
+    unusual_heads,
+)
+from moh.inspection.texts import text_groups, token_groups
+from moh.inspection.use import HeadUse, InputSample, LayerHeads
 
 if TYPE_CHECKING:
-    from moh.inspection.class_load import ClassHeadLoad, class_head_load
+    from moh.inspection.diffusion import diffusion_groups
+    from moh.inspection.images import image_groups
 
-__all__ = ["ClassHeadLoad", "HeadLoad", "class_head_load", "head_load"]
+__all__ = [
+    "GroupBatch",
+    "GroupedInputs",
+    "HeadAblation",
+    "HeadUse",
+    "InputSample",
+    "LayerHeads",
+    "ablate_heads",
+    "diffusion_groups",
+    "distance_rows",
+    "image_groups",
+    "inspect_groups",
+    "layer_rows",
+    "load_distance",
+    "load_entropy",
+    "pair_tests",
+    "permutation_test",
+    "specialised_heads",
+    "text_groups",
+    "token_groups",
+    "unusual_heads",
+]
+
+_WITH_EXTRAS = {"diffusion_groups": "diffusion", "image_groups": "images"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ClassHeadLoad", "class_head_load"):
-        from moh.inspection import class_load
-
-        return getattr(class_load, name)
+    if name in _WITH_EXTRAS:
+        return getattr(importlib.import_module(f"moh.inspection.{_WITH_EXTRAS[name]}"), name)
     raise AttributeError(f"module 'moh.inspection' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Pictures: head load as a heat map, and loss curves (extra `llm`, matplotlib). Each returns a figure; `save` writes it.
+"""Pictures of all heads of a model, and loss curves (extra `llm`, matplotlib). Each returns a figure; `save` writes it.
 
 Colours are told apart in print and by colour-blind readers. No display is needed.
 """
@@ -10,32 +10,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from moh._extras import require
-from moh.inspection.load import HeadLoad
+from moh.config import MoHConfig
+from moh.inspection.tables import save_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's palette
-_DASHES = ("-", "--", "-.", ":")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Okabe and Ito's palette."""
+DASHES = ("-", "--", "-.", ":")
 
 
-def plot_head_load(load: HeadLoad, *, title: str = "Head load") -> Figure:
-    """Layers x heads, the share of tokens that activate each head; shared heads are marked S."""
+def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: str = "Head load") -> Figure:
+    """Layers x heads, the share of tokens that activate each head; shared heads are marked S, those of dense layers D.
+
+    Args:
+        load: `[L, H]`, NaN where there is no head; `HeadUse.mean_load()`, for example.
+        layers: heads and routing of each layer; None for a dense one.
+        title: of the figure.
+    """
     figure_module = require("matplotlib.figure", extra="llm")
-    count, heads = load.load.shape
+    count, heads = load.shape
     height = max(4.4, 1.4 + 0.2 * count)  # at least the length of the colour bar's label
     figure: Figure = figure_module.Figure(figsize=(1.6 + 0.42 * heads, height), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(load.load.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    for layer, config in enumerate(load.layers):
-        for head in config.shared_indices:
-            axes.text(head, layer, "S", ha="center", va="center", fontsize=7, color="#333333")
+    image = axes.imshow(load.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for layer, config in enumerate(layers):
+        marked = range(int((~load[layer].isnan()).sum())) if config is None else config.shared_indices
+        for head in marked:
+            mark = "D" if config is None else "S"
+            axes.text(head, layer, mark, ha="center", va="center", fontsize=7, color="#333333")
     axes.set(
         xlabel="head", ylabel="layer", title=title, xticks=range(heads), yticks=range(0, count, max(1, count // 15))
     )
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label("share of tokens that use the head (S: shared, always 1)")
+    dense = "; D: dense layer" if None in layers else ""
+    bar.set_label(f"share of tokens that use the head (S: shared, always 1{dense})")
     return figure
 
 
@@ -46,7 +59,7 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, losses, _DASHES[index % 4], color=_COLOURS[index % 4], label=name, marker="o", markersize=2.5)
+        axes.plot(steps, losses, DASHES[index % 4], color=COLOURS[index % 4], label=name, marker="o", markersize=2.5)
     axes.set(xlabel="optimiser step", ylabel="next-token loss (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -62,3 +75,11 @@ def save(figure: Figure, path: str | Path) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def save_with_data(figure: Figure, rows: Sequence[Mapping[str, object]], stem: str | Path) -> None:
+    """Write a figure as STEM.png and STEM.svg and what it shows as STEM.csv, each whole or not at all."""
+    stem = Path(stem)
+    save_rows(stem.with_name(f"{stem.name}.csv"), rows)
+    for suffix in ("png", "svg"):
+        save(figure, stem.with_name(f"{stem.name}.{suffix}"))

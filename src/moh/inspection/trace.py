@@ -1,7 +1,7 @@
 """What every head did with every token of one input: its gate and its contribution, layer by layer.
 
 Reads any model whose attention ends in one output projection, MoH or dense; a dense layer's gates are 1. Nothing is
-kept in the model. Not for whole data sets: see `moh.inspection.load`.
+kept in the model. Not for whole data sets: see `moh.inspection.groups`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,15 @@ class LayerTrace:
     contributions: Tensor
 
 
-class _Layer:
-    """An attention module whose output projection is listened to."""
+class AttentionLayer:
+    """An attention module whose output projection is listened to.
+
+    Attributes:
+        name: of the module in the model.
+        projection: W_O; what it reads is the heads, weighted and concatenated, `[B, N, H * D]`.
+        num_heads: H.
+        config: heads and routing; None for a dense layer.
+    """
 
     def __init__(self, name: str, projection: nn.Linear, num_heads: int, config: MoHConfig | None) -> None:
         self.name = name
@@ -74,9 +81,7 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
     Raises:
         ValueError: the model has no attention layer that is known.
     """
-    layers = list(_attention_layers(model))
-    if not layers:
-        raise ValueError("model has no attention layers with an output projection named " + ", ".join(_PROJECTIONS))
+    layers = attention_layers(model)
     training = model.training
     model.eval()
     try:
@@ -93,16 +98,28 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
     return [layer.trace(gates.get(f"{layer.name}.router".lstrip("."), [])) for layer in layers if layer.contributions]
 
 
-def _attention_layers(model: nn.Module) -> Iterator[_Layer]:
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of a model of any family, MoH or dense, in its order.
+
+    Raises:
+        ValueError: the model has none that is known.
+    """
+    layers = list(_find(model))
+    if not layers:
+        raise ValueError("model has no attention layers with an output projection named " + ", ".join(_PROJECTIONS))
+    return layers
+
+
+def _find(model: nn.Module) -> Iterator[AttentionLayer]:
     for name, module in model.named_modules():
         projection = _projection(module)
         if projection is None:
             continue
         router = getattr(module, "router", None)
         if isinstance(router, Router):
-            yield _Layer(name, projection, router.config.num_heads, router.config)
+            yield AttentionLayer(name, projection, router.config.num_heads, router.config)
         elif (num_heads := _dense_heads(module, projection)) is not None:
-            yield _Layer(name, projection, num_heads, None)
+            yield AttentionLayer(name, projection, num_heads, None)
 
 
 def _projection(module: nn.Module) -> nn.Linear | None:

@@ -15,21 +15,32 @@ from torch import nn
 from moh._extras import require
 from moh.routing import RoutingRecord, record_routing
 from moh.training.checkpoints import writing_checkpoint
+from moh.training.cpu_sharding import shard_on_cpus
 
 require("transformers", extra="llm")
 
+from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 
 class RoutingTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` whose log has `active_share`, the mean share of heads that a token used, and `balance_loss`.
 
-    Both are those of the last batch before each entry, where routing happens.
+    The history, also on disk (`trainer_state.json`), has `routed_load` beside them: each layer's list of its routed heads'
+    loads. All are those of the last batch before each entry, where routing happens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._routing_log: dict[str, float] = {}
+        self._routed_load: list[list[float]] = []
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does, with FSDP2 also on processes of the CPU."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.args.fsdp_plugin_args
+        if shard_on_cpus(self.accelerator, None if plugin is None else FullyShardedDataParallelPlugin(**plugin)):
+            self.is_fsdp_enabled = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the routing beside the training loss."""
@@ -37,6 +48,15 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
             logs.update(self._routing_log)
             self._routing_log = {}
         super().log(logs, start_time)
+        if "loss" in logs and self._routed_load:  # not for loggers such as TensorBoard, which take numbers alone
+            self.state.log_history[-1]["routed_load"] = self._routed_load
+            self._routed_load = []
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered from shards, where tied weights have become separate tensors
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            state_dict = {name: t for name, t in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -62,6 +82,10 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
                 "active_share": routing.share(),
                 "balance_loss": float(routing.balance_loss().detach()),
             }
+            self._routed_load = [
+                [round(load, 4) for load in info.load()[list(info.config.routed_indices)].tolist()]
+                for _, info in routing
+            ]
 
     def logs_step(self, model: nn.Module) -> bool:
         """Whether the forward pass of `model` that is being made belongs to a training step that is logged."""

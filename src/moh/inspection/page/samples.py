@@ -90,7 +90,7 @@ def text_sample(
     Raises:
         ValueError: the text has no tokens.
     """
-    ids, pieces = _tokenise(tokenizer, text, max_tokens)
+    ids, pieces = tokenise(tokenizer, text, max_tokens)
     if not ids:
         raise ValueError(f"text must hold at least one token, got {text[:40]!r}")
     tokens = torch.tensor([ids], device=model.device)
@@ -114,10 +114,10 @@ def image_sample(
     """
     pixels = transform(image)
     batch = pixels[None].to(next(model.parameters()).device)
-    return PageSample(name, group, trace(model, lambda: model(batch)), image=_picture(pixels))
+    return PageSample(name, group, trace(model, lambda: model(batch)), image=picture(pixels))
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> tuple[list[int], list[str]]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> tuple[list[int], list[str]]:
     """Token ids, and the part of the text that each stands for."""
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, verbose=False)["input_ids"])[:max_tokens]
@@ -134,7 +134,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) ->
     return list(ids), pieces
 
 
-def _picture(pixels: Tensor) -> Image:
+def picture(pixels: Tensor) -> Image:
     """The tensor as a picture, its values spread over the whole range because normalisation is not known."""
     from PIL import Image
 

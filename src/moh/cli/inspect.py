@@ -1,0 +1,135 @@
+"""`moh inspect`: tables, figures and a page of which head does what, for any checkpoint. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moh.cli.inspect_subjects import Subject
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `inspect` to the commands."""
+    from moh.cli import images
+    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+
+    about = (
+        "Which heads do what, for each kind of text, class of images or range of time steps: tables, figures, a page."
+    )
+    parser = sub.add_parser("inspect", help=about, description=about, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="directory or hub name of a language model, image classifier or diffusion model")
+    parser.add_argument("--out", metavar="DIR", help="directory for tables, figures and a summary")
+    parser.add_argument("--html", metavar="FILE", help="one page to explore tokens or patches and their heads")
+    texts = parser.add_argument_group("language models")
+    texts.add_argument(
+        "--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS,
+        help="its held-out documents are the one group, unless others are named (default: %(default)s)",
+    )  # fmt: skip
+    texts.add_argument(
+        "--files", nargs="+", metavar="PATH", default=[], help="text files or directories, each a group of its name"
+    )
+    texts.add_argument(
+        "--group", action="append", default=[], metavar="NAME=TEXTS",
+        help="a group: text file, directory, pattern such as 'code=src/*.py', or corpus; may be given again and again",
+    )  # fmt: skip
+    texts.add_argument("--seq-len", type=int, default=512, help="tokens of a passage (default: %(default)s)")
+    texts.add_argument("--max-tokens", type=int, default=8_192, help="tokens of a group (default: %(default)s)")
+    images.add_options(parser)
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="groups of images to show in the figure and the page"
+    )
+    diffusion = parser.add_argument_group("diffusion models (with --images)")
+    diffusion.add_argument(
+        "--by", choices=("timestep", "class"), default="timestep", help="what the groups are (default: %(default)s)"
+    )
+    diffusion.add_argument("--bins", type=int, default=10, help="ranges of time steps (default: %(default)s)")
+    diffusion.add_argument("--vae", metavar="DIR", help="of a model on latents that does not bring its own")
+    analysis = parser.add_argument_group("analysis")
+    analysis.add_argument("--permutations", type=int, default=999, help="of the tests (default: %(default)s)")
+    analysis.add_argument(
+        "--seed", type=int, default=0, help="of the tests, noise and time steps (default: %(default)s)"
+    )
+    analysis.add_argument("--dead", type=float, default=0.01, help="a dead head's load is below (default: %(default)s)")
+    analysis.add_argument(
+        "--overloaded", type=float, default=0.95, help="an overloaded head's load is above (default: %(default)s)"
+    )
+    analysis.add_argument(
+        "--ablate", type=int, default=0, metavar="N",
+        help="remove one head at a time and measure the loss on N passages or images (default: don't)",
+    )  # fmt: skip
+
+
+def run(arguments: Namespace) -> None:
+    from moh.cli.inspect_subjects import family_of
+
+    family = family_of(arguments)
+    family.check(arguments)
+    _check_targets(arguments)
+    subject = family(arguments)
+    if arguments.html is not None:
+        subject.write_page()
+    if arguments.out is not None:
+        _write(subject)
+
+
+def _write(subject: Subject) -> None:
+    from moh.inspection import ablate_heads, inspect_groups
+    from moh.inspection.report import report
+    from moh.inspection.statistics import choosing_layers
+    from moh.inspection.training_plots import find_history, training_rows
+
+    arguments = subject.arguments
+    use = inspect_groups(subject.model, subject.inputs(), seed=arguments.seed)
+    ablation = ablate_heads(subject.model, subject.few(arguments.ablate)) if arguments.ablate else None
+    found = report(
+        _name(Path(arguments.model)),
+        use,
+        permutations=arguments.permutations,
+        seed=arguments.seed,
+        dead=arguments.dead,
+        overloaded=arguments.overloaded,
+        ablation=ablation,
+        training=training_rows(find_history(arguments.model) or ()),
+        notes=subject.notes,
+    )
+    choosing = {place for place, _ in choosing_layers(use)}
+    out = Path(arguments.out)
+    found.save(out, groups=arguments.classes)
+    for place, (share, layer) in enumerate(zip(use.share(), use.layers, strict=True)):
+        routed = use.load[place][use.inputs > 0][:, layer.routed]
+        spread = "dense" if layer.config is None else "no choice"
+        if place in choosing:
+            spread = f"a group's load of a routed head {routed.min():.2f} to {routed.max():.2f}"
+        print(f"layer {place:3d}: {100 * share:3.0f} % of the heads used; {spread}")
+    if found.untested:
+        print(f"not tested: {found.untested}")
+    else:
+        print(f"the groups' loads differ by {found.tests[-1]['divergence']:.4f} bits, p = {found.tests[-1]['p']:.3g}")
+    print(f"{out}: summary.md, tables and figures of {len(use.groups)} groups, {int(use.inputs.sum()):,} inputs")
+
+
+def _check_targets(arguments: Namespace) -> None:
+    """Check, before anything is computed, that something is to be written and can be."""
+    from moh.training.checkpoints import check_writable
+
+    if arguments.out is None and arguments.html is None:
+        raise ValueError("--out DIR or --html FILE must say where the result goes")
+    if arguments.out is not None:
+        check_writable(arguments.out, name="--out")
+    if arguments.html is not None:
+        check_writable(Path(arguments.html).parent, name="--html's directory")
+        if not Path(arguments.html).parent.is_dir():
+            raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
+    if arguments.ablate < 0:
+        raise ValueError(f"--ablate must be at least 0, got {arguments.ablate}")
+    if arguments.permutations < 1:
+        raise ValueError(f"--permutations must be at least 1, got {arguments.permutations}")
+
+
+def _name(model: Path) -> str:
+    """What a model is called: `OUTPUT_DIR/model`, where training leaves it, would be no name without the former."""
+    return f"{model.absolute().parent.name}/model" if model.name == "model" else model.name

@@ -1,0 +1,193 @@
+"""What `moh inspect` is about: a model of one of the three families and its inputs. Imports what it needs when it runs.
+
+The command itself is in `moh.cli.inspect`.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from glob import glob, has_magic
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moh.inspection import GroupedInputs
+
+
+def family_of(arguments: Namespace) -> type[Subject]:
+    """What the checkpoint is.
+
+    Raises:
+        ValueError: images are named for a language model, or none for a classifier.
+    """
+    from moh.cli.images import is_classifier
+
+    if _is_diffusion(arguments.model):
+        return _Diffusion
+    return _Images if is_classifier(arguments) else _Texts
+
+
+class Subject:
+    """A loaded model and the inputs that the command line names."""
+
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+
+    @staticmethod
+    def check(arguments: Namespace) -> None:
+        """Raise a ValueError for options that don't belong to this family."""
+
+    def inputs(self) -> GroupedInputs:
+        """All inputs."""
+        raise NotImplementedError
+
+    def few(self, count: int) -> GroupedInputs:
+        """About so many, of all groups."""
+        raise NotImplementedError
+
+    def write_page(self) -> None:
+        raise NotImplementedError
+
+
+class _Texts(Subject):
+    @staticmethod
+    def check(arguments: Namespace) -> None:
+        if arguments.classes is not None:
+            raise ValueError("--classes is for image classifiers: give --images too")
+
+    def __init__(self, arguments: Namespace) -> None:
+        from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+
+        super().__init__(arguments)
+        self.texts = _read_groups(arguments)
+        self.tokenizer = load_tokenizer(arguments.model)
+        self.model = load_causal_lm(arguments.model, device=default_device())
+        if len(self.texts) > 1 and any(len(texts) < 2 for texts in self.texts.values()):
+            self.notes = (
+                "A group has a single text, so the tests exchange passages: a difference is one between these texts, not "
+                "between kinds of text.",
+            )
+
+    def inputs(self) -> GroupedInputs:
+        return self._groups(self.arguments.max_tokens, self.arguments.seq_len)
+
+    def few(self, count: int) -> GroupedInputs:
+        seq_len = self.arguments.seq_len
+        return self._groups(seq_len * max(1, count // len(self.texts)), seq_len)
+
+    def _groups(self, max_tokens: int, seq_len: int) -> GroupedInputs:
+        from moh.inspection import text_groups
+
+        return text_groups(self.model, self.tokenizer, self.texts, seq_len=seq_len, max_tokens=max_tokens)
+
+    def write_page(self) -> None:
+        from moh.cli.pages import write_text_page
+
+        write_text_page(self.arguments, self.model, self.tokenizer, self.texts)
+
+
+class _Images(Subject):
+    def __init__(self, arguments: Namespace) -> None:
+        from moh.cli.images import read_images
+        from moh.models.image_loading import load_image_classifier
+        from moh.models.loading import default_device
+
+        super().__init__(arguments)
+        self.model = load_image_classifier(arguments.model, device=default_device())
+        self.images = read_images(arguments)
+
+    def inputs(self) -> GroupedInputs:
+        return self._groups(None)
+
+    def few(self, count: int) -> GroupedInputs:
+        return self._groups(count)
+
+    def _groups(self, count: int | None) -> GroupedInputs:
+        from moh.inspection import image_groups
+        from moh.training.images.sources import every_nth
+
+        options = {"batch_size": self.arguments.batch_size, "workers": self.arguments.workers}
+        return image_groups(self.model, every_nth(self.images, count), **options)
+
+    def write_page(self) -> None:
+        from moh.cli.pages import write_image_page
+
+        write_image_page(self.arguments, self.model, self.images)
+
+
+class _Diffusion(Subject):
+    @staticmethod
+    def check(arguments: Namespace) -> None:
+        if arguments.images is None:
+            raise ValueError(f"--images must say on which images, because {arguments.model} is a diffusion model")
+        if arguments.html is not None:
+            raise ValueError("--html shows texts and images of classifiers, not noisy images: give --out DIR")
+
+    def __init__(self, arguments: Namespace) -> None:
+        from moh.cli.images import read_images
+        from moh.models.loading import default_device
+        from moh.sampling import load_image_model
+
+        super().__init__(arguments)
+        self.diffusion = load_image_model(arguments.model, vae=arguments.vae).to(device=default_device())
+        self.model = self.diffusion.transformer
+        self.images = read_images(arguments)
+
+    def inputs(self) -> GroupedInputs:
+        return self._groups(None)
+
+    def few(self, count: int) -> GroupedInputs:
+        return self._groups(count)
+
+    def _groups(self, count: int | None) -> GroupedInputs:
+        from moh.inspection import diffusion_groups
+        from moh.training.images.sources import every_nth
+
+        options = {name: getattr(self.arguments, name) for name in ("by", "bins", "seed", "batch_size")}
+        return diffusion_groups(self.diffusion, every_nth(self.images, count), **options)
+
+
+def _is_diffusion(model: str) -> bool:
+    """Whether a directory holds a diffusion model: a pipeline, or its transformer alone."""
+    from moh.models.image_loading import saved_config
+
+    path = Path(model).expanduser()
+    kind = str(saved_config(path).get("_class_name", ""))
+    return (path / "model_index.json").is_file() or kind.endswith("Transformer2DModel")
+
+
+def _read_groups(arguments: Namespace) -> dict[str, list[str]]:
+    """The texts that the command line names, by group."""
+    from moh.training import load_corpus, read_texts
+
+    texts: dict[str, list[str]] = {}
+    for file in arguments.files:
+        texts.setdefault(Path(file).name or Path(file).absolute().name, []).extend(read_texts([file]))
+    for given in arguments.group:
+        name, equals, source = given.partition("=")
+        if not (name and equals and source):
+            raise ValueError(f"--group must be NAME=TEXTS, got {given!r}")
+        texts.setdefault(name, []).extend(_read(source))
+    if not texts:
+        texts[arguments.corpus] = load_corpus(arguments.corpus).heldout
+    return texts
+
+
+def _read(source: str) -> list[str]:
+    """A corpus's held-out documents, or the files that a path or pattern names."""
+    from moh.training import load_corpus, read_texts
+    from moh.training.corpus import CORPORA
+
+    if source in CORPORA and not Path(source).exists():
+        return load_corpus(source).heldout
+    if Path(source).exists() or not has_magic(source):
+        return read_texts([source])
+    files = sorted(glob(source, recursive=True))
+    if not files:
+        raise ValueError(f"--group: no file matches {source!r}")
+    return read_texts(files)

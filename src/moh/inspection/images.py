@@ -1,0 +1,59 @@
+"""Groups of images for a classifier: one group per class. Extra `vision`.
+
+Not for finding images (`moh.training.images.datasets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moh.inspection.batches import GroupBatch, GroupedInputs
+from moh.models.image_loading import ImageInput
+from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
+from moh.training.images.sources import ImageSource
+
+
+def image_groups(
+    model: nn.Module,
+    dataset: ImageSource,
+    *,
+    wanted: ImageInput | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> GroupedInputs:
+    """The images of each class; each image is a unit. Damaged ones are left out, with a warning at the end.
+
+    Args:
+        model: a timm model, MoH or dense.
+        dataset: labelled images, with the model's classes in any order.
+        wanted: what the model wants to see; None takes what it says itself (`moh.models.image_loading.image_input`).
+        batch_size: images per forward pass.
+        workers: processes that load images; 0 loads them here.
+
+    Raises:
+        ValueError: the images have other classes than the model, there are none, or `batch_size` is below 1.
+    """
+    loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
+    images: ImageBatches = loader.dataset  # type: ignore[assignment]
+    device = next(model.parameters()).device
+
+    def batches() -> Iterator[GroupBatch]:
+        seen = 0
+        for pixels, labels in readable_batches(loader, desc="images", progress=False):
+            units = torch.arange(seen, seen + len(labels))
+            seen += len(labels)
+            yield _batch(model, pixels.to(device), labels, units)
+        report_damaged(images.source, images.damaged, what="skipped")
+
+    return GroupedInputs(tuple(images.source.classes), batches, len(loader))
+
+
+def _batch(model: nn.Module, pixels: Tensor, labels: Tensor, units: Tensor) -> GroupBatch:
+    def losses() -> Tensor:
+        return F.cross_entropy(model(pixels).float(), labels.to(pixels.device), reduction="none")
+
+    return GroupBatch(groups=labels, units=units, run=lambda: model(pixels), losses=losses)

@@ -1,0 +1,258 @@
+"""What an inspection found, written into a directory: tables, figures with their data beside them, and a summary.
+
+Computes nothing on a model (`groups`, `ablation`). Needs the extra `llm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moh._files import write_text
+from moh.inspection.ablation import HeadAblation
+from moh.inspection.group_plots import plot_group_load
+from moh.inspection.permutation import pair_tests, permutation_test, specialised_heads
+from moh.inspection.plots import plot_head_load, save_with_data
+from moh.inspection.statistics import choosing_layers, distance_rows, layer_rows, unusual_heads
+from moh.inspection.tables import save_rows
+from moh.inspection.training_plots import plot_training
+from moh.inspection.use import HeadUse, Row
+from moh.inspection.use_plots import plot_ablation, plot_distances, plot_shared_and_routed, shared_and_routed_rows
+
+MAX_PAIR_GROUPS = 12
+"""With more groups, pairs are not tested one by one: there would be too many for any to stand out."""
+_LEVEL = 0.05
+_SHOWN = 12  # rows of a table of the summary
+
+
+@dataclass(frozen=True)
+class InspectionReport:
+    """Made by `report`; `save` writes it.
+
+    Attributes:
+        name: of the model.
+        use: what was counted.
+        untested: why nothing was tested; empty if it was.
+        tests: of `permutation_test`.
+        pairs: of `pair_tests`; empty for more than `MAX_PAIR_GROUPS` groups.
+        specialised: of `specialised_heads`.
+        unusual: of `unusual_heads`.
+        ablation: what each head is worth, if that was measured.
+        training: of `training_rows`, if there is a log.
+        notes: sentences on the inputs, for the summary.
+    """
+
+    name: str
+    use: HeadUse
+    untested: str
+    tests: list[Row]
+    pairs: list[Row]
+    specialised: list[Row]
+    unusual: list[Row]
+    ablation: HeadAblation | None = None
+    training: list[Row] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    def save(self, directory: Path, *, groups: Sequence[str] | None = None) -> None:
+        """Write all tables and figures, each whole or not at all.
+
+        Args:
+            directory: made if it does not exist.
+            groups: to show in the figure of loads per group; None chooses.
+
+        Raises:
+            ValueError: a group is unknown.
+        """
+        use = self.use
+        per_group = plot_group_load(use, groups=groups)
+        directory.mkdir(parents=True, exist_ok=True)
+        use.save_csv(directory / "heads.csv")
+        use.save_parquet(directory / "heads.parquet")
+        save_rows(directory / "layers.csv", layer_rows(use))
+        for name in ("tests", "pairs", "specialised", "unusual"):
+            if rows := getattr(self, name):
+                save_rows(directory / f"{name}.csv", rows)
+        load = use.mean_load()
+        of_head: list[Row] = [
+            {"layer": place, "head": head, "kind": layer.kind(head), "load": float(load[place, head])}
+            for place, layer in enumerate(use.layers)
+            for head in range(layer.num_heads)
+        ]
+        title = "Head load" if len(use.groups) == 1 else "Head load, mean over groups"
+        save_with_data(plot_head_load(load, use.configs, title=title), of_head, directory / "head_load")
+        columns = ("group", "layer", "head", "kind", "load")
+        save_with_data(per_group, [{c: row[c] for c in columns} for row in use.rows()], directory / "group_load")
+        kinds = shared_and_routed_rows(use)
+        save_with_data(plot_shared_and_routed(kinds), kinds, directory / "shared_routed")
+        if distances := distance_rows(use):
+            save_with_data(plot_distances(use, self.tests), distances, directory / "distances")
+        if self.ablation is not None:
+            save_with_data(plot_ablation(self.ablation), self.ablation.rows(), directory / "ablation")
+        if self.training:
+            save_with_data(plot_training(self.training), self.training, directory / "training")
+        write_text(directory / "summary.md", self.markdown())
+
+    def markdown(self) -> str:
+        """The summary."""
+        parts = [self._inputs(), self._differences(), self._heads(), self._ablation()]
+        return "\n".join([f"# Which head does what: {self.name}", "", *(line for part in parts for line in part)])
+
+    def _inputs(self) -> Iterator[str]:
+        use = self.use
+        choosing = len(choosing_layers(use))
+        share = sum(use.share()) / len(use.layers)
+        dense = sum(layer.config is None for layer in use.layers)
+        yield (
+            f"{len(use.layers)} attention layers, {dense} of them dense; in {choosing} of them tokens choose among routed "
+            f"heads. A token uses {100 * share:.0f} % of the heads."
+        )
+        yield ""
+        groups = [
+            (name, f"{int(inputs):,}", f"{int(tokens):,}")
+            for name, inputs, tokens in zip(use.groups, use.inputs, use.tokens[:, 0], strict=True)
+        ]
+        yield from _table(("group", "inputs", "tokens"), groups[:50])
+        if len(groups) > 50:
+            yield f"And {len(groups) - 50} more groups: layers.csv."
+            yield ""
+        yield from (line for note in self.notes for line in (note, ""))
+
+    def _differences(self) -> Iterator[str]:
+        yield "## Do the groups differ?"
+        yield ""
+        if self.untested:
+            yield f"Not tested: {self.untested}."
+            yield ""
+            return
+        *layers, whole = self.tests
+        clear = [row for row in layers if _of(row, "p_holm") <= _LEVEL]
+        sizes = self.use.sample.groups.bincount(minlength=len(self.use.groups)).tolist()
+        yield (
+            f"Divergence between the groups' loads, mean over layers: {_of(whole, 'divergence'):.4f} bits; with labels "
+            f"exchanged between inputs {_of(whole, 'by_chance'):.4f}; p = {_of(whole, 'p'):.3g}. {len(clear)} of "
+            f"{len(layers)} layers have p ≤ {_LEVEL} after Holm's correction. Inputs tested per group: "
+            f"{min(sizes)} to {max(sizes)}."
+        )
+        yield ""
+        if self.pairs:
+            alike = sorted(self.pairs, key=lambda row: _of(row, "divergence"))
+            clear = [row for row in self.pairs if _of(row, "p_holm") <= _LEVEL]
+            yield (
+                f"{len(clear)} of {len(self.pairs)} pairs of groups have p ≤ {_LEVEL} after Holm's correction. "
+                + (f"The {_SHOWN} most alike (all: pairs.csv):" if len(alike) > _SHOWN else "The most alike first:")
+            )
+            yield ""
+            rows = [
+                (row["group"], row["other"], f"{_of(row, 'divergence'):.4f}", f"{_of(row, 'by_chance'):.4f}",
+                 f"{_of(row, 'p_holm'):.3g}")
+                for row in alike[:_SHOWN]
+            ]  # fmt: skip
+            yield from _table(("group", "other", "divergence, bits", "by chance", "p (Holm)"), rows)
+
+    def _heads(self) -> Iterator[str]:
+        clear = [row for row in self.specialised if _of(row, "p") <= _LEVEL]
+        if self.specialised:
+            yield "## Heads that a group uses more, or less, than the others"
+            yield ""
+            yield (
+                f"{len(clear)} of {len(self.specialised)} pairs of a routed head and a group have p ≤ {_LEVEL}, adjusted "
+                "for all of them together (specialised.csv)."
+            )
+            yield ""
+            rows = [
+                (row["group"], row["layer"], row["head"], f"{_of(row, 'load'):.2f}", f"{_of(row, 'elsewhere'):.2f}",
+                 f"{_of(row, 'z'):+.1f}", f"{_of(row, 'p'):.3g}")
+                for row in clear[:_SHOWN]
+            ]  # fmt: skip
+            if rows:
+                yield from _table(("group", "layer", "head", "load", "elsewhere", "z", "p"), rows)
+        if choosing_layers(self.use):
+            counts = [sum(row["what"] == what for row in self.unusual) for what in ("dead", "overloaded")]
+            yield f"Dead heads (in no group used): {counts[0]}; overloaded heads (in every group nearly always): {counts[1]}."
+            yield ""
+
+    def _ablation(self) -> Iterator[str]:
+        if self.ablation is None:
+            return
+        rows = self.ablation.rows()
+        yield "## What a head is worth"
+        yield ""
+        yield f"Rise of the loss without the head, in nats, on {self.ablation.units} inputs (loss {self.ablation.loss:.4f})."
+        yield ""
+        kinds = []
+        for kind in ("shared", "routed", "dense"):
+            own = [row for row in rows if row["kind"] == kind]
+            if own:
+                rises = sorted(_of(row, "increase") for row in own)
+                clear = sum(abs(_of(row, "increase")) > 2 * _of(row, "stderr") for row in own)
+                kinds.append(
+                    (kind, len(own), f"{math.fsum(rises) / len(own):.4f}", f"{rises[len(own) // 2]:.4f}", clear)
+                )
+        yield from _table(("heads", "number", "mean rise", "median", "beyond two standard errors"), kinds)
+        dearest = sorted(rows, key=lambda row: -_of(row, "increase"))[:_SHOWN]
+        columns = [
+            (row["layer"], row["head"], row["kind"], f"{_of(row, 'increase'):.4f} ± {_of(row, 'stderr'):.4f}")
+            for row in dearest
+        ]
+        yield from _table(("layer", "head", "kind", "rise ± standard error"), columns)
+
+
+def report(
+    name: str,
+    use: HeadUse,
+    *,
+    permutations: int = 999,
+    seed: int = 0,
+    dead: float = 0.01,
+    overloaded: float = 0.95,
+    ablation: HeadAblation | None = None,
+    training: Sequence[Row] = (),
+    notes: Sequence[str] = (),
+) -> InspectionReport:
+    """Test what was counted, and put everything together.
+
+    Args:
+        name: of the model.
+        use: what was counted.
+        permutations: of the tests.
+        seed: of the tests.
+        dead: threshold of `unusual_heads`.
+        overloaded: threshold of `unusual_heads`.
+        ablation: of `ablate_heads`.
+        training: of `training_rows`.
+        notes: sentences on the inputs, for the summary.
+
+    Raises:
+        ValueError: a number is out of range. Groups that can't be tested are no error: `untested` says why.
+    """
+    unusual = unusual_heads(use, dead=dead, overloaded=overloaded)
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    untested, tests, pairs, specialised = "", [], [], []
+    try:
+        tests = permutation_test(use, permutations=permutations, seed=seed)
+    except ValueError as error:
+        untested = str(error)
+    else:
+        specialised = specialised_heads(use, permutations=permutations, seed=seed)
+        sizes = use.sample.groups.bincount(minlength=len(use.groups))
+        # of two single inputs nothing can be said
+        if 2 < int((sizes > 0).sum()) <= MAX_PAIR_GROUPS and int(sizes[sizes > 0].min()) > 1:
+            pairs = pair_tests(use, permutations=permutations, seed=seed)
+    return InspectionReport(
+        name, use, untested, tests, pairs, specialised, unusual, ablation, list(training), tuple(notes)
+    )
+
+
+def _of(row: Row, column: str) -> float:
+    return float(row[column])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"| {' | '.join('---' for _ in columns)} |"
+    for row in rows:
+        yield f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |"
+    yield ""

@@ -1,0 +1,149 @@
+"""Groups of texts for a language model: which passages of them are read, and the batches they make.
+
+Not for finding or reading files (`moh.training.text`, `moh.training.corpus`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moh.inspection.batches import GroupBatch, GroupedInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Passage:
+    group: int
+    unit: int
+    ids: Tensor  # [n]
+
+
+def text_groups(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    seq_len: int = 512,
+    max_tokens: int = 8_192,
+    batch_size: int = 4,
+) -> GroupedInputs:
+    """Passages of each group's texts, each read by itself.
+
+    Where a group has more texts than passages are wanted, texts are taken evenly spread over the group and of each the
+    middle passage (beginnings are often titles and licences); else several passages of each, evenly spread. In
+    tests a text with its passages is one unit; where a group has a single text every passage is one, and a difference
+    then is one between these texts, not between kinds of text.
+
+    Args:
+        model: a causal language model, MoH or dense.
+        tokenizer: the model's.
+        texts: name of the group -> its texts, at least one.
+        seq_len: tokens of a passage at most.
+        max_tokens: tokens of a group at most.
+        batch_size: passages per forward pass.
+
+    Raises:
+        ValueError: a group has no text, or one of its texts no two tokens; or a size is out of range.
+    """
+    if seq_len < 2 or max_tokens < seq_len:
+        raise ValueError(f"seq_len must be at least 2 and max_tokens at least seq_len, got {seq_len}, {max_tokens}")
+    single = any(len(group) < 2 for group in texts.values())
+    passages: dict[str, list[_Passage]] = {}
+    unit = 0
+    for number, (name, group) in enumerate(texts.items()):
+        if not group:
+            raise ValueError(f"group {name!r} must hold at least one text, got none")
+        wanted = max_tokens // seq_len
+        chosen = [group[place] for place in _spread(len(group), wanted)]
+        found = passages.setdefault(name, [])
+        for text in chosen:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) < 2:
+                raise ValueError(f"a text of group {name!r} must have at least 2 tokens, got {text[:40]!r}")
+            pieces = torch.tensor(ids).split(seq_len)
+            pieces = (
+                pieces[:-1] if len(pieces) > 1 and len(pieces[-1]) < seq_len else pieces
+            )  # a short rest is left out
+            for place in _spread(len(pieces), max(1, wanted // len(chosen))):
+                found.append(_Passage(number, unit, pieces[place]))
+                unit += single
+            unit += not single
+    return _grouped(model, passages, batch_size)
+
+
+def token_groups(model: PreTrainedModel, blocks: Mapping[str, Tensor], *, batch_size: int = 4) -> GroupedInputs:
+    """Groups of token blocks, as `moh.training.pack_tokens` makes them; each block is a unit.
+
+    Args:
+        model: a causal language model, MoH or dense.
+        blocks: name of the group -> `[n, seq_len]` token ids, n >= 1, seq_len >= 2.
+        batch_size: blocks per forward pass.
+
+    Raises:
+        ValueError: blocks have another shape.
+    """
+    passages: dict[str, list[_Passage]] = {}
+    unit = 0
+    for number, (name, group) in enumerate(blocks.items()):
+        if group.dim() != 2 or len(group) < 1 or group.shape[1] < 2:
+            raise ValueError(
+                f"blocks of group {name!r} must be token ids [n, seq_len] with n >= 1 and seq_len >= 2, "
+                f"got shape {tuple(group.shape)}"
+            )
+        passages[name] = [_Passage(number, unit + place, ids) for place, ids in enumerate(group)]
+        unit += len(group)
+    return _grouped(model, passages, batch_size)
+
+
+def _grouped(model: PreTrainedModel, passages: Mapping[str, list[_Passage]], batch_size: int) -> GroupedInputs:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # Groups in turn: the first batches are of all of them
+    order = [passage for turn in zip_longest(*passages.values()) for passage in turn if passage is not None]
+    starts = range(0, len(order), batch_size)
+
+    def batches() -> Iterator[GroupBatch]:
+        for start in starts:
+            yield _batch(model, order[start : start + batch_size])
+
+    return GroupedInputs(tuple(passages), batches, len(starts))
+
+
+def _batch(model: PreTrainedModel, passages: Sequence[_Passage]) -> GroupBatch:
+    longest = max(len(passage.ids) for passage in passages)
+    ids = torch.stack([F.pad(passage.ids, (0, longest - len(passage.ids))) for passage in passages])  # [B, N]
+    lengths = torch.tensor([len(passage.ids) for passage in passages])
+    real = torch.arange(longest) < lengths[:, None]  # [B, N]
+    # Padding stands at the end, where no real token sees it: no mask is needed
+    ids = ids.to(model.device)
+
+    def run() -> object:
+        return model.get_decoder()(input_ids=ids, use_cache=False)
+
+    def losses() -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        rows = zip(logits, ids, lengths.tolist(), strict=True)
+        return torch.stack([F.cross_entropy(row[: n - 1].float(), target[1:n]) for row, target, n in rows])
+
+    return GroupBatch(
+        groups=torch.tensor([passage.group for passage in passages]),
+        units=torch.tensor([passage.unit for passage in passages]),
+        run=run,
+        losses=losses,
+        counted=None if bool(real.all()) else real,
+    )
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` places, each in the middle of its part."""
+    count = min(count, total)
+    return [(2 * place + 1) * total // (2 * count) for place in range(count)]
