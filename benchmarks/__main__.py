@@ -1,4 +1,7 @@
-"""The command line: choose cases, measure them, print tables, write results, page and pictures."""
+"""The command line: choose cases, measure them, print tables, write results, page and pictures.
+
+On the CPU; `--device cuda` is another command, `benchmarks/gpu.py`, which needs none of the extras.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, runner
 from benchmarks.cases import GRIDS, Case
 from benchmarks.results import Machine, Run, this_machine
 from moh.attention.cpu import BuildError
@@ -22,12 +24,20 @@ SECONDS = {"quick": 0.3, "default": 1.5, "full": 1.5}
 DESCRIPTION = """\
 Time routed attention against dense attention on this CPU: about a quarter of an hour by default.
 Writes benchmarks/results/<cpu>.json, docs/results/speed.md (from all such files) and docs/images/speed_*.png;
---quick writes to runs/benchmarks instead. Keep the machine quiet meanwhile."""
+--quick writes to runs/benchmarks instead. Keep the machine quiet meanwhile.
+For a GPU: python -m benchmarks --device cuda --help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit code: 0, 1 if a case failed, 2 for bad input, 130 if interrupted."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else [str(word) for word in arguments]
+    if any(word.split("=")[0] == "--device" for word in words):
+        from benchmarks import gpu
+
+        return gpu.main(words)
+    from benchmarks import report
+
+    options = _parser().parse_args(words)
     if options.output_dir is None and options.grid == "quick":
         options.output_dir = ROOT / "runs" / "benchmarks"
     home: Path | None = options.output_dir
@@ -61,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
+    from benchmarks import runner
+
     options.subjects = options.subjects or list(runner.SUBJECTS)
     unknown = sorted(set(options.subjects) - set(runner.SUBJECTS))
     if unknown:
@@ -72,6 +84,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def _measure(options: argparse.Namespace, cases: Sequence[Case], results: Path) -> int:
+    from benchmarks import report, runner
+
     machine = this_machine()
     partial, final = results / f"{machine.slug}.partial.json", results / f"{machine.slug}.json"
     run = _resumed(partial, machine) if options.resume else Run(machine)
@@ -101,6 +115,8 @@ def _resumed(partial: Path, machine: Machine) -> Run:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from benchmarks import runner
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moh import MoHConfig
-from moh.config import ROUTERS
+from moh.config import ROUTERS, ROUTING_UNITS
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,71 @@ def test_config_is_immutable_and_compares_by_value():
 def test_impossible_heads_are_refused_by_name_value_and_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoHConfig(*arguments)
+
+
+def balanced(shared, active, **options):
+    return MoHConfig(9, shared, active, routing_unit="group_balanced", **{"kv_heads": 3} | options)
+
+
+def by_group(shared, active, **options):
+    return MoHConfig(9, shared, active, routing_unit="kv_group", **{"kv_heads": 3} | options)
+
+
+def test_single_heads_are_chosen_by_default():
+    config = MoHConfig(9, 4, 3)
+    assert (config.routing_unit, config.step, config.heads_per_group, config.groups_per_token) == (
+        "head",
+        1,
+        None,
+        None,
+    )
+    assert config == MoHConfig(9, 4, 3, routing_unit=ROUTING_UNITS[0])
+
+
+@pytest.mark.parametrize(
+    "config, shared, per_group, groups",
+    [
+        pytest.param(balanced(3, 3), (0, 3, 6), 2, None, id="balanced-number"),
+        pytest.param(balanced([8, 1, 5], 0), (1, 5, 8), 1, None, id="balanced-indices"),
+        pytest.param(balanced(0, 9), (), 3, None, id="balanced-all"),
+        pytest.param(by_group(3, 3), (0, 1, 2), None, 2, id="kv-number"),
+        pytest.param(by_group([6, 8, 7], 3), (6, 7, 8), None, 2, id="kv-indices"),
+        pytest.param(by_group(0, 3), (), None, 1, id="kv-none-shared"),
+    ],
+)
+def test_units_count_heads_in_groups(config, shared, per_group, groups):
+    assert config.step == 3
+    assert config.shared_indices == shared
+    assert (config.heads_per_group, config.groups_per_token) == (per_group, groups)
+
+
+def test_groups_may_be_of_another_size_than_there_are_groups():
+    config = MoHConfig(8, 2, 4, routing_unit="group_balanced", kv_heads=2)
+    assert (config.step, config.heads_per_group, config.shared_indices) == (2, 3, (0, 4))
+    config = MoHConfig(8, 4, 4, routing_unit="kv_group", kv_heads=2)
+    assert (config.step, config.groups_per_token, config.shared_indices) == (4, 2, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        pytest.param(lambda: balanced(3, 4), "active_heads must be a multiple of kv_heads = 3 .*got 4", id="active"),
+        pytest.param(lambda: balanced(4, 3), "shared_heads must be a multiple of kv_heads = 3 .*got 4", id="shared"),
+        pytest.param(
+            lambda: balanced([0, 1, 3], 3), r"as many heads of every group of 3 .*got \[0, 1, 3\]", id="unbalanced"
+        ),
+        pytest.param(
+            lambda: MoHConfig(8, 2, 4, routing_unit="kv_group", kv_heads=2),
+            "shared_heads must be a multiple of num_heads / kv_heads = 4 .*got 2",
+            id="half-a-group",
+        ),
+        pytest.param(lambda: by_group([0, 1, 3], 3), r"whole groups of 3 heads .*got \[0, 1, 3\]", id="split-groups"),
+        pytest.param(lambda: by_group(3, 3, kv_heads=None), "kv_heads must be given for .*'kv_group'", id="no-groups"),
+        pytest.param(lambda: by_group(3, 3, kv_heads=2), "kv_heads must divide num_heads = 9, got 2", id="groups"),
+        pytest.param(lambda: by_group(3, 3, kv_heads=0), "kv_heads must divide num_heads = 9, got 0", id="zero-groups"),
+        pytest.param(lambda: MoHConfig(9, 3, 3, routing_unit="kv"), "routing_unit must be one of 'head', .*got 'kv'", id="unit"),
+    ],
+)  # fmt: skip
+def test_heads_that_a_unit_does_not_allow_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

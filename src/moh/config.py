@@ -13,6 +13,9 @@ ROUTERS = ("two_stage", "single_stage", "query_norm", "linear")
 """Names of the routers: learned, the same without its first stage (the paper's ablation), parameter-free (both of the
 paper), fitted to contributions (ours)."""
 
+ROUTING_UNITS = ("head", "group_balanced", "kv_group")
+"""What a token chooses: any heads; as many heads in every group that shares keys and values; whole such groups."""
+
 
 @dataclass(frozen=True)
 class MoHConfig:
@@ -26,6 +29,13 @@ class MoHConfig:
             heads), "query_norm" (no parameters) or "linear" (contribution router).
         scale_gates: for the learned routers only. True gives the published models' gates, with which a uniform
             router weighs every active head 1; False gives the gates as the paper's text has them.
+        routing_unit: what a token chooses. "head": any k routed heads (the paper). "group_balanced": with grouped-query
+            attention, k / kv_heads of the routed heads in every group of heads that share keys and values; each group
+            has as many shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared are whole groups too.
+        kv_heads: number of key/value heads, needed by the two units that know groups: heads i * h / kv_heads onwards
+            read key/value head i.
+
+    With `shared_heads` as a number a group-balanced layer shares the first heads of every group.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what is allowed.
@@ -36,14 +46,18 @@ class MoHConfig:
     active_heads: int
     router: str = "two_stage"
     scale_gates: bool = True
+    routing_unit: str = "head"
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         h = self.num_heads
         if not _is_int(h) or h < 1:
             raise ValueError(f"num_heads must be an integer of at least 1, got {h!r}")
+        self._check_unit()
         if _is_int(self.shared_heads):
             if not 0 <= self.shared_heads <= h:  # type: ignore[operator]
                 raise ValueError(f"shared_heads must be between 0 and num_heads = {h}, got {self.shared_heads}")
+            self._check_multiple("shared_heads", self.shared_heads)  # type: ignore[arg-type]
         else:
             object.__setattr__(self, "shared_heads", self._checked_indices(self.shared_heads))
         if not _is_int(self.active_heads) or not 0 <= self.active_heads <= self.num_routed:
@@ -51,10 +65,29 @@ class MoHConfig:
                 f"active_heads must be between 0 and num_heads - shared_heads = {self.num_routed}, "
                 f"got {self.active_heads!r}"
             )
+        self._check_multiple("active_heads", self.active_heads)
         if self.num_shared + self.active_heads == 0:
             raise ValueError("active_heads must be at least 1 when shared_heads = 0: no head would be used at all")
         if self.router not in ROUTERS:
             raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {self.router!r}")
+
+    def _check_unit(self) -> None:
+        if self.routing_unit not in ROUTING_UNITS:
+            raise ValueError(
+                f"routing_unit must be one of {', '.join(map(repr, ROUTING_UNITS))}, got {self.routing_unit!r}"
+            )
+        groups = self.kv_heads
+        if groups is None and self.routing_unit != "head":
+            raise ValueError(f"kv_heads must be given for routing_unit={self.routing_unit!r}")
+        if groups is not None and (not _is_int(groups) or groups < 1 or self.num_heads % groups):
+            raise ValueError(f"kv_heads must divide num_heads = {self.num_heads}, got {groups!r}")
+
+    def _check_multiple(self, name: str, number: int) -> None:
+        if number % self.step:
+            of = "kv_heads" if self.routing_unit == "group_balanced" else "num_heads / kv_heads"
+            raise ValueError(
+                f"{name} must be a multiple of {of} = {self.step} for routing_unit={self.routing_unit!r}, got {number}"
+            )
 
     def _checked_indices(self, indices: object) -> tuple[int, ...]:
         if isinstance(indices, str) or not isinstance(indices, Sequence) or not all(map(_is_int, indices)):
@@ -66,14 +99,26 @@ class MoHConfig:
                 f"shared_heads must hold indices between 0 and num_heads - 1 = {self.num_heads - 1}, "
                 f"got {list(indices)}"
             )
+        if self.routing_unit != "head" and self.kv_heads is not None:
+            size = self.num_heads // self.kv_heads
+            counts = [sum(i // size == group for i in indices) for group in range(self.kv_heads)]
+            balanced = self.routing_unit == "group_balanced"
+            if len(set(counts)) > 1 if balanced else not set(counts) <= {0, size}:
+                what = f"as many heads of every group of {size}" if balanced else f"whole groups of {size} heads"
+                raise ValueError(
+                    f"shared_heads must hold {what} for routing_unit={self.routing_unit!r}, got {list(indices)}"
+                )
         return tuple(sorted(indices))
 
     @property
     def shared_indices(self) -> tuple[int, ...]:
         """Indices of the shared heads, ascending."""
-        if isinstance(self.shared_heads, int):
-            return tuple(range(self.shared_heads))
-        return tuple(self.shared_heads)
+        if not isinstance(self.shared_heads, int):
+            return tuple(self.shared_heads)
+        if self.routing_unit == "group_balanced" and self.kv_heads is not None:
+            size, per_group = self.num_heads // self.kv_heads, self.shared_heads // self.kv_heads
+            return tuple(i for i in range(self.num_heads) if i % size < per_group)
+        return tuple(range(self.shared_heads))
 
     @property
     def routed_indices(self) -> tuple[int, ...]:
@@ -95,6 +140,27 @@ class MoHConfig:
     def share(self) -> float:
         """Share of the layer's heads that each token uses, (h_s + k) / h."""
         return (self.num_shared + self.active_heads) / self.num_heads
+
+    @property
+    def step(self) -> int:
+        """What the numbers of shared and of active heads are multiples of: 1 if single heads are chosen."""
+        if self.routing_unit == "head" or self.kv_heads is None:
+            return 1
+        return self.kv_heads if self.routing_unit == "group_balanced" else self.num_heads // self.kv_heads
+
+    @property
+    def heads_per_group(self) -> int | None:
+        """How many heads each token uses in every key/value group; None where that differs."""
+        if self.routing_unit != "group_balanced" or self.kv_heads is None:
+            return None
+        return (self.num_shared + self.active_heads) // self.kv_heads
+
+    @property
+    def groups_per_token(self) -> int | None:
+        """How many key/value groups each token uses, all heads of each; None where groups are not chosen."""
+        if self.routing_unit != "kv_group":
+            return None
+        return (self.num_shared + self.active_heads) // self.step
 
 
 def _is_int(value: object) -> bool:

@@ -52,7 +52,9 @@ Q, K, V, GATES = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2
         pytest.param(dict(attn_mask=torch.ones(5, 6).double()), "got torch.float64", id="mask-dtype"),
         pytest.param(dict(dropout_p=1.0), "dropout_p must be at least 0 and below 1, got 1.0", id="dropout-1"),
         pytest.param(dict(dropout_p=-0.1), "dropout_p must be at least 0 and below 1, got -0.1", id="dropout-negative"),
-        pytest.param(dict(backend="fast"), "backend must be None or one of 'cpu', 'sdpa', .*got 'fast'", id="backend"),
+        pytest.param(
+            dict(backend="fast"), "backend must be None or one of 'cpu', 'grouped', .*got 'fast'", id="backend"
+        ),
     ],
 )
 def test_bad_argument_is_refused_by_name_and_value(change, message):
@@ -96,7 +98,8 @@ def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_nam
 def test_backends_have_names_and_a_line_for_the_reader():
     names = [b.name for b in backends()]
     assert len(set(names)) == len(names)
-    assert names == ["cpu", "sdpa", "reference"]  # the most preferred first, the last resort last
+    # the most preferred first, the last resort last
+    assert names == ["cpu", "grouped", "triton", "flex", "sdpa", "reference"]
     assert all(b.description and "\n" not in b.description for b in backends())
 
 

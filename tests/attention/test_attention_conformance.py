@@ -11,6 +11,7 @@ from attention_cases import (
     BACKENDS,
     FAST_BACKENDS,
     MASKS,
+    SHAPES,
     Inputs,
     assert_like_reference,
     assert_same,
@@ -62,25 +63,9 @@ def test_output_is_that_of_the_equations(backend, mask, is_causal):
     assert_same(attend(backend, inputs), by_hand(inputs).float(), "output")
 
 
-SHAPES = [
-    pytest.param(dict(), id="B2-H4-kv2-N5-D8"),
-    pytest.param(dict(Hkv=4, G=1), id="H4-kv4"),
-    pytest.param(dict(Hkv=1, G=4), id="H4-kv1"),
-    pytest.param(dict(Hkv=3, G=3, D=5), id="H9-kv3-D5"),
-    pytest.param(dict(B=1, Hkv=1, G=1, Nq=1, D=1), id="one-of-everything"),
-    pytest.param(dict(Nq=7, Nk=3), id="more-queries-than-keys"),
-    pytest.param(dict(Nq=3, Nk=7), id="more-keys-than-queries"),
-    pytest.param(dict(Nq=1, Nk=6), id="one-query"),
-    pytest.param(dict(Nq=6, Nk=1), id="one-key"),
-    pytest.param(dict(B=1, Nq=300, G=3, D=4, Hkv=1), id="long"),
-    pytest.param(dict(scale=0.5), id="own-scale"),
-    pytest.param(dict(scale=0.0), id="scale-0"),
-]
-
-
 @every_fast_backend
 @causal_or_not
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes_are_served_like_the_reference(backend, shape, is_causal):
     assert_like_reference(backend, make_inputs(is_causal=is_causal, **shape))
 

@@ -236,3 +236,44 @@ def test_compiled_layer_is_one_graph_and_equals_eager():
 
 def test_public_names_are_there():
     assert moh.MoHAttention is MoHAttention
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa"])
+@pytest.mark.parametrize(
+    "unit, shared, active", [("group_balanced", 0, 3), ("group_balanced", 3, 0), ("kv_group", 2, 2), ("kv_group", 0, 4)]
+)
+def test_groups_of_heads_are_chosen_as_the_reference_has_it(unit, shared, active, backend):
+    heads = dict(shared_heads=shared, active_heads=active, routing_unit=unit, num_kv_heads=3)
+    layer, x = MoHAttention(C, H, **heads, backend=backend), torch.randn(B, N, C)
+    reference = MoHAttention(C, H, **heads, backend="reference")
+    reference.load_state_dict(layer.state_dict())
+    out, routing = layer(x, is_causal=True, return_routing=True)
+    expected = reference(x, is_causal=True)
+    torch.testing.assert_close(out, expected)
+    used = routing.active.unflatten(-1, (3, 2)).sum(-1)
+    assert (used == 1).all() if unit == "group_balanced" else set(used.unique().tolist()) == {0, 2}
+    for got, wanted in zip(
+        torch.autograd.grad(out.square().sum(), list(layer.parameters()), allow_unused=True),
+        torch.autograd.grad(expected.square().sum(), list(reference.parameters()), allow_unused=True),
+        strict=True,
+    ):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_balanced_layer_compiles_to_one_graph_on_pytorchs_own_attention():
+    torch.compiler.reset()
+    layer = MoHAttention(
+        C, H, shared_heads=0, active_heads=3, routing_unit="group_balanced", num_kv_heads=3, backend="grouped"
+    )
+    x = torch.randn(B, N, C)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, is_causal=True), layer(x, is_causal=True))
+
+
+def test_units_without_grouped_queries_choose_single_heads_or_all():
+    layer = MoHAttention(C, H, shared_heads=0, active_heads=2, routing_unit="kv_group")  # every group is one head
+    assert (layer(torch.randn(B, N, C), return_routing=True)[1].active.sum(-1) == 2).all()
+    with pytest.raises(ValueError, match="active_heads must be a multiple of kv_heads = 6"):
+        MoHAttention(C, H, shared_heads=0, active_heads=2, routing_unit="group_balanced")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh.attention import cpu
+from moh.attention import cpu, flex, triton_kernels
 from moh.attention.compiled import packed_attention_compiled
+from moh.attention.grouped import grouped_attention, without_limits
 from moh.attention.packed import packed_attention
 from moh.attention.reference import reference_attention
 
@@ -29,6 +30,9 @@ class Backend:
             where `has_sliding_window`.
         unsupported: `(q, k, v, gates, attn_mask, dropout_p)` -> why it can't serve the call, or None if it can.
         has_sliding_window: whether it leaves out keys before the window itself; else it gets a mask.
+        needs_limits: whether it works only with limits to what a token uses; `function` gets them then. `backend=None`
+            chooses it by `heads_per_group` alone.
+        chosen_on: types of device on which `backend=None` may choose it, None for all; others have to name it.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Backend:
     function: Callable[..., Tensor]
     unsupported: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str | None]
     has_sliding_window: bool = False
+    needs_limits: bool = False
+    chosen_on: tuple[str, ...] | None = None
 
 
 def _serves_all(
@@ -62,6 +68,29 @@ _BACKENDS = {
     for backend in (
         # In order of preference: backend=None takes the first that supports the call.
         Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.cpu_attention, cpu.unsupported, True),
+        Backend(
+            "grouped",
+            "PyTorch's own attention, for as many heads in every key/value group; any device",
+            grouped_attention,
+            _serves_all,
+            needs_limits=True,
+        ),
+        Backend(
+            "triton",
+            "Triton kernels that gather active queries; NVIDIA GPUs",
+            triton_kernels.triton_attention,
+            triton_kernels.unsupported,
+            True,
+            chosen_on=("cuda",),
+        ),
+        Backend(
+            "flex",
+            "PyTorch's FlexAttention on the blocks that have work; GPUs, forward pass on the CPU",
+            flex.flex_routed_attention,
+            flex.unsupported,
+            True,
+            chosen_on=("cuda",),
+        ),
         Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", _sdpa, _serves_all),
         Backend("reference", "the definition: every head, then weighted", reference_attention, _serves_all),
     )
@@ -84,6 +113,8 @@ def moh_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     sliding_window: int | None = None,
+    heads_per_group: int | None = None,
+    groups_per_token: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention in which each token uses only some heads: `out[b, t, i] = gates[b, t, i] * H_i(x_t)`.
@@ -100,6 +131,9 @@ def moh_attention(
         dropout_p: probability of dropping an attention weight. As in PyTorch's function it is applied whenever it is
             above 0, so pass 0 in evaluation.
         sliding_window: query i sees at most this many keys, i itself the last; needs `is_causal`. None means all.
+        heads_per_group: a promise that no token uses more than this many heads of one key/value head, from 1 to
+            H / Hkv (`MoHConfig.heads_per_group`); other heads may be left out. None promises nothing.
+        groups_per_token: a promise that no token uses more than this many key/value heads, likewise.
         backend: name of a backend, or None for the most preferred that supports the call.
 
     Returns:
@@ -121,8 +155,12 @@ def moh_attention(
         raise ValueError(
             f"sliding_window must be at least 1 and needs is_causal=True, got {sliding_window}, {is_causal}"
         )
-    chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend)
+    limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
+    _check_limits(q.shape[1], k.shape[1], **limits)
+    chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend, **limits)
     options: dict[str, Any] = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale, "dropout_p": dropout_p}
+    if chosen.needs_limits:
+        options |= limits
     if sliding_window is not None and chosen.has_sliding_window:
         options["sliding_window"] = sliding_window
     elif sliding_window is not None:
@@ -147,6 +185,8 @@ def choose_backend(
     *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    heads_per_group: int | None = None,
+    groups_per_token: int | None = None,
     backend: str | None = None,
 ) -> Backend:
     """The backend that `moh_attention` would use for these arguments.
@@ -154,14 +194,72 @@ def choose_backend(
     Raises:
         ValueError: `backend` is unknown or can't serve the call.
     """
+
+    limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
     if backend is None:
-        return next(b for b in _BACKENDS.values() if b.unsupported(q, k, v, gates, attn_mask, dropout_p) is None)
+        device = q.device.type
+        return next(
+            candidate
+            for candidate in _BACKENDS.values()
+            if (candidate.chosen_on is None or device in candidate.chosen_on)
+            and not (candidate.needs_limits and heads_per_group is None)
+            and _why_not(candidate, (q, k, v, gates), attn_mask, dropout_p, **limits) is None
+        )
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
-    reason = _BACKENDS[backend].unsupported(q, k, v, gates, attn_mask, dropout_p)
-    if reason is not None:
-        raise ValueError(f"backend {backend!r} can't serve this call: {reason}")
+    if (why_not := _why_not(_BACKENDS[backend], (q, k, v, gates), attn_mask, dropout_p, **limits)) is not None:
+        raise ValueError(f"backend {backend!r} can't serve this call: {why_not}")
     return _BACKENDS[backend]
+
+
+def backends_passed_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    heads_per_group: int | None = None,
+    groups_per_token: int | None = None,
+) -> dict[str, str | None]:
+    """Why `backend=None` would pass over each backend for these arguments; None if it would not: the first of those serves.
+
+    The tensors may be empty views: only shapes, dtype, device and whether gradients are wanted count.
+    """
+    limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
+    found: dict[str, str | None] = {}
+    for name, candidate in _BACKENDS.items():
+        why_not = _why_not(candidate, (q, k, v, gates), attn_mask, dropout_p, **limits)
+        if why_not is None and candidate.chosen_on is not None and q.device.type not in candidate.chosen_on:
+            why_not = f"on {q.device.type} it serves only calls that name it"
+        if why_not is None and candidate.needs_limits and heads_per_group is None:
+            why_not = "with groups_per_token alone, it serves only calls that name it"
+        found[name] = why_not
+    return found
+
+
+def _why_not(
+    candidate: Backend,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    *,
+    heads_per_group: int | None,
+    groups_per_token: int | None,
+) -> str | None:
+    if candidate.needs_limits and (missing := without_limits(tensors[0], heads_per_group, groups_per_token)):
+        return missing
+    return candidate.unsupported(*tensors, attn_mask, dropout_p)
+
+
+def _check_limits(H: int, Hkv: int, *, heads_per_group: int | None, groups_per_token: int | None) -> None:
+    for name, limit, most in (
+        ("heads_per_group", heads_per_group, H // Hkv),
+        ("groups_per_token", groups_per_token, Hkv),
+    ):
+        if limit is not None and not 1 <= limit <= most:
+            raise ValueError(f"{name} must be between 1 and {most}, got {limit}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:

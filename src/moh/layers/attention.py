@@ -25,6 +25,8 @@ class MoHAttention(nn.Module):
         shared_heads: h_s: a number (the first ones) or the indices of the heads that are always active.
         active_heads: k, routed heads active per token. With `shared_heads + active_heads = num_heads` every head is.
         router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        routing_unit: what a token chooses: "head", "group_balanced" (as many heads in every group that shares keys and
+            values) or "kv_group" (whole such groups); see `moh.MoHConfig`.
         num_kv_heads: key/value heads for grouped-query attention; None means `num_heads`.
         head_dim: D, the width of one head; None means `dim // num_heads`. `num_heads * head_dim` may differ from `dim`.
         context_dim: width of the keys' and values' input in cross-attention; None means `dim`.
@@ -52,6 +54,7 @@ class MoHAttention(nn.Module):
         shared_heads: int | Sequence[int],
         active_heads: int,
         router: str = "two_stage",
+        routing_unit: str = "head",
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         context_dim: int | None = None,
@@ -64,10 +67,17 @@ class MoHAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = MoHConfig(num_heads, shared_heads, active_heads, router)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        config = MoHConfig(
+            num_heads,
+            shared_heads,
+            active_heads,
+            router,
+            routing_unit=routing_unit,
+            kv_heads=None if routing_unit == "head" else num_kv_heads,
+        )
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(
@@ -88,9 +98,14 @@ class MoHAttention(nn.Module):
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **factory)
         self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)
         self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=qkv_bias, **factory)
-        self.router = build_router(self.config, dim, device=device, dtype=dtype)
+        self.router = build_router(config, dim, device=device, dtype=dtype)
         self.proj = nn.Linear(num_heads * head_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @property
+    def config(self) -> MoHConfig:
+        """The layer's heads and routing, as its router has them now."""
+        return self.router.config
 
     def forward(
         self,
@@ -129,6 +144,8 @@ class MoHAttention(nn.Module):
             is_causal=is_causal,
             attn_mask=_with_padding(attn_mask, key_padding_mask, context),
             dropout_p=self.attn_drop if self.training else 0.0,
+            heads_per_group=self.config.heads_per_group,
+            groups_per_token=self.config.groups_per_token,
             backend=self.backend,
         )  # [B, Nq, h, D]
         out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share, self.backend))

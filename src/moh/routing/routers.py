@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moh.config import MoHConfig
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import Recorder
+from moh.routing.units import choose, order
 
 
 class Router(nn.Module):
@@ -54,13 +55,6 @@ class Router(nn.Module):
     def _route(self, source: Tensor) -> RoutingInfo:
         raise NotImplementedError
 
-    def _top_k(self, scores: Tensor) -> Tensor:
-        """Bool mask of the k largest of `scores` `[B, N, h_r]`."""
-        if self.config.active_heads == self.config.num_routed:
-            return torch.ones_like(scores, dtype=torch.bool)
-        top = scores.topk(self.config.active_heads, dim=-1).indices  # [B, N, k]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)
-
     def _join(self, shared: Tensor, routed: Tensor) -> Tensor:
         """Gates of the shared `[B, N, h_s]` and routed `[B, N, h_r]` heads -> `[B, N, H]` in the heads' order."""
         return torch.cat(
@@ -76,7 +70,8 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"heads={c.num_heads}, shared={list(self._shared)}, active={c.active_heads}, share={c.share:.2f}"
+        unit = "" if c.routing_unit == "head" else f", unit={c.routing_unit}"
+        return f"heads={c.num_heads}, shared={list(self._shared)}, active={c.active_heads}, share={c.share:.2f}{unit}"
 
 
 class TwoStageRouter(Router):
@@ -128,7 +123,7 @@ class TwoStageRouter(Router):
             routed = source.new_zeros((*source.shape[:-1], config.num_routed), dtype=torch.float32)
             return RoutingInfo(config, self._join(shared, routed).to(source.dtype), None)
         probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
-        chosen = torch.where(self._top_k(probs), probs, 0.0)
+        chosen = torch.where(choose(probs, config), probs, 0.0)
         if scaled:
             total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
             chosen = config.active_heads * chosen / total
@@ -140,7 +135,7 @@ class _HardRouter(Router):
 
     def _hard_gates(self, scores: Tensor, surrogate: Tensor, dtype: torch.dtype) -> Tensor:
         """`scores` decide the top k and `surrogate` gets the gates' gradient; both `[B, N, h_r]` -> `[B, N, H]`."""
-        routed = self._top_k(scores).to(surrogate.dtype)
+        routed = choose(scores, self.config).to(surrogate.dtype)
         if surrogate.requires_grad:
             routed = routed + (surrogate - surrogate.detach())  # adds 0: the value stays exactly 1 or 0
         shared = routed.new_ones((*routed.shape[:-1], self.config.num_shared))
@@ -203,11 +198,13 @@ class LinearRouter(_HardRouter):
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
     def order(self, x: Tensor) -> Tensor:
-        """Head indices from the last to go to the first: shared ones, then by falling prediction, `[B, N, H]` int64."""
+        """Head indices from the last to go to the first, `[B, N, H]` int64: shared ones, then by falling prediction.
+
+        The first n are those that a layer with n heads would use, if n is a multiple of `config.step`.
+        """
         logits = self.contribution(x).float()
         logits[..., list(self._shared)] = torch.inf
-        order: Tensor = logits.argsort(dim=-1, descending=True, stable=True)
-        return order
+        return order(logits, self.config)
 
 
 def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,57 @@
+"""Active rows to the front, in token order, with static shapes and without asking the device for a number.
+
+What the GPU backends share: a row is a (token, query head of the group) pair of one key/value head. Not for the
+`sdpa` backend, which cuts its tensors to the number of active rows and has to know it for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Which rows of each (sequence, key/value head) are active, and where they go; all int64, M = Nq * G.
+
+    Attributes:
+        rows: `[B, Hkv, M]`, a permutation of the rows: the active ones in token order, then the others. Row r is head
+            `r % G` of the group and token `r // G`.
+        places: `[B, Hkv, M]`, its inverse: where each row went.
+        counts: `[B, Hkv]`, how many rows are active.
+        before: `[B, Hkv, Nq + 1]`, how many active rows belong to tokens before t.
+    """
+
+    rows: Tensor
+    places: Tensor
+    counts: Tensor
+    before: Tensor
+
+
+def compact(gates: Tensor, Hkv: int) -> Compaction:
+    """The compaction of `gates` `[B, Nq, H]`, Nq > 0; a prefix sum and a scatter, which a CUDA graph can record."""
+    B, Nq, H = gates.shape
+    G = H // Hkv
+    active = rows_of(gates.transpose(1, 2) != 0, Hkv)  # [B, Hkv, M]
+    upto = active.cumsum(-1)  # [B, Hkv, M], itself included
+    counts = upto[..., -1]
+    index = torch.arange(Nq * G, device=gates.device)
+    places = torch.where(active, upto - 1, counts[..., None] + index - upto)
+    rows = torch.empty_like(places).scatter_(-1, places, index.expand_as(places))
+    before = torch.nn.functional.pad(upto[..., G - 1 :: G], (1, 0))  # [B, Hkv, Nq + 1]
+    return Compaction(rows, places, counts, before)
+
+
+def rows_of(x: Tensor, Hkv: int) -> Tensor:
+    """`[B, H, Nq, ...]` -> `[B, Hkv, Nq*G, ...]`: the rows of each key/value head, token-major."""
+    B, H, Nq = x.shape[:3]
+    G = H // Hkv
+    return x.reshape(B, Hkv, G, Nq, *x.shape[3:]).transpose(2, 3).reshape(B, Hkv, Nq * G, *x.shape[3:])
+
+
+def token_major(x: Tensor, Nq: int) -> Tensor:
+    """`[B, Hkv, Nq*G, D]` -> `[B, Nq, H, D]`: rows back to tokens and heads."""
+    B, Hkv, M, D = x.shape
+    return x.view(B, Hkv, Nq, M // Nq, D).transpose(1, 2).reshape(B, Nq, Hkv * (M // Nq), D)

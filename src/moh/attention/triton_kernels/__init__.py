@@ -1,0 +1,101 @@
+"""Backend `triton`: kernels that gather the active queries themselves; NVIDIA GPUs from sm_80 on.
+
+On the CPU only in Triton's interpreter (`TRITON_INTERPRET=1`), to check it. Nothing of Triton is imported before the
+first call, so that PyTorch without Triton is no worse off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from moh.attention.compaction import compact
+from moh.attention.cpu import transforms_are_active
+from moh.attention.triton_kernels.operators import triton_attention_op
+from moh.attention.triton_kernels.tiles import MAX_WIDTH
+
+__all__ = ["DTYPES", "MAX_WIDTH", "triton_attention", "unavailable", "unsupported"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Routed attention by the Triton kernels; arguments and result as in `moh.attention.moh_attention`."""
+    packed = compact(gates.detach(), k.shape[1])
+    rows, counts, before = (x.to(torch.int32).contiguous() for x in (packed.rows, packed.counts, packed.before))
+    attn_mask = None if attn_mask is None else attn_mask.detach()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out: Tensor = triton_attention_op(
+        q, k, v, gates, attn_mask, rows, counts, before, is_causal, sliding_window, scale
+    )[0]
+    return out
+
+
+@torch.compiler.assume_constant_result
+def unavailable(device: str = "cuda") -> str | None:
+    """Why the kernels can't run on devices of this type ("cuda" or "cpu") here, or None."""
+    return _unavailable(device)
+
+
+@functools.cache
+def _unavailable(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's CUDA wheels"
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu":
+        return None if interprets else "it runs on NVIDIA GPUs, and on the CPU only with TRITON_INTERPRET=1"
+    if device != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {device}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if torch.version.cuda is None:
+        return "it was made for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"it needs compute capability {_dotted(MIN_CAPABILITY)} or later, this GPU has {_dotted(capability)}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> str | None:
+    """Why the backend can't serve the call, or None."""
+    reason: str | None = unavailable(q.device.type)
+    if reason is not None:
+        return reason
+    if q.dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    width = max(q.shape[-1], v.shape[-1])
+    if width > MAX_WIDTH:
+        return f"it has heads of width at most {MAX_WIDTH}, not {width}"
+    if min(q.shape) == 0 or min(v.shape) == 0:
+        return "it needs at least one query and one key"
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return "Triton's interpreter can't multiply bfloat16"
+    if dropout_p > 0:
+        return "it has no dropout of attention weights"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient for the mask"
+    if transforms_are_active():
+        return "it has no rules for torch.func's transforms"
+    return None

@@ -1,0 +1,193 @@
+"""The Triton kernels as operators of PyTorch, `moh::triton_attention` and its backward pass.
+
+Opaque to `torch.compile`, which keeps one graph around them; every shape is static and nothing is asked of the device,
+so that a CUDA graph can record them. Not for the choice of block sizes (`tiles.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moh.attention.triton_kernels.tiles import padded, tiles
+
+SPLIT_KEYS = 256
+"""Decoding cuts the keys into parts of at least this many: shorter ones cost more to combine than they win."""
+
+MAX_SPLITS = 64
+"""More parts than this would not fit the registers of the program that combines them."""
+
+DECODE_ROWS = 16
+"""With at most this many rows per key/value head one program takes them all, and there is work for more by the keys."""
+
+_Mask = tuple[Tensor, int, bool, tuple[int, int, int, int]]
+
+
+def _strides(x: Tensor, *dims: int) -> tuple[int, ...]:
+    return tuple(x.stride(d) for d in dims)
+
+
+def _mask(attn_mask: Tensor | None, like: Tensor) -> _Mask:
+    """(what the kernel reads, 0 none / 1 bool / 2 additive, whether it depends on the key alone, its strides)"""
+    if attn_mask is None:
+        return like, 0, False, (0, 0, 0, 0)
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    b, h, q, k = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    kind = 1 if mask.dtype == torch.bool else 2
+    return mask.view(torch.uint8) if kind == 1 else mask, kind, h == 0 and q == 0, (b, h, q, k)
+
+
+def _constants(q: Tensor, v: Tensor, G: int, is_causal: bool, window: int | None, mask: _Mask) -> dict[str, Any]:
+    D, Dv = q.shape[-1], v.shape[-1]
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "G": G, "D": D, "DV": Dv, "BD": padded(D), "BDV": padded(Dv), "CAUSAL": is_causal,
+        "WINDOW": window is not None, "MASK": mask[1], "PER_KEY": mask[2], "PRECISION": "ieee" if exact else "tf32",
+    }  # fmt: skip
+
+
+def _splits(q: Tensor, Hkv: int, Nk: int, M: int) -> int:
+    """Into how many parts the keys are cut: with few rows, as many as keep the device busy."""
+    if M > DECODE_ROWS or q.device.type != "cuda":
+        units = 1 if M > DECODE_ROWS else 8
+    else:
+        units = torch.cuda.get_device_properties(q.device).multi_processor_count * 2
+    return max(1, min(-(-Nk // SPLIT_KEYS), units // max(1, q.shape[0] * Hkv), MAX_SPLITS))
+
+
+def _major(q: Tensor) -> int:
+    return torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 8
+
+
+def _factor(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+@torch.library.custom_op("moh::triton_attention", mutates_args=())
+def triton_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    rows: Tensor,
+    counts: Tensor,
+    before: Tensor,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(weighted heads `[B, Nq, H, Dv]`, log2 of each packed row's sum, float32 `[B, Hkv, M]`); int32 rows."""
+    from moh.attention.triton_kernels.forward import LOG2_E, combine_kernel, forward_kernel
+
+    B, H, Nq, D = q.shape
+    Hkv, Nk, Dv = v.shape[1:]
+    M = rows.shape[-1]
+    out = q.new_zeros(B, Nq, H, Dv)
+    lse = q.new_empty(B, Hkv, M, dtype=torch.float32)
+    mask = _mask(attn_mask, q)
+    constants = _constants(q, v, H // Hkv, is_causal, window, mask)
+    splits = _splits(q, Hkv, Nk, M)
+    table = tiles(max(D, Dv), q.element_size(), _major(q))
+    tile = table.decode if M <= DECODE_ROWS else table.forward
+    chunk = -(-Nk // splits // tile.keys) * tile.keys if splits > 1 else Nk
+    chunk = max(chunk, tile.keys)
+    parts, part_lse = out, lse
+    if splits > 1:
+        splits = -(-Nk // chunk)
+        parts = q.new_empty(splits, B * Hkv, M, Dv, dtype=torch.float32)
+        part_lse = q.new_empty(splits, B * Hkv, M, dtype=torch.float32)
+    forward_kernel[(-(-M // tile.rows), B * Hkv, splits)](
+        q, k, v, gates, mask[0], rows, counts, parts, part_lse,
+        *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
+        *_strides(out, 0, 1, 2), Hkv, Nk, M, window or 0, chunk, _factor(q, scale) * LOG2_E.value,
+        **constants, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=splits > 1, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(M, B * Hkv)](
+            parts, part_lse, gates, rows, counts, out, lse, *_strides(gates, 0, 1, 2), *_strides(out, 0, 1, 2),
+            Hkv, M, B * Hkv, splits, G=H // Hkv, DV=Dv, BDV=padded(Dv), BLOCK_S=padded(splits), num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+@triton_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, rows: Tensor, *_: Any) -> Any:
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    return out, torch.empty_like(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("moh::triton_attention_backward", mutates_args=())
+def triton_attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    rows: Tensor,
+    counts: Tensor,
+    before: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q (token-major in memory), k, v and gates, from `grad` with the strides of `out`."""
+    from moh.attention.triton_kernels.backward import backward_keys_kernel, backward_rows_kernel
+    from moh.attention.triton_kernels.forward import LOG2_E
+
+    B, H, Nq, D = q.shape
+    Hkv, Nk, Dv = v.shape[1:]
+    M = rows.shape[-1]
+    dq = q.new_zeros(B, Nq, H, D)
+    dk, dv = k.new_empty(B, Hkv, Nk, D), v.new_empty(B, Hkv, Nk, Dv)
+    dgates = gates.new_zeros(B, Nq, H)
+    delta = torch.empty_like(lse)
+    mask = _mask(attn_mask, q)
+    constants = _constants(q, v, H // Hkv, is_causal, window, mask)
+    table = tiles(max(D, Dv), q.element_size(), _major(q))
+    sizes = (
+        *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
+        *_strides(out, 0, 1, 2), Hkv, Nq, Nk, M, window or 0, _factor(q, scale) * LOG2_E.value, _factor(q, scale),
+    )  # fmt: skip
+    tile = table.rows
+    backward_rows_kernel[(-(-M // tile.rows), B * Hkv)](
+        grad, q, k, v, gates, mask[0], rows, counts, out, lse, dq, dgates, delta, *sizes, **constants,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    tile = table.keys
+    backward_keys_kernel[(-(-Nk // tile.keys), B * Hkv)](
+        grad, q, k, v, gates, mask[0], rows, counts, before, lse, delta, dk, dv, *sizes, **constants,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk, dv, dgates
+
+
+@triton_attention_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *_: Any) -> Any:
+    B, H, Nq, D = q.shape
+    return (
+        q.new_empty(B, Nq, H, D).transpose(1, 2),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        gates.new_empty(gates.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gates, attn_mask, rows, counts, before, ctx.is_causal, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, gates, attn_mask, rows, counts, before, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = triton_attention_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.is_causal, ctx.window, ctx.scale)
+    return (*grads, *[None] * 7)
+
+
+triton_attention_op.register_autograd(_backward, setup_context=_setup_context)

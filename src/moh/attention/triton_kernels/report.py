@@ -1,0 +1,179 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and tell what they need, by NVIDIA's assembler.
+
+`python -m moh.attention.triton_kernels.report` prints registers, spills and shared memory. Not for how fast they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moh.attention.triton_kernels.tiles import Tile, padded, tiles
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = ("forward", "decode", "rows", "keys")
+WIDTHS = (64, 128)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227}
+"""KiB of shared memory that one program may have."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel needs.
+
+    Attributes:
+        kernel: of `KERNELS`; "rows" and "keys" are the backward pass.
+        architecture: 90 is sm_90.
+        dtype: of q, k and v.
+        width: D of a head.
+        is_causal: whether it was compiled so.
+        registers: per thread, of at most 255.
+        spilled: bytes written to and read back from local memory for want of registers.
+        shared: bytes of shared memory per program.
+    """
+
+    kernel: str
+    architecture: int
+    dtype: str
+    width: int
+    is_causal: bool
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_kernel(
+    kernel: str, architecture: int, *, dtype: str = "bfloat16", width: int = 64, is_causal: bool = False
+) -> Usage:
+    """Compile one kernel for 4 query heads per key/value head, contiguous tensors, no mask; takes some seconds.
+
+    Raises:
+        ValueError: kernel, architecture or dtype is none of those named above.
+        RuntimeError: NVIDIA's assembler refuses the code.
+    """
+    for name, value, known in (
+        ("kernel", kernel, KERNELS),
+        ("architecture", architecture, ARCHITECTURES),
+        ("dtype", dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    itemsize = 4 if dtype == "float32" else 2
+    tile: Tile = getattr(tiles(width, itemsize, architecture // 10), kernel)
+    fn = _function(kernel)
+    constants = _constants(kernel, tile, width, is_causal)
+    signature = {name: _type(name, DTYPES[dtype], constants, kernel) for name in fn.arg_names}
+    # As at a launch: pointers and the strides of rows are multiples of 16.
+    aligned = [
+        index
+        for index, name in enumerate(fn.arg_names)
+        if name.endswith("_ptr") or (name.startswith("stride_") and name[7] in "qkvo")
+    ]
+    source = ASTSource(fn, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, spilled = _assemble(compiled.asm["ptx"])
+    return Usage(kernel, architecture, dtype, width, is_causal, registers, spilled, compiled.metadata.shared)
+
+
+def _function(kernel: str) -> Any:
+    from moh.attention.triton_kernels import backward, forward
+
+    functions = {
+        "forward": forward.forward_kernel,
+        "decode": forward.forward_kernel,
+        "rows": backward.backward_rows_kernel,
+        "keys": backward.backward_keys_kernel,
+    }
+    return functions[kernel]
+
+
+def _constants(kernel: str, tile: Tile, width: int, is_causal: bool) -> dict[str, Any]:
+    constants = {
+        "G": 4, "D": width, "DV": width, "BD": padded(width), "BDV": padded(width), "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys, "CAUSAL": is_causal, "WINDOW": False, "MASK": 0, "PER_KEY": False, "PRECISION": "ieee",
+    }  # fmt: skip
+    if kernel in ("forward", "decode"):
+        constants["SPLIT"] = kernel == "decode"
+    return constants
+
+
+def _type(name: str, element: str, constants: dict[str, Any], kernel: str) -> str:
+    if name in constants:
+        return "constexpr"
+    if not name.endswith("_ptr"):
+        return "fp32" if name in ("scale", "factor") else "i32"
+    if name in ("rows_ptr", "counts_ptr", "before_ptr"):
+        return "*i32"
+    if name in ("lse_ptr", "delta_ptr") or (kernel == "decode" and name == "out_ptr"):
+        return "*fp32"
+    return f"*{element}"
+
+
+def _assemble(ptx: str) -> tuple[int, int]:
+    """(registers, bytes spilled), as NVIDIA's assembler tells; of those that come with Triton, the one for this code."""
+    from triton.backends import nvidia
+
+    found = re.search(r"\.target\s+(sm_\w+)", ptx)
+    assert found is not None  # every PTX file says it
+    target = found.group(1)
+    folder = Path(nvidia.__file__ or next(iter(nvidia.__path__))).parent
+    folder = folder if (folder / "bin").is_dir() else Path(next(iter(nvidia.__path__)))
+    newer = folder / "bin" / "ptxas-blackwell"
+    tool = newer if target.startswith("sm_10") and newer.exists() else folder / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch) / "kernel.ptx"
+        code.write_text(ptx, encoding="utf-8")
+        command = [str(tool), "-v", f"--gpu-name={target}", str(code), "-o", str(Path(scratch) / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool.name} failed: {' '.join(done.stderr.split())}")
+    told = done.stderr + done.stdout
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
+    if not registers:
+        raise RuntimeError(f"{tool.name} told no registers: {' '.join(told.split())}")
+    return max(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+
+
+def usages(
+    architectures: Sequence[int] = ARCHITECTURES, dtypes: Sequence[str] = ("bfloat16", "float32")
+) -> Iterator[Usage]:
+    """Every kernel for these architectures and dtypes, all widths, causal and not: minutes."""
+    for dtype, width, architecture, kernel in product(dtypes, WIDTHS, architectures, KERNELS):
+        for is_causal in (False, True) if kernel != "decode" else (False,):
+            yield compile_kernel(kernel, architecture, dtype=dtype, width=width, is_causal=is_causal)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 1 if a kernel spills or needs more shared memory than there is."""
+    parser = argparse.ArgumentParser(prog="python -m moh.attention.triton_kernels.report", description=main.__doc__)
+    parser.add_argument("--sm", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    options = parser.parse_args(arguments)
+    print("| kernel | GPU | dtype | D | causal | registers | spilled, bytes | shared memory, KiB |")
+    print("|" + " --- |" * 8)
+    bad = 0
+    for u in usages(options.sm, options.dtype):
+        bad += u.spilled > 0 or u.shared > SHARED_LIMIT[u.architecture] * 1024
+        cells = (u.kernel, f"sm_{u.architecture}", u.dtype, u.width, "yes" if u.is_causal else "no", u.registers)
+        print(f"| {' | '.join(map(str, cells))} | {u.spilled} | {u.shared / 1024:.1f} |", flush=True)
+    print(f"{bad} of these spill or need too much shared memory" if bad else "none spills")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

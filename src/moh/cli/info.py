@@ -1,0 +1,103 @@
+"""`moh info`: versions, devices, which attention backends work here, and which would serve a call of a given shape."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_parser(sub: Any) -> None:
+    """Add the command to the parser of all commands."""
+    text = "Versions, devices, and which attention backends work here."
+    parser = sub.add_parser("info", help=text, description=text, allow_abbrev=False)
+    parser.add_argument(
+        "--shape", nargs=5, type=int, metavar=("B", "H", "HKV", "N", "D"),
+        help="sequences, query heads, key/value heads, tokens, width of a head: which backend would serve such a call",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of that call (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of that call, as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="that call wants gradients")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of that call's attention weights")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what there is, or what would serve `--shape`.
+
+    Raises:
+        ValueError: the shape or the device is none.
+    """
+    if arguments.shape:
+        _print_choice(arguments)
+    else:
+        _print_all()
+
+
+def _print_all() -> None:
+    import torch
+
+    import moh
+    from moh.attention import backends
+    from moh.evaluation.machine import cpu_name
+
+    print(f"moh {moh.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "triton", "transformers", "accelerate", "timm", "diffusers"):
+        print(f"  {name:13s} {_version(name)}")
+    print("devices")
+    print(f"  cpu           {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        print(f"  cuda:{index}        {torch.cuda.get_device_name(index)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"attention backends on {device}, the first that supports a call serves it; --shape asks for one call")
+    q, gates = torch.zeros(1, 2, 4, 16, device=device), torch.zeros(1, 4, 2, device=device)
+    for backend in backends():
+        reason = backend.unsupported(q, q, q, gates, None, 0.0)
+        works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
+        print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
+
+
+def _print_choice(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from moh.attention import backends_passed_over
+
+    B, H, Hkv, N, D = arguments.shape
+    if min(arguments.shape) < 1 or H % Hkv:
+        raise ValueError(f"--shape must be B H HKV N D, each at least 1, HKV a divisor of H, got {arguments.shape}")
+    device = _device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    number = torch.zeros(1, device=device, dtype=dtype, requires_grad=arguments.train)
+    q, k, gates = number.expand(B, H, N, D), number.expand(B, Hkv, N, D), number.expand(B, N, H)
+    reasons = backends_passed_over(q, k, k, gates, dropout_p=arguments.dropout)
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    print(
+        f"{chosen} serves B{B} H{H}/{Hkv} N{N} D{D} {arguments.dtype} on {device}{' with gradients' * arguments.train}"
+    )
+    for name, reason in reasons.items():
+        print(f"  {name:13s} {reason or ('serves' if name == chosen else 'could serve, but comes later')}")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,160 @@
+"""Promises of the `triton` backend: values and gradients in Triton's interpreter, and that its kernels compile for GPUs.
+
+The interpreter has to be on before Triton is imported: those tests run in a process of their own, once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import make_inputs
+
+from moh.attention import choose_backend, moh_attention, triton_kernels
+from moh.attention.triton_kernels.tiles import MAX_WIDTH, padded, tiles
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+FEW = {
+    "causal-H3-kv1-D24-Dv40": dict(B=1, Hkv=1, G=3, Nq=90, D=24, Dv=40, activity="uneven", is_causal=True),
+    "float16": dict(B=1, Hkv=1, Nq=70, Nk=100, D=24, activity="uneven", dtype="float16"),
+    "decode-in-parts": dict(B=1, Hkv=1, G=4, Nq=1, Nk=600),
+    "window": dict(B=1, Hkv=1, G=1, Nq=90, is_causal=True, window=30),
+    "blind-rows": dict(B=2, Hkv=1, Nq=8, is_causal=True, mask="blind_rows"),
+    "bias": dict(B=1, Hkv=1, Nq=6, mask="bias_per_head"),
+    "nothing-active": dict(B=1, Hkv=1, Nq=6, activity="none"),
+}
+MANY = {
+    "padding": dict(B=2, Hkv=1, Nq=6, mask="padding"),
+    "plain": dict(B=1, Hkv=2, Nq=5),
+    **{f"{a}-{c}": dict(activity=a, is_causal=c) for a in ("all", "half", "one_pair", "idle_head") for c in (0, 1)},
+    **{
+        f"{m}-{c}": dict(mask=m, is_causal=c, B=1, Nq=40, Nk=70)
+        for m in ("bool_full", "bias_per_key", "bias_blind_rows")
+        for c in (0, 1)
+    },
+    "long": dict(B=1, Hkv=1, G=2, Nq=300, is_causal=1, D=64),
+    "window-and-mask": dict(B=1, Hkv=1, G=2, Nq=150, is_causal=1, window=40, mask="bool_2d"),
+    "D130": dict(B=1, Hkv=1, G=1, Nq=20, D=130),
+    "own-scale": dict(B=1, scale=0.3),
+}
+
+SCRIPT = """
+import sys, functools, json
+import torch
+from moh.attention import moh_attention
+from moh.attention.conformance import compare, make_inputs, assert_same, gradients
+torch.set_num_threads(1)
+assert 'moh.attention.triton_kernels.forward' not in sys.modules, 'the kernels are imported before a call'
+for name, kind in json.loads(sys.argv[1]).items():
+    window = kind.pop("window", None)
+    kind["is_causal"] = bool(kind.get("is_causal"))
+    kind["dtype"] = getattr(torch, kind.get("dtype", "float32"))
+    inputs = make_inputs(**kind)
+    if inputs.attn_mask is not None:
+        inputs.attn_mask = inputs.attn_mask.detach()
+    outs = [
+        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, sliding_window=window, backend=b, **inputs.options)
+        for b in ("triton", "reference")
+    ]
+    assert_same(*outs, f"{name}: output")
+    weight = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
+    got, expected = (gradients(out, inputs, weight) for out in outs)
+    for what in expected:
+        assert_same(got[what], expected[what], f"{name}: gradient of {what}")
+    idle = inputs.gates == 0
+    assert (outs[0][idle] == 0).all() and (got["q"].transpose(1, 2)[idle] == 0).all(), name
+    print(name, flush=True)
+"""
+
+
+def interpret(kinds: dict[str, dict[str, object]]) -> list[str]:
+    """Names of the kinds that are served like the reference, by the interpreter, in a new process."""
+    import json
+
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", SCRIPT, json.dumps(kinds)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@needs_triton
+def test_calls_are_served_like_the_reference_in_the_interpreter():
+    assert interpret(FEW) == list(FEW)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_more_calls_are_served_like_the_reference_in_the_interpreter():
+    assert interpret(MANY) == list(MANY)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100], ids=lambda sm: f"sm_{sm}")
+@pytest.mark.parametrize("kernel", ["forward", "decode", "rows", "keys"])
+@pytest.mark.parametrize("width", [64, 128], ids=lambda width: f"D{width}")
+def test_kernels_compile_ahead_of_time_without_spilling_registers(kernel, architecture, width, tmp_path, monkeypatch):
+    from moh.attention.triton_kernels.report import SHARED_LIMIT, compile_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    usage = compile_kernel(kernel, architecture, width=width, is_causal=kernel != "decode")
+    assert usage.spilled == 0
+    assert 0 < usage.registers <= 255
+    assert usage.shared <= SHARED_LIMIT[architecture] * 1024
+
+
+@needs_triton
+def test_report_refuses_what_it_does_not_know_by_name():
+    from moh.attention.triton_kernels.report import compile_kernel
+
+    with pytest.raises(ValueError, match="kernel must be one of 'forward', 'decode', 'rows', 'keys', got 'sideways'"):
+        compile_kernel("sideways", 90)
+
+
+def test_every_width_has_tiles_that_tensor_cores_can_use():
+    for width in range(1, MAX_WIDTH + 1):
+        assert padded(width) >= max(width, 16) and padded(width).bit_count() == 1
+        for itemsize in (2, 4):
+            for major in (8, 9, 10, 12):
+                table = tiles(width, itemsize, major)
+                for tile in (table.forward, table.rows, table.keys, table.decode):
+                    assert min(tile.rows, tile.keys) >= 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_why_and_is_not_chosen():
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match=r"backend 'triton' can't serve this call: .*(NVIDIA|not installed)"):
+        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="triton")
+    assert choose_backend(inputs.q, inputs.k, inputs.v, inputs.gates).name != "triton"
+
+
+def test_without_triton_it_says_that_it_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_kernels._unavailable.cache_clear()
+    try:
+        assert "Triton is not installed" in triton_kernels._unavailable("cuda")
+    finally:
+        triton_kernels._unavailable.cache_clear()
+
+
+def test_operators_know_their_shapes_without_running():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moh.attention.triton_kernels.operators import triton_attention_backward_op, triton_attention_op
+
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 4, 5, 8), torch.empty(2, 2, 6, 8), torch.empty(2, 2, 6, 3)
+        gates, rows = torch.empty(2, 5, 4), torch.empty(2, 2, 10, dtype=torch.int32)
+        rest = (rows, torch.empty(2, 2, dtype=torch.int32), torch.empty(2, 2, 6, dtype=torch.int32))
+        out, lse = triton_attention_op(q, k, v, gates, None, *rest, True, None, None)
+        assert out.shape == (2, 5, 4, 3) and lse.shape == (2, 2, 10) and lse.dtype == torch.float32
+        grads = triton_attention_backward_op(out, q, k, v, gates, None, *rest, out, lse, True, None, None)
+        assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, gates.shape]
