@@ -119,7 +119,7 @@ def _dense(case: Case) -> PreTrainedModel:
 def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     """The MoH model on the dense one's own tensors, with random routers."""
     layer = heads_of(active, case.heads, case.router or "")
-    fields = moh_config_fields(dense.config, layer.router) | {
+    fields = moh_config_fields(dense.config) | {
         "router": layer.router,
         "shared_heads": layer.num_shared,
         "active_heads": layer.active_heads,

@@ -89,7 +89,7 @@ def main() -> None:
 
     add(dense.config.num_attention_heads, "dense original", dense)
     h = dense.config.num_attention_heads
-    calibrator = Calibrator(DenseLanguageModel(dense, "linear", copied=False), blocks, 2, progress=False)
+    calibrator = Calibrator(DenseLanguageModel(dense, copied=False), blocks, 2, progress=False)
     shared = options.shared_heads
     routers = calibrator.fit_routers([MoHConfig(h, shared, h - 1 - shared, "linear")] * dense.config.num_hidden_layers)
     costs = calibrator.costs(routers)
@@ -119,7 +119,7 @@ def _model(
 ) -> PreTrainedModel:
     """The MoH model with these routers, on the dense model's own tensors."""
     config = MoHLlamaConfig(
-        **moh_config_fields(dense.config, "linear"),
+        **moh_config_fields(dense.config),
         router="linear",
         shared_heads=[list(r.config.shared_indices) for r in routers],
         active_heads=[r.config.active_heads for r in routers],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moh.attention import moh_attention
 from moh.config import MoHConfig
 from moh.layers import MoHAttention
+from moh.models.budget import active_heads, set_active_heads
 from moh.models.registration import register_with_transformers
 from moh.models.timm_registration import register_with_timm
 from moh.routing import RoutingInfo, record_routing
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["MoHAttention", "MoHConfig", "RoutingInfo", "convert", "moh_attention", "record_routing"]
+__all__ = [
+    "MoHAttention",
+    "MoHConfig",
+    "RoutingInfo",
+    "active_heads",
+    "convert",
+    "moh_attention",
+    "record_routing",
+    "set_active_heads",
+]
 
 
 register_with_transformers()

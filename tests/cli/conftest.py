@@ -1,4 +1,4 @@
-"""A converted model on disk, and the command line called in this process."""
+"""A converted model, classifiers and images on disk, and the command line called in this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from moh.cli import main
+
+CLASSES = ("ant", "bee", "cow")
+ARGUMENTS = {"img_size": 8, "in_chans": 3, "embed_dim": 20, "depth": 2, "num_heads": 5}
 
 
 @dataclass
@@ -52,3 +55,37 @@ def moh_dir(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
         patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         assert main(["convert", str(base_dir), str(target), *heads, *options]) == 0
     return target
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A MoH classifier and a dense one, on disk."""
+    timm = pytest.importorskip("timm")
+    import torch
+
+    from moh.models.image_loading import ImageInput, describe, save_image_classifier
+
+    found = {}
+    torch.manual_seed(0)
+    for kind in ("75", "dense"):
+        model = timm.create_model(f"moh_vit_micro_patch4_28_{kind}", num_classes=3, **ARGUMENTS)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        describe(model, ImageInput((3, 8, 8), (0.5,) * 3, (0.2,) * 3), CLASSES)
+        found[kind] = tmp_path_factory.mktemp("classifier") / kind
+        save_image_classifier(model, found[kind], model_args=ARGUMENTS)
+    return found
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of each class."""
+    image, torch = pytest.importorskip("PIL.Image"), pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name in CLASSES:
+        (root / name).mkdir()
+        for number in range(4):
+            pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+            image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
+    return root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -110,19 +109,6 @@ def test_sampling_is_repeatable_by_its_seed(moh, base_dir: Path) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_inspect_writes_a_table_and_two_pictures(moh, moh_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "load"
-    result = moh("inspect", moh_dir, "--out", out, "--files", text_file, "--seq-len", 32)
-    assert result.code == 0, result.err
-    assert {path.name for path in out.iterdir()} == {"head_load.csv", "head_load.png", "head_load.svg"}
-    with open(out / "head_load.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 4 and sum(float(row["load"]) for row in rows) == pytest.approx(2 * 2)
-    assert [line.split(":")[0].split() for line in result.out[:2]] == [["layer", "0"], ["layer", "1"]]
-    assert all("50 % of the heads used" in line for line in result.out[:2])
-    assert result.out[2].startswith(f"{out}: head_load.csv")
-
-
 def test_train_follows_a_recipe_and_its_overrides(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -156,13 +142,6 @@ def test_the_demos_defaults_are_those_of_its_settings(moh, monkeypatch: pytest.M
     monkeypatch.setattr("moh.demo.run_demo", given.append)
     assert moh("demo").code == 0
     assert given == [DemoSettings()]
-
-
-def test_inspect_writes_a_page_of_the_texts_given(moh, moh_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    told = moh("inspect", moh_dir, "--files", text_file, "--html", tmp_path / "page.html", "--max-tokens", 600)
-    assert told.code == 0 and "1 texts" in told.out[0]
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count('"tokens":[') == 1 and text_file.name in page
 
 
 @pytest.mark.parametrize("command", COMMANDS)

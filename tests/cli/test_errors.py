@@ -90,12 +90,6 @@ def test_heads_that_do_not_add_up_are_told(moh, base_dir: Path, text_file, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_inspecting_a_dense_model_tells_why_not(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    result = moh("inspect", base_dir, "--out", tmp_path / "out", "--files", text_file, "--seq-len", 16)
-    assert_one_line(result, "inspect", "model has no MoH layers")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -50,7 +50,7 @@ def routers_of(dense: nn.Module) -> list[LinearRouter]:
 
 
 def costs_of(dense: nn.Module, routers: list[LinearRouter], tokens: Tensor) -> Tensor:
-    return layer_costs(DenseLanguageModel(dense, "linear", copied=True), routers, iter(tokens.split(3)))
+    return layer_costs(DenseLanguageModel(dense, copied=True), routers, iter(tokens.split(3)))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])

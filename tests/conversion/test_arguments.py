@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from moh import convert
 
@@ -99,9 +99,10 @@ def test_an_argument_out_of_range_is_refused_and_nothing_changes(make_dense, tok
 
 
 def test_a_family_that_is_not_supported_is_named_with_those_that_are() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"model must be of a type among llama, mistral, qwen2.*, got 'gpt2'"):
-        convert(gpt2, router="query_norm", **HEADS)
+    sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    with pytest.raises(ValueError, match=r"model must be of a type among llama, mistral, qwen2.*, got 'gpt_neox'"):
+        convert(neox, router="query_norm", **HEADS)
 
 
 def test_a_model_that_normalises_its_queries_is_pointed_to_the_contribution_router(make_dense) -> None:

@@ -20,6 +20,13 @@ SERVED = [
     pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
     pytest.param(dict(router="linear", shared_heads=[4, 2], active_heads=[0, 2]), id="linear-all-active"),
     pytest.param(dict(router="two_stage"), id="two_stage"),
+    pytest.param(
+        dict(router="linear", routing_unit="group_balanced", shared_heads=0, active_heads=2), id="linear-balanced"
+    ),
+    pytest.param(
+        dict(router="linear", routing_unit="kv_group", shared_heads=2, active_heads=0), id="linear-shared-group"
+    ),
+    pytest.param(dict(router="linear", routing_unit="kv_group", shared_heads=0, active_heads=2), id="linear-kv-group"),
     pytest.param(dict(router="linear", attention_bias=True, head_dim=6, tie_word_embeddings=True), id="biases"),
 ]
 

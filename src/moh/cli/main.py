@@ -11,7 +11,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from moh.cli import commands, images, sampling, scores
+from moh.cli import (
+    chat,
+    commands,
+    curve,
+    explore,
+    generation,
+    harness,
+    images,
+    info,
+    inspect,
+    sampling,
+    scores,
+    serving,
+    vocabulary,
+)
 
 _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers whose attention heads are experts."
 
@@ -70,12 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--shared-heads", type=int, required=True, help="heads that every token uses")
     convert.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
     convert.add_argument("--router", choices=("linear", "query_norm", "two_stage"), default="linear")
+    convert.add_argument(
+        "--routing-unit", choices=("head", "group_balanced", "kv_group"), default="head", help="what a token chooses"
+    )
     _text(convert)
     convert.add_argument(
         "--calibration-tokens", type=int, default=12_288, help="tokens to fit on (default: %(default)s)"
     )
     convert.add_argument("--allocation", choices=("even", "sensitivity"), default="even", help="heads over layers")
     convert.add_argument("--refit-output", action="store_true", help="refit W_O to make up for skipped heads")
+    convert.add_argument(
+        "--budgets", nargs="+", type=float, metavar="SHARE", help="refit it for each of these shares of heads, one model"
+    )
 
     train = command(
         "train", "Train by a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes by itself."
@@ -96,28 +116,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     scores.add_parser(sub)
+    harness.add_parser(sub)
     sampling.add_parser(sub)
+    vocabulary.add_parser(sub)
+    inspect.add_parser(sub)
+    explore.add_parser(sub)
 
-    generate = command("generate", "Write text with a model, token by token.")
-    generate.add_argument("model", help="directory, hub name or .gguf file")
-    generate.add_argument("prompt", help="the beginning of the text")
-    generate.add_argument("--max-new-tokens", type=int, default=100, help="(default: %(default)s)")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    for added in (generation, chat, serving, curve):
+        added.add_parser(sub)
 
-    inspect = command(
-        "inspect", "Which heads a text's tokens, or each class of images, use: tables, heat maps, a page to explore."
-    )
-    inspect.add_argument("model", help="directory or hub name of a MoH model")
-    inspect.add_argument("--out", help="directory for head_load.csv, .png and .svg")
-    inspect.add_argument("--html", metavar="FILE", help="one page to explore tokens or patches and their heads")
-    _text(inspect)
-    images.add_options(inspect)
-    inspect.add_argument("--classes", nargs="+", metavar="NAME", help="classes of images to show in the picture")
-    inspect.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
-    inspect.add_argument("--max-tokens", type=int, default=8_192, help="at most so many tokens (default: %(default)s)")
-
-    command("info", "Versions, devices, and which attention backends work here.")
+    info.add_parser(sub)
     return parser
 
 

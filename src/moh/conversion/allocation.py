@@ -75,13 +75,14 @@ def layer_costs(dense: DenseModel, routers: Sequence[LinearRouter], batches: Ite
     return costs / max(tokens, 1)
 
 
-def allocate(costs: Tensor, total: int, *, at_least: int = 1) -> list[int]:
+def allocate(costs: Tensor, total: int, *, at_least: int = 1, step: int = 1) -> list[int]:
     """Heads per layer that minimise the summed cost with exactly `total` heads, by dynamic programming.
 
     Args:
         costs: `[L, H + 1]`, cost of n heads in each layer.
         total: heads over all layers.
-        at_least: fewest heads of a layer.
+        at_least: fewest heads of a layer, a multiple of `step`.
+        step: every layer's heads are a multiple of it (`MoHConfig.step`), as H is.
 
     Raises:
         ValueError: `total` is out of reach.
@@ -91,13 +92,15 @@ def allocate(costs: Tensor, total: int, *, at_least: int = 1) -> list[int]:
         raise ValueError("costs must be finite: the calibration gave NaN or infinity (try the model in float32)")
     if not layers * at_least <= total <= layers * most:
         raise ValueError(f"total must be between {layers * at_least} and {layers * most} heads, got {total}")
+    if total % step:
+        raise ValueError(f"total must be a multiple of {step} heads, which tokens choose together, got {total}")
     best = {0: 0.0}  # heads spent so far -> least cost
     choices: list[dict[int, int]] = []
     for layer in costs.tolist():
         reached: dict[int, float] = {}
         choice: dict[int, int] = {}
         for spent, cost in best.items():
-            for heads in range(at_least, most + 1):
+            for heads in range(at_least, most + 1, step):
                 if spent + heads <= total and cost + layer[heads] < reached.get(spent + heads, float("inf")):
                     reached[spent + heads] = cost + layer[heads]
                     choice[spent + heads] = heads

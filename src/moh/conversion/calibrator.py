@@ -19,6 +19,7 @@ from moh.conversion.dense import DenseModel
 from moh.conversion.fit import ContributionFit, fit_contributions, fit_two_stage_logits, refit_output_projection
 from moh.conversion.statistics import ContributionSums, collect_contributions, collect_outputs
 from moh.routing import LinearRouter, Router, TwoStageRouter
+from moh.routing.units import strongest
 
 COST_TOKENS = 4096
 """Calibration tokens of the pass that estimates the layers' costs: with its backward half it is three times as dear."""
@@ -47,7 +48,7 @@ class Calibrator:
         for layer, layer_sums, fit, attention in zip(layers, sums, self._fits, self._dense.attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
-                config = dataclasses.replace(layer, shared_heads=fit.strongest(layer.shared_heads))
+                config = dataclasses.replace(layer, shared_heads=strongest(fit.mean, layer.shared_heads, layer))
             routers.append(
                 _linear_router(config, fit, attention.device)
                 if layer.router == "linear"
@@ -63,22 +64,27 @@ class Calibrator:
 
     def reallocate(self, routers: Sequence[Any], costs: Tensor, total: int) -> list[LinearRouter]:
         """Routers with `total` heads over all layers, shared out by `costs`."""
-        budget = allocate(costs, total, at_least=min(MIN_HEADS, total // len(routers)))
+        step = routers[0].config.step
+        at_least = max(step, min(MIN_HEADS, total // len(routers)) // step * step)
+        budget = allocate(costs, total, at_least=at_least, step=step)
         reallocated = []
         for router, fit, heads, attention in zip(routers, self._fits, budget, self._dense.attentions, strict=True):
-            shared = fit.strongest(min(router.config.num_shared, heads))
-            config = MoHConfig(router.config.num_heads, shared, heads - len(shared), "linear")
+            shared = strongest(fit.mean, min(router.config.num_shared, heads), router.config)
+            config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
             reallocated.append(_linear_router(config, fit, attention.device))
         return reallocated
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
         """New weights of each layer's output projection."""
-        batches = self._batches("refitting the output projections", self._samples, self._batch_size)
-        sums = collect_outputs(self._dense, routers, batches)
+        sums = collect_outputs(self._dense, routers, self.refit_batches())
         return [
-            refit_output_projection(s, attention.output.weight)
+            refit_output_projection(s, attention.output_weight)
             for s, attention in zip(sums, self._dense.attentions, strict=True)
         ]
+
+    def refit_batches(self) -> Iterator[Tensor]:
+        """All calibration data, for one pass of refitting."""
+        return self._batches("refitting the output projections", self._samples, self._batch_size)
 
     def _batches(self, title: str, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
         batches = samples.to(self._dense.device).split(batch_size)

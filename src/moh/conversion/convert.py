@@ -1,7 +1,7 @@
 """`moh.convert`: a pretrained dense model -> the same model with MoH attention, calibrated in closed form.
 
 No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours. What
-differs between families of models is in one adapter each: `language`, `timm_vit`, `transformers_vit`.
+differs between kinds of models is in one adapter each: `language`, `family_models`, `timm_vit`, `transformers_vit`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from moh.config import MoHConfig
+from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import DenseModel
-from moh.conversion.language import DenseLanguageModel
+from moh.conversion.family_models import DenseFamilyModel
+from moh.conversion.language import DenseLanguageModel, DenseTextModel
+from moh.conversion.tokens import are_texts
+from moh.models.families.table import family_of
 from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.routing import Router
 
@@ -33,6 +38,7 @@ def convert(
     shared_heads: int | Sequence[int],
     active_heads: int | Sequence[int],
     router: str = "linear",
+    routing_unit: str = "head",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int = 12_288,
@@ -40,43 +46,51 @@ def convert(
     batch_size: int = 4,
     allocation: str = "even",
     refit_output: bool = False,
+    budgets: Sequence[float] | None = None,
     router_aux_loss_coef: float = 0.0,
     progress: bool = True,
 ) -> Any:
     """Turn a pretrained dense language, image or diffusion model into a MoH model with the same weights.
 
     Args:
-        model_or_path: a transformers model of the Llama family (Llama, Mistral, Qwen2, SmolLM), a `ViTModel` or
-            `ViTForImageClassification` of transformers, or a timm `VisionTransformer` (vit_*, deit_*, deit3_*, ...,
-            distilled ones too); or a directory to load one from, a hub name or .gguf file of a language model, or
-            "hf-hub:NAME" of a timm model. Or a diffusers `DiTTransformer2DModel`, a dense DiT of ours, or a directory of
-            one or of a pipeline with one; these are converted without calibration (`moh.conversion.dit`). A model that
-            is passed stays as it is: its weights are copied.
+        model_or_path: a language model of transformers (Llama, Mistral, Qwen2, SmolLM, Qwen3, Gemma, Phi, Phi-3, GPT-2,
+            OPT), an encoder (BERT, MiniLM), a `ViTModel` or `ViTForImageClassification`, or a timm `VisionTransformer`
+            (vit_*, deit_*, deit3_*, ..., distilled ones too); or a directory to load one from, a hub name or .gguf file
+            of a language model, or "hf-hub:NAME" of a timm model. Or a diffusers `DiTTransformer2DModel`, a dense DiT of
+            ours, or a directory of one or of a pipeline with one; these are converted without calibration
+            (`moh.conversion.dit`). A model that is passed stays as it is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones.
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
             or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model).
+        routing_unit: what a token chooses: "head", or, in a language model with grouped-query attention,
+            "group_balanced" (as many heads in every group that shares keys and values) or "kv_group" (whole such
+            groups); see `moh.MoHConfig`.
         calibration: for a language model texts, sequences of token ids, or token ids `[n, N]`; for an image model
             images `[n, C, H, W]`, normalised for it, or batches of them (with or without labels, as a DataLoader gives
             them). Not looked at by router="query_norm". An image model takes a learned router without it too: gates
             are then 1 up to 1e-6, and which heads a token uses is random.
         tokenizer: for texts; default is the one saved with the model.
         calibration_tokens: at most so many tokens of `calibration` are used; each patch of an image is one.
-        seq_len: texts are packed into blocks of so many tokens; None means 512.
+        seq_len: texts are packed into blocks of so many tokens; None means 512, or 128 for an encoder.
         batch_size: blocks or images per forward pass.
         allocation: "even", or "sensitivity" to spend the same total unevenly, by an estimate of what each layer
             loses (`moh.conversion.allocation`).
         refit_output: fit W_O anew so that the kept heads make up for the skipped ones. With all heads active W_O stays
             the same; otherwise the model is tied to this budget of heads.
+        budgets: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the one model is to serve by its dial
+            (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer then uses and
+            kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` say
+            where the dial stands first. For models of transformers with router="linear".
         router_aux_loss_coef: weight of the load-balance loss in `outputs.loss` (0: none) of a transformers model.
         progress: show progress bars.
 
     Returns:
-        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, `MoHViTModel`, `MoHViTForImageClassification` or
-        `MoHDiTTransformer2DModel`, or a timm model of the same class as before (`moh.models.vit.save_pretrained` saves
-        it). With all heads active and `refit_output=False` its outputs are the original's (nearly, with a fitted
-        two-stage router).
+        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, a class of `moh.models.families`, a `MoHViTModel`,
+        `MoHViTForImageClassification` or `MoHDiTTransformer2DModel`, or a timm model of the same class as before
+        (`moh.models.vit.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
+        original's (nearly, with a fitted two-stage router).
 
     Raises:
         ValueError: the model can't be converted, or an argument is out of range or missing; nothing was changed.
@@ -89,24 +103,34 @@ def convert(
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
     if _is_diffusion_model(model_or_path):
-        if calibration is not None or allocation != "even" or refit_output or router_aux_loss_coef:
+        if calibration is not None or allocation != "even" or refit_output or budgets or router_aux_loss_coef:
             raise ValueError(
-                "calibration, allocation, refit_output and router_aux_loss_coef must be left out for a diffusion model: "
+                "calibration, allocation, refit_output, budgets and router_aux_loss_coef must be left out for a diffusion model: "
                 "it is converted without calibration, and its training weighs the load-balance loss"
+            )
+        if routing_unit != "head":
+            raise ValueError(
+                "routing_unit must be 'head' for a diffusion model, whose heads don't share keys and values in groups, "
+                f"got {routing_unit!r}"
             )
         from moh.conversion.dit import convert_dit
 
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
-    layers = _requested_layers(dense, shared_heads, active_heads, router)
+    layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
-    refusal = dense.refusal(router=router, refit_output=refit_output, router_aux_loss_coef=router_aux_loss_coef)
+    if budgets is not None:
+        check_budgets(dense, budgets, router=router, refit_output=refit_output)
+    refits = refit_output or budgets is not None
+    refusal = dense.refusal(router=router, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
     if refusal is not None:
         raise ValueError(refusal)
     routers: Sequence[Router] = []
     output_weights: list[Tensor] = []
+    costs: Tensor | None = None
+    changes: OutputChanges | None = None
     if calibration is not None and router != "query_norm":
-        texts = isinstance(dense, DenseLanguageModel)
+        texts = isinstance(dense, DenseTextModel) and are_texts(calibration)
         if tokenizer is None and texts and not isinstance(model_or_path, nn.Module):
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
@@ -114,11 +138,18 @@ def convert(
         routers = calibrator.fit_routers(layers)
         if allocation == "sensitivity":
             total = sum(c.num_shared + c.active_heads for c in layers)
-            routers = calibrator.reallocate(routers, calibrator.costs(routers), total)
+            costs = calibrator.costs(routers)
+            routers = calibrator.reallocate(routers, costs, total)
         layers = [r.config for r in routers]
         if refit_output:
             output_weights = calibrator.refit_outputs(routers)
-    return dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
+        if budgets is not None:
+            heads = needed_heads(routers, costs, budgets)
+            changes = fit_changes(dense, routers, heads, calibrator.refit_batches)
+    model = dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
+    if isinstance(model, PreTrainedModel):
+        keep(model, changes, costs)
+    return model
 
 
 def _is_diffusion_model(model_or_path: nn.Module | str | Path) -> bool:
@@ -147,14 +178,17 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
             from moh.conversion.transformers_vit import DenseTransformersViT
 
             return DenseTransformersViT(model)
-        return DenseLanguageModel(model, router, copied=given)
+        if family_of(model.config.model_type) is not None:
+            return DenseFamilyModel(model, router, copied=given)
+        return DenseLanguageModel(model, copied=given)
     if any(kind.__module__.startswith(("timm.", "moh.models.transnext")) for kind in type(model).__mro__):
         from moh.conversion.timm_vit import DenseTimmViT
 
         return DenseTimmViT(model)
     raise ValueError(
-        "model must be a language model of the Llama family or a ViT of transformers, or a timm VisionTransformer, "
-        f"got {type(model).__name__} (for diffusion transformers there is moh.conversion.dit.convert_dit)"
+        "model must be a language model, an encoder or a ViT of transformers, or a timm VisionTransformer, got "
+        f"{type(model).__name__} (of peft take model.merge_and_unload(); for diffusion transformers there is "
+        "moh.conversion.dit.convert_dit)"
     )
 
 
@@ -175,11 +209,21 @@ def _load(path: str | Path) -> Any:
         bare = "ViTModel" in (config.get("architectures") or ())  # without a classifier, which would be a random one
         auto = AutoModel if bare else AutoModelForImageClassification
         return auto.from_pretrained(Path(path).expanduser(), use_safetensors=True)
+    if isinstance(config, dict) and (kind := _family_class(config)) is not None:
+        return kind.from_pretrained(Path(path).expanduser(), use_safetensors=True, dtype="auto")
     return load_causal_lm(path)
 
 
+def _family_class(config: dict[str, Any]) -> Any:
+    """transformers' class of the model that a configuration describes, if it is of a family that has several."""
+    family = family_of(config.get("model_type", ""))
+    saved = set(config.get("architectures") or ())
+    name = next((n for n in family.models.values() if n in saved), None) if family is not None else None
+    return None if name is None else getattr(transformers, name)
+
+
 def _requested_layers(
-    dense: DenseModel, shared_heads: int | Sequence[int], active_heads: int | Sequence[int], router: str
+    dense: DenseModel, shared_heads: int | Sequence[int], active_heads: int | Sequence[int], router: str, unit: str
 ) -> list[MoHConfig]:
     """Each layer's heads as asked for."""
     count = len(dense.attentions)
@@ -188,7 +232,13 @@ def _requested_layers(
         raise ValueError(
             f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
         )
-    return [MoHConfig(dense.num_heads, shared_heads, k, router) for k in active]
+    if unit != "head" and dense.kv_heads is None:
+        raise ValueError(
+            f"routing_unit must be 'head' for a {type(dense.model).__name__}, whose heads don't share keys and values in "
+            f"groups, got {unit!r}"
+        )
+    kv_heads = None if unit == "head" else dense.kv_heads
+    return [MoHConfig(dense.num_heads, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
 
 
 def _check(
@@ -209,5 +259,5 @@ def _check(
     if allocation == "sensitivity" and not isinstance(shared_heads, int):
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
     if calibration is None and dense.needs_calibration(router):
-        kind = "texts or token ids" if isinstance(dense, DenseLanguageModel) else "images"
+        kind = "texts or token ids" if isinstance(dense, DenseTextModel) else "images"
         raise ValueError(f"calibration must be given for router={router!r}: {kind} to fit the router on")

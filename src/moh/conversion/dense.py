@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from moh.config import MoHConfig
 from moh.routing import Router
@@ -23,28 +24,34 @@ class DenseAttention:
 
     Attributes:
         entry: the projection of the queries, alone or with others: what it reads is the layer's input `[B, N, C]`.
-        output: the output projection W_O: what it reads is the heads, concatenated, `[B, N, H*D]`.
+        output: the output projection W_O, linear: what it reads is the heads, concatenated, `[B, N, H*D]`.
         scale: `[C]`, what the layer's output is multiplied by on its way into the residual stream; None for nothing.
     """
 
     entry: nn.Module
-    output: nn.Linear
+    output: nn.Module
     scale: Tensor | None = None
 
     @property
     def width(self) -> int:
         """C, the width of the layer's input."""
-        return int(self.entry.in_features)  # type: ignore[arg-type]
+        return int(self.entry.nx if isinstance(self.entry, Conv1D) else self.entry.in_features)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
         """Where the layer is."""
-        return self.output.weight.device
+        return self.output.weight.device  # type: ignore[return-value]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`[C, H*D]`, W_O transposed, as a linear layer keeps it."""
+        weight: Any = self.output.weight
+        return weight.T if isinstance(self.output, Conv1D) else weight  # type: ignore[no-any-return]
 
     @property
     def written(self) -> Tensor:
         """`[C, H*D]`, how heads reach the residual stream: W_O transposed, with the layer's scale."""
-        weight = self.output.weight.detach()
+        weight = self.output_weight.detach()
         return weight if self.scale is None else weight * self.scale.detach()[:, None]
 
 
@@ -55,11 +62,13 @@ class DenseModel(ABC):
         model: the model, which is left as it is.
         attentions: its attention layers, in order.
         num_heads: h of every layer.
+        kv_heads: key/value heads of every layer, each read by a group of heads; None where it is not known.
     """
 
     model: nn.Module
     attentions: list[DenseAttention]
     num_heads: int
+    kv_heads: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -39,10 +39,6 @@ class ContributionFit:
     mean: Tensor
     r2: Tensor
 
-    def strongest(self, count: int) -> tuple[int, ...]:
-        """Indices of the `count` heads with the largest mean contribution, ascending."""
-        return tuple(sorted(self.mean.argsort(descending=True)[:count].tolist()))
-
 
 def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) -> ContributionFit:
     """Least-squares `c = W_r x + b` for all heads of a layer, the bias not penalised."""

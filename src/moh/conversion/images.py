@@ -38,7 +38,7 @@ class DenseImageModel(DenseModel):
             raise ValueError("tokenizer and seq_len are for language models: calibration is images here")
         if max_tokens < 1:
             raise ValueError(f"calibration_tokens must be at least 1, got {max_tokens}")
-        dtype = self.attentions[0].output.weight.dtype
+        dtype = self.attentions[0].output_weight.dtype
         if isinstance(calibration, Tensor):
             images = _checked(calibration)
             count = self._images_for(max_tokens, images)
@@ -67,7 +67,7 @@ class DenseImageModel(DenseModel):
         self.model.eval()
         try:
             with torch.no_grad():
-                self.logits(samples[:1].to(self.device, self.attentions[0].output.weight.dtype))
+                self.logits(samples[:1].to(self.device, self.attentions[0].output_weight.dtype))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"calibration must be images that the model can read, got {tuple(samples.shape)}: {error}"

@@ -1,6 +1,7 @@
 """The conversion's adapter for language models of the Llama family: dense transformers model -> `MoHLlamaForCausalLM`.
 
-Which models of transformers belong to the family is in `families.py`.
+`DenseTextModel` is what all models that read text share. Which models belong to the family is in `families.py`; those of
+other families are in `family_models.py`.
 """
 
 from __future__ import annotations
@@ -14,38 +15,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseModel
-from moh.conversion.families import moh_config_fields
+from moh.conversion.families import check_projections, moh_config_fields
 from moh.conversion.tokens import calibration_blocks
 from moh.models.layer_heads import compact_heads
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.routing import Router
 
+CAUSAL_LM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
 SEQ_LEN = 512
 """Tokens of a block of packed texts, unless asked for otherwise."""
 
 
-class DenseLanguageModel(DenseModel):
-    """A dense causal language model.
-
-    Args:
-        model: of the Llama family.
-        router: of the conversion.
-        copied: False lets the MoH model have the dense model's own tensors.
-
-    Raises:
-        ValueError: the model is of another family, or `router` makes no sense for it.
-    """
+class DenseTextModel(DenseModel):
+    """A dense model of transformers that reads token ids."""
 
     model: PreTrainedModel
-
-    def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
-        self._fields = moh_config_fields(model.config, router)
-        self._copied = copied
-        self.model = model
-        self.num_heads = model.config.num_attention_heads
-        self.attentions = [
-            DenseAttention(layer.self_attn.q_proj, layer.self_attn.o_proj) for layer in model.get_decoder().layers
-        ]
 
     def needs_calibration(self, router: str) -> bool:
         return router != "query_norm"
@@ -61,13 +46,41 @@ class DenseLanguageModel(DenseModel):
         return samples.shape[1]
 
     def run(self, samples: Tensor) -> None:
-        self.model.get_decoder()(input_ids=samples, use_cache=False)
+        self.model.base_model(input_ids=samples, use_cache=False)
 
     def loss(self, samples: Tensor) -> Tensor:
         """Next-token cross-entropy."""
         embedded = self.model.get_input_embeddings()(samples).requires_grad_()
         logits = self.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), samples[:, 1:].flatten(), reduction="sum")
+
+
+class DenseLanguageModel(DenseTextModel):
+    """A dense causal language model of the Llama family.
+
+    Args:
+        model: of the Llama family.
+        copied: False lets the MoH model have the dense model's own tensors.
+
+    Raises:
+        ValueError: the model is of another family or class, or its projections are not plain.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, copied: bool) -> None:
+        self._fields = moh_config_fields(model.config)
+        if type(model).__name__ not in CAUSAL_LM:
+            raise ValueError(
+                f"model must be a causal language model ({', '.join(CAUSAL_LM)}), got {type(model).__name__}: convert the "
+                "language model that it was made from"
+            )
+        self._copied = copied
+        self.model = model
+        self.num_heads = model.config.num_attention_heads
+        self.kv_heads = model.config.num_key_value_heads
+        self.attentions = [
+            DenseAttention(layer.self_attn.q_proj, layer.self_attn.o_proj) for layer in model.get_decoder().layers
+        ]
+        check_projections(model, self.attentions)
 
     def build(
         self,
@@ -80,6 +93,7 @@ class DenseLanguageModel(DenseModel):
         config = MoHLlamaConfig(
             **self._fields,
             router=layers[0].router,
+            routing_unit=layers[0].routing_unit,
             **compact_heads(layers),
             router_aux_loss_coef=router_aux_loss_coef,
         )

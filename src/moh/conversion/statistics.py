@@ -6,7 +6,7 @@ Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,19 +91,28 @@ def collect_contributions(dense: DenseModel, batches: Iterator[Tensor]) -> list[
 
 def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> list[OutputSums]:
     """Run the dense model again and sum up, per layer, the heads that `routers` would keep against all heads."""
-    sums: list[OutputSums] = []
-    for attention in dense.attentions:
-        width = attention.output.in_features
+    sums = collect_several_outputs(dense, {index: [router] for index, router in enumerate(routers)}, batches)
+    return [sums[index][0] for index in range(len(routers))]
+
+
+def collect_several_outputs(
+    dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Iterator[Tensor]
+) -> dict[int, list[OutputSums]]:
+    """As `collect_outputs`, for some layers (by their index) and for several routers of each, in one run."""
+    sums: dict[int, list[OutputSums]] = {}
+    for index, of_layer in routers.items():
+        width = dense.attentions[index].output_weight.shape[1]
         zeros = torch.zeros(width, width, dtype=torch.float64)
-        sums.append(OutputSums(zeros, zeros.clone()))
+        sums[index] = [OutputSums(zeros.clone(), zeros.clone()) for _ in of_layer]
 
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         z = taps.z.float()  # [T, H*D]
-        gates = routers[index](taps.x[None].float()).gates[0].float()  # [T, H]
-        g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
-        sums[index].gg += (g.T @ g).cpu().double()
-        sums[index].gz += (g.T @ z).cpu().double()
+        for router, layer in zip(routers.get(index, ()), sums.get(index, ()), strict=True):
+            gates = router(taps.x[None].float()).gates[0].float()  # [T, H]
+            g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
+            layer.gg += (g.T @ g).cpu().double()
+            layer.gz += (g.T @ z).cpu().double()
 
     _run(dense, batches, add)
     return sums

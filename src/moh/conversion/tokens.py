@@ -54,6 +54,11 @@ def calibration_blocks(
     return blocks
 
 
+def are_texts(calibration: object) -> bool:
+    """Whether calibration is a list of texts, for which a tokenizer is needed."""
+    return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
+
+
 def _pack(
     sequences: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int
 ) -> Tensor:

@@ -85,6 +85,7 @@ def measure_speed(
     batch_size: int = 1,
     repeats: int = 5,
     training: bool = False,
+    before: Callable[[str], object] | None = None,
     progress: bool = True,
 ) -> SpeedReport:
     """Time each model's prefill of a prompt and its decoding after it, `repeats` times in turns, after one warm-up.
@@ -97,6 +98,8 @@ def measure_speed(
         batch_size: sequences of a drawn prompt.
         repeats: timed rounds.
         training: also time the loss and its gradients on the prompt, as a training step has them (no optimiser step).
+        before: called with a model's name whenever its turn comes, outside of the measured time: one model may stand
+            under several names and be set up by it (`moh.evaluation.curve` turns its dial).
         progress: show a progress bar (only on a terminal).
 
     Raises:
@@ -130,6 +133,8 @@ def measure_speed(
         ):
             turn = max(repeat, 0) % len(names)  # a different model goes first in each round
             for name in names[turn:] + names[:turn]:
+                if before is not None:
+                    before(name)
                 prefill, decode = _time_once(models[name], prompt, decode_tokens)
                 if repeat >= 0:
                     rates[name][0].append(prompt.numel() / prefill)

@@ -18,6 +18,8 @@ def layer_configs(
     shared_heads: int | Sequence[int | Sequence[int]] | None,
     active_heads: int | Sequence[int],
     router: str,
+    routing_unit: str = "head",
+    kv_heads: int | None = None,
 ) -> list[MoHConfig]:
     """The heads and routing of each layer.
 
@@ -28,6 +30,8 @@ def layer_configs(
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
         router: `moh.config.ROUTERS`.
+        routing_unit: `moh.config.ROUTING_UNITS`.
+        kv_heads: key/value heads of every layer; read where the unit knows groups.
 
     Raises:
         ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
@@ -40,7 +44,8 @@ def layer_configs(
         if shared is None:
             shared = heads - active
         try:
-            layers.append(MoHConfig(heads, shared, active, router))
+            groups = None if routing_unit == "head" else kv_heads
+            layers.append(MoHConfig(heads, shared, active, router, routing_unit=routing_unit, kv_heads=groups))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
     return layers
@@ -55,6 +60,15 @@ class HasLayerHeads:
     shared_heads: int | list[int | list[int]] | None
     active_heads: int | list[int]
     router_aux_loss_coef: float
+    routing_unit: str = "head"
+
+    head_costs = None
+    """`[L][H + 1]`, what each layer is estimated to lose (nats per token) with 0 to H heads, as the conversion measured
+    it; None where it did not. The dial (`moh.set_active_heads`) hands out a share of heads by it."""
+
+    output_budgets = None
+    """`{"heads": [...], "rank": r}` where each layer has a W_O for several numbers of heads
+    (`moh.models.output_budgets`); None where one serves all."""
 
     def check_heads(self) -> None:
         """Check the fields.
@@ -78,6 +92,8 @@ class HasLayerHeads:
             shared_heads=self.shared_heads,
             active_heads=self.active_heads,
             router=self.router,
+            routing_unit=self.routing_unit,
+            kv_heads=getattr(self, "num_key_value_heads", None),
         )
 
     @property

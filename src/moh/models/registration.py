@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from moh._import_hooks import when_imported
+from moh.models.families.table import FAMILIES
+from moh.models.published_llama import recognise_published_llama
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ _MODEL_TYPES = (
         "MoHViTConfig",
         {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"},
     ),
+    *(_ModelType(f"moh_{f.model_type}", "moh.models.families", f.moh_config, f.moh_models) for f in FAMILIES),
 )
 _MODEL_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
 _AUTO = "transformers.models.auto"
 
@@ -75,6 +82,7 @@ def register_with_transformers() -> None:
     else:
         when_imported(f"{_AUTO}.configuration_auto", _add_config_names)
         when_imported(f"{_AUTO}.modeling_auto", _add_model_names)
+    when_imported(f"{_AUTO}.configuration_auto", recognise_published_llama)
 
 
 def _register_classes() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moh.config import MoHConfig
 from moh.layers import MoHAttention
+from moh.models.budget import HasActiveHeads
 from moh.models.dit.layers import MODULATION_EPS, MoHDiTBlock, modulate
 from moh.models.layer_heads import layer_configs
 
@@ -23,7 +24,7 @@ TIME_CHANNELS = 256
 """Sines and cosines that a time step is first turned into."""
 
 
-class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Class-conditional diffusion transformer in which each token chooses its heads.
 
     It predicts the noise and, in further channels, the variance. A model with neither `shared_heads` nor `active_heads`

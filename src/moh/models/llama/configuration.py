@@ -22,6 +22,8 @@ class MoHLlamaConfig(HasLayerHeads, LlamaConfig):  # type: ignore[misc]
         shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
+        routing_unit: what a token chooses: "head", "group_balanced" (as many heads in every group that shares keys and
+            values) or "kv_group" (whole such groups); see `moh.MoHConfig`.
         router_aux_loss_coef: beta, weight of the load-balance loss that is added to `outputs.loss` when labels are
             given (0.01 in the paper); 0 adds none.
         attention_out_bias: bias of the output projection; None means `attention_bias` (Qwen2: biases on q, k, v alone).
@@ -37,6 +39,7 @@ class MoHLlamaConfig(HasLayerHeads, LlamaConfig):  # type: ignore[misc]
     router: str = "two_stage"
     shared_heads: int | list[int | list[int]] | None = None
     active_heads: int | list[int] = 0
+    routing_unit: str = "head"
     router_aux_loss_coef: float = 0.0
     attention_out_bias: bool | None = None
     sliding_window: int | None = None

@@ -62,7 +62,8 @@ def decode(
     if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != B:
         return None
     gates = weight = bias = None
-    if type(router) is LinearRouter and not router.is_observed() and is_plain(router.contribution, x):
+    free_choice = router.config.routing_unit == "head"  # the choice that the operator can make itself
+    if type(router) is LinearRouter and free_choice and not router.is_observed() and is_plain(router.contribution, x):
         weight, bias = router.contribution.weight, router.contribution.bias
     else:
         gates = router(x).gates

@@ -25,6 +25,7 @@ from moh.attention import moh_attention, project_output
 from moh.config import MoHConfig
 from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
+from moh.models.budget import HasActiveHeads
 from moh.models.llama.configuration import MoHLlamaConfig
 from moh.models.llama.decoding import decode
 from moh.routing import build_router, record_routing
@@ -74,12 +75,14 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             attn_mask=attention_mask,
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
+            heads_per_group=self.router.config.heads_per_group,
+            groups_per_token=self.router.config.groups_per_token,
             backend=backend,
         )  # [B, N, H, D]
         return project_output(self.o_proj, heads, routing.gates, share, backend), None
 
 
-class MoHLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
+class MoHLlamaPreTrainedModel(HasActiveHeads, LlamaPreTrainedModel):  # type: ignore[misc]
     """What the MoH Llama models have in common."""
 
     config: MoHLlamaConfig

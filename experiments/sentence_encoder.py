@@ -1,0 +1,209 @@
+"""How much of a pretrained sentence encoder is left at each share of heads, without training: similarity and ranking.
+
+    python experiments/sentence_encoder.py --out docs/results
+
+Converts all-MiniLM-L6-v2 and compares its sentence embeddings with the dense model's, and how well they rank: WordNet's
+words and example sentences are looked up among definitions. Calibrates on definitions of other words. No gradient step.
+Writes `sentence_encoder.json` and `.md`; some minutes on a free core. Needs the extra `llm` and, for WordNet, a
+Debian or Ubuntu system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+import moh
+from moh._files import write_text
+from moh.demo.sentence_encoder import default_sentence_encoder
+from moh.evaluation import cpu_name
+from moh.training._sources import apt_download
+from moh.training.corpus import default_cache_dir
+
+NAME = "sentence_encoder"
+BATCH = 64
+MOST_RANKS = 10  # of MRR@10
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """A meaning of WordNet: the words that have it, what they mean, and a sentence in which one of them means it."""
+
+    words: str
+    definition: str
+    example: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: heads per layer, similarity to the dense model, and (MRR@10, share of right answers) of two rankings."""
+
+    variant: str
+    heads: float
+    similarity: float
+    words_mrr: float
+    words_first: float
+    examples_mrr: float
+    examples_first: float
+
+
+def main() -> None:
+    """Parse the options, measure every variant, write the results after each number of heads."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", nargs="+", type=int, default=[10, 8, 6, 4], help="heads per layer, of 12")
+    parser.add_argument("--shared-heads", type=int, default=3)
+    parser.add_argument("--meanings", type=int, default=300, help="to rank, and as many queries of each kind")
+    parser.add_argument("--calibration-tokens", type=int, default=6_144)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    set_verbosity_error()
+    disable_progress_bar()
+    start = time.perf_counter()
+
+    path = default_sentence_encoder()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    dense = AutoModel.from_pretrained(path).eval()
+    meanings = load_meanings()
+    tested, others = meanings[: options.meanings], meanings[options.meanings :]
+    texts = [
+        field for kind in zip(*[(m.definition, m.words, m.example) for m in tested], strict=True) for field in kind
+    ]
+    reference = embed(dense, tokenizer, texts)
+
+    rows = [measure("dense", dense, tokenizer, texts, reference)]
+    calibration = dict(
+        calibration=[m.definition for m in others],
+        tokenizer=tokenizer,
+        calibration_tokens=options.calibration_tokens,
+        batch_size=8,
+        progress=False,
+    )
+    s, h = options.shared_heads, dense.config.num_attention_heads
+    linear = moh.convert(dense, shared_heads=s, active_heads=h - s, router="linear", **calibration)
+    query_norm = moh.convert(dense, shared_heads=s, active_heads=h - s, router="query_norm")
+    rows.append(measure("contribution router", linear, tokenizer, texts, reference))
+    for n in options.heads:
+        for variant, model in (("contribution router", linear), ("query-norm router", query_norm)):
+            model.set_active_heads(n - s)
+            rows.append(measure(variant, model, tokenizer, texts, reference))
+        refitted = moh.convert(
+            dense, shared_heads=s, active_heads=n - s, allocation="sensitivity", refit_output=True, **calibration
+        )
+        variant = "contribution router, uneven, W_O refitted"
+        rows.append(measure(variant, refitted, tokenizer, texts, reference))
+        print(*map(describe, rows[-3:]), sep="\n", flush=True)
+        write(options, rows, time.perf_counter() - start, h)
+
+
+def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, num_heads: int) -> None:
+    """The results so far, as numbers and as a page."""
+    results: dict[str, Any] = {
+        "settings": {k: v for k, v in vars(options).items() if k != "out"},
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+        "rows": [asdict(row) for row in rows],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"{NAME}.json", json.dumps(results, indent=2) + "\n")
+    write_text(options.out / f"{NAME}.md", table(rows, results, num_heads))
+
+
+def load_meanings() -> list[Meaning]:
+    """Nouns, verbs and adjectives of WordNet 3.0 that have an example sentence, in an order of their own."""
+    folder = Path("/usr/share/wordnet")
+    if not folder.is_dir():
+        root = default_cache_dir() / "wordnet-base"
+        folder = root / "usr/share/wordnet"
+        if not folder.is_dir():
+            apt_download("wordnet-base", root, advice="install wordnet-base, which has /usr/share/wordnet")
+    found = []
+    for part in ("noun", "verb", "adj"):
+        for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
+            if line.startswith("  "):
+                continue  # the licence
+            data, _, gloss = line.partition(" | ")
+            definition, _, rest = gloss.partition('; "')
+            example = rest.partition('"')[0].strip()
+            fields = data.split()
+            names = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            words = ", ".join(name.partition("(")[0].replace("_", " ") for name in names)
+            if len(example.split()) >= 4 and len(definition.split()) >= 3:
+                found.append(Meaning(words, definition.strip(), example))
+    random.Random(0).shuffle(found)
+    return found
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Embeddings `[n, C]` of length 1: the mean of the last states of each text's tokens, as this encoder was trained."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(order), BATCH):
+        chosen = order[first : first + BATCH]
+        inputs = tokenizer(
+            [texts[i] for i in chosen], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
+        mask = inputs["attention_mask"][..., None].float()  # [B, N, 1]
+        states = model(**inputs).last_hidden_state  # [B, N, C]
+        means = (states * mask).sum(1) / mask.sum(1)
+        found |= dict(zip(chosen, torch.nn.functional.normalize(means, dim=-1), strict=True))
+    return torch.stack([found[i] for i in range(len(texts))])
+
+
+def measure(
+    variant: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], reference: Tensor
+) -> Row:
+    """One variant on texts that are, a third each, definitions, words and examples in the same order of meanings."""
+    embeddings = reference if variant == "dense" else embed(model, tokenizer, texts)
+    definitions, words, examples = embeddings.chunk(3)
+    heads = model.config.num_attention_heads * getattr(model.config, "share", 1.0)
+    similarity = float((embeddings * reference).sum(-1).mean())
+    return Row(variant, round(heads, 2), similarity, *ranking(words, definitions), *ranking(examples, definitions))
+
+
+def ranking(queries: Tensor, documents: Tensor) -> tuple[float, float]:
+    """MRR@10 and the share of queries whose own document comes first; query i belongs to document i."""
+    scores = queries @ documents.T
+    ranks = (scores > scores.diagonal()[:, None]).sum(-1) + 1
+    return float(torch.where(ranks <= MOST_RANKS, 1 / ranks, 0.0).mean()), float((ranks == 1).float().mean())
+
+
+def describe(row: Row) -> str:
+    """One row of the table."""
+    numbers = (row.words_mrr, row.words_first, row.examples_mrr, row.examples_first)
+    return f"| {row.variant} | {row.heads:g} | {row.similarity:.4f} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |"
+
+
+def table(rows: Sequence[Row], results: dict[str, Any], num_heads: int) -> str:
+    """The results as a page."""
+    settings = results["settings"]
+    return (
+        "# A sentence encoder with fewer heads, without training\n\n"
+        f"all-MiniLM-L6-v2 (6 layers of {num_heads} heads) converted by `moh.convert`, no gradient step. Similarity: mean "
+        "cosine between a text's embedding and the dense model's. Ranking, on WordNet 3.0: the words of a meaning, or an "
+        f"example sentence, are looked up among the definitions of {settings['meanings']} meanings; the one right answer is "
+        "the meaning's own. Calibrated on "
+        f"{settings['calibration_tokens']} tokens of definitions of other meanings; {settings['shared_heads']} heads of "
+        "each layer are shared. The contribution and the query-norm rows are one model each, whose dial was turned.\n\n"
+        f"| | heads of {num_heads} | similarity | words: MRR@{MOST_RANKS} | words: first | examples: MRR@{MOST_RANKS} | "
+        "examples: first |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        + "\n".join(map(describe, rows))
+        + "\n\n"
+        + f"`python experiments/{NAME}.py`, {results['seconds']} s on {results['cpu']}, {results['threads']} thread(s).\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`moh chat`: a conversation with a model on the terminal, its dial at hand. Imports what it needs when it runs.
+
+Reads lines from standard input, a terminal or not. For single texts there is `moh generate`, for a server `moh serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moh.cli import dial, generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HELP = "Talk with a model: /heads K turns the dial, /reset forgets the conversation, /quit ends it."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `chat` to the commands."""
+    parser = sub.add_parser("chat", help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    generation.add_sampling(parser, max_new_tokens=256, temperature=0.7)
+    dial.add_option(parser)
+
+
+def run(arguments: Namespace) -> None:
+    model, tokenizer = generation.load(arguments)
+    conversation = Conversation(model, tokenizer, generation.sampling(arguments), arguments.system)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(_HELP, file=sys.stderr)
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip():
+            answer(conversation, line.strip())
+
+
+def answer(conversation: Conversation, line: str) -> None:
+    """Do what one line asks for; what is wrong with it is said on standard error and the conversation goes on."""
+    command, _, rest = line.partition(" ")
+    try:
+        if command == "/reset":
+            conversation.reset()
+        elif command == "/heads":
+            print(f"{100 * conversation.turn_dial(rest.strip()):.1f} % of the heads", file=sys.stderr)
+        elif command.startswith("/"):
+            raise ValueError(f"command must be /heads K, /reset or /quit, got {command}")
+        else:
+            conversation.say(line)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        print(f"moh chat: {error}", file=sys.stderr)
+
+
+@dataclass
+class Conversation:
+    """What has been said so far, and the model that answers.
+
+    Attributes:
+        model: a causal language model.
+        tokenizer: of the model; its chat template is used if it has one, else the turns are a plain text of lines.
+        options: for `model.generate`.
+        system: told to the model first.
+        messages: the turns, as chat templates take them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: dict[str, Any]
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns but the system's."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def turn_dial(self, text: str) -> float:
+        """Set the number of active heads and return the share of heads.
+
+        Raises:
+            ValueError: the model has no dial, or the number is out of range.
+            argparse.ArgumentTypeError: the text is no number.
+        """
+        import moh
+
+        return moh.set_active_heads(self.model, dial.active_heads(text))
+
+    def say(self, text: str) -> str:
+        """Add the user's turn; print the model's answer as it is written, add and return it.
+
+        Raises:
+            ValueError: the conversation is too long for the model; the turn is not added.
+        """
+        from transformers import TextStreamer
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        inputs = self._inputs(messages)
+        length = inputs["input_ids"].shape[1]
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and length + self.options["max_new_tokens"] > room:
+            raise ValueError(
+                f"the conversation ({length} tokens) and an answer of {self.options['max_new_tokens']} must fit into "
+                f"the model's {room} tokens: /reset, or a smaller --max-new-tokens"
+            )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        written = self.model.generate(**inputs, pad_token_id=pad, streamer=streamer, **self.options)
+        reply: str = self.tokenizer.decode(written[0, length:], skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": reply}]
+        return reply
+
+    def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        if self.tokenizer.chat_template is not None:
+            inputs = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        else:
+            inputs = self.tokenizer("\n".join(message["content"] for message in messages) + "\n", return_tensors="pt")
+        return dict(inputs.to(self.model.device))

@@ -1,0 +1,96 @@
+"""`moh curve`: quality and speed of one model at every share of its heads. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moh.evaluation.curve import Curve
+
+_HELP = "Quality and speed of a MoH model against the share of heads that its tokens use: picture, table, JSON."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `curve` to the commands."""
+    from moh.cli import images
+    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+
+    parser = sub.add_parser("curve", help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="CHECKPOINT", help="directory or hub name of a MoH model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for curve.png, .svg, .csv and .json")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text (default: %(default)s)")
+    text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
+    images.add_options(parser)
+    parser.add_argument(
+        "--shares", nargs="+", type=float, metavar="SHARE", help="of all heads, like 0.6 0.75 1 (default: up to nine)"
+    )
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="held-out tokens at most (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the timed prompt (default: %(default)s)")
+    parser.add_argument("--decode-tokens", type=int, default=32, help="timed after it (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of the timing; 0 for none (default: %(default)s)")
+
+
+def run(arguments: Namespace) -> None:
+    from moh._extras import require
+    from moh.cli import images
+    from moh.training.checkpoints import check_writable
+
+    require("matplotlib", extra="llm")  # before minutes of measuring
+    check_writable(arguments.out, name="--out")
+    if images.is_classifier(arguments):
+        from moh.evaluation.curve import image_curve
+        from moh.models.image_loading import load_image_classifier
+        from moh.models.loading import default_device
+
+        model = load_image_classifier(arguments.model, device=default_device())
+        source = images.read_images(arguments)
+        curve = image_curve(
+            model, source, shares=arguments.shares, batch_size=arguments.batch_size, workers=arguments.workers
+        )
+    else:
+        curve = _of_text(arguments)
+    _write(curve, Path(arguments.out), Path(arguments.model).name)
+
+
+def _of_text(arguments: Namespace) -> Curve:
+    from moh.cli.commands import _blocks, read_corpus
+    from moh.evaluation.curve import text_curve
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+
+    if arguments.repeats < 0 or arguments.prompt_tokens < 1 or arguments.decode_tokens < 1:
+        raise ValueError("--repeats must be at least 0, --prompt-tokens and --decode-tokens at least 1")
+    model = load_causal_lm(arguments.model, device=default_device())
+    tokenizer = load_tokenizer(arguments.model)
+    return text_curve(
+        model,
+        _blocks(read_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens),
+        shares=arguments.shares,
+        prompt_tokens=arguments.prompt_tokens,
+        decode_tokens=arguments.decode_tokens,
+        repeats=arguments.repeats,
+    )
+
+
+def _write(curve: Curve, out: Path, name: str) -> None:
+    from moh._files import write_text
+    from moh.evaluation.curve_plots import plot_curve
+    from moh.inspection.plots import save_with_data
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = curve.rows()
+    save_with_data(plot_curve(curve, title=name), rows, out / "curve")
+    write_text(out / "curve.json", json.dumps(curve.as_dict(), indent=1) + "\n")
+    for point in curve.points:
+        quality = f"top-1 {point.top1:.2f} %" if point.perplexity is None else f"perplexity {point.perplexity:.3f}"
+        speed = "" if point.images is None else f", {point.images:,.0f} images/s"
+        if point.prefill is not None and point.decode is not None:
+            speed = f", prefill {point.prefill.median:,.0f} tokens/s, decoding {point.decode.median:,.1f} tokens/s"
+        print(f"{100 * point.share:5.1f} % of the heads: {quality}{speed}")
+    print(f"{out}: curve.png, curve.svg, curve.csv, curve.json")

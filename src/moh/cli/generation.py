@@ -1,0 +1,127 @@
+"""`moh generate`: write text with a model, one prompt as a stream or many as batches. Imports what it needs when it runs.
+
+For conversations there is `moh chat` (`chat.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moh.cli import dial
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HELP = "Write text with a model: one prompt token by token, or the lines of a file in batches."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `generate` to the commands."""
+    parser = sub.add_parser("generate", help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
+    parser.add_argument("prompt", nargs="?", help="the beginning of the text")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line instead; prints a JSON object for each")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
+    add_sampling(parser, max_new_tokens=100, temperature=0.0)
+    dial.add_option(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+    """The options that say how tokens are drawn."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="(default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature,
+        help="of the sampling; 0 takes the likeliest token (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+
+def load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a command line with its dial set, and its tokenizer.
+
+    Raises:
+        ValueError: the sampling's options or the dial are out of range, or the model can't be loaded.
+    """
+    import torch
+
+    import moh
+    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_causal_lm(arguments.model, device=default_device())
+    if arguments.active_heads is not None:
+        moh.set_active_heads(model, arguments.active_heads)
+    torch.manual_seed(arguments.seed)
+    return model, tokenizer
+
+
+def sampling(arguments: Namespace) -> dict[str, Any]:
+    """What `generate` is told of the options of `add_sampling`."""
+    drawn = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
+    return {"max_new_tokens": arguments.max_new_tokens, **drawn}
+
+
+def run(arguments: Namespace) -> None:
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise ValueError("give a prompt, or --prompts FILE with one a line, and not both")
+    if arguments.prompts is not None:
+        prompts = [line for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts must hold at least one line, {arguments.prompts} holds none")
+        if arguments.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+        model, tokenizer = load(arguments)
+        for start in range(0, len(prompts), arguments.batch_size):
+            batch = prompts[start : start + arguments.batch_size]
+            for prompt, text in zip(batch, continuations(model, tokenizer, batch, **sampling(arguments)), strict=True):
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        return
+    from transformers import TextStreamer
+
+    model, tokenizer = load(arguments)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
+    model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling(arguments))
+
+
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
+) -> Iterator[str]:
+    """What the model writes after each of several prompts, computed as one batch, padded on the left.
+
+    Args:
+        prompts: each of at least one token.
+        options: for `model.generate`.
+
+    Raises:
+        ValueError: the tokenizer has no token to pad with.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("tokenizer must have a padding or an end-of-text token for several prompts at a time")
+    import torch
+
+    rows = [torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64) for prompt in prompts]
+    if any(len(row) == 0 for row in rows):
+        raise ValueError("every prompt must hold at least one token")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = row
+        mask[index, width - len(row) :] = 1
+    written = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad, **options
+    )
+    for row in written[:, width:]:
+        yield tokenizer.decode(row, skip_special_tokens=True)

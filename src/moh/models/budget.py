@@ -1,0 +1,203 @@
+"""The dial: how many heads each token uses, changed at run time on a trained or converted model of any family.
+
+Only the number of routed heads changes, never which heads are shared. What W_O is at which number: `output_budgets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from moh.config import MoHConfig
+from moh.models.layer_heads import HasLayerHeads, compact_heads
+from moh.models.output_budgets import add_output_budgets, switches
+from moh.models.spending import evenly, spend
+from moh.routing import Router, TwoStageRouter
+
+
+def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
+    """Set how many heads each token uses from now on; `save_pretrained` keeps it.
+
+    Args:
+        model: any model with MoH attention layers, or what wraps one (DDP, a LoRA, `torch.compile`).
+        k: routed heads active per token: an int for every layer that routes; a list with one entry per layer; or a
+            float in (0, 1], the share of *all* heads, shared ones included, on average over the layers. A share is
+            handed out by `config.head_costs` where the conversion has saved what each layer needs, else evenly.
+
+    Returns:
+        the share of heads that a token now uses, over all layers; of a float k the nearest that whole heads allow.
+
+    Raises:
+        ValueError: the model has no MoH layer, or k is out of range; nothing was changed.
+
+    Examples:
+        >>> moh.set_active_heads(model, 3)  # doctest: +SKIP
+        0.7777777777777778
+        >>> moh.set_active_heads(model, 0.75)  # doctest: +SKIP
+        0.7518518518518519
+    """
+    routers = moh_routers(model)
+    layers = [r.config for r in routers]
+    counts = _counts(model, routers, k)
+    return _apply(
+        model,
+        routers,
+        [layer if layer.active_heads == n else dataclasses.replace(layer, active_heads=n)
+         for layer, n in zip(layers, counts, strict=True)],
+    )  # fmt: skip
+
+
+@contextmanager
+def active_heads(model: nn.Module, k: int | float | Sequence[int]) -> Iterator[float]:
+    """Inside the block each token uses as many heads as `set_active_heads(model, k)` sets; then as many as before.
+
+    Yields:
+        the share of heads that a token uses inside.
+
+    Raises:
+        ValueError: as `set_active_heads`.
+    """
+    routers = moh_routers(model)
+    before = [r.config for r in routers]
+    share = set_active_heads(model, k)
+    try:
+        yield share
+    finally:
+        _apply(model, routers, before)
+
+
+class HasActiveHeads:
+    """The dial as a method of a model."""
+
+    def set_active_heads(self, k: int | float | Sequence[int]) -> float:
+        """Set how many heads each token uses: `moh.set_active_heads(self, k)`."""
+        assert isinstance(self, nn.Module)
+        return set_active_heads(self, k)
+
+    def post_init(self) -> None:
+        """What a model of transformers calls when it has been built: W_O for each number of heads joins it here."""
+        add_output_budgets(self)  # type: ignore[arg-type]
+        super().post_init()  # type: ignore[misc]
+
+
+def moh_routers(model: nn.Module) -> list[Router]:
+    """The routers of a model, in the order of its layers.
+
+    Raises:
+        ValueError: it has none.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        raise ValueError(
+            f"model has no layer whose heads are routed: a {type(model).__name__} of dense attention uses all of them; "
+            "moh.convert makes a MoH model of it"
+        )
+    return routers
+
+
+def head_share(layers: Sequence[MoHConfig]) -> float:
+    """Share of the heads that a token uses, over all heads of all layers."""
+    return sum(c.num_shared + c.active_heads for c in layers) / sum(c.num_heads for c in layers)
+
+
+def allowed_counts(router: Router) -> list[int]:
+    """Every k, ascending, that a layer's router can be set to."""
+    config = router.config
+    if not config.num_routed:
+        return [0]
+    least = 0
+    if isinstance(router, TwoStageRouter):
+        # Without W_r it has no scores; with it, a k of 0 would be saved as a router without one.
+        if router.routed is None:
+            return [0]
+        least = 1
+    return [k for k in range(least, config.num_routed + 1) if _refusal(config, k) is None]
+
+
+def _refusal(config: MoHConfig, k: int) -> str | None:
+    try:
+        dataclasses.replace(config, active_heads=k)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _counts(model: nn.Module, routers: Sequence[Router], k: Any) -> list[int]:
+    """k of each layer, checked."""
+    allowed = [allowed_counts(r) for r in routers]
+    if isinstance(k, float):
+        return _of_share(model, routers, allowed, k)
+    if isinstance(k, int) and not isinstance(k, bool):
+        counts = [k if r.config.num_routed else 0 for r in routers]
+    elif isinstance(k, Sequence) and not isinstance(k, str) and all(type(n) is int for n in k):
+        counts = list(k)
+        if len(counts) != len(routers):
+            raise ValueError(
+                f"active_heads must have one entry per MoH layer ({len(routers)}), got {len(counts)} entries"
+            )
+    else:
+        raise ValueError(
+            "active_heads must be an int, a list of ints with one per layer, or a float share of the heads in (0, 1], "
+            f"got {k!r}"
+        )
+    for index, (router, options, n) in enumerate(zip(routers, allowed, counts, strict=True)):
+        if n not in options:
+            reason = _refusal(router.config, n) or (
+                f"active_heads must be {'0' if options == [0] else f'from {options[0]} to {options[-1]}'} with this "
+                f"layer's learned router, whose weights {'score no' if options == [0] else 'belong to'} routed heads, "
+                f"got {n}"
+            )
+            raise ValueError(f"layer {index}: {reason}")
+    return counts
+
+
+def _of_share(model: nn.Module, routers: Sequence[Router], allowed: Sequence[Sequence[int]], share: float) -> list[int]:
+    if not 0 < share <= 1:
+        raise ValueError(f"active_heads as a share of the heads must be above 0 and at most 1, got {share}")
+    layers = [r.config for r in routers]
+    num_heads = [c.num_heads for c in layers]
+    total = share * sum(num_heads)
+    options = [[c.num_shared + k for k in ks] for c, ks in zip(layers, allowed, strict=True)]
+    fewest, most = sum(map(min, options)), sum(map(max, options))
+    if not fewest - 0.5 <= total <= most + 0.5:
+        raise ValueError(
+            f"active_heads as a share of the heads must be between {fewest / sum(num_heads):.3f} and "
+            f"{most / sum(num_heads):.3f} for this model, {'whose shared heads are always active, ' * (total < fewest)}"
+            f"got {share}"
+        )
+    saved = next((c.head_costs for c in _configurations(model) if c.head_costs is not None), None)
+    costs = []
+    if saved is not None:
+        if [len(c) for c in saved] != [h + 1 for h in num_heads]:
+            raise ValueError("config.head_costs must have one list per layer, with a cost for 0 to num_heads heads")
+        costs = [{n: layer[n] for n in ns} for layer, ns in zip(saved, options, strict=True)]
+    else:
+        even = evenly(num_heads, share)
+        costs = [{n: float((n - aim) ** 2) for n in ns} for aim, ns in zip(even, options, strict=True)]
+    heads = spend(costs, total)
+    return [n - c.num_shared for n, c in zip(heads, layers, strict=True)]
+
+
+def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConfig]) -> float:
+    for budgets, weight, before, after in list(switches(model, routers, [layer.active_heads for layer in layers])):
+        budgets.switch(weight, before, after)
+    for router, layer in zip(routers, layers, strict=True):
+        router.config = layer
+    fields = compact_heads(layers)
+    for config in _configurations(model):
+        for name, value in fields.items():
+            setattr(config, name, value)
+    for module in model.modules():
+        if isinstance(module, HasActiveHeads) and hasattr(module, "register_to_config"):  # a model of diffusers
+            module.register_to_config(**fields)
+    return head_share(layers)
+
+
+def _configurations(model: nn.Module) -> list[HasLayerHeads]:
+    """The configurations of transformers in a model, each once."""
+    found = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), HasLayerHeads)}
+    return list(found.values())

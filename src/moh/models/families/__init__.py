@@ -1,0 +1,21 @@
+"""MoH models of further families of transformers, as ordinary transformers models (extra `llm`).
+
+`MoHQwen3ForCausalLM`, `MoHBertModel` and so on, one for each dense class in `table.FAMILIES`, and their configurations
+`MoHQwen3Config`; each is made when it is first asked for. Importing `moh` is enough for the Auto classes to find them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("MoH"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moh._extras import require
+
+    require("transformers", extra="llm")
+    from moh.models.families.classes import make_class
+
+    globals()[name] = made = make_class(name)
+    return made

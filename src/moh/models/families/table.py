@@ -1,0 +1,211 @@
+"""The families of transformers models that share one MoH attention, and how each family's own attention is put together.
+
+Data alone: nothing of transformers is imported here. Llama, Mistral and Qwen2 are in `moh.models.llama`, ViT in
+`moh.models.transformers_vit`. A new family of this kind is one more entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+def _as_it_is(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    return out
+
+
+def _residual_dropout(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    dropped: Tensor = attention.resid_dropout(out)
+    return dropped
+
+
+def _residual_norm(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    normalised: Tensor = attention.output.LayerNorm(attention.output.dropout(out) + hidden_states)
+    return normalised
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family. Paths are of attributes, with dots, from the attention module unless said otherwise.
+
+    Attributes:
+        model_type: `config.model_type` of the dense model; ours is "moh_" and this.
+        package: its folder in `transformers.models`.
+        config, attention: names of its configuration's and its attention's class.
+        models: name of an Auto class -> name of the dense model's class.
+        layers: path of the layers, from the backbone (`base_model`).
+        attention_of_layer: path of a layer's attention.
+        core: path of what holds the projections, `scaling`, `is_causal` and `config`; "" for the attention itself.
+        queries, keys, values: the projections, from the core.
+        fused: one projection for all three instead, its rows those of queries, keys and values; "" for none.
+        output: the output projection W_O.
+        query_norm, key_norm: norms of each head's queries and keys, from the core; "" or absent for none.
+        rotary: whether queries and keys are rotated; with `rotary_width` only so many of the first channels are.
+        rotary_width: path of that number; "" for all channels.
+        dropout: path of the probability of dropping an attention weight, from the core.
+        finish: `(attention, W_O's output, input) -> output`, what the attention module does at its end.
+        encoder: whether tokens see what comes after them and a head predicts no next token.
+        max_positions: the configuration's number of learned positions; "" for none.
+        defaults: fields of the configuration whose default can't be served -> ours.
+    """
+
+    model_type: str
+    package: str
+    config: str
+    attention: str
+    models: Mapping[str, str]
+    layers: str = "layers"
+    attention_of_layer: str = "self_attn"
+    core: str = ""
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+    values: str = "v_proj"
+    fused: str = ""
+    output: str = "o_proj"
+    query_norm: str = ""
+    key_norm: str = ""
+    rotary: bool = True
+    rotary_width: str = ""
+    dropout: str = "attention_dropout"
+    finish: Callable[[Any, Tensor, Tensor], Tensor] = _as_it_is
+    encoder: bool = False
+    max_positions: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def moh_config(self) -> str:
+        """Name of our configuration's class."""
+        return f"MoH{self.config}"
+
+    @property
+    def moh_models(self) -> dict[str, str]:
+        """Name of an Auto class -> name of our model's class."""
+        return {auto: f"MoH{name}" for auto, name in self.models.items()}
+
+
+def _decoder(model: str, causal_lm: str, classifier: str = "") -> dict[str, str]:
+    names = {"AutoModel": model, "AutoModelForCausalLM": causal_lm}
+    return names | ({"AutoModelForSequenceClassification": classifier} if classifier else {})
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "qwen3",
+        "qwen3",
+        "Qwen3Config",
+        "Qwen3Attention",
+        _decoder("Qwen3Model", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+        query_norm="q_norm",
+        key_norm="k_norm",
+    ),
+    Family(
+        "gemma",
+        "gemma",
+        "GemmaConfig",
+        "GemmaAttention",
+        _decoder("GemmaModel", "GemmaForCausalLM", "GemmaForSequenceClassification"),
+    ),
+    Family(
+        "gemma2",
+        "gemma2",
+        "Gemma2Config",
+        "Gemma2Attention",
+        _decoder("Gemma2Model", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+        defaults={"attn_logit_softcapping": None},
+    ),
+    Family(
+        "gemma3_text",
+        "gemma3",
+        "Gemma3TextConfig",
+        "Gemma3Attention",
+        _decoder("Gemma3TextModel", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+        query_norm="q_norm",
+        key_norm="k_norm",
+    ),
+    Family(
+        "phi",
+        "phi",
+        "PhiConfig",
+        "PhiAttention",
+        _decoder("PhiModel", "PhiForCausalLM", "PhiForSequenceClassification"),
+        output="dense",
+        query_norm="q_layernorm",  # there only with qk_layernorm
+        key_norm="k_layernorm",
+        rotary_width="rotary_ndims",
+    ),
+    Family(
+        "phi3",
+        "phi3",
+        "Phi3Config",
+        "Phi3Attention",
+        _decoder("Phi3Model", "Phi3ForCausalLM", "Phi3ForSequenceClassification"),
+        fused="qkv_proj",
+    ),
+    Family(
+        "gpt2",
+        "gpt2",
+        "GPT2Config",
+        "GPT2Attention",
+        _decoder("GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        layers="h",
+        attention_of_layer="attn",
+        fused="c_attn",
+        output="c_proj",
+        rotary=False,
+        dropout="attn_dropout.p",
+        finish=_residual_dropout,
+        max_positions="max_position_embeddings",
+    ),
+    Family(
+        "opt",
+        "opt",
+        "OPTConfig",
+        "OPTAttention",
+        _decoder("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification"),
+        layers="decoder.layers",
+        output="out_proj",
+        rotary=False,
+        dropout="dropout",
+        max_positions="max_position_embeddings",
+    ),
+    Family(
+        "bert",
+        "bert",
+        "BertConfig",
+        "BertAttention",
+        {
+            "AutoModel": "BertModel",
+            "AutoModelForMaskedLM": "BertForMaskedLM",
+            "AutoModelForSequenceClassification": "BertForSequenceClassification",
+            "AutoModelForTokenClassification": "BertForTokenClassification",
+            "AutoModelForQuestionAnswering": "BertForQuestionAnswering",
+        },
+        layers="encoder.layer",
+        attention_of_layer="attention",
+        core="self",
+        queries="query",
+        keys="key",
+        values="value",
+        output="output.dense",
+        rotary=False,
+        dropout="dropout.p",
+        finish=_residual_norm,
+        encoder=True,
+        max_positions="max_position_embeddings",
+    ),
+)  # fmt: skip
+
+
+def family_of(model_type: str) -> Family | None:
+    """The family with this `config.model_type`, dense or ours, or None."""
+    return next((f for f in FAMILIES if model_type in (f.model_type, f"moh_{f.model_type}")), None)
+
+
+def at(module: Any, path: str) -> Any:
+    """What lies at a dotted path of attributes; the module itself for ""."""
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+    return module

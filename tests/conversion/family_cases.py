@@ -1,0 +1,67 @@
+"""A tiny dense model of every family of `moh.models.families`, whose attention matters and whose biases aren't zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from moh.models.families.table import FAMILIES, Family
+
+TINY = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+GROUPED = dict(num_key_value_heads=2)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3": GROUPED | dict(head_dim=8),
+    "gemma": GROUPED | dict(head_dim=12),
+    "gemma2": GROUPED | dict(head_dim=8, query_pre_attn_scalar=24, attn_logit_softcapping=None, sliding_window=5),
+    "gemma3_text": GROUPED
+    | dict(head_dim=8, query_pre_attn_scalar=24, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "phi": GROUPED | dict(partial_rotary_factor=0.5),
+    "phi3": GROUPED | dict(sliding_window=5),
+    "gpt2": dict(n_inner=48, scale_attn_by_inverse_layer_idx=True),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "bert": dict(),
+}
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+DECODERS = [family.model_type for family in FAMILIES if not family.encoder]
+ENCODERS = [family.model_type for family in FAMILIES if family.encoder]
+TRAINED_HEAD = {**dict.fromkeys(DECODERS, "AutoModelForCausalLM"), **dict.fromkeys(ENCODERS, "AutoModelForMaskedLM")}
+
+
+def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any:
+    """The family's model for an Auto class, by default the one whose head predicts tokens, in evaluation mode."""
+    family: Family = BY_TYPE[model_type]
+    fields = TINY | OPTIONS[model_type] | options
+    if model_type == "gpt2":
+        del fields["intermediate_size"]
+    config = getattr(transformers, family.config)(**fields)
+    model = getattr(transformers, family.models[auto or TRAINED_HEAD[model_type]])(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 or "bias" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def token_ids(count: int = 24, length: int = 16) -> Tensor:
+    return torch.randint(3, 64, (count, length), generator=torch.Generator().manual_seed(2))
+
+
+def left_padded(ids: Tensor) -> dict[str, Tensor]:
+    """The ids with padding before the first sequence."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return dict(input_ids=torch.where(mask.bool(), ids, 0), attention_mask=mask)

@@ -1,0 +1,224 @@
+"""One converted model for a range of budgets: W_O for each number of heads, switched by the dial."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import moh
+from moh.conversion.budgets import low_rank_change
+from moh.conversion.fit import refit_output_projection
+from moh.conversion.statistics import OutputSums
+from moh.models.budget import moh_routers
+from moh.models.output_budgets import OutputBudgets, output_projection, routed_attentions
+
+ALL_SHARES = [1.0, 0.75, 0.5]
+
+
+@pytest.fixture
+def convert(make_dense: Callable[..., Any], tokens: Tensor) -> Callable[..., tuple[Any, Any]]:
+    """`convert(family, **options)`: a dense model and the MoH model with one shared and one active head of four."""
+
+    def run(family: str = "Llama", **options: Any) -> tuple[Any, Any]:
+        dense = make_dense(family)
+        given = dict(shared_heads=1, active_heads=1, calibration=tokens, progress=False, budgets=ALL_SHARES)
+        return dense, moh.convert(dense, **given | options)
+
+    return run
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    out: Tensor = model(tokens).logits
+    return out
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("allocation", ["even", "sensitivity"])
+def test_with_all_heads_the_model_is_the_original(
+    convert: Callable[..., Any], tokens: Tensor, family: str, allocation: str
+) -> None:
+    dense, model = convert(family, allocation=allocation)
+    expected = logits(dense, tokens)
+    assert not torch.allclose(logits(model, tokens), expected, rtol=1e-2)
+    for _ in range(3):
+        moh.set_active_heads(model, 1.0)
+        torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        moh.set_active_heads(model, 0.5)
+
+
+def test_a_family_that_keeps_its_weights_transposed_has_budgets_too(tokens: Tensor) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dense = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    given = dict(shared_heads=1, calibration=tokens, progress=False)
+    model = moh.convert(dense, active_heads=1, budgets=ALL_SHARES, **given)
+    alone = moh.convert(dense, active_heads=2, refit_output=True, **given)
+    moh.set_active_heads(model, 0.75)
+    torch.testing.assert_close(logits(model, tokens), logits(alone, tokens), rtol=1e-3, atol=1e-3)
+    moh.set_active_heads(model, 1.0)
+    torch.testing.assert_close(logits(model, tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_model_of_transformers_has_budgets_too(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from moh.models.transformers_vit import MoHViTForImageClassification
+
+    sizes = dict(image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    dense = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+    images = torch.randn(8, 3, 16, 16)
+    model = moh.convert(
+        dense, shared_heads=1, active_heads=1, calibration=images, budgets=ALL_SHARES, allocation="sensitivity",
+        progress=False,
+    )  # fmt: skip
+    expected = logits(model, images)
+    model.save_pretrained(tmp_path)
+    loaded = MoHViTForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, images), expected, rtol=1e-4, atol=1e-5)
+    loaded.set_active_heads(1.0)
+    torch.testing.assert_close(logits(loaded, images), logits(dense, images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_each_budget_is_the_model_converted_for_it_alone(
+    convert: Callable[..., Any], tokens: Tensor, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full rank; what a lower one loses on a real model is measured by experiments/budgets_in_one_model.py."""
+    _, model = convert()
+    moh.set_active_heads(model, share)
+    _, alone = convert(budgets=None, refit_output=True, active_heads=int(4 * share) - 1)
+    expected = logits(alone, tokens)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_turning_the_dial_to_and_fro_loses_nothing(convert: Callable[..., Any], tokens: Tensor) -> None:
+    _, model = convert()
+    model.to(torch.bfloat16)
+    moh.set_active_heads(model, 0.75)
+    before = copy.deepcopy(model.state_dict())
+    for share in [1.0, 0.5, 0.75] * 20:
+        moh.set_active_heads(model, share)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("share", ALL_SHARES)
+def test_a_saved_model_serves_every_budget(
+    convert: Callable[..., Any], tokens: Tensor, tmp_path: Path, share: float
+) -> None:
+    _, model = convert(allocation="sensitivity")
+    expected = {}
+    for other in ALL_SHARES:
+        moh.set_active_heads(model, other)
+        expected[other] = logits(model, tokens)
+    moh.set_active_heads(model, share)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.share == share
+    torch.testing.assert_close(logits(loaded, tokens), expected[share])
+    for other in ALL_SHARES:
+        moh.set_active_heads(loaded, other)
+        torch.testing.assert_close(logits(loaded, tokens), expected[other], rtol=1e-4, atol=1e-4)
+
+
+def test_a_share_is_handed_out_as_the_conversion_for_it_would(convert: Callable[..., Any]) -> None:
+    _, model = convert(allocation="sensitivity", active_heads=2)
+    for k in (1, 2):
+        moh.set_active_heads(model, (1 + k) / 4)
+        _, alone = convert(allocation="sensitivity", active_heads=k, budgets=None)
+        assert [r.config.active_heads for r in moh_routers(model)] == [
+            r.config.active_heads for r in moh_routers(alone)
+        ]
+
+
+def test_training_at_one_budget_is_kept_at_the_others(convert: Callable[..., Any], tokens: Tensor) -> None:
+    _, model = convert()
+    weight = output_projection(routed_attentions(model)[0]).weight
+    moh.set_active_heads(model, 1.0)
+    original = weight.detach().clone()
+    moh.set_active_heads(model, 0.5)
+    with torch.no_grad():
+        weight.add_(0.25)  # what an optimiser does
+    moh.set_active_heads(model, 1.0)
+    torch.testing.assert_close(weight, original + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_changes_are_no_parameters(convert: Callable[..., Any]) -> None:
+    dense, model = convert()
+    trained = sum(p.numel() for n, p in model.named_parameters() if "router" not in n)
+    assert trained == sum(p.numel() for p in dense.parameters())
+
+
+def test_generation_with_the_cache_is_right_at_every_budget(convert: Callable[..., Any]) -> None:
+    _, model = convert()
+    prompt = torch.randint(64, (2, 5))
+    for share in ALL_SHARES:
+        moh.set_active_heads(model, share)
+        options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
+
+
+def test_the_low_rank_change_is_the_refit_and_its_best_approximation() -> None:
+    z = torch.randn(200, 24, dtype=torch.float64)
+    gates = (torch.rand(200, 4) > 0.4).double().repeat_interleave(6, 1)
+    g = z * gates
+    sums = OutputSums(g.T @ g, g.T @ z)
+    o_proj = torch.randn(16, 24)
+    change = refit_output_projection(sums, o_proj) - o_proj
+    left, right = low_rank_change(sums, o_proj, rank=99)
+    torch.testing.assert_close(left @ right, change, rtol=1e-4, atol=1e-5)
+
+    def misses(left: Tensor, right: Tensor) -> float:
+        wanted, got = (g @ c.double().T for c in (change, left @ right))
+        penalty = 0.1 * sums.gg.diagonal().mean() * (change - left @ right).double().square().sum()
+        return float((wanted - got).square().sum() + penalty)
+
+    left, right = low_rank_change(sums, o_proj, rank=5)
+    u, s, vh = torch.linalg.svd(change)
+    assert (left.shape, right.shape) == ((16, 5), (5, 24))
+    assert misses(left, right) < misses(u[:, :5] * s[:5], vh[:5])
+
+
+def test_between_two_numbers_of_heads_the_lower_ones_change_holds() -> None:
+    budgets = OutputBudgets([4, 6], 1, torch.zeros(3, 3))
+    assert [budgets.index(n, 9) for n in (2, 4, 5, 6, 8, 9)] == [0, 0, 0, 1, 1, None]
+
+
+def test_quantised_weights_are_refused_before_anything_changes(convert: Callable[..., Any]) -> None:
+    _, model = convert()
+    layer = output_projection(routed_attentions(model)[1])
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    first = output_projection(routed_attentions(model)[0]).weight
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match=r"quantised \(torch.int8\); turn the dial before quantising"):
+        moh.set_active_heads(model, 1.0)
+    assert torch.equal(first, before)
+    assert [r.config.active_heads for r in moh_routers(model)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(budgets=[]), "budgets must be shares of heads above 0 and at most 1"),
+        (dict(budgets=[0.5, 1.5]), "budgets must be shares of heads above 0 and at most 1"),
+        (dict(budgets=[0.5], router="two_stage"), "budgets needs router='linear'"),
+        (dict(budgets=[0.5], refit_output=True), "refit_output must be False where budgets is given"),
+        (dict(budgets=[0.1]), "budgets must be at least 0.250, the share of the shared heads, got 0.1"),
+    ],
+)
+def test_budgets_that_cannot_be_served_are_refused(
+    convert: Callable[..., Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(**options)

@@ -1,0 +1,151 @@
+"""A directory as published, which calls itself a Llama, loads as the MoH model that it is; a plain Llama stays one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from moh.checkpoints import load_published
+from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.published_llama import REPOSITORY, is_published_llama, published_heads
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"
+# Would stop the test if it were run; only its text may be looked at
+CODE = "raise SystemExit('remote code was run')\nself.routed_head = 2\nself.shared_head = 4\n"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN)
+
+
+@pytest.fixture
+def published_config() -> dict[str, Any]:
+    with safe_open(GOLDEN, "pt") as file:
+        tiny = json.loads(file.metadata()["config"])
+    for ours in ("model", "router", "shared_heads", "routed_active", "rope"):
+        del tiny[ours]
+    return tiny | {
+        "architectures": ["LlamaForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"},
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "attention_bias": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.37.0",
+        "use_cache": True,
+    }
+
+
+@pytest.fixture(params=["one_file", "shards"])
+def published(request: pytest.FixtureRequest, golden, published_config, tmp_path: Path) -> Path:
+    state = {name.removeprefix("state."): t.clone() for name, t in golden.items() if name.startswith("state.")}
+    (tmp_path / "config.json").write_text(json.dumps(published_config))
+    (tmp_path / "modeling_llama.py").write_text(CODE)
+    if request.param == "one_file":
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+        return tmp_path
+    names = sorted(state)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: state[name] for name in members}, tmp_path / file, {"format": "pt"})
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def assert_parity(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "load", [load_published, AutoModelForCausalLM.from_pretrained], ids=["load_published", "AutoModelForCausalLM"]
+)
+@torch.no_grad()
+def test_the_published_directory_gives_the_published_numbers_without_its_code(published: Path, golden, load) -> None:
+    model = load(published).eval()
+    assert type(model) is MoHLlamaForCausalLM
+    assert [(c.num_shared, c.active_heads, c.router) for c in model.config.layer_configs()] == [
+        (4, 2, "query_norm")
+    ] * 2
+    assert_parity(model(golden["input_ids"]).logits, golden["logits"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
+@torch.no_grad()
+def test_every_backend_gives_the_published_numbers(published: Path, golden, backend: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(published, moh_backend=backend).eval()
+    assert_parity(model(golden["input_ids"]).logits, golden["logits"])
+
+
+def test_what_is_saved_again_is_an_ordinary_moh_model(published: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(published).save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("moh_llama", ["MoHLlamaForCausalLM"])
+    assert "auto_map" not in saved
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is MoHLlamaForCausalLM
+
+
+def test_the_configuration_keeps_what_the_caller_asks_for(published: Path) -> None:
+    config, unused = AutoConfig.from_pretrained(
+        pretrained_model_name_or_path=published, return_unused_kwargs=True, use_cache=False, other=3
+    )
+    assert type(config) is MoHLlamaConfig and unused["other"] == 3
+    assert config.use_cache is False and config.rope_parameters["rope_theta"] == 500_000.0
+    assert type(AutoModel.from_pretrained(published, dtype=torch.bfloat16)).__name__ == "MoHLlamaModel"
+    assert AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16).dtype is torch.bfloat16
+
+
+def test_the_model_of_32_heads_shares_16_and_routes_8() -> None:
+    assert published_heads(32) == {"router": "query_norm", "shared_heads": 16, "active_heads": 8}
+    with pytest.raises(ValueError, match="must be a multiple of 4, got 6"):
+        published_heads(6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "expected"),
+    [
+        pytest.param({}, REPOSITORY, True, id="the_hub_repository"),
+        pytest.param({"auto_map": {"AutoModelForCausalLM": f"{REPOSITORY}--m.X"}}, "here", True, id="named_by_a_copy"),
+        pytest.param({"auto_map": {"AutoModelForCausalLM": "some/other--m.X"}}, REPOSITORY + "x", False, id="anothers"),
+        pytest.param({"auto_map": None}, REPOSITORY, False, id="no_remote_code"),
+        pytest.param({"model_type": "mistral"}, REPOSITORY, False, id="no_llama"),
+        pytest.param({}, "nowhere", False, id="code_not_there"),
+    ],
+)
+def test_only_the_published_code_is_taken_for_the_published_model(published_config, changed, path, expected) -> None:
+    assert is_published_llama(published_config | changed, path) is expected
+
+
+@pytest.mark.parametrize("code", [None, "class LlamaForCausalLM:\n    pass\n"], ids=["plain", "with_code_of_others"])
+def test_another_llama_stays_what_transformers_makes_of_it(published: Path, published_config, code) -> None:
+    if code is None:
+        del published_config["auto_map"]
+        (published / "config.json").write_text(json.dumps(published_config))
+    else:
+        (published / "modeling_llama.py").write_text(code)
+    assert type(AutoConfig.from_pretrained(published)) is LlamaConfig
+    assert type(AutoModelForCausalLM.from_pretrained(published)) is LlamaForCausalLM
+
+
+def test_load_published_names_what_a_directory_lacks(published: Path, published_config, golden) -> None:
+    with pytest.raises(ValueError, match="config must be given with a state dict"):
+        load_published(golden)
+    del published_config["auto_map"]
+    (published / "config.json").write_text(json.dumps(published_config))
+    with pytest.raises(ValueError, match="auto_map names code for AutoModelForCausalLM; it has model_type 'llama'"):
+        load_published(published)
+    (published / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*config\.json to read it from"):
+        load_published(published)
