@@ -1,0 +1,137 @@
+"""The page of an image classifier: an image, its likeliest classes at a budget, and which patches used which head.
+
+Numbers come from `images`, their looks from `markup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moh._extras import require
+from moh.explore import markup
+from moh.explore.images import ImageComparison, read_image, shaded_picture, time_image
+from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.subjects import ImageSubject
+from moh.training.images.folders import decode
+
+require("gradio", extra="app")
+
+import gradio as gr  # noqa: E402
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What one visitor sees: a comparison, and the layer and head whose use is shown."""
+
+    comparison: ImageComparison
+    layer: int = 0
+    head: int = 0
+
+
+def add_image_page(subject: ImageSubject) -> None:
+    """Add the page to an application."""
+    page = _ImagePage(subject)
+    shown = gr.State(None)
+    with gr.Row():
+        with gr.Column():
+            image = gr.Image(
+                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[],
+                elem_id="image",
+            )  # fmt: skip
+            slider, own = budget_controls(subject)
+            problem = gr.HTML("", elem_id="problem")
+            classes = gr.HTML("", elem_id="classes")
+            summary = gr.HTML("", elem_id="summary")
+        with gr.Column():
+            patches = gr.HTML("", elem_id="patches")
+            heads = chooser("heads")
+    results = [shown, problem, classes, summary, patches, heads]
+    again: Any = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+    gr.on([image.change, own.input], page.read, [image, slider, own, shown], results, **again)
+    slider.input(page.move, [image, slider, shown], [own, *results], **again)
+    heads.select(page.choose, [shown], [shown, patches], show_progress="hidden", api_visibility="private")
+
+
+class _ImagePage:
+    """The page's answers for one model."""
+
+    def __init__(self, subject: ImageSubject) -> None:
+        self.subject = subject
+
+    def read(self, path: str | None, value: float, own: bool, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
+        """Everything but the time at once, and the time as soon as it is measured."""
+        if path is None:
+            yield None, "", "", "", "", ""
+            return
+        budget = budget_of(self.subject, value, own)
+        try:
+            seen = read_image(self.subject, decode(Path(path).read_bytes()), budget)
+        except ValueError as error:
+            yield None, markup.notice(f"This image can't be read: {error}"), "", "", "", ""
+            return
+        shown = _Shown(seen, *_telling(seen)) if before is None else replace(before, comparison=seen)
+        rest = self._patches(shown), self._heads(shown)
+        yield shown, "", self._classes(seen), self._summary(seen, None), *rest
+        seconds = time_image(self.subject, seen, budget)
+        yield shown, "", self._classes(seen), self._summary(seen, seconds), *rest
+
+    def move(self, path: str | None, value: float, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
+        """As `read`, where the slider was moved: it leaves the budget that was saved, and unticks its box."""
+        for shown in self.read(path, value, False, before):
+            yield False, *shown
+
+    def choose(self, shown: _Shown | None, data: gr.EventData) -> tuple[_Shown | None, str]:
+        """The patches of the layer and head that were clicked."""
+        if shown is None:
+            return None, ""
+        layers = shown.comparison.layers
+        layer = whole_number(data, "layer", len(layers))
+        shown = replace(shown, layer=layer, head=whole_number(data, "head", layers[layer].gates.shape[-1]))
+        return shown, self._patches(shown)
+
+    def _classes(self, seen: ImageComparison) -> str:
+        parts = [markup.bars(budget_label(self.subject, seen.share), seen.classes)]
+        if seen.reference_classes is not None and self.subject.reference is not None:
+            parts.append(markup.bars(self.subject.reference.label, seen.reference_classes))
+        return markup.side_by_side(*parts)
+
+    def _summary(self, seen: ImageComparison, seconds: tuple[float, float | None] | None) -> str:
+        columns = [budget_label(self.subject, seen.share)]
+        if self.subject.reference is not None:
+            columns.append(self.subject.reference.label)
+        times = ["measuring …"] * len(columns)
+        if seconds is not None:
+            times = [markup.duration(taken) for taken in seconds if taken is not None]
+        return markup.table(columns, [(TIME_ROW, times)])
+
+    def _patches(self, shown: _Shown) -> str:
+        layers = shown.comparison.layers
+        if not layers:
+            return ""
+        layer = layers[shown.layer]
+        used = int((layer.gates[0, :, shown.head] > 0).sum())
+        said = f"Layer {shown.layer}, head {shown.head}: {used} of {layer.gates.shape[1]} tokens use it"
+        said += " (grey: patches that don't)." if used < layer.gates.shape[1] else "."
+        try:
+            picture = shaded_picture(shown.comparison, shown.layer, shown.head)
+        except ValueError as error:
+            return markup.note(f"{said} {error}")
+        return markup.image_element(picture, said) + markup.note(said)
+
+    def _heads(self, shown: _Shown) -> str:
+        layers = shown.comparison.layers
+        used = [(layer.gates[0] > 0).float().mean(0) for layer in layers]
+        title = "Share of the patches that use each head: choose one"
+        return markup.head_map(title, layers, used, said="load", choosable=True, chosen=(shown.layer, shown.head))
+
+
+def _telling(seen: ImageComparison) -> tuple[int, int]:
+    """Layer and head to show first: of the first MoH layer the head that about half of the patches use."""
+    for number, layer in enumerate(seen.layers):
+        if layer.config is not None:
+            load = (layer.gates[0] > 0).float().mean(0)  # [H]
+            return number, int((load - 0.5).abs().argmin())
+    return 0, 0

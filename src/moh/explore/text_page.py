@@ -1,0 +1,195 @@
+"""The page of a language model: a text, its tokens and what they cost at a budget, the next token, the curve.
+
+Numbers come from `texts`, their looks from `markup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moh._extras import require
+from moh.explore import markup
+from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.subjects import TextSubject
+from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
+from moh.inspection.tables import to_pandas
+
+require("gradio", extra="app")
+
+import gradio as gr  # noqa: E402
+
+EXAMPLE = (
+    "The lighthouse keeper climbed the stairs every evening to light the lamp. From the top he could see the whole "
+    "coast, and on clear nights the lights of"
+)
+HEADS_USED, PERPLEXITY, MODEL = "heads used, %", "perplexity", "model"
+LOSS, DIFFERENCE = "loss", "difference"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What one visitor sees: a comparison, and the token that was chosen."""
+
+    comparison: TextComparison
+    chosen: int | None = None
+
+
+def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
+    """Add the page to an application."""
+    page = _TextPage(subject)
+    shown = gr.State(None)
+    text = gr.Textbox(
+        EXAMPLE,
+        label=f"Text (at most {subject.max_tokens:,} tokens)",
+        lines=4,
+        max_lines=12,
+        max_length=MOST_CHARACTERS,
+        elem_id="text",
+        rtl=False,
+    )
+    slider, own = budget_controls(subject)
+    compared = subject.reference is not None
+    with gr.Row():
+        read = gr.Button("Read", variant="primary", elem_id="read", scale=0, min_width=140)
+        shade = gr.Radio([LOSS, DIFFERENCE], value=LOSS, label="Shade tokens by", visible=compared, elem_id="shade")
+    problem = gr.HTML("", elem_id="problem")
+    summary = gr.HTML("", elem_id="summary")
+    with gr.Tab("Tokens"), gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            gr.HTML(markup.note("Choose a token (click, or arrow keys and Enter) to see which heads it used."))
+            tokens = chooser("tokens")
+        with gr.Column(scale=2, min_width=320):
+            heads = gr.HTML("", elem_id="heads")
+    with gr.Tab("Next token"):
+        following = gr.HTML("", elem_id="next")
+    with gr.Tab("All budgets", visible=bool(subject.dial.values)):
+        draw = gr.Button("Read the text at every budget", elem_id="draw")
+        curve = gr.LinePlot(
+            x=HEADS_USED, y=PERPLEXITY, color=MODEL, height=280, elem_id="curve", tooltip="all", visible=False
+        )
+        figures = gr.HTML("", elem_id="figures")
+
+    results = [shown, problem, summary, tokens, heads, following]
+    again: Any = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+    gr.on(
+        [app.load, read.click, text.submit, own.input], page.read, [text, slider, own, shade, shown], results, **again
+    )
+    slider.input(page.move, [text, slider, shade, shown], [own, *results], **again)
+    shade.input(page.shade, [shown, shade], [tokens], show_progress="hidden", api_visibility="private")
+    tokens.select(page.choose, [shown], [shown, heads], show_progress="hidden", api_visibility="private")
+    draw.click(page.curve, [text], [problem, curve, figures], api_visibility="private")
+
+
+class _TextPage:
+    """The page's answers for one model."""
+
+    def __init__(self, subject: TextSubject) -> None:
+        self.subject = subject
+
+    def read(self, text: str, value: float, own: bool, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
+        """Everything but the time at once, and the time as soon as it is measured."""
+        budget = budget_of(self.subject, value, own)
+        try:
+            comparison = read_text(self.subject, text, budget)
+        except ValueError as error:
+            yield None, markup.notice(str(error)), "", "", "", ""
+            return
+        same = before is not None and before.comparison.ids == comparison.ids
+        shown = _Shown(comparison, before.chosen if same and before is not None else None)
+        cut = ""
+        if comparison.left_out:
+            cut = (
+                f"The text is too long: {len(comparison.ids):,} tokens are read, {comparison.left_out:,} are left out."
+            )
+        rest = self._tokens(shown, shade), self._heads(shown), self._next(comparison)
+        yield shown, markup.notice(cut), self._summary(comparison, None), *rest
+        seconds = time_text(self.subject, comparison.ids, budget)
+        yield shown, markup.notice(cut), self._summary(comparison, seconds), *rest
+
+    def move(self, text: str, value: float, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
+        """As `read`, where the slider was moved: it leaves the budget that was saved, and unticks its box."""
+        for shown in self.read(text, value, False, shade, before):
+            yield False, *shown
+
+    def shade(self, shown: _Shown | None, shade: str) -> str:
+        return "" if shown is None else self._tokens(shown, shade)
+
+    def choose(self, shown: _Shown | None, data: gr.EventData) -> tuple[_Shown | None, str]:
+        """The heads of the token that was clicked."""
+        if shown is None:
+            return None, ""
+        shown = replace(shown, chosen=whole_number(data, "token", len(shown.comparison.ids)))
+        return shown, self._heads(shown)
+
+    def curve(self, text: str, progress: gr.Progress = gr.Progress()) -> tuple[str, Any, str]:  # noqa: B008 (Gradio's way)
+        """Perplexity at every budget, as a picture and in figures."""
+        try:
+            points, reference = budget_curve(
+                self.subject, text, progress=lambda done, of: progress((done, of), unit="budgets")
+            )
+        except ValueError as error:
+            return markup.notice(str(error)), gr.LinePlot(visible=False), ""
+        rows: list[dict[str, object]] = [_row(point.share, point.perplexity, "this model") for point in points]
+        figures = [
+            (f"{point.value} routed heads, {100 * point.share:.0f} %", [markup.number(point.perplexity)])
+            for point in points
+        ]
+        if reference is not None and self.subject.reference is not None:
+            label = self.subject.reference.label
+            rows += [_row(point.share, reference, label) for point in (points[0], points[-1])]
+            figures.append((label, [markup.number(reference)]))
+        return "", gr.LinePlot(to_pandas(rows), visible=True), markup.table(["perplexity"], figures)
+
+    def _summary(self, comparison: TextComparison, seconds: tuple[float, float | None] | None) -> str:
+        columns, readings = [budget_label(self.subject, comparison.share)], [comparison.model]
+        if comparison.reference is not None and self.subject.reference is not None:
+            columns.append(self.subject.reference.label)
+            readings.append(comparison.reference)
+        times = ["measuring …"] * len(columns)
+        if seconds is not None:
+            times = [markup.duration(taken) for taken in seconds if taken is not None]
+        predicted = len(comparison.ids) - 1
+        return markup.table(
+            columns,
+            [
+                ("perplexity", [markup.number(reading.perplexity) for reading in readings]),
+                ("tokens predicted", [f"{predicted:,}"] * len(columns)),
+                (TIME_ROW, times),
+            ],
+        )
+
+    def _tokens(self, shown: _Shown, shade: str) -> str:
+        comparison = shown.comparison
+        other = None if comparison.reference is None else comparison.reference.losses
+        return markup.shaded_tokens(
+            comparison.tokens,
+            comparison.model.losses,
+            other,
+            difference=shade == DIFFERENCE and other is not None,
+            chosen=shown.chosen,
+        )
+
+    def _heads(self, shown: _Shown) -> str:
+        layers = shown.comparison.layers
+        if shown.chosen is None:
+            used = [(layer.gates[0] > 0).float().mean(0) for layer in layers]
+            return markup.head_map("Share of all tokens that use each head", layers, used, said="load")
+        token = shown.comparison.tokens[shown.chosen]
+        gates = [layer.gates[0, shown.chosen] for layer in layers]
+        used_heads = sum(int((row > 0).sum()) for row in gates)
+        total = sum(len(row) for row in gates)
+        title = f"Token {shown.chosen}, “{token.strip() or token}”, uses {used_heads} of {total} heads"
+        return markup.head_map(title, layers, gates, said="gate")
+
+    def _next(self, comparison: TextComparison) -> str:
+        parts = [markup.bars(budget_label(self.subject, comparison.share), comparison.model.next_tokens)]
+        if comparison.reference is not None and self.subject.reference is not None:
+            parts.append(markup.bars(self.subject.reference.label, comparison.reference.next_tokens))
+        return markup.side_by_side(*parts)
+
+
+def _row(share: float, perplexity: float, model: str) -> dict[str, object]:
+    """A point of the curve, under the names that the plot looks for."""
+    return {HEADS_USED: 100 * share, PERPLEXITY: perplexity, MODEL: model}

@@ -1,0 +1,64 @@
+"""Promises of loading: each checkpoint is taken for what it is, and models that can't be compared are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moh.explore.loading import load_subject
+from moh.explore.subjects import ImageSubject
+
+
+def test_a_classifier_of_transformers_is_explored_too(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="the vision extra is not installed")
+    from PIL import Image
+    from transformers import ViTImageProcessor
+
+    from moh.explore.images import read_image
+    from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16, image_size=8)
+    config = MoHViTConfig(
+        **sizes,
+        patch_size=4,
+        num_labels=3,
+        shared_heads=1,
+        active_heads=1,
+        router="query_norm",
+        id2label={0: "a", 1: "b", 2: "c"},
+    )
+    MoHViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    subject = load_subject(tmp_path)
+    assert isinstance(subject, ImageSubject)
+    assert subject.classes == ("a", "b", "c") and subject.dial.values == (0, 1, 2, 3)
+    seen = read_image(subject, Image.new("RGB", (20, 10), "red"), 3)
+    assert seen.reference_classes is not None
+    assert dict(seen.classes) == pytest.approx(dict(seen.reference_classes), rel=1e-5)
+    assert torch.isfinite(seen.pixels).all()
+
+
+def test_a_dense_model_of_another_vocabulary_is_refused(converted_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted_dir)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--dense must have the vocabulary of"):
+        load_subject(converted_dir, dense=tmp_path)
+
+
+def test_models_of_two_kinds_are_not_compared(converted_dir: Path, classifier_dirs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"--dense must be a language model"):
+        load_subject(converted_dir, dense=classifier_dirs["dense"])
+    with pytest.raises(ValueError, match=r"--dense must be an image classifier"):
+        load_subject(classifier_dirs["75"], dense=converted_dir)
+
+
+def test_a_diffusion_model_is_named_as_no_subject(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "MoHDiTTransformer2DModel"}))
+    with pytest.raises(ValueError, match=r"shows language models and image classifiers"):
+        load_subject(tmp_path)
