@@ -40,10 +40,12 @@ def run_all(options: list[str], kill_at: int = 0) -> list[list[float]]:
     return losses
 
 
-def run_on_two_processes(options: list[str], target: Path, *, timeout: float) -> list[list[float]]:
+def run_on_two_processes(
+    options: list[str], target: Path, *, timeout: float, environment: dict[str, str] | None = None
+) -> list[list[float]]:
     """`run_all` under torchrun, on two processes of the CPU; `target` is where the losses pass through."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     command = [*launcher, __file__, target, "0", *options]
     done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moh.training import load_recipe, train
 from moh.training.checkpoints import last_complete_checkpoint, writing_checkpoint
@@ -16,13 +18,17 @@ from moh.training.checkpoints import last_complete_checkpoint, writing_checkpoin
 ERRORS = {
     "plain_file": OSError(errno.ENOSPC, "No space left on device"),
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "sharded": CheckpointException(
+        "write",
+        {0: (OSError(errno.ENOSPC, "No space left on device"), traceback.StackSummary.from_list([]))},
+    ),
     "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
 }
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
 def test_the_last_good_checkpoint_survives_and_the_run_goes_on_from_it(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     options += ["--training.save_steps=2"]
     save = torch.save

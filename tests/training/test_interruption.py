@@ -103,3 +103,13 @@ def test_checkpoints_of_another_recipe_are_not_continued(finished: Path) -> None
 def test_losses_are_still_the_checkpoint_state(finished: Path) -> None:
     state = json.loads((finished / "checkpoint-4" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_another_number_of_samples_per_step_is_refused(options: list[str], tmp_path: Path) -> None:
+    options += ["--training.save_steps=2", "--training.max_steps=4"]
+    train(load_recipe(None, options))
+    with pytest.raises(ValueError, match=r"began with 2 samples per optimiser step.*it needs as many, got 3"):
+        train(load_recipe(None, [*options, "--training.max_steps=6", "--training.per_device_train_batch_size=3"]))
+    same = ["--training.per_device_train_batch_size=1", "--training.gradient_accumulation_steps=2"]
+    result = train(load_recipe(None, [*options, "--training.max_steps=6", *same]))
+    assert result.resumed_from == tmp_path / "out" / "checkpoint-4"

@@ -94,8 +94,15 @@ def test_the_recipes_that_we_ship_are_valid(path: Path) -> None:
     assert load_recipe(path).training.output_dir == f"runs/{path.stem}"
 
 
-def test_the_control_differs_from_the_recipe_in_the_conversion_alone() -> None:
-    moh, control = (load_recipe(RECIPES / f"smollm2_135m_{n}.yaml") for n in ("moh7of9", "dense_control"))
+@pytest.mark.parametrize(
+    ("recipe", "control"),
+    [
+        ("smollm2_135m_moh7of9", "smollm2_135m_dense_control"),
+        ("llama3_8b_stage2_moh", "llama3_8b_stage2_dense_control"),
+    ],
+)
+def test_the_control_differs_from_the_recipe_in_the_conversion_alone(recipe: str, control: str) -> None:
+    moh, control = load_recipe(RECIPES / f"{recipe}.yaml"), load_recipe(RECIPES / f"{control}.yaml")
     assert control.conversion is None
     assert (moh.model, moh.data) == (control.model, control.data)
     ours, theirs = dict(vars(moh.training)), dict(vars(control.training))
@@ -103,3 +110,21 @@ def test_the_control_differs_from_the_recipe_in_the_conversion_alone() -> None:
     for training in (ours, theirs):  # a dense model has no routing to balance and nothing to distil
         training.pop("balance_loss_coef"), training.pop("distillation_weight")
     assert ours == theirs
+
+
+def test_the_stages_for_llama3_read_what_the_paper_says() -> None:
+    stages = {name: load_recipe(RECIPES / f"llama3_8b_{name}.yaml") for name in ("stage1_dense", "stage2_moh")}
+    for name, tokens, peak, last in (("stage1_dense", 300e9, 6e-5, 6e-6), ("stage2_moh", 100e9, 2e-5, 1e-6)):
+        training = stages[name].training
+        assert training.max_steps * training.tokens_per_batch == pytest.approx(tokens, rel=1e-4)
+        assert (training.learning_rate, training.lr_scheduler_kwargs, training.weight_decay) == (
+            peak,
+            {"min_lr": last},
+            0.1,
+        )
+        assert stages[name].data.seq_len == 8192
+    stage2 = stages["stage2_moh"]
+    heads = stage2.conversion
+    assert (heads.router, heads.shared_heads, heads.active_heads) == ("query_norm", 16, 8)
+    assert (stage2.training.balance_loss_coef, stage2.training.warmup_steps) == (0.01, 50)
+    assert stage2.model.path == f"{stages['stage1_dense'].training.output_dir}/model"

@@ -29,6 +29,8 @@ def test_a_converted_model_is_trained_logged_and_saved(options: list[str], tmp_p
     for entry in result.log_history[:-1]:
         assert entry["active_share"] == pytest.approx(3 / 4)
         assert 0 < entry["balance_loss"] <= 3  # h_r = 3
+        assert [sum(load) for load in entry["routed_load"]] == pytest.approx([2, 2], abs=1e-3)  # k = 2, two layers
+        assert [len(load) for load in entry["routed_load"]] == [3, 3]
 
     loaded = AutoModelForCausalLM.from_pretrained(out / "model")
     assert isinstance(loaded, MoHLlamaForCausalLM)

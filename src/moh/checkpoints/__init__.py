@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh.checkpoints.published_config import read_published_config
 from moh.checkpoints.reading import read_tensors
 
 _FAMILIES = {"moh_llama": "llama", "transnext": "transnext", "dit": "dit"}
@@ -21,7 +22,7 @@ _FAMILIES = {"moh_llama": "llama", "transnext": "transnext", "dit": "dit"}
 
 def load_published(
     path_or_state_dict: str | Path | Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -32,15 +33,20 @@ def load_published(
             with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
         config: the published keys: `model`, which names the family, and what its `load` says: "moh_llama"
             (`moh.checkpoints.llama`), "transnext" (`moh.checkpoints.transnext`) or "dit" (`moh.checkpoints.dit`).
+            None reads the config.json of a directory that is laid out as the published MoH-LLaMA3-8B.
         dtype: of the model; None keeps the checkpoint's.
 
     Returns:
         the model in evaluation mode.
 
     Raises:
-        ValueError: an unknown model, a key missing from `config`, a file that isn't there, or tensors that are missing,
-            left over or of another shape than the configuration says; the message names them.
+        ValueError: an unknown model, no configuration, a key missing from `config`, a file that isn't there, or tensors
+            that are missing, left over or of another shape than the configuration says; the message names them.
     """
+    if config is None:
+        if isinstance(path_or_state_dict, Mapping):
+            raise ValueError("config must be given with a state dict: only a directory can tell its own")
+        config = read_published_config(path_or_state_dict)
     if "model" not in config:
         raise ValueError("config must have the key 'model'")
     if config["model"] not in _FAMILIES:

@@ -19,11 +19,13 @@ class HeadsRecipe:
         shared_heads: heads that every token uses: a number, or a list with one per layer.
         active_heads: routed heads that each token chooses, likewise.
         router: "two_stage" (the paper's), "single_stage" (its ablation) or "query_norm".
+        routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
     """
 
     shared_heads: int | list[int]
     active_heads: int | list[int]
     router: str = "two_stage"
+    routing_unit: str = "head"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _STATE = "trainer_state.json"
+_SHARDS = ".metadata"  # the last file that torch.distributed.checkpoint writes
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -53,6 +54,12 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
             return f"its {file.name} is cut off"
         if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
             return f"its {file.name} is cut off"
+        if (
+            file.is_dir()
+            and file.name.startswith(("pytorch_model_fsdp", "optimizer"))
+            and not (file / _SHARDS).exists()
+        ):
+            return f"its {file.name} is cut off"
     return None
 
 
@@ -80,7 +87,7 @@ def writing_checkpoint(checkpoint: Path, *, writes: bool = True) -> Iterator[Non
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
         if not _is_of_disk(error) or checkpoint_problem(checkpoint) is None:  # perhaps an old one can't be deleted
             raise
         if writes:
@@ -92,10 +99,10 @@ def writing_checkpoint(checkpoint: Path, *, writes: bool = True) -> Iterator[Non
         ) from error
 
 
-def _is_of_disk(error: Exception) -> bool:
-    """Whether an error comes from writing; safetensors and torch raise their own, the latter without a reason."""
-    text = str(error)
-    return isinstance(error, OSError) or "I/O error" in text or "inline_container" in text or "PytorchStream" in text
+def _is_of_disk(error: BaseException) -> bool:
+    """Whether an error comes from writing; safetensors and torch raise their own, the latter often without a reason."""
+    signs = ("I/O error", "inline_container", "PytorchStream", "No space left")
+    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 
 
 def check_writable(directory: str | Path, *, name: str) -> None:

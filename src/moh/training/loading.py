@@ -92,7 +92,8 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
     fields |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     fields["vocab_size"] = recipe.vocab_size or largest_id(tokenizer) + 1
     if recipe.moh is not None:
-        fields |= {name: getattr(recipe.moh, name) for name in ("shared_heads", "active_heads", "router")}
+        names = "shared_heads active_heads router routing_unit"
+        fields |= {name: getattr(recipe.moh, name) for name in names.split()}
     kind = LlamaConfig if recipe.moh is None else MoHLlamaConfig
     for name in recipe.extra:
         if name in fields:
@@ -130,12 +131,18 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, text: TrainingText, arguments: TrainingArguments
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TrainingText,
+    arguments: TrainingArguments,
+    *,
+    going_on: bool = False,
 ) -> PreTrainedModel:
     """Load the recipe's model and convert it if the recipe says so, or make a new one.
 
     Under torchrun one process converts and the others load its result, so that all have the same heads. A new model's
-    weights depend on the seed alone.
+    weights depend on the seed alone. `going_on`, with a run whose sharded checkpoint holds weights but no configuration, the
+    model that was converted when it began is taken again.
     """
     if recipe.model.from_scratch is not None:
         torch.manual_seed(recipe.training.seed)
@@ -146,6 +153,8 @@ def build_model(
     if arguments.world_size == 1:
         return _convert(recipe, text)
     target = Path(arguments.output_dir) / "converted"
+    if going_on and (target / "config.json").exists():
+        return load_causal_lm(target, dtype=torch.float32)
     with arguments.main_process_first(local=False, desc="converting the model"):
         if arguments.process_index == 0:
             with replacing_directory(target) as scratch:
@@ -164,6 +173,7 @@ def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
         shared_heads=settings.shared_heads,
         active_heads=settings.active_heads,
         router=settings.router,
+        routing_unit=settings.routing_unit,
         calibration=text.sample(settings.calibration_tokens, recipe.data.seq_len) if needs_text else None,
         calibration_tokens=settings.calibration_tokens,
         allocation=settings.allocation,

@@ -49,6 +49,7 @@ class ConversionRecipe:
         active_heads: routed heads per layer that each token chooses.
         router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
             "two_stage" (the paper's learned one).
+        routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
         calibration_tokens: tokens of the training text that the conversion looks at; "query_norm" needs none.
         allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
         refit_output: refit the output projections so that the active heads make up for the others.
@@ -57,6 +58,7 @@ class ConversionRecipe:
     shared_heads: int
     active_heads: int
     router: str = "linear"
+    routing_unit: str = "head"
     calibration_tokens: int = 12_288
     allocation: Literal["even", "sensitivity"] = "even"
     refit_output: bool = False

@@ -19,11 +19,13 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations import is_fsdp_enabled
 
 from moh.training.data import TokenBlocks
 from moh.training.loading import build_model, check_fits, load_dense, load_tokenizer, model_config
 from moh.training.recipe import Recipe
 from moh.training.session import RunResult, open_session, saving
+from moh.training.sharded_weights import has_sharded_weights, load_sharded_weights
 from moh.training.tokens.prepare import TrainingText, prepare_text
 from moh.training.tokens.streaming import StreamedMixture
 from moh.training.trainer import MoHTrainer, stream_position
@@ -73,6 +75,13 @@ def train(
     if tokenizer is None:
         with arguments.main_process_first(desc="making the tokenizer"):  # fetches the text that it is made from
             tokenizer = load_tokenizer(recipe)
+    if (
+        settings.distillation_weight and is_fsdp_enabled()
+    ):  # of transformers: weights are read by the first process alone
+        raise ValueError(
+            "training.distillation_weight must be 0 with fsdp_cpu_ram_efficient_loading: the dense original would be empty "
+            "on all processes but the first"
+        )
     if settings.distillation_weight and teacher is None and recipe.model.path is None:
         raise ValueError("training.distillation_weight must be 0 with model.from_scratch: there is no dense original")
     if train_blocks is None:
@@ -96,7 +105,9 @@ def train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     elif model is None:
-        model = build_model(recipe, tokenizer, text, arguments)
+        model = build_model(recipe, tokenizer, text, arguments, going_on=checkpoint is not None)
+    if checkpoint is not None and session.finished and has_sharded_weights(checkpoint):
+        load_sharded_weights(model, checkpoint)  # there is no step left before which the Trainer would read them
     if settings.balance_loss_coef and hasattr(model.config, "router_aux_loss_coef"):
         model.config.router_aux_loss_coef = settings.balance_loss_coef
     if settings.distillation_weight and teacher is None and recipe.model.path is not None:

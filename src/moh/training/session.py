@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 _RECIPE_FILE = "recipe.yaml"
 _IDENTITY_FILE = "data.json"
+_BATCH_FILE = "batch.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,40 @@ class Session:
     def precision(self) -> Precision:
         return "bf16" if self.arguments.bf16 else "fp32"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is that of the recipe's last step."""
+        steps: int = self.recipe.training.max_steps
+        return self.checkpoint is not None and trainer_state(self.checkpoint)["global_step"] >= steps
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimiser step, over all processes."""
+        arguments = self.arguments
+        return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
+
     def write_recipe(self) -> None:
-        """Write the recipe beside the checkpoints, with the precision that was chosen; only the first process does."""
+        """Write the recipe, with the precision that was chosen, and the batch beside the checkpoints; the first process does.
+
+        Raises:
+            ValueError: the run that is gone on with had another number of samples per step. It is found again by steps, so
+                samples would be skipped, or seen twice.
+        """
+        file = self.output_dir / _BATCH_FILE
+        if self.checkpoint is not None and file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))["samples_per_step"]
+            if before != self.samples_per_step:
+                raise ValueError(
+                    f"the run in {self.output_dir} began with {before} samples per optimiser step, over all processes; to go "
+                    f"on it needs as many, got {self.samples_per_step}: change per_device_train_batch_size or "
+                    "gradient_accumulation_steps with the number of processes, or set training.tokens_per_batch"
+                )
         if not self.arguments.should_save:
             return
         training = dataclasses.replace(self.recipe.training, precision=self.precision)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(self.output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(self.recipe, training=training)))
+        write_text(file, json.dumps({"samples_per_step": self.samples_per_step}) + "\n")
 
     def check_unchanged(self, identity: Mapping[str, Any], changed: str) -> None:
         """Check that a run that is gone on with began with the same data, by what `write_identity` left.
@@ -112,12 +139,8 @@ class Session:
 
     def run(self, trainer: Trainer) -> list[dict[str, Any]]:
         """Train to the recipe's last step; returns the log, entries from before an interruption included."""
-        if self.arguments.fsdp and not trainer.is_fsdp_enabled:
-            warnings.warn(
-                "training.extra.fsdp has no effect without torchrun and GPUs: weights are not sharded", stacklevel=2
-            )
         checkpoint = self.checkpoint
-        if checkpoint is not None and trainer_state(checkpoint)["global_step"] >= self.recipe.training.max_steps:
+        if checkpoint is not None and self.finished:
             history: list[dict[str, Any]] = trainer_state(checkpoint)["log_history"]
             return history  # the Trainer would train one step more
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,0 +1,100 @@
+"""Weights and optimiser sharded over two processes (FSDP2) train as one process does, and sharded checkpoints go on exactly.
+
+On the CPU, over gloo; with the settings of `recipes/accelerate/fsdp2.yaml`, as `accelerate launch` hands them on.
+"""
+
+from __future__ import annotations
+
+import runpy
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors.torch import load_file
+
+from moh.training.checkpoints import checkpoint_problem
+from moh.training.cpu_sharding import shard_on_cpus
+from moh.training.sharded_weights import has_sharded_weights, load_sharded_weights
+
+accelerate = pytest.importorskip("accelerate")
+
+SCRIPT = runpy.run_path(str(Path(__file__).with_name("run_recipe.py")))
+ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
+CONSTANT = ["--training.lr_scheduler_type=constant", "--training.warmup_steps=0", "--training.save_steps=2"]
+RUNS = {  # name -> options beside those of all
+    "dense": [],
+    "converted": ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"],
+}
+
+
+def launch_environment(name: str) -> dict[str, str]:
+    """What `accelerate launch --config_file NAME` sets for FSDP."""
+    settings = yaml.safe_load((ACCELERATE / name).read_text())["fsdp_config"]
+    return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in settings.items()}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["converted", pytest.param("dense", marks=pytest.mark.slow)])
+def test_sharded_runs_equal_whole_ones_and_go_on_exactly(options: list[str], tmp_path: Path, name: str) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    run = [*options, *CONSTANT, *RUNS[name]]
+    whole = [*run, f"--training.output_dir={two / 'whole'}", "--training.max_steps=4"]
+    cut = [*run, f"--training.output_dir={two / 'cut'}"]
+    steps = [
+        [*whole],
+        *([*cut, f"--training.max_steps={count}"] for count in (2, 4, 4)),
+    ]  # the last has nothing left to do
+    asked = [option for part in steps for option in (*part, "---")]
+    environment = launch_environment("fsdp2.yaml")
+    losses = SCRIPT["run_on_two_processes"](asked, tmp_path / "losses.json", timeout=220, environment=environment)
+    assert losses[1] == losses[0][:2] and losses[2] == losses[3] == losses[0] and len(set(losses[0])) == 4
+    a, b = (load_file(two / kind / "model" / "model.safetensors") for kind in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[tensor], b[tensor]) for tensor in a)
+
+    checkpoint = two / "whole" / "checkpoint-4"
+    assert (checkpoint / "pytorch_model_fsdp_0" / "__1_0.distcp").exists()  # the second process wrote its part
+    assert (checkpoint / "optimizer_0" / "__1_0.distcp").exists()
+    assert not list(checkpoint.glob("*.safetensors"))
+    assert checkpoint_problem(checkpoint) is None
+    (checkpoint / "optimizer_0" / ".metadata").unlink()
+    assert checkpoint_problem(checkpoint) == "its optimizer_0 is cut off"
+
+    batch = ["--training.per_device_train_batch_size=4", "--training.max_steps=4", f"--training.output_dir={one}"]
+    assert losses[0] == pytest.approx(SCRIPT["run_all"]([*run, *batch])[0], abs=1e-4)
+    single = load_file(one / "model" / "model.safetensors")
+    assert single.keys() == a.keys() and all((single[tensor] - a[tensor]).abs().max() < 1e-3 for tensor in a)
+
+
+def test_shards_are_read_into_a_whole_model_or_refused(dense, tmp_path: Path) -> None:
+    dcp.save({"model": dense.state_dict()}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+    assert has_sharded_weights(tmp_path)
+    expected = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    for parameter in dense.parameters():
+        torch.nn.init.zeros_(parameter)
+    load_sharded_weights(dense, tmp_path)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in dense.state_dict().items())
+    dense.resize_token_embeddings(7)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        load_sharded_weights(dense, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ACCELERATE.glob("*.yaml")))
+def test_the_accelerate_configurations_are_read_and_shard_checkpoints(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ACCELERATE / name))
+    assert config.distributed_type == accelerate.DistributedType.FSDP
+    assert config.num_processes == 8 * config.num_machines
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+
+
+def test_only_version_2_is_sharded_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = Namespace(distributed_type=accelerate.DistributedType.MULTI_CPU)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert shard_on_cpus(cpus, None) is False
+    with pytest.raises(ValueError, match="FSDP on CPUs must be version 2, got 1"):
+        shard_on_cpus(cpus, accelerate.utils.FullyShardedDataParallelPlugin(fsdp_version=1))
