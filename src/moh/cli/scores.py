@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from moh.training.images.sources import ImageSource
 
 _COMMAND = "eval fid"
+_TWO_WORDS = (_COMMAND, "eval lm")
 _HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
 
 
 def join_command(argv: Sequence[str]) -> list[str]:
-    """`argv` with its command `eval` `fid` in one piece, as the parser knows it; `eval ./fid` is a model of that name."""
+    """`argv` with a command of two words in one piece, as the parser knows it; `eval ./fid` is a model of that name."""
     joined = list(argv)
     first = next((i for i, word in enumerate(joined) if not word.startswith("-")), len(joined))
-    if joined[first : first + 2] == _COMMAND.split():
-        joined[first : first + 2] = [_COMMAND]
+    if (command := " ".join(joined[first : first + 2])) in _TWO_WORDS:
+        joined[first : first + 2] = [command]
     return joined
 
 

@@ -1,0 +1,66 @@
+"""`moh eval lm`: language models on the tasks of lm-evaluation-harness. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+_COMMAND = "eval lm"
+_HELP = "Language models, dense and MoH side by side, on the tasks of lm-evaluation-harness."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `eval lm` to the commands."""
+    parser = sub.add_parser(_COMMAND, help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("checkpoint", nargs="+", help="directory, hub name or .gguf file; dense or MoH")
+    parser.add_argument(
+        "--dense",
+        nargs="+",
+        metavar="CHECKPOINT",
+        default=[],
+        help="models to compare with; differences are to the first",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or local: made here, without a hub")
+    which.add_argument("--tasks", nargs="+", metavar="NAME[:SHOTS]", help="tasks by their names in the harness")
+    parser.add_argument(
+        "--include-path", nargs="+", metavar="DIR", default=[], help="directories with your own task files"
+    )
+    parser.add_argument("--limit", type=int, help="ask at most so many questions a task (default: all)")
+    parser.add_argument("--batch-size", default="1", help="requests at a time, or auto on a GPU (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of the choice of solved examples (default: %(default)s)"
+    )
+    parser.add_argument("--max-length", type=int, help="tokens of the longest request (default: the model's positions)")
+    parser.add_argument("--truncate", action="store_true", help="cut the beginning off contexts that are longer")
+    parser.add_argument(
+        "--output", metavar="DIR", help="for results.json, table.md and table.csv; what is there is not computed again"
+    )
+
+
+def run(arguments: Namespace) -> None:
+    size = arguments.batch_size
+    if size != "auto" and not size.isdecimal():
+        raise ValueError(f"--batch-size must be a number or auto, got {size!r}")
+
+    from moh.evaluation.harness import evaluate_tasks, processes
+
+    with processes() as state:
+        result = evaluate_tasks(
+            [*arguments.dense, *arguments.checkpoint],
+            arguments.suite if arguments.suite is not None else arguments.tasks,
+            include_paths=arguments.include_path,
+            limit=arguments.limit,
+            batch_size=size if size == "auto" else int(size),
+            dtype=arguments.dtype,
+            device=arguments.device,
+            seed=arguments.seed,
+            max_length=arguments.max_length,
+            truncate=arguments.truncate,
+            output_dir=arguments.output,
+        )
+        if state.is_main_process:
+            print(result.to_markdown(), end="")

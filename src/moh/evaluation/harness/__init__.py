@@ -1,0 +1,37 @@
+"""Language models on the tasks of lm-evaluation-harness, dense and MoH side by side (extra `eval`).
+
+    result = evaluate_tasks({"dense": "base", "MoH": "converted"}, "paper14", batch_size=8, output_dir="scores")
+    print(result.to_markdown())
+
+Not for perplexity (`moh.evaluation.perplexity`) nor for images.
+"""
+
+from moh._extras import require
+
+require("transformers", extra="eval")
+require("lm_eval", extra="eval")
+
+from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks, processes  # noqa: E402
+from moh.evaluation.harness.local import local_tasks, make_local_tasks  # noqa: E402
+from moh.evaluation.harness.results import ModelScores, TaskEvaluation  # noqa: E402
+from moh.evaluation.harness.runner import LoadedModel  # noqa: E402
+from moh.evaluation.harness.scores import Estimate, Part, TaskScore  # noqa: E402
+from moh.evaluation.harness.suites import SUITES, HarnessTask, parse_task, suite  # noqa: E402
+
+__all__ = [
+    "DTYPES",
+    "SUITES",
+    "Estimate",
+    "HarnessTask",
+    "LoadedModel",
+    "ModelScores",
+    "Part",
+    "TaskEvaluation",
+    "TaskScore",
+    "evaluate_tasks",
+    "local_tasks",
+    "make_local_tasks",
+    "parse_task",
+    "processes",
+    "suite",
+]

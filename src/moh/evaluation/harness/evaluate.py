@@ -1,0 +1,151 @@
+"""Language models on tasks of lm-evaluation-harness: one call, from names to a table.
+
+Not for the harness's registry (`registry`), asking models (`runner`) or tables (`results`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from moh.evaluation.harness.local import local_tasks
+from moh.evaluation.harness.registry import TaskRegistry
+from moh.evaluation.harness.results import TaskEvaluation
+from moh.evaluation.harness.runner import LoadedModel, Options, Runner
+from moh.evaluation.harness.store import ScoreStore
+from moh.evaluation.harness.suites import LOCAL_SUITE, HarnessTask, parse_task, suite
+from moh.evaluation.machine import device_name
+from moh.training.checkpoints import check_writable
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def evaluate_tasks(
+    models: Mapping[str, str | Path | LoadedModel] | Sequence[str | Path],
+    tasks: str | Sequence[str | HarnessTask],
+    *,
+    include_paths: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int | str = 1,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    seed: int = 1234,
+    max_length: int | None = None,
+    truncate: bool = False,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+) -> TaskEvaluation:
+    """Score causal language models, dense or MoH, on tasks of lm-evaluation-harness.
+
+    Under `accelerate launch` or torchrun the processes share each task's questions; all return the same.
+
+    Args:
+        models: what to call each model -> directory, hub name, .gguf file or a loaded model; or paths alone. The first is
+            the one that the others are compared with.
+        tasks: name of a suite (`SUITES`), or the tasks, each as "NAME", "NAME:SHOTS" or a `HarnessTask`.
+        include_paths: directories with task files of one's own in the harness's format.
+        limit: ask at most so many questions a task (each task of a group), the first; None asks all.
+        batch_size: requests per forward pass, or "auto" for what fits a GPU's memory.
+        dtype: of the weights, one of `DTYPES`; "auto" keeps the checkpoint's.
+        device: where models run; None takes the accelerator if there is one.
+        seed: of the choice of solved examples, and all else that is drawn.
+        max_length: tokens of the longest request; None allows each model's positions.
+        truncate: cut the beginning off contexts that are longer; else they are an error.
+        output_dir: where results.json, table.md and table.csv go, and the scores that are kept between calls: what is
+            there for the same model, task and settings isn't computed again. None writes nothing.
+        progress: show progress bars (only on a terminal).
+
+    Raises:
+        ValueError: a task, a suite or an option that isn't known, a model that can't be loaded or whose tokenizer is
+            another's, or requests longer than its positions.
+        RuntimeError: the data of some tasks can't be had.
+    """
+    named = _named(models)
+    specs = (
+        list(suite(tasks))
+        if isinstance(tasks, str)
+        else [task if isinstance(task, HarnessTask) else parse_task(task) for task in tasks]
+    )
+    _check(named, specs, limit, batch_size, dtype)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    options = Options(
+        limit, batch_size, dtype, _device(device, state), seed, max_length, truncate, progress and state.is_main_process
+    )
+    if batch_size == "auto" and options.device.type == "cpu":
+        raise ValueError("batch_size 'auto' looks for what fits a GPU's memory: on the CPU give a number")
+    directory = None if output_dir is None else Path(output_dir)
+    if directory is not None:
+        check_writable(directory, name="output_dir")
+    if tasks == LOCAL_SUITE:
+        include_paths = [*include_paths, _local_tasks(state)]
+    runner = Runner(TaskRegistry(specs, include_paths), options, state, ScoreStore(directory))
+    found = tuple(runner.scores(label, source) for label, source in named.items())
+    title = tasks if isinstance(tasks, str) else "tasks"
+    result = TaskEvaluation(title, found, limit, options.settings(), device_name(options.device))
+    if directory is not None and state.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        result.save(directory)
+    state.wait_for_everyone()
+    return result
+
+
+@contextmanager
+def processes() -> Iterator[PartialState]:
+    """Join the processes of `accelerate launch` or torchrun (or be the only one) while the block runs."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        yield state
+    finally:
+        if state.num_processes > 1:
+            state.destroy_process_group()
+
+
+def _local_tasks(state: PartialState) -> Path:
+    """The directory of the local suite's task files, made on first use."""
+    with state.main_process_first():
+        return local_tasks()
+
+
+def _named(
+    models: Mapping[str, str | Path | LoadedModel] | Sequence[str | Path],
+) -> dict[str, str | Path | LoadedModel]:
+    """Label -> model; paths alone are called by their last part, or in full where two have the same."""
+    if isinstance(models, Mapping):
+        return dict(models)
+    if isinstance(models, (str, Path)):
+        raise ValueError(f"models must be a list of paths, or labels and models, got {str(models)!r}")
+    short = [Path(model).name or str(model) for model in models]
+    labels = [name if short.count(name) == 1 else str(model) for name, model in zip(short, models, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"models must differ, got {', '.join(map(str, models))}")
+    return dict(zip(labels, models, strict=True))
+
+
+def _check(
+    models: Mapping[str, Any], specs: Sequence[HarnessTask], limit: int | None, batch_size: int | str, dtype: str
+) -> None:
+    if not models:
+        raise ValueError("models must hold at least one, got none")
+    if not specs:
+        raise ValueError("tasks must hold at least one, got none")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be 'auto' or at least 1, got {batch_size!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _device(device: torch.device | str | None, state: PartialState) -> torch.device:
+    if device is None:
+        return torch.device(state.device)
+    if state.num_processes > 1:
+        raise ValueError(
+            f"device is for a single process: here each of {state.num_processes} has its own, got {device}"
+        )
+    return torch.device(device)

@@ -1,0 +1,192 @@
+"""Tasks by name in the harness's registry and in directories of one's own: found, their data loaded, their shots set.
+
+Not for the suites (`moh.evaluation.harness.suites`) nor for running tasks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.group import Group
+from lm_eval.tasks import TaskManager
+
+from moh.evaluation.harness.suites import HarnessTask
+
+_logger = logging.getLogger(__name__)
+_HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
+_ADVICE = (
+    "; data comes from the Hugging Face hub unless the task names local files: see --include-path and --suite local"
+)
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its data, or a group of tasks whose scores the harness joins to one.
+
+    Attributes:
+        spec: how it was named; `shots` is what it will use.
+        item: the harness's `Task` or `Group`.
+    """
+
+    spec: HarnessTask
+    item: Any
+
+    @property
+    def parts(self) -> list[Any]:
+        """The harness's tasks: one, or those of the group."""
+        return list(self.item.get_all_tasks()) if isinstance(self.item, Group) else [self.item]
+
+    @property
+    def weighs_by_size(self) -> dict[str, bool]:
+        """Metric -> whether the group's score is the mean over its questions, and not over its tasks; empty for a task."""
+        joined = self.item.aggregate_metric_list if isinstance(self.item, Group) else []
+        return {config.metric: bool(config.weight_by_size) for config in joined}
+
+
+class TaskRegistry:
+    """Where tasks are looked up.
+
+    The harness needs a long time to read all of its thousands of files: no more of them are read than the tasks need,
+    those of `include_paths` and the folders that the suites name; all of them only for a task that isn't found there.
+
+    Args:
+        tasks: what will be asked for.
+        include_paths: directories with task files of one's own, which come before the harness's.
+
+    Attributes:
+        tasks: the same, with the tasks of a tag, or of a group that has no score of its own, in its place.
+
+    Raises:
+        ValueError: a task does not exist, is named twice in different ways, or a directory does not exist.
+    """
+
+    def __init__(self, tasks: Sequence[HarnessTask], include_paths: Sequence[str | Path] = ()) -> None:
+        for path in include_paths:
+            if not Path(path).is_dir():
+                raise ValueError(f"include_paths must be directories with task files, but there is no {str(path)!r}")
+        folders = {_HARNESS_TASKS / task.folder for task in tasks if task.folder is not None}
+        own = [Path(path).resolve() for path in include_paths]
+        self.manager = TaskManager(include_defaults=False, include_path=[*sorted(folders), *own])
+        if not all(self._is_complete(task.name) for task in tasks):
+            _logger.info("reading all task files of lm-evaluation-harness")
+            self.manager = TaskManager(include_path=own)
+        self.tasks = tuple(dict.fromkeys(found for task in tasks for found in self._expand(task)))
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"tasks must name each task once, but {', '.join(twice)} comes with different shots or scores"
+            )
+
+    def identity(self, task: HarnessTask) -> str:
+        """A digest that changes with the files that define the task, and with local data that they name."""
+        return hashlib.sha256(json.dumps(list(self._definitions(task.name)), default=str).encode()).hexdigest()
+
+    def load(self, tasks: Sequence[HarnessTask], *, seed: int) -> list[LoadedTask]:
+        """Load the data of tasks of this registry.
+
+        Raises:
+            RuntimeError: the data of some can't be had; all of them are named.
+            ValueError: a task can't have that many shots.
+        """
+        loaded: list[LoadedTask] = []
+        missing: list[str] = []
+        for task in tasks:
+            try:
+                found = self.manager.load([task.name])
+            except Exception as error:  # a script, a hub client or a parser: whatever a task's data needs
+                missing.append(f"{task.name} ({type(error).__name__}: {_first_line(error)})")
+            else:
+                loaded.append(LoadedTask(task, found.get("groups", {}).get(task.name) or found["tasks"][task.name]))
+        if missing:
+            count = f"{len(missing)} of {len(tasks)} tasks" if len(tasks) > 1 else "the task"
+            raise RuntimeError(f"the data of {count} can't be had: {'; '.join(missing)}{_ADVICE}")
+        return [_with_shots(task, seed) for task in loaded]
+
+    def _expand(self, task: HarnessTask) -> list[HarnessTask]:
+        """The task itself, or what stands in its place."""
+        entry = self.manager.task_index.get(task.name)
+        if entry is None:
+            found = difflib.get_close_matches(task.name, self.manager.all_tasks, n=3, cutoff=0.5)
+            nearest = f"; did you mean {' or '.join(found)}?" if found else ""
+            raise ValueError(f"there is no task {task.name!r}{nearest}")
+        members = _members(entry)
+        if not members or (entry.cfg or {}).get("aggregate_metric_list"):
+            return [task]
+        names = [name for name in map(_reference, members) if name is not None]
+        if len(names) < len(members):
+            raise ValueError(
+                f"group {task.name!r} has no score of its own and defines tasks without a name of their own"
+            )
+        return [part for name in names for part in self._expand(replace(task, name=name, label=None))]
+
+    def _is_complete(self, name: str) -> bool:
+        """Whether a task is known and, if it is a group, all that it refers to."""
+        entry = self.manager.task_index.get(name)
+        return entry is not None and all(self._is_complete(child) for child in _children(entry))
+
+    def _definitions(self, name: str) -> Iterator[Any]:
+        entry = self.manager.task_index[name]
+        files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or {}
+        yield name, entry.cfg, [_file_identity(file) for file in _flat(files)]
+        for child in _children(entry):
+            yield from self._definitions(child)
+
+
+def _with_shots(task: LoadedTask, seed: int) -> LoadedTask:
+    shots = task.spec.shots
+    for part in task.parts:
+        own = part.config.num_fewshot
+        if shots is not None and own == 0 and shots > 0:
+            raise ValueError(
+                f"task {part.task_name!r} has no place for solved examples (its shots are fixed at 0), got {shots} shots"
+            )
+        part.set_config(key="num_fewshot", value=shots if shots is not None else own or 0)
+        part.set_fewshot_seed(seed=seed)
+    used = {part.config.num_fewshot for part in task.parts}
+    return replace(task, spec=replace(task.spec, shots=used.pop() if len(used) == 1 else None))
+
+
+def _members(entry: Any) -> list[Any]:
+    """What a group or a tag consists of; nothing for a task."""
+    if entry.cfg is None:
+        return sorted(entry.tags)
+    members = entry.cfg.get("task") if "group" in entry.cfg else None
+    return members if isinstance(members, list) else []
+
+
+def _reference(member: str | dict[str, Any]) -> str | None:
+    """The name by which a group refers to a member; None for one that it defines itself."""
+    if isinstance(member, str):
+        return member
+    name = member.get("group") or member.get("task")
+    return None if "dataset_path" in member or not isinstance(name, str) else name
+
+
+def _children(entry: Any) -> list[str]:
+    return [name for name in map(_reference, _members(entry)) if name is not None]
+
+
+def _flat(files: Any) -> list[str]:
+    if isinstance(files, dict):
+        return [file for value in files.values() for file in _flat(value)]
+    return list(files) if isinstance(files, list) else [str(files)]
+
+
+def _file_identity(file: str) -> list[Any]:
+    path = Path(file)
+    if not path.is_file():
+        return [file]
+    return [file, hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

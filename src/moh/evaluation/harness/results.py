@@ -1,0 +1,179 @@
+"""Several models on several tasks, side by side: averages, differences to the first model, and tables of them.
+
+Not for asking models (`moh.evaluation.harness.evaluate`) nor for files that are kept between runs (`store`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moh._files import write_text
+from moh.evaluation.harness.scores import Estimate, TaskScore, difference
+from moh.evaluation.harness.suites import is_percent
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's scores.
+
+    Attributes:
+        label: what tables call it.
+        source: where it was loaded from.
+        share: share of the heads that a token uses; 1 for a dense model.
+        scores: one a task, in the tasks' order.
+    """
+
+    label: str
+    source: str
+    share: float
+    scores: tuple[TaskScore, ...]
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """Models on tasks.
+
+    Attributes:
+        title: of the suite, or "tasks".
+        models: in the given order; the first is the one that others are compared with.
+        limit: at most so many questions a task were asked (each task of a group); None for all.
+        settings: what else the scores depend on, by name.
+        machine: the processor's or the GPU's name.
+    """
+
+    title: str
+    models: tuple[ModelScores, ...]
+    limit: int | None
+    settings: dict[str, Any]
+    machine: str
+
+    def average(self, model: int) -> Estimate | None:
+        """Mean over the tasks that are measured in percent, as a share of 1; None if there are fewer than two."""
+        return _mean([Estimate(score.value, score.stderr) for score in _percent(self.models[model].scores)])
+
+    def difference(self, model: int, task: int) -> Estimate:
+        """A model's score on a task less the first model's, with the standard error of the paired difference."""
+        return difference(self.models[model].scores[task], self.models[0].scores[task])
+
+    def average_difference(self, model: int) -> Estimate | None:
+        """As `average`, of the differences."""
+        pairs = zip(_percent(self.models[model].scores), _percent(self.models[0].scores), strict=True)
+        return _mean([difference(score, reference) for score, reference in pairs])
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row a task and model, for a data frame or a CSV file."""
+        for t, first in enumerate(self.models[0].scores):
+            for m, model in enumerate(self.models):
+                score, delta = model.scores[t], self.difference(m, t)
+                yield {
+                    "task": score.task,
+                    "label": score.label,
+                    "shots": score.shots,
+                    "metric": score.metric,
+                    "filter": score.filter,
+                    "model": model.label,
+                    "share_of_heads": model.share,
+                    "value": score.value,
+                    "stderr": score.stderr,
+                    "difference": delta.value if m else math.nan,
+                    "difference_stderr": delta.stderr if m else math.nan,
+                    "questions": first.questions,
+                    "truncated": score.truncated,
+                }
+
+    def to_frame(self) -> DataFrame:
+        """`rows` as a pandas data frame."""
+        from pandas import DataFrame
+
+        return DataFrame(list(self.rows()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, with what the harness returned for each model and task, as JSON has it."""
+        models = [
+            {
+                "label": model.label,
+                "source": model.source,
+                "share_of_heads": model.share,
+                "tasks": {score.task: dict(score.harness) for score in model.scores},
+            }
+            for model in self.models
+        ]
+        rows = [
+            {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+            for row in self.rows()
+        ]
+        about = {"title": self.title, "limit": self.limit, "settings": self.settings, "machine": self.machine}
+        return {**about, "rows": rows, "models": models}
+
+    def to_markdown(self) -> str:
+        """A table with a row a task and a column a model, the differences to the first, and what the numbers are."""
+        labels = [model.label for model in self.models]
+        header = ["task", "shots", "score", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
+        share = [f"{100 * model.share:.1f} %" for model in self.models]
+        lines = [header, ["---"] * len(header), ["heads used", "", "", *share, *[""] * (len(labels) - 1)]]
+        for t, first in enumerate(self.models[0].scores):
+            factor = 100 if is_percent(first.metric) else 1
+            values = [Estimate(model.scores[t].value, model.scores[t].stderr) for model in self.models]
+            deltas = [self.difference(m, t) for m in range(1, len(self.models))]
+            shown = [_shown(value, factor) for value in values] + [_shown(delta, factor, "+") for delta in deltas]
+            shots = "" if first.shots is None else str(first.shots)
+            lines.append([first.label, shots, _metric(first), *shown])
+        averages = [self.average(m) for m in range(len(self.models))]
+        deltas_of_averages = [self.average_difference(m) for m in range(1, len(self.models))]
+        if all(average is not None for average in averages):
+            shown = [_shown(average, 100) for average in averages if average is not None]
+            shown += [_shown(delta, 100, "+") for delta in deltas_of_averages if delta is not None]
+            lines.append(["average", "", "", *shown])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{self._notes()}\n"
+
+    def _notes(self) -> str:
+        asked = sum(score.questions for score in self.models[0].scores)
+        some = "all" if self.limit is None else f"at most {self.limit} a task"
+        notes = [f"{asked:,} questions ({some}); ± is the standard error over questions."]
+        if len(self.models) > 1:
+            notes.append("Differences are paired: both models answered the same questions.")
+        if cut := {score.label: score.truncated for model in self.models for score in model.scores if score.truncated}:
+            notes.append(f"The beginning was cut off requests of {', '.join(cut)}: longer than the model's positions.")
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value not in (None, False))
+        return " ".join([*notes, f"{self.machine}; {settings}."])
+
+    def save(self, directory: Path) -> None:
+        """Write results.json, table.md and table.csv, each in one piece."""
+        from lm_eval.utils import handle_non_serializable
+
+        text = json.dumps(self.to_dict(), default=handle_non_serializable, ensure_ascii=False, indent=1)
+        write_text(directory / "results.json", text + "\n")
+        write_text(directory / "table.md", f"# Language tasks: {self.title}\n\n{self.to_markdown()}")
+        write_text(directory / "table.csv", self.to_frame().to_csv(index=False))
+
+
+def _percent(scores: Sequence[TaskScore]) -> list[TaskScore]:
+    return [score for score in scores if is_percent(score.metric)]
+
+
+def _mean(estimates: list[Estimate]) -> Estimate | None:
+    """Mean of independent estimates."""
+    if len(estimates) < 2:
+        return None
+    squares = math.fsum(estimate.stderr**2 for estimate in estimates)
+    value = math.fsum(estimate.value for estimate in estimates) / len(estimates)
+    return Estimate(value, math.sqrt(squares) / len(estimates))
+
+
+def _metric(score: TaskScore) -> str:
+    return score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+
+
+def _shown(estimate: Estimate, factor: int, sign: str = "") -> str:
+    digits = 1 if factor == 100 else 3
+    value = f"{factor * estimate.value:{sign}.{digits}f}"
+    return value if math.isnan(estimate.stderr) else f"{value} ± {factor * estimate.stderr:.{digits}f}"
