@@ -25,6 +25,7 @@ from moh.attention.conformance.__main__ import outcomes_of, summary
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 15
+FAILED = "FAILED"
 CHECKED = ("triton", "flex", "sdpa")
 
 DESCRIPTION = """\
@@ -60,7 +61,9 @@ def run(grid: str, *, device: str, only_check: bool = False, backends: Sequence[
         lines += [
             f"- {line}" if not line.startswith(" ") else f"    - {line.strip()}" for line in summary(name, outcomes)
         ]
-    lines += [f"- {_synchronisation(device)}"]
+    synchronisation = _synchronisation(device)
+    failed += synchronisation.count(FAILED)
+    lines += [f"- {synchronisation}"]
     print("\n".join(lines), flush=True)
     if not only_check:
         for title, cases in gpu_cases(grid).items():
@@ -76,7 +79,14 @@ def _table(title: str, cases: Sequence[Case], device: str) -> tuple[list[str], i
     failed = 0
     for case in cases:
         measured: list[tuple[Contender, list[float]]] = []
-        for contender in contenders(case, device):
+        try:
+            found = contenders(case, device)
+        except Exception as error:  # no memory for it, or a device that an earlier failure has left unusable
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            lines.append(f"| {case.mode}, {case.label} | none could be made: {reason} | | | | |")
+            failed += 1
+            continue
+        for contender in found:
             try:
                 measured.append((contender, clock(contender.run, device)))
             except Exception as error:  # a contender that this GPU, dtype or shape does not have: the others go on
@@ -149,7 +159,7 @@ def _waits(name: str) -> str:
         graph.replay()
         torch.cuda.synchronize()
     except Exception as error:  # told on the page, whatever it is
-        return f"FAILED: {' '.join(str(error).split())[:200]}"
+        return f"{FAILED}: {' '.join(str(error).split())[:200]}"
     finally:
         torch.cuda.set_sync_debug_mode(before)
     return "waits for nothing and runs in a graph"

@@ -9,7 +9,7 @@ import torch
 
 from moh.attention import backends, moh_attention
 from moh.attention.conformance import __main__ as command
-from moh.attention.conformance import check, kinds
+from moh.attention.conformance import check, kinds, make_inputs
 
 SDPA = next(b for b in backends() if b.name == "sdpa")
 
@@ -29,6 +29,25 @@ def test_a_backend_that_is_wrong_fails_and_the_other_checks_go_on(monkeypatch):
     outcomes = list(check(dataclasses.replace(broken, name="sdpa-1"), large=False))
     failures = [o for o in outcomes if o.failure]
     assert len(failures) > 50 and all("off by" in o.failure or "not 0" in o.failure for o in failures)
+
+
+def test_inputs_that_cannot_be_made_are_a_failure_and_not_the_end(monkeypatch):
+    """As on a device that an earlier kernel has left unusable."""
+
+    def broken(**kind: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr("moh.attention.conformance.checks.make_inputs", broken)
+    outcomes = list(check(SDPA, large=False))
+    assert len(outcomes) > 80 and {o.failure for o in outcomes} == {"RuntimeError: the device is lost"}
+
+
+def test_windows_and_the_layout_that_projections_leave_are_checked():
+    found = dict(kinds(large=False))
+    assert {kind["sliding_window"] for kind in found.values() if "sliding_window" in kind} == {1, 40}
+    kind = found["token-major, full"]
+    inputs = make_inputs(**kind)
+    assert not inputs.q.is_contiguous() and inputs.q.transpose(1, 2).is_contiguous()
 
 
 def test_what_a_backend_cannot_serve_is_skipped_with_its_reason():

@@ -39,3 +39,15 @@ def test_window_that_makes_no_sense_is_refused(window, is_causal):
     x = make_inputs()
     with pytest.raises(ValueError, match=f"sliding_window must be at least 1 and needs is_causal=True, got {window}"):
         moh.moh_attention(x.q, x.k, x.v, x.gates, is_causal=is_causal, sliding_window=window)
+
+
+def test_a_window_as_long_as_the_queries_costs_no_mask(monkeypatch):
+    x = make_inputs(Nq=6, Nk=9, is_causal=True)
+    made = []
+    monkeypatch.setattr("moh.attention.dispatch._with_window", lambda *args: made.append(args))
+    for window in (6, 2**40):
+        got = moh.moh_attention(x.q, x.k, x.v, x.gates, is_causal=True, sliding_window=window, backend="sdpa")
+        assert torch.equal(got, moh.moh_attention(x.q, x.k, x.v, x.gates, is_causal=True, backend="sdpa"))
+    assert not made
+    moh.moh_attention(x.q, x.k, x.v, x.gates, is_causal=True, sliding_window=5, backend="sdpa")
+    assert len(made) == 1

@@ -5,6 +5,7 @@ The interpreter has to be on before Triton is imported: those tests run in a pro
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from attention_cases import make_inputs
 
+import moh
 from moh.attention import choose_backend, moh_attention, triton_kernels
 from moh.attention.triton_kernels.tiles import MAX_WIDTH, padded, tiles
 
@@ -26,6 +28,7 @@ FEW = {
     "window": dict(B=1, Hkv=1, G=1, Nq=90, is_causal=True, window=30),
     "blind-rows": dict(B=2, Hkv=1, Nq=8, is_causal=True, mask="blind_rows"),
     "bias": dict(B=1, Hkv=1, Nq=6, mask="bias_per_head"),
+    "small-gates-in-float16": dict(B=1, Hkv=1, Nq=20, D=24, dtype="float16", gates=3e-7),
     "nothing-active": dict(B=1, Hkv=1, Nq=6, activity="none"),
 }
 MANY = {
@@ -51,10 +54,11 @@ from moh.attention.conformance import compare, make_inputs, assert_same, gradien
 torch.set_num_threads(1)
 assert 'moh.attention.triton_kernels.forward' not in sys.modules, 'the kernels are imported before a call'
 for name, kind in json.loads(sys.argv[1]).items():
-    window = kind.pop("window", None)
+    window, factor = kind.pop("window", None), kind.pop("gates", 1)
     kind["is_causal"] = bool(kind.get("is_causal"))
     kind["dtype"] = getattr(torch, kind.get("dtype", "float32"))
     inputs = make_inputs(**kind)
+    inputs.gates = (inputs.gates.detach() * factor).requires_grad_()
     if inputs.attn_mask is not None:
         inputs.attn_mask = inputs.attn_mask.detach()
     outs = [
@@ -110,6 +114,129 @@ def test_kernels_compile_ahead_of_time_without_spilling_registers(kernel, archit
     assert usage.shared <= SHARED_LIMIT[architecture] * 1024
 
 
+VARIANTS = {
+    "one-of-everything": dict(Hkv=1, Nq=1, Nk=1, M=1),
+    "bool-mask": dict(MASK=1),
+    "key-padding": dict(MASK=1, PER_KEY=True),
+    "additive-mask": dict(MASK=2),
+    "window": dict(CAUSAL=True, WINDOW=True),
+    "window-of-one": dict(CAUSAL=True, WINDOW=True, window=1),
+    "padded-widths": dict(D=72, DV=40, BD=128, BDV=64),
+    "tf32": dict(PRECISION="tf32", element="fp32"),
+}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_rows_kernel", "backward_keys_kernel"])
+def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path, monkeypatch):
+    """The interpreter takes types that the compiler does not, and a launch makes constants of integers that are 1."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    change = dict(VARIANTS[variant])
+    element = change.pop("element", "bf16")
+    tile = dict(BLOCK_M=16, BLOCK_N=16) if element == "fp32" else dict(BLOCK_M=64, BLOCK_N=32)
+    split = dict(SPLIT=variant == "one-of-everything") if kernel == "forward_kernel" else {}
+    compile_to_ptx(kernel, element, {**CONSTANTS, **tile, **split, "stride_gh": 1, **change})
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("one", [{}, dict(M=1, Hkv=1, BH=1)], ids=["many-rows", "one-row"])
+def test_the_parts_of_decoding_are_combined_by_a_kernel_that_compiles(one, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_to_ptx("combine_kernel", "bf16", {"G": 4, "DV": 64, "BDV": 64, "BLOCK_S": 32, **one})
+
+
+CONSTANTS = {
+    "G": 4, "D": 64, "DV": 64, "BD": 64, "BDV": 64, "CAUSAL": False, "WINDOW": False, "MASK": 0, "PER_KEY": False,
+    "PRECISION": "ieee",
+}  # fmt: skip
+
+
+def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moh.attention.triton_kernels import backward, forward
+
+    function = getattr(forward, kernel, None) or getattr(backward, kernel)
+    parts = kernel == "combine_kernel" or constants.get("SPLIT")
+    floats = {"lse_ptr", "delta_ptr", "part_lse_ptr", "parts_ptr"} | ({"out_ptr"} if constants.get("SPLIT") else set())
+    mask = "u8" if constants.get("MASK") == 1 else element
+
+    def type_of(name: str) -> str:
+        if not name.endswith("_ptr"):
+            return "fp32" if name in ("scale", "factor") else "i32"
+        if name in ("rows_ptr", "counts_ptr", "before_ptr"):
+            return "*i32"
+        return "*fp32" if name in floats else f"*{mask if name == 'mask_ptr' else element}"
+
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: "constexpr" if name in constants else type_of(name) for name in function.arg_names}
+    source = ASTSource(function, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    assert ".entry" in compiled.asm["ptx"] and (parts or "lse_ptr" in function.arg_names)
+
+
+@needs_triton
+@pytest.mark.parametrize("Nk", [1, 600], ids=["whole", "in-parts"])
+def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, monkeypatch):
+    """A GPU takes 65,535 programs in the second and third direction; Triton launches on the current device."""
+    from moh.attention.triton_kernels import backward, forward
+    from moh.attention.triton_kernels.operators import triton_attention_backward_op, triton_attention_op
+
+    launches, guarded = {}, []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        guarded.append(x.device)
+        yield
+        guarded.pop()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            launches[self.name] = grid
+            assert guarded, self.name
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (forward, backward):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name))
+    B = 70_000 if Nk == 1 else 2
+    q, k, gates = (torch.zeros(1).expand(shape) for shape in ((B, 1, 3, 8), (B, 1, Nk, 8), (B, 3, 1)))
+    packed = [torch.zeros(1, dtype=torch.int32).expand(shape) for shape in ((B, 1, 3), (B, 1), (B, 1, 4))]
+    out, lse = triton_attention_op(q, k, k, gates, None, *packed, False, None, None)
+    triton_attention_backward_op(out, q, k, k, gates, None, *packed, out, lse, False, None, None)
+    expected = {"forward_kernel", "backward_rows_kernel", "backward_keys_kernel"}
+    assert set(launches) == expected | ({"combine_kernel"} if Nk > 1 else set())
+    for grid in launches.values():
+        assert B <= grid[0] < 2**31 and all(size < 65_536 for size in grid[1:])
+
+
+@pytest.mark.parametrize("router", ["two_stage", "single_stage", "query_norm", "linear"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["kv4", "kv2"])
+def test_a_routed_layer_reads_nothing_from_the_device(router, num_kv_heads, monkeypatch):
+    """On a device without numbers, whatever asks for one, or for a size that depends on one, raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
+    with FakeTensorMode():
+        layer = moh.MoHAttention(
+            64, 4, shared_heads=1, active_heads=1, router=router, num_kv_heads=num_kv_heads, device="cuda"
+        ).train()
+        x = torch.empty(2, 70, 64, device="cuda", requires_grad=True)
+        out = layer(x, is_causal=True)
+    assert out.shape == x.shape and out.device.type == "cuda" and out.requires_grad
+    with FakeTensorMode(), pytest.raises(Exception, match=r"[Dd]ata|aten\._local_scalar_dense"):
+        bool(torch.empty(1, device="cuda") > 0)  # what this test would see
+
+
 @needs_triton
 def test_report_refuses_what_it_does_not_know_by_name():
     from moh.attention.triton_kernels.report import compile_kernel
@@ -143,6 +270,22 @@ def test_without_triton_it_says_that_it_is_missing(monkeypatch):
         assert "Triton is not installed" in triton_kernels._unavailable("cuda")
     finally:
         triton_kernels._unavailable.cache_clear()
+
+
+def test_without_triton_a_gpu_gets_a_backend_that_needs_none(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, gates = torch.empty(1, 2, 5, 16, device="cuda"), torch.empty(1, 5, 2, device="cuda")
+        if not torch.cuda.is_available():  # the kernels' own backend says so; Triton would serve the other
+            assert choose_backend(q, q, q, gates).name == "flex"
+        monkeypatch.setattr(triton_kernels, "unavailable", lambda device: "Triton is not installed")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert choose_backend(q, q, q, gates).name == "sdpa"
+        with pytest.raises(
+            ValueError, match=r"backend 'flex' can't serve this call: .* Triton, which is not installed"
+        ):
+            choose_backend(q, q, q, gates, backend="flex")
 
 
 def test_operators_know_their_shapes_without_running():

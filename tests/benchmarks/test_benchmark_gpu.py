@@ -57,6 +57,21 @@ def test_failed_contender_of_ours_counts_as_failure(tiny, monkeypatch):
     assert failed == 4 and "ours (triton) | 50% | failed: out of luck" in page
 
 
+def test_a_case_that_cannot_be_made_is_told_and_the_page_goes_on(tiny, monkeypatch):
+    def broken(case: object, device: str) -> list[Contender]:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(gpu, "contenders", broken)
+    page, failed = gpu.run("quick", device="cpu", backends=())
+    assert failed == 4 and page.count("none could be made: no memory left") == 4
+
+
+def test_waiting_for_the_device_counts_as_failure(tiny, monkeypatch):
+    monkeypatch.setattr(gpu, "_synchronisation", lambda device: f"`triton` {gpu.FAILED}: it waits; `flex` is fine")
+    page, failed = gpu.run("quick", device="cpu", only_check=True, backends=())
+    assert failed == 1 and "it waits" in page
+
+
 def test_check_alone_measures_nothing(tiny, monkeypatch):
     monkeypatch.setattr(gpu, "outcomes_of", lambda name, device: [gpu_outcome(name)])
     page, failed = gpu.run("quick", device="cpu", only_check=True, backends=("sdpa",))

@@ -1,6 +1,6 @@
 """`moh_attention`: one function over several backends, and the table that chooses between them.
 
-Checks the arguments once, so that backends need not. The paper's weighted sum of heads, before the output projection.
+The paper's weighted sum of heads, before the output projection. Not for checking the arguments (`arguments.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moh.attention import cpu, flex, triton_kernels
+from moh.attention.arguments import check_arguments, check_limits
 from moh.attention.compiled import packed_attention_compiled
 from moh.attention.grouped import grouped_attention, without_limits
 from moh.attention.packed import packed_attention
@@ -150,13 +151,11 @@ def moh_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, gates = q.to(dtype), k.to(dtype), v.to(dtype), gates.to(dtype)
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-    _check(q, k, v, gates, attn_mask, dropout_p)
-    if sliding_window is not None and (sliding_window < 1 or not is_causal):
-        raise ValueError(
-            f"sliding_window must be at least 1 and needs is_causal=True, got {sliding_window}, {is_causal}"
-        )
+    check_arguments(q, k, v, gates, attn_mask, dropout_p=dropout_p, is_causal=is_causal, sliding_window=sliding_window)
+    if sliding_window is not None and sliding_window >= q.shape[2]:
+        sliding_window = None  # no query has so many keys before it
     limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
-    _check_limits(q.shape[1], k.shape[1], **limits)
+    check_limits(q.shape[1], k.shape[1], **limits)
     chosen = choose_backend(q, k, v, gates, attn_mask=attn_mask, dropout_p=dropout_p, backend=backend, **limits)
     options: dict[str, Any] = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale, "dropout_p": dropout_p}
     if chosen.needs_limits:
@@ -251,47 +250,3 @@ def _why_not(
     if candidate.needs_limits and (missing := without_limits(tensors[0], heads_per_group, groups_per_token)):
         return missing
     return candidate.unsupported(*tensors, attn_mask, dropout_p)
-
-
-def _check_limits(H: int, Hkv: int, *, heads_per_group: int | None, groups_per_token: int | None) -> None:
-    for name, limit, most in (
-        ("heads_per_group", heads_per_group, H // Hkv),
-        ("groups_per_token", groups_per_token, Hkv),
-    ):
-        if limit is not None and not 1 <= limit <= most:
-            raise ValueError(f"{name} must be between 1 and {most}, got {limit}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [B, heads, N, D], got shape {tuple(tensor.shape)}")
-    B, H, Nq, D = q.shape
-    Hkv, Nk = k.shape[1:3]
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"q must have a multiple of k's {Hkv} heads, got {H}")
-    if k.shape != (B, Hkv, Nk, D):
-        raise ValueError(f"k must have shape [B = {B}, Hkv, Nk, D = {D}] to match q, got {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have shape [{B}, {Hkv}, {Nk}, D] to match k, got {tuple(v.shape)}")
-    if gates.shape != (B, Nq, H):
-        raise ValueError(f"gates must have shape [B, Nq, H] = {(B, Nq, H)}, got {tuple(gates.shape)}")
-    if not q.dtype == k.dtype == v.dtype == gates.dtype or not q.is_floating_point():
-        raise ValueError(
-            f"q, k, v and gates must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}, {gates.dtype}"
-        )
-    if attn_mask is not None:
-        _check_mask(attn_mask, q, Nk)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-
-
-def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
-    if attn_mask.dtype not in (torch.bool, q.dtype):
-        raise ValueError(f"attn_mask must be bool or of q's dtype {q.dtype}, got {attn_mask.dtype}")
-    full = (*q.shape[:3], Nk)
-    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != 4 or any(s not in (1, f) for s, f in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"attn_mask must be broadcastable to [B, H, Nq, Nk] = {full}, got shape {tuple(attn_mask.shape)}"
-        )

@@ -7,6 +7,7 @@ chosen: there it is for checks.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,8 @@ def unsupported(
     """Why the backend can't serve the call, or None."""
     if q.device.type not in ("cuda", "cpu"):
         return f"it runs on GPUs, not on {q.device.type}"
+    if q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "FlexAttention's kernels need Triton, which is not installed; it comes with PyTorch's CUDA wheels"
     if q.dtype not in DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     widths = (q.shape[-1], v.shape[-1])

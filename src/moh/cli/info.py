@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what there is, or what would serve `--shape`.
 
     Raises:
-        ValueError: the shape or the device is none.
+        ValueError: the shape, the device or the probability of dropout is none.
     """
     if arguments.shape:
         _print_choice(arguments)
@@ -67,6 +67,8 @@ def _print_choice(arguments: argparse.Namespace) -> None:
     B, H, Hkv, N, D = arguments.shape
     if min(arguments.shape) < 1 or H % Hkv:
         raise ValueError(f"--shape must be B H HKV N D, each at least 1, HKV a divisor of H, got {arguments.shape}")
+    if not 0 <= arguments.dropout < 1:
+        raise ValueError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}")
     device = _device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     number = torch.zeros(1, device=device, dtype=dtype, requires_grad=arguments.train)

@@ -37,11 +37,13 @@ class Inputs:
     attn_mask: Tensor | None = None
     is_causal: bool = False
     scale: float | None = None
+    sliding_window: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that are no tensor of their own."""
-        return dict(attn_mask=self.attn_mask, is_causal=self.is_causal, scale=self.scale)
+        options = dict(attn_mask=self.attn_mask, is_causal=self.is_causal, scale=self.scale)
+        return options if self.sliding_window is None else dict(options, sliding_window=self.sliding_window)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -65,11 +67,16 @@ def make_inputs(
     mask: str = "none",
     is_causal: bool = False,
     scale: float | None = None,
+    sliding_window: int | None = None,
+    token_major: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Random inputs that require gradients, additive masks too, with `G` query heads per key/value head."""
+    """Random inputs that require gradients, additive masks too, with `G` query heads per key/value head.
+
+    `token_major` lays queries, keys and values out in memory as projections leave them, `[B, N, heads, D]`.
+    """
     random = torch.Generator().manual_seed(seed)
     H, Nk, Dv = Hkv * G, Nq if Nk is None else Nk, D if Dv is None else Dv
 
@@ -80,13 +87,15 @@ def make_inputs(
         return torch.rand(shape, generator=random) < p
 
     q, k, v = normal(B, H, Nq, D), normal(B, Hkv, Nk, D), normal(B, Hkv, Nk, Dv)
+    if token_major:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     gates = normal(B, Nq, H) * make_active(activity, coin, B, Nq, H)
     attn_mask = make_mask(mask, coin, normal, B, H, Nq, Nk)
     q, k, v, gates = (x.to(device).requires_grad_() for x in (q, k, v, gates))
     attn_mask = None if attn_mask is None else attn_mask.to(device)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask.requires_grad_()
-    return Inputs(q, k, v, gates, attn_mask, is_causal, scale)
+    return Inputs(q, k, v, gates, attn_mask, is_causal, scale, sliding_window)
 
 
 def make_active(activity: str, coin: Callable[..., Tensor], B: int, Nq: int, H: int) -> Tensor:

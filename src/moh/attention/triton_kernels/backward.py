@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Triton kernels of the backward pass: queries' and gates' gradients by rows, then keys' and values' by keys.
 
-With h the unweighted head, `out = g h`: `dg = dout . h` and `ds = p (g (dout . v) - dout . out)`; weights p are made
-again from the scores and the forward pass's log-sum. No atomics: the same inputs give the same gradients.
+With h the unweighted head, `out = g h`: `dg = dout . h = sum of p (dout . v)` and `ds = p (g (dout . v) - dout . out)`;
+weights p are made again from the scores and the forward pass's log-sum. No atomics: the same inputs give the same gradients.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from moh.attention.triton_kernels.forward import seen_and_bias
 
 @triton.jit
 def query_range(
-    dq, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, lo, hi, stride_kn, stride_vn, stride_mh,
+    dq, dg, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, lo, hi, stride_kn, stride_vn, stride_mh,
     stride_mq, stride_mk, Nk, window, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the rows' queries from the keys lo to hi, without the factor of the scores."""
+    """Gradients of the rows' queries, without the factor of the scores, and of their gates, from the keys lo to hi."""
     offs_d, offs_v = tl.arange(0, BD), tl.arange(0, BDV)
     for n in tl.range(lo, hi, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
@@ -39,9 +39,10 @@ def query_range(
         else:
             p = tl.exp2(s - lse[:, None])
         dp = tl.dot(dout, v, input_precision=PRECISION)
+        dg += tl.sum(p * dp, 1)
         ds = p * (dp * gate[:, None] - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, dg
 
 
 @triton.jit
@@ -55,12 +56,13 @@ def backward_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     PER_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, B * Hkv): gradients of queries and gates, and `delta = dout . out`, which the keys' kernel reads.
+    """Grid (B * Hkv * row blocks,): gradients of queries and gates, and `delta = dout . out`, which the keys' kernel reads.
 
     `dout` has the strides of `out`, `dq` is `[B, Nq, H, D]` and `dgates` `[B, Nq, H]`, both contiguous.
     """
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    bh = tl.program_id(1)
+    blocks = tl.cdiv(M, BLOCK_M)
+    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    bh = tl.program_id(0) // blocks
     count = tl.load(counts_ptr + bh)
     if start >= count:
         return
@@ -82,12 +84,11 @@ def backward_rows_kernel(
     dout = tl.load(dout_ptr + at_o, mask=in_o, other=0.0)
     out = tl.load(out_ptr + at_o, mask=in_o, other=0.0)
     lse = tl.load(lse_ptr + bh.to(tl.int64) * M + offs_m, mask=live, other=float("inf"))
-    gate = tl.load(gates_ptr + b * stride_gb + token64 * stride_gn + head64 * stride_gh, mask=live, other=1.0)
+    gate = tl.load(gates_ptr + b * stride_gb + token64 * stride_gn + head64 * stride_gh, mask=live, other=0.0)
     gate = gate.to(tl.float32)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + bh.to(tl.int64) * M + offs_m, delta, mask=live)
     pair = (b * Nq + token64) * (Hkv * G) + head  # of [B, Nq, H]
-    tl.store(dgates_ptr + pair, (delta / gate).to(dgates_ptr.dtype.element_ty), mask=live)
 
     k_ptr += b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_ptr += b * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -98,20 +99,22 @@ def backward_rows_kernel(
     if WINDOW:
         lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BD], tl.float32)
+    dg = tl.zeros([BLOCK_M], tl.float32)  # not delta / gate: a small gate leaves little of the head in a rounded output
     clear = lo
     if MASK == 0 and not WINDOW:
         clear = tl.minimum(first + 1, hi) if CAUSAL else hi
         clear = clear // BLOCK_N * BLOCK_N
-        dq = query_range(
-            dq, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, lo, clear, stride_kn, stride_vn,
+        dq, dg = query_range(
+            dq, dg, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, lo, clear, stride_kn, stride_vn,
             stride_mh, stride_mq, stride_mk, Nk, window, scale, D, DV, BD, BDV, BLOCK_N, False, CAUSAL, WINDOW, MASK,
             PER_KEY, PRECISION,
         )  # fmt: skip
-    dq = query_range(
-        dq, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, clear, hi, stride_kn, stride_vn,
+    dq, dg = query_range(
+        dq, dg, q, dout, lse, delta, gate, k_ptr, v_ptr, mask_ptr, token, head, live, clear, hi, stride_kn, stride_vn,
         stride_mh, stride_mq, stride_mk, Nk, window, scale, D, DV, BD, BDV, BLOCK_N, True, CAUSAL, WINDOW, MASK,
         PER_KEY, PRECISION,
     )  # fmt: skip
+    tl.store(dgates_ptr + pair, dg.to(dgates_ptr.dtype.element_ty), mask=live)
     tl.store(dq_ptr + pair[:, None] * D + offs_d[None, :], (dq * factor).to(dq_ptr.dtype.element_ty), mask=in_q)
 
 
@@ -167,9 +170,10 @@ def backward_keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     PER_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, B * Hkv): `dk` `[B, Hkv, Nk, D]` and `dv` `[B, Hkv, Nk, DV]`, contiguous and written whole."""
-    n = tl.program_id(0) * BLOCK_N  # the first keys are seen by most rows when causal: they start first
-    bh = tl.program_id(1)
+    """Grid (B * Hkv * key blocks,): `dk` `[B, Hkv, Nk, D]` and `dv` `[B, Hkv, Nk, DV]`, contiguous and written whole."""
+    blocks = tl.cdiv(Nk, BLOCK_N)
+    n = tl.program_id(0) % blocks * BLOCK_N  # the first keys are seen by most rows when causal: they start first
+    bh = tl.program_id(0) // blocks
     b, kv_head = (bh // Hkv).to(tl.int64), bh % Hkv
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, BD), tl.arange(0, BDV)

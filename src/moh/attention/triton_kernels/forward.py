@@ -92,10 +92,11 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     PER_KEY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, B * Hkv, splits of the keys). With SPLIT, `out` and `lse` are `[splits, B*Hkv, M, ...]` parts."""
+    """Grid (B * Hkv * row blocks, splits of the keys). With SPLIT, `out` and `lse` are `[splits, B*Hkv, M, ...]` parts."""
     # Later blocks see more keys when causal; what takes longest goes first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    bh = tl.program_id(1)
+    blocks = tl.cdiv(M, BLOCK_M)
+    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    bh = tl.program_id(0) // blocks
     count = tl.load(counts_ptr + bh)
     if start >= count:
         return
@@ -122,8 +123,8 @@ def forward_kernel(
     if WINDOW:
         lo = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     if SPLIT:
-        lo = tl.maximum(lo, tl.program_id(2) * chunk)
-        hi = tl.minimum(hi, (tl.program_id(2) + 1) * chunk)
+        lo = tl.maximum(lo, tl.program_id(1) * chunk)
+        hi = tl.minimum(hi, (tl.program_id(1) + 1) * chunk)
     acc = tl.zeros([BLOCK_M, BDV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -146,7 +147,7 @@ def forward_kernel(
     total = tl.where(saw_nothing, 1.0, total)
     acc = acc / total[:, None]
     if SPLIT:
-        part = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + bh) * M + offs_m
+        part = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + bh) * M + offs_m
         tl.store(lse_ptr + part, m + tl.log2(total), mask=live)  # -inf where nothing was seen
         tl.store(out_ptr + part[:, None] * DV + offs_v[None, :], acc, mask=live[:, None] & (offs_v < DV)[None, :])
     else:
@@ -165,8 +166,8 @@ def combine_kernel(
     stride_gb, stride_gn, stride_gh, stride_ob, stride_on, stride_oh, Hkv, M, BH, splits,
     G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, B * Hkv): the parts of one row, weighted by their share of the softmax's sum, then by the gate."""
-    place, bh = tl.program_id(0), tl.program_id(1)
+    """Grid (B * Hkv * M,): the parts of one row, weighted by their share of the softmax's sum, then by the gate."""
+    place, bh = tl.program_id(0) % M, tl.program_id(0) // M
     if place >= tl.load(counts_ptr + bh):
         return
     b, kv_head = (bh // Hkv).to(tl.int64), bh % Hkv

@@ -100,18 +100,19 @@ def triton_attention_op(
         splits = -(-Nk // chunk)
         parts = q.new_empty(splits, B * Hkv, M, Dv, dtype=torch.float32)
         part_lse = q.new_empty(splits, B * Hkv, M, dtype=torch.float32)
-    forward_kernel[(-(-M // tile.rows), B * Hkv, splits)](
-        q, k, v, gates, mask[0], rows, counts, parts, part_lse,
-        *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
-        *_strides(out, 0, 1, 2), Hkv, Nk, M, window or 0, chunk, _factor(q, scale) * LOG2_E.value,
-        **constants, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=splits > 1, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(M, B * Hkv)](
-            parts, part_lse, gates, rows, counts, out, lse, *_strides(gates, 0, 1, 2), *_strides(out, 0, 1, 2),
-            Hkv, M, B * Hkv, splits, G=H // Hkv, DV=Dv, BDV=padded(Dv), BLOCK_S=padded(splits), num_warps=4,
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
+        forward_kernel[(-(-M // tile.rows) * B * Hkv, splits)](
+            q, k, v, gates, mask[0], rows, counts, parts, part_lse,
+            *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
+            *_strides(out, 0, 1, 2), Hkv, Nk, M, window or 0, chunk, _factor(q, scale) * LOG2_E.value,
+            **constants, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=splits > 1, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(B * Hkv * M,)](
+                parts, part_lse, gates, rows, counts, out, lse, *_strides(gates, 0, 1, 2), *_strides(out, 0, 1, 2),
+                Hkv, M, B * Hkv, splits, G=H // Hkv, DV=Dv, BDV=padded(Dv), BLOCK_S=padded(splits), num_warps=4,
+            )  # fmt: skip
     return out, lse
 
 
@@ -156,16 +157,16 @@ def triton_attention_backward_op(
         *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
         *_strides(out, 0, 1, 2), Hkv, Nq, Nk, M, window or 0, _factor(q, scale) * LOG2_E.value, _factor(q, scale),
     )  # fmt: skip
-    tile = table.rows
-    backward_rows_kernel[(-(-M // tile.rows), B * Hkv)](
-        grad, q, k, v, gates, mask[0], rows, counts, out, lse, dq, dgates, delta, *sizes, **constants,
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    tile = table.keys
-    backward_keys_kernel[(-(-Nk // tile.keys), B * Hkv)](
-        grad, q, k, v, gates, mask[0], rows, counts, before, lse, delta, dk, dv, *sizes, **constants,
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    by_rows, by_keys = table.rows, table.keys
+    with torch.cuda.device_of(q):
+        backward_rows_kernel[(-(-M // by_rows.rows) * B * Hkv,)](
+            grad, q, k, v, gates, mask[0], rows, counts, out, lse, dq, dgates, delta, *sizes, **constants,
+            BLOCK_M=by_rows.rows, BLOCK_N=by_rows.keys, num_warps=by_rows.warps, num_stages=by_rows.stages,
+        )  # fmt: skip
+        backward_keys_kernel[(-(-Nk // by_keys.keys) * B * Hkv,)](
+            grad, q, k, v, gates, mask[0], rows, counts, before, lse, delta, dk, dv, *sizes, **constants,
+            BLOCK_M=by_keys.rows, BLOCK_N=by_keys.keys, num_warps=by_keys.warps, num_stages=by_keys.stages,
+        )  # fmt: skip
     return dq.transpose(1, 2), dk, dv, dgates
 
 

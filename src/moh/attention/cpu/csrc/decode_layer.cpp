@@ -18,11 +18,18 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Gates [T, H] of the linear router: 1 for the shared heads and the `active` others with the largest x W' + b, 0 for
-// the rest. Of equal numbers the first wins; NaN counts as the largest, as in at::topk.
+// How the heads that are not shared are chosen: in `parts` parts as many of each, `together` neighbours at a time.
+struct Choice {
+  int64_t active, parts, together;
+};
+
+// Gates [T, H] of the linear router: 1 for the shared heads and for the chosen others, whose x W' + b (or its sum over
+// neighbours that are chosen together) is largest, 0 for the rest. Of equal numbers the first wins; NaN counts as the
+// largest, as in at::topk.
 template <class T>
 void hard_gates(const FewTokensProduct& router, const Floats& x, int64_t tokens, at::IntArrayRef shared,
-                int64_t active, T* gates) {
+                const Choice& choice, T* gates) {
+  const int64_t active = choice.active, parts = choice.parts, together = choice.together;
   const int64_t heads = router.rows;
   std::vector<char> is_shared(heads, 0);
   for (const int64_t h : shared) {
@@ -36,17 +43,33 @@ void hard_gates(const FewTokensProduct& router, const Floats& x, int64_t tokens,
   TORCH_CHECK_VALUE(active >= 0 && active <= all, "active must be between 0 and ", all, ", got ", active);
   for (int64_t i = 0; i < tokens * heads; ++i) gates[i] = static_cast<T>(is_shared[i % heads] || active == all ? 1 : 0);
   if (active == 0 || active == all) return;
+  const int64_t least = parts * together;
+  TORCH_CHECK_VALUE(parts > 0 && together > 0 && all % least == 0 && active % least == 0,
+                    "active and all routed heads must be multiples of parts * together = ", least, ", got ", active,
+                    " and ", all);
+  const int64_t units = all / least, chosen = active / least;  // of each part
 
   std::vector<T> scores(tokens * heads);
   router.multiply<T>(x, tokens, scores.data());
+  std::vector<float> sums(units);
+  std::vector<int64_t> order(units);
   for (int64_t t = 0; t < tokens; ++t) {
-    const T* score = scores.data() + t * heads;
-    std::partial_sort(routed.begin(), routed.begin() + active, routed.end(), [&](int64_t a, int64_t b) {
-      const float x = static_cast<float>(score[a]), y = static_cast<float>(score[b]);
-      if (std::isnan(x) || std::isnan(y)) return std::isnan(x) && (!std::isnan(y) || a < b);
-      return x > y || (x == y && a < b);
-    });
-    for (int64_t i = 0; i < active; ++i) gates[t * heads + routed[i]] = static_cast<T>(1);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t* first = routed.data() + part * units * together;
+      for (int64_t u = 0; u < units; ++u) {
+        order[u] = u;
+        sums[u] = 0.0f;
+        for (int64_t i = 0; i < together; ++i) sums[u] += static_cast<float>(scores[t * heads + first[u * together + i]]);
+      }
+      std::partial_sort(order.begin(), order.begin() + chosen, order.end(), [&](int64_t a, int64_t b) {
+        const float x = sums[a], y = sums[b];
+        if (std::isnan(x) || std::isnan(y)) return std::isnan(x) && (!std::isnan(y) || a < b);
+        return x > y || (x == y && a < b);
+      });
+      for (int64_t u = 0; u < chosen; ++u)
+        for (int64_t i = 0; i < together; ++i)
+          gates[t * heads + first[order[u] * together + i]] = static_cast<T>(1);
+    }
   }
 }
 
@@ -76,7 +99,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
                         const OptionalTensor& k_bias, const at::Tensor& v_weight, const OptionalTensor& v_bias,
                         const at::Tensor& o_weight, const OptionalTensor& o_bias, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values, int64_t length,
-                        const OptionalTensor& mask, double scale) {
+                        const OptionalTensor& mask, double scale, int64_t parts, int64_t together) {
   at::AutoDispatchBelowADInplaceOrView below;  // no gradients: spares the operators called here the look for them
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x must be [B, 1, C], got ", x.sizes());
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.sizes() == keys.sizes() && keys.size(0) == x.size(0) &&
@@ -111,7 +134,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
       const FewTokensProduct router("router", *router_weight, router_bias, x);
       TORCH_CHECK_VALUE(router.rows == H && router.columns == x.size(2), "router's weight must be [H, C], got ",
                         router_weight->sizes());
-      hard_gates<T>(router, from, B, shared, active, gates.mutable_data_ptr<T>());
+      hard_gates<T>(router, from, B, shared, {active, parts, together}, gates.mutable_data_ptr<T>());
     }
     const T* gate = static_cast<const T*>(gates.const_data_ptr());
     for (int64_t i = 0; i < B * H; ++i) flags[i] = static_cast<float>(gate[i]) != 0.0f;
@@ -162,7 +185,7 @@ TORCH_LIBRARY_FRAGMENT(moh, m) {
       "cpu_decode_layer(Tensor x, Tensor? gates, Tensor? router_weight, Tensor? router_bias, int[] shared, int active, "
       "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, "
       "Tensor o_weight, Tensor? o_bias, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
-      "Tensor? attn_mask, float scale) -> Tensor");
+      "Tensor? attn_mask, float scale, int parts=1, int together=1) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_decode_layer", moh::decode_layer); }

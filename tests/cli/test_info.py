@@ -1,0 +1,58 @@
+"""Promise: `moh info --shape` tells which backend would serve such a call, and why the others would not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moh.attention import backends, choose_backend
+
+SHAPE = ["--shape", 2, 4, 2, 8, 16]
+
+
+@pytest.mark.parametrize(
+    "options, named, change",
+    [
+        pytest.param([], "float32 on cpu", {}, id="float32"),
+        pytest.param(["--train"], "float32 on cpu with gradients", dict(train=True), id="with-gradients"),
+        pytest.param(["--dtype", "float64"], "float64 on cpu", dict(dtype=torch.float64), id="float64"),
+        pytest.param(["--dropout", 0.1], "float32 on cpu", dict(dropout_p=0.1), id="dropout"),
+    ],
+)
+def test_it_names_the_backend_that_such_a_call_gets(moh, options, named, change) -> None:
+    result = moh("info", *SHAPE, *options)
+    assert result.code == 0
+    made = dict(dtype=change.get("dtype", torch.float32), requires_grad=change.get("train", False))
+    q, k, gates = torch.ones(2, 4, 8, 16, **made), torch.ones(2, 2, 8, 16, **made), torch.ones(2, 8, 4, **made)
+    chosen = choose_backend(q, k, k, gates, dropout_p=change.get("dropout_p", 0.0)).name
+    assert result.out[0] == f"{chosen} serves B2 H4/2 N8 D16 {named}"
+    reasons = dict(line.strip().split(maxsplit=1) for line in result.out[1:])
+    assert list(reasons) == [backend.name for backend in backends()]
+    assert [name for name, reason in reasons.items() if reason == "serves"] == [chosen]
+
+
+def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
+    reasons = dict(line.strip().split(maxsplit=1) for line in moh("info", *SHAPE, "--dropout", 0.5).out[1:])
+    assert "dropout" in reasons["flex"]
+    assert "heads_per_group" in reasons["grouped"]
+    assert reasons["reference"] == "could serve, but comes later"
+    reasons = dict(line.strip().split(maxsplit=1) for line in moh("info", *SHAPE).out[1:])
+    assert reasons["flex"] == "on cpu it serves only calls that name it"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--shape", 2, 4, 3, 8, 16], "HKV a divisor of H"),
+        (["--shape", 0, 4, 2, 8, 16], "each at least 1"),
+        ([*SHAPE, "--device", "sideways"], "--device must be cpu or cuda, got 'sideways'"),
+        ([*SHAPE, "--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+        ([*SHAPE, "--device", "cuda:99"], "CUDA devices here"),
+        ([*SHAPE, "--dropout", 1.5], "--dropout must be at least 0 and below 1, got 1.5"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_call_that_could_not_be_is_told_in_one_line(moh, argv, message) -> None:
+    result = moh("info", *argv)
+    assert result.code != 0 and not result.out
+    assert len(result.err) == 1 and message in result.err[0]
