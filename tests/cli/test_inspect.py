@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moh.evaluation.curve import text_curve
 from moh.inspection import image_groups, inspect_groups, text_groups
 from moh.models.image_loading import load_image_classifier
+from moh.training import pack_tokens
 from moh.training.images.folders import FolderImages
 
 TABLES = {"heads.csv", "heads.parquet", "layers.csv", "summary.md"}
@@ -59,6 +61,19 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
     summary = (out / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("# Which head does what: ") and "| code | " in summary
     assert f"p = {float(rows(out / 'tests.csv')[-1]['p']):.3g}" in summary
+
+
+def test_the_trade_off_on_the_same_texts_is_drawn_on_demand(moh, moh_dir: Path, kinds: Path) -> None:
+    out, file = kinds / "heads", kinds / "0.py"
+    told = moh("inspect", moh_dir, "--files", file, "--out", out, "--seq-len", 8, "--curve")
+    assert told.code == 0, told.err
+    assert {path.name for path in out.iterdir()} >= {"curve.png", "curve.svg", "curve.csv", "curve.json", "heads.csv"}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(moh_dir), AutoTokenizer.from_pretrained(moh_dir)
+    expected = text_curve(model, pack_tokens([file.read_text()], tokenizer, seq_len=8), repeats=0)
+    points = [(float(row["share"]), float(row["perplexity"])) for row in rows(out / "curve.csv")]
+    assert points == [(point.share, pytest.approx(point.perplexity)) for point in expected.points] and len(points) > 1
+    told = moh("inspect", moh_dir, "--files", file, "--html", kinds / "page.html", "--curve")
+    assert told.code == 2 and "--curve needs --out DIR" in told.err[0]
 
 
 def test_files_are_groups_of_their_names_and_single_texts_are_said_to_be_so(moh, moh_dir: Path, kinds: Path) -> None:

@@ -56,7 +56,7 @@ def run(arguments: Namespace) -> None:
         )
     else:
         curve = _of_text(arguments)
-    _write(curve, Path(arguments.out), Path(arguments.model).name)
+    write(curve, Path(arguments.out), Path(arguments.model).name)
 
 
 def _of_text(arguments: Namespace) -> Curve:
@@ -78,7 +78,8 @@ def _of_text(arguments: Namespace) -> Curve:
     )
 
 
-def _write(curve: Curve, out: Path, name: str) -> None:
+def write(curve: Curve, out: Path, name: str) -> None:
+    """Write the picture, the table and the JSON of a curve, and print its points."""
     from moh._files import write_text
     from moh.evaluation.curve_plots import plot_curve
     from moh.inspection.plots import save_with_data

@@ -61,6 +61,10 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--ablate", type=int, default=0, metavar="N",
         help="remove one head at a time and measure the loss on N passages or images (default: don't)",
     )  # fmt: skip
+    analysis.add_argument(
+        "--curve", action="store_true",
+        help="also perplexity or accuracy against the share of heads, on the same inputs (moh curve times it, too)",
+    )  # fmt: skip
 
 
 def run(arguments: Namespace) -> None:
@@ -109,6 +113,10 @@ def _write(subject: Subject) -> None:
         print(f"not tested: {found.untested}")
     else:
         print(f"the groups' loads differ by {found.tests[-1]['divergence']:.4f} bits, p = {found.tests[-1]['p']:.3g}")
+    if arguments.curve:
+        from moh.cli.curve import write
+
+        write(subject.curve(), out, _name(Path(arguments.model)))
     print(f"{out}: summary.md, tables and figures of {len(use.groups)} groups, {int(use.inputs.sum()):,} inputs")
 
 
@@ -124,6 +132,8 @@ def _check_targets(arguments: Namespace) -> None:
         check_writable(Path(arguments.html).parent, name="--html's directory")
         if not Path(arguments.html).parent.is_dir():
             raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
+    if arguments.curve and arguments.out is None:
+        raise ValueError("--curve needs --out DIR, which says where the curve goes")
     if arguments.ablate < 0:
         raise ValueError(f"--ablate must be at least 0, got {arguments.ablate}")
     if arguments.permutations < 1:

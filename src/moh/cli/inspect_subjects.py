@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from moh.evaluation.curve import Curve
     from moh.inspection import GroupedInputs
 
 
@@ -50,6 +51,10 @@ class Subject:
         """About so many, of all groups."""
         raise NotImplementedError
 
+    def curve(self) -> Curve:
+        """Quality of the model on the inputs against the share of heads that it uses."""
+        raise NotImplementedError
+
     def write_page(self) -> None:
         raise NotImplementedError
 
@@ -85,6 +90,15 @@ class _Texts(Subject):
 
         return text_groups(self.model, self.tokenizer, self.texts, seq_len=seq_len, max_tokens=max_tokens)
 
+    def curve(self) -> Curve:
+        from moh.evaluation.curve import text_curve
+        from moh.training import pack_tokens
+
+        seq_len, texts = self.arguments.seq_len, [text for group in self.texts.values() for text in group]
+        blocks = pack_tokens(texts, self.tokenizer, seq_len=seq_len)
+        most = max(1, len(self.texts) * self.arguments.max_tokens // seq_len)
+        return text_curve(self.model, blocks[:: -(-len(blocks) // most)], repeats=0)  # type: ignore[arg-type]
+
     def write_page(self) -> None:
         from moh.cli.pages import write_text_page
 
@@ -114,6 +128,12 @@ class _Images(Subject):
         options = {"batch_size": self.arguments.batch_size, "workers": self.arguments.workers}
         return image_groups(self.model, every_nth(self.images, count), **options)
 
+    def curve(self) -> Curve:
+        from moh.evaluation.curve import image_curve
+
+        options = {"batch_size": self.arguments.batch_size, "workers": self.arguments.workers}
+        return image_curve(self.model, self.images, **options)
+
     def write_page(self) -> None:
         from moh.cli.pages import write_image_page
 
@@ -127,6 +147,8 @@ class _Diffusion(Subject):
             raise ValueError(f"--images must say on which images, because {arguments.model} is a diffusion model")
         if arguments.html is not None:
             raise ValueError("--html shows texts and images of classifiers, not noisy images: give --out DIR")
+        if arguments.curve:
+            raise ValueError("--curve measures perplexity or accuracy, which a diffusion model does not have")
 
     def __init__(self, arguments: Namespace) -> None:
         from moh.cli.images import read_images
