@@ -86,6 +86,7 @@ def call(case) -> Tensor:
         c["length"],
         c["mask"],
         0.3,
+        *c.get("choice", ()),
     )
 
 
@@ -131,6 +132,32 @@ def test_output_and_cache_are_those_of_the_definition(isa, sizes, routing):
     assert_close(case["caches"][0][:, :, :n], keys)
     assert_close(case["caches"][1][:, :, :n], values)
     assert all(torch.equal(cache[:, :, n:], kept) for cache, kept in zip(case["caches"], later, strict=True))
+
+
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize(
+    "unit, shared, active, choice",
+    [
+        pytest.param("group_balanced", [], 3, (3, 1), id="1-of-3-in-each-group"),
+        pytest.param("group_balanced", [1, 5, 6], 3, (3, 1), id="1-of-2-beside-a-shared-one"),
+        pytest.param("kv_group", [], 3, (1, 3), id="1-group-of-3"),
+        pytest.param("kv_group", [3, 4, 5], 3, (1, 3), id="1-group-of-2-beside-a-shared-one"),
+        pytest.param("kv_group", [], 9, (1, 3), id="all-groups"),
+    ],
+)
+@torch.no_grad()
+def test_heads_are_chosen_in_groups_as_by_the_router(kernels, unit, shared, active, choice, B):
+    case, _ = inputs(B=B, H=9, Hkv=3, shared=shared, active=active)
+    config = MoHConfig(9, shared, active, "linear", routing_unit=unit, kv_heads=3)
+    expected = definition(case, config)[0]
+    assert_close(call(case | {"choice": choice}), expected)
+
+
+@torch.no_grad()
+def test_groups_that_do_not_add_up_are_refused(kernels):
+    case, _ = inputs(H=9, Hkv=3, shared=[], active=4)
+    with pytest.raises(ValueError, match=r"multiples of parts \* together = 3, got 4 and 9"):
+        call(case | {"choice": (1, 3)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

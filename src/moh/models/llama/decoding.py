@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from moh.attention import cpu
 from moh.attention.plain import is_plain
+from moh.config import MoHConfig
 from moh.models.llama.cache_room import room_for_a_token
 from moh.routing import LinearRouter
 
@@ -62,8 +63,7 @@ def decode(
     if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != B:
         return None
     gates = weight = bias = None
-    free_choice = router.config.routing_unit == "head"  # the choice that the operator can make itself
-    if type(router) is LinearRouter and free_choice and not router.is_observed() and is_plain(router.contribution, x):
+    if type(router) is LinearRouter and not router.is_observed() and is_plain(router.contribution, x):
         weight, bias = router.contribution.weight, router.contribution.bias
     else:
         gates = router(x).gates
@@ -89,6 +89,14 @@ def decode(
         room.used,
         attention_mask,
         attention.scaling,
+        *_choice(router.config),
     )
     room.take(cache.layers[attention.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
     return out
+
+
+def _choice(config: MoHConfig) -> tuple[int, int]:
+    """In how many parts of the routed heads as many are chosen, and how many neighbours are chosen together."""
+    if config.routing_unit == "group_balanced":
+        return config.step, 1
+    return 1, config.step
