@@ -135,3 +135,23 @@ def test_a_compiled_model_with_a_static_cache_writes_what_a_dynamic_one_writes(m
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     got = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(got, expected)
+
+
+def test_a_chat_template_that_refuses_a_turn_is_told_and_the_conversation_goes_on(
+    moh: Any, moh_dir: Path, tmp_path: Path, typed: Any
+) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(moh_dir, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(moh_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+        "{{ m.content }} {% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    typed("no", "the head")
+    result = moh("chat", tmp_path / "model", "--max-new-tokens", 3, "--temperature", 0)
+    assert result.code == 0 and result.out
+    assert "moh chat: the model's chat template refuses the conversation: not this" in result.err

@@ -154,6 +154,66 @@ def test_training_at_one_budget_is_kept_at_the_others(convert: Callable[..., Any
     torch.testing.assert_close(weight, original + 0.25, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("write", ["an adapter merged in", "a fused optimiser"])
+def test_what_is_written_without_a_trace_is_kept_at_every_budget(
+    convert: Callable[..., Any], tokens: Tensor, write: str
+) -> None:
+    _, model = convert()
+    weight = output_projection(routed_attentions(model)[0]).weight
+    moh.set_active_heads(model, 1.0)
+    original = weight.detach().clone()
+    moh.set_active_heads(model, 0.5)
+    if write == "a fused optimiser":
+        weight.grad = -torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=0.25, weight_decay=0.0, fused=True).step()
+    else:
+        weight.data += 0.25
+    moh.set_active_heads(model, 1.0)
+    torch.testing.assert_close(weight.detach(), original + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_lora_is_merged_at_every_budget(convert: Callable[..., Any], tokens: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    _, model = convert()
+    moh.set_active_heads(model, 1.0)
+    moh.set_active_heads(model, 0.5)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], r=2, lora_alpha=8))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = {}
+    for share in ALL_SHARES:
+        moh.set_active_heads(adapted, share)
+        expected[share] = logits(adapted, tokens)
+    merged = adapted.merge_and_unload()
+    for share in ALL_SHARES:
+        moh.set_active_heads(merged, share)
+        torch.testing.assert_close(logits(merged, tokens), expected[share], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [dict(active_heads=3), dict(shared_heads=[[0, 1], [0, 1]])], ids=str)
+def test_a_saved_model_is_not_loaded_with_heads_that_its_weights_are_not_for(
+    convert: Callable[..., Any], tmp_path: Path, heads: dict[str, Any]
+) -> None:
+    _, model = convert()
+    moh.set_active_heads(model, 2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must be as the model was saved.*\[3, 3\] heads per layer.*turn the dial"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **heads)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "active_heads", "heads"),
+    [([0.75], 1, [2, 3]), ([1.0], 1, [2, 3]), ([1.0], 3, None)],
+)
+def test_where_the_dial_stands_first_has_its_change_too(
+    convert: Callable[..., Any], budgets: list[float], active_heads: int, heads: list[int] | None
+) -> None:
+    _, model = convert(budgets=budgets, active_heads=active_heads)
+    kept = model.config.output_budgets
+    assert (kept and kept["heads"]) == heads
+
+
 def test_changes_are_no_parameters(convert: Callable[..., Any]) -> None:
     dense, model = convert()
     trained = sum(p.numel() for n, p in model.named_parameters() if "router" not in n)

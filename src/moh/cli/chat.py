@@ -101,14 +101,15 @@ class Conversation:
         """Add the user's turn; print the model's answer as it is written, add and return it.
 
         Raises:
-            ValueError: the conversation is too long for the model; the turn is not added.
+            ValueError: the conversation is too long for the model, or its chat template can't say it; the turn is not
+            added.
         """
         from transformers import TextStreamer
 
         messages = [*self.messages, {"role": "user", "content": text}]
         inputs = self._inputs(messages)
         length = inputs["input_ids"].shape[1]
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = generation.room(self.model)
         if room is not None and length + self.options["max_new_tokens"] > room:
             raise ValueError(
                 f"the conversation ({length} tokens) and an answer of {self.options['max_new_tokens']} must fit into "
@@ -123,9 +124,14 @@ class Conversation:
 
     def _inputs(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         if self.tokenizer.chat_template is not None:
-            inputs = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
+            from jinja2 import TemplateError
+
+            try:
+                inputs = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+            except TemplateError as error:  # templates refuse in this way, for example a system's turn
+                raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
         else:
             inputs = self.tokenizer("\n".join(message["content"] for message in messages) + "\n", return_tensors="pt")
         return dict(inputs.to(self.model.device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,34 +22,6 @@ def run_demo(arguments: Namespace) -> None:
     names = "output_dir base corpus shared_heads active_heads steps minutes batch_size"
     names += " learning_rate distillation_weight full seed"
     run_demo(DemoSettings(files=tuple(arguments.files), **{name: getattr(arguments, name) for name in names.split()}))
-
-
-def run_convert(arguments: Namespace) -> None:
-    from moh.conversion import convert
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
-    from moh.training.checkpoints import check_replaceable, replacing_directory
-
-    if Path(arguments.output).resolve() == Path(arguments.model).resolve():
-        raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
-    check_replaceable(arguments.output, name="output")
-    calibration = None if arguments.router == "query_norm" else read_corpus(arguments).train
-    model = convert(
-        load_causal_lm(arguments.model, device=default_device()),
-        shared_heads=arguments.shared_heads,
-        active_heads=arguments.active_heads,
-        router=arguments.router,
-        routing_unit=arguments.routing_unit,
-        calibration=calibration,
-        tokenizer=load_tokenizer(arguments.model),
-        calibration_tokens=arguments.calibration_tokens,
-        allocation=arguments.allocation,
-        refit_output=arguments.refit_output,
-        budgets=arguments.budgets,
-    )
-    with replacing_directory(Path(arguments.output)) as scratch:
-        model.save_pretrained(scratch)
-        load_tokenizer(arguments.model).save_pretrained(scratch)
-    print(f"{arguments.output}: MoH model, each token uses {100 * model.config.share:.0f} % of the heads")
 
 
 def run_train(arguments: Namespace) -> None:

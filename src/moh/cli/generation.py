@@ -91,7 +91,28 @@ def run(arguments: Namespace) -> None:
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
+    check_room(model, inputs.input_ids.shape[1], arguments.max_new_tokens)
     model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling(arguments))
+
+
+def room(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read and write together, if its configuration says so."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    return positions
+
+
+def check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Check that a prompt and what is to be written after it fit into a model.
+
+    Raises:
+        ValueError: they don't.
+    """
+    most = room(model)
+    if most is not None and prompt + new > most:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {new} new ones must fit into the model's {most} tokens: a smaller "
+            "--max-new-tokens, or a shorter prompt"
+        )
 
 
 def continuations(
@@ -104,7 +125,7 @@ def continuations(
         options: for `model.generate`.
 
     Raises:
-        ValueError: the tokenizer has no token to pad with.
+        ValueError: the tokenizer has no token to pad with, or a prompt and its continuation are too long for the model.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
@@ -115,6 +136,7 @@ def continuations(
     if any(len(row) == 0 for row in rows):
         raise ValueError("every prompt must hold at least one token")
     width = max(map(len, rows))
+    check_room(model, width, options.get("max_new_tokens", 0))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from moh.cli import (
     chat,
     commands,
+    conversion,
     curve,
     explore,
     generation,
@@ -78,24 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--full", action="store_true", help="also tune the model converted the paper's way")
     demo.add_argument("--seed", type=int, default=0, help="order of the training text (default: %(default)s)")
 
-    convert = command("convert", "Turn a pretrained dense language model into a MoH model, without training.")
-    convert.add_argument("model", help="directory, hub name or .gguf file")
-    convert.add_argument("output", help="directory for the MoH model")
-    convert.add_argument("--shared-heads", type=int, required=True, help="heads that every token uses")
-    convert.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
-    convert.add_argument("--router", choices=("linear", "query_norm", "two_stage"), default="linear")
-    convert.add_argument(
-        "--routing-unit", choices=("head", "group_balanced", "kv_group"), default="head", help="what a token chooses"
-    )
-    _text(convert)
-    convert.add_argument(
-        "--calibration-tokens", type=int, default=12_288, help="tokens to fit on (default: %(default)s)"
-    )
-    convert.add_argument("--allocation", choices=("even", "sensitivity"), default="even", help="heads over layers")
-    convert.add_argument("--refit-output", action="store_true", help="refit W_O to make up for skipped heads")
-    convert.add_argument(
-        "--budgets", nargs="+", type=float, metavar="SHARE", help="refit it for each of these shares of heads, one model"
-    )
+    conversion.add_parser(sub)
 
     train = command(
         "train", "Train by a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes by itself."

@@ -21,7 +21,7 @@ from moh.conversion.dense import DenseModel
 from moh.conversion.fit import OUTPUT_RIDGE
 from moh.conversion.statistics import OutputSums, collect_several_outputs
 from moh.models.budget import allowed_counts
-from moh.models.output_budgets import add_output_budgets, output_projection, routed_attentions
+from moh.models.output_budgets import add_output_budgets, output_projection, routed_attentions, used_heads
 from moh.routing import LinearRouter
 
 RANK = 64
@@ -78,7 +78,9 @@ def check_budgets(dense: DenseModel, budgets: Sequence[float], *, router: str, r
 
 
 def needed_heads(routers: Sequence[LinearRouter], costs: Tensor | None, budgets: Sequence[float]) -> tuple[int, ...]:
-    """Numbers of heads, below all, that a layer uses at some budget, and those between them.
+    """Numbers of heads, below all, that a layer uses at some budget or as the routers are set, and those between them.
+
+    None at all where every budget is all heads.
 
     Args:
         routers: one per layer.
@@ -91,7 +93,7 @@ def needed_heads(routers: Sequence[LinearRouter], costs: Tensor | None, budgets:
     config = routers[0].config
     h, step, layers = config.num_heads, config.step, len(routers)
     possible = sorted({r.config.num_shared + k for r in routers for k in allowed_counts(r)})
-    lowest = h
+    lowest = min(used_heads(r.config for r in routers))  # where the dial stands first has its own as well
     for share in budgets:
         total = round(share * h * layers / step) * step
         if total < sum(r.config.num_shared for r in routers):
@@ -174,7 +176,11 @@ def keep(model: PreTrainedModel, changes: OutputChanges | None, costs: Tensor | 
         model.config.head_costs = (costs + TOO_FEW * few.square()).tolist()
     if changes is None:
         return
-    model.config.output_budgets = {"heads": list(changes.heads), "rank": changes.rank}
+    model.config.output_budgets = {
+        "heads": list(changes.heads),
+        "rank": changes.rank,
+        "used_heads": used_heads(a.router.config for a in routed_attentions(model)),
+    }
     add_output_budgets(model)
     for attention, factors in zip(routed_attentions(model), changes.factors, strict=True):
         projection, budgets, config = output_projection(attention), attention.output_budgets, attention.router.config

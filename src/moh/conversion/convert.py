@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moh.config import MoHConfig
 from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
@@ -23,13 +23,14 @@ from moh.conversion.family_models import DenseFamilyModel
 from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
 from moh.models.families.table import family_of
-from moh.models.loading import load_causal_lm, load_tokenizer
-from moh.routing import Router
+from moh.models.image_loading import load_image_classifier, saved_config
+from moh.models.loading import load_as, load_causal_lm, load_config, load_tokenizer
 
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
 
 _DIFFUSION_MODELS = ("DiTTransformer2DModel", "MoHDiTTransformer2DModel")
+_VITS = ("vit", "moh_vit")
 
 
 def convert(
@@ -102,7 +103,7 @@ def convert(
         >>> dense = timm.create_model("deit3_small_patch16_224", pretrained=True)  # doctest: +SKIP
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
-    if _is_diffusion_model(model_or_path):
+    if is_diffusion_model(model_or_path):
         if calibration is not None or allocation != "even" or refit_output or budgets or router_aux_loss_coef:
             raise ValueError(
                 "calibration, allocation, refit_output, budgets and router_aux_loss_coef must be left out for a diffusion model: "
@@ -125,7 +126,7 @@ def convert(
     refusal = dense.refusal(router=router, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
     if refusal is not None:
         raise ValueError(refusal)
-    routers: Sequence[Router] = []
+    routers: Sequence[Any] = []
     output_weights: list[Tensor] = []
     costs: Tensor | None = None
     changes: OutputChanges | None = None
@@ -144,15 +145,17 @@ def convert(
         if refit_output:
             output_weights = calibrator.refit_outputs(routers)
         if budgets is not None:
-            heads = needed_heads(routers, costs, budgets)
-            changes = fit_changes(dense, routers, heads, calibrator.refit_batches)
+            linear: Any = routers  # as check_budgets has made sure
+            heads = needed_heads(linear, costs, budgets)
+            changes = fit_changes(dense, linear, heads, calibrator.refit_batches) if heads else None
     model = dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
     if isinstance(model, PreTrainedModel):
         keep(model, changes, costs)
     return model
 
 
-def _is_diffusion_model(model_or_path: nn.Module | str | Path) -> bool:
+def is_diffusion_model(model_or_path: nn.Module | str | Path) -> bool:
+    """Whether it is a diffusion transformer, or a directory of one or of a pipeline with one."""
     if isinstance(model_or_path, nn.Module):
         return type(model_or_path).__name__ in _DIFFUSION_MODELS
     folder = Path(model_or_path).expanduser()
@@ -172,9 +175,9 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
         ValueError: the model belongs to none.
     """
     given = isinstance(model_or_path, nn.Module)
-    model: Any = model_or_path if isinstance(model_or_path, nn.Module) else _load(model_or_path)
+    model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
     if isinstance(model, PreTrainedModel):
-        if model.config.model_type in ("vit", "moh_vit"):
+        if model.config.model_type in _VITS:
             from moh.conversion.transformers_vit import DenseTransformersViT
 
             return DenseTransformersViT(model)
@@ -192,34 +195,24 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     )
 
 
-def _load(path: str | Path) -> Any:
-    if str(path).startswith("hf-hub:"):
-        from moh.models.image_loading import load_image_classifier
+def load_dense(path: str | Path) -> Any:
+    """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; no diffusion model.
 
-        return load_image_classifier(path)
-    try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return load_causal_lm(path)  # which says what is wrong
-    if isinstance(config, dict) and "architecture" in config:
-        from moh.models.image_loading import load_image_classifier
-
-        return load_image_classifier(Path(path))
-    if isinstance(config, dict) and config.get("model_type") in ("vit", "moh_vit"):
-        bare = "ViTModel" in (config.get("architectures") or ())  # without a classifier, which would be a random one
-        auto = AutoModel if bare else AutoModelForImageClassification
-        return auto.from_pretrained(Path(path).expanduser(), use_safetensors=True)
-    if isinstance(config, dict) and (kind := _family_class(config)) is not None:
-        return kind.from_pretrained(Path(path).expanduser(), use_safetensors=True, dtype="auto")
-    return load_causal_lm(path)
-
-
-def _family_class(config: dict[str, Any]) -> Any:
-    """transformers' class of the model that a configuration describes, if it is of a family that has several."""
-    family = family_of(config.get("model_type", ""))
-    saved = set(config.get("architectures") or ())
-    name = next((n for n in family.models.values() if n in saved), None) if family is not None else None
-    return None if name is None else getattr(transformers, name)
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    local = Path(path).expanduser()
+    if str(path).startswith("hf-hub:") or "architecture" in saved_config(local):
+        return load_image_classifier(str(path) if str(path).startswith("hf-hub:") else local)
+    if local.suffix == ".gguf":
+        return load_causal_lm(path)
+    config = load_config(path)
+    for name in config.architectures or ():
+        # By an Auto class a classifier of text, say, would come as a language model whose head is new and random
+        kind = getattr(transformers, name, None)
+        if kind is not None and kind.config_class is type(config):
+            return load_as(kind, path)
+    return load_as(AutoModel if config.model_type in _VITS else AutoModelForCausalLM, path)
 
 
 def _requested_layers(

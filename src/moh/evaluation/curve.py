@@ -16,6 +16,7 @@ from moh.evaluation.machine import device_name
 from moh.evaluation.perplexity import perplexity
 from moh.evaluation.speed import Rate, measure_speed
 from moh.models.budget import active_heads, allowed_counts, moh_routers, set_active_heads
+from moh.models.families.table import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +133,9 @@ def text_curve(
         ValueError: the model has no MoH layer, or what `moh.set_active_heads`, `perplexity` or `measure_speed` refuse.
     """
     wanted = _wanted(model, shares)
+    prompt = blocks.flatten()[:prompt_tokens][None]
+    if repeats:
+        check_positions(model.config, prompt.shape[1] + decode_tokens, name="prompt_tokens and decode_tokens together")
     points = []
     for share in wanted:
         with active_heads(model, share) as got:
@@ -140,7 +144,6 @@ def text_curve(
             points.append(Point(got, layers, quality.perplexity, quality.stderr))
     measured = _measured(model) | {"tokens": blocks.shape[0] * (blocks.shape[1] - 1), "seq_len": blocks.shape[1]}
     if repeats:
-        prompt = blocks.flatten()[:prompt_tokens][None]
         names = {str(i): list(point.active_heads) for i, point in enumerate(points)}
         with active_heads(model, names["0"]):  # restores the dial at the end
             report = measure_speed(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moh.models.families.table import check_positions
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -49,7 +51,7 @@ def perplexity(
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: no block, blocks too short to predict anything, or `batch_size` below 1.
+        ValueError: no block, blocks too short to predict anything or too long for the model, or `batch_size` below 1.
     """
     from tqdm.auto import tqdm
 
@@ -57,6 +59,7 @@ def perplexity(
         raise ValueError(f"blocks must be [n, seq_len] with n >= 1 and seq_len >= 2, got {tuple(blocks.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_positions(model.config, blocks.shape[1], name="seq_len")
     training = model.training
     model.eval()
     losses: list[Tensor] = []

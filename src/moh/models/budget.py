@@ -14,7 +14,7 @@ from torch import nn
 
 from moh.config import MoHConfig
 from moh.models.layer_heads import HasLayerHeads, compact_heads
-from moh.models.output_budgets import add_output_budgets, switches
+from moh.models.output_budgets import add_output_budgets, switches, used_heads
 from moh.models.spending import evenly, spend
 from moh.routing import Router, TwoStageRouter
 
@@ -191,6 +191,9 @@ def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConf
     for config in _configurations(model):
         for name, value in fields.items():
             setattr(config, name, value)
+        if config.output_budgets is not None:
+            config.output_budgets = {**config.output_budgets, "used_heads": used_heads(layers)}
+    module: Any
     for module in model.modules():
         if isinstance(module, HasActiveHeads) and hasattr(module, "register_to_config"):  # a model of diffusers
             module.register_to_config(**fields)
@@ -199,5 +202,7 @@ def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConf
 
 def _configurations(model: nn.Module) -> list[HasLayerHeads]:
     """The configurations of transformers in a model, each once."""
-    found = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), HasLayerHeads)}
+    found: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), HasLayerHeads)
+    }
     return list(found.values())

@@ -66,8 +66,8 @@ class HasLayerHeads:
     """`[L][H + 1]`, what each layer is estimated to lose (nats per token) with 0 to H heads, as the conversion measured
     it; None where it did not. The dial (`moh.set_active_heads`) hands out a share of heads by it."""
 
-    output_budgets = None
-    """`{"heads": [...], "rank": r}` where each layer has a W_O for several numbers of heads
+    output_budgets: dict[str, Any] | None = None
+    """`{"heads": [...], "rank": r, "used_heads": [...]}` where each layer has a W_O for several numbers of heads
     (`moh.models.output_budgets`); None where one serves all."""
 
     def check_heads(self) -> None:

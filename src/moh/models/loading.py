@@ -41,9 +41,21 @@ def load_causal_lm(
     Raises:
         ValueError: `path` looks like a local path but nothing is there, or its configuration or weights are damaged.
     """
+    return load_as(AutoModelForCausalLM, path, dtype=dtype, device=device, **kwargs)
+
+
+def load_as(
+    kind: Any, path: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a model by an Auto class or a class of its own; all else as in `load_causal_lm`."""
     source, gguf = _source(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+        model: PreTrainedModel = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # which goes on to name hundreds that are
+            raise
+        what = load_config(path).model_type
+        raise ValueError(f"model {str(path)!r} is of type {what!r}, which {kind.__name__} can't load") from None
     except (SafetensorError, StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(path)!r} has a configuration or weights that can't be read: {error}") from None
     if gguf:

@@ -5,23 +5,14 @@ Fitted by `moh.conversion.budgets`, switched by the dial (`moh.models.budget`). 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moh.config import MoHConfig
 from moh.routing import Router
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The weight as it is without a change, and how to tell that what was written on it is still there."""
-
-    original: Tensor
-    place: int
-    version: int
 
 
 class OutputBudgets(nn.Module):
@@ -52,7 +43,7 @@ class OutputBudgets(nn.Module):
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.register_buffer("left", torch.zeros(len(heads), weight.shape[0], rank, **place))
         self.register_buffer("right", torch.zeros(len(heads), rank, weight.shape[1], **place))
-        self._kept: _Kept | None = None
+        self._original: Tensor | None = None  # the weight without a change, as it was when the dial was turned last
 
     def index(self, heads: int, num_heads: int) -> int | None:
         """Which change belongs to a number of heads; None for no change."""
@@ -71,15 +62,23 @@ class OutputBudgets(nn.Module):
         if before == after:
             return
         with torch.no_grad():
-            kept = self._kept
-            if kept is None or kept.place != weight.data_ptr() or kept.version != weight._version:
-                # Trained or loaded since: what was kept is no longer what lies below
+            original = self._original  # adding and subtracting changes would lose bits with every turn of the dial
+            if original is None or not self._holds(weight, original, before):
                 original = weight.detach().clone() if before is None else self._with_change(weight, before, -1.0)
-            else:
-                original = kept.original
-            weight.copy_(original if after is None else self._with_change(original, after, 1.0))
-            # Adding and subtracting changes would lose bits with every turn of the dial
-            self._kept = _Kept(original, weight.data_ptr(), weight._version)
+            weight.copy_(self._changed(original, after))
+            self._original = original
+
+    def _holds(self, weight: Tensor, original: Tensor, index: int | None) -> bool:
+        """Whether a weight still is what the dial made of `original`: not trained, merged, loaded or moved since.
+
+        Decided by the values: fused optimisers and merged adapters change them without raising the weight's version.
+        """
+        if (original.device, original.dtype, original.shape) != (weight.device, weight.dtype, weight.shape):
+            return False
+        return torch.equal(weight, self._changed(original, index))
+
+    def _changed(self, original: Tensor, index: int | None) -> Tensor:
+        return original if index is None else self._with_change(original, index, 1.0)
 
     def _with_change(self, weight: Tensor, index: int, factor: float) -> Tensor:
         change = self.left[index].float() @ self.right[index].float()
@@ -98,20 +97,37 @@ def output_projection(attention: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def routed_attentions(model: nn.Module) -> list[nn.Module]:
+def routed_attentions(model: nn.Module) -> list[Any]:
     """The attention layers of a model that have a router, in its order."""
     return [module for module in model.modules() if isinstance(module._modules.get("router"), Router)]
+
+
+def used_heads(layers: Iterable[MoHConfig]) -> list[int]:
+    """Heads that a token uses in each layer, shared ones included."""
+    return [layer.num_shared + layer.active_heads for layer in layers]
 
 
 def add_output_budgets(model: nn.Module) -> None:
     """Give the attention layers the changes that the model's configuration names, where they have none yet.
 
-    `config.output_budgets` is None or `{"heads": [...], "rank": r}`.
+    `config.output_budgets` is None or `{"heads": [...], "rank": r, "used_heads": [...]}`; the last are the numbers of
+    heads, one per layer, whose changes the saved weights hold.
+
+    Raises:
+        ValueError: the configuration's heads are others than those.
     """
     wanted = getattr(model.config, "output_budgets", None)
-    if wanted is None:
+    attentions = routed_attentions(model)
+    if wanted is None or not attentions:  # none: a family's model whose routers come later
         return
-    for attention in routed_attentions(model):
+    used = used_heads(attention.router.config for attention in attentions)
+    if used != wanted["used_heads"]:
+        raise ValueError(
+            "active_heads and shared_heads must be as the model was saved, because its W_O is the one for them "
+            f"({wanted['used_heads']} heads per layer), got {used} heads per layer: load it without them and turn the dial "
+            "(moh.set_active_heads) then"
+        )
+    for attention in attentions:
         if not hasattr(attention, "output_budgets"):
             weight = output_projection(attention).weight
             attention.output_budgets = OutputBudgets(wanted["heads"], wanted["rank"], weight)

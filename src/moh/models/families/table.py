@@ -204,6 +204,23 @@ def family_of(model_type: str) -> Family | None:
     return next((f for f in FAMILIES if model_type in (f.model_type, f"moh_{f.model_type}")), None)
 
 
+def check_positions(config: Any, tokens: int, *, name: str) -> None:
+    """Check that a sequence fits into a model with learned positions, beyond which it has none; others have no end.
+
+    Args:
+        config: of any model of transformers.
+        tokens: length of the sequence.
+        name: of what has this length, for the message.
+
+    Raises:
+        ValueError: it is longer.
+    """
+    family = family_of(config.model_type)
+    most = getattr(config, family.max_positions) if family is not None and family.max_positions else None
+    if most is not None and tokens > most:
+        raise ValueError(f"{name} must be at most the model's {most} positions, got {tokens} tokens")
+
+
 def at(module: Any, path: str) -> Any:
     """What lies at a dotted path of attributes; the module itself for ""."""
     for name in filter(None, path.split(".")):

@@ -1,0 +1,176 @@
+"""`moh convert`: a pretrained dense model on disk -> a MoH model on disk. Imports what it needs when it runs.
+
+Each kind of model has its own calibration data and its own files; the conversion itself is `moh.convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moh.config import ROUTERS, ROUTING_UNITS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moh.models.image_loading import ImageInput
+
+_HELP = "Turn a pretrained dense model of text, of images or of diffusion into a MoH model, without training."
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `convert` to the commands."""
+    from moh.cli import images
+    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+
+    parser = sub.add_parser("convert", help=_HELP, description=_HELP, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="directory, hub name or .gguf file; hf-hub:NAME for a timm model")
+    parser.add_argument("output", help="directory for the MoH model")
+    parser.add_argument("--shared-heads", type=int, required=True, help="heads that every token uses")
+    parser.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
+    parser.add_argument(
+        "--router", choices=ROUTERS, help="(default: linear; two_stage for a diffusion model, which is not calibrated)"
+    )
+    parser.add_argument("--routing-unit", choices=ROUTING_UNITS, default="head", help="what a token chooses")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text to calibrate on (default: %(default)s)"
+    )
+    text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
+    images.add_options(parser)
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=12_288,
+        help="tokens, or patches of images, to fit on (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--allocation", choices=("even", "sensitivity"), default="even", help="heads over layers")
+    parser.add_argument("--refit-output", action="store_true", help="refit W_O to make up for skipped heads")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="refit it for each of these shares of heads, one model",
+    )
+
+
+def run(arguments: Namespace) -> None:
+    from moh.training.checkpoints import check_replaceable, replacing_directory
+
+    if Path(arguments.output).resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
+    check_replaceable(arguments.output, name="output")
+    if arguments.images is not None and arguments.files:
+        raise ValueError("--images and --files must not both be given")
+    model, share, save = _converted(arguments)
+    with replacing_directory(Path(arguments.output)) as scratch:
+        save(scratch)
+    print(f"{arguments.output}: MoH model, each token uses {100 * share:.0f} % of the heads")
+
+
+def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path], object]]:
+    """The MoH model, the share of its heads that a token uses, and what writes it with all that belongs to it."""
+    from moh.conversion import convert
+    from moh.conversion.convert import is_diffusion_model, load_dense
+    from moh.models.budget import head_share, moh_routers
+    from moh.models.loading import default_device
+
+    options = {
+        "shared_heads": arguments.shared_heads,
+        "active_heads": arguments.active_heads,
+        "routing_unit": arguments.routing_unit,
+        "allocation": arguments.allocation,
+        "refit_output": arguments.refit_output,
+        "budgets": arguments.budgets,
+    }
+    if is_diffusion_model(arguments.model):
+        if arguments.images is not None or arguments.files:
+            raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
+        model = convert(arguments.model, router=arguments.router or "two_stage", **options)
+        save: Callable[[Path], object] = model.save_pretrained
+    else:
+        dense = load_dense(arguments.model).to(default_device())
+        options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
+        of_kind = _of_images if _reads_images(dense) else _of_text
+        model, save = of_kind(arguments, dense, options)
+    return model, head_share([router.config for router in moh_routers(model)]), save
+
+
+def _reads_images(dense: Any) -> bool:
+    return not hasattr(dense, "config") or dense.config.model_type in ("vit", "moh_vit")
+
+
+def _of_text(
+    arguments: Namespace, dense: nn.Module, options: dict[str, Any]
+) -> tuple[nn.Module, Callable[[Path], object]]:
+    from moh.cli.commands import read_corpus
+    from moh.conversion import convert
+    from moh.models.loading import load_tokenizer
+
+    if arguments.images is not None:
+        raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
+    tokenizer = load_tokenizer(arguments.model)
+    texts = None if options["router"] == "query_norm" else read_corpus(arguments).train
+    model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
+    return model, partial(_save_all, (model, tokenizer))
+
+
+def _of_images(
+    arguments: Namespace, dense: nn.Module, options: dict[str, Any]
+) -> tuple[nn.Module, Callable[[Path], object]]:
+    from moh.conversion import convert
+
+    if arguments.files:
+        raise ValueError(f"--files needs a model that reads text, and {arguments.model} is none")
+    if arguments.images is None and options["router"] == "linear":
+        raise ValueError(
+            f"--images must say which images to calibrate on, because {arguments.model} reads images (or a --router that "
+            "needs none: query_norm, or a learned one to be trained)"
+        )
+    if not hasattr(dense, "config"):
+        from moh.models.image_loading import image_input
+        from moh.models.vit import save_pretrained
+
+        calibration = None if arguments.images is None else _images(arguments, image_input(dense))
+        model = convert(dense, calibration=calibration, **options)
+        return model, partial(save_pretrained, model)
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    calibration = None if arguments.images is None else _images(arguments, _input_of(dense, processor))
+    model = convert(dense, calibration=calibration, **options)
+    return model, partial(_save_all, (model, processor))
+
+
+def _save_all(parts: tuple[Any, ...], directory: Path) -> None:
+    for part in parts:
+        part.save_pretrained(directory)
+
+
+def _input_of(dense: Any, processor: Any) -> ImageInput:
+    """What a ViT of transformers wants to see."""
+    from moh.models.image_loading import ImageInput
+
+    size, channels = dense.config.image_size, dense.config.num_channels
+    mean, std = (
+        (tuple(processor.image_mean), tuple(processor.image_std)) if processor.do_normalize else ((0.0,), (1.0,))
+    )
+    return ImageInput((channels, size, size), mean, std, interpolation="bilinear")
+
+
+def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
+    """Batches of images; of any classes, as only what the heads contribute is looked at."""
+    from torch.utils.data import DataLoader
+
+    from moh.cli.images import read_images
+    from moh.training.images.batches import ImageBatches, readable_batches, take
+
+    batches: Any = ImageBatches(read_images(arguments), wanted)
+    keep: Any = take  # a dataset that makes whole batches, of which DataLoader's types know nothing
+    loader = DataLoader(batches, batch_size=arguments.batch_size, collate_fn=keep, num_workers=arguments.workers)
+    for images, _ in readable_batches(loader, desc="images", progress=False):
+        yield images
