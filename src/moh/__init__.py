@@ -14,7 +14,7 @@ from moh.layers import MoHAttention
 from moh.models.budget import active_heads, set_active_heads
 from moh.models.registration import register_with_transformers
 from moh.models.timm_registration import register_with_timm
-from moh.routing import RoutingInfo, record_routing
+from moh.routing import RoutingInfo, balance_over_processes, record_routing
 
 if TYPE_CHECKING:
     from moh.conversion import convert
@@ -26,6 +26,7 @@ __all__ = [
     "MoHConfig",
     "RoutingInfo",
     "active_heads",
+    "balance_over_processes",
     "convert",
     "moh_attention",
     "record_routing",

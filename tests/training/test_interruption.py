@@ -86,6 +86,16 @@ def test_an_incomplete_checkpoint_is_skipped_with_a_warning(finished: Path, tmp_
     assert checkpoint_problem(out / "checkpoint-2") is None
 
 
+def test_a_checkpoint_of_deepspeed_is_complete_with_the_last_file_it_writes(finished: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(finished / "checkpoint-4", checkpoint)
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "global_step4").mkdir()
+    assert checkpoint_problem(checkpoint) == "it has no latest"
+    (checkpoint / "latest").write_text("global_step4")
+    assert checkpoint_problem(checkpoint) is None
+
+
 def test_checkpoints_are_ordered_by_step_not_by_name(finished: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         shutil.copytree(finished / "checkpoint-4", tmp_path / f"checkpoint-{step}")

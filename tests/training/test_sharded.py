@@ -81,17 +81,6 @@ def test_shards_are_read_into_a_whole_model_or_refused(dense, tmp_path: Path) ->
         load_sharded_weights(dense, tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in ACCELERATE.glob("*.yaml")))
-def test_the_accelerate_configurations_are_read_and_shard_checkpoints(name: str) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(ACCELERATE / name))
-    assert config.distributed_type == accelerate.DistributedType.FSDP
-    assert config.num_processes == 8 * config.num_machines
-    assert config.fsdp_config["fsdp_version"] == 2
-    assert config.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
-
-
 def test_only_version_2_is_sharded_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = Namespace(distributed_type=accelerate.DistributedType.MULTI_CPU)
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)

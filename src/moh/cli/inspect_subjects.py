@@ -97,7 +97,7 @@ class _Texts(Subject):
         seq_len, texts = self.arguments.seq_len, [text for group in self.texts.values() for text in group]
         blocks = pack_tokens(texts, self.tokenizer, seq_len=seq_len)
         most = max(1, len(self.texts) * self.arguments.max_tokens // seq_len)
-        return text_curve(self.model, blocks[:: -(-len(blocks) // most)], repeats=0)  # type: ignore[arg-type]
+        return text_curve(self.model, blocks[:: -(-len(blocks) // most)], repeats=0)
 
     def write_page(self) -> None:
         from moh.cli.pages import write_text_page

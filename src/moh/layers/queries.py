@@ -21,7 +21,7 @@ def route_and_project(
     (`moh.attention.project_queries`), and are 0 elsewhere.
     """
     if router.uses_queries:
-        q = q_proj(x).unflatten(-1, (router.config.num_heads, -1))  # [B, N, H, D]
+        q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
         return router(q=q), q
     routing: RoutingInfo = router(x)
     return routing, project_queries(q_proj, x, routing.gates, router.config.share, backend)

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from moh.routing.balance import balance_group, balance_losses
 from moh.routing.info import RoutingInfo
 
 if TYPE_CHECKING:
@@ -44,19 +46,24 @@ class RoutingRecord:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def balance_loss(self, token_mask: Tensor | None = None) -> Tensor:
+    def balance_loss(self, token_mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None) -> Tensor:
         """Mean over the layers that route of their load-balance losses (`RoutingInfo.balance_loss`), a scalar.
 
         Args:
             token_mask: `[B, N]`, nonzero for the tokens that count (padding does not); None counts all.
+            group: processes whose tokens count as well; None: those of `moh.balance_over_processes`, else this one alone.
 
         Raises:
             ValueError: nothing was recorded.
         """
         self._check_not_empty()
-        losses = [info.balance_loss(token_mask) for _, info in self.layers if info.probs is not None]
-        if not losses:
+        infos = [info for _, info in self.layers if info.probs is not None]
+        if not infos:
             return self.layers[0][1].gates.new_zeros((), dtype=torch.float32)
+        if (processes := balance_group(group)) is not None:
+            losses = balance_losses(infos, token_mask, processes)
+        else:
+            losses = [info.balance_loss(token_mask) for info in infos]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     def load(self, token_mask: Tensor | None = None) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ class Router(nn.Module):
         self._routed_runs = tuple(_runs(config.routed_indices))
         self._order = tuple(_order(config))
         self._recorders: tuple[Recorder, ...] = ()
+        self.heads_here = config.num_heads  # fewer where several processes have split the heads among them
 
     def forward(self, x: Tensor | None = None, q: Tensor | None = None) -> RoutingInfo:
         source, name = (q, "q") if self.uses_queries else (x, "x")

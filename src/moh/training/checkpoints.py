@@ -19,6 +19,7 @@ from typing import Any
 
 _STATE = "trainer_state.json"
 _SHARDS = ".metadata"  # the last file that torch.distributed.checkpoint writes
+_DEEPSPEED = "latest"  # the last file that DeepSpeed writes; names the directory with its optimiser
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -46,7 +47,8 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         return f"its {_STATE} can't be read"
     if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
         return "it has no weights"
-    for pattern in ("optimizer*", "scheduler.pt", "rng_state*.pth"):
+    optimizer = _DEEPSPEED if any(checkpoint.glob("global_step*")) else "optimizer*"
+    for pattern in (optimizer, "scheduler.pt", "rng_state*.pth"):
         if not any(checkpoint.glob(pattern)):
             return f"it has no {pattern}"
     for file in checkpoint.iterdir():

@@ -6,14 +6,14 @@ A model without MoH layers just has no routing to log. What is trained on what i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from moh._extras import require
-from moh.routing import RoutingRecord, record_routing
+from moh.routing import RoutingRecord, balance_over_processes, record_routing
 from moh.training.checkpoints import writing_checkpoint
 from moh.training.cpu_sharding import shard_on_cpus
 
@@ -28,10 +28,17 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
 
     The history, also on disk (`trainer_state.json`), has `routed_load` beside them: each layer's list of its routed heads'
     loads. All are those of the last batch before each entry, where routing happens.
+
+    Args:
+        args: all arguments of `transformers.Trainer`.
+        balance_loss_scope: "process" or "global": the balance loss in training, whoever adds it to the loss, and that in
+            the log, are of each process's tokens or of those of all processes (`moh.balance_over_processes`).
+        kwargs: all arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, balance_loss_scope: Literal["process", "global"] = "process", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.balance_loss_scope = balance_loss_scope
         self._routing_log: dict[str, float] = {}
         self._routed_load: list[list[float]] = []
 
@@ -41,6 +48,13 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         plugin = self.args.fsdp_plugin_args
         if shard_on_cpus(self.accelerator, None if plugin is None else FullyShardedDataParallelPlugin(**plugin)):
             self.is_fsdp_enabled = True
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """As the Trainer's, with the balance losses of a training step over all processes if that is asked for."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self.balance_loss_scope == "global" and self.model.training:
+            stack.enter_context(balance_over_processes())
+        return stack
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the routing beside the training loss."""

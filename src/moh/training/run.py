@@ -124,6 +124,7 @@ def train(
         callbacks=list(callbacks),
         teacher=teacher if settings.distillation_weight else None,
         distillation_weight=settings.distillation_weight,
+        balance_loss_scope=settings.balance_loss_scope,
         distillation_temperature=settings.distillation_temperature,
     )
     history = session.run(trainer)

@@ -29,6 +29,8 @@ class TrainingSettings:
         save_total_limit: checkpoints to keep.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         balance_loss_coef: weight beta of the load-balance loss (0.01 in the paper).
+        balance_loss_scope: the tokens of a forward pass that have to be balanced: "process", those of each process, or
+            "global", those of all processes together.
         extra: more arguments of `transformers.TrainingArguments`, by name.
     """
 
@@ -47,6 +49,7 @@ class TrainingSettings:
     save_total_limit: int = 2
     gradient_checkpointing: bool = False
     balance_loss_coef: float = 0.0
+    balance_loss_scope: Literal["process", "global"] = "process"
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,10 @@ class TrainingSettings:
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("learning_rate", "warmup_steps", "weight_decay", "balance_loss_coef"):
             at_least(f"training.{name}", getattr(self, name), 0)
+        if self.balance_loss_scope not in ("process", "global"):
+            raise ValueError(
+                f'training.balance_loss_scope must be "process" or "global", got {self.balance_loss_scope!r}'
+            )
         if self.save_steps % self.logging_steps:
             raise ValueError(
                 f"training.save_steps must be a multiple of training.logging_steps = {self.logging_steps}, "

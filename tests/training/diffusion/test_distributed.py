@@ -17,8 +17,8 @@ run_all, run_on_two_processes = SCRIPT["run_all"], SCRIPT["run_on_two_processes"
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
     options: list[str], vae_dir: Path, tmp_path: Path
 ) -> None:
-    # The balance loss is a product of means over each process's own tokens
-    options += ["--training.gradient_accumulation_steps=2", "--training.balance_loss_coef=0", "--training.save_steps=2"]
+    options += ["--training.balance_loss_coef=0.5", "--training.balance_loss_scope=global"]
+    options += ["--training.gradient_accumulation_steps=2", "--training.save_steps=2"]
     options += ["--training.samples.every=4", "--training.samples.steps=2"]
 
     def runs(batch: int, folder: Path) -> list[str]:

@@ -15,7 +15,11 @@ run_all, run_on_two_processes = SCRIPT["run_all"], SCRIPT["run_on_two_processes"
 
 RUNS = {
     "dense": ["--augmentation.random_erasing=0.5", "--training.gradient_accumulation_steps=2"],
-    "converted": ["--conversion={'shared_heads': 1, 'active_heads': 2, 'calibration_images': 16}"],
+    "converted": [
+        "--conversion={'shared_heads': 1, 'active_heads': 2, 'calibration_images': 16}",
+        "--training.balance_loss_coef=0.5",
+        "--training.balance_loss_scope=global",
+    ],
 }
 
 

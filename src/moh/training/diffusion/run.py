@@ -100,6 +100,7 @@ def train(
         image_model=model,
         settings=settings,
         flip=recipe.data.flip,
+        balance_loss_scope=settings.balance_loss_scope,
     )
     if checkpoint is not None:
         trainer.load_average(checkpoint, trainer_state(checkpoint)["global_step"])

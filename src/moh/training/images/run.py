@@ -100,6 +100,7 @@ def train(
         callbacks=list(callbacks),
         model_args=saved_arguments(recipe.model, model),
         balance_loss_coef=settings.balance_loss_coef,
+        balance_loss_scope=settings.balance_loss_scope,
         label_smoothing=recipe.augmentation.label_smoothing,
         ema_decay=settings.ema_decay,
         ema_warmup=settings.ema_warmup,

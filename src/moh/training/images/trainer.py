@@ -33,8 +33,8 @@ class ImageTrainer(RoutingTrainer):
     """`transformers.Trainer` for timm models on batches of `images` and `labels` (`ImageBatches`).
 
     The loss is the cross-entropy with the (smoothed or mixed) targets + `balance_loss_coef` times the mean of the layers'
-    load-balance losses; the latter is that of each process's own batch. What is evaluated is the moving average where
-    there is one: `eval_top1` and `eval_top5` are percentages, `eval_loss` the mean cross-entropy with the true labels.
+    load-balance losses. What is evaluated is the moving average where there is one: `eval_top1` and `eval_top5` are
+    percentages, `eval_loss` the mean cross-entropy with the true labels.
 
     Args:
         args: all arguments of `transformers.Trainer`.

@@ -1,0 +1,48 @@
+"""The balance loss over all processes is that of one process with all the tokens; so is its gradient after averaging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moh
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("router", "inside", "checkpointed"),
+    [
+        pytest.param("two_stage", False, False, id="group_given"),
+        pytest.param("query_norm", True, True, id="inside_the_block_with_checkpointing"),
+    ],
+)
+def test_two_processes_have_the_balance_loss_and_gradient_of_one(team, router, inside, checkpointed) -> None:
+    arguments = {"router": router, "inside": inside, "checkpointed": checkpointed}
+    ((expected, gradients),) = team("balance", 1, **arguments)
+    for loss, averaged in team("balance", 2, **arguments):
+        torch.testing.assert_close(loss, expected)
+        assert averaged.keys() == gradients.keys()
+        for name in averaged:
+            torch.testing.assert_close(averaged[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_without_other_processes_the_block_changes_nothing() -> None:
+    layer, x = moh.MoHAttention(16, 4, shared_heads=1, active_heads=2), torch.randn(2, 5, 16)
+    with moh.record_routing(layer) as routing:
+        layer(x)
+    with moh.balance_over_processes():
+        assert routing.balance_loss().equal(routing.layers[0][1].balance_loss())
+
+
+def test_sums_over_parts_of_a_batch_give_its_balance_loss() -> None:
+    layer, x = moh.MoHAttention(16, 4, shared_heads=1, active_heads=2), torch.randn(3, 5, 16)
+    mask = torch.rand(3, 5) > 0.3
+    with moh.record_routing(layer) as routing:
+        layer(x)
+        layer(x[:1])
+        layer(x[1:])
+    (_, whole), (_, first), (_, rest) = routing
+    active, probs, count = (
+        a + b for a, b in zip(first.balance_sums(mask[:1]), rest.balance_sums(mask[1:]), strict=True)
+    )
+    torch.testing.assert_close(3 * (active / count * probs / count).sum(), whole.balance_loss(mask))

@@ -1,0 +1,87 @@
+"""Heads split over processes: every slice has shared and routed heads, and loss and gradients are those of one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.llama.head_order import interleave_shared_heads
+
+SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+BALANCED = {"routing_unit": "group_balanced", "shared_heads": 4, "active_heads": 4}
+
+
+def _model(**fields) -> MoHLlamaForCausalLM:
+    model = MoHLlamaForCausalLM(MoHLlamaConfig(**SMALL, **fields)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "expected"),
+    [
+        pytest.param({"num_attention_heads": 8, "shared_heads": 4, "active_heads": 2}, 2, [2, 2], id="two_stage"),
+        pytest.param(
+            {"num_attention_heads": 8, "shared_heads": [[0, 1, 2], 4], "active_heads": [2, 3], "router": "linear"},
+            4,
+            None,
+            id="linear_layers_differ",
+        ),
+        pytest.param({**GROUPED, "shared_heads": 4, "active_heads": 2}, 2, [2, 2], id="grouped"),
+        pytest.param(
+            {**GROUPED, "shared_heads": [[0, 5], [1, 3]], "active_heads": 2, "router": "query_norm"},
+            2,
+            [1, 1],
+            id="grouped_query_norm",
+        ),
+        pytest.param({**GROUPED, **BALANCED, "attention_bias": True}, 4, [1, 1, 1, 1], id="group_balanced_with_biases"),
+        pytest.param({**GROUPED, "shared_heads": 2, "active_heads": 2}, 2, [2, 0], id="too_few_groups_to_share_out"),
+    ],
+)
+def test_reordered_heads_compute_the_same(fields, ranks: int, expected: list[int] | None) -> None:
+    model, tokens = _model(**fields), torch.randint(30, (2, 9))
+    before = copy.deepcopy(model)
+    counts = interleave_shared_heads(model, ranks)
+    torch.testing.assert_close(model(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-5)
+    for own, config, was in zip(counts, model.config.layer_configs(), before.config.layer_configs(), strict=True):
+        assert sum(own) == config.num_shared == was.num_shared
+        assert max(own) - min(own) <= 1 if expected is None else own == expected
+    for layer, config in zip(model.model.layers, model.config.layer_configs(), strict=True):
+        assert layer.self_attn.router.config.shared_indices == config.shared_indices
+    again = MoHLlamaForCausalLM(model.config)
+    again.load_state_dict(model.state_dict())  # as a saved model is made again
+    assert again.eval()(tokens).logits.equal(model(tokens).logits)
+
+
+def test_heads_that_can_not_be_divided_are_refused() -> None:
+    with pytest.raises(ValueError, match="ranks must divide num_key_value_heads = 4, got 8"):
+        interleave_shared_heads(_model(**GROUPED, shared_heads=4, active_heads=2), 8)
+
+
+def _compare(team, size: int, fields, **tolerances) -> None:
+    ((loss, balance, expected),) = team("tensor_parallel", 1, ways=1, **fields)
+    results = team("tensor_parallel", size, ways=2, **fields)
+    torch.testing.assert_close(torch.stack([own for own, _, _ in results]).mean(), loss)
+    for _, own, gradients in results:
+        torch.testing.assert_close(own, balance)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("router", ["two_stage", "linear", "query_norm"])
+def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, router: str) -> None:
+    _compare(team, 2, {"router": router, "shared_heads": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_four_processes_split_heads_in_pairs_and_shard_over_the_pairs(team) -> None:
+    _compare(team, 4, {"router": "two_stage", "shared_heads": 4})
