@@ -133,8 +133,8 @@ def report(options: argparse.Namespace) -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(v, runs, rows.get("dense")) for v, runs in rows.items()),
         "",
-        f"{first['tokens'] / first['parameters']:.2f} tokens a parameter are the beginning of training: the table says who starts "
-        "faster, not who ends better.",
+        f"{first['tokens'] / first['parameters']:.2f} tokens a parameter are the beginning of training: the table says who "
+        "starts faster, not who ends better.",
         "",
         "Perplexity by text, mean of the seeds:",
         "",
