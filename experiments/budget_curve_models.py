@@ -1,0 +1,151 @@
+"""The models of `budget_curve.py`: what calibration gives once for all of them, and each variant made of it.
+
+Not a tool for users: `moh.convert` makes one such model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moh.config import ROUTING_UNITS, MoHConfig
+from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.calibrator import COST_TOKENS, MIN_HEADS
+from moh.conversion.families import moh_config_fields
+from moh.conversion.fit import fit_contributions, refit_output_projection
+from moh.conversion.language import DenseLanguageModel, build
+from moh.conversion.statistics import collect_contributions, collect_several_outputs
+from moh.models.layer_heads import compact_heads
+from moh.models.llama import MoHLlamaConfig
+from moh.routing import LinearRouter
+from moh.routing.units import strongest
+
+UNITS = ROUTING_UNITS
+QUERY_NORM, LINEAR, REFITTED = "query norm", "contribution", "contribution, uneven budget, refitted W_O"
+ROUTERS = (QUERY_NORM, LINEAR, REFITTED)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: what a token chooses, by which router, and the mean number of heads per layer that it uses."""
+
+    unit: str
+    router: str
+    heads: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.unit} / {self.router} / {self.heads}"
+
+    def describe(self, model: PreTrainedModel) -> dict[str, Any]:
+        layers = model.config.layer_configs()
+        used = [c.num_shared + c.active_heads for c in layers]
+        return {
+            "unit": self.unit,
+            "router": self.router,
+            "heads": self.heads,
+            "share": model.config.share,
+            "used": used,
+        }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What calibration gives for all variants.
+
+    Attributes:
+        routers: of each layer the state of the contribution router.
+        means: of each layer the mean contribution of its heads, `[H]`.
+        costs: unit -> `[L, H + 1]`, what each layer is estimated to lose.
+        outputs: unit -> of each layer, number of heads -> its refitted W_O.
+    """
+
+    routers: list[dict[str, Tensor]]
+    means: list[Tensor]
+    costs: dict[str, Tensor]
+    outputs: dict[str, list[dict[int, Tensor]]]
+
+    def model(self, dense: PreTrainedModel, variant: Variant, *, refit: bool = True) -> PreTrainedModel:
+        """The MoH model of a variant, on the dense model's own tensors."""
+        layers, step = len(self.means), step_of(dense, variant.unit)
+        fields = moh_config_fields(dense.config) | {"routing_unit": variant.unit}
+        if variant.router == QUERY_NORM:
+            heads = compact_heads([_config(dense, variant.unit, variant.heads)])
+            return build(dense, MoHLlamaConfig(**fields, router="query_norm", **heads), (), (), copied=False)
+        used = [variant.heads] * layers
+        if variant.router == REFITTED:
+            at_least = max(step, min(MIN_HEADS, variant.heads) // step * step)
+            used = allocate(self.costs[variant.unit], variant.heads * layers, at_least=at_least, step=step)
+        routers = [self.router(dense, variant.unit, layer, n) for layer, n in enumerate(used)]
+        outputs: Sequence[Tensor] = ()
+        if refit and variant.router == REFITTED:
+            original = [layer.self_attn.o_proj.weight for layer in dense.model.layers]
+            outputs = [self.outputs[variant.unit][i].get(n, original[i]) for i, n in enumerate(used)]
+        config = MoHLlamaConfig(**fields, router="linear", **compact_heads([r.config for r in routers]))
+        return build(dense, config, routers, outputs, copied=False)
+
+    def router(self, dense: PreTrainedModel, unit: str, layer: int, heads: int) -> LinearRouter:
+        """The contribution router of a layer that uses so many heads."""
+        config = _config(dense, unit, heads, self.means[layer])
+        router = LinearRouter(config, dense.config.hidden_size)
+        router.load_state_dict(self.routers[layer])
+        return router
+
+
+def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
+    """Calibrate, or read what an earlier run has kept in `file`."""
+    if file.exists():
+        return Fitted(**torch.load(file))
+    adapter = DenseLanguageModel(dense, copied=False)
+    fits = [fit_contributions(sums) for sums in collect_contributions(adapter, iter(calibration.split(2)))]
+    states = [{"contribution.weight": f.weight.float(), "contribution.bias": f.bias.float()} for f in fits]
+    fitted = Fitted(states, [f.mean for f in fits], {}, {})
+    layers, few = range(len(fits)), calibration[:: max(1, calibration.numel() // COST_TOKENS)]
+    for unit in UNITS:
+        h, step = _heads(dense), step_of(dense, unit)
+        middle = (2 * h // 3) // step * step
+        fitted.costs[unit] = layer_costs(
+            adapter, [fitted.router(dense, unit, layer, middle) for layer in layers], iter(few.split(1))
+        )
+        numbers = range(step if step > 1 else min(3, h), h, step)
+        routers = {layer: [fitted.router(dense, unit, layer, n) for n in numbers] for layer in layers}
+        sums = collect_several_outputs(adapter, routers, iter(calibration.split(2)))
+        fitted.outputs[unit] = [
+            {
+                n: refit_output_projection(s, adapter.attentions[layer].output_weight)
+                for n, s in zip(numbers, sums[layer], strict=True)
+            }
+            for layer in layers
+        ]
+        del sums  # gigabytes
+        print(f"{unit}: calibrated", flush=True)
+    torch.save(vars(fitted), file)
+    return fitted
+
+
+def step_of(dense: PreTrainedModel, unit: str) -> int:
+    """What the heads of a layer are a multiple of."""
+    return _config(dense, unit, _heads(dense)).step
+
+
+def _heads(dense: PreTrainedModel) -> int:
+    heads: int = dense.config.num_attention_heads
+    return heads
+
+
+def _config(dense: PreTrainedModel, unit: str, heads: int, mean: Tensor | None = None) -> MoHConfig:
+    """A layer that uses `heads` heads, half of them shared: those with the largest `mean`, or the first."""
+    h, kv_heads = _heads(dense), dense.config.num_key_value_heads
+    options = {"routing_unit": unit, "kv_heads": None if unit == "head" else kv_heads}
+    step = MoHConfig(h, 0, h, "linear", **options).step
+    shared = heads // 2 // step * step
+    config = MoHConfig(h, shared, heads - shared, "linear", **options)
+    if mean is None:
+        return config
+    return MoHConfig(h, strongest(mean, shared, config), heads - shared, "linear", **options)
