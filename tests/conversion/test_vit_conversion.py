@@ -275,7 +275,7 @@ REFUSALS = {
         {},
         r"model must be of a type among .*vit.*got 'deit'",
     ),
-    "no-model": (lambda: nn.Linear(3, 3), {}, r"must be a language model .* or a timm VisionTransformer, got Linear"),
+    "no-model": (lambda: nn.Linear(3, 3), {}, r"must be a language model, .* or a timm VisionTransformer, got Linear"),
     "moh": (lambda: convert(timm_model(), **HEADS, router="query_norm"), {}, "model is a MoH model already"),
     "moh-transformers": (lambda: convert(transformers_model(), **HEADS, router="query_norm"), {}, "MoH model already"),
     "qk-norm": (
