@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from moh.demo.base_model import default_base_model
-from moh.evaluation import cpu_name, measure_speed, perplexity
+from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
 from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens
 
@@ -104,9 +103,8 @@ def _texts(
         now = perplexity(model, blocks[name], batch_size=2)
         texts[name] = {"perplexity": now.perplexity, "block_losses": list(now.block_losses)}
         if dense is not None:
-            rises = torch.tensor(now.block_losses) - torch.tensor(dense["texts"][name]["block_losses"])
-            error = float(rises.std() / math.sqrt(len(rises)))
-            texts[name] |= {"above": 100 * math.expm1(float(rises.mean())), "stderr": 100 * error}
+            above, stderr = perplexity_rise(now.block_losses, dense["texts"][name]["block_losses"])
+            texts[name] |= {"above": above, "stderr": stderr}
     return texts
 
 

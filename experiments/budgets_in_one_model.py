@@ -32,7 +32,7 @@ from moh.conversion.fit import OUTPUT_RIDGE
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_several_outputs
 from moh.demo.base_model import default_base_model
-from moh.evaluation import cpu_name, perplexity
+from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.budget import set_active_heads
 from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.models.output_budgets import output_projection, routed_attentions
@@ -215,11 +215,11 @@ def _row(
 ) -> dict[str, Any]:
     texts = {}
     for name, losses in now.items():
-        rises = torch.tensor(losses) - torch.tensor(dense[name])
+        above, stderr = perplexity_rise(losses, dense[name])
         texts[name] = {
             "perplexity": math.exp(sum(losses) / len(losses)),
-            "above": 100 * math.expm1(float(rises.mean())),
-            "stderr": 100 * float(rises.std()) / math.sqrt(len(rises)),
+            "above": above,
+            "stderr": stderr,
             "block_losses": list(losses),
         }
     return {"heads": heads, "variant": variant, "texts": texts}

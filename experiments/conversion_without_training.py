@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from moh.conversion.families import moh_config_fields
 from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.tokens import calibration_blocks
 from moh.demo.base_model import default_base_model
-from moh.evaluation import PerplexityResult, cpu_name, perplexity
+from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.llama import MoHLlamaConfig
 from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.routing import LinearRouter
@@ -132,13 +131,8 @@ def _row(
 ) -> dict[str, Any]:
     texts = {}
     for name, now in measured.items():
-        rises = torch.tensor(now.block_losses) - torch.tensor(original[name].block_losses)
-        error = float(rises.std() / math.sqrt(len(rises)))
-        texts[name] = {
-            "perplexity": now.perplexity,
-            "above": 100 * math.expm1(float(rises.mean())),
-            "stderr": 100 * error,
-        }
+        above, stderr = perplexity_rise(now.block_losses, original[name].block_losses)
+        texts[name] = {"perplexity": now.perplexity, "above": above, "stderr": stderr}
     return {"heads": heads, "variant": variant, "texts": texts}
 
 

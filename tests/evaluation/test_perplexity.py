@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moh
-from moh.evaluation import perplexity
+from moh.evaluation import perplexity, perplexity_rise
 
 
 @pytest.fixture(params=["dense", "moh"])
@@ -72,3 +72,9 @@ def test_blocks_that_predict_nothing_are_refused(model, shape) -> None:
         perplexity(model, torch.zeros(shape, dtype=torch.long))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         perplexity(model, torch.zeros(2, 4, dtype=torch.long), batch_size=0)
+
+
+def test_a_rise_is_paired_over_blocks() -> None:
+    above, stderr = perplexity_rise((2.1, 3.2, 4.3), (2.0, 3.0, 4.0))  # rises 0.1, 0.2, 0.3
+    assert above == pytest.approx(100 * math.expm1(0.2), rel=1e-5)
+    assert stderr == pytest.approx(100 * 0.1 / math.sqrt(3), rel=1e-5)

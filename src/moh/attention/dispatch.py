@@ -196,12 +196,10 @@ def choose_backend(
 
     limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
     if backend is None:
-        device = q.device.type
         return next(
             candidate
             for candidate in _BACKENDS.values()
-            if (candidate.chosen_on is None or device in candidate.chosen_on)
-            and not (candidate.needs_limits and heads_per_group is None)
+            if _only_by_name(candidate, q.device.type, heads_per_group) is None
             and _why_not(candidate, (q, k, v, gates), attn_mask, dropout_p, **limits) is None
         )
     if backend not in _BACKENDS:
@@ -227,15 +225,20 @@ def backends_passed_over(
     The tensors may be empty views: only shapes, dtype, device and whether gradients are wanted count.
     """
     limits = {"heads_per_group": heads_per_group, "groups_per_token": groups_per_token}
-    found: dict[str, str | None] = {}
-    for name, candidate in _BACKENDS.items():
-        why_not = _why_not(candidate, (q, k, v, gates), attn_mask, dropout_p, **limits)
-        if why_not is None and candidate.chosen_on is not None and q.device.type not in candidate.chosen_on:
-            why_not = f"on {q.device.type} it serves only calls that name it"
-        if why_not is None and candidate.needs_limits and heads_per_group is None:
-            why_not = "with groups_per_token alone, it serves only calls that name it"
-        found[name] = why_not
-    return found
+    return {
+        name: _why_not(candidate, (q, k, v, gates), attn_mask, dropout_p, **limits)
+        or _only_by_name(candidate, q.device.type, heads_per_group)
+        for name, candidate in _BACKENDS.items()
+    }
+
+
+def _only_by_name(candidate: Backend, device: str, heads_per_group: int | None) -> str | None:
+    """Why a backend that could serve a call waits until it is named, or None."""
+    if candidate.chosen_on is not None and device not in candidate.chosen_on:
+        return f"on {device} it serves only calls that name it"
+    if candidate.needs_limits and heads_per_group is None:
+        return "with groups_per_token alone, it serves only calls that name it"
+    return None
 
 
 def _why_not(

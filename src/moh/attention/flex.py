@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from moh.attention.compaction import compact, rows_of, token_major
-from moh.attention.cpu import transforms_are_active
 from moh.attention.flex_blocks import block_mask_of
+from moh.attention.refusals import unserved_dtype, unserved_options
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_WIDTH = 16
 """FlexAttention's kernels multiply tiles at least this wide."""
 MAX_WIDTH = 256
@@ -88,19 +87,15 @@ def unsupported(
         return f"it runs on GPUs, not on {q.device.type}"
     if q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "FlexAttention's kernels need Triton, which is not installed; it comes with PyTorch's CUDA wheels"
-    if q.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if (reason := unserved_dtype(q)) is not None:
+        return reason
     widths = (q.shape[-1], v.shape[-1])
     if q.device.type == "cuda" and not (min(widths) >= MIN_WIDTH and max(widths) <= MAX_WIDTH):
         return f"it has heads of width {MIN_WIDTH} to {MAX_WIDTH}, not {q.shape[-1]} and {v.shape[-1]}"
     if min(q.shape) == 0 or min(v.shape) == 0:
         return "it needs at least one query and one key"
-    if dropout_p > 0:
-        return "it has no dropout of attention weights"
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient for the mask"
-    if transforms_are_active():
-        return "it has no rules for torch.func's transforms"
+    if (reason := unserved_options(attn_mask, dropout_p)) is not None:
+        return reason
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "FlexAttention has no gradients on the CPU"
     return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moh.attention import cpu
 from moh.attention.plain import is_plain
+from moh.attention.refusals import DTYPES, transforms_are_active
 
 MIN_TOKENS = 64
 """With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
@@ -86,13 +87,13 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
 def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float, backend: str | None) -> bool:
     return (
         backend in (None, "cpu")
-        and x.dtype in cpu.DTYPES
+        and x.dtype in DTYPES
         and share <= _max_share(x.dtype)
         and x.shape[0] * x.shape[1] >= MIN_TOKENS
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and is_plain(linear, x)
-        and not cpu.transforms_are_active()
+        and not transforms_are_active()
         and cpu.unavailable() is None
     )
 

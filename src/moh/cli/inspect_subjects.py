@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from moh.evaluation.curve import Curve
     from moh.inspection import GroupedInputs
+    from moh.training.images.sources import ImageSource
 
 
 def family_of(arguments: Namespace) -> type[Subject]:
@@ -105,7 +106,24 @@ class _Texts(Subject):
         write_text_page(self.arguments, self.model, self.tokenizer, self.texts)
 
 
-class _Images(Subject):
+class _OfImages(Subject):
+    """A model and labelled images, of which it reads all or some."""
+
+    images: ImageSource
+
+    def inputs(self) -> GroupedInputs:
+        return self._groups(self.images)
+
+    def few(self, count: int) -> GroupedInputs:
+        from moh.training.images.sources import every_nth
+
+        return self._groups(every_nth(self.images, count))
+
+    def _groups(self, images: ImageSource) -> GroupedInputs:
+        raise NotImplementedError
+
+
+class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
         from moh.cli.images import read_images
         from moh.models.image_loading import load_image_classifier
@@ -115,18 +133,11 @@ class _Images(Subject):
         self.model = load_image_classifier(arguments.model, device=default_device())
         self.images = read_images(arguments)
 
-    def inputs(self) -> GroupedInputs:
-        return self._groups(None)
-
-    def few(self, count: int) -> GroupedInputs:
-        return self._groups(count)
-
-    def _groups(self, count: int | None) -> GroupedInputs:
+    def _groups(self, images: ImageSource) -> GroupedInputs:
         from moh.inspection import image_groups
-        from moh.training.images.sources import every_nth
 
         options = {"batch_size": self.arguments.batch_size, "workers": self.arguments.workers}
-        return image_groups(self.model, every_nth(self.images, count), **options)
+        return image_groups(self.model, images, **options)
 
     def curve(self) -> Curve:
         from moh.evaluation.curve import image_curve
@@ -140,7 +151,7 @@ class _Images(Subject):
         write_image_page(self.arguments, self.model, self.images)
 
 
-class _Diffusion(Subject):
+class _Diffusion(_OfImages):
     @staticmethod
     def check(arguments: Namespace) -> None:
         if arguments.images is None:
@@ -160,18 +171,11 @@ class _Diffusion(Subject):
         self.model = self.diffusion.transformer
         self.images = read_images(arguments)
 
-    def inputs(self) -> GroupedInputs:
-        return self._groups(None)
-
-    def few(self, count: int) -> GroupedInputs:
-        return self._groups(count)
-
-    def _groups(self, count: int | None) -> GroupedInputs:
+    def _groups(self, images: ImageSource) -> GroupedInputs:
         from moh.inspection import diffusion_groups
-        from moh.training.images.sources import every_nth
 
         options = {name: getattr(self.arguments, name) for name in ("by", "bins", "seed", "batch_size")}
-        return diffusion_groups(self.diffusion, every_nth(self.images, count), **options)
+        return diffusion_groups(self.diffusion, images, **options)
 
 
 def _is_diffusion(model: str) -> bool:

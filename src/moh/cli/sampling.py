@@ -60,8 +60,8 @@ def run(arguments: Namespace) -> None:
 
     import torch
 
+    from moh._processes import processes
     from moh.sampling import SamplingSettings, load_image_model, sample_to_files
-    from moh.sampling.processes import processes
 
     settings = SamplingSettings(
         scheduler=arguments.scheduler,

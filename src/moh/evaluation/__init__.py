@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moh.evaluation.machine import cpu_name, device_name
-from moh.evaluation.perplexity import PerplexityResult, perplexity
+from moh.evaluation.perplexity import PerplexityResult, perplexity, perplexity_rise
 from moh.evaluation.speed import ModelSpeed, Rate, SpeedReport, measure_speed
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_images",
     "measure_speed",
     "perplexity",
+    "perplexity_rise",
 ]
 
 

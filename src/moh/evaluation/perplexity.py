@@ -6,6 +6,7 @@ Not for tokenising (`moh.training.pack_tokens`). Each block is read on its own: 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,14 @@ def perplexity(
     loss, n = float(means.mean()), len(means)
     stderr = float(means.std()) / math.sqrt(n) if n > 1 else math.nan
     return PerplexityResult(math.exp(loss), loss, n * (blocks.shape[1] - 1), stderr, tuple(means.tolist()))
+
+
+def perplexity_rise(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """How far one model's perplexity lies above another's on the same blocks: (percent, its standard error).
+
+    Args:
+        losses: `block_losses` of the model.
+        base: of the other one.
+    """
+    rises = torch.tensor(losses) - torch.tensor(base)
+    return 100 * math.expm1(float(rises.mean())), 100 * float(rises.std() / math.sqrt(len(rises)))

@@ -3,26 +3,22 @@
 from moh.attention.cpu.aggregated import MAX_WINDOW
 from moh.attention.cpu.build import BuildError
 from moh.attention.cpu.operators import (
-    DTYPES,
     MAX_WIDTH,
     cpu_attention,
     instruction_set,
     instruction_sets,
-    transforms_are_active,
     unavailable,
     unsupported,
     use_instruction_set,
 )
 
 __all__ = [
-    "DTYPES",
     "MAX_WIDTH",
     "MAX_WINDOW",
     "BuildError",
     "cpu_attention",
     "instruction_set",
     "instruction_sets",
-    "transforms_are_active",
     "unavailable",
     "unsupported",
     "use_instruction_set",

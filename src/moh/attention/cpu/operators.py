@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moh.attention.cpu import aggregated, projections
 from moh.attention.cpu.build import BuildError, compile_kernels
+from moh.attention.refusals import unserved_dtype, unserved_options
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
 
 _state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
@@ -134,22 +134,13 @@ def unsupported(
     """Why the backend can't serve the call, or None; compiles the kernels if nothing else stands against it."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
-    if q.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if (reason := unserved_dtype(q)) is not None:
+        return reason
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
-    if transforms_are_active():
-        return "it has no rules for torch.func's transforms"
-    if dropout_p > 0:
-        return "it has no dropout of attention weights"
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient for the mask"
+    if (reason := unserved_options(attn_mask, dropout_p)) is not None:
+        return reason
     return unavailable()
-
-
-def transforms_are_active() -> bool:
-    """Whether the call is inside `torch.func.grad`, `vmap` or the like."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def cpu_attention(

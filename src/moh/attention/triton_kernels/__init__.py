@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from moh.attention.compaction import compact
-from moh.attention.cpu import transforms_are_active
+from moh.attention.refusals import unserved_dtype, unserved_options
 from moh.attention.triton_kernels.operators import triton_attention_op
 from moh.attention.triton_kernels.tiles import MAX_WIDTH
 
-__all__ = ["DTYPES", "MAX_WIDTH", "triton_attention", "unavailable", "unsupported"]
+__all__ = ["MAX_WIDTH", "triton_attention", "unavailable", "unsupported"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -83,8 +82,8 @@ def unsupported(
     reason: str | None = unavailable(q.device.type)
     if reason is not None:
         return reason
-    if q.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if (reason := unserved_dtype(q)) is not None:
+        return reason
     width = max(q.shape[-1], v.shape[-1])
     if width > MAX_WIDTH:
         return f"it has heads of width at most {MAX_WIDTH}, not {width}"
@@ -92,10 +91,4 @@ def unsupported(
         return "it needs at least one query and one key"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return "Triton's interpreter can't multiply bfloat16"
-    if dropout_p > 0:
-        return "it has no dropout of attention weights"
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient for the mask"
-    if transforms_are_active():
-        return "it has no rules for torch.func's transforms"
-    return None
+    return unserved_options(attn_mask, dropout_p)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moh.attention.triton_kernels.forward import seen_and_bias
+from moh.attention.triton_kernels.forward import packed_rows, seen_and_bias
 
 
 @triton.jit
@@ -68,10 +68,7 @@ def backward_rows_kernel(
         return
     b, kv_head = (bh // Hkv).to(tl.int64), bh % Hkv
     rows_ptr += bh.to(tl.int64) * M
-    offs_m = start + tl.arange(0, BLOCK_M)
-    live = offs_m < count
-    row = tl.load(rows_ptr + offs_m, mask=live, other=0)
-    token, head = row // G, kv_head * G + row % G  # int32; addresses are int64
+    offs_m, live, token, head = packed_rows(rows_ptr, start, count, kv_head, G, BLOCK_M)
     token64, head64 = token.to(tl.int64), head.to(tl.int64)
     first = tl.load(rows_ptr + start) // G
     last = tl.load(rows_ptr + tl.minimum(start + BLOCK_M, count) - 1) // G
@@ -130,10 +127,7 @@ def key_range(
     """Gradients of one block of keys and values from the active rows lo to hi."""
     offs_d, offs_v = tl.arange(0, BD), tl.arange(0, BDV)
     for start in tl.range(lo, hi, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        live = offs_m < hi
-        row = tl.load(rows_ptr + offs_m, mask=live, other=0)
-        token, head = row // G, kv_head * G + row % G
+        offs_m, live, token, head = packed_rows(rows_ptr, start, hi, kv_head, G, BLOCK_M)
         token64, head64 = token.to(tl.int64), head.to(tl.int64)
         at_q = head64[:, None] * stride_qh + token64[:, None] * stride_qn + offs_d[None, :]
         at_o = token64[:, None] * stride_on + head64[:, None] * stride_oh + offs_v[None, :]

@@ -83,6 +83,15 @@ def attend_keys(
 
 
 @triton.jit
+def packed_rows(rows_ptr, start, end, kv_head, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A block of packed rows from `start`: (their places, which of them come before `end`, their tokens, their heads)."""
+    offs_m = start + tl.arange(0, BLOCK_M)
+    live = offs_m < end
+    row = tl.load(rows_ptr + offs_m, mask=live, other=0)
+    return offs_m, live, row // G, kv_head * G + row % G  # int32; addresses are int64
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, mask_ptr, rows_ptr, counts_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -102,10 +111,7 @@ def forward_kernel(
         return
     b, kv_head = (bh // Hkv).to(tl.int64), bh % Hkv
     rows_ptr += bh.to(tl.int64) * M
-    offs_m = start + tl.arange(0, BLOCK_M)
-    live = offs_m < count
-    row = tl.load(rows_ptr + offs_m, mask=live, other=0)
-    token, head = row // G, kv_head * G + row % G  # int32; addresses are int64
+    offs_m, live, token, head = packed_rows(rows_ptr, start, count, kv_head, G, BLOCK_M)
     token64, head64 = token.to(tl.int64), head.to(tl.int64)
     first = tl.load(rows_ptr + start) // G
     last = tl.load(rows_ptr + tl.minimum(start + BLOCK_M, count) - 1) // G

@@ -11,7 +11,8 @@ from moh._extras import require
 require("transformers", extra="eval")
 require("lm_eval", extra="eval")
 
-from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks, processes  # noqa: E402
+from moh._processes import processes  # noqa: E402
+from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks  # noqa: E402
 from moh.evaluation.harness.local import local_tasks, make_local_tasks  # noqa: E402
 from moh.evaluation.harness.results import ModelScores, TaskEvaluation  # noqa: E402
 from moh.evaluation.harness.runner import LoadedModel  # noqa: E402

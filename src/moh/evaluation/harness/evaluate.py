@@ -5,8 +5,7 @@ Not for the harness's registry (`registry`), asking models (`runner`) or tables 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +91,6 @@ def evaluate_tasks(
         result.save(directory)
     state.wait_for_everyone()
     return result
-
-
-@contextmanager
-def processes() -> Iterator[PartialState]:
-    """Join the processes of `accelerate launch` or torchrun (or be the only one) while the block runs."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    try:
-        yield state
-    finally:
-        if state.num_processes > 1:
-            state.destroy_process_group()
 
 
 def _local_tasks(state: PartialState) -> Path:

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from moh.attention import cpu
 from moh.attention.plain import is_plain
+from moh.attention.refusals import DTYPES, transforms_are_active
 from moh.config import MoHConfig
 from moh.models.llama.cache_room import room_for_a_token
 from moh.routing import LinearRouter
@@ -49,9 +50,9 @@ def decode(
         or backend not in (None, "cpu")
         or router.uses_queries
         or x.device.type != "cpu"
-        or x.dtype not in cpu.DTYPES
+        or x.dtype not in DTYPES
         or torch.is_autocast_enabled("cpu")
-        or cpu.transforms_are_active()
+        or transforms_are_active()
         or attention.head_dim > cpu.MAX_WIDTH
         or attention.head_dim % 2
         or (attention.training and attention.attention_dropout)

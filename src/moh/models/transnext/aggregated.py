@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moh.attention import cpu
+from moh.attention.refusals import unserved_dtype, unserved_options
 from moh.models.transnext.scoring import Scoring, neighbours, reference_attention
 
 BACKENDS = ("cpu", "sdpa", "reference")
@@ -68,14 +69,12 @@ def _unsupported(q: Tensor, scoring: Scoring, dropout_p: float) -> str | None:
     """Why the C++ operator can't serve the call, or None."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
-    if q.dtype not in cpu.DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    if dropout_p > 0:
-        return "it has no dropout of attention weights"
+    if (reason := unserved_dtype(q)) is not None:
+        return reason
+    if (reason := unserved_options(None, dropout_p)) is not None:
+        return reason
     if scoring.window > cpu.MAX_WINDOW:
         return f"it has local windows of at most {cpu.MAX_WINDOW} x {cpu.MAX_WINDOW}, not of {scoring.window}"
-    if cpu.transforms_are_active():
-        return "it has no rules for torch.func's transforms"
     return cpu.unavailable()
 
 

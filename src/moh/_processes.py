@@ -1,4 +1,4 @@
-"""The processes of `torchrun`, where there are several, for work that is shared without training.
+"""The processes of `torchrun` or `accelerate launch`, where there are several, for work that is shared without training.
 
 A training run has its Trainer for that.
 """
@@ -12,14 +12,14 @@ import torch
 
 from moh._extras import require
 
-require("accelerate", extra="diffusion")
+require("accelerate", extra="llm")
 
 from accelerate import PartialState  # noqa: E402
 
 
 @contextmanager
 def processes() -> Iterator[PartialState]:
-    """Join the processes of `torchrun` (or be the only one) while the block runs; `.device` is this process's."""
+    """Join those processes (or be the only one) while the block runs; `.device` is this process's."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         yield state
