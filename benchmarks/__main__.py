@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{grid}", dest="grid", action="store_const", const=grid, help=words)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their name, see --list")
     parser.add_argument("--list", action="store_true", help="print the cases' names, measure nothing")
-    parser.add_argument("--seconds", type=float, help="per case, beyond the 5 rounds that each gets (default: 1.5)")
+    parser.add_argument(
+        "--seconds", type=float, help="per case, beyond its 5 rounds, or 3 of over a minute (default: 1.5)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--isa", help="instruction set of our kernels (default: the most capable)")

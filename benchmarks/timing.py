@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from benchmarks.cases import Contender
 
 MIN_ROUNDS = 5
+MIN_LONG_ROUNDS = 3
+LONG_ROUND_SECONDS = 60.0
+"""From here on a round averages over the machine's moods by itself: `MIN_LONG_ROUNDS` are enough, and the first is not
+repeated for the sake of what a first run has to load."""
 MAX_ROUNDS = 60
 SAMPLE_SECONDS = 2e-3
 """Shorter work is repeated within a sample, so that the clock and the call around it don't count."""
@@ -46,7 +50,8 @@ class Row:
 def time_in_turns(contenders: Sequence[Contender], *, seconds: float, baseline: str = "dense") -> list[Row]:
     """Time each contender at least `MIN_ROUNDS` times, and on until `seconds` have passed (or `MAX_ROUNDS` rounds).
 
-    A different contender goes first in each round.
+    A different contender goes first in each round, and one comes before them that does not count. Where a round takes
+    over `LONG_ROUND_SECONDS`, that one counts too, and `MIN_LONG_ROUNDS` are enough.
 
     Raises:
         ValueError: no contender has the baseline's name.
@@ -54,8 +59,10 @@ def time_in_turns(contenders: Sequence[Contender], *, seconds: float, baseline: 
     names = [c.name for c in contenders]
     if baseline not in names:
         raise ValueError(f"baseline must be the name of a contender, one of {names}, got {baseline!r}")
-    repeats = [_warm_up(c) for c in contenders]
-    samples: list[list[float]] = [[] for _ in contenders]
+    first, repeats = zip(*map(_warm_up, contenders), strict=True)  # seconds, runs per sample
+    long = sum(first) > LONG_ROUND_SECONDS
+    enough = MIN_LONG_ROUNDS if long else MIN_ROUNDS
+    samples = [[spent] if long else [] for spent in first]
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -63,7 +70,7 @@ def time_in_turns(contenders: Sequence[Contender], *, seconds: float, baseline: 
         start = time.perf_counter()
         while len(samples[-1]) < MAX_ROUNDS:
             done = min(map(len, samples))
-            if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            if done >= enough and time.perf_counter() - start > seconds:
                 break
             for step in range(len(contenders)):
                 index = (step + done) % len(contenders)
@@ -89,11 +96,13 @@ def rows(contenders: Sequence[Contender], samples: Sequence[Sequence[float]], ba
     ]
 
 
-def _warm_up(contender: Contender) -> int:
-    """Run it once, or twice if that is cheap; how often one sample has to run it."""
-    if _time_once(contender, 1) > 100 * SAMPLE_SECONDS:
-        return 1
-    return max(1, math.ceil(SAMPLE_SECONDS / max(_time_once(contender, 1), 1e-7)))
+def _warm_up(contender: Contender) -> tuple[float, int]:
+    """Run it once, or twice if that is cheap: seconds of the last run, and how often one sample has to run it."""
+    spent = _time_once(contender, 1)
+    if spent > 100 * SAMPLE_SECONDS:
+        return spent, 1
+    spent = _time_once(contender, 1)
+    return spent, max(1, math.ceil(SAMPLE_SECONDS / max(spent, 1e-7)))
 
 
 def _time_once(contender: Contender, repeats: int) -> float:

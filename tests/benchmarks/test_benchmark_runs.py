@@ -14,7 +14,7 @@ from benchmarks.results import Machine, Result, Run
 from benchmarks.runner import measure_missing, select
 from benchmarks.tables import missed
 from benchmarks.targets import TARGETS, judge
-from benchmarks.timing import MIN_ROUNDS, Row, rows, time_in_turns
+from benchmarks.timing import MIN_LONG_ROUNDS, MIN_ROUNDS, Row, rows, time_in_turns
 
 MACHINE = Machine("Some CPU (R) 9000", 2, "2.0", "avx2", amx=False, bf16=False)
 
@@ -55,6 +55,16 @@ def test_contenders_take_turns_and_a_different_one_goes_first_in_each_round() ->
     measured = time_in_turns(contenders, seconds=0)
     assert [r.rounds for r in measured] == [MIN_ROUNDS, MIN_ROUNDS]
     assert calls[4:] == ["dense", "ours", "ours", "dense"] * 2 + ["dense", "ours"]
+
+
+def test_long_rounds_are_fewer_and_the_first_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.LONG_ROUND_SECONDS", 0.4)
+    calls: list[str] = []
+    contenders = [
+        Contender(name, lambda name=name: (calls.append(name), time.sleep(0.21))) for name in ("dense", "ours")
+    ]  # type: ignore[misc]
+    assert [r.rounds for r in time_in_turns(contenders, seconds=0)] == [MIN_LONG_ROUNDS, MIN_LONG_ROUNDS]
+    assert calls == ["dense", "ours", "ours", "dense", "dense", "ours"]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
