@@ -34,6 +34,7 @@ class Case:
         dtype: name of a torch dtype.
         causal: whether a token sees only those before it.
         router: of layers and models; None where gates are drawn at random.
+        routing_unit: what a token chooses, `moh.config.ROUTING_UNITS`; other than "head" in language models alone.
         layers: of models.
         model: a model's checkpoint, None for random weights.
         shares: shares of active heads, see `active_heads`.
@@ -49,6 +50,7 @@ class Case:
     dtype: str = "float32"
     causal: bool = False
     router: str | None = None
+    routing_unit: str = "head"
     layers: int = 1
     model: str | None = None
     shares: tuple[float, ...] = SHARES
@@ -65,6 +67,7 @@ class Case:
         extras = [
             "causal" if self.causal else "",
             self.router or "",
+            "" if self.routing_unit == "head" else self.routing_unit,
             f"{self.layers} layers" if self.layers > 1 else "",
         ]
         words = [

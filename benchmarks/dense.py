@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,10 +43,17 @@ class DenseAttention(nn.Module):
         return out
 
 
-def heads_of(share_heads: int, heads: int, router: str) -> MoHConfig:
-    """A layer's heads with `share_heads` of them in use: one in eight shared, as far as there are so many."""
-    shared = min(max(1, heads // 8), share_heads)
-    return MoHConfig(heads, shared, share_heads - shared, router)
+def heads_of(
+    share_heads: int, heads: int, router: str, *, routing_unit: str = "head", kv_heads: int | None = None
+) -> MoHConfig:
+    """A layer's heads with `share_heads` of them in use: one in eight shared, as far as there are so many.
+
+    Where tokens choose by groups of heads, the shared ones are rounded down to what the unit allows.
+    """
+    unit: dict[str, Any] = {} if routing_unit == "head" else {"routing_unit": routing_unit, "kv_heads": kv_heads}
+    step = MoHConfig(heads, 0, heads, router, **unit).step
+    shared = min(max(1, heads // 8), share_heads) // step * step
+    return MoHConfig(heads, shared, share_heads - shared, router, **unit)
 
 
 def weigh_heads(attention: nn.Module, projection: nn.Module, router: Router) -> None:

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
 from benchmarks.dense import heads_of, weigh_heads
+from moh.config import MoHConfig
 from moh.conversion.families import moh_config_fields
 from moh.conversion.language import build
 from moh.models.llama import MoHLlamaConfig
@@ -29,6 +30,8 @@ from moh.routing import build_router
 BASE = Case(
     "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
 )
+GROUP_UNITS = ("group_balanced", "kv_group")
+"""Units by which tokens choose whole groups of heads, or as many in each: at a third and two thirds of the heads."""
 
 
 def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
@@ -42,11 +45,28 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
     decode = replace(base, mode="decode")
     chosen = [base, decode, training]
     if grid == "default":
-        chosen.append(replace(decode, length=2048))
+        long = replace(decode, length=2048)
+        chosen += [long, *_of_units(base), *_of_units(decode), *_of_units(long)]
+    if grid == "quick":
+        chosen += _of_units(base)
     if grid == "full":
         chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, 2048)]
         chosen += [replace(case, batch=8) for case in chosen[:2]]
     return chosen
+
+
+def _of_units(case: Case) -> list[Case]:
+    """The case for each unit by which tokens choose groups; none without groups or of a MoH model, which has its unit."""
+    if case.heads == case.kv_heads or (case.model and isinstance(_checkpoint(case.model).config, MoHLlamaConfig)):
+        return []
+    found = []
+    for unit in GROUP_UNITS:
+        step = MoHConfig(case.heads, 0, case.heads, routing_unit=unit, kv_heads=case.kv_heads).step
+        steps = case.heads // step
+        few = sorted({min(max(1, round(share * steps)), steps - 1) for share in (1 / 3, 2 / 3)})
+        if steps > 1:
+            found.append(replace(case, routing_unit=unit, shares=tuple(n / steps for n in few)))
+    return found
 
 
 def _base_of(checkpoint: str) -> Case:
@@ -59,13 +79,14 @@ def _base_of(checkpoint: str) -> Case:
         width=config.head_dim,
         layers=config.num_hidden_layers,
         router=getattr(config, "router", "linear"),
+        routing_unit=getattr(config, "routing_unit", "head"),
         model=checkpoint,
         shares=(config.share,) if isinstance(config, MoHLlamaConfig) else (0.25, 0.5, 0.75, 1.0),
     )
 
 
 def contenders(case: Case) -> list[Contender]:
-    """Dense and, for each share, ours and the ideal; masked at about half of the heads."""
+    """Dense and, for each share, ours and the ideal; masked at about half of the heads, or the most of a unit's shares."""
     disable_progress_bar()
     if case.model is not None and isinstance(_checkpoint(case.model).config, MoHLlamaConfig):
         ours = _checkpoint(case.model)
@@ -78,8 +99,9 @@ def contenders(case: Case) -> list[Contender]:
 
 def _conversions(case: Case) -> list[tuple[str, PreTrainedModel, float | None, float | None]]:
     H, dense = case.heads, _dense(case)
-    half = active_heads(0.5, H)
-    found: list[Any] = [("dense", dense, None, None), ("masked", _masked(dense, half, case), 0.5, half / H)]
+    masked = 0.5 if case.routing_unit == "head" else max(case.shares)
+    weighed = active_heads(masked, H)
+    found: list[Any] = [("dense", dense, None, None), ("masked", _masked(dense, weighed, case), masked, weighed / H)]
     for share in case.shares:
         active = active_heads(share, H)
         found.append(("ours", _converted(dense, active, case), share, active / H))
@@ -116,11 +138,16 @@ def _dense(case: Case) -> PreTrainedModel:
     return _random_model(Case("model", "", heads=case.heads, kv_heads=case.kv_heads, layers=case.layers))
 
 
+def _layer(active: int, case: Case) -> MoHConfig:
+    return heads_of(active, case.heads, case.router or "", routing_unit=case.routing_unit, kv_heads=case.kv_heads)
+
+
 def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     """The MoH model on the dense one's own tensors, with random routers."""
-    layer = heads_of(active, case.heads, case.router or "")
+    layer = _layer(active, case)
     fields = moh_config_fields(dense.config) | {
         "router": layer.router,
+        "routing_unit": layer.routing_unit,
         "shared_heads": layer.num_shared,
         "active_heads": layer.active_heads,
         "moh_backend": "cpu",
@@ -170,7 +197,7 @@ def _width(dense: PreTrainedModel) -> int:
 def _masked(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     """The dense model, each head's output weighted by a router's gate before the output projection."""
     model = _from_state(type(dense), dense.config, dense.state_dict(), dense)
-    layer = heads_of(active, case.heads, case.router or "")
+    layer = _layer(active, case)
     for block in model.model.layers:
         weigh_heads(block.self_attn, block.self_attn.o_proj, build_router(layer, dense.config.hidden_size))
     return model

@@ -28,8 +28,10 @@ Made by `make bench`: times of routed attention next to those of PyTorch's dense
 Percentages are the share of active heads, as whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads (H32/8:
 8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets gates that are random and balanced:
 the same number of heads for each token, every head for the same number of tokens. Layers and models have learned routers
-with random weights. All contenders of a case take turns in one process; each cell is the median of at least 5 rounds (3 of
-more than a minute), of the ratio to dense in the same round, ± half the distance between the quartiles."""
+with random weights; a token chooses any heads there unless the case names another unit: `group_balanced`, as many in
+every group that shares keys and values, or `kv_group`, whole groups. All contenders of a case take turns in one process;
+each cell is the median of at least 5 rounds (3 of more than a minute), of the ratio to dense in the same round, ± half the
+distance between the quartiles."""
 
 
 def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> None:

@@ -115,7 +115,7 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
     shares = sorted({r.share for result in results for r in result.rows if r.contender == "ours" and r.share})
     half = min(shares, key=lambda share: (abs(share - 0.5) > 0.17, -share), default=0.5)
     models = subject in ("images", "diffusion")
-    masked = shares if models else [0.5]
+    masked = sorted({r.share for result in results for r in result.rows if r.contender == "masked" and r.share})
     others = [x for x in ("ours (sdpa)", "ideal") if any(r.contender == x for q in results for r in q.rows)]
     routing = any(r.contender == "routing" for result in results for r in result.rows)
     header = (
@@ -125,7 +125,7 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
         *([RATES[subject]] if models else []),
         *(f"ours, {share:.0%}" for share in shares),
         *(f"{name}, {half:.0%}" for name in others),
-        *(f"masked, {share:.0%}" for share in masked if _has(results, "masked", share)),
+        *(f"masked, {share:.0%}" for share in masked),
         *(["routing, of ours at 50%"] if routing else []),
     )
     rows = []
@@ -137,7 +137,7 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
                 continue
             cells = [_ratio(result.row("ours", share)) for share in shares]
             cells += [_ratio(result.row(name, half)) for name in others]
-            cells += [_ratio(result.row("masked", share)) for share in masked if _has(results, "masked", share)]
+            cells += [_ratio(result.row("masked", share)) for share in masked]
             rate = [_rate(result)] if models else []
             rows.append((label, letter, _absolute(result), *rate, *cells, *([_routing(result)] if routing else [])))
     return Table(SUBJECTS[subject], header, tuple(rows))
@@ -145,10 +145,6 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
 
 RATES = {"images": "dense, images/s", "diffusion": "dense, steps/s"}
 """A step denoises the whole batch once."""
-
-
-def _has(results: Sequence[Result], contender: str, share: float) -> bool:
-    return any(row.contender == contender and row.share == share for result in results for row in result.rows)
 
 
 def _rate(result: Result) -> str:
@@ -160,7 +156,7 @@ def _rate(result: Result) -> str:
 
 def _order(case: Case) -> tuple[object, ...]:
     sizes = (case.batch, case.heads, -case.kv_heads, case.width, case.length)
-    return case.mode, case.dtype != "float32", case.causal, case.router or "", sizes
+    return case.mode, case.dtype != "float32", case.causal, case.router or "", sizes, case.routing_unit != "head"
 
 
 def _label(case: Case) -> str:

@@ -46,7 +46,8 @@ def _page(result: dict[str, Any]) -> list[str]:
             f"turns: prefill of {timed['prompt_tokens']} tokens, {timed['decode_tokens']} tokens decoded after it, batch 1, "
             f"float32, {timed['cpu']}, {timed['threads']} thread(s). "
             + ", ".join(f"Dense {name} {rows[0][name]['ms']:.2f} ms" for name in ("prefill", "decode"))
-            + " per token. Attention itself is a small part of the time at this length.",
+            + " per token. Attention itself is a small part of the time at this length. The time depends on the unit and the "
+            f"number of heads and hardly on the router: {ROUTERS[-1]} is timed throughout, query norms once.",
             "",
         ]
     lines += [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType
 
 import pytest
 import timm
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import core, decode, layer
+import moh
+from benchmarks import core, decode, layer, model
 from benchmarks.cases import GRIDS, Case, active_heads, balanced_gates, ideal_heads
 from benchmarks.dense import weigh_heads
 from benchmarks.presets import _attentions
@@ -76,6 +78,56 @@ def test_contenders_are_named_and_those_that_skip_heads_say_how_many(subject: Mo
     assert ours == {share: active_heads(share, case.heads) / case.heads for share in case.shares}
     ideal = {c.share: c.actual for c in found if c.name == "ideal"}
     assert ideal and ideal.items() <= ours.items()
+
+
+def test_cases_of_older_results_are_those_of_the_free_choice_of_heads() -> None:
+    case = Case("model", "decode", heads=9, kv_heads=3, router="linear", layers=30)
+    old = {name: value for name, value in asdict(case).items() if name != "routing_unit"}
+    assert Case.from_dict(old) == case
+    assert case.key == "model decode B1 H9/3 N512 D64 float32 linear 30 layers"
+    assert replace(case, routing_unit="kv_group").key != case.key
+
+
+@pytest.mark.parametrize("mode, lengths", [("prefill", [512]), ("decode", [512, 2048])])
+@pytest.mark.parametrize("unit", model.GROUP_UNITS)
+def test_units_of_groups_are_measured_at_a_third_and_two_thirds_of_the_heads(unit, mode, lengths) -> None:
+    cases = [c for c in select(["model"], "default") if (c.routing_unit, c.mode) == (unit, mode)]
+    assert [c.length for c in cases] == lengths
+    assert all(c.shares == (3 / 9, 6 / 9) for c in cases)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, expected",
+    [
+        (32, 8, {"group_balanced": (8 / 32, 24 / 32), "kv_group": (12 / 32, 20 / 32)}),
+        (8, 4, {"group_balanced": (4 / 8,), "kv_group": (2 / 8, 6 / 8)}),
+        (4, 1, {"group_balanced": (1 / 4, 3 / 4)}),
+        (8, 8, {}),
+    ],
+    ids=["large groups", "two heads a group", "one group", "no groups"],
+)
+def test_units_of_groups_take_whole_steps(heads: int, kv_heads: int, expected: dict[str, tuple[float, ...]]) -> None:
+    found = model._of_units(replace(model.BASE, heads=heads, kv_heads=kv_heads))
+    assert {case.routing_unit: case.shares for case in found} == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", model.GROUP_UNITS)
+def test_models_of_a_unit_choose_by_it(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(vocab_size=64, hidden_size=72, intermediate_size=48, num_hidden_layers=2)
+    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3)).eval()
+    monkeypatch.setattr(model, "_dense", lambda case: dense)
+    case = replace(model.BASE, routing_unit=unit, width=8, layers=2, shares=(3 / 9, 6 / 9))
+    found = model._conversions(case)
+    assert [name for name, *_ in found] == ["dense", "masked", "ours", "ideal", "ours", "ideal"]
+    for _, ours, share, actual in (f for f in found if f[0] == "ours"):
+        assert ours.config.routing_unit == unit and ours.config.share == actual == share
+        with moh.record_routing(ours) as routing:
+            ours(torch.randint(64, (1, 12)))
+        for _, info in routing:
+            groups = info.active.unflatten(-1, (3, 3)).sum(-1)  # [B, N, groups]
+            allowed = {3 * share} if unit == "group_balanced" else {0, 3}
+            assert set(groups.unique().tolist()) <= allowed and bool((groups.sum(-1) == 9 * share).all())
 
 
 @torch.no_grad()

@@ -84,3 +84,19 @@ def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> Non
     assert result.code == 0, result.err
     assert result.out[-1].startswith(f"{tmp_path / 'out' / 'model'}: step 2, loss ")
     assert moh("eval", tmp_path / "out" / "model", "--images", folder).code == 0
+
+
+def test_curve_of_a_classifier_draws_accuracy_and_images_per_second(moh, classifiers, folder: Path, tmp_path) -> None:
+    out, images = tmp_path / "curve", FolderImages(folder)
+    told = moh("curve", classifiers["75"], "--out", out, "--images", folder, "--dense", classifiers["dense"])
+    assert told.code == 0, told.err
+    assert sorted(file.name for file in out.iterdir()) == ["curve.csv", "curve.json", "curve.png", "curve.svg"]
+    data = json.loads((out / "curve.json").read_text(encoding="utf-8"))
+    shares = [point["share"] for point in data["points"]]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 2
+    expected = evaluate_images(load_image_classifier(classifiers["75"]), images)
+    own = [point["top1"] for point in data["points"] if point["share"] == pytest.approx(expected.share)]
+    assert own == [pytest.approx(expected.top1)]
+    dense = evaluate_images(load_image_classifier(classifiers["dense"]), images)
+    assert data["dense"]["top1"] == pytest.approx(dense.top1)
+    assert told.out[-2].startswith(f"the dense model: top-1 {dense.top1:.2f} %, ")

@@ -267,6 +267,83 @@ def test_quantised_weights_are_refused_before_anything_changes(convert: Callable
     assert [r.config.active_heads for r in moh_routers(model)] == [1, 1]
 
 
+def timm_vit() -> Any:
+    import timm
+
+    sizes = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+def transformers_vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = dict(image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    return ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=5)).eval()
+
+
+def diffusers_dit() -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(1)
+    sizes = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8, out_channels=8)
+    model = DiTTransformer2DModel(**sizes, num_embeds_ada_norm=5).eval()
+    for block in model.transformer_blocks:
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    for part in (model.proj_out_1, model.proj_out_2):
+        torch.nn.init.normal_(part.weight, std=0.15)
+    return model
+
+
+@torch.no_grad()
+def output_of(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    if "Transformer2DModel" in type(model).__name__:
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        return model(x, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([0, 4])).sample  # type: ignore[no-any-return]
+    result = model(torch.randn(2, 3, 16, 16, generator=generator))
+    return getattr(result, "logits", result)
+
+
+def saved_and_loaded(model: Any, directory: Path) -> Any:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(directory)
+        return type(model).from_pretrained(directory).eval()
+    from moh.models.vit import from_pretrained, save_pretrained
+
+    save_pretrained(model, directory)
+    return from_pretrained(directory)
+
+
+@pytest.mark.parametrize("router", ["linear", "query_norm"])
+@pytest.mark.parametrize("make", [timm_vit, transformers_vit, diffusers_dit], ids=lambda make: make.__name__)
+def test_a_converted_image_or_diffusion_model_has_the_dial_and_keeps_its_setting(
+    make: Callable[[], Any], router: str, tmp_path: Path
+) -> None:
+    dense = make()
+    options: dict[str, Any] = dict(shared_heads=1, active_heads=1, router=router)
+    if make is diffusers_dit:
+        options["router"] = "two_stage" if router == "linear" else router  # those that need no calibration
+    else:
+        options |= dict(calibration=torch.randn(8, 3, 16, 16), progress=False)
+    model = moh.convert(dense, **options)
+    expected = output_of(dense)
+    assert not torch.allclose(output_of(model), expected, rtol=1e-3)
+    with moh.active_heads(model, 1.0):
+        torch.testing.assert_close(output_of(model), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert moh.set_active_heads(model, [3, 2]) == 0.875
+    loaded = saved_and_loaded(model, tmp_path)
+    assert [r.config.active_heads for r in moh_routers(loaded)] == [3, 2]
+    torch.testing.assert_close(output_of(loaded), output_of(model), rtol=1e-4, atol=1e-6)
+    assert moh.set_active_heads(loaded, 1) == 0.5
+
+
+def test_a_timm_model_is_refused_a_projection_for_each_budget() -> None:
+    with pytest.raises(ValueError, match=r"budgets must be None for a VisionTransformer: only models of transformers"):
+        moh.convert(timm_vit(), shared_heads=1, active_heads=1, calibration=torch.randn(4, 3, 16, 16), budgets=[0.5])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

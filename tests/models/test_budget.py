@@ -238,6 +238,57 @@ def test_a_saved_model_comes_back_at_the_same_budget(family: str, k: Any, tmp_pa
     torch.testing.assert_close(run(family, loaded), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_transnext_keeps_a_setting_that_is_given_to_timm_as_an_argument(tmp_path: Path) -> None:
+    import timm
+
+    from moh.models.image_loading import load_image_classifier, save_image_classifier
+
+    sizes = dict(img_size=32, num_classes=5, embed_dims=(24, 48), num_heads=(2, 4), depths=(1, 2), mlp_ratios=(2, 2))
+    sizes |= dict(sr_ratios=(2, 1), shared_heads=(2, 1), active_heads=(0, 1))
+    model = timm.create_model("moh_transnext_micro32_50", **sizes).eval()
+    moh.set_active_heads(model, [0, 3, 3])
+    save_image_classifier(model, tmp_path / "as made", model_args=sizes)
+    save_image_classifier(model, tmp_path / "as set", model_args=sizes | {"active_heads": (0, 3)})
+    assert counts(load_image_classifier(tmp_path / "as made")) == [0, 1, 1]
+    loaded = load_image_classifier(tmp_path / "as set")
+    assert counts(loaded) == [0, 3, 3]
+    torch.testing.assert_close(run("transnext", loaded), run("transnext", model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_diffusers_writes_its_setting_into_its_configuration_alone(tmp_path: Path) -> None:
+    model = dit()
+    model.set_active_heads([3, 1, 2])
+    model.save_config(tmp_path)
+    again = type(model).from_config(type(model).load_config(tmp_path))
+    assert counts(again) == [3, 1, 2]
+    assert again.share == model.share == 0.75
+
+
+def test_models_beside_each_other_keep_configurations_of_their_own() -> None:
+    """A student and its teacher, or a model of images and one of text."""
+    from moh.models.dit import MoHDiTTransformer2DModel
+
+    text, images, drawing = llama(), transformers_vit(), dit()
+    teacher = MoHDiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, num_layers=3, sample_size=8)
+    text.config.head_costs = [[9.0, 1.0, 0.5, 0.25, 0.0]] * 3
+    both = nn.ModuleList([text, images, drawing, teacher])
+    assert moh.set_active_heads(both, [3, 3, 3, 1, 2, 3, 2, 2, 2]) == 30 / 36
+    assert text.config.active_heads == 3
+    assert images.config.active_heads == [1, 2, 3]
+    assert drawing.config.active_heads == 2
+    assert teacher.config.active_heads is None
+    with moh.active_heads(both, 1.0):  # of no single model: the costs of one say nothing of the others
+        assert counts(both) == [3] * 9
+    assert images.config.active_heads == [1, 2, 3]
+
+
+def test_a_part_of_a_model_is_refused_because_its_configuration_describes_all() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"model must be whole, .* 3 layers, got 1 routers"):
+        moh.set_active_heads(model.model.layers[1], 2)
+    assert counts(model) == [1, 1, 1] and model.config.active_heads == 1
+
+
 def test_generation_with_the_cache_follows_the_dial() -> None:
     model = llama()
     prompt = torch.randint(64, (2, 5))

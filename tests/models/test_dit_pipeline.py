@@ -67,6 +67,19 @@ def test_a_saved_pipeline_loads_with_the_model_in_it(tmp_path):
     assert np.array_equal(draw(loaded), draw(pipe))
 
 
+def test_a_saved_pipeline_keeps_the_setting_of_the_dial(tmp_path):
+    pipe = pipeline(shared_heads=1, active_heads=1)
+    before = draw(pipe)
+    assert pipe.transformer.set_active_heads([3, 2, 1]) == 0.75
+    turned = draw(pipe)
+    assert not np.array_equal(turned, before)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert [c.active_heads for c in loaded.transformer.layer_configs()] == [3, 2, 1]
+    assert np.array_equal(draw(loaded), turned)
+
+
 def test_bfloat16_draws_the_same_picture_as_float32():
     pipe = pipeline()
     expected = draw(pipe)

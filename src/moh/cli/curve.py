@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moh.evaluation.curve import Curve
+    from moh.evaluation.curve_points import Curve
 
 _HELP = "Quality and speed of a MoH model against the share of heads that its tokens use: picture, table, JSON."
 
@@ -22,6 +22,9 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = sub.add_parser("curve", help=_HELP, description=_HELP, allow_abbrev=False)
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="CHECKPOINT", help="directory or hub name of a MoH model")
+    parser.add_argument(
+        "--dense", metavar="CHECKPOINT", help="dense model to measure beside it, such as the one that was converted"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="for curve.png, .svg, .csv and .json")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text (default: %(default)s)")
@@ -50,9 +53,14 @@ def run(arguments: Namespace) -> None:
         from moh.models.loading import default_device
 
         model = load_image_classifier(arguments.model, device=default_device())
-        source = images.read_images(arguments)
+        dense = None if arguments.dense is None else load_image_classifier(arguments.dense, device=default_device())
         curve = image_curve(
-            model, source, shares=arguments.shares, batch_size=arguments.batch_size, workers=arguments.workers
+            model,
+            images.read_images(arguments),
+            dense=dense,
+            shares=arguments.shares,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
         )
     else:
         curve = _of_text(arguments)
@@ -67,10 +75,14 @@ def _of_text(arguments: Namespace) -> Curve:
     if arguments.repeats < 0 or arguments.prompt_tokens < 1 or arguments.decode_tokens < 1:
         raise ValueError("--repeats must be at least 0, --prompt-tokens and --decode-tokens at least 1")
     model = load_causal_lm(arguments.model, device=default_device())
+    dense = None
+    if arguments.dense is not None:
+        dense = load_causal_lm(arguments.dense, dtype=model.dtype, device=default_device())
     tokenizer = load_tokenizer(arguments.model)
     return text_curve(
         model,
         _blocks(read_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens),
+        dense=dense,
         shares=arguments.shares,
         prompt_tokens=arguments.prompt_tokens,
         decode_tokens=arguments.decode_tokens,
@@ -88,10 +100,11 @@ def write(curve: Curve, out: Path, name: str) -> None:
     rows = curve.rows()
     save_with_data(plot_curve(curve, title=name), rows, out / "curve")
     write_text(out / "curve.json", json.dumps(curve.as_dict(), indent=1) + "\n")
-    for point in curve.points:
+    for point in (*curve.points, *((curve.dense,) if curve.dense else ())):
         quality = f"top-1 {point.top1:.2f} %" if point.perplexity is None else f"perplexity {point.perplexity:.3f}"
         speed = "" if point.images is None else f", {point.images:,.0f} images/s"
         if point.prefill is not None and point.decode is not None:
             speed = f", prefill {point.prefill.median:,.0f} tokens/s, decoding {point.decode.median:,.1f} tokens/s"
-        print(f"{100 * point.share:5.1f} % of the heads: {quality}{speed}")
+        name = "the dense model" if point is curve.dense else f"{100 * point.share:5.1f} % of the heads"
+        print(f"{name}: {quality}{speed}")
     print(f"{out}: curve.png, curve.svg, curve.csv, curve.json")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from moh.evaluation.curve import Curve
+    from moh.evaluation.curve_points import Curve
     from moh.inspection import GroupedInputs
     from moh.training.images.sources import ImageSource
 

@@ -1,22 +1,25 @@
 """The trade-off of one model over its range of budgets: quality and speed against the share of heads that tokens use.
 
-The dial (`moh.set_active_heads`) is turned from budget to budget; the model is left as it was. Pictures: `curve_plots`.
+The dial (`moh.set_active_heads`) is turned from budget to budget; the model is left as it was. A dense model may stand
+beside it. Pictures: `curve_plots`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from moh.evaluation.curve_points import Curve, Point, Speed
 from moh.evaluation.machine import device_name
 from moh.evaluation.perplexity import perplexity
 from moh.evaluation.speed import Rate, measure_speed
 from moh.models.budget import active_heads, allowed_counts, moh_routers, set_active_heads
 from moh.models.families.table import check_positions
+from moh.routing import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,71 +28,6 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 9
 """Shares of a curve for which none are named, at most."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A rate's median over the repeats and its quartiles, per second."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Point:
-    """One budget.
-
-    Attributes:
-        share: of all heads that a token uses.
-        active_heads: routed heads active per token, of each layer.
-        perplexity: on the text; None for an image classifier.
-        stderr: standard error of its logarithm.
-        top1: percent of the images that are recognised; None for a language model.
-        prefill, decode: tokens per second; None if not measured.
-        images: images per second; None for a language model.
-    """
-
-    share: float
-    active_heads: tuple[int, ...]
-    perplexity: float | None = None
-    stderr: float | None = None
-    top1: float | None = None
-    prefill: Speed | None = None
-    decode: Speed | None = None
-    images: float | None = None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points by rising share, and what they were measured with.
-
-    Attributes:
-        points: one per budget.
-        measured: sizes of the measurement, the machine and the software, as they are printed.
-    """
-
-    points: tuple[Point, ...]
-    measured: dict[str, Any]
-
-    def rows(self) -> list[dict[str, object]]:
-        """One flat row per point, without what was not measured."""
-        rows = []
-        for point in self.points:
-            row: dict[str, object] = {}
-            for name, value in asdict(point).items():
-                if name == "active_heads":
-                    row[name] = " ".join(map(str, value))
-                elif isinstance(value, dict):
-                    row |= {f"{name}_per_second{'' if k == 'median' else '_' + k}": v for k, v in value.items()}
-                elif value is not None:
-                    row["images_per_second" if name == "images" else name] = value
-            rows.append(row)
-        return rows
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"points": [asdict(point) for point in self.points], "measured": self.measured}
 
 
 def budgets(model: nn.Module, *, points: int = MAX_POINTS) -> list[float]:
@@ -112,6 +50,7 @@ def text_curve(
     model: PreTrainedModel,
     blocks: Tensor,
     *,
+    dense: PreTrainedModel | None = None,
     shares: Sequence[float] | None = None,
     batch_size: int = 4,
     prompt_tokens: int = 512,
@@ -124,48 +63,65 @@ def text_curve(
     Args:
         model: a MoH language model; left as it was.
         blocks: `[n, seq_len]` token ids of held-out text.
+        dense: a dense model of the same vocabulary and dtype, on the same device, to be measured beside it.
         shares: of all heads, each above 0 and at most 1; None means `budgets(model)`.
         batch_size: blocks per forward pass.
         prompt_tokens, decode_tokens, repeats: as `measure_speed` takes them; the budgets take turns. No repeats
             measure no speed.
 
     Raises:
-        ValueError: the model has no MoH layer, or what `moh.set_active_heads`, `perplexity` or `measure_speed` refuse.
+        ValueError: the model has no MoH layer, `dense` has one or does not fit it, or what `moh.set_active_heads`,
+            `perplexity` or `measure_speed` refuse.
     """
     wanted = _wanted(model, shares)
+    if dense is not None:
+        _check_dense(model, dense)
+        if dense.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"dense must have the model's vocabulary of {model.config.vocab_size} tokens, got one of "
+                f"{dense.config.vocab_size}"
+            )
+    beside = {} if dense is None else {"dense": dense}
     prompt = blocks.flatten()[:prompt_tokens][None]
     if repeats:
-        check_positions(model.config, prompt.shape[1] + decode_tokens, name="prompt_tokens and decode_tokens together")
+        for each in (model, *beside.values()):
+            check_positions(
+                each.config, prompt.shape[1] + decode_tokens, name="prompt_tokens and decode_tokens together"
+            )
     points = []
     for share in wanted:
         with active_heads(model, share) as got:
             layers = tuple(r.config.active_heads for r in moh_routers(model))
             quality = perplexity(model, blocks, batch_size=batch_size, progress=progress)
             points.append(Point(got, layers, quality.perplexity, quality.stderr))
+    if dense is not None:
+        quality = perplexity(dense, blocks, batch_size=batch_size, progress=progress)
+        points.append(Point(1.0, (), quality.perplexity, quality.stderr))
     measured = _measured(model) | {"tokens": blocks.shape[0] * (blocks.shape[1] - 1), "seq_len": blocks.shape[1]}
     if repeats:
-        names = {str(i): list(point.active_heads) for i, point in enumerate(points)}
+        names = {str(i): list(point.active_heads) for i, point in enumerate(points[: len(wanted)])}
         with active_heads(model, names["0"]):  # restores the dial at the end
             report = measure_speed(
-                dict.fromkeys(names, model),
+                dict.fromkeys(names, model) | beside,
                 prompt=prompt,
                 decode_tokens=decode_tokens,
                 repeats=repeats,
-                before=lambda name: set_active_heads(model, names[name]),
+                before=lambda name: name in names and set_active_heads(model, names[name]),
                 progress=progress,
             )
         points = [
-            Point(p.share, p.active_heads, p.perplexity, p.stderr, None, _speed(s.prefill), _speed(s.decode))
+            replace(p, prefill=_speed(s.prefill), decode=_speed(s.decode))
             for p, s in zip(points, report.models.values(), strict=True)
         ]
         measured |= {"prompt_tokens": prompt.shape[1], "decode_tokens": decode_tokens, "repeats": repeats}
-    return Curve(tuple(points), measured)
+    return _curve(points, len(wanted), measured)
 
 
 def image_curve(
     model: nn.Module,
     images: ImageSource,
     *,
+    dense: nn.Module | None = None,
     shares: Sequence[float] | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -176,23 +132,37 @@ def image_curve(
     Args:
         model: a MoH model of timm; left as it was.
         images: labelled images, as `evaluate_images` takes them.
+        dense: a dense model of the same dtype, on the same device, to be measured beside it.
         shares: of all heads, each above 0 and at most 1; None means `budgets(model)`.
         batch_size: images per forward pass.
         workers: processes that load images.
 
     Raises:
-        ValueError: the model has no MoH layer, or what `moh.set_active_heads` or `evaluate_images` refuse.
+        ValueError: a model is not one of timm, the model has no MoH layer, `dense` has one or does not fit it, or what
+            `moh.set_active_heads` or `evaluate_images` refuse.
     """
     from moh.evaluation.images import evaluate_images
 
-    points, count = [], 0
-    for share in _wanted(model, shares):
+    for name, each in (("model", model), ("dense", dense)):
+        if each is not None and not hasattr(each, "num_classes"):
+            raise ValueError(f"{name} must be an image classifier of timm, got a {type(each).__name__}")
+    wanted = _wanted(model, shares)
+    if dense is not None:
+        _check_dense(model, dense)
+
+    def measure(each: nn.Module, share: float, layers: tuple[int, ...]) -> Point:
+        result = evaluate_images(each, images, batch_size=batch_size, workers=workers, progress=progress)
+        counts.append(result.images)
+        return Point(share, layers, top1=result.top1, images=result.images_per_second)
+
+    points: list[Point] = []
+    counts: list[int] = []
+    for share in wanted:
         with active_heads(model, share) as got:
-            layers = tuple(r.config.active_heads for r in moh_routers(model))
-            result = evaluate_images(model, images, batch_size=batch_size, workers=workers, progress=progress)
-        points.append(Point(got, layers, top1=result.top1, images=result.images_per_second))
-        count = result.images
-    return Curve(tuple(points), _measured(model) | {"images": count, "batch_size": batch_size})
+            points.append(measure(model, got, tuple(r.config.active_heads for r in moh_routers(model))))
+    if dense is not None:
+        points.append(measure(dense, 1.0, ()))
+    return _curve(points, len(wanted), _measured(model) | {"images": counts[-1], "batch_size": batch_size})
 
 
 def _wanted(model: nn.Module, shares: Sequence[float] | None) -> list[float]:
@@ -203,6 +173,22 @@ def _wanted(model: nn.Module, shares: Sequence[float] | None) -> list[float]:
         with active_heads(model, share):
             pass  # refused now and not after minutes of measuring
     return wanted
+
+
+def _check_dense(model: nn.Module, dense: nn.Module) -> None:
+    if any(isinstance(module, Router) for module in dense.modules()):
+        raise ValueError(f"dense must be a model of dense attention, got a {type(dense).__name__} with MoH layers")
+    ours, theirs = next(model.parameters()), next(dense.parameters())
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise ValueError(
+            f"dense must have the model's dtype and device, {ours.dtype} on {ours.device}, got {theirs.dtype} on "
+            f"{theirs.device}"
+        )
+
+
+def _curve(points: Sequence[Point], budgets: int, measured: dict[str, Any]) -> Curve:
+    """The points of the budgets, and after them at most the dense model's."""
+    return Curve(tuple(points[:budgets]), measured, dense=next(iter(points[budgets:]), None))
 
 
 def _speed(rate: Rate) -> Speed:

@@ -5,22 +5,27 @@ No display is needed; needs matplotlib (extra `llm`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from moh._extras import require
-from moh.evaluation.curve import Curve
+from moh.evaluation.curve_points import Curve, Speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, told apart by colour-blind readers
+_REFERENCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 
 
 def plot_curve(curve: Curve, *, title: str = "Quality and speed against the share of heads") -> Figure:
-    """Perplexity or accuracy, and speed relative to the largest share, against the share of heads in per cent."""
+    """Perplexity or accuracy, and speed, against the share of heads in per cent; the dense model's as a horizontal line.
+
+    Speed is relative to the dense model where it was measured, else to the largest share.
+    """
     figure_module = require("matplotlib.figure", extra="llm")
-    points = curve.points
+    points, dense = curve.points, curve.dense
     text = points[0].perplexity is not None
     timed = points[0].images is not None or points[0].prefill is not None
     figure: Figure = figure_module.Figure(figsize=(6.4, 6.4 if timed else 3.6), layout="constrained")
@@ -34,18 +39,13 @@ def plot_curve(curve: Curve, *, title: str = "Quality and speed against the shar
         quality.plot(shares, [p.top1 for p in points], "o-", color=_BLUE)
         quality.set(ylabel="top-1 accuracy (%)")
     quality.set(title=title)
-    if timed and text:
-        _relative(axes[1], shares, [(p.prefill.median, p.prefill.low, p.prefill.high) for p in points if p.prefill],
-                  "o-", _ORANGE, "prefill")  # fmt: skip
-        _relative(axes[1], shares, [(p.decode.median, p.decode.low, p.decode.high) for p in points if p.decode],
-                  "s--", _GREEN, "decoding")  # fmt: skip
-    elif timed:
-        rates = [p.images for p in points if p.images is not None]
-        _relative(axes[1], shares, [(rate, rate, rate) for rate in rates], "o-", _ORANGE, "images")
+    if dense is not None:
+        value = dense.perplexity if text else dense.top1
+        assert value is not None
+        quality.axhline(value, **_REFERENCE, label=f"dense model: {value:.2f}{'' if text else ' %'}")
+        quality.legend()
     if timed:
-        unit = "tokens/s" if text else "images/s"
-        axes[1].set(ylabel=f"{unit}, relative to {shares[-1]:.0f} % of the heads")
-        axes[1].legend()
+        _plot_speed(axes[1], curve, shares)
     for axis in axes:
         axis.grid(alpha=0.3)
     if text:  # a logarithmic axis without labels of its own where the range is small
@@ -57,13 +57,36 @@ def plot_curve(curve: Curve, *, title: str = "Quality and speed against the shar
     return figure
 
 
-def _relative(
-    axis: Axes, shares: list[float], rates: list[tuple[float, float, float]], style: str, colour: str, label: str
-) -> None:
-    """Medians with their quartiles, as multiples of the last median."""
-    most = rates[-1][0]
-    medians = [rate[0] / most for rate in rates]
-    low = [(rate[0] - rate[1]) / most for rate in rates]
-    high = [(rate[2] - rate[0]) / most for rate in rates]
-    axis.errorbar(shares, medians, yerr=[low, high], fmt=style, color=colour, capsize=2,
-                  label=f"{label}: {most:,.0f} per second at {shares[-1]:.0f} %")  # fmt: skip
+def _plot_speed(axis: Axes, curve: Curve, shares: Sequence[float]) -> None:
+    points, dense = curve.points, curve.dense
+    lines = (
+        ("prefill", "o-", _ORANGE, [p.prefill for p in points], dense and dense.prefill),
+        ("decoding", "s--", _GREEN, [p.decode for p in points], dense and dense.decode),
+        ("images", "o-", _ORANGE, [_exact(p.images) for p in points], dense and _exact(dense.images)),
+    )
+    most = f"{shares[-1]:.0f} % of the heads"
+    for name, style, colour, speeds, base in lines:
+        found = [speed for speed in speeds if speed is not None]
+        if not found:
+            continue
+        one = (base or found[-1]).median
+        low = [(speed.median - speed.low) / one for speed in found]
+        high = [(speed.high - speed.median) / one for speed in found]
+        axis.errorbar(
+            shares,
+            [speed.median / one for speed in found],
+            yerr=[low, high],
+            fmt=style,
+            color=colour,
+            capsize=2,
+            label=f"{name}: {one:,.0f} per second {'when dense' if base else f'at {most}'}",
+        )
+    if dense is not None:
+        axis.axhline(1, **_REFERENCE)
+    unit = "tokens/s" if points[0].images is None else "images/s"
+    axis.set(ylabel=f"{unit}, relative to {most if dense is None else 'the dense model'}")
+    axis.legend()
+
+
+def _exact(rate: float | None) -> Speed | None:
+    return None if rate is None else Speed(rate, rate, rate)

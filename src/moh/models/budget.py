@@ -32,7 +32,8 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
         the share of heads that a token now uses, over all layers; of a float k the nearest that whole heads allow.
 
     Raises:
-        ValueError: the model has no MoH layer, or k is out of range; nothing was changed.
+        ValueError: the model has no MoH layer or is a part of one of transformers, or k is out of range; nothing was
+            changed.
 
     Examples:
         >>> moh.set_active_heads(model, 3)  # doctest: +SKIP
@@ -41,6 +42,7 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
         0.7518518518518519
     """
     routers = moh_routers(model)
+    _configurations(model)  # refuses
     layers = [r.config for r in routers]
     counts = _counts(model, routers, k)
     return _apply(
@@ -90,13 +92,17 @@ def moh_routers(model: nn.Module) -> list[Router]:
     Raises:
         ValueError: it has none.
     """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = _routers(model)
     if not routers:
         raise ValueError(
             f"model has no layer whose heads are routed: a {type(model).__name__} of dense attention uses all of them; "
             "moh.convert makes a MoH model of it"
         )
     return routers
+
+
+def _routers(module: nn.Module) -> list[Router]:
+    return [part for part in module.modules() if isinstance(part, Router)]
 
 
 def head_share(layers: Sequence[MoHConfig]) -> float:
@@ -169,7 +175,7 @@ def _of_share(model: nn.Module, routers: Sequence[Router], allowed: Sequence[Seq
             f"{most / sum(num_heads):.3f} for this model, {'whose shared heads are always active, ' * (total < fewest)}"
             f"got {share}"
         )
-    saved = next((c.head_costs for c in _configurations(model) if c.head_costs is not None), None)
+    saved = next((c.head_costs for c, own in _configurations(model) if own == list(routers)), None)
     costs = []
     if saved is not None:
         if [len(c) for c in saved] != [h + 1 for h in num_heads]:
@@ -187,22 +193,40 @@ def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConf
         budgets.switch(weight, before, after)
     for router, layer in zip(routers, layers, strict=True):
         router.config = layer
-    fields = compact_heads(layers)
-    for config in _configurations(model):
-        for name, value in fields.items():
+    for config, own in _configurations(model):
+        configs = [router.config for router in own]
+        for name, value in compact_heads(configs).items():
             setattr(config, name, value)
         if config.output_budgets is not None:
-            config.output_budgets = {**config.output_budgets, "used_heads": used_heads(layers)}
-    module: Any
+            config.output_budgets = {**config.output_budgets, "used_heads": used_heads(configs)}
     for module in model.modules():
-        if isinstance(module, HasActiveHeads) and hasattr(module, "register_to_config"):  # a model of diffusers
-            module.register_to_config(**fields)
+        register: Any = getattr(module, "register_to_config", None)  # a model of diffusers has it
+        if isinstance(module, HasActiveHeads) and register is not None and (own := _routers(module)):  # none if dense
+            register(**compact_heads([router.config for router in own]))
     return head_share(layers)
 
 
-def _configurations(model: nn.Module) -> list[HasLayerHeads]:
-    """The configurations of transformers in a model, each once."""
-    found: dict[int, Any] = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), HasLayerHeads)
-    }
+def _configurations(model: nn.Module) -> list[tuple[HasLayerHeads, list[Router]]]:
+    """The configurations of transformers in a model, each once, with the routers of the layers that it describes.
+
+    Raises:
+        ValueError: a configuration describes another number of layers.
+    """
+    found: dict[int, tuple[Any, list[Router]]] = {}
+    others: dict[int, str] = {}
+    for module in model.modules():  # a model comes before its parts
+        config = getattr(module, "config", None)
+        if not isinstance(config, HasLayerHeads) or id(config) in found:
+            continue
+        own = _routers(module)
+        if len(own) == config.num_hidden_layers:
+            found[id(config)] = config, own
+        else:
+            others.setdefault(id(config), f"{config.num_hidden_layers} layers, got {len(own)} routers")
+    wrong = [what for key, what in others.items() if key not in found]
+    if wrong:
+        raise ValueError(
+            f"model must be whole, with one router for each layer that its configuration describes: {wrong[0]} (an adapter "
+            "that keeps copies of routers, as modules_to_save does, has to be merged first)"
+        )
     return list(found.values())
