@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moh.config import ROUTING_UNITS, MoHConfig
-from moh.conversion.allocation import allocate, layer_costs
-from moh.conversion.calibrator import COST_TOKENS, MIN_HEADS
+from moh.conversion.allocation import allocate
+from moh.conversion.calibrator import MIN_HEADS, Calibrator
 from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import fit_contributions, refit_output_projection
+from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.statistics import collect_contributions, collect_several_outputs
 from moh.models.layer_heads import compact_heads
@@ -62,7 +63,7 @@ class Fitted:
     Attributes:
         routers: of each layer the state of the contribution router.
         means: of each layer the mean contribution of its heads, `[H]`.
-        costs: unit -> `[L, H + 1]`, what each layer is estimated to lose.
+        costs: unit -> `[L, H + 1]`, what each layer is estimated to lose when W_O has been refitted.
         outputs: unit -> of each layer, number of heads -> its refitted W_O.
     """
 
@@ -106,14 +107,14 @@ def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
     fits = [fit_contributions(sums) for sums in collect_contributions(adapter, iter(calibration.split(2)))]
     states = [{"contribution.weight": f.weight.float(), "contribution.bias": f.bias.float()} for f in fits]
     fitted = Fitted(states, [f.mean for f in fits], {}, {})
-    layers, few = range(len(fits)), calibration[:: max(1, calibration.numel() // COST_TOKENS)]
+    layers, calibrator = range(len(fits)), Calibrator(adapter, calibration, 2, progress=False)
     for unit in UNITS:
         h, step = _heads(dense), step_of(dense, unit)
         middle = (2 * h // 3) // step * step
-        fitted.costs[unit] = layer_costs(
-            adapter, [fitted.router(dense, unit, layer, middle) for layer in layers], iter(few.split(1))
+        fitted.costs[unit] = calibrator.costs(
+            [fitted.router(dense, unit, layer, middle) for layer in layers], refitted=True
         )
-        numbers = range(step if step > 1 else min(3, h), h, step)
+        numbers = range(step if step > 1 else min(3, h - 1), h, step)
         routers = {layer: [fitted.router(dense, unit, layer, n) for n in numbers] for layer in layers}
         sums = collect_several_outputs(adapter, routers, iter(calibration.split(2)))
         fitted.outputs[unit] = [
@@ -140,11 +141,11 @@ def _heads(dense: PreTrainedModel) -> int:
 
 
 def _config(dense: PreTrainedModel, unit: str, heads: int, mean: Tensor | None = None) -> MoHConfig:
-    """A layer that uses `heads` heads, half of them shared: those with the largest `mean`, or the first."""
+    """A layer that uses `heads` heads: with `mean` the default number is shared, those with the largest, else the first half."""
     h, kv_heads = _heads(dense), dense.config.num_key_value_heads
     options = {"routing_unit": unit, "kv_heads": None if unit == "head" else kv_heads}
     step = MoHConfig(h, 0, h, "linear", **options).step
-    shared = heads // 2 // step * step
+    shared = heads // 2 // step * step if mean is None else min(default_shared_heads(h, step=step), heads)
     config = MoHConfig(h, shared, heads - shared, "linear", **options)
     if mean is None:
         return config

@@ -36,8 +36,8 @@ def _page(result: dict[str, Any]) -> list[str]:
         f"{about['calibration_tokens']:,} tokens, half of each text. Held-out perplexity, and how far it lies above the "
         "dense model's (± standard error of the paired difference over blocks of 512 tokens; one run). Held-out tokens: "
         + ", ".join(f"{name} {count:,}" for name, count in about["heldout_tokens"].items())
-        + ". Half of a layer's heads are shared, rounded down to what the unit allows: the first ones for query norms, else "
-        "those that contribute most. What the units choose is in [the method](../method.md).",
+        + ". Shared heads, rounded down to what the unit allows: 2 in 9, those that contribute most; for query norms the first "
+        "half of those in use. What the units choose is in [the method](../method.md).",
         "",
     ]
     if timed:

@@ -10,8 +10,6 @@ step. Writes `budgets_in_one_model.json` and `.md` after every row; about 40 min
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from moh._files import write_text
 from moh.config import MoHConfig
 from moh.conversion.allocation import allocate
 from moh.conversion.budgets import OutputChanges, keep, low_rank_change
-from moh.conversion.calibrator import MIN_HEADS, Calibrator
+from moh.conversion.calibrator import MIN_HEADS, Calibrator, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_several_outputs
@@ -149,14 +147,13 @@ def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dic
         return fitted
     adapter = DenseLanguageModel(dense, copied=True)
     h, shared, layers = dense.config.num_attention_heads, options.shared_heads, dense.config.num_hidden_layers
-    mixed = calibration[torch.arange(len(calibration)).view(2, -1).T.flatten()]  # both texts among the first tokens
-    calibrator = Calibrator(adapter, mixed, 2, progress=False)
+    calibrator = Calibrator(adapter, calibration, 2, progress=False)
     routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers)
-    costs = calibrator.costs(routers)
+    costs = calibrator.costs(routers, refitted=True)
     numbers = list(range(max(MIN_HEADS, shared), h))
     full, factors, joint = [], [], []
     for start in range(0, layers, 30):  # as many at a time as fit into memory
-        chosen = {i: [_with_heads(routers[i], n) for n in numbers] for i in range(start, min(start + 30, layers))}
+        chosen = {i: [with_heads(routers[i], n) for n in numbers] for i in range(start, min(start + 30, layers))}
         for index, sums in collect_several_outputs(adapter, chosen, calibrator.refit_batches()).items():
             weight = dense.model.layers[index].self_attn.o_proj.weight
             full.append([_full_change(s, weight) for s in sums])
@@ -179,12 +176,6 @@ def _model(options: argparse.Namespace, dense: Any, fitted: dict[str, Any]) -> A
         routers.append(router)
     adapter = DenseLanguageModel(dense, copied=True)
     return adapter.build([r.config for r in routers], routers, [], router_aux_loss_coef=0.0)
-
-
-def _with_heads(router: Any, heads: int) -> Any:
-    other = copy.copy(router)
-    other.config = dataclasses.replace(router.config, active_heads=heads - router.config.num_shared)
-    return other
 
 
 def _full_change(sums: OutputSums, o_proj: Tensor) -> Tensor:

@@ -1,31 +1,38 @@
 """How much of a pretrained model is left after conversion alone: routers, heads, and closed-form refinements, on two texts.
 
-    python experiments/conversion_without_training.py --out docs/results
+    python experiments/conversion_without_training.py
+    python experiments/conversion_without_training.py --mixes
 
-Calibrates on the training part of one text and measures on held-out parts of both. No gradient step. Writes
-`conversion_without_training.json` and `.md`; about 20 minutes on two slow cores. Needs the extra `llm`.
+The first measures the pieces one by one, calibrated on the training part of one text; the second what it costs to calibrate
+on one text and to measure on another, with the best settings. Both measure on held-out parts of both texts. No gradient
+step. Each writes its part of `docs/results/conversion_without_training.{json,md}`; about 20 minutes on one slow core.
+Needs the extra `llm`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import set_verbosity_error
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from moh._files import write_text
 from moh.config import MoHConfig
 from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.families import moh_config_fields
+from moh.conversion.fit import refit_output_projection
+from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
-from moh.conversion.tokens import calibration_blocks
+from moh.conversion.statistics import collect_several_outputs
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.llama import MoHLlamaConfig
@@ -34,88 +41,154 @@ from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 
 NAME = "conversion_without_training"
+SEQ_LEN = 512
+DENSE = "dense original"
+PIECES, MIXES = "pieces", "mixes"
+INTRODUCTIONS = {
+    PIECES: "{shared_heads} shared heads, calibrated on {calibration_tokens:,} tokens of {first}",
+    MIXES: "Calibrated on one text and measured on another: {shared_heads} shared heads, contribution router, uneven budget, "
+    "refitted W_O, {calibration_tokens:,} calibration tokens in every row",
+}
+
+
+@dataclass
+class Run:
+    """One table in the making."""
+
+    table: str
+    dense: PreTrainedModel
+    training: dict[str, Tensor]  # [n, 512] of each text
+    heldout: dict[str, Tensor]
+    heads: list[int]
+    shared: int
+    calibration_tokens: int
+    out: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    original: dict[str, PerplexityResult] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    def calibrator(self, blocks: Tensor) -> tuple[Calibrator, list[LinearRouter]]:
+        """Calibrated on `blocks`, and the routers that come of it."""
+        calibrator = Calibrator(DenseLanguageModel(self.dense, copied=False), blocks, 2, progress=False)
+        h = self.dense.config.num_attention_heads
+        layer = MoHConfig(h, self.shared, h - 1 - self.shared, "linear")
+        routers: Any = calibrator.fit_routers([layer] * self.dense.config.num_hidden_layers)
+        return calibrator, routers
+
+    def measure(self, heads: float, variant: str, model: PreTrainedModel) -> None:
+        """Add a row and write the page."""
+        measured = {name: perplexity(model, b, batch_size=2) for name, b in self.heldout.items()}
+        self.original = self.original or measured
+        texts = {}
+        for name, now in measured.items():
+            above, stderr = perplexity_rise(now.block_losses, self.original[name].block_losses)
+            texts[name] = {"perplexity": now.perplexity, "above": above, "stderr": stderr}
+        self.about["rows"].append({"heads": heads, "variant": variant, "texts": texts})
+        self.about["minutes"] = round((time.perf_counter() - self.start) / 60, 1)
+        _write(self.out, self.table, self.about)
+        print(json.dumps(self.about["rows"][-1]), flush=True)
 
 
 def main() -> None:
-    """Parse the options, measure every variant, write the results after each."""
+    """Parse the options and measure one of the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixes", action="store_true", help="calibrate on each text alone and on both")
     parser.add_argument("--base", help="dense model (default: SmolLM2-135M, fetched)")
-    parser.add_argument("--texts", nargs="+", default=["django-docs", "anarchism"], help="the first calibrates")
-    parser.add_argument("--heads", nargs="+", type=int, default=[7, 6], help="heads per layer, shared and routed")
-    parser.add_argument("--shared-heads", type=int, default=4)
+    parser.add_argument(
+        "--texts", nargs=2, default=["django-docs", "anarchism"], help="the first calibrates the pieces"
+    )
+    parser.add_argument("--heads", nargs="+", type=int, default=[7, 6, 5], help="heads per layer, shared and routed")
+    parser.add_argument("--shared-heads", type=int, help="of each layer (default: as moh.convert shares)")
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
-    parser.add_argument("--heldout-tokens", type=int, default=6_144, help="of each text")
+    parser.add_argument("--heldout-tokens", type=int, default=3_072, help="of each text")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     set_verbosity_error()
-    start = time.perf_counter()
+    disable_progress_bar()
 
     base = options.base or default_base_model()
-    dense = load_causal_lm(base, dtype=torch.float32)
+    dense = load_causal_lm(base, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(base)
-    corpora = [load_corpus(name) for name in options.texts]
-    heldout = {}
-    for corpus in corpora:
-        blocks = pack_tokens(corpus.heldout, tokenizer, seq_len=512)
-        count = min(len(blocks), options.heldout_tokens // 512)
-        heldout[corpus.name] = blocks[torch.linspace(0, len(blocks) - 1, count).long()]
-    blocks = calibration_blocks(
-        pack_tokens(corpora[0].train, tokenizer, seq_len=512),
-        None,
-        options.calibration_tokens,
-        512,
-        dense.config.vocab_size,
+    training, heldout = {}, {}
+    for name in options.texts:
+        corpus = load_corpus(name)
+        training[name] = pack_tokens(corpus.train, tokenizer, seq_len=SEQ_LEN)
+        heldout[name] = _some(pack_tokens(corpus.heldout, tokenizer, seq_len=SEQ_LEN), options.heldout_tokens)
+    shared = options.shared_heads
+    run = Run(
+        table=MIXES if options.mixes else PIECES,
+        dense=dense,
+        training=training,
+        heldout=heldout,
+        heads=options.heads,
+        shared=default_shared_heads(dense.config.num_attention_heads) if shared is None else shared,
+        calibration_tokens=options.calibration_tokens,
+        out=options.out,
     )
-
-    result: dict[str, Any] = {
+    run.about |= {
         "base": Path(base).name,
-        "calibrated_on": f"{corpora[0].name}, {blocks.numel()} tokens",
+        "shared_heads": run.shared,
+        "calibration_tokens": options.calibration_tokens // SEQ_LEN * SEQ_LEN,
+        "first": options.texts[0],
         "heldout_tokens": {name: b.shape[0] * (b.shape[1] - 1) for name, b in heldout.items()},
-        "shared_heads": options.shared_heads,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": [],
     }
-    original = {name: perplexity(dense, b, batch_size=2) for name, b in heldout.items()}
+    run.measure(dense.config.num_attention_heads, DENSE, dense)
+    (_measure_mixes if options.mixes else _measure_pieces)(run)
 
-    def add(heads: float, variant: str, model: PreTrainedModel) -> None:
-        measured = {name: perplexity(model, b, batch_size=2) for name, b in heldout.items()}
-        result["rows"].append(_row(heads, variant, measured, original))
-        result["minutes"] = round((time.perf_counter() - start) / 60, 1)
-        _write(options.out, result)
-        print(json.dumps(result["rows"][-1]), flush=True)
 
-    add(dense.config.num_attention_heads, "dense original", dense)
-    h = dense.config.num_attention_heads
-    calibrator = Calibrator(DenseLanguageModel(dense, copied=False), blocks, 2, progress=False)
-    shared = options.shared_heads
-    routers = calibrator.fit_routers([MoHConfig(h, shared, h - 1 - shared, "linear")] * dense.config.num_hidden_layers)
-    costs = calibrator.costs(routers)
-    for heads in options.heads:
-        paper = convert(dense, shared_heads=shared, active_heads=heads - shared, router="query_norm")
-        add(heads, "the paper's rule: first heads shared, query norms", paper)
+def _measure_pieces(run: Run) -> None:
+    blocks = _some(run.training[run.about["first"]], run.calibration_tokens)
+    calibrator, routers = run.calibrator(blocks)
+    costs, costs_refitted = calibrator.costs(routers), calibrator.costs(routers, refitted=True)
+    for heads in run.heads:
+        half = default_shared_heads(run.dense.config.num_attention_heads, "query_norm")
+        paper = convert(run.dense, shared_heads=half, active_heads=heads - half, router="query_norm")
+        run.measure(heads, "the paper's rule: first half of the heads shared, query norms", paper)
         del paper
         even = calibrator.reallocate(routers, _level(costs, heads), heads * len(routers))
-        add(heads, "contribution router", _model(dense, even))
+        run.measure(heads, "contribution router", _model(run.dense, even))
         uneven = calibrator.reallocate(routers, costs, heads * len(routers))
-        add(heads, "contribution router, uneven budget", _model(dense, uneven))
-        add(heads, "contribution router, refitted W_O", _model(dense, even, calibrator.refit_outputs(even)))
-        add(
-            heads,
-            "contribution router, uneven budget, refitted W_O",
-            _model(dense, uneven, calibrator.refit_outputs(uneven)),
-        )
+        run.measure(heads, "contribution router, uneven budget", _model(run.dense, uneven))
+        refitted = _model(run.dense, even, calibrator.refit_outputs(even))
+        run.measure(heads, "contribution router, refitted W_O", refitted)
+        uneven = calibrator.reallocate(routers, costs_refitted, heads * len(routers))
+        refitted = _model(run.dense, uneven, calibrator.refit_outputs(uneven))
+        run.measure(heads, "contribution router, uneven budget, refitted W_O", refitted)
 
 
-def _level(costs: torch.Tensor, heads: int) -> torch.Tensor:
+def _measure_mixes(run: Run) -> None:
+    both = torch.cat([_some(blocks, run.calibration_tokens // 2) for blocks in run.training.values()])
+    mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
+    for variant, blocks in (mixes | {"half of each": both}).items():
+        calibrator, routers = run.calibrator(blocks)
+        costs = calibrator.costs(routers, refitted=True)
+        budgets = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
+        of_layers = {layer: of_layer for layer, of_layer in enumerate(zip(*budgets, strict=True))}
+        adapter = DenseLanguageModel(run.dense, copied=False)
+        sums = collect_several_outputs(adapter, of_layers, calibrator.refit_batches())
+        for index, (heads, budget) in enumerate(zip(run.heads, budgets, strict=True)):
+            outputs = [
+                refit_output_projection(sums[layer][index], attention.output_weight)
+                for layer, attention in enumerate(adapter.attentions)
+            ]
+            run.measure(heads, variant, _model(run.dense, budget, outputs))
+
+
+def _some(blocks: Tensor, tokens: int) -> Tensor:
+    """Blocks of so many tokens, spread evenly."""
+    return blocks[torch.linspace(0, len(blocks) - 1, min(len(blocks), tokens // SEQ_LEN)).long()]
+
+
+def _level(costs: Tensor, heads: int) -> Tensor:
     """Costs under which every layer gets the same number of heads."""
     return (torch.arange(costs.shape[1], dtype=costs.dtype) - heads).square().expand_as(costs)
 
 
-def _model(
-    dense: PreTrainedModel, routers: Sequence[LinearRouter], outputs: Sequence[torch.Tensor] = ()
-) -> PreTrainedModel:
+def _model(dense: PreTrainedModel, routers: Sequence[LinearRouter], outputs: Sequence[Tensor] = ()) -> PreTrainedModel:
     """The MoH model with these routers, on the dense model's own tensors."""
     config = MoHLlamaConfig(
         **moh_config_fields(dense.config),
@@ -126,41 +199,40 @@ def _model(
     return build(dense, config, routers, outputs, copied=False)
 
 
-def _row(
-    heads: float, variant: str, measured: dict[str, PerplexityResult], original: dict[str, PerplexityResult]
-) -> dict[str, Any]:
-    texts = {}
-    for name, now in measured.items():
-        above, stderr = perplexity_rise(now.block_losses, original[name].block_losses)
-        texts[name] = {"perplexity": now.perplexity, "above": above, "stderr": stderr}
-    return {"heads": heads, "variant": variant, "texts": texts}
-
-
-def _write(out: Path, result: dict[str, Any]) -> None:
+def _write(out: Path, table: str, about: dict[str, Any]) -> None:
+    """Put this table beside the other one in the results."""
     out.mkdir(parents=True, exist_ok=True)
-    names = list(result["heldout_tokens"])
+    file = out / f"{NAME}.json"
+    tables: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    tables = {name: tables[name] for name in (PIECES, MIXES) if name in tables} | {table: about}
+    write_text(file, json.dumps(tables, indent=1) + "\n")
+    lines = ["# Conversion without training", ""]
+    for name in (PIECES, MIXES):
+        if name in tables:
+            lines += [*_table(name, tables[name]), ""]
+    lines.append(f"Made by `python experiments/{NAME}.py` and `python experiments/{NAME}.py --mixes`.")
+    write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
+
+
+def _table(name: str, about: dict[str, Any]) -> list[str]:
+    texts = about["heldout_tokens"]
     lines = [
-        "# Conversion without training",
+        INTRODUCTIONS[name].format(**about)
+        + f". {about['base']}, no gradient step. Held-out perplexity, and how far it lies above the dense original's (± "
+        "standard error of the paired difference over blocks of 512 tokens; one run). Held-out tokens: "
+        + ", ".join(f"{text} {count:,}" for text, count in texts.items())
+        + f". {about['cpu']}, {about['threads']} thread(s), torch {about['torch']}, float32, {about['minutes']} minutes.",
         "",
-        f"{result['base']}, {result['shared_heads']} shared heads, calibrated on {result['calibrated_on']}, no gradient step. "
-        "Held-out perplexity, and how far it lies above the dense original's (± standard error of the paired difference "
-        "over blocks of 512 tokens; one run). Held-out tokens: "
-        + ", ".join(f"{n} {t:,}" for n, t in result["heldout_tokens"].items())
-        + f". {result['cpu']}, {result['threads']} threads, torch {result['torch']}, float32, {result['minutes']} minutes.",
-        "",
-        "| heads per layer | variant | " + " | ".join(names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
+        f"| heads per layer | {'calibrated on' if name == MIXES else 'variant'} | " + " | ".join(texts) + " |",
+        "| --- | --- |" + " --- |" * len(texts),
     ]
-    for row in result["rows"]:
-        cells = [f"{t['perplexity']:.2f} ({t['above']:+.1f} % ± {t['stderr']:.1f})" for t in row["texts"].values()]
-        if row["variant"] == "dense original":
+    for row in sorted(about["rows"], key=lambda row: -row["heads"]):
+        if row["variant"] == DENSE:
             cells = [f"{t['perplexity']:.2f}" for t in row["texts"].values()]
+        else:
+            cells = [f"{t['perplexity']:.2f} ({t['above']:+.1f} % ± {t['stderr']:.1f})" for t in row["texts"].values()]
         lines.append(f"| {row['heads']} | {row['variant']} | " + " | ".join(cells) + " |")
-    lines += ["", f"Made by `python experiments/{NAME}.py`."]
-    for suffix, text in (("json", json.dumps(result, indent=1)), ("md", "\n".join(lines))):
-        scratch = out / f".{NAME}.{suffix}.partial"
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, out / f"{NAME}.{suffix}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moh as moh_package
 from moh import set_active_heads
 from moh.config import ROUTERS
+from moh.training import Corpus
 
 HEADS = ["--shared-heads", 1, "--active-heads", 1, "--calibration-tokens", 1024]
 ALL_HEADS = ["--shared-heads", 4, "--active-heads", 0]
@@ -37,6 +39,17 @@ def test_every_router_can_be_asked_for(moh, base_dir: Path, text_file: Path, tmp
     assert result.code == 0, result.err
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert (model.config.router, model.config.share) == (router, 0.5)
+
+
+def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    texts = {"django-docs": ["the head"] * 10, "anarchism": ["some other text"] * 100}
+    monkeypatch.setattr("moh.training.load_corpus", lambda name: Corpus(name, "", "", texts[name], []))
+    read = []
+    convert = moh_package.convert
+    monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: read.extend(kw["calibration"]) or convert(*a, **kw))
+    result = moh("convert", base_dir, tmp_path / "model", *HEADS, "--corpus", "django-docs", "anarchism")
+    assert result.code == 0, result.err
+    assert (read.count("the head"), read.count("some other text")) == (10, 5)
 
 
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "GemmaForSequenceClassification"])

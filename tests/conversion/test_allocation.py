@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moh import MoHConfig, convert
+from moh.conversion import calibrator as calibrator_module
 from moh.conversion.allocation import allocate, layer_costs
+from moh.conversion.calibrator import Calibrator
+from moh.conversion.fit import error_left_by_refit
 from moh.conversion.language import DenseLanguageModel
+from moh.conversion.statistics import OutputSums
 from moh.routing import LinearRouter
 
 
@@ -76,6 +80,32 @@ def test_costs_are_half_the_mean_squared_effect_of_the_heads_left_out(make_dense
         for kept in range(5):
             skipped = effect.gather(-1, order[:, kept:]).sum(-1)
             assert costs[index, kept] == pytest.approx(float(skipped.square().mean() / 2), rel=1e-3, abs=1e-12)
+
+
+@torch.no_grad()
+def test_costs_before_a_refit_are_what_it_leaves_of_them(make_dense, tokens, watch) -> None:
+    dense = make_dense(num_attention_heads=8)
+    calibrator = Calibrator(DenseLanguageModel(dense, copied=True), tokens, 8, progress=False)
+    routers = calibrator.fit_routers([MoHConfig(8, 2, 4, "linear")] * 2)
+    plain, refitted = calibrator.costs(routers), calibrator.costs(routers, refitted=True)
+    for index, seen in enumerate(watch(dense, tokens)):
+        o_proj = dense.model.layers[index].self_attn.o_proj.weight.double()
+        order = routers[index].order(seen.x.float())
+        for kept in range(4, 8):
+            gates = torch.zeros(len(order), 8, 1).double().scatter_(1, order[:, :kept, None], 1.0)
+            g, z = (seen.z * gates).flatten(1), seen.z.flatten(1)
+            left = error_left_by_refit(OutputSums(g.T @ g, g.T @ z), z.T @ z, o_proj)
+            assert float(refitted[index, kept] / plain[index, kept]) == pytest.approx(left, rel=1e-3)
+        assert float(refitted[index, 2] / plain[index, 2]) == pytest.approx(float(refitted[index, 4] / plain[index, 4]))
+    assert (refitted[:, :-1] < plain[:, :-1]).all() and refitted[:, -1].tolist() == [0, 0]
+
+
+def test_costs_are_estimated_on_calibration_data_of_every_kind(make_dense, tokens, monkeypatch) -> None:
+    monkeypatch.setattr(calibrator_module, "COST_TOKENS", 4 * 16)
+    seen = []
+    monkeypatch.setattr(calibrator_module, "layer_costs", lambda dense, routers, batches: seen.extend(batches))
+    Calibrator(DenseLanguageModel(make_dense(), copied=True), tokens, 2, progress=False).costs([])
+    assert torch.equal(torch.cat(seen), tokens[[0, 7, 15, 23]])
 
 
 def test_costs_are_not_negative_and_all_heads_cost_nothing(make_dense, tokens) -> None:

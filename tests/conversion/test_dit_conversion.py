@@ -128,6 +128,11 @@ def test_convert_refuses_what_only_calibrated_models_have(option):
         moh.convert(our_model(), shared_heads=2, active_heads=1, router="two_stage", **option)
 
 
+def test_convert_wants_the_number_of_shared_heads():
+    with pytest.raises(ValueError, match="shared_heads must be given for a diffusion model"):
+        moh.convert(our_model(), active_heads=1, router="two_stage")
+
+
 def test_a_directory_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"model '{tmp_path}' can't be loaded"):
         convert_dit(tmp_path, shared_heads=2, active_heads=1)

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from moh import convert
-from moh.conversion.fit import OUTPUT_RIDGE, ROUTER_RIDGE, fit_contributions, refit_output_projection
+from moh.conversion.fit import (
+    OUTPUT_RIDGE,
+    ROUTER_RIDGE,
+    error_left_by_refit,
+    fit_contributions,
+    refit_output_projection,
+)
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_contributions, head_contributions
 
@@ -120,6 +126,25 @@ def test_any_change_of_the_refitted_weight_raises_the_objective() -> None:
     for size in (1e-3, 1e-1):
         for _ in range(10):
             assert objective(best + size * torch.randn_like(best)) > objective(best)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_what_a_refit_leaves_is_the_error_after_it_by_the_error_before(kept) -> None:
+    gates = (torch.rand(200, 3, 1) < kept).double()
+    z = torch.randn(200, 3, 4).double() + 0.5
+    g, z = (z * gates).flatten(1), z.flatten(1)
+    o_proj = torch.randn(5, 12).double()
+    sums = OutputSums(g.T @ g, g.T @ z)
+    refitted = refit_output_projection(sums, o_proj)
+    after, before = ((z @ o_proj.T - g @ weight.T).square().sum() for weight in (refitted, o_proj))
+    assert error_left_by_refit(sums, z.T @ z, o_proj) == pytest.approx(float(after / before))
+    assert after < 0.97 * before
+
+
+def test_a_refit_leaves_all_where_no_head_is_skipped() -> None:
+    z = torch.randn(50, 12).double()
+    sums = z.T @ z
+    assert error_left_by_refit(OutputSums(sums, sums), sums, torch.randn(5, 12)) == 1
 
 
 def test_the_refit_changes_nothing_when_every_head_is_kept(make_dense, tokens) -> None:

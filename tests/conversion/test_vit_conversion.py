@@ -18,6 +18,7 @@ from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTF
 import moh
 from moh import convert, record_routing
 from moh.conversion.allocation import layer_costs
+from moh.conversion.fit import ROUTER_RIDGE
 from moh.conversion.images import make_undecided
 from moh.conversion.statistics import collect_contributions
 from moh.conversion.timm_vit import DenseTimmViT
@@ -153,7 +154,7 @@ def test_the_router_predicts_what_heads_add_to_the_residual_stream(scaled) -> No
         router = converted.attn.router
         assert router.config.shared_indices == (int(c.mean(0).argmax()),)
         design = nn.functional.pad(seen.x[index], (0, 1), value=1.0)
-        penalty = 1e-4 * design[:, :-1].square().sum(0).mean() * torch.eye(33, dtype=torch.float64)
+        penalty = ROUTER_RIDGE * design[:, :-1].square().sum(0).mean() * torch.eye(33, dtype=torch.float64)
         penalty[-1] = 0
         best = torch.linalg.solve(design.T @ design + penalty, design.T @ c)
         predicted = router.contribution(seen.x[index].float()).double()

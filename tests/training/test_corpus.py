@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from moh.training import _sources
-from moh.training.corpus import CORPORA, DEFAULT_CORPUS, corpus_from_files, load_corpus, split_documents
+from moh.training.corpus import (
+    CORPORA,
+    DEFAULT_CORPUS,
+    corpus_from_files,
+    equal_parts,
+    load_corpus,
+    split_documents,
+)
 
 
 def test_every_tenth_document_is_held_out_and_none_is_in_both_parts() -> None:
@@ -48,6 +55,18 @@ def test_own_held_out_files_are_taken_whole(tmp_path: Path) -> None:
     assert (corpus.train, corpus.heldout) == (["train"], ["measure"])
     with pytest.raises(ValueError, match=r"heldout_files must not be among files, got .*a\.txt in both"):
         corpus_from_files([tmp_path / "a.txt"], [tmp_path / "a.txt"])
+
+
+def test_equal_parts_of_several_texts_are_spread_over_each() -> None:
+    long, short = [f"{i:05}" * 20 for i in range(50)], ["a" * 40, "b" * 250, "c" * 710]
+    mixed = equal_parts([long, short])
+    assert mixed[10:] == short
+    assert [long.index(document) for document in mixed[:10]] == list(range(2, 50, 5))
+
+
+def test_a_single_text_is_its_own_equal_part() -> None:
+    documents = ["first", "", "a longer one"]
+    assert equal_parts([documents]) == documents
 
 
 def test_an_unknown_corpus_names_the_known_ones() -> None:

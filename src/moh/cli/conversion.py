@@ -31,7 +31,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.set_defaults(run=run)
     parser.add_argument("model", help="directory, hub name or .gguf file; hf-hub:NAME for a timm model")
     parser.add_argument("output", help="directory for the MoH model")
-    parser.add_argument("--shared-heads", type=int, required=True, help="heads that every token uses")
+    parser.add_argument(
+        "--shared-heads",
+        type=int,
+        help="heads that every token uses (default: 2 in 9, with query norms half; a diffusion model needs it)",
+    )
     parser.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
     parser.add_argument(
         "--router", choices=ROUTERS, help="(default: linear; two_stage for a diffusion model, which is not calibrated)"
@@ -39,7 +43,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--routing-unit", choices=ROUTING_UNITS, default="head", help="what a token chooses")
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text to calibrate on (default: %(default)s)"
+        "--corpus",
+        nargs="+",
+        choices=tuple(CORPORA),
+        default=[DEFAULT_CORPUS],
+        help=f"text to calibrate on, equal parts of several (default: {DEFAULT_CORPUS})",
     )
     text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
     images.add_options(parser)
@@ -107,16 +115,25 @@ def _reads_images(dense: Any) -> bool:
 def _of_text(
     arguments: Namespace, dense: nn.Module, options: dict[str, Any]
 ) -> tuple[nn.Module, Callable[[Path], object]]:
-    from moh.cli.commands import read_corpus
     from moh.conversion import convert
     from moh.models.loading import load_tokenizer
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
     tokenizer = load_tokenizer(arguments.model)
-    texts = None if options["router"] == "query_norm" else read_corpus(arguments).train
+    texts = None if options["router"] == "query_norm" else _texts(arguments)
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     return model, partial(_save_all, (model, tokenizer))
+
+
+def _texts(arguments: Namespace) -> list[str]:
+    """What the command line names to calibrate on."""
+    from moh.training import corpus_from_files, load_corpus
+    from moh.training.corpus import equal_parts
+
+    if arguments.files:
+        return corpus_from_files(arguments.files).train
+    return equal_parts([load_corpus(name).train for name in arguments.corpus])
 
 
 def _of_images(

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", default="moh-demo", help="where everything goes (default: %(default)s)")
     demo.add_argument("--base", help="dense model: directory, hub name or .gguf file (default: SmolLM2-135M, fetched)")
     _text(demo)
-    demo.add_argument("--shared-heads", type=int, help="heads that every token uses (default: 4 in 9)")
+    demo.add_argument("--shared-heads", type=int, help="heads that every token uses (default: 2 in 9)")
     demo.add_argument("--active-heads", type=int, help="routed heads per token (default: up to 7 in 9 with the shared)")
     demo.add_argument("--steps", type=int, help="tuning steps per model (default: what fits --minutes, at most 120)")
     demo.add_argument("--minutes", type=float, default=7.0, help="for all tuning together (default: %(default)s)")

@@ -6,9 +6,8 @@ number of heads serves every way to hand heads out. Where the changes live: `moh
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,19 +15,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moh.conversion.allocation import allocate
-from moh.conversion.calibrator import MIN_HEADS
+from moh.conversion.calibrator import MIN_HEADS, with_heads
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import OUTPUT_RIDGE
-from moh.conversion.statistics import OutputSums, collect_several_outputs
+from moh.conversion.statistics import OutputSums, collect_several_outputs, layer_groups
 from moh.models.budget import allowed_counts
 from moh.models.output_budgets import add_output_budgets, output_projection, routed_attentions, used_heads
 from moh.routing import LinearRouter
 
 RANK = 64
 """Rank of a change of W_O, at most (measured by experiments/budgets_in_one_model.py)."""
-
-SUMS_BYTES = 4 << 30
-"""Memory for the sums of one pass over the calibration data; where all layers' need more, there are more passes."""
 
 TOO_FEW = 1e3
 """Nats per token, times the square of how many heads there are fewer than `MIN_HEADS`: what is estimated there is far too
@@ -128,13 +124,9 @@ def fit_changes(
         batches: gives the calibration data anew for each pass.
         rank: of the changes, at most.
     """
-    width = max(attention.output_weight.shape[1] for attention in dense.attentions)
-    of_layer = 2 * 8 * width**2 * len(heads)
-    at_a_time = max(1, SUMS_BYTES // of_layer)
     factors: list[list[tuple[Tensor, Tensor]]] = []
-    for start in range(0, len(routers), at_a_time):
-        group = range(start, min(start + at_a_time, len(routers)))
-        chosen = {layer: [_with_heads(routers[layer], n) for n in heads] for layer in group}
+    for group in layer_groups(dense, numbers=len(heads)):
+        chosen = {layer: [with_heads(routers[layer], n) for n in heads] for layer in group}
         for layer, sums in collect_several_outputs(dense, chosen, batches()).items():
             weight = dense.attentions[layer].output_weight
             factors.append([low_rank_change(s, weight, rank=rank) for s in sums])
@@ -191,10 +183,3 @@ def keep(model: PreTrainedModel, changes: OutputChanges | None, costs: Tensor | 
             budgets.right[index].copy_(right)
         used = config.num_shared + config.active_heads
         budgets.switch(projection.weight, None, budgets.index(used, config.num_heads))
-
-
-def _with_heads(router: LinearRouter, heads: int) -> LinearRouter:
-    """The same router for another number of heads."""
-    other = copy.copy(router)
-    other.config = replace(router.config, active_heads=max(0, heads - router.config.num_shared))
-    return other

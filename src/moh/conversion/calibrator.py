@@ -5,10 +5,13 @@ Joins `statistics` (what to sum up), `allocation` (heads per layer) and `fit` (c
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
@@ -16,8 +19,20 @@ from transformers.utils.logging import tqdm
 from moh.config import MoHConfig
 from moh.conversion.allocation import allocate, layer_costs
 from moh.conversion.dense import DenseModel
-from moh.conversion.fit import ContributionFit, fit_contributions, fit_two_stage_logits, refit_output_projection
-from moh.conversion.statistics import ContributionSums, collect_contributions, collect_outputs
+from moh.conversion.fit import (
+    ContributionFit,
+    error_left_by_refit,
+    fit_contributions,
+    fit_two_stage_logits,
+    refit_output_projection,
+)
+from moh.conversion.statistics import (
+    ContributionSums,
+    collect_contributions,
+    collect_outputs,
+    collect_several_outputs,
+    layer_groups,
+)
 from moh.routing import LinearRouter, Router, TwoStageRouter
 from moh.routing.units import strongest
 
@@ -26,6 +41,9 @@ COST_TOKENS = 4096
 
 MIN_HEADS = 4
 """Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
+
+REFIT_NUMBERS = 6
+"""Numbers of heads for which it is measured how much a refit gives back; every one takes two matrices as W_O a layer."""
 
 
 class Calibrator:
@@ -56,11 +74,34 @@ class Calibrator:
             )
         return routers
 
-    def costs(self, routers: Sequence[Any]) -> Tensor:
-        """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`)."""
-        samples = self._samples[: max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))]
+    def costs(self, routers: Sequence[Any], *, refitted: bool = False) -> Tensor:
+        """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`).
+
+        Args:
+            refitted: W_O is going to be refitted: count what that leaves, layers differ much in it.
+        """
+        count = max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))
+        # Spread out: calibration data of several kinds often comes one kind after the other
+        samples = self._samples[torch.linspace(0, len(self._samples) - 1, min(count, len(self._samples))).long()]
         batches = self._batches("estimating what each layer needs", samples, max(1, self._batch_size // 2))
-        return layer_costs(self._dense, routers, batches)
+        costs = layer_costs(self._dense, routers, batches)
+        return costs * self._left_by_refit(routers, samples) if refitted else costs
+
+    def _left_by_refit(self, routers: Sequence[Any], samples: Tensor) -> Tensor:
+        """Part of the cost of n heads that is left when W_O has been refitted, `[L, H + 1]`; 1 for all heads."""
+        h, step = self._dense.num_heads, routers[0].config.step
+        first = max(min(MIN_HEADS, h - 1) // step * step, *(r.config.num_shared for r in routers), step)
+        numbers = range(first, h, step)
+        numbers = numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]  # for others it is interpolated
+        left = torch.ones(len(routers), h + 1, dtype=torch.float64)
+        for group in layer_groups(self._dense, numbers=len(numbers) + 1) if numbers else ():
+            chosen = {layer: [with_heads(routers[layer], n) for n in (*numbers, h)] for layer in group}
+            batches = self._batches("estimating what a refit gives back", samples, self._batch_size)
+            for layer, (*kept, whole) in collect_several_outputs(self._dense, chosen, batches).items():
+                written = self._dense.attentions[layer].written
+                measured = [error_left_by_refit(sums, whole.gz, written) for sums in kept]
+                left[layer, :-1] = torch.from_numpy(np.interp(range(h), numbers, measured))
+        return left
 
     def reallocate(self, routers: Sequence[Any], costs: Tensor, total: int) -> list[LinearRouter]:
         """Routers with `total` heads over all layers, shared out by `costs`."""
@@ -89,6 +130,13 @@ class Calibrator:
     def _batches(self, title: str, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
         batches = samples.to(self._dense.device).split(batch_size)
         yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
+
+
+def with_heads(router: LinearRouter, heads: int) -> LinearRouter:
+    """The same router for another number of heads, or for its shared heads where they are more."""
+    other = copy.copy(router)
+    other.config = dataclasses.replace(router.config, active_heads=max(0, heads - router.config.num_shared))
+    return other
 
 
 def _linear_router(config: MoHConfig, fit: ContributionFit, device: torch.device) -> LinearRouter:

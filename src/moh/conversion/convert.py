@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moh.config import MoHConfig
 from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import DenseModel
 from moh.conversion.family_models import DenseFamilyModel
+from moh.conversion.heads import requested_layers
 from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
 from moh.models.families.table import family_of
@@ -36,7 +36,7 @@ _VITS = ("vit", "moh_vit")
 def convert(
     model_or_path: nn.Module | str | Path,
     *,
-    shared_heads: int | Sequence[int],
+    shared_heads: int | Sequence[int] | None = None,
     active_heads: int | Sequence[int],
     router: str = "linear",
     routing_unit: str = "head",
@@ -61,7 +61,8 @@ def convert(
             ours, or a directory of one or of a pipeline with one; these are converted without calibration
             (`moh.conversion.dit`). A model that is passed stays as it is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
-            mean contribution where a router is fitted, else the first ones.
+            mean contribution where a router is fitted, else the first ones. None means 2 in 9,
+            with the paper's router half of them (`moh.conversion.heads`); for a diffusion model it must be given.
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
             or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model).
@@ -97,8 +98,8 @@ def convert(
         ValueError: the model can't be converted, or an argument is out of range or missing; nothing was changed.
 
     Examples:
-        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", shared_heads=4, active_heads=3,
-        ...                     calibration=texts, allocation="sensitivity", refit_output=True)  # doctest: +SKIP
+        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", active_heads=5, calibration=texts,
+        ...                     allocation="sensitivity", refit_output=True)  # doctest: +SKIP
         >>> model.save_pretrained("smollm2-moh")  # doctest: +SKIP
         >>> dense = timm.create_model("deit3_small_patch16_224", pretrained=True)  # doctest: +SKIP
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
@@ -114,11 +115,15 @@ def convert(
                 "routing_unit must be 'head' for a diffusion model, whose heads don't share keys and values in groups, "
                 f"got {routing_unit!r}"
             )
+        if shared_heads is None:
+            raise ValueError(
+                "shared_heads must be given for a diffusion model: the default was measured with fitted routers"
+            )
         from moh.conversion.dit import convert_dit
 
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
-    layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
+    layers = requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
     if budgets is not None:
         check_budgets(dense, budgets, router=router, refit_output=refit_output)
@@ -139,7 +144,7 @@ def convert(
         routers = calibrator.fit_routers(layers)
         if allocation == "sensitivity":
             total = sum(c.num_shared + c.active_heads for c in layers)
-            costs = calibrator.costs(routers)
+            costs = calibrator.costs(routers, refitted=refits)
             routers = calibrator.reallocate(routers, costs, total)
         layers = [r.config for r in routers]
         if refit_output:
@@ -215,31 +220,12 @@ def load_dense(path: str | Path) -> Any:
     return load_as(AutoModel if config.model_type in _VITS else AutoModelForCausalLM, path)
 
 
-def _requested_layers(
-    dense: DenseModel, shared_heads: int | Sequence[int], active_heads: int | Sequence[int], router: str, unit: str
-) -> list[MoHConfig]:
-    """Each layer's heads as asked for."""
-    count = len(dense.attentions)
-    active = [active_heads] * count if isinstance(active_heads, int) else list(active_heads)
-    if len(active) != count:
-        raise ValueError(
-            f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
-        )
-    if unit != "head" and dense.kv_heads is None:
-        raise ValueError(
-            f"routing_unit must be 'head' for a {type(dense.model).__name__}, whose heads don't share keys and values in "
-            f"groups, got {unit!r}"
-        )
-    kv_heads = None if unit == "head" else dense.kv_heads
-    return [MoHConfig(dense.num_heads, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
-
-
 def _check(
     dense: DenseModel,
     router: str,
     allocation: str,
     refit_output: bool,
-    shared_heads: int | Sequence[int],
+    shared_heads: int | Sequence[int] | None,
     calibration: object,
     batch_size: int,
 ) -> None:
@@ -249,7 +235,7 @@ def _check(
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
     if router != "linear" and (allocation != "even" or refit_output):
         raise ValueError(f"allocation='sensitivity' and refit_output=True need router='linear', got router={router!r}")
-    if allocation == "sensitivity" and not isinstance(shared_heads, int):
+    if allocation == "sensitivity" and not isinstance(shared_heads, int | None):
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
     if calibration is None and dense.needs_calibration(router):
         kind = "texts or token ids" if isinstance(dense, DenseTextModel) else "images"

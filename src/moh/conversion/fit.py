@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moh.conversion.statistics import ContributionSums, OutputSums
 
-ROUTER_RIDGE = 1e-4
+ROUTER_RIDGE = 1e-2
 """Ridge of the router's fit, as a part of the inputs' mean square."""
 
 TWO_STAGE_SCALE = 1e-2
@@ -80,9 +80,34 @@ def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = 
     Returns:
         the new weight, `[C, H*D]`, in o_proj's dtype and on its device.
     """
-    penalty = ridge * sums.gg.diagonal().mean() * torch.eye(sums.gg.shape[0], dtype=torch.float64)
     w_o = o_proj.detach().double().cpu().T  # [H*D, C]
     # Solve for the change: exactly nothing changes when every head is kept.
-    change = torch.linalg.solve(sums.gg + penalty, (sums.gz - sums.gg) @ w_o)
+    change = _change(sums, (sums.gz - sums.gg) @ w_o, ridge)
     refitted: Tensor = (w_o + change).T.to(o_proj).contiguous()
     return refitted
+
+
+def error_left_by_refit(sums: OutputSums, whole: Tensor, o_proj: Tensor, *, ridge: float = OUTPUT_RIDGE) -> float:
+    """What the refit of W_O leaves of the squared error that skipping heads makes, as a part of it.
+
+    Args:
+        whole: sum z z', `[H*D, H*D]`, over the same tokens as `sums`.
+        o_proj: weight of the original output projection as it reaches the residual stream, `[C, H*D]`.
+
+    Returns:
+        between 0 and 1; 1 where nothing is skipped.
+    """
+    w_o = o_proj.detach().double().cpu().T  # [H*D, C]
+    skipped = whole - sums.gz - sums.gz.T + sums.gg  # sum (z - g)(z - g)'
+    before = float((w_o * (skipped @ w_o)).sum())
+    wanted = (sums.gz - sums.gg) @ w_o  # sum g r', of what is skipped r = (z - g) W_O
+    change = _change(sums, wanted, ridge)
+    after = before - 2 * float((change * wanted).sum()) + float((change * (sums.gg @ change)).sum())
+    return min(1.0, max(0.0, after) / before) if before > 0 else 1.0
+
+
+def _change(sums: OutputSums, wanted: Tensor, ridge: float) -> Tensor:
+    """Of W_O, `[H*D, C]`: the ridge regression of what is skipped on the kept heads."""
+    penalty = ridge * sums.gg.diagonal().mean() * torch.eye(sums.gg.shape[0], dtype=torch.float64)
+    change: Tensor = torch.linalg.solve(sums.gg + penalty, wanted)
+    return change

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from moh.conversion.dense import DenseAttention, DenseModel
 from moh.routing import Router
 
+SUMS_BYTES = 4 << 30
+"""Memory for the sums of one pass over the calibration data; where all layers' need more, there are more passes."""
+
 
 @dataclass
 class ContributionSums:
@@ -116,6 +119,15 @@ def collect_several_outputs(
 
     _run(dense, batches, add)
     return sums
+
+
+def layer_groups(dense: DenseModel, *, numbers: int) -> Iterator[range]:
+    """Layers whose `OutputSums`, so many of each, fit the memory together."""
+    width = max(attention.output_weight.shape[1] for attention in dense.attentions)
+    at_a_time = max(1, SUMS_BYTES // (2 * 8 * width**2 * max(1, numbers)))
+    layers = len(dense.attentions)
+    for start in range(0, layers, at_a_time):
+        yield range(start, min(start + at_a_time, layers))
 
 
 def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, _Taps], None]) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moh._files import write_text
 from moh.conversion import convert
+from moh.conversion.heads import default_shared_heads
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
@@ -51,7 +52,7 @@ class DemoSettings:
         base: directory, hub name or .gguf file of a dense model; None fetches SmolLM2-135M.
         corpus: a built-in text (`moh.training.CORPORA`); not used if `files` are given.
         files: the user's own text files.
-        shared_heads: heads that every token uses; None means 4 in 9.
+        shared_heads: heads that every token uses; None means 2 in 9, and half of them with the paper's router.
         active_heads: routed heads per token; None fills up to 7 in 9.
         steps: optimiser steps of each run; None as many as fit `minutes`, at most 120.
         minutes: for the tuning of all runs together, if `steps` is None.
@@ -128,14 +129,18 @@ class _Demo:
             heldout = heldout[
                 torch.linspace(0, len(heldout) - 1, max(1, min(len(heldout), s.heldout_tokens // s.seq_len))).long()
             ]
-        shared, active = self._heads(dense.config.num_attention_heads)
+        num_heads = dense.config.num_attention_heads
+        shared, active = self._heads(num_heads, default_shared_heads(num_heads))
+        of_paper = self._heads(num_heads, default_shared_heads(num_heads, "query_norm"))
 
         with self._step("perplexity of the dense original"):
             dense_result = perplexity(dense, heldout)
         dense_row = self._add(ModelRow("dense original", 1.0, dense_result.perplexity))
 
         with self._step("converting the paper's way (query norms)"):
-            paper = convert(dense, shared_heads=shared, active_heads=active, router="query_norm", progress=False)
+            paper = convert(
+                dense, shared_heads=of_paper[0], active_heads=of_paper[1], router="query_norm", progress=False
+            )
         self._measure("MoH, the paper's router, untuned", paper, heldout, dense_row, dense_result)
         if not s.full:
             del paper
@@ -211,10 +216,10 @@ class _Demo:
         self._print(report)
         return report
 
-    def _heads(self, num_heads: int) -> tuple[int, int]:
-        """Shared and active heads as asked for, or 4 and 3 in 9."""
+    def _heads(self, num_heads: int, shared_by_default: int) -> tuple[int, int]:
+        """Shared and active heads as asked for, or as many as fill up to 7 in 9."""
         shared = self.settings.shared_heads
-        shared = max(1, round(num_heads * 4 / 9)) if shared is None else shared
+        shared = shared_by_default if shared is None else shared
         active = self.settings.active_heads
         return shared, max(0, round(num_heads * 7 / 9) - shared) if active is None else active
 

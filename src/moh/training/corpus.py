@@ -123,6 +123,20 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     return train, list(documents[HELDOUT_EVERY - 1 :: HELDOUT_EVERY])
 
 
+def equal_parts(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Documents of several texts, as many characters of each as the shortest has, about, spread over the whole of it."""
+    sizes = [sum(map(len, documents)) for documents in texts]
+    kept: list[str] = []
+    for documents, size in zip(texts, sizes, strict=True):
+        seen = taken = 0
+        for document in documents:
+            seen += len(document)
+            if taken + len(document) / 2 <= min(sizes) * seen / size:
+                kept.append(document)
+                taken += len(document)
+    return kept
+
+
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/moh`, or ~/.cache/moh."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moh"

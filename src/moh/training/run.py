@@ -131,7 +131,8 @@ def train(
     model.config.use_cache = use_cache  # the Trainer turns it off
     model_dir = session.output_dir / "model"
     _save(trainer, model_dir)
-    trained = trainer.accelerator.unwrap_model(trainer.model).eval()
+    # Without the autocast that the Trainer wraps around forward: what is returned computes as what was saved does.
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     return TrainResult(
         model=trained,
         tokenizer=tokenizer,

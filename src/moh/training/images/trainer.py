@@ -75,8 +75,11 @@ class ImageTrainer(RoutingTrainer):
 
     @property
     def final_model(self) -> nn.Module:
-        """What is evaluated and saved: the moving average where there is one, else the model."""
-        model: nn.Module = self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
+        """What is evaluated and saved: the moving average where there is one, else the model, without the Trainer's autocast."""
+        if self.ema is not None:
+            averaged: nn.Module = self.ema.module
+            return averaged
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return model
 
     def compute_loss(
