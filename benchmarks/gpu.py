@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,16 +22,17 @@ from benchmarks.cases import Case, Contender
 from benchmarks.gpu_cases import GPU_GRIDS, contenders, gpu_cases
 from benchmarks.results import commit
 from moh._files import write_text
-from moh.attention.conformance.__main__ import outcomes_of, summary
+from moh.attention.conformance.__main__ import PROJECTIONS, outcomes_of, summary
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 15
 FAILED = "FAILED"
-CHECKED = ("triton", "flex", "sdpa")
+CHECKED = ("triton", "flex", "sdpa", PROJECTIONS)
 
 DESCRIPTION = """\
 Time routed attention on this GPU against PyTorch's attention with each of its backends, FlashAttention where it is
-installed, and dense-then-mask; check that all backends agree with the definition; write one Markdown file."""
+installed, and dense-then-mask, and projections of active heads against dense ones; check that all backends and
+projections agree with the definition; write one Markdown file."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,12 +138,13 @@ def _synchronisation(device: str) -> str:
     """Whether a routed forward and backward pass waits for the device anywhere, and whether a CUDA graph can hold it."""
     if device == "cpu":
         return "synchronisation: not checked, for there is no CUDA device"
-    found = [f"`{name}` {_waits(name)}" for name in ("triton", "flex")]
+    core = Case("core", "forward+backward", 2, 8, 2, 512, 64, "bfloat16", True, shares=(0.5,))
+    both = [(core, "triton"), (core, "flex")] + [(replace(core, subject=PROJECTIONS), n) for n in ("queries", "output")]
+    found = [f"`{name}` {_waits(case, name)}" for case, name in both]
     return "synchronisation and CUDA graphs: " + "; ".join(found)
 
 
-def _waits(name: str) -> str:
-    case = Case("core", "forward+backward", 2, 8, 2, 512, 64, "bfloat16", True, shares=(0.5,))
+def _waits(case: Case, name: str) -> str:
     chosen = next((c for c in contenders(case, "cuda") if c.name == f"ours ({name})"), None)
     if chosen is None:
         return "does not serve"

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: attention alone, decoding, and a whole layer, each against all dense attentions there.
+"""What is measured on a GPU: attention, decoding, projections, and a whole layer, each against all that is dense there.
 
 Needs torch and moh alone. Not for how it is timed and printed (`gpu.py`).
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import Case, Contender, active_heads, balanced_gates
 from benchmarks.dense import DenseAttention, heads_of
 from moh import MoHAttention
-from moh.attention import backends, moh_attention
+from moh.attention import backends, moh_attention, triton_kernels
+from moh.attention.triton_kernels import projection_rule
+from moh.attention.triton_kernels.projections import expand, sum_heads
 
 GPU_GRIDS = ("quick", "default", "full")
 
@@ -28,6 +32,13 @@ DENSE = {
     "dense (math)": SDPBackend.MATH,
 }
 OURS = ("triton", "flex", "sdpa")
+PROJECTED: dict[str, dict[str, float]] = {
+    "ours": {},
+    "ours (sparse projections)": {"MAX_COST": 9.0, "MIN_TILES": 0},
+    "ours (dense projections)": {"MAX_COST": -1.0},
+}
+"""A layer as it chooses its projections, and with either choice: what of `projection_rule` is replaced for it."""
+
 MATH_LIMIT = 2**31
 """Bytes of scores above which the unfused attention is left out: it would need them all at once."""
 
@@ -39,11 +50,13 @@ def gpu_cases(grid: str) -> dict[str, list[Case]]:
     both = replace(BASE, mode="forward+backward")
     layer = replace(BASE, subject="layer", router="linear", shares=(0.5, 0.75, 1.0))
     decode = replace(BASE, subject="decode", mode="decode", batch=8, causal=False, length=8192)
+    projections = replace(BASE, subject="projections", batch=1, length=8192, kv_heads=32, causal=False)
     if grid == "quick":
         small = dict(batch=1, heads=8, kv_heads=2, length=512, width=64, shares=(0.5,))
         return {
             "Attention alone": [replace(BASE, **small), replace(both, **small)],
             "Decoding": [replace(decode, **small)],
+            "Projections": [replace(projections, **{**small, "kv_heads": 8})],
             "Whole layer": [replace(layer, **small)],
         }
     lengths = (2048, 8192) if grid == "default" else (512, 1024, 2048, 4096, 8192, 16384)
@@ -60,13 +73,25 @@ def gpu_cases(grid: str) -> dict[str, list[Case]]:
     return {
         "Attention alone": core,
         "Decoding": [replace(decode, length=n, kv_heads=h) for n in (2048, 8192, 32768) for h in (32, 8)],
-        "Whole layer": [replace(layer, mode=m) for m in ("forward", "forward+backward")],
+        "Projections": [
+            replace(projections, mode=mode, heads=heads, kv_heads=heads, width=4096 // heads, length=length)
+            for mode in ("forward", "forward+backward")
+            for heads in (64, 32)
+            for length in (1, 2048, 8192)
+            if length > 1 or mode == "forward"
+        ],
+        "Whole layer": [
+            *(replace(layer, mode=m) for m in ("forward", "forward+backward")),
+            replace(layer, batch=1, length=8192),
+        ],
     }
 
 
 def contenders(case: Case, device: str) -> list[Contender]:
     """The contenders of a case; those that the machine does not have raise when they run, and are reported so."""
     torch.manual_seed(0)
+    if case.subject == "projections":
+        return _projections(case, device)
     return _layers(case, device) if case.subject == "layer" else _attentions(case, device)
 
 
@@ -120,9 +145,15 @@ def _layers(case: Case, device: str) -> list[Contender]:
     x = torch.randn(case.batch, case.length, dim, dtype=case.torch_dtype, device=device, requires_grad=case.backward)
     cotangent = torch.randn_like(x)
 
-    def step(layer: nn.Module) -> Callable[[], object]:
+    def step(layer: nn.Module, **rule: float) -> Callable[[], object]:
         layer = layer.to(device, case.torch_dtype).train(case.backward)
-        return _step(lambda: layer(x, is_causal=case.causal), [x, *layer.parameters()], cotangent, case.backward)
+
+        def forward() -> Tensor:
+            with patch.multiple(projection_rule, **rule) if rule else nullcontext():
+                out: Tensor = layer(x, is_causal=case.causal)
+            return out
+
+        return _step(forward, [x, *layer.parameters()], cotangent, case.backward)
 
     found = [Contender("dense", step(DenseAttention(dim, case.heads, case.kv_heads, case.width)))]
     for share in case.shares:
@@ -137,8 +168,50 @@ def _layers(case: Case, device: str) -> list[Contender]:
             num_kv_heads=case.kv_heads,
             head_dim=case.width,
         )
-        found.append(Contender("ours", step(layer), share, active / case.heads))
+        for name, rule in PROJECTED.items():
+            if device == "cuda" or not rule:  # on the CPU there is no such choice
+                found.append(Contender(name, step(layer, **rule), share, active / case.heads))
     return found
+
+
+def _projections(case: Case, device: str) -> list[Contender]:
+    """Query and output projection of `batch * length` tokens, each dense and of the active heads alone."""
+    tokens, dim = case.batch * case.length, case.heads * case.width
+    make = functools.partial(torch.randn, dtype=case.torch_dtype, device=device, requires_grad=case.backward)
+    x, heads, weight = make(tokens, dim), make(tokens, case.heads, case.width), make(dim, dim)
+    for_heads, for_x = torch.randn_like(heads), torch.randn_like(x)
+
+    def step(forward: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor) -> Callable[[], object]:
+        return _step(forward, leaves, cotangent, case.backward)
+
+    found = [
+        Contender("dense (queries)", step(lambda: F.linear(x, weight).view_as(heads), (x, weight), for_heads)),
+        Contender("dense (output)", step(lambda: F.linear(heads.flatten(1), weight), (heads, weight), for_x)),
+    ]
+    if (reason := triton_kernels.unavailable(device)) is not None:
+
+        def fail() -> Tensor:
+            raise RuntimeError(reason)
+
+        return [*found, Contender("active heads alone", fail)]
+    for share in case.shares:
+        active = active_heads(share, case.heads)
+        gates = balanced_gates(1, tokens, case.heads, active)[0].to(device, case.torch_dtype)
+        for name, forward, leaves, cotangent in (
+            ("ours (queries)", functools.partial(expand, x, weight, gates), (x, weight), for_heads),
+            (
+                "ours (output)",
+                functools.partial(_project_output, heads, weight, gates),
+                (heads, weight),
+                for_x,
+            ),
+        ):
+            found.append(Contender(name, step(forward, leaves, cotangent), share, active / case.heads))
+    return found
+
+
+def _project_output(heads: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
+    return sum_heads(heads, weight.t(), gates, zeroed=True)
 
 
 def _heads(case: Case, heads: int, length: int, device: str) -> Tensor:

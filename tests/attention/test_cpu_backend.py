@@ -197,6 +197,19 @@ def test_very_large_logits_do_not_overflow(isa, is_causal, shape, dtype):
 
 
 @each_path
+def test_log_sum_exp_is_that_of_the_scores_and_left_out_on_request(isa, shape):
+    inputs = make_inputs(**shape)
+    arguments = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.gates)]
+    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
+    bare, nothing = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_lse=False)
+    assert nothing.shape == (0, *lse.shape[1:]) and torch.equal(bare, out)
+    q, k = arguments[0], arguments[1].repeat_interleave(shape["G"], dim=1)
+    scores = (q @ k.mT) / math.sqrt(shape["D"])
+    expected = torch.where(inputs.gates.mT != 0, scores.logsumexp(-1) / math.log(2), math.inf)
+    torch.testing.assert_close(lse, expected)
+
+
+@each_path
 @causal_or_not
 def test_nan_of_a_query_stays_in_its_row(isa, is_causal, shape):
     inputs = make_inputs(is_causal=is_causal, **shape)
@@ -241,6 +254,31 @@ def test_keys_hidden_by_padding_may_hold_anything_but_infinite_values(isa, is_ca
 
 
 @each_dtype
+@pytest.mark.parametrize("seen", [22, 23])
+def test_keys_after_the_last_active_row_may_hold_anything(isa, seen, dtype):
+    # With an odd number of keys, products of pairs of keys end in the middle of one.
+    inputs = make_inputs(B=1, Hkv=2, G=1, Nq=40, Nk=40, D=16, dtype=dtype, is_causal=True)
+    gates = inputs.gates.detach().clone()
+    gates[:, :seen], gates[:, seen:] = 0.5, 0.0
+    k, v = inputs.k.detach().clone(), inputs.v.detach().clone()
+    clean = moh_attention(inputs.q, k, v, gates, is_causal=True, backend="cpu")
+    k[:, :, seen:], v[:, :, seen:] = math.nan, math.inf
+    assert torch.equal(moh_attention(inputs.q, k, v, gates, is_causal=True, backend="cpu"), clean)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 30, 33])
+@pytest.mark.parametrize("apart", [0, 1], ids=["even-rows", "odd-rows"])
+def test_bfloat16_of_any_width_and_distance_of_rows_is_like_the_definition(isa, apart, width):
+    inputs = make_inputs(B=2, Hkv=2, G=2, Nq=45, Nk=51, D=width, dtype=torch.bfloat16)
+    for name in ("q", "k", "v"):
+        x = getattr(inputs, name).detach()
+        rows = torch.zeros(*x.shape[:-1], width + width % 2 + apart, dtype=x.dtype)
+        rows[..., :width] = x
+        setattr(inputs, name, rows[..., :width].requires_grad_())
+    assert_like_definition(inputs)
+
+
+@each_dtype
 @each_path
 def test_small_gates_get_exact_gradients(isa, shape, dtype):
     inputs = make_inputs(activity="all", dtype=dtype, **shape)
@@ -260,6 +298,25 @@ def test_non_contiguous_inputs_are_served_as_they_are(isa, is_causal, shape):
     inputs.attn_mask = inputs.attn_mask.mT.contiguous().mT
     assert torch.equal(attend(inputs), expected)
     assert_like_definition(inputs)
+
+
+@causal_or_not
+@pytest.mark.parametrize("apart", [pytest.param(1024, id="pages"), pytest.param(3600, id="over-4-MiB")])
+def test_keys_and_values_far_apart_in_memory_give_the_same_bits(isa, is_causal, apart):
+    inputs = make_inputs(B=1, Hkv=2, G=1, Nq=300, D=24, activity="all", is_causal=is_causal)
+    weight = torch.randn(1, 300, 2, 24)
+    out = attend(inputs)
+    expected = {"output": out, **gradients(out, inputs, weight)}
+
+    def spread(x: Tensor) -> Tensor:
+        row = torch.zeros(1, 300, apart)[..., : 2 * 24].unflatten(-1, (2, 24)).transpose(1, 2)
+        return row.copy_(x.detach()).requires_grad_()
+
+    inputs.k, inputs.v = spread(inputs.k), spread(inputs.v)
+    assert inputs.k.stride(2) == apart
+    out = attend(inputs)
+    for name, tensor in {"output": out, **gradients(out, inputs, weight)}.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @each_path

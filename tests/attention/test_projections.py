@@ -159,16 +159,16 @@ def test_fused_projection_gives_the_dense_queries_keys_and_values(sparse_calls, 
 
 @pytest.mark.parametrize(
     "reason",
-    ["few tokens", "large share", "bfloat16", "float64", "autocast", "hook", "adapter"],
+    ["few tokens", "large share", "float16", "float64", "autocast", "hook", "adapter"],
     ids=lambda r: r.replace(" ", "-"),
 )
 def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, monkeypatch, reason):
     linear: nn.Module = nn.Linear(32, 32)
     x, gates = torch.randn(1, 100, 32), torch.ones(1, 100, 4)
     seen = []
-    if reason == "bfloat16":  # on a processor that has units for it
-        monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": True})
-        linear, x, gates = linear.bfloat16(), x.bfloat16(), gates.bfloat16()
+    if reason == "float16":  # on a processor that has units for it
+        monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_fp16": True})
+        linear, x, gates = linear.half(), x.half(), gates.half()
     if reason == "float64":
         linear, x, gates = linear.double(), x.double(), gates.double()
     if reason == "few tokens":
@@ -207,6 +207,27 @@ def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):
     q = moh.attention.project_queries(linear, x, gates, share=1.0)
     assert sparse_calls == ["cpu_expand"]
     assert_close(q.flatten(2), linear(x), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("isa_in_use", "has_amx", "share", "is_sparse"),
+    [
+        ("avx512_bf16", False, 0.5, True),
+        ("avx512_bf16", False, 0.9, False),
+        ("avx512_bf16", True, 0.5, False),
+        ("avx512", False, 0.5, False),
+    ],
+    ids=["dot-products", "many-heads", "amx", "float-kernels"],
+)
+def test_bfloat16_units_are_met_by_dot_products_or_left_to_the_dense_product(
+    sparse_calls, monkeypatch, isa_in_use, has_amx, share, is_sparse
+):
+    units = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": has_amx}
+    monkeypatch.setattr(projections, "_capabilities", lambda: units)
+    monkeypatch.setattr(projections.cpu, "instruction_set", lambda: isa_in_use)
+    linear, x = nn.Linear(32, 32).bfloat16(), torch.randn(1, 100, 32).bfloat16()
+    moh.attention.project_queries(linear, x, torch.ones(1, 100, 4).bfloat16(), share=share)
+    assert sparse_calls == ["cpu_expand"] * is_sparse
 
 
 @pytest.mark.parametrize("reason", ["offloaded", "quantised", "other-backend"])

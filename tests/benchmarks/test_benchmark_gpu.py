@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases
+from benchmarks import gpu, gpu_cases, gpu_counts
 from benchmarks.__main__ import main
 from benchmarks.cases import Contender
 
@@ -37,12 +37,13 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(capsys):
 def test_page_holds_checks_and_every_contender(tiny):
     page, failed = gpu.run("quick", device="cpu", backends=())
     assert "## Checks" in page and "synchronisation: not checked" in page
-    for title in ("## Attention alone", "## Decoding", "## Whole layer"):
+    for title in ("## Attention alone", "## Decoding", "## Projections", "## Whole layer"):
         assert title in page
     for words in ("dense (math) | all", "ours (sdpa) | 50%", "masked (dense, then gates) | 50%", "ours | 50%"):
         assert words in page
     assert failed == 0
-    assert "dense (cudnn) | all | failed:" in page  # what the machine lacks is said, not left out
+    # What the machine lacks is said, not left out.
+    assert "dense (cudnn) | all | failed:" in page and "active heads alone | all | failed: it runs on NVIDIA" in page
 
 
 def test_failed_contender_of_ours_counts_as_failure(tiny, monkeypatch):
@@ -54,7 +55,7 @@ def test_failed_contender_of_ours_counts_as_failure(tiny, monkeypatch):
 
     monkeypatch.setattr(gpu, "contenders", broken)
     page, failed = gpu.run("quick", device="cpu", backends=())
-    assert failed == 4 and "ours (triton) | 50% | failed: out of luck" in page
+    assert failed == 5 and "ours (triton) | 50% | failed: out of luck" in page
 
 
 def test_a_case_that_cannot_be_made_is_told_and_the_page_goes_on(tiny, monkeypatch):
@@ -63,7 +64,7 @@ def test_a_case_that_cannot_be_made_is_told_and_the_page_goes_on(tiny, monkeypat
 
     monkeypatch.setattr(gpu, "contenders", broken)
     page, failed = gpu.run("quick", device="cpu", backends=())
-    assert failed == 4 and page.count("none could be made: no memory left") == 4
+    assert failed == 5 and page.count("none could be made: no memory left") == 5
 
 
 def test_waiting_for_the_device_counts_as_failure(tiny, monkeypatch):
@@ -92,6 +93,50 @@ def test_cases_are_of_the_targets_sizes_and_each_once(grid):
     if grid != "quick":
         assert {case.width for case in tables["Attention alone"]} == {64, 128}
         assert any(case.heads * case.width == 4096 for case in tables["Whole layer"])
+        assert {case.width for case in tables["Projections"]} == {64, 128}
+
+
+def test_layers_of_a_gpu_are_measured_with_sparse_and_with_dense_projections(monkeypatch):
+    """Made on a device without numbers, and seen where they choose."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moh.attention import projections, triton_kernels
+
+    chosen = []
+
+    def seen(*arguments: object) -> str | None:
+        reason = projections.dense_is_faster(
+            tokens=8192, heads=32, width=128, channels=4096, share=0.9, dtype=torch.bfloat16, major=9
+        )
+        chosen.append("sparse" if reason is None else "dense")
+        return None
+
+    monkeypatch.setattr(projections, "_sparse_kernels", seen)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
+    # They are there already, and weights without numbers can't be moved.
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
+    case = replace(gpu_cases.gpu_cases("default")["Whole layer"][0], **TINY)
+    with FakeTensorMode(), torch.device("cuda"):
+        found = {c.name: c for c in gpu_cases.contenders(case, "cuda")}
+        for name, expected in (("ours (sparse projections)", "sparse"), ("ours (dense projections)", "dense")):
+            chosen.clear()
+            found[name].run()
+            assert chosen == [expected] * 2
+
+
+def test_counts_are_those_of_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert all(table in page for table in gpu_counts.tables().split("\n\n"))
+
+
+def test_projections_of_active_heads_save_four_of_six_products():
+    def of_projections(**options):
+        dense, sparse = (
+            gpu_counts.layer_operations(2048, attention=0.5, sparse=sparse, **options) for sparse in (False, True)
+        )
+        return (dense - sparse) / (2 * 4096 * 4096 * gpu_counts.SHARE)
+
+    assert of_projections(backward=False) == 1 and of_projections(backward=True) == 4
 
 
 def test_clock_tells_seconds_of_every_round():

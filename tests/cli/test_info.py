@@ -41,6 +41,31 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
 
 
 @pytest.mark.parametrize(
+    "tokens, options, words",
+    [
+        pytest.param(8, ["--share", 0.5], "dense; cpu: it serves the CPU, from 64 tokens on", id="few-tokens"),
+        pytest.param(100, ["--share", 0.9], "dense; cpu: it serves the CPU, from 64 tokens on", id="most-heads"),
+        pytest.param(100, ["--share", 0.5, "--dtype", "float64"], "dense; cpu: it computes float32", id="float64"),
+    ],
+)
+def test_it_tells_what_would_project_queries_and_output(moh, tokens, options, words) -> None:
+    result = moh("info", "--shape", 2, 4, 2, tokens // 2, 16, *options)
+    assert result.code == 0
+    lines = result.out[1 + len(backends()) :]
+    assert lines[0].startswith(f"projections of {options[1]:.0%} of the heads, width 64")
+    for kind, line in zip(("queries", "output"), lines[1:], strict=True):
+        name, reason = line.strip().split(maxsplit=1)
+        assert name == kind and reason.startswith(words)
+        assert reason.endswith("triton: on cpu it serves only calls that name it") or "float64" in options
+
+
+def test_it_names_the_projections_of_active_heads_where_they_serve(moh, monkeypatch) -> None:
+    monkeypatch.setattr("moh.attention.cpu.unavailable", lambda: None)
+    lines = moh("info", "--shape", 2, 4, 2, 50, 16, "--share", 0.5).out[-2:]
+    assert [line.split() for line in lines] == [["queries", "cpu"], ["output", "cpu"]]
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--shape", 2, 4, 3, 8, 16], "HKV a divisor of H"),
@@ -48,6 +73,7 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
         ([*SHAPE, "--device", "sideways"], "--device must be cpu or cuda, got 'sideways'"),
         ([*SHAPE, "--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
         ([*SHAPE, "--device", "cuda:99"], "CUDA devices here"),
+        ([*SHAPE, "--share", 0.0], "--share must be above 0 and at most 1, got 0.0"),
         ([*SHAPE, "--dropout", 1.5], "--dropout must be at least 0 and below 1, got 1.5"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,

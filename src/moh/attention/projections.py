@@ -7,19 +7,28 @@ values, which every head of a group shares.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moh.attention import cpu
+from moh.attention import cpu, triton_kernels
 from moh.attention.plain import is_plain
 from moh.attention.refusals import DTYPES, transforms_are_active
+from moh.attention.triton_kernels import projections as on_gpu
+from moh.attention.triton_kernels.projection_rule import dense_is_faster
 
 MIN_TOKENS = 64
 """With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
 
-MAX_SHARE = 0.7
-"""Above this share of active heads the dense product is as fast (measured in float32, AVX2: docs/results/speed.md)."""
+MAX_SHARE = 0.8
+"""Above this share of active heads the dense product is as fast, in float32 (measured with AVX2 and AVX-512)."""
+
+MAX_SHARE_BFLOAT16 = 0.7
+"""The same in bfloat16 where both use the processor's dot products (measured on Zen 4)."""
+
+Kind = Literal["queries", "qkv", "output"]
+"""Of a projection: C -> H * D, the same with keys and values (C -> 3 * H * D), or H * D -> C."""
 
 _UNITS_OF_16_BITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
@@ -32,14 +41,15 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, b
         x: `[B, N, C]`.
         gates: `[B, N, H]`, 0 where a head is inactive.
         share: expected share of pairs that are active, which decides whether the sparse product is worth it.
-        backend: of the attention; the sparse product belongs to `cpu`, named or chosen by None.
+        backend: of the attention; the sparse products belong to `cpu` and `triton`, named or chosen by None.
     """
     B, N, H = gates.shape
-    if not _sparse_is_faster(linear, x, share, backend):
+    kernels = _sparse_kernels(linear, x, "queries", H, share, backend)
+    if kernels is None:
         dense: Tensor = linear(x)
         return dense.view(B, N, H, dense.shape[-1] // H)
-    assert isinstance(linear, nn.Linear)  # as _sparse_is_faster has seen
-    return _active_queries(linear.weight, linear.bias, x, gates)
+    assert isinstance(linear, nn.Linear)  # as projections_passed_over has seen
+    return _active_queries(kernels, linear.weight, linear.bias, x, gates)
 
 
 def project_qkv(
@@ -50,7 +60,8 @@ def project_qkv(
     Args as in `project_queries`; `linear` is C -> 3 * H * D, its rows those of the queries, the keys and the values.
     """
     B, N, H = gates.shape
-    if not _sparse_is_faster(linear, x, share, backend):
+    kernels = _sparse_kernels(linear, x, "qkv", H, share, backend)
+    if kernels is None:
         dense: Tensor = linear(x)
         q, k, v = dense.view(B, N, 3, H, dense.shape[-1] // (3 * H)).unbind(2)
         return q, k, v
@@ -58,12 +69,13 @@ def project_qkv(
     rows = linear.out_features // 3  # H * D
     q_bias, kv_bias = (None, None) if linear.bias is None else (linear.bias[:rows], linear.bias[rows:])
     k, v = nn.functional.linear(x, linear.weight[rows:], kv_bias).view(B, N, 2, H, rows // H).unbind(2)
-    return _active_queries(linear.weight[:rows], q_bias, x, gates), k, v
+    return _active_queries(kernels, linear.weight[:rows], q_bias, x, gates), k, v
 
 
-def _active_queries(weight: Tensor, bias: Tensor | None, x: Tensor, gates: Tensor) -> Tensor:
+def _active_queries(kernels: str, weight: Tensor, bias: Tensor | None, x: Tensor, gates: Tensor) -> Tensor:
     B, N, H = gates.shape
-    heads: Tensor = torch.ops.moh.cpu_expand(x.flatten(0, 1), weight, gates.detach().flatten(0, 1))
+    expand = on_gpu.expand if kernels == "triton" else torch.ops.moh.cpu_expand
+    heads: Tensor = expand(x.flatten(0, 1), weight, gates.detach().flatten(0, 1))
     if bias is not None:
         heads = heads + bias.view(H, -1)
     return heads.view(B, N, H, heads.shape[-1])
@@ -74,39 +86,114 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
 
     Args as in `project_queries`; `linear` is the output projection, H * D -> C.
     """
-    if not _sparse_is_faster(linear, heads, share, backend):
+    kernels = _sparse_kernels(linear, heads, "output", heads.shape[2], share, backend)
+    if kernels is None:
         dense: Tensor = linear(heads.flatten(2))
         return dense
     assert isinstance(linear, nn.Linear)
-    out: Tensor = torch.ops.moh.cpu_sum_heads(heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1))
+    rows, matrix, pairs = heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1)
+    if kernels == "triton":
+        out = on_gpu.sum_heads(rows, matrix, pairs, zeroed=True)
+    else:
+        out = torch.ops.moh.cpu_sum_heads(rows, matrix, pairs)
     if linear.bias is not None:
         out = out + linear.bias
     return out.view(*heads.shape[:2], out.shape[-1])
 
 
-def _sparse_is_faster(linear: nn.Module, x: Tensor, share: float, backend: str | None) -> bool:
-    return (
-        backend in (None, "cpu")
-        and x.dtype in DTYPES
-        and share <= _max_share(x.dtype)
-        and x.shape[0] * x.shape[1] >= MIN_TOKENS
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and is_plain(linear, x)
-        and not transforms_are_active()
-        and cpu.unavailable() is None
+def projections_passed_over(
+    linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None = None
+) -> dict[str, str | None]:
+    """Why the sparse products of each backend would be passed over for the dense one; None if they would serve.
+
+    Args:
+        linear: the projection.
+        x: what it projects, `[B, N, C]` or the heads `[B, N, H, D]`; only shape, dtype, device and whether gradients are
+            wanted count.
+        kind: which projection it is.
+        num_heads: H.
+        share: expected share of pairs that are active.
+        backend: that of the attention, None if it is chosen.
+    """
+    return {name: _why_dense(name, linear, x, kind, num_heads, share, backend) for name in ("cpu", "triton")}
+
+
+def _sparse_kernels(
+    linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None
+) -> str | None:
+    """Whose sparse products serve, "cpu" or "triton"; None for the dense product."""
+    name = "cpu" if x.device.type == "cpu" and backend != "triton" else "triton"
+    return name if _why_dense(name, linear, x, kind, num_heads, share, backend) is None else None
+
+
+def _why_dense(
+    name: str, linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None
+) -> str | None:
+    # The words hold no size of x: torch.compile would fix it to read them.
+    device = x.device.type
+    if backend not in (None, name):
+        return f"the attention's backend is {backend!r}"
+    if x.dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    if name == "cpu" and (device != "cpu" or share > _max_share(x.dtype) or x.shape[0] * x.shape[1] < MIN_TOKENS):
+        return f"it serves the CPU, from {MIN_TOKENS} tokens on, with at most {_max_share(x.dtype):.0%} of the heads in use"
+    if name == "triton" and device != "cuda" and backend is None:
+        return f"on {device} it serves only calls that name it"
+    if name == "triton" and (unavailable := triton_kernels.unavailable(device)) is not None:
+        return str(unavailable)
+    if torch.is_autocast_enabled(device):
+        return "autocast is on"
+    if not is_plain(linear, x):
+        return "the layer is more than a product with its weight: an adapter, a hook, quantised or of another dtype"
+    if transforms_are_active():
+        return "it has no rules for torch.func's transforms"
+    assert isinstance(linear, nn.Linear)
+    return cpu.unavailable() if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
+
+
+def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, share: float) -> str | None:
+    tokens = x.shape[0] * x.shape[1]
+    if tokens == 0:
+        return "it needs at least one token"
+    if (reason := triton_kernels.not_interpreted(x.device.type, x.dtype)) is not None:
+        return reason
+    if kind == "output" and tokens > on_gpu.FEW_TOKENS and not (torch.is_grad_enabled() and _wants_gradient(linear, x)):
+        return "its output projection is the dense product unless gradients are wanted"
+    rows, channels = linear.out_features // (3 if kind == "qkv" else 1), linear.in_features
+    if kind == "output":
+        rows, channels = channels, rows
+    return dense_is_faster(
+        tokens=tokens,
+        heads=num_heads,
+        width=rows // num_heads,
+        channels=channels,
+        share=share,
+        dtype=x.dtype,
+        major=_major(x.device.type),
     )
+
+
+def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
+    return x.requires_grad or linear.weight.requires_grad
+
+
+@torch.compiler.assume_constant_result
+def _major(device: str) -> int:
+    return torch.cuda.get_device_capability()[0] if device == "cuda" else 8
 
 
 def _max_share(dtype: torch.dtype) -> float:
     """Above this share the dense product is as fast.
 
-    16-bit products run on units of their own where the processor has them. Elsewhere PyTorch emulates them, some five
-    times slower than the sparse product, which converts to float32.
+    16-bit products run on units of their own where the processor has them: the sparse ones use its dot products of
+    bfloat16, and no other unit. Without such units PyTorch emulates them, some five times slower than the sparse product,
+    which converts to float32.
     """
     if dtype == torch.float32:
         return MAX_SHARE
-    return 1.0 if _is_emulated(dtype) else 0.0
+    if _is_emulated(dtype):
+        return 1.0
+    return MAX_SHARE_BFLOAT16 if dtype == torch.bfloat16 and _has_dot_products() else 0.0
 
 
 @torch.compiler.assume_constant_result
@@ -114,6 +201,13 @@ def _is_emulated(dtype: torch.dtype) -> bool:
     capabilities = _capabilities()
     known = capabilities.get("architecture") in ("x86_64", "AMD64")
     return known and not any(capabilities.get(unit) for unit in _UNITS_OF_16_BITS[dtype])
+
+
+@torch.compiler.assume_constant_result
+def _has_dot_products() -> bool:
+    """Of bfloat16, in our kernels, and PyTorch has nothing faster."""
+    has_kernels = cpu.unavailable() is None and cpu.instruction_set() == "avx512_bf16"
+    return has_kernels and not _capabilities().get("amx_bf16")
 
 
 @functools.cache

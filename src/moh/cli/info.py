@@ -1,4 +1,4 @@
-"""`moh info`: versions, devices, which attention backends work here, and which would serve a call of a given shape."""
+"""`moh info`: versions, devices, which attention backends work here, and what would serve a call of a given shape."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def add_parser(sub: Any) -> None:
     parser.add_argument("--device", default="cpu", help="of that call, as cpu or cuda (default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="that call wants gradients")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of that call's attention weights")
+    parser.add_argument(
+        "--share",
+        type=float,
+        metavar="A",
+        help="of heads in use: what would project such a layer's queries and output too",
+    )
     parser.set_defaults(run=run)
 
 
@@ -28,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what there is, or what would serve `--shape`.
 
     Raises:
-        ValueError: the shape, the device or the probability of dropout is none.
+        ValueError: the shape, the device, the probability of dropout or the share of heads is none.
     """
     if arguments.shape:
         _print_choice(arguments)
@@ -69,6 +75,8 @@ def _print_choice(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--shape must be B H HKV N D, each at least 1, HKV a divisor of H, got {arguments.shape}")
     if not 0 <= arguments.dropout < 1:
         raise ValueError(f"--dropout must be at least 0 and below 1, got {arguments.dropout}")
+    if arguments.share is not None and not 0 < arguments.share <= 1:
+        raise ValueError(f"--share must be above 0 and at most 1, got {arguments.share}")
     device = _device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     number = torch.zeros(1, device=device, dtype=dtype, requires_grad=arguments.train)
@@ -80,6 +88,29 @@ def _print_choice(arguments: argparse.Namespace) -> None:
     )
     for name, reason in reasons.items():
         print(f"  {name:13s} {reason or ('serves' if name == chosen else 'could serve, but comes later')}")
+    if arguments.share is not None:
+        _print_projections(number, arguments)
+
+
+def _print_projections(number: Any, arguments: argparse.Namespace) -> None:
+    from torch import nn
+
+    from moh.attention.projections import Kind, projections_passed_over
+
+    B, H, _, N, D = arguments.shape
+    linear = nn.Linear(1, 1, device=number.device, dtype=number.dtype)
+    linear.in_features = linear.out_features = H * D
+    linear.weight = nn.Parameter(number.detach().expand(H * D, H * D), requires_grad=arguments.train)
+    print(f"projections of {arguments.share:.0%} of the heads, width {H * D}, where the router reads the layer's input")
+    products: tuple[tuple[Kind, Any], ...] = (
+        ("queries", number.expand(B, N, H * D)),
+        ("output", number.expand(B, N, H, D)),
+    )
+    for kind, x in products:
+        reasons = projections_passed_over(linear, x, kind, H, arguments.share)
+        chosen = next((name for name, reason in reasons.items() if reason is None), "dense")
+        why = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        print(f"  {kind:13s} {chosen}{why if chosen == 'dense' else ''}")
 
 
 def _device(name: str) -> Any:

@@ -12,6 +12,7 @@ from moh.attention.conformance.checks import (
     kinds,
 )
 from moh.attention.conformance.inputs import ACTIVITIES, MASKS, Inputs, make_active, make_inputs, make_mask
+from moh.attention.conformance.projections import check_projections, compare_projections
 
 __all__ = [
     "ACTIVITIES",
@@ -23,7 +24,9 @@ __all__ = [
     "Outcome",
     "assert_same",
     "check",
+    "check_projections",
     "compare",
+    "compare_projections",
     "gradients",
     "kinds",
     "make_active",

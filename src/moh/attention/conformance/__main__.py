@@ -1,4 +1,4 @@
-"""The command: check backends on this machine and tell what failed and what was skipped, and why."""
+"""The command: check backends and projections on this machine and tell what failed and what was skipped, and why."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from collections.abc import Sequence
 import torch
 
 from moh.attention.conformance.checks import Outcome, check
+from moh.attention.conformance.projections import check_projections
 from moh.attention.dispatch import backends
+
+PROJECTIONS = "projections"
+"""The name, beside those of the backends, of the Triton projections of active heads."""
 
 MIN_WIDTH_ON_CUDA = 16
 """FlexAttention serves no narrower heads there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the backends; returns 0, 1 if a check failed, 2 if the device is missing."""
-    names = [b.name for b in backends() if b.name != "reference"]
+    """Check the backends and the projections; returns 0, 1 if a check failed, 2 if the device is missing."""
+    names = [b.name for b in backends() if b.name != "reference"] + [PROJECTIONS]
     parser = argparse.ArgumentParser(prog="python -m moh.attention.conformance", description=main.__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backend", nargs="+", choices=names, default=names)
@@ -35,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def outcomes_of(name: str, device: str) -> list[Outcome]:
-    """All checks of the backend of this name."""
+    """All checks of the backend of this name, or of the projections."""
+    if name == PROJECTIONS:
+        return list(check_projections(device))
     backend = next(b for b in backends() if b.name == name)
     return list(check(backend, device, min_width=MIN_WIDTH_ON_CUDA if device == "cuda" else 1))
 

@@ -31,10 +31,13 @@ FLAGS = (
     "-ffp-contract=fast",
 )
 
+_AVX512 = ("avx2", "fma3", "f16c", "bmi2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+
 # Instruction sets beyond the portable one: source file -> what torch calls the features it needs.
 INSTRUCTION_SETS = {
     "avx2": ("avx2", "fma3", "f16c", "bmi2"),
-    "avx512": ("avx2", "fma3", "f16c", "bmi2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "avx512_bf16"),
 }
 
 

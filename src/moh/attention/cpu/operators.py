@@ -60,9 +60,10 @@ def _attention_shapes(
     is_causal: bool,
     window: int | None,
     scale: float | None,
+    keep_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     B, H, Nq = q.shape[:3]
-    return q.new_empty(B, Nq, H, v.shape[-1]), q.new_empty(B, H, Nq, dtype=torch.float32)
+    return q.new_empty(B, Nq, H, v.shape[-1]), q.new_empty(B if keep_lse else 0, H, Nq, dtype=torch.float32)
 
 
 def _attention_backward_shapes(
@@ -158,5 +159,7 @@ def cpu_attention(
     """Routed attention by the C++ kernels; arguments and result as in `moh.attention.moh_attention`."""
     if attn_mask is not None:
         attn_mask = attn_mask.detach()
-    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, attn_mask, is_causal, sliding_window, scale)[0]
+    # For gradients the operator keeps the log-sum-exp whatever it is told.
+    options = (attn_mask, is_causal, sliding_window, scale, False)
+    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, *options)[0]
     return out

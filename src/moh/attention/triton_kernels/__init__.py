@@ -18,7 +18,7 @@ from moh.attention.refusals import unserved_dtype, unserved_options
 from moh.attention.triton_kernels.operators import triton_attention_op
 from moh.attention.triton_kernels.tiles import MAX_WIDTH
 
-__all__ = ["MAX_WIDTH", "triton_attention", "unavailable", "unsupported"]
+__all__ = ["MAX_WIDTH", "not_interpreted", "triton_attention", "unavailable", "unsupported"]
 
 MIN_CAPABILITY = (8, 0)
 
@@ -71,6 +71,11 @@ def _unavailable(device: str) -> str | None:
     return None
 
 
+def not_interpreted(device: str, dtype: torch.dtype) -> str | None:
+    """Why numbers of this dtype can't be computed on this device by Triton's interpreter, or None."""
+    return "Triton's interpreter can't multiply bfloat16" if device == "cpu" and dtype == torch.bfloat16 else None
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
@@ -89,6 +94,6 @@ def unsupported(
         return f"it has heads of width at most {MAX_WIDTH}, not {width}"
     if min(q.shape) == 0 or min(v.shape) == 0:
         return "it needs at least one query and one key"
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return "Triton's interpreter can't multiply bfloat16"
+    if (reason := not_interpreted(q.device.type, q.dtype)) is not None:
+        return reason
     return unserved_options(attn_mask, dropout_p)

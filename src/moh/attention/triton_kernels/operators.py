@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh.attention.triton_kernels.tiles import padded, tiles
+from moh.attention.triton_kernels.tiles import major_of, padded, tiles
 
 SPLIT_KEYS = 256
 """Decoding cuts the keys into parts of at least this many: shorter ones cost more to combine than they win."""
@@ -58,10 +58,6 @@ def _splits(q: Tensor, Hkv: int, Nk: int, M: int) -> int:
     return max(1, min(-(-Nk // SPLIT_KEYS), units // max(1, q.shape[0] * Hkv), MAX_SPLITS))
 
 
-def _major(q: Tensor) -> int:
-    return torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 8
-
-
 def _factor(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
@@ -91,7 +87,7 @@ def triton_attention_op(
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
     splits = _splits(q, Hkv, Nk, M)
-    table = tiles(max(D, Dv), q.element_size(), _major(q))
+    table = tiles(max(D, Dv), q.element_size(), major_of(q))
     tile = table.decode if M <= DECODE_ROWS else table.forward
     chunk = -(-Nk // splits // tile.keys) * tile.keys if splits > 1 else Nk
     chunk = max(chunk, tile.keys)
@@ -152,7 +148,7 @@ def triton_attention_backward_op(
     delta = torch.empty_like(lse)
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
-    table = tiles(max(D, Dv), q.element_size(), _major(q))
+    table = tiles(max(D, Dv), q.element_size(), major_of(q))
     sizes = (
         *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
         *_strides(out, 0, 1, 2), Hkv, Nq, Nk, M, window or 0, _factor(q, scale) * LOG2_E.value, _factor(q, scale),

@@ -16,10 +16,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from moh.attention.triton_kernels.projection_tiles import FEW, FEW_32_BITS, product_tile
 from moh.attention.triton_kernels.tiles import Tile, padded, tiles
 
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "decode", "rows", "keys")
+PROJECTIONS = (
+    "expand", "expand_columns", "expand_few", "outer", "outer_columns", "sum_heads", "add_parts", "count", "pack",
+)  # fmt: skip
+"""Kernels of the projections; `columns`: the matrix is an output projection's, a head's numbers next to each other."""
 WIDTHS = (64, 128)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -32,7 +37,7 @@ class Usage:
     """What a compiled kernel needs.
 
     Attributes:
-        kernel: of `KERNELS`; "rows" and "keys" are the backward pass.
+        kernel: of `KERNELS` or `PROJECTIONS`; "rows" and "keys" are attention's backward pass.
         architecture: 90 is sm_90.
         dtype: of q, k and v.
         width: D of a head.
@@ -55,14 +60,16 @@ class Usage:
 def compile_kernel(
     kernel: str, architecture: int, *, dtype: str = "bfloat16", width: int = 64, is_causal: bool = False
 ) -> Usage:
-    """Compile one kernel for 4 query heads per key/value head, contiguous tensors, no mask; takes some seconds.
+    """Compile one kernel, with contiguous tensors; takes some seconds.
+
+    Attention's for 4 query heads per key/value head without a mask, the projections' for 32 heads.
 
     Raises:
         ValueError: kernel, architecture or dtype is none of those named above.
         RuntimeError: NVIDIA's assembler refuses the code.
     """
     for name, value, known in (
-        ("kernel", kernel, KERNELS),
+        ("kernel", kernel, KERNELS + PROJECTIONS),
         ("architecture", architecture, ARCHITECTURES),
         ("dtype", dtype, tuple(DTYPES)),
     ):
@@ -73,55 +80,89 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     itemsize = 4 if dtype == "float32" else 2
-    tile: Tile = getattr(tiles(width, itemsize, architecture // 10), kernel)
-    fn = _function(kernel)
-    constants = _constants(kernel, tile, width, is_causal)
-    signature = {name: _type(name, DTYPES[dtype], constants, kernel) for name in fn.arg_names}
+    make = _attention_plan if kernel in KERNELS else _projection_plan
+    plan = make(kernel, width, itemsize, architecture // 10, is_causal)
+    signature = {name: _type(name, DTYPES[dtype], plan) for name in plan.function.arg_names}
     # As at a launch: pointers and the strides of rows are multiples of 16.
     aligned = [
         index
-        for index, name in enumerate(fn.arg_names)
-        if name.endswith("_ptr") or (name.startswith("stride_") and name[7] in "qkvo")
+        for index, name in enumerate(plan.function.arg_names)
+        if name not in plan.constants and (name.endswith("_ptr") or name.startswith(plan.aligned))
     ]
-    source = ASTSource(fn, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(plan.function, signature, constexprs=plan.constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=plan.options)
     registers, spilled = _assemble(compiled.asm["ptx"])
     return Usage(kernel, architecture, dtype, width, is_causal, registers, spilled, compiled.metadata.shared)
 
 
-def _function(kernel: str) -> Any:
+@dataclass(frozen=True)
+class _Plan:
+    """How a kernel is compiled: its function, constants, warps and stages, float32 pointers, and what 16 divides."""
+
+    function: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+    floats: tuple[str, ...]
+    aligned: tuple[str, ...]
+
+
+def _attention_plan(kernel: str, width: int, itemsize: int, major: int, is_causal: bool) -> _Plan:
     from moh.attention.triton_kernels import backward, forward
 
-    functions = {
-        "forward": forward.forward_kernel,
-        "decode": forward.forward_kernel,
-        "rows": backward.backward_rows_kernel,
-        "keys": backward.backward_keys_kernel,
-    }
-    return functions[kernel]
-
-
-def _constants(kernel: str, tile: Tile, width: int, is_causal: bool) -> dict[str, Any]:
+    functions = {"rows": backward.backward_rows_kernel, "keys": backward.backward_keys_kernel}
+    tile: Tile = getattr(tiles(width, itemsize, major), kernel)
     constants = {
         "G": 4, "D": width, "DV": width, "BD": padded(width), "BDV": padded(width), "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys, "CAUSAL": is_causal, "WINDOW": False, "MASK": 0, "PER_KEY": False, "PRECISION": "ieee",
     }  # fmt: skip
     if kernel in ("forward", "decode"):
         constants["SPLIT"] = kernel == "decode"
-    return constants
+    floats = ("lse_ptr", "delta_ptr", *["out_ptr"] * (kernel == "decode"))
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    aligned = tuple(f"stride_{x}" for x in "qkvo")
+    return _Plan(functions.get(kernel, forward.forward_kernel), constants, options, floats, aligned)
 
 
-def _type(name: str, element: str, constants: dict[str, Any], kernel: str) -> str:
-    if name in constants:
+def _projection_plan(kernel: str, width: int, itemsize: int, major: int, is_causal: bool) -> _Plan:
+    from moh.attention.triton_kernels import projection_kernels
+    from moh.attention.triton_kernels import projections as sizes
+
+    few = FEW_32_BITS if itemsize == 4 else FEW
+    tile = few if kernel == "expand_few" else product_tile(width, itemsize, major)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    base: dict[str, Any] = {"H": 32, "D": width, "stride_gh": 1, "PRECISION": "ieee"}
+    columns = kernel.endswith("columns") or kernel == "sum_heads"
+    base["stride_mr" if columns else "stride_mc"] = base["stride_or" if columns else "stride_oc"] = 1
+    blocks: dict[str, Any] = {"BLOCK_D": tile.wide, "WHOLE": True, "PACKED": kernel != "expand_few"}
+    if kernel.startswith("expand"):
+        function, blocks = projection_kernels.expand_kernel, blocks | {"BLOCK_M": tile.tall, "BLOCK_C": tile.inner}
+    elif kernel.startswith("outer"):
+        options["num_stages"] = tile.chained_stages
+        function, blocks = projection_kernels.outer_kernel, blocks | {"BLOCK_M": tile.inner, "BLOCK_C": tile.tall}
+    else:
+        packs = kernel in ("count", "pack")
+        options = {"num_warps": sizes.PACK_WARPS if packs else 4}
+        function = getattr(projection_kernels, f"{kernel}_kernel")
+        blocks = {
+            "BLOCK_T": sizes.pack_tokens(base["H"]) if packs else sizes.FEW_TOKENS,
+            "BLOCK_H": padded(base["H"]),
+            "BLOCK_D": sizes.sum_width(width, itemsize),
+            "BLOCK_C": sizes.SUM_COLUMNS if kernel == "sum_heads" else sizes.ADD_COLUMNS,
+        }
+    constants = {name: value for name, value in (base | blocks).items() if name in function.arg_names}
+    floats: tuple[str, ...] = () if kernel in ("count", "pack") else ("parts_ptr",)
+    return _Plan(function, constants, options, floats, ("stride_", "C"))
+
+
+def _type(name: str, element: str, plan: _Plan) -> str:
+    if name in plan.constants:
         return "constexpr"
     if not name.endswith("_ptr"):
         return "fp32" if name in ("scale", "factor") else "i32"
-    if name in ("rows_ptr", "counts_ptr", "before_ptr"):
-        return "*i32"
-    if name in ("lse_ptr", "delta_ptr") or (kernel == "decode" and name == "out_ptr"):
+    if name in plan.floats:
         return "*fp32"
-    return f"*{element}"
+    return "*i32" if name in ("rows_ptr", "counts_ptr", "before_ptr", "parts_ptr") else f"*{element}"
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
@@ -153,8 +194,8 @@ def usages(
     architectures: Sequence[int] = ARCHITECTURES, dtypes: Sequence[str] = ("bfloat16", "float32")
 ) -> Iterator[Usage]:
     """Every kernel for these architectures and dtypes, all widths, causal and not: minutes."""
-    for dtype, width, architecture, kernel in product(dtypes, WIDTHS, architectures, KERNELS):
-        for is_causal in (False, True) if kernel != "decode" else (False,):
+    for dtype, width, architecture, kernel in product(dtypes, WIDTHS, architectures, KERNELS + PROJECTIONS):
+        for is_causal in (False, True) if kernel in ("forward", "rows", "keys") else (False,):
             yield compile_kernel(kernel, architecture, dtype=dtype, width=width, is_causal=is_causal)
 
 

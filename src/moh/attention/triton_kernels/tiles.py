@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -53,6 +56,11 @@ _32_BITS = {
 }
 
 MAX_WIDTH = max(_32_BITS)
+
+
+def major_of(x: Tensor) -> int:
+    """Major compute capability of x's GPU; for the interpreter, on the CPU, that with the smallest tiles."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 8
 
 
 def padded(width: int) -> int:

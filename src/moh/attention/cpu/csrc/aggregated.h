@@ -25,14 +25,7 @@ struct AggregatedAttention {
   static constexpr int64_t L = Isa::kLanes;
   static constexpr int64_t kBlock = 48;  // rows of one round: a multiple of every kRows; scores of 49 pooled keys fill 13 KiB
 
-  // A product's last columns where they are no full tile: one vector, all accumulators for rows.
-  struct OneVector {
-    static constexpr int kLanes = Isa::kLanes;
-    static constexpr int kVectors = 1;
-    static constexpr int kRows = Isa::kRows;
-  };
-  using Wide = Tile<Isa>;
-  using Narrow = Tile<OneVector>;
+  using Product = Tile<Isa>;
 
   static int64_t padded(int64_t count) { return (count + L - 1) / L * L; }
 
@@ -89,7 +82,7 @@ struct AggregatedAttention {
       const Rows block{rows.batch, rows.kv_head, rows.index + first, std::min(kBlock, rows.count - first)};
       score(p, b, block, first_token);
       for (int64_t r = 0; r < block.count; ++r) softmax(b.weights + r * b.columns, b.columns);
-      product<Wide::Into::kSet>(block.count, b.weights + b.Ww, b.columns, 1, b.value_rows, b.Dw, b.P, b.sums, b.Dw, b.Dw);
+      product<Product::Into::kSet>(block.count, b.weights + b.Ww, b.columns, 1, b.value_rows, b.Dw, b.P, b.sums, b.Dw, b.Dw);
       for (int64_t r = 0; r < block.count; ++r) {
         float* sum = b.sums + r * b.Dw;
         each_neighbour(p, block.index[r], [&](int64_t w, int64_t m) {
@@ -138,15 +131,14 @@ struct AggregatedAttention {
   }
 
   // C [height, columns] = A [height, depth] B [depth, columns], columns a multiple of a vector.
-  template <typename Wide::Into into>
+  template <typename Product::Into into>
   static void product(int64_t height, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
                       int64_t b_stride, int64_t depth, float* c, int64_t c_stride, int64_t columns) {
-    constexpr auto narrow_into = static_cast<typename Narrow::Into>(into);
     int64_t j = 0;
-    for (; j + Wide::kWidth <= columns; j += Wide::kWidth)
-      Wide::template multiply<into>(height, a, row_stride, k_stride, b + j, b_stride, depth, c + j, c_stride);
+    for (; j + Product::kWidth <= columns; j += Product::kWidth)
+      Product::template multiply<into>(height, a, row_stride, k_stride, b + j, b_stride, depth, c + j, c_stride);
     for (; j < columns; j += L)
-      Narrow::template multiply<narrow_into>(height, a, row_stride, k_stride, b + j, b_stride, depth, c + j, c_stride);
+      Product::template multiply<into, 1>(height, a, row_stride, k_stride, b + j, b_stride, depth, c + j, c_stride);
   }
 
   [[gnu::always_inline]] static Floats dot_lanes(const float* a, const float* b, int64_t count) {
@@ -233,9 +225,9 @@ struct AggregatedAttention {
       std::fill(unit + b.D, unit + b.Dw, 0.0f);
       std::fill(scaled + b.D, scaled + b.Dw, 0.0f);
     }
-    product<Wide::Into::kSet>(rows.count, b.scaled, b.Dw, 1, b.key_columns, b.Pw, b.D, b.weights + b.Ww, b.columns, b.Pw);
+    product<Product::Into::kSet>(rows.count, b.scaled, b.Dw, 1, b.key_columns, b.Pw, b.D, b.weights + b.Ww, b.columns, b.Pw);
     if (b.W > 0)
-      product<Wide::Into::kSet>(rows.count, b.unit, b.Dw, 1, b.token_columns, b.Ww, b.D, b.extra, b.Ww, b.Ww);
+      product<Product::Into::kSet>(rows.count, b.unit, b.Dw, 1, b.token_columns, b.Ww, b.D, b.extra, b.Ww, b.Ww);
     Floats sums[kPlaces];
     float dots[kPlaces];
     for (int64_t r = 0; r < rows.count; ++r) {
@@ -265,8 +257,9 @@ struct AggregatedAttention {
     for (int64_t n = 0; n < count; n += L) most = S::max(most, S::load(scores + n));
     const float largest = S::largest(most);
     Floats total{};
+    const typename S::Exp2 exp2;
     for (int64_t n = 0; n < count; n += L) {
-      const Floats weight = S::exp2(kLog2e * (S::load(scores + n) - largest));
+      const Floats weight = exp2(kLog2e * (S::load(scores + n) - largest));
       S::store(scores + n, weight);
       total += weight;
     }
@@ -287,7 +280,7 @@ struct AggregatedAttention {
       for (int64_t d = 0; d < b.D; ++d) grads[d] = grad[d], gated[d] = gate * grad[d];
     }
     // grad_scores holds G = grad . v first.
-    product<Wide::Into::kSet>(R, b.grads, b.Dw, 1, b.value_columns, b.Pw, b.D, b.grad_scores + b.Ww, b.columns, b.Pw);
+    product<Product::Into::kSet>(R, b.grads, b.Dw, 1, b.value_columns, b.Pw, b.D, b.grad_scores + b.Ww, b.columns, b.Pw);
     Floats sums[kPlaces];
     for (int64_t r = 0; r < R; ++r) {
       float *G = b.grad_scores + r * b.columns, *weights = b.weights + r * b.columns;
@@ -317,13 +310,13 @@ struct AggregatedAttention {
       for (int64_t n = 0; n < b.P; ++n) bias[n] += G[b.Ww + n];
     }
     const float* grad_pooled = b.grad_scores + b.Ww;
-    product<Wide::Into::kAdd>(b.P, b.weights + b.Ww, 1, b.columns, b.gated, b.Dw, R, b.grad_value_rows, b.Dw, b.Dw);
-    product<Wide::Into::kAdd>(b.P, grad_pooled, 1, b.columns, b.scaled, b.Dw, R, b.grad_key_rows, b.Dw, b.Dw);
+    product<Product::Into::kAdd>(b.P, b.weights + b.Ww, 1, b.columns, b.gated, b.Dw, R, b.grad_value_rows, b.Dw, b.Dw);
+    product<Product::Into::kAdd>(b.P, grad_pooled, 1, b.columns, b.scaled, b.Dw, R, b.grad_key_rows, b.Dw, b.Dw);
     float* grad_scaled = b.sums;
-    product<Wide::Into::kSet>(R, grad_pooled, b.columns, 1, b.key_rows, b.Dw, b.P, grad_scaled, b.Dw, b.Dw);
+    product<Product::Into::kSet>(R, grad_pooled, b.columns, 1, b.key_rows, b.Dw, b.P, grad_scaled, b.Dw, b.Dw);
     if (b.W > 0) {
-      product<Wide::Into::kAdd>(b.D, b.unit, 1, b.Dw, b.grad_extra, b.Ww, R, b.grad_tokens, b.Ww, b.Ww);
-      product<Wide::Into::kSet>(R, b.grad_extra, b.Ww, 1, b.token_rows, b.Dw, b.W, b.grad_unit, b.Dw, b.Dw);
+      product<Product::Into::kAdd>(b.D, b.unit, 1, b.Dw, b.grad_extra, b.Ww, R, b.grad_tokens, b.Ww, b.Ww);
+      product<Product::Into::kSet>(R, b.grad_extra, b.Ww, 1, b.token_rows, b.Dw, b.W, b.grad_unit, b.Dw, b.Dw);
     } else {
       std::fill_n(b.grad_unit, R * b.Dw, 0.0f);
     }

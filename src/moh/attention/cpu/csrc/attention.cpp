@@ -100,12 +100,14 @@ void forward_rows(const Call& call, const ActiveRows& active) {
     int64_t cost;
   };
   std::vector<Task> tasks;
-  for (int64_t pair = 0; pair < active.pairs(); ++pair)
-    for (int64_t first = 0; first < active.count(pair); first += size) {
-      const Rows rows = active.rows(pair, first, std::min(size, active.count(pair) - first));
+  for (int64_t pair = 0; pair < active.pairs(); ++pair) {
+    const int64_t step = part_of(active.count(pair), size, kernel.lanes_per_block);
+    for (int64_t first = 0; first < active.count(pair); first += step) {
+      const Rows rows = active.rows(pair, first, std::min(step, active.count(pair) - first));
       const int64_t last = rows.index[rows.count - 1] / p.group, start = rows.index[0] / p.group;
       tasks.push_back({rows, rows.count * (p.key_end(last) - p.key_begin(start))});
     }
+  }
   // The longest first: what is left over at the end is short.
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   const Scratch scratch(threads_for(tasks.size()), kernel.forward_scratch(p, size), call.q);
@@ -134,7 +136,8 @@ void merge(const Problem& p, const Rows& rows, const std::vector<Partial>& parts
       for (size_t i = 0; i < parts.size(); ++i) sum += factor[i] * parts[i].sum[r * p.value_width + d];
       to[d] = static_cast<T>(weight * sum);
     }
-    p.lse[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : most + std::log2(total);
+    if (p.lse != nullptr)
+      p.lse[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : most + std::log2(total);
   }
 }
 
@@ -189,15 +192,15 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,
-                                             std::optional<double> scale) {
+                                             std::optional<double> scale, bool keep_lse) {
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
   const at::Tensor out = at::empty({p.batches, p.queries, p.heads, p.value_width}, q.options());
-  const at::Tensor lse = at::empty({p.batches, p.heads, p.queries}, q.options().dtype(at::kFloat));
+  const at::Tensor lse = at::empty({keep_lse ? p.batches : 0, p.heads, p.queries}, q.options().dtype(at::kFloat));
   std::fill_n(lse.mutable_data_ptr<float>(), lse.numel(), INFINITY);
   if (out.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
-  p.lse = lse.mutable_data_ptr<float>();
+  p.lse = keep_lse ? lse.mutable_data_ptr<float>() : nullptr;
   const ActiveRows active(call.gates, p.kv_heads);
   zero_inactive(p, active, out, false);
   if (active.total() == 0) return {out, lse};
@@ -238,8 +241,11 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const int64_t size = kBackwardBlocks * kernel.lanes_per_block;
   const int64_t concurrent = threads_for(pairs * parts);
   const Scratch scratch(concurrent, kernel.backward_scratch(p, size), q);
-  // A part's sums are converted as soon as they are complete, unless there are several to add up.
-  const int64_t sums = parts == 1 ? concurrent : pairs * parts;
+  // Floats of a width that needs no padding are summed where they belong. Else a part's sums are converted as soon as
+  // they are complete, unless there are several to add up.
+  const bool in_place =
+      parts == 1 && p.dtype == DType::kFloat && padded_k == p.width && padded_v == p.value_width;
+  const int64_t sums = in_place ? 0 : parts == 1 ? concurrent : pairs * parts;
   const Scratch sum_k(sums, p.keys * padded_k, q), sum_v(sums, p.keys * padded_v, q);
   const auto write = [&](int64_t pair, int64_t slot) {
     write_rows(p.dtype, sum_k.of(slot), p.keys, padded_k, grad_k, pair * p.keys);
@@ -252,14 +258,17 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   for_each_task(pairs * parts, [&](int64_t i, int64_t thread) {
     const int64_t task = order[i], pair = task / parts, part = task % parts;
     const int64_t slot = parts == 1 ? thread : task;
-    float *to_k = sum_k.of(slot), *to_v = sum_v.of(slot);
+    const auto sum_of = [&](const Scratch& scratch, const at::Tensor& grad, int64_t width) {
+      return in_place ? grad.mutable_data_ptr<float>() + pair * p.keys * width : scratch.of(slot);
+    };
+    float *to_k = sum_of(sum_k, grad_k, p.width), *to_v = sum_of(sum_v, grad_v, p.value_width);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);
     std::fill_n(to_v, p.keys * padded_v, 0.0f);
     // Blocks are dealt out in turn: with causal attention the late ones see more keys.
     for (int64_t first = part * size; first < active.count(pair); first += parts * size)
       kernel.backward(p, active.rows(pair, first, std::min(size, active.count(pair) - first)), to_k, to_v,
                       scratch.of(thread));
-    if (parts == 1) write(pair, slot);
+    if (parts == 1 && !in_place) write(pair, slot);
   });
   if (parts > 1)
     for_each_task(pairs, [&](int64_t pair, int64_t) {
@@ -293,7 +302,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
                                                 const std::optional<at::Tensor>& mask, bool is_causal,
                                                 std::optional<int64_t> window, std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, lse] = forward_operator().call(q, k, v, gates, mask, is_causal, window, scale);
+    auto [out, lse] = forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, true);
     ctx->save_for_backward({q, k, v, gates, mask.value_or(at::Tensor()), out, lse});
     ctx->saved_data["is_causal"] = is_causal;
     ctx->saved_data["window"] = window;
@@ -352,10 +361,10 @@ bool is_differentiated(const Tensors&... x) {
 std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                       const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                                       bool is_causal, std::optional<int64_t> window,
-                                                      std::optional<double> scale) {
+                                                      std::optional<double> scale, bool keep_lse) {
   if (!is_differentiated(q, k, v, gates)) {  // as in decoding, where what `apply` keeps for a gradient takes time
     at::AutoDispatchBelowADInplaceOrView below;
-    return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale);
+    return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, keep_lse);
   }
   auto results = Autograd::apply(q, k, v, gates, mask, is_causal, window, scale);
   return {results[0], results[1]};
@@ -367,7 +376,7 @@ std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def(
       "cpu_attention(Tensor q, Tensor k, Tensor v, Tensor gates, Tensor? attn_mask, bool is_causal, int? window, "
-      "float? scale) -> (Tensor, Tensor)");
+      "float? scale, bool keep_lse=True) -> (Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gates, Tensor? attn_mask, Tensor out, "
       "Tensor lse, bool is_causal, int? window, float? scale) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -21,8 +21,8 @@ struct Backward {
 
   static int64_t scratch(const Problem& p, int64_t rows) {
     const int64_t lanes = padded(rows);
-    const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * (p.width + p.value_width);
-    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 3 + 2 * kTile) + copies;
+    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 3 + 2 * kTile) +
+           Copies<Isa, T>::scratch(p, Product::blocks(rows));
   }
 
   static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
@@ -38,8 +38,7 @@ struct Backward {
     float* gate_sums = delta + all;                   // [all]: sum of P * dO V'
     float* weights = gate_sums + all;                 // [kTile, all]
     float* grad_scores = weights + kTile * all;       // [kTile, all]
-    float* key_copy = grad_scores + kTile * all;
-    float* value_copy = key_copy + kTile * D;
+    const Copies<Isa, T> copies(p, count, grad_scores + kTile * all);
 
     std::fill(grad_queries, grads, 0.0f);
     std::fill(query_rows, lse, 0.0f);
@@ -52,9 +51,9 @@ struct Backward {
       const int64_t loaded = std::min(kTile, end - first);
       int64_t key_stride, value_stride;
       const float* keys =
-          tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, key_copy, &key_stride);
+          tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
       const float* values =
-          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
+          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, copies.values, &value_stride);
       int64_t used = 0;  // keys that any block sees
       int64_t first_block = count, last_block = 0;
       for (int64_t block = 0; block < count; ++block) {
@@ -70,33 +69,22 @@ struct Backward {
         used = std::max(used, seen);
         first_block = std::min(first_block, block);
         last_block = block + 1;
-        Product::template multiply<Product::Into::kSet>(seen, keys, key_stride, 1, queries + block * D * kWidth, kWidth,
-                                                        D, w, all);
-        hide<Isa, T>(p, rows.batch, lanes, first, seen, w, all);
-        Product::template multiply<Product::Into::kSet>(seen, values, value_stride, 1, grads + block * Dv * kWidth,
-                                                        kWidth, Dv, g, all);
-        for (int j = 0; j < Isa::kVectors; ++j) {
-          const Floats shift = S::load(lse + block * kWidth + j * Isa::kLanes);
-          const Floats less = S::load(delta + block * kWidth + j * Isa::kLanes);
-          Floats gate_sum = S::load(gate_sums + block * kWidth + j * Isa::kLanes);
-          for (int64_t n = 0; n < seen; ++n) {
-            float* wn = w + n * all + j * Isa::kLanes;
-            float* gn = g + n * all + j * Isa::kLanes;
-            // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
-            const Floats weight = S::exp2(S::min(Floats{}, S::load(wn) - shift));
-            S::store(wn, weight);
-            const Floats grad = S::load(gn);
-            gate_sum += weight * grad;
-            S::store(gn, weight * (grad - less));
-          }
-          S::store(gate_sums + block * kWidth + j * Isa::kLanes, gate_sum);
-        }
+        const auto work = [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          Product::template multiply<Product::Into::kSet, V>(seen, keys, key_stride, 1, queries + block * D * kWidth,
+                                                             kWidth, D, w, all);
+          hide<Isa, T>(p, rows.batch, lanes, first, seen, w, all);
+          Product::template multiply<Product::Into::kSet, V>(seen, values, value_stride, 1, grads + block * Dv * kWidth,
+                                                             kWidth, Dv, g, all);
+          differentiate<V>(w, g, all, seen, lse + block * kWidth, delta + block * kWidth, gate_sums + block * kWidth);
+          Product::template multiply<Product::Into::kAdd, V>(D, keys, 1, key_stride, g, all, seen,
+                                                             grad_queries + block * D * kWidth, kWidth);
+        };
+        by_vectors<Isa>(lanes, work);
         clear(w, g, seen, loaded, all);
-        Product::template multiply<Product::Into::kAdd>(D, keys, 1, key_stride, g, all, seen,
-                                                        grad_queries + block * D * kWidth, kWidth);
       }
       if (used == 0) continue;
-      const int64_t skip = first_block * kWidth, depth = (last_block - first_block) * kWidth;
+      const int64_t skip = first_block * kWidth, depth = std::min(last_block * kWidth, rows.count) - skip;
       for (int64_t d = 0; d < padded(D); d += kWidth)
         Product::template multiply<Product::Into::kAdd>(used, grad_scores + skip, all, 1,
                                                         query_rows + skip * padded(D) + d, padded(D), depth,
@@ -122,6 +110,27 @@ struct Backward {
   }
 
  private:
+  // Scores and dO V' [seen, stride] of a block -> its weights and dS, in V vectors of its lanes; adds to gate_sums.
+  template <int V>
+  static void differentiate(float* w, float* g, int64_t stride, int64_t seen, const float* lse, const float* delta,
+                            float* gate_sums) {
+    const typename S::Exp2 exp2;
+    for (int j = 0; j < V * Isa::kLanes; j += Isa::kLanes) {
+      const Floats shift = S::load(lse + j), less = S::load(delta + j);
+      Floats gate_sum = S::load(gate_sums + j);
+      for (int64_t n = 0; n < seen; ++n) {
+        float *wn = w + n * stride + j, *gn = g + n * stride + j;
+        // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
+        const Floats weight = exp2(S::min(Floats{}, S::load(wn) - shift));
+        S::store(wn, weight);
+        const Floats grad = S::load(gn);
+        gate_sum += weight * grad;
+        S::store(gn, weight * (grad - less));
+      }
+      S::store(gate_sums + j, gate_sum);
+    }
+  }
+
   static void clear(float* weights, float* grad_scores, int64_t from, int64_t to, int64_t stride) {
     for (int64_t n = from; n < to; ++n) {
       std::fill_n(weights + n * stride, kWidth, 0.0f);

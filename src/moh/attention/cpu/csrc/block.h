@@ -50,6 +50,16 @@ struct Lanes {
   }
 };
 
+// Calls work(std::integral_constant<int, V>()) with the number of vectors that the block's rows need: the last block of
+// a task often has few.
+template <class Isa, class Work>
+void by_vectors(const Lanes<Isa>& lanes, const Work& work) {
+  if (lanes.count <= Isa::kLanes)
+    work(std::integral_constant<int, 1>());
+  else
+    work(std::integral_constant<int, Isa::kVectors>());
+}
+
 // The blocks of one task, in token order.
 template <class Isa>
 struct Blocks {
@@ -83,19 +93,55 @@ template <class T>
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(factor * from[i]);
 }
 
-// A tile of keys or values as floats: the tensor itself where it holds floats, else a converted copy.
+// Whether tiles of x are copied before `blocks` blocks work through them. Always if x does not hold floats. Else if its
+// rows lie far apart, as tokens have all heads side by side: whole pages apart they fall into the same few places of
+// the cache, which can't hold a tile of them, and those of long sequences lie in more pages than the processor keeps
+// the addresses of.
+template <class T>
+bool is_copied(const View& x, int64_t keys, int64_t blocks) {
+  const int64_t apart = x.token * static_cast<int64_t>(sizeof(T));
+  return !std::is_same_v<T, float> ||
+         (blocks >= kBlocksPerCopy && (apart % kPageBytes == 0 || keys * apart >= kFarBytes));
+}
+
+// Where the copies lie, null for none.
+template <class Isa, class T>
+struct Copies {
+  float *keys, *values;
+
+  Copies(const Problem& p, int64_t blocks, float* to) {
+    const bool copies_keys = is_copied<T>(p.k, p.keys, blocks);
+    keys = copies_keys ? to : nullptr;
+    values = is_copied<T>(p.v, p.keys, blocks) ? to + (copies_keys ? Isa::kKeyTile * p.width : 0) : nullptr;
+  }
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return Isa::kKeyTile * ((is_copied<T>(p.k, p.keys, blocks) ? p.width : 0) +
+                            (is_copied<T>(p.v, p.keys, blocks) ? p.value_width : 0));
+  }
+};
+
+// Asks for rows of x that are needed soon: the products read several at once, which the processor does not foresee.
+template <class T>
+void prefetch(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* row = at<T>(x, batch, head, first);
+  for (int64_t n = 0; n < count; ++n, row += x.token)
+    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
+}
+
+// A tile of keys or values as floats, from `copy` if there is one.
 template <class Isa, class T>
 const float* tile_of(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width,
                      float* copy, int64_t* stride) {
   const T* from = at<T>(x, batch, head, first);
-  if constexpr (std::is_same_v<T, float>) {
-    *stride = x.token;
-    return from;
-  } else {
-    for (int64_t n = 0; n < count; ++n, from += x.token) get<Isa>(from, width, copy + n * width);
-    *stride = width;
-    return copy;
-  }
+  if constexpr (std::is_same_v<T, float>)
+    if (copy == nullptr) {
+      *stride = x.token;
+      return from;
+    }
+  for (int64_t n = 0; n < count; ++n, from += x.token) get<Isa>(from, width, copy + n * width);
+  *stride = width;
+  return copy;
 }
 
 // Whether any of the lanes may see any of the keys. Additive masks are taken to show something.
@@ -174,10 +220,12 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
 }
 
 // Rows `from(i)` of `width` numbers, one per lane, to [width, kWidth], times `factor(i)`; zeros in the lanes beyond.
+// Pairs are only moved.
 template <class Isa, class From, class Factor>
 void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to) {
   using S = Simd<Isa::kLanes>;
   constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  constexpr bool kMoves = std::is_same_v<decltype(from(0)), const Pair*>;
   decltype(from(0)) rows[kWidth];
   float factors[kWidth];
   for (int i = 0; i < kWidth; ++i) {
@@ -189,15 +237,19 @@ void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to)
     for (; d + L <= width; d += L) {
       typename S::Floats square[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        square[i] = first + i < count ? S::load(rows[first + i] + d) * factors[first + i] : typename S::Floats{};
+      for (int i = 0; i < L; ++i) {
+        square[i] = first + i < count ? S::load(rows[first + i] + d) : typename S::Floats{};
+        if constexpr (!kMoves) square[i] *= factors[first + i];
+      }
       S::transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) S::store(to + (d + i) * kWidth + first, square[i]);
     }
     for (; d < width; ++d)
-      for (int i = first; i < first + L; ++i)
-        to[d * kWidth + i] = i < count ? factors[i] * static_cast<float>(rows[i][d]) : 0.0f;
+      for (int i = first; i < first + L; ++i) {
+        const float number = i < count ? static_cast<float>(rows[i][d]) : 0.0f;
+        to[d * kWidth + i] = kMoves ? number : factors[i] * number;
+      }
   }
 }
 
@@ -208,19 +260,28 @@ void take_off_lanes(int count, int64_t width, const float* from, Factor factor, 
   constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
   for (int first = 0; first < count; first += L) {
     const int last = std::min(first + L, count);
+    decltype(to(0)) rows[L];
+    float factors[L];
+    for (int i = 0; i < last - first; ++i) rows[i] = to(first + i), factors[i] = factor(first + i);
     int64_t d = 0;
     for (; d + L <= width; d += L) {
       typename S::Floats square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) square[i] = S::load(from + (d + i) * kWidth + first);
       S::transpose(square);
-      float numbers[L][L];
+      if constexpr (std::is_same_v<std::remove_pointer_t<decltype(to(0))>, float>) {
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) S::store(numbers[i], square[i]);
-      for (int i = first; i < last; ++i) put(numbers[i - first], L, factor(i), to(i) + d);
+        for (int i = 0; i < L; ++i)
+          if (first + i < last) S::store(rows[i] + d, square[i] * factors[i]);
+      } else {
+        float numbers[L][L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) S::store(numbers[i], square[i]);
+        for (int i = 0; i < last - first; ++i) put(numbers[i], L, factors[i], rows[i] + d);
+      }
     }
     for (; d < width; ++d)
-      for (int i = first; i < last; ++i) put(from + d * kWidth + i, 1, factor(i), to(i) + d);
+      for (int i = first; i < last; ++i) put(from + d * kWidth + i, 1, factors[i - first], rows[i - first] + d);
   }
 }
 

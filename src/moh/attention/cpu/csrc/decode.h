@@ -24,8 +24,7 @@ struct Decode {
     const int64_t D = p.width, Dv = p.value_width, R = rows.count;
     float* queries = scratch;              // [R, D], times the scale and log2(e)
     float* scores = queries + R * D;       // [R, kTile]
-    float* key_copy = scores + R * kTile;
-    float* value_copy = key_copy + kTile * D;
+    const Copies<Isa, T> copies(p, 1, scores + R * kTile);
     const int32_t group = static_cast<int32_t>(p.group);
     const auto token = [&](int64_t r) { return rows.index[r] / group; };
     const auto head = [&](int64_t r) { return rows.kv_head * group + rows.index[r] % group; };
@@ -40,10 +39,10 @@ struct Decode {
     for (int64_t first = key_begin; first < key_end; first += kTile) {
       const int64_t loaded = std::min(kTile, key_end - first);
       int64_t key_stride, value_stride;
-      const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, key_copy, &key_stride);
+      const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
       for (int64_t r = 0; r < R; ++r) score(queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
       const float* values =
-          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
+          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, copies.values, &value_stride);
       for (int64_t r = 0; r < R; ++r) {
         float* s = scores + r * kTile;
         hide_row(p, rows.batch, head(r), token(r), first, loaded, s);
@@ -108,12 +107,13 @@ struct Decode {
     const float largest = S::largest(now);
     const float base = largest == -kInfinity ? 0.0f : largest;
     Floats sum{};
+    const typename S::Exp2 exp2;
     for (int64_t n = 0; n < count; n += L) {
-      const Floats weight = S::exp2(S::load(scores + n) - base);
+      const Floats weight = exp2(S::load(scores + n) - base);
       S::store(scores + n, weight);
       sum += weight;
     }
-    const float rescale = S::exp2(S::set(*most - base))[0];
+    const float rescale = exp2(S::set(*most - base))[0];
     *total = *total * rescale + S::sum(sum);
     *most = largest;
     return rescale;

@@ -167,7 +167,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
     if (!cache->is_inference()) cache->unsafeGetTensorImpl()->bump_version();
 
   const at::Tensor heads = std::get<0>(attention(q, keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1),
-                                                 gates, mask, false, std::nullopt, scale));  // [B, 1, H, D]
+                                                 gates, mask, false, std::nullopt, scale, false));  // [B, 1, H, D]
   const at::Tensor out = at::empty({B, 1, o_proj.rows}, x.options());
   const Floats weighted(heads);
   with_type(o_proj.dtype, [&](auto type) {

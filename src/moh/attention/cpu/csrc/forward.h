@@ -5,60 +5,112 @@
 
 namespace moh {
 
+// What the products work on: floats, the tensors themselves or converted copies of their tiles. Another such type is in
+// pairs.h.
 template <class Isa, class T>
+class FloatOperands {
+ public:
+  using Product = Tile<Isa>;
+  static constexpr int kWidth = Product::kWidth;
+
+  // For tasks of `blocks` blocks.
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return blocks * p.width * kWidth + Copies<Isa, T>::scratch(p, blocks);
+  }
+  FloatOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+      : p_(p), rows_(rows), queries_(scratch), copies_(p, blocks, scratch + blocks * p.width * kWidth) {}
+
+  // A block's queries, [D, kWidth], times the scale and log2(e).
+  void put(int64_t block, const Lanes<Isa>& lanes) {
+    put_on_lanes<Isa>(
+        lanes.count, p_.width, [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); },
+        [&](int) { return p_.scale * kLog2e; }, queries_ + block * p_.width * kWidth);
+  }
+  // The keys and values that are worked through next.
+  void load(int64_t first, int64_t count) {
+    keys_ = tile_of<Isa, T>(p_.k, rows_.batch, rows_.kv_head, first, count, p_.width, copies_.keys, &key_stride_);
+    values_ = tile_of<Isa, T>(p_.v, rows_.batch, rows_.kv_head, first, count, p_.value_width, copies_.values,
+                              &value_stride_);
+  }
+  // Scores [seen, kWidth] of a block, in units of log2, in the first V vectors of its lanes.
+  template <int V>
+  void score(int64_t block, int64_t seen, float* scores) const {
+    Product::template multiply<Product::Into::kSet, V>(seen, keys_, key_stride_, 1, queries_ + block * p_.width * kWidth,
+                                                       kWidth, p_.width, scores, kWidth);
+  }
+  // Weights of keys n and n + 1, lanes from `lane` on, where the scores were.
+  [[gnu::always_inline]] void keep(float* scores, int64_t n, int lane, typename Simd<Isa::kLanes>::Floats first,
+                                   typename Simd<Isa::kLanes>::Floats second) const {
+    Simd<Isa::kLanes>::store(scores + n * kWidth + lane, first);
+    Simd<Isa::kLanes>::store(scores + (n + 1) * kWidth + lane, second);
+  }
+  // sums [Dv, kWidth] = rescale * sums + values' weights.
+  template <int V>
+  void add(int64_t seen, const float* scores, const float* rescale, float* sums) const {
+    Product::template multiply<Product::Into::kRescale, V>(p_.value_width, values_, 1, value_stride_, scores, kWidth,
+                                                           seen, sums, kWidth, rescale);
+  }
+
+ private:
+  const Problem& p_;
+  const Rows& rows_;
+  float* queries_;
+  Copies<Isa, T> copies_;
+  const float *keys_ = nullptr, *values_ = nullptr;
+  int64_t key_stride_ = 0, value_stride_ = 0;
+};
+
+template <class Isa, class T, class Operands = FloatOperands<Isa, T>>
 struct Forward {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   using Product = Tile<Isa>;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
+  static_assert(kTile % 2 == 0, "the softmax takes keys two by two");
 
   static int64_t scratch(const Problem& p, int64_t rows) {
-    const int64_t width = p.width + p.value_width;
-    const int64_t copies = std::is_same_v<T, float> ? 0 : kTile * width;
-    return kWidth * (Product::blocks(rows) * (width + 2) + kTile + 1) + copies;
+    const int64_t blocks = Product::blocks(rows);
+    return kWidth * (blocks * (p.value_width + 2) + kTile + 1) + Operands::scratch(p, blocks);
   }
 
   static void run(const Problem& p, const Rows& rows, float* scratch) {
     const Blocks<Isa> blocks(p, rows);
-    const int64_t D = p.width, Dv = p.value_width, count = blocks.count;
-    float* queries = scratch;                    // [block, D, kWidth], times the scale and log2(e)
-    float* sums = queries + count * D * kWidth;  // [block, Dv, kWidth], not yet divided by the totals
-    float* most = sums + count * Dv * kWidth;    // [block, kWidth]
-    float* totals = most + count * kWidth;       // [block, kWidth]
-    float* rescale = totals + count * kWidth;    // [kWidth]
-    float* scores = rescale + kWidth;            // [kTile, kWidth]
-    float* key_copy = scores + kTile * kWidth;
-    float* value_copy = key_copy + kTile * D;
+    const int64_t Dv = p.value_width, count = blocks.count;
+    float* sums = scratch;                     // [block, Dv, kWidth], not yet divided by the totals
+    float* most = sums + count * Dv * kWidth;  // [block, kWidth]
+    float* totals = most + count * kWidth;     // [block, kWidth]
+    float* rescale = totals + count * kWidth;  // [kWidth]
+    float* scores = rescale + kWidth;          // [kTile, kWidth]
+    Operands operands(p, rows, count, scores + kTile * kWidth);
 
     std::fill(sums, most, 0.0f);
     std::fill(most, totals, -kInfinity);
     std::fill(totals, rescale, 0.0f);
-    for (int64_t block = 0; block < count; ++block) {
-      const Lanes<Isa>& lanes = blocks.lanes[block];
-      put_on_lanes<Isa>(
-          lanes.count, D, [&](int i) { return at<T>(p.q, rows.batch, lanes.head[i], lanes.token[i]); },
-          [&](int) { return p.scale * kLog2e; }, queries + block * D * kWidth);
-    }
-    const int64_t end = blocks.key_end(p);
-    for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
+    const int64_t begin = blocks.key_begin(p), end = blocks.key_end(p);
+    const auto expect = [&](int64_t first) {
+      prefetch<T>(p.k, rows.batch, rows.kv_head, first, std::min(kTile, end - first), p.width);
+      prefetch<T>(p.v, rows.batch, rows.kv_head, first, std::min(kTile, end - first), Dv);
+    };
+    expect(begin);
+    for (int64_t block = 0; block < count; ++block) operands.put(block, blocks.lanes[block]);
+    for (int64_t first = begin; first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
-      int64_t key_stride, value_stride;
-      const float* keys =
-          tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, key_copy, &key_stride);
-      const float* values =
-          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, value_copy, &value_stride);
+      operands.load(first, loaded);
+      expect(first + kTile);
       for (int64_t block = 0; block < count; ++block) {
         const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
         if (seen <= 0 || first + kTile <= lanes.key_begin(p)) continue;
         if (!mask_shows_any(p, rows.batch, lanes, first, seen)) continue;
-        Product::template multiply<Product::Into::kSet>(seen, keys, key_stride, 1, queries + block * D * kWidth, kWidth,
-                                                        D, scores, kWidth);
-        hide<Isa, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
-        softmax(scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
-        Product::template multiply<Product::Into::kRescale>(Dv, values, 1, value_stride, scores, kWidth, seen,
-                                                            sums + block * Dv * kWidth, kWidth, rescale);
+        const auto work = [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          operands.template score<V>(block, seen, scores);
+          hide<Isa, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
+          softmax<V>(operands, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
+          operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
+        };
+        by_vectors<Isa>(lanes, work);
       }
     }
     for (int64_t block = 0; block < count; ++block) {
@@ -68,24 +120,39 @@ struct Forward {
 
  private:
   // Scores [count, kWidth] -> weights relative to the largest score so far; `rescale` brings what was summed before to
-  // the same scale.
-  static void softmax(float* scores, int64_t count, float* most, float* totals, float* rescale) {
-    for (int j = 0; j < Isa::kVectors; ++j) {
-      float* s = scores + j * Isa::kLanes;
-      const Floats before = S::load(most + j * Isa::kLanes);
-      Floats now = before;
-      for (int64_t n = 0; n < count; ++n) now = S::max(now, S::load(s + n * kWidth));
-      const Floats base = now == -kInfinity ? Floats{} : now;  // nothing seen yet: exp2(-inf - 0) is 0
-      Floats total{};
-      for (int64_t n = 0; n < count; ++n) {
-        const Floats weight = S::exp2(S::load(s + n * kWidth) - base);
-        S::store(s + n * kWidth, weight);
-        total += weight;
+  // the same scale. An odd count is rounded up: a score of the row beyond may be written, with a weight of 0.
+  template <int V>
+  static void softmax(const Operands& operands, float* scores, int64_t count, float* most, float* totals,
+                      float* rescale) {
+    const typename S::Exp2 exp2;
+    Floats now[V], base[V], total[V];
+    for (int j = 0; j < V; ++j) now[j] = S::load(most + j * Isa::kLanes);
+    for (int64_t n = 0; n < count; ++n)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) now[j] = S::max(now[j], S::load(scores + n * kWidth + j * Isa::kLanes));
+    for (int j = 0; j < V; ++j) {
+      base[j] = now[j] == -kInfinity ? Floats{} : now[j];  // nothing seen yet: exp2(-inf - 0) is 0
+      total[j] = Floats{};
+    }
+    const auto weight = [&](int64_t n, int j) {
+      const Floats x = exp2(S::load(scores + n * kWidth + j * Isa::kLanes) - base[j]);
+      total[j] += x;
+      return x;
+    };
+    int64_t n = 0;
+    for (; n + 2 <= count; n += 2)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const Floats first = weight(n, j), second = weight(n + 1, j);
+        operands.keep(scores, n, j * Isa::kLanes, first, second);
       }
-      const Floats factor = S::exp2(before - base);
+    if (n < count)
+      for (int j = 0; j < V; ++j) operands.keep(scores, n, j * Isa::kLanes, weight(n, j), Floats{});
+    for (int j = 0; j < V; ++j) {
+      const Floats factor = exp2(S::load(most + j * Isa::kLanes) - base[j]);
       S::store(rescale + j * Isa::kLanes, factor);
-      S::store(totals + j * Isa::kLanes, S::load(totals + j * Isa::kLanes) * factor + total);
-      S::store(most + j * Isa::kLanes, now);
+      S::store(totals + j * Isa::kLanes, S::load(totals + j * Isa::kLanes) * factor + total[j]);
+      S::store(most + j * Isa::kLanes, now[j]);
     }
   }
 
@@ -97,7 +164,7 @@ struct Forward {
     for (int i = 0; i < lanes.count; ++i) {
       const bool blind = totals[i] == 0.0f;
       factors[i] = blind ? 0.0f : static_cast<float>(gates[lanes.by_token(p, batch, i)]) / totals[i];
-      p.lse[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i] + std::log2(totals[i]);
+      if (p.lse != nullptr) p.lse[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i] + std::log2(totals[i]);
     }
     take_off_lanes<Isa>(
         lanes.count, p.value_width, sums, [&](int i) { return factors[i]; },

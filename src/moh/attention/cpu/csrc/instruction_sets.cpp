@@ -14,6 +14,9 @@ std::atomic<const Kernels*> in_use{nullptr};
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> all;  // the most capable first
+#ifdef MOH_AVX512_BF16
+  all.push_back(&avx512_bf16_kernels());
+#endif
 #ifdef MOH_AVX512
   all.push_back(&avx512_kernels());
 #endif

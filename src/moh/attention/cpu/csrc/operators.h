@@ -41,6 +41,13 @@ void for_each_task(int64_t count, const Task& task) {
   });
 }
 
+// Rows of a part, where `count` rows are cut into the fewest parts of at most `most` rows: equal ones, in whole blocks
+// of `block`, because a part of few rows would read all of the keys or of the matrix for them.
+inline int64_t part_of(int64_t count, int64_t most, int64_t block) {
+  const int64_t parts = std::max<int64_t>(1, (count + most - 1) / most), blocks = (count + block - 1) / block;
+  return std::max<int64_t>(1, (blocks + parts - 1) / parts) * block;
+}
+
 // Memory for `count` users, `floats` numbers each.
 class Scratch {
  public:
@@ -101,10 +108,10 @@ class ActiveRows {
   std::vector<int64_t> counts_;
 };
 
-// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp.
+// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp, which without `keep_lse` is empty.
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,
-                                             std::optional<double> scale);
+                                             std::optional<double> scale, bool keep_lse);
 
 }  // namespace moh

@@ -46,7 +46,7 @@ struct Problem {
   Mask mask;
   const void* gates = nullptr;  // [B, Nq, H] contiguous
   void* out = nullptr;          // [B, Nq, H, Dv] contiguous
-  float* lse = nullptr;         // [B, H, Nq]: log2 of the softmax's denominator, +inf where nothing is seen
+  float* lse = nullptr;         // [B, H, Nq]: log2 of the softmax's denominator, +inf where nothing is seen; null if unwanted
 
   // Backward only.
   const void* grad = nullptr;  // [B, Nq, H, Dv] contiguous
@@ -125,7 +125,12 @@ struct Segment {
 
 constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
 constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
-constexpr int64_t kProjectionRows = 240;      // tokens of one task: with their channels half of a 512 KiB L2 cache
+// Keys or values are copied, tile by tile, where at least so many blocks share the copy (it takes some 10 % of one
+// block's time) and rows lie a multiple of pages apart or reach, all together, over so much memory.
+constexpr int64_t kBlocksPerCopy = 4;
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kFarBytes = 4 << 20;
+constexpr int64_t kProjectionRows = 256;      // tokens of one task: with their channels half of a 512 KiB L2 cache
 constexpr int64_t kProjectionChannels = 256;  // channels that are worked through at a time
 
 // The kernels of one instruction set.
@@ -168,6 +173,9 @@ const Kernels& avx2_kernels();
 #endif
 #ifdef MOH_AVX512
 const Kernels& avx512_kernels();
+#endif
+#ifdef MOH_AVX512_BF16
+const Kernels& avx512_bf16_kernels();
 #endif
 
 }  // namespace moh

@@ -40,9 +40,11 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tenso
   const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
   std::vector<Rows> tasks;
-  for (int64_t h = 0; h < p.heads; ++h)
-    for (int64_t first = 0; first < active.count(h); first += kProjectionRows)
-      tasks.push_back(active.rows(h, first, std::min(kProjectionRows, active.count(h) - first)));
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const int64_t step = part_of(active.count(h), kProjectionRows, 1);
+    for (int64_t first = 0; first < active.count(h); first += step)
+      tasks.push_back(active.rows(h, first, std::min(step, active.count(h) - first)));
+  }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.count > b.count; });
   const Scratch scratch(threads_for(tasks.size()), kernel.projection_scratch(p), x);
   for_each_task(tasks.size(), [&](int64_t i, int64_t thread) { kernel.expand(p, tasks[i], scratch.of(thread)); });
@@ -59,13 +61,13 @@ at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at
   const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
-  const int64_t down = (p.tokens + kProjectionRows - 1) / kProjectionRows;
+  const int64_t step = part_of(p.tokens, kProjectionRows, 1), down = (p.tokens + step - 1) / step;
   const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), heads);
   std::vector<Rows> by_head;
   for (int64_t h = 0; h < p.heads; ++h) by_head.push_back(active.rows(h));
   for_each_task(across * down, [&](int64_t i, int64_t thread) {
-    const int64_t token = i / across * kProjectionRows, channel = i % across * kProjectionChannels;
-    kernel.sum_heads(p, by_head.data(), token, std::min(kProjectionRows, p.tokens - token), channel,
+    const int64_t token = i / across * step, channel = i % across * kProjectionChannels;
+    kernel.sum_heads(p, by_head.data(), token, std::min(step, p.tokens - token), channel,
                      std::min(kProjectionChannels, p.channels - channel), scratch.of(thread));
   });
   return to;

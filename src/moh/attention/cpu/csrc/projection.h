@@ -10,11 +10,65 @@
 
 namespace moh {
 
+// from [rows, columns], each with its stride, to panels [wide / kWidth, rows, kWidth], zeros beyond `columns`. In a
+// panel the rows lie side by side; a power of two apart they would fall into the same few places of the cache.
 template <class Isa, class T>
+void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column_stride, int64_t columns, float* to) {
+  using S = Simd<Isa::kLanes>;
+  constexpr int64_t kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  for (int64_t c = 0; c < columns; c += kWidth, to += rows * kWidth) {
+    const int64_t width = std::min(kWidth, columns - c);
+    const T* panel = from + c * column_stride;
+    if (width < kWidth) std::fill_n(to, rows * kWidth, 0.0f);
+    if (column_stride == 1) {
+      for (int64_t r = 0; r < rows; ++r) get<Isa>(panel + r * row_stride, width, to + r * kWidth);
+      continue;
+    }
+    constexpr int64_t kLine = 64 / sizeof(T);  // a transposition, by the numbers of one cache line
+    int64_t r = 0;
+    if (row_stride == 1 && width == kWidth)
+      for (; r + kLine <= rows; r += kLine)
+        for (int64_t j = 0; j < kWidth; j += L)
+          for (int64_t i = r; i < r + kLine; i += L) {
+            typename S::Floats square[L];
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < L; ++n) square[n] = S::load(panel + (j + n) * column_stride + i);
+            S::transpose(square);
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < L; ++n) S::store(to + (i + n) * kWidth + j, square[n]);
+          }
+    for (; r < rows; r += kLine) {
+      const int64_t r_end = std::min(rows, r + kLine);
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = r; i < r_end; ++i)
+          to[i * kWidth + j] = static_cast<float>(panel[i * row_stride + j * column_stride]);
+    }
+  }
+}
+
+// What the products work on: floats, converted from T. Another such type is in pairs.h.
+template <class Isa, class T>
+struct FloatCells {
+  using Cell = float;
+  static constexpr int64_t kNumbers = 1;  // of a cell
+
+  static void row(const T* from, int64_t count, float* to) { get<Isa>(from, count, to); }
+  // The cells of kNumbers rows at the same place; the second is null if there is none.
+  static void join(const T* first, const T*, int64_t count, float* to) { get<Isa>(first, count, to); }
+  // [depth, columns] to panels; cells run along the depth.
+  static void pack(const T* from, int64_t depth_stride, int64_t depth, int64_t column_stride, int64_t columns,
+                   float* to) {
+    pack_panels<Isa>(from, depth_stride, depth, column_stride, columns, to);
+  }
+};
+
+template <class Isa, class T, class Cells = FloatCells<Isa, T>>
 struct Project {
   using Product = Tile<Isa>;
-  static constexpr int64_t kWidth = Product::kWidth;
+  using Cell = typename Cells::Cell;
+  static constexpr int64_t kWidth = Product::kWidth, kNumbers = Cells::kNumbers;
   static constexpr int64_t kRows = kProjectionRows, kChannels = kProjectionChannels;
+  static_assert(kRows % kNumbers == 0 && kChannels % kNumbers == 0 && sizeof(Cell) == sizeof(float));
 
   static int64_t padded(int64_t width) { return Product::padded(width); }
 
@@ -25,20 +79,20 @@ struct Project {
 
   static void expand(const Projection& p, const Rows& tokens, float* scratch) {
     const int64_t width = padded(p.width);
-    float* rows = scratch;                       // [kRows, kChannels]
-    float* matrix = rows + kRows * kChannels;    // panels [width / kWidth, kChannels, kWidth]
-    float* result = matrix + kChannels * width;  // [kRows, width]
+    Cell* rows = reinterpret_cast<Cell*>(scratch);  // [kRows, kChannels / kNumbers]
+    float* matrix = scratch + kRows * kChannels;    // panels [width / kWidth, kChannels / kNumbers, kWidth]
+    float* result = matrix + kChannels * width;     // [kRows, width]
     const T* x = static_cast<const T*>(p.from);
     const T* m = static_cast<const T*>(p.matrix) + tokens.kv_head * p.width * p.head_stride;
     std::fill_n(result, tokens.count * width, 0.0f);
     for (int64_t first = 0; first < p.channels; first += kChannels) {
-      const int64_t depth = std::min(kChannels, p.channels - first);
+      const int64_t depth = std::min(kChannels, p.channels - first), cells = depth / kNumbers;
       for (int64_t i = 0; i < tokens.count; ++i)
-        get<Isa>(x + tokens.index[i] * p.channels + first, depth, rows + i * kChannels);
-      pack(m + first * p.channel_stride, p.channel_stride, depth, p.head_stride, p.width, matrix);
+        Cells::row(x + tokens.index[i] * p.channels + first, depth, rows + i * (kChannels / kNumbers));
+      Cells::pack(m + first * p.channel_stride, p.channel_stride, depth, p.head_stride, p.width, matrix);
       for (int64_t d = 0; d < width; d += kWidth)
-        Product::template multiply<Product::Into::kAdd>(tokens.count, rows, kChannels, 1, matrix + d * depth, kWidth,
-                                                        depth, result + d, width);
+        Product::template multiply<Product::Into::kAdd>(tokens.count, rows, kChannels / kNumbers, 1, matrix + d * cells,
+                                                        kWidth, cells, result + d, width);
     }
     T* to = static_cast<T*>(p.to) + tokens.kv_head * p.width;
     for (int64_t i = 0; i < tokens.count; ++i)
@@ -47,10 +101,10 @@ struct Project {
 
   static void sum_heads(const Projection& p, const Rows* by_head, int64_t first_token, int64_t count,
                         int64_t first_channel, int64_t channels, float* scratch) {
-    const int64_t D = p.width, wide = padded(channels);
+    const int64_t D = p.width, cells = D / kNumbers, wide = padded(channels);
     float* sums = scratch;                      // [kRows, wide]
-    float* matrix = sums + kRows * kChannels;   // panels [wide / kWidth, D, kWidth]
-    float* rows = matrix + padded(D) * kChannels;  // [kRows, D]
+    float* matrix = sums + kRows * kChannels;   // panels [wide / kWidth, D / kNumbers, kWidth]
+    Cell* rows = reinterpret_cast<Cell*>(matrix + padded(D) * kChannels);  // [kRows, D / kNumbers]
     const T* heads = static_cast<const T*>(p.from);
     const T* m = static_cast<const T*>(p.matrix) + first_channel * p.channel_stride;
     int32_t index[kRows];
@@ -62,13 +116,13 @@ struct Project {
       int64_t used = 0;
       for (; at < end && *at < first_token + count; ++at, ++used) {
         index[used] = *at - static_cast<int32_t>(first_token);
-        get<Isa>(heads + (*at * p.heads + h) * D, D, rows + used * D);
+        Cells::row(heads + (*at * p.heads + h) * D, D, rows + used * cells);
       }
       if (used == 0) continue;
-      pack(m + h * D * p.head_stride, p.head_stride, D, p.channel_stride, channels, matrix);
+      Cells::pack(m + h * D * p.head_stride, p.head_stride, D, p.channel_stride, channels, matrix);
       for (int64_t c = 0; c < wide; c += kWidth)
-        Product::template multiply<Product::Into::kAdd>(used, rows, D, 1, matrix + c * D, kWidth, D, sums + c, wide,
-                                                        nullptr, index);
+        Product::template multiply<Product::Into::kAdd>(used, rows, cells, 1, matrix + c * cells, kWidth, cells,
+                                                        sums + c, wide, nullptr, index);
     }
     T* to = static_cast<T*>(p.to) + first_token * p.channels + first_channel;
     for (int64_t i = 0; i < count; ++i) put(sums + i * wide, channels, 1.0f, to + i * p.channels);
@@ -76,51 +130,33 @@ struct Project {
 
   static void outer(const Projection& p, const T* x, const Rows& tokens, int64_t first_channel, int64_t channels,
                     float* scratch) {
+    constexpr int64_t kCells = kRows / kNumbers;
     const int64_t D = p.width, wide = padded(channels);
-    float* channel_rows = scratch;                       // panels [wide / kWidth, kRows, kWidth]
-    float* sums = channel_rows + kRows * kChannels;      // [D, wide]
-    float* head_rows = sums + padded(D) * kChannels;     // [kRows, D]
+    float* channel_rows = scratch;                     // panels [wide / kWidth, kCells, kWidth], of cells
+    float* sums = channel_rows + kRows * kChannels;    // [D, wide]
+    Cell* head_rows = reinterpret_cast<Cell*>(sums + padded(D) * kChannels);  // [kCells, D]
     const T* heads = static_cast<const T*>(p.from);
     std::fill_n(sums, D * wide, 0.0f);
-    std::fill_n(channel_rows, kRows * wide, 0.0f);
+    std::fill_n(channel_rows, kCells * wide, 0.0f);
     for (int64_t first = 0; first < tokens.count; first += kRows) {
-      const int64_t count = std::min(kRows, tokens.count - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t t = tokens.index[first + i];
-        const T* row = x + t * p.channels + first_channel;
+      const int64_t count = std::min(kRows, tokens.count - first), cells = (count + kNumbers - 1) / kNumbers;
+      for (int64_t i = 0; i < cells; ++i) {
+        const int64_t one = tokens.index[first + i * kNumbers];
+        const int64_t two = i * kNumbers + 1 < count ? tokens.index[first + i * kNumbers + 1] : -1;
+        const auto join = [&](const T* from, int64_t stride, int64_t width, auto* to) {
+          Cells::join(from + one * stride, two < 0 ? nullptr : from + two * stride, width, to);
+        };
         for (int64_t c = 0; c < channels; c += kWidth)
-          get<Isa>(row + c, std::min(kWidth, channels - c), channel_rows + c * kRows + i * kWidth);
-        get<Isa>(heads + (t * p.heads + tokens.kv_head) * D, D, head_rows + i * D);
+          join(x + first_channel + c, p.channels, std::min(kWidth, channels - c),
+               reinterpret_cast<Cell*>(channel_rows + c * kCells + i * kWidth));
+        join(heads + tokens.kv_head * D, p.heads * D, D, head_rows + i * D);
       }
       for (int64_t c = 0; c < wide; c += kWidth)
-        Product::template multiply<Product::Into::kAdd>(D, head_rows, 1, D, channel_rows + c * kRows, kWidth, count,
+        Product::template multiply<Product::Into::kAdd>(D, head_rows, 1, D, channel_rows + c * kCells, kWidth, cells,
                                                         sums + c, wide);
     }
     T* to = static_cast<T*>(p.to) + tokens.kv_head * D * p.channels + first_channel;
     for (int64_t d = 0; d < D; ++d) put(sums + d * wide, channels, 1.0f, to + d * p.channels);
-  }
-
- private:
-  // from [rows, columns], each with its stride, to panels [wide / kWidth, rows, kWidth], zeros beyond `columns`. In a
-  // panel the rows lie side by side; a power of two apart they would fall into the same few places of the cache.
-  static void pack(const T* from, int64_t row_stride, int64_t rows, int64_t column_stride, int64_t columns,
-                   float* to) {
-    for (int64_t c = 0; c < columns; c += kWidth, to += rows * kWidth) {
-      const int64_t width = std::min(kWidth, columns - c);
-      const T* panel = from + c * column_stride;
-      if (width < kWidth) std::fill_n(to, rows * kWidth, 0.0f);
-      if (column_stride == 1) {
-        for (int64_t r = 0; r < rows; ++r) get<Isa>(panel + r * row_stride, width, to + r * kWidth);
-        continue;
-      }
-      constexpr int64_t kLine = 64 / sizeof(T);  // a transposition, by the numbers of one cache line
-      for (int64_t r = 0; r < rows; r += kLine) {
-        const int64_t r_end = std::min(rows, r + kLine);
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t i = r; i < r_end; ++i)
-            to[i * kWidth + j] = static_cast<float>(panel[i * row_stride + j * column_stride]);
-      }
-    }
   }
 };
 

@@ -33,13 +33,29 @@ struct Vectors<16> {
   typedef uint16_t Shorts __attribute__((vector_size(32)));
 };
 
+// Two bfloat16 next to each other, anywhere in memory; as a float they are nothing but its bits.
+struct [[gnu::packed, gnu::may_alias]] Pair {
+  uint32_t bits;
+  explicit operator float() const {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
 template <int Lanes>
 struct Simd : Vectors<Lanes> {
   using Floats = typename Vectors<Lanes>::Floats;
   using Words = typename Vectors<Lanes>::Words;
   using Shorts = typename Vectors<Lanes>::Shorts;
+  using Every = std::make_integer_sequence<int, Lanes>;
 
   [[gnu::always_inline]] static Floats load(const float* p) {
+    Floats x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  [[gnu::always_inline]] static Floats load(const Pair* p) {
     Floats x;
     std::memcpy(&x, p, sizeof x);
     return x;
@@ -79,47 +95,60 @@ struct Simd : Vectors<Lanes> {
     return most;
   }
 
-  // 2^x for x <= 127, within 2e-7 of it; 0 for x <= -127 and hardly more up to -126, NaN for NaN. A polynomial
-  // (minimax on [-1/2, 1/2] with p(0) = 1) times a power of two that is added to the exponent's bits, which for -127
-  // leaves exactly 0.
-  [[gnu::always_inline]] static Floats exp2(Floats x) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
-    x = max(set(-127.0f), x);              // if the second is NaN it stays
-    const Floats shifted = x + kRound;
-    const Floats f = x - (shifted - kRound);
-    Floats p = set(0.001326472731307149f);
-    p = p * f + 0.009671512991189957f;
-    p = p * f + 0.05550733581185341f;
-    p = p * f + 0.24022242426872253f;
-    p = p * f + 0.6931470036506653f;
-    p = p * f + 1.0f;
-    const Floats scaled = floats(bits(p) + (bits(shifted) << 23));
-    return x == x ? scaled : x;  // the sum of bits could make a number of a NaN
+  // A constant that GCC may not look through: it keeps it in a register during a loop, instead of reading it from
+  // memory wherever it is used, and then a maximum with it is one instruction.
+  [[gnu::always_inline]] static Floats held(float x) {
+    Floats constant = set(x);
+#if defined(__x86_64__)
+    asm("" : "+v"(constant));
+#endif
+    return constant;
   }
 
-  // One of two vectors' numbers by turns, from their first or second half: [a0, b0, a1, b1, ...].
-  [[gnu::always_inline]] static Floats interleave_first(Floats a, Floats b) { return interleave<0>(a, b); }
-  [[gnu::always_inline]] static Floats interleave_second(Floats a, Floats b) { return interleave<Lanes / 2>(a, b); }
+  // 2^x for x <= 127, within 2.2e-7 of it; 0 for x <= -127 and hardly more up to -126, NaN for NaN. A polynomial
+  // (minimax on [-1/2, 1/2] with p(0) = 1) times a power of two whose exponent, biased as floats have it, is x rounded:
+  // for -127 that is exactly 0. To be made before a loop, which then finds its constants in registers.
+  class Exp2 {
+   public:
+    // Written out: GCC gives a constructor of its own making no instruction set.
+    [[gnu::always_inline]] Exp2()
+        : lowest_(held(-127.0f)), round_(held(12583039.0f)), c5_(held(0.001326472731307149f)),
+          c4_(held(0.009671512991189957f)), c3_(held(0.05550733581185341f)), c2_(held(0.24022242426872253f)),
+          c1_(held(0.6931470036506653f)), c0_(held(1.0f)) {}
+
+    [[gnu::always_inline]] Floats operator()(Floats x) const {
+      x = max(lowest_, x);  // if the second is NaN it stays
+      const Floats shifted = x + round_;
+      const Floats f = x - (shifted - round_);
+      const Floats f2 = f * f;
+      const Floats p = ((c5_ * f + c4_) * f2 + (c3_ * f + c2_)) * f2 + (c1_ * f + c0_);
+      return p * floats(bits(shifted) << 23);
+    }
+
+   private:
+    Floats lowest_;
+    Floats round_;  // 1.5 * 2^23 + 127: adding it leaves the nearest integer and the exponent's bias in the lowest bits
+    Floats c5_, c4_, c3_, c2_, c1_, c0_;
+  };
 
   // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
   [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
-    return pick<0, 2>(a, b, std::make_integer_sequence<int, Lanes>()) +
-           pick<1, 2>(a, b, std::make_integer_sequence<int, Lanes>());
+    return pick<0, 2>(a, b, Every()) + pick<1, 2>(a, b, Every());
   }
 
-  // Rows become columns. Each round deals the cards of the two halves by turns; log2(Lanes) rounds transpose.
+  // Rows become columns: in each quarter of 4 numbers first, where x86 shuffles at the least cost, then whole quarters.
   [[gnu::always_inline]] static void transpose(Floats (&v)[Lanes]) {
 #pragma GCC unroll 4
-    for (int round = 1; round < Lanes; round *= 2) {
-      Floats dealt[Lanes];
-#pragma GCC unroll 8
-      for (int i = 0; i < Lanes / 2; ++i) {
-        dealt[2 * i] = interleave_first(v[i], v[i + Lanes / 2]);
-        dealt[2 * i + 1] = interleave_second(v[i], v[i + Lanes / 2]);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < Lanes; ++i) v[i] = dealt[i];
+    for (int m = 0; m < Lanes; m += 4) {
+      const Floats low01 = quarters<0, 1>(v[m], v[m + 1]), low23 = quarters<0, 1>(v[m + 2], v[m + 3]);
+      const Floats high01 = quarters<2, 3>(v[m], v[m + 1]), high23 = quarters<2, 3>(v[m + 2], v[m + 3]);
+      v[m] = pairs<0>(low01, low23);
+      v[m + 1] = pairs<2>(low01, low23);
+      v[m + 2] = pairs<0>(high01, high23);
+      v[m + 3] = pairs<2>(high01, high23);
     }
+    if constexpr (Lanes > 4) exchange<4>(v);
+    if constexpr (Lanes > 8) exchange<8>(v);
   }
 
  private:
@@ -128,13 +157,38 @@ struct Simd : Vectors<Lanes> {
   [[gnu::always_inline]] static Floats pick(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return shuffle<(First + Step * I)...>(a, b);
   }
-  template <int First, int... I>
-  [[gnu::always_inline]] static Floats deal(Floats a, Floats b, std::integer_sequence<int, I...>) {
-    return shuffle<(First + I / 2 + (I % 2) * Lanes)...>(a, b);
+  // In each quarter of 4: [a_First, b_First, a_Second, b_Second].
+  template <int First, int Second>
+  [[gnu::always_inline]] static Floats quarters(Floats a, Floats b) {
+    return from_quarters<First, Second>(a, b, Every());
   }
+  template <int First, int Second, int... I>
+  [[gnu::always_inline]] static Floats from_quarters(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return shuffle<(I / 4 * 4 + (I % 4 < 2 ? First : Second) + I % 2 * Lanes)...>(a, b);
+  }
+  // In each quarter of 4: [a_First, a_First + 1, b_First, b_First + 1].
   template <int First>
-  [[gnu::always_inline]] static Floats interleave(Floats a, Floats b) {
-    return deal<First>(a, b, std::make_integer_sequence<int, Lanes>());
+  [[gnu::always_inline]] static Floats pairs(Floats a, Floats b) {
+    return from_pairs<First>(a, b, Every());
+  }
+  template <int First, int... I>
+  [[gnu::always_inline]] static Floats from_pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return shuffle<(I / 4 * 4 + First + I % 2 + I % 4 / 2 * Lanes)...>(a, b);
+  }
+  // Of rows `Size` apart: the second of each two blocks of `Size` numbers of one against the first of the other.
+  template <int Size>
+  [[gnu::always_inline]] static void exchange(Floats (&v)[Lanes]) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Lanes; ++m) {
+      if (m & Size) continue;
+      const Floats a = v[m], b = v[m + Size];
+      v[m] = from_blocks<Size, 0>(a, b, Every());
+      v[m + Size] = from_blocks<Size, Size>(a, b, Every());
+    }
+  }
+  template <int Size, int First, int... I>
+  [[gnu::always_inline]] static Floats from_blocks(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return shuffle<(I / (2 * Size) * 2 * Size + First + I % Size + I / Size % 2 * Lanes)...>(a, b);
   }
   template <int... I>
   [[gnu::always_inline]] static Floats shuffle(Floats a, Floats b) {

@@ -1,0 +1,114 @@
+// bfloat16 by the processor's dot products, which take two numbers at a time: attention forward, and the projections.
+//
+// Products run over pairs. In attention these are two numbers of a row's width for the scores, two keys for the outputs.
+// Keys are read where they lie; queries are put on the lanes pair by pair, unscaled and so exact; a tile of values is
+// copied with the rows of two keys interleaved, once for all blocks; weights are rounded to bfloat16, their totals not.
+#pragma once
+
+#include "forward.h"
+#include "projection.h"
+
+namespace moh {
+
+template <class Isa>
+class PairOperands {
+ public:
+  using T = c10::BFloat16;
+  using S = Simd<Isa::kLanes>;
+  using Product = Tile<Isa>;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+
+  // Rows of an odd width, or at odd distances, are not made of pairs.
+  static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
+
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return blocks * p.width / 2 * kWidth + kTile / 2 * (p.value_width + kWidth) + p.value_width;
+  }
+  PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+      : p_(p), rows_(rows), queries_(scratch), weights_(queries_ + blocks * p.width / 2 * kWidth),
+        values_(reinterpret_cast<Pair*>(weights_ + kTile / 2 * kWidth)), last_(values_ + kTile / 2 * p.value_width) {}
+
+  void put(int64_t block, const Lanes<Isa>& lanes) {
+    const auto query = [&](int i) {
+      return reinterpret_cast<const Pair*>(at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]));
+    };
+    put_on_lanes<Isa>(lanes.count, p_.width / 2, query, [](int) { return 1.0f; },
+                      queries_ + block * p_.width / 2 * kWidth);
+  }
+  void load(int64_t first, int64_t count) {
+    keys_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
+    const T* from = at<T>(p_.v, rows_.batch, rows_.kv_head, first);
+    count_ = count;
+    for (int64_t n = 0; n < count; n += 2, from += 2 * p_.v.token)
+      Isa::interleave(from, n + 1 < count ? from + p_.v.token : nullptr, p_.value_width, values_ + n / 2 * p_.value_width);
+  }
+  template <int V>
+  void score(int64_t block, int64_t seen, float* scores) const {
+    const float scale = p_.scale * kLog2e;
+    Product::template multiply<Product::Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
+                                                          queries_ + block * p_.width / 2 * kWidth, kWidth,
+                                                          p_.width / 2, scores, kWidth, &scale);
+  }
+  [[gnu::always_inline]] void keep(float*, int64_t n, int lane, typename S::Floats first,
+                                   typename S::Floats second) const {
+    S::store(weights_ + n / 2 * kWidth + lane, Isa::pairs(first, second));
+  }
+  template <int V>
+  void add(int64_t seen, const float*, const float* rescale, float* sums) const {
+    const int64_t Dv = p_.value_width, whole = seen == count_ ? (seen + 1) / 2 : seen / 2;
+    Product::template multiply<Product::Into::kRescale, V>(Dv, values_, 1, Dv, weights_, kWidth, whole, sums, kWidth,
+                                                           rescale);
+    if (2 * whole >= seen) return;
+    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN.
+    for (int64_t d = 0; d < Dv; ++d) last_[d].bits = values_[whole * Dv + d].bits & 0xffffu;
+    Product::template multiply<Product::Into::kAdd, V>(Dv, last_, 1, Dv, weights_ + whole * kWidth, kWidth, 1, sums,
+                                                       kWidth);
+  }
+
+ private:
+  const Problem& p_;
+  const Rows& rows_;
+  float *queries_, *weights_;  // pairs too, [block, D / 2, kWidth] and [kTile / 2, kWidth]
+  Pair *values_, *last_;       // [kTile / 2, Dv], [Dv]
+  const Pair* keys_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// For projections of even width and channels. Pairs run along the width, the channels or the tokens.
+template <class Isa>
+struct PairCells {
+  using T = c10::BFloat16;
+  using Cell = Pair;
+  static constexpr int64_t kNumbers = 2;
+
+  static bool serves(const Projection& p) { return p.width % 2 == 0 && p.channels % 2 == 0; }
+
+  static void row(const T* from, int64_t count, Pair* to) { std::memcpy(to, from, count * sizeof(T)); }
+  static void join(const T* first, const T* second, int64_t count, Pair* to) {
+    Isa::interleave(first, second, count, to);
+  }
+  static void pack(const T* from, int64_t depth_stride, int64_t depth, int64_t column_stride, int64_t columns,
+                   float* to) {
+    constexpr int64_t kWidth = Tile<Isa>::kWidth;
+    if (depth_stride == 1 && column_stride % 2 == 0) {
+      pack_panels<Isa>(reinterpret_cast<const Pair*>(from), 1, depth / 2, column_stride / 2, columns, to);
+      return;
+    }
+    for (int64_t c = 0; c < columns; c += kWidth, to += depth / 2 * kWidth) {
+      const int64_t width = std::min(kWidth, columns - c);
+      Pair* pairs = reinterpret_cast<Pair*>(to);
+      if (width < kWidth) std::fill_n(to, depth / 2 * kWidth, 0.0f);
+      for (int64_t r = 0; r < depth; r += 2, pairs += kWidth) {
+        const T *first = from + r * depth_stride + c * column_stride, *second = first + depth_stride;
+        if (column_stride == 1)
+          Isa::interleave(first, second, width, pairs);
+        else
+          for (int64_t j = 0; j < width; ++j)
+            Isa::interleave(first + j * column_stride, second + j * column_stride, 1, pairs + j);
+      }
+    }
+  }
+};
+
+}  // namespace moh
