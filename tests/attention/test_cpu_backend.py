@@ -197,13 +197,14 @@ def test_very_large_logits_do_not_overflow(isa, is_causal, shape, dtype):
 
 
 @each_path
-def test_log_sum_exp_is_that_of_the_scores_and_left_out_on_request(isa, shape):
-    inputs = make_inputs(**shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_log_sum_exp_is_that_of_the_scores_and_left_out_on_request(isa, shape, dtype):
+    inputs = make_inputs(**shape, dtype=dtype)
     arguments = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.gates)]
     out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
     bare, nothing = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_lse=False)
     assert nothing.shape == (0, *lse.shape[1:]) and torch.equal(bare, out)
-    q, k = arguments[0], arguments[1].repeat_interleave(shape["G"], dim=1)
+    q, k = arguments[0].float(), arguments[1].float().repeat_interleave(shape["G"], dim=1)
     scores = (q @ k.mT) / math.sqrt(shape["D"])
     expected = torch.where(inputs.gates.mT != 0, scores.logsumexp(-1) / math.log(2), math.inf)
     torch.testing.assert_close(lse, expected)
@@ -264,6 +265,20 @@ def test_keys_after_the_last_active_row_may_hold_anything(isa, seen, dtype):
     clean = moh_attention(inputs.q, k, v, gates, is_causal=True, backend="cpu")
     k[:, :, seen:], v[:, :, seen:] = math.nan, math.inf
     assert torch.equal(moh_attention(inputs.q, k, v, gates, is_causal=True, backend="cpu"), clean)
+
+
+@each_dtype
+@pytest.mark.parametrize("skipped", [0, 1], ids=["even-keys", "odd-keys"])
+def test_keys_that_only_later_blocks_see_may_hold_anything(isa, skipped, dtype):
+    # 32 rows are a whole number of blocks; with one row left out before them, a block ends at an odd key.
+    seen = 32 + skipped
+    q, k, v = (torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    gates = torch.ones(1, 64, 1, dtype=dtype)
+    gates[:, 5] = 1.0 - skipped
+    clean = moh_attention(q, k, v, gates, is_causal=True, backend="cpu")
+    v[:, :, seen:] = math.nan
+    got = moh_attention(q, k, v, gates, is_causal=True, backend="cpu")
+    assert torch.equal(got[:, :seen], clean[:, :seen]) and got[:, seen:].isnan().all()
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 30, 33])
@@ -433,6 +448,22 @@ def test_operator_is_registered_correctly(kernels, kind):
     mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
     arguments = (inputs.q, inputs.k, inputs.v, inputs.gates, mask, inputs.is_causal, window, inputs.scale)
     torch.library.opcheck(torch.ops.moh.cpu_attention.default, arguments, atol=1e-5, rtol=1e-5)
+    bare = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.moh.cpu_attention.default, bare, {"keep_lse": False}, test_utils=utilities, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_backward_operator_refuses_an_output_and_a_log_sum_exp_of_another_call(kernels):
+    inputs = make_inputs()
+    arguments = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.gates)]
+    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_lse=False)
+    with pytest.raises(ValueError, match="keep_lse=True"):
+        torch.ops.moh.cpu_attention_backward(out, *arguments, None, out, lse, False, None, None)
+    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
+    with pytest.raises(ValueError, match="grad and out"):
+        torch.ops.moh.cpu_attention_backward(out[:, 1:], *arguments, None, out, lse, False, None, None)
 
 
 def assert_compiled_equals_eager(compiled: Callable[..., Tensor], inputs: Inputs) -> None:

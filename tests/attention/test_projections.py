@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 SIZES = [
     pytest.param(dict(T=70, C=40, H=4, D=16), id="T70-C40-H4-D16"),
     pytest.param(dict(T=500, C=300, H=3, D=24), id="more-than-one-block-of-tokens-and-channels"),
+    pytest.param(dict(T=70, C=96, H=2, D=64), id="whole-panels"),
     pytest.param(dict(T=5, C=3, H=2, D=1), id="tiny"),
     pytest.param(dict(T=9, C=17, H=1, D=33), id="odd"),
     pytest.param(dict(T=0, C=8, H=2, D=4), id="no-tokens"),
@@ -37,11 +38,16 @@ def assert_close(got, expected, dtype):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps", "steps"])
 def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, layout, dtype):
     x, heads, matrix, gates = case(**size, dtype=dtype)
     if layout == "columns":  # as the transposed weight of an output projection lies in memory
         matrix = matrix.detach().t().contiguous().t().requires_grad_()
+    if layout in ("gaps", "steps"):  # rows an odd distance apart; every second number
+        H_D, C = matrix.shape
+        wide = torch.zeros(H_D, C + C % 2 + 1) if layout == "gaps" else torch.zeros(H_D, 2 * C)
+        part = wide.to(dtype)[:, :C] if layout == "gaps" else wide.to(dtype)[:, ::2]
+        matrix = part.copy_(matrix.detach()).requires_grad_()
     active = (gates != 0)[..., None]
     dense = (x @ matrix.t()).view(heads.shape) * active
     expanded = torch.ops.moh.cpu_expand(x, matrix, gates)
@@ -64,8 +70,9 @@ def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, la
         assert_close(got, expected, dtype)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(isa, threads):
-    x, heads, matrix, gates = (t.detach() for t in case(T=500, C=300, H=3, D=24))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bits_do_not_depend_on_the_number_of_threads(isa, threads, dtype):
+    x, heads, matrix, gates = (t.detach() for t in case(T=500, C=300, H=3, D=24, dtype=dtype))
     results = []
     for count in (1, 2, 3, 8):
         threads(count)

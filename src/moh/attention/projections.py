@@ -135,8 +135,10 @@ def _why_dense(
         return f"the attention's backend is {backend!r}"
     if x.dtype not in DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    if name == "cpu" and (device != "cpu" or share > _max_share(x.dtype) or x.shape[0] * x.shape[1] < MIN_TOKENS):
-        return f"it serves the CPU, from {MIN_TOKENS} tokens on, with at most {_max_share(x.dtype):.0%} of the heads in use"
+    if name == "cpu" and device != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if name == "cpu" and x.shape[0] * x.shape[1] < MIN_TOKENS:
+        return f"it serves {MIN_TOKENS} tokens or more"
     if name == "triton" and device != "cuda" and backend is None:
         return f"on {device} it serves only calls that name it"
     if name == "triton" and (unavailable := triton_kernels.unavailable(device)) is not None:
@@ -148,7 +150,17 @@ def _why_dense(
     if transforms_are_active():
         return "it has no rules for torch.func's transforms"
     assert isinstance(linear, nn.Linear)
-    return cpu.unavailable() if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
+    return _why_not_cpu(x.dtype, share) if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
+
+
+def _why_not_cpu(dtype: torch.dtype, share: float) -> str | None:
+    # Last of all questions, as the answer may take a build of the kernels.
+    most = _max_share(dtype)
+    if most == 0.0:
+        return f"PyTorch's product in {str(dtype).removeprefix('torch.')} is faster on this processor"
+    if share > most:
+        return f"with more than {most:.0%} of the heads in use the dense product is as fast"
+    return cpu.unavailable()
 
 
 def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, share: float) -> str | None:
@@ -206,8 +218,10 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 @torch.compiler.assume_constant_result
 def _has_dot_products() -> bool:
     """Of bfloat16, in our kernels, and PyTorch has nothing faster."""
-    has_kernels = cpu.unavailable() is None and cpu.instruction_set() == "avx512_bf16"
-    return has_kernels and not _capabilities().get("amx_bf16")
+    capabilities = _capabilities()
+    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return False  # without building the kernels
+    return cpu.unavailable() is None and cpu.instruction_set() == "avx512_bf16"
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def supported_instruction_sets() -> list[str]:
 
 
 def compile_kernels() -> Path:
-    """The compiled library, from the cache or built now (about half a minute); safe in several processes at once.
+    """The compiled library, from the cache or built now (up to a minute); safe in several processes at once.
 
     Raises:
         BuildError: there is no compiler, it failed, or the cache directory can't be written.
@@ -114,9 +114,7 @@ def _key(compiler: str, sets: list[str]) -> str:
 
 def _build_into(directory: Path, command: str, sets: list[str]) -> None:
     """Build beside `directory` and move the result there, so that nobody sees half a library."""
-    print(
-        "moh: compiling the CPU kernels for this machine (once, about half a minute) ...", file=sys.stderr, flush=True
-    )
+    print("moh: compiling the CPU kernels for this machine (once, up to a minute) ...", file=sys.stderr, flush=True)
     # The portable kernels come before the others: where two of them hold the same inline function, the linker keeps the
     # first, and that one runs everywhere.
     names = ["portable", *sets, "attention", "aggregated", "projection", "decode_layer", "instruction_sets"]

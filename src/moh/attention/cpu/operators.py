@@ -160,6 +160,7 @@ def cpu_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.detach()
     # For gradients the operator keeps the log-sum-exp whatever it is told.
-    options = (attn_mask, is_causal, sliding_window, scale, False)
-    out: Tensor = torch.ops.moh.cpu_attention(q, k, v, gates, *options)[0]
+    out: Tensor = torch.ops.moh.cpu_attention(
+        q, k, v, gates, attn_mask, is_causal, sliding_window, scale, keep_lse=False
+    )[0]
     return out

@@ -219,6 +219,12 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
                              std::optional<double> scale) {
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
+  TORCH_CHECK_VALUE(lse.sizes() == at::IntArrayRef({p.batches, p.heads, p.queries}) && lse.scalar_type() == at::kFloat,
+                    "lse must be that of a forward pass with keep_lse=True, [B, H, Nq] in float32, got ", lse.sizes());
+  TORCH_CHECK_VALUE(grad.sizes() == out.sizes() && out.scalar_type() == q.scalar_type() &&
+                        grad.scalar_type() == q.scalar_type() &&
+                        out.sizes() == at::IntArrayRef({p.batches, p.queries, p.heads, p.value_width}),
+                    "grad and out must be [B, Nq, H, Dv] in q's dtype, got ", grad.sizes(), " and ", out.sizes());
   const Kernels& kernel = kernels();
   const at::Tensor grad_out = grad.contiguous(), saved_out = out.contiguous(), saved_lse = lse.contiguous();
   const at::Tensor grad_q = at::empty(q.sizes(), q.options());
@@ -258,10 +264,10 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   for_each_task(pairs * parts, [&](int64_t i, int64_t thread) {
     const int64_t task = order[i], pair = task / parts, part = task % parts;
     const int64_t slot = parts == 1 ? thread : task;
-    const auto sum_of = [&](const Scratch& scratch, const at::Tensor& grad, int64_t width) {
-      return in_place ? grad.mutable_data_ptr<float>() + pair * p.keys * width : scratch.of(slot);
+    const auto sum_of = [&](const Scratch& sums, const at::Tensor& to, int64_t padded) {
+      return in_place ? to.mutable_data_ptr<float>() + pair * p.keys * padded : sums.of(slot);
     };
-    float *to_k = sum_of(sum_k, grad_k, p.width), *to_v = sum_of(sum_v, grad_v, p.value_width);
+    float *to_k = sum_of(sum_k, grad_k, padded_k), *to_v = sum_of(sum_v, grad_v, padded_v);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);
     std::fill_n(to_v, p.keys * padded_v, 0.0f);
     // Blocks are dealt out in turn: with causal attention the late ones see more keys.

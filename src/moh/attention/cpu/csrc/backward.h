@@ -73,7 +73,7 @@ struct Backward {
           constexpr int V = decltype(vectors)::value;
           Product::template multiply<Product::Into::kSet, V>(seen, keys, key_stride, 1, queries + block * D * kWidth,
                                                              kWidth, D, w, all);
-          hide<Isa, T>(p, rows.batch, lanes, first, seen, w, all);
+          hide<V, T>(p, rows.batch, lanes, first, seen, w, all);
           Product::template multiply<Product::Into::kSet, V>(seen, values, value_stride, 1, grads + block * Dv * kWidth,
                                                              kWidth, Dv, g, all);
           differentiate<V>(w, g, all, seen, lse + block * kWidth, delta + block * kWidth, gate_sums + block * kWidth);

@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Queries whose heads work through the keys together, one per lane. Lanes beyond `count` repeat the last row and see
-// what it sees; they hold zeros and are never written out.
+// what it sees; they hold zeros, unless their whole vector is left out (`by_vectors`), and are never written out.
 template <class Isa>
 struct Lanes {
   static constexpr int kWidth = Tile<Isa>::kWidth;
@@ -98,10 +98,10 @@ template <class T>
 // the cache, which can't hold a tile of them, and those of long sequences lie in more pages than the processor keeps
 // the addresses of.
 template <class T>
-bool is_copied(const View& x, int64_t keys, int64_t blocks) {
+bool is_copied(const View& x, int64_t keys, int64_t width, int64_t blocks) {
   const int64_t apart = x.token * static_cast<int64_t>(sizeof(T));
-  return !std::is_same_v<T, float> ||
-         (blocks >= kBlocksPerCopy && (apart % kPageBytes == 0 || keys * apart >= kFarBytes));
+  return !std::is_same_v<T, float> || (blocks >= kBlocksPerCopy && x.token > width &&
+                                       (apart % kPageBytes == 0 || keys * apart >= kFarBytes));
 }
 
 // Where the copies lie, null for none.
@@ -110,13 +110,13 @@ struct Copies {
   float *keys, *values;
 
   Copies(const Problem& p, int64_t blocks, float* to) {
-    const bool copies_keys = is_copied<T>(p.k, p.keys, blocks);
+    const bool copies_keys = is_copied<T>(p.k, p.keys, p.width, blocks);
     keys = copies_keys ? to : nullptr;
-    values = is_copied<T>(p.v, p.keys, blocks) ? to + (copies_keys ? Isa::kKeyTile * p.width : 0) : nullptr;
+    values = is_copied<T>(p.v, p.keys, p.value_width, blocks) ? to + (copies_keys ? Isa::kKeyTile * p.width : 0) : nullptr;
   }
   static int64_t scratch(const Problem& p, int64_t blocks) {
-    return Isa::kKeyTile * ((is_copied<T>(p.k, p.keys, blocks) ? p.width : 0) +
-                            (is_copied<T>(p.v, p.keys, blocks) ? p.value_width : 0));
+    return Isa::kKeyTile * ((is_copied<T>(p.k, p.keys, p.width, blocks) ? p.width : 0) +
+                            (is_copied<T>(p.v, p.keys, p.value_width, blocks) ? p.value_width : 0));
   }
 };
 
@@ -124,6 +124,7 @@ struct Copies {
 template <class T>
 void prefetch(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(T);
+  if (count <= 0) return;
   const T* row = at<T>(x, batch, head, first);
   for (int64_t n = 0; n < count; ++n, row += x.token)
     for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
@@ -170,8 +171,9 @@ template <class T>
   return score + (bias == -kInfinity ? bias : std::max(-kLargest, kLog2e * bias));
 }
 
-// Hides what causality, the window and the mask hide, in scores [count, stride] of keys from `first` on.
-template <class Isa, class T>
+// Hides what causality, the window and the mask hide, in scores [count, stride] of keys from `first` on, in the
+// first V vectors of a block's lanes.
+template <int V, class T, class Isa>
 void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t first, int64_t count, float* scores,
           int64_t stride) {
   using S = Simd<Isa::kLanes>;
@@ -181,7 +183,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
   if (p.causal) {
     const int64_t from = std::max<int64_t>(first, lanes.token[0] + 1);
     for (int64_t n = from; n < first + count; ++n)
-      for (int j = 0; j < Isa::kVectors; ++j) {
+      for (int j = 0; j < V; ++j) {
         float* s = scores + (n - first) * stride + j * Isa::kLanes;
         const Ints key = Ints{} + static_cast<int32_t>(n);
         S::store(s, lanes.tokens(j) >= key ? S::load(s) : hidden);
@@ -190,7 +192,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
   if (p.window > 0) {
     const int64_t end = std::min(first + count, lanes.token[kWidth - 1] + 1 - p.window);
     for (int64_t n = first; n < end; ++n)
-      for (int j = 0; j < Isa::kVectors; ++j) {
+      for (int j = 0; j < V; ++j) {
         float* s = scores + (n - first) * stride + j * Isa::kLanes;
         const Ints seen_until = Ints{} + static_cast<int32_t>(n + p.window);
         S::store(s, lanes.tokens(j) < seen_until ? S::load(s) : hidden);
@@ -202,7 +204,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
     for (int64_t n = 0; n < count; ++n) {
       const float change = masked<T>(m, batch * m.batch + (first + n) * m.key, 0.0f);
       if (change == 0.0f) continue;
-      for (int j = 0; j < Isa::kVectors; ++j) {
+      for (int j = 0; j < V; ++j) {
         float* s = scores + n * stride + j * Isa::kLanes;
         // Set, not added: a hidden score may be NaN.
         S::store(s, m.kind == MaskKind::kBool ? hidden : S::load(s) + change);
@@ -210,7 +212,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
     }
     return;
   }
-  for (int i = 0; i < kWidth; ++i) {
+  for (int i = 0; i < V * Isa::kLanes; ++i) {
     const int64_t row = batch * m.batch + lanes.head[i] * m.head + lanes.token[i] * m.query + first * m.key;
     for (int64_t n = 0; n < count; ++n) {
       float* s = scores + n * stride + i;

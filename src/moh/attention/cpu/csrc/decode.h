@@ -16,7 +16,7 @@ struct Decode {
   static constexpr int kSums = 8;  // registers that collect a row's weighted values in one go
 
   static int64_t scratch(const Problem& p, int64_t rows) {
-    return rows * (p.width + kTile) + kTile * (p.width + p.value_width);
+    return rows * (p.width + kTile) + Copies<Isa, T>::scratch(p, 1);
   }
 
   static void run(const Problem& p, const Rows& rows, int64_t key_begin, int64_t key_end, const Partial& to,

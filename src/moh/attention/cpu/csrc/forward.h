@@ -106,7 +106,7 @@ struct Forward {
         const auto work = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
           operands.template score<V>(block, seen, scores);
-          hide<Isa, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
+          hide<V, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
           softmax<V>(operands, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
           operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
         };

@@ -108,7 +108,8 @@ class ActiveRows {
   std::vector<int64_t> counts_;
 };
 
-// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp, which without `keep_lse` is empty.
+// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp, which without `keep_lse` is empty; where
+// a gradient may be asked for, the operator's wrapper keeps it in any case.
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,

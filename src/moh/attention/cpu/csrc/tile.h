@@ -89,9 +89,9 @@ struct Tile {
     int64_t i = 0;
     for (; i + Isa::kRows <= height; i += Isa::kRows)
       rows<V, Isa::kRows, into>(a + i * row_stride, row_stride, k_stride, b, b_stride, depth, at(i), c_stride, rescale,
-                             rows_at(i));
+                                rows_at(i));
     remainder<V, Isa::kRows - 1, into>(height - i, a + i * row_stride, row_stride, k_stride, b, b_stride, depth, at(i),
-                                    c_stride, rescale, rows_at(i));
+                                       c_stride, rescale, rows_at(i));
   }
 };
 
