@@ -9,6 +9,8 @@ PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3.13 python3.14 python3 python)
 
 BIN := $(VENV)/bin
+# Tests run in several processes, one for every core up to four, as each of them imports everything.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
 STAMPED_BY := pyproject.toml constraints.txt $(VENV)/.stamp-venv
 
@@ -30,10 +32,10 @@ bench: $(VENV)/.stamp-llm ## speed against dense attention, into docs/results/; 
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/.stamp-dev ## the fast tests; options for pytest: make test ARGS="-k routing"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.stamp-dev ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and undefined-behaviour sanitizers
 	tests/sanitize/run.sh $(abspath $(BIN))/python $(ARGS)

@@ -1,4 +1,5 @@
-"""What all tests share: one thread, a fixed seed, no network, few but always the same examples, a tiny model and text.
+"""What all tests share: one thread, a fixed seed, no network, few but always the same examples, a tiny model and text,
+and teams of processes.
 
 `HYPOTHESIS_PROFILE=thorough` tries many more, new ones on each run.
 """
@@ -6,7 +7,9 @@
 from __future__ import annotations
 
 import os
+import runpy
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -72,3 +75,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paragraphs = [" ".join(" ".join(WORDS[i] for i in sentence) + " ." for sentence in part) for part in indices]
     file.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`team(job, size, ...)` runs a function of `distributed/workers.py` on that many processes."""
+    Team = runpy.run_path(str(Path(__file__).parent / "distributed" / "team.py"))["Team"]
+    return Team(tmp_path_factory.mktemp("team"))

@@ -8,7 +8,6 @@ import torch
 import moh
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("router", "inside", "checkpointed"),
     [

@@ -75,13 +75,11 @@ def _compare(team, size: int, fields, **tolerances) -> None:
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("router", ["two_stage", "linear", "query_norm"])
 def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, router: str) -> None:
     _compare(team, 2, {"router": router, "shared_heads": 4})
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_four_processes_split_heads_in_pairs_and_shard_over_the_pairs(team) -> None:
     _compare(team, 4, {"router": "two_stage", "shared_heads": 4})

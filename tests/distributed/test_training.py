@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(200)
-
 
 def run(team, options: list[str], out: Path, size: int, *more: str, sharded: bool = False) -> list[tuple[float, float]]:
     """(loss, balance loss) of every step, as all processes have logged them."""

@@ -99,10 +99,27 @@ def train(options: list[str]):
     return train(load_recipe(None, options)).log_history
 
 
+def losses(runs: list[list[str]], kill_at: int = 0):
+    """The logged losses of each run, one after the other; with `kill_at` the process is killed at the end of that step."""
+    import signal
+
+    from transformers import TrainerCallback
+
+    from moh.training import load_recipe, train
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    results = [train(load_recipe(None, options), callbacks=[Kill()]) for options in runs]
+    return [[loss for _, loss in result.losses] for result in results]
+
+
 if __name__ == "<run_path>":
     torch.manual_seed(0)
     work = globals()[job]  # noqa: F821
-    if work is not train and size > 1:  # noqa: F821
+    if work not in (train, losses) and size > 1:  # noqa: F821
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)  # noqa: F821
     result = work(**arguments)  # noqa: F821
     torch.save(result, f"{folder}/{rank}.pt")  # noqa: F821

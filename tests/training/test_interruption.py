@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +11,6 @@ import torch
 
 from moh.training import load_recipe, train
 from moh.training.checkpoints import checkpoint_problem, last_complete_checkpoint
-
-pytestmark = pytest.mark.timeout(120)
-SCRIPT = Path(__file__).with_name("run_recipe.py")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +24,11 @@ def finished(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_killed_run_resumes_and_ends_with_the_losses_of_an_uninterrupted_one(
-    options: list[str], tmp_path: Path
+    team, options: list[str], tmp_path: Path
 ) -> None:
     options += ["--training.save_steps=2", "--training.gradient_accumulation_steps=2", "--training.max_steps=6"]
     killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    process = subprocess.run([sys.executable, SCRIPT, tmp_path / "no.json", "5", *killed], env=environment, timeout=100)
-    assert process.returncode == -signal.SIGKILL
+    team("losses", 1, runs=[killed], kill_at=5, killed=True)
     assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-4"
     assert not (tmp_path / "killed" / "model").exists()
 

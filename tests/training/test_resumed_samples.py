@@ -7,7 +7,6 @@ everything, and killed with SIGKILL.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import runpy
 import shutil
 import signal
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(120)
 SCRIPT = Path(__file__).with_name("run_samples.py")
 STEPS = 6
 
@@ -77,7 +75,7 @@ class Runner:
             worker.start()
         try:
             for worker in workers:
-                worker.join(60)
+                worker.join(280)  # the first one waits for the imports of the server
                 assert worker.exitcode == (-signal.SIGKILL if kill_at else 0)
         finally:
             for worker in workers:
@@ -91,10 +89,8 @@ class Runner:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["stored", "streaming"])
-def run(request: pytest.FixtureRequest, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moh.training.run", "moh.models.llama.modeling", "jsonargparse", "tokenizers"])
-    return Runner(context, base_dir, tmp_path_factory.mktemp("runs"), request.param)
+def run(request: pytest.FixtureRequest, team, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(team.server, base_dir, tmp_path_factory.mktemp("runs"), request.param)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,16 @@ def test_training_lowers_the_loss(options: list[str], extra: list[str], dtype: s
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
 
 
+@pytest.mark.parametrize(("precision", "other"), [("fp32", "bf16"), ("bf16", "no")])
+def test_the_recipe_decides_the_precision_whatever_accelerate_launch_hands_on(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, other: str
+) -> None:
+    options += ["--training.max_steps=2", f"--training.precision={precision}"]
+    expected = train(load_recipe(None, options)).losses
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", other)
+    assert train(load_recipe(None, [*options, f"--training.output_dir={tmp_path / 'other'}"])).losses == expected
+
+
 def test_a_resumed_run_does_not_convert_again(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

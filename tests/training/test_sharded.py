@@ -5,14 +5,12 @@ On the CPU, over gloo; with the settings of `recipes/accelerate/fsdp2.yaml`, as 
 
 from __future__ import annotations
 
-import runpy
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors.torch import load_file
 
 from moh.training.checkpoints import checkpoint_problem
@@ -21,8 +19,6 @@ from moh.training.sharded_weights import has_sharded_weights, load_sharded_weigh
 
 accelerate = pytest.importorskip("accelerate")
 
-SCRIPT = runpy.run_path(str(Path(__file__).with_name("run_recipe.py")))
-ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 CONSTANT = ["--training.lr_scheduler_type=constant", "--training.warmup_steps=0", "--training.save_steps=2"]
 RUNS = {  # name -> options beside those of all
     "dense": [],
@@ -30,26 +26,14 @@ RUNS = {  # name -> options beside those of all
 }
 
 
-def launch_environment(name: str) -> dict[str, str]:
-    """What `accelerate launch --config_file NAME` sets for FSDP."""
-    settings = yaml.safe_load((ACCELERATE / name).read_text())["fsdp_config"]
-    return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in settings.items()}
-
-
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", ["converted", pytest.param("dense", marks=pytest.mark.slow)])
-def test_sharded_runs_equal_whole_ones_and_go_on_exactly(options: list[str], tmp_path: Path, name: str) -> None:
+def test_sharded_runs_equal_whole_ones_and_go_on_exactly(team, options: list[str], tmp_path: Path, name: str) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     run = [*options, *CONSTANT, *RUNS[name]]
     whole = [*run, f"--training.output_dir={two / 'whole'}", "--training.max_steps=4"]
     cut = [*run, f"--training.output_dir={two / 'cut'}"]
-    steps = [
-        [*whole],
-        *([*cut, f"--training.max_steps={count}"] for count in (2, 4, 4)),
-    ]  # the last has nothing left to do
-    asked = [option for part in steps for option in (*part, "---")]
-    environment = launch_environment("fsdp2.yaml")
-    losses = SCRIPT["run_on_two_processes"](asked, tmp_path / "losses.json", timeout=220, environment=environment)
+    more = ([*cut, f"--training.max_steps={count}"] for count in (2, 4, 4))  # the last has nothing left to do
+    losses = team("losses", 2, runs=[whole, *more], accelerate="fsdp2.yaml")[0]
     assert losses[1] == losses[0][:2] and losses[2] == losses[3] == losses[0] and len(set(losses[0])) == 4
     a, b = (load_file(two / kind / "model" / "model.safetensors") for kind in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[tensor], b[tensor]) for tensor in a)
@@ -63,7 +47,7 @@ def test_sharded_runs_equal_whole_ones_and_go_on_exactly(options: list[str], tmp
     assert checkpoint_problem(checkpoint) == "its optimizer_0 is cut off"
 
     batch = ["--training.per_device_train_batch_size=4", "--training.max_steps=4", f"--training.output_dir={one}"]
-    assert losses[0] == pytest.approx(SCRIPT["run_all"]([*run, *batch])[0], abs=1e-4)
+    assert losses[0] == pytest.approx(team("losses", 1, runs=[[*run, *batch]])[0][0], abs=1e-4)
     single = load_file(one / "model" / "model.safetensors")
     assert single.keys() == a.keys() and all((single[tensor] - a[tensor]).abs().max() < 1e-3 for tensor in a)
 

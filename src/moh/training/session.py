@@ -195,6 +195,8 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         raise ValueError(f"training: {error}") from None
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
+    if not (arguments.bf16 or arguments.fp16):
+        arguments.mixed_precision = "no"  # else what `accelerate launch` was configured with would overrule the recipe
     return arguments
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +11,9 @@ from safetensors.torch import load_file
 from moh.training import load_recipe, train
 from moh.training.checkpoints import last_complete_checkpoint
 
-pytestmark = pytest.mark.timeout(240)
-SCRIPT = Path(__file__).parents[1] / "run_recipe.py"
-
 
 def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
-    options: list[str], vae_dir: Path, tmp_path: Path
+    team, options: list[str], vae_dir: Path, tmp_path: Path
 ) -> None:
     options += [
         f"--data.vae={vae_dir}",
@@ -31,9 +24,7 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
         "--training.samples.steps=2",
     ]
     killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
-    command = [sys.executable, SCRIPT, tmp_path / "no.json", "5", *killed]
-    process = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
-    assert process.returncode == -signal.SIGKILL
+    team("losses", 1, runs=[killed], kill_at=5, killed=True)
     assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-4"
 
     resumed, whole = train(load_recipe(None, killed)), train(load_recipe(None, options))

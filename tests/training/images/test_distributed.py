@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "run_recipe.py"))
-run_all, run_on_two_processes = SCRIPT["run_all"], SCRIPT["run_on_two_processes"]
-
 
 RUNS = {
     "dense": ["--augmentation.random_erasing=0.5", "--training.gradient_accumulation_steps=2"],
@@ -23,25 +18,19 @@ RUNS = {
 }
 
 
-@pytest.mark.timeout(280)
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(options: list[str], tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(team, options: list[str], tmp_path: Path) -> None:
     options += ["--augmentation.crop_padding=2", "--augmentation.label_smoothing=0.1", "--training.ema_decay=0.7"]
 
-    def runs(batch: int, folder: Path) -> list[str]:
-        arguments: list[str] = []
-        for name, extra in RUNS.items():
-            batched = [f"--training.per_device_train_batch_size={batch}", f"--training.output_dir={folder / name}"]
-            arguments += [*options, *extra, *batched, "---"]
-        return arguments
+    def run(processes: int) -> dict[str, list[float]]:
+        folder, batch = tmp_path / str(processes), f"--training.per_device_train_batch_size={6 // processes}"
+        runs = [[*options, *extra, batch, f"--training.output_dir={folder / name}"] for name, extra in RUNS.items()]
+        return dict(zip(RUNS, team("losses", processes, runs=runs)[0], strict=True))
 
-    losses = run_on_two_processes(runs(3, tmp_path / "two"), tmp_path / "losses.json", timeout=260)
-    two = dict(zip(RUNS, losses, strict=True))
-    one = dict(zip(RUNS, run_all(runs(6, tmp_path / "one")), strict=True))
-
+    two, one = run(2), run(1)
     for name in RUNS:
         assert len(set(one[name])) == 6, name
         assert two[name] == pytest.approx(one[name], abs=1e-4), name
-        folders = [tmp_path / processes / name for processes in ("two", "one")]
+        folders = [tmp_path / processes / name for processes in ("2", "1")]
         weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
         assert weights[0].keys() == weights[1].keys()
         for tensor, value in weights[1].items():

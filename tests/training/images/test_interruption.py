@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +12,6 @@ import torch
 from moh.training import load_recipe, train
 from moh.training.checkpoints import last_complete_checkpoint
 
-pytestmark = pytest.mark.timeout(120)
-SCRIPT = Path(__file__).parents[1] / "run_recipe.py"
 EVERYTHING = [  # more than an epoch of seven batches, so that the order and the augmentation change on the way
     "--training.max_steps=10",
     "--training.save_steps=4",
@@ -32,12 +26,10 @@ EVERYTHING = [  # more than an epoch of seven batches, so that the order and the
 ]
 
 
-def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(options: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(team, options: list[str], tmp_path: Path) -> None:
     options += EVERYTHING
     killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, SCRIPT, tmp_path / "no.json", "9", *killed], env=environment, timeout=100)
-    assert process.returncode == -signal.SIGKILL
+    team("losses", 1, runs=[killed], kill_at=9, killed=True)
     assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-8"
 
     resumed, whole = train(load_recipe(None, killed)), train(load_recipe(None, options))

@@ -1,0 +1,82 @@
+"""Teams of processes on the CPU, over gloo; forked from a server that has imported what they need.
+
+A process of its own would spend most of a test on its imports. What torchrun and `accelerate launch` add is tested with
+them, in `test_restart.py` and `test_launch.py`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+import signal
+import socket
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+WORKERS = Path(__file__).with_name("workers.py")
+ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
+IMPORTED = [  # the server is one for all tests of a process; what is not installed it leaves out
+    "moh.training.run",
+    "moh.models.llama.modeling",
+    "moh.training.images.run",
+    "moh.models.vit",
+    "moh.training.diffusion.run",
+    "jsonargparse",
+    "tokenizers",
+]
+
+
+class Team:
+    """Runs a function of workers.py on several processes at once; gives what each has returned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = multiprocessing.get_context("forkserver")
+        self.server.set_forkserver_preload(IMPORTED)
+        self.folders = (folder / str(number) for number in count())
+
+    def __call__(
+        self,
+        job: str,
+        size: int,
+        *,
+        accelerate: str | None = None,
+        killed: bool = False,
+        timeout: float = 280,
+        **arguments: Any,
+    ) -> list[Any]:
+        """`accelerate` names a configuration, handed on as `accelerate launch` does; `killed` ones return nothing."""
+        folder = next(self.folders)
+        folder.mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        if accelerate is not None:
+            shared |= self.fsdp_environment(accelerate)
+        workers = []
+        for rank in range(size):
+            environment = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})
+            given = {"job": job, "arguments": arguments, "folder": str(folder), "rank": rank, "size": size}
+            kwargs = {"init_globals": given | {"environment": environment}}
+            workers.append(self.server.Process(target=runpy.run_path, args=(str(WORKERS),), kwargs=kwargs))
+        for worker in workers:
+            worker.start()
+        try:
+            for worker in workers:
+                worker.join(timeout)
+            assert [worker.exitcode for worker in workers] == [-signal.SIGKILL if killed else 0] * size
+        finally:
+            for worker in workers:
+                worker.kill()
+        return [] if killed else [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+    @staticmethod
+    def fsdp_environment(name: str) -> dict[str, str]:
+        """What `accelerate launch --config_file NAME` sets for FSDP."""
+        settings = yaml.safe_load((ACCELERATE / name).read_text())["fsdp_config"]
+        return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in settings.items()}
