@@ -5,8 +5,8 @@
 
 The first measures the pieces one by one, calibrated on the training part of one text; the second what it costs to calibrate
 on one text and to measure on another, with the best settings. Both measure on held-out parts of both texts. No gradient
-step. Each writes its part of `docs/results/conversion_without_training.{json,md}`; about 20 minutes on one slow core.
-Needs the extra `llm`.
+step. Each writes its part of `docs/results/conversion_without_training.{json,md}`, after every row, and goes on where it
+was cut off; about 20 minutes on one slow core. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PIECES, MIXES = "pieces", "mixes"
 INTRODUCTIONS = {
     PIECES: "{shared_heads} shared heads, calibrated on {calibration_tokens:,} tokens of {first}",
     MIXES: "Calibrated on one text and measured on another: {shared_heads} shared heads, contribution router, uneven budget, "
-    "refitted W_O, {calibration_tokens:,} calibration tokens in every row",
+    "refitted W_O, {calibration_tokens:,} calibration tokens in a row, {four_times:,} where four times as many",
 }
 
 
@@ -67,6 +67,19 @@ class Run:
     original: dict[str, PerplexityResult] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 
+    def has(self, heads: float, variant: str) -> bool:
+        """Whether a run that was cut off has measured this row."""
+        return any((row["heads"], row["variant"]) == (heads, variant) for row in self.about["rows"])
+
+    def go_on(self) -> None:
+        """Take over the rows that a run with the same settings has measured before."""
+        before = _tables(self.out).get(self.table, {})
+        if all(before.get(name) == value for name, value in self.about.items()):
+            self.start -= 60 * before["minutes"]
+            self.about["rows"] = before["rows"]
+        else:
+            self.about["rows"] = []
+
     def calibrator(self, blocks: Tensor) -> tuple[Calibrator, list[LinearRouter]]:
         """Calibrated on `blocks`, and the routers that come of it."""
         calibrator = Calibrator(DenseLanguageModel(self.dense, copied=False), blocks, 2, progress=False)
@@ -83,6 +96,8 @@ class Run:
         for name, now in measured.items():
             above, stderr = perplexity_rise(now.block_losses, self.original[name].block_losses)
             texts[name] = {"perplexity": now.perplexity, "above": above, "stderr": stderr}
+        if self.has(heads, variant):
+            return
         self.about["rows"].append({"heads": heads, "variant": variant, "texts": texts})
         self.about["minutes"] = round((time.perf_counter() - self.start) / 60, 1)
         _write(self.out, self.table, self.about)
@@ -134,8 +149,8 @@ def main() -> None:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rows": [],
     }
+    run.go_on()
     run.measure(dense.config.num_attention_heads, DENSE, dense)
     (_measure_mixes if options.mixes else _measure_pieces)(run)
 
@@ -163,7 +178,11 @@ def _measure_pieces(run: Run) -> None:
 def _measure_mixes(run: Run) -> None:
     both = torch.cat([_some(blocks, run.calibration_tokens // 2) for blocks in run.training.values()])
     mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
-    for variant, blocks in (mixes | {"half of each": both}).items():
+    much = torch.cat([_some(blocks, 2 * run.calibration_tokens) for blocks in run.training.values()])
+    mixes |= {"half of each": both, "half of each, four times the tokens": much}
+    for variant, blocks in mixes.items():
+        if all(run.has(heads, variant) for heads in run.heads):
+            continue
         calibrator, routers = run.calibrator(blocks)
         costs = calibrator.costs(routers, refitted=True)
         budgets = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
@@ -199,13 +218,17 @@ def _model(dense: PreTrainedModel, routers: Sequence[LinearRouter], outputs: Seq
     return build(dense, config, routers, outputs, copied=False)
 
 
+def _tables(out: Path) -> dict[str, Any]:
+    file = out / f"{NAME}.json"
+    tables: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return tables
+
+
 def _write(out: Path, table: str, about: dict[str, Any]) -> None:
     """Put this table beside the other one in the results."""
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{NAME}.json"
-    tables: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    tables = {name: tables[name] for name in (PIECES, MIXES) if name in tables} | {table: about}
-    write_text(file, json.dumps(tables, indent=1) + "\n")
+    tables = {name: kept for name, kept in _tables(out).items() if name in (PIECES, MIXES)} | {table: about}
+    write_text(out / f"{NAME}.json", json.dumps(tables, indent=1) + "\n")
     lines = ["# Conversion without training", ""]
     for name in (PIECES, MIXES):
         if name in tables:
@@ -217,7 +240,7 @@ def _write(out: Path, table: str, about: dict[str, Any]) -> None:
 def _table(name: str, about: dict[str, Any]) -> list[str]:
     texts = about["heldout_tokens"]
     lines = [
-        INTRODUCTIONS[name].format(**about)
+        INTRODUCTIONS[name].format(**about, four_times=4 * about["calibration_tokens"])
         + f". {about['base']}, no gradient step. Held-out perplexity, and how far it lies above the dense original's (± "
         "standard error of the paired difference over blocks of 512 tokens; one run). Held-out tokens: "
         + ", ".join(f"{text} {count:,}" for text, count in texts.items())
