@@ -210,7 +210,8 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         "",
         "Frechet distance on the features of a small classifier of the set, against the 10,000 test images: lower is "
         "better, and it is *not comparable with FID*. Mean ± standard deviation over seeds; the difference to dense is "
-        "taken seed by seed. The loss is the mean of the last tenth of the training steps.",
+        "taken seed by seed. The loss is the mean of the last tenth of the training steps; that of MoH models has the balance "
+        "loss in it.",
     ]
     for guidance in GUIDANCE:
         lines += [
@@ -267,7 +268,7 @@ def picture(runs: Path, seed: int, path: Path) -> None:
 
     from moh.inspection.plots import save
 
-    figure = Figure(figsize=(8, 7.6), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     for axes, (name, guidance) in zip(
         figure.subplots(len(VARIANTS), len(GUIDANCE)).flat, [(n, g) for n in VARIANTS for g in GUIDANCE], strict=True
     ):
