@@ -52,6 +52,27 @@ def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path:
     assert (read.count("the head"), read.count("some other text")) == (10, 5)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("sensitivity", True)),
+        (["--allocation", "even", "--no-refit-output"], ("even", False)),
+        (["--budgets", 0.5], ("sensitivity", False)),  # refits for each budget
+        (["--router", "two_stage"], ("even", False)),
+    ],
+    ids=["default", "told-otherwise", "budgets", "learned-router"],
+)
+def test_a_language_model_gets_the_best_settings_unless_told_otherwise(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch, options: list[Any], expected: tuple[str, bool]
+) -> None:
+    seen = []
+    convert = moh_package.convert
+    monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: seen.append(kw) or convert(*a, **kw))
+    result = moh("convert", base_dir, tmp_path / "model", *HEADS, "--files", text_file, *options)
+    assert result.code == 0, result.err
+    assert [(kw["allocation"], kw["refit_output"]) for kw in seen] == [expected]
+
+
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "GemmaForSequenceClassification"])
 def test_a_model_keeps_the_head_that_it_was_saved_with(
     moh, base_dir: Path, text_file: Path, tmp_path: Path, kind: str

@@ -61,6 +61,16 @@ def test_training_lowers_the_loss(options: list[str], extra: list[str], dtype: s
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
 
 
+def test_a_model_trained_in_bf16_computes_as_the_saved_one_does(options: list[str], tmp_path: Path) -> None:
+    options += ["--training.precision=bf16", "--training.max_steps=2"]
+    result = train(load_recipe(None, options))
+    saved = AutoModelForCausalLM.from_pretrained(result.model_dir).eval()
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        logits, expected = (model(ids, labels=ids, return_dict=True).logits for model in (result.model, saved))
+    assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+
+
 @pytest.mark.parametrize(("precision", "other"), [("fp32", "bf16"), ("bf16", "no")])
 def test_the_recipe_decides_the_precision_whatever_accelerate_launch_hands_on(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, other: str

@@ -6,7 +6,7 @@ Each kind of model has its own calibration data and its own files; the conversio
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,16 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--calibration-tokens", type=int, default=12_288,
         help="tokens, or patches of images, to fit on (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--allocation", choices=("even", "sensitivity"), default="even", help="heads over layers")
-    parser.add_argument("--refit-output", action="store_true", help="refit W_O to make up for skipped heads")
+    parser.add_argument(
+        "--allocation",
+        choices=("even", "sensitivity"),
+        help="heads over layers (default: sensitivity for a language model with the linear router, else even)",
+    )
+    parser.add_argument(
+        "--refit-output",
+        action=BooleanOptionalAction,
+        help="refit W_O to make up for skipped heads (default: for a language model with the linear router)",
+    )
     parser.add_argument(
         "--budgets",
         nargs="+",
@@ -91,8 +99,8 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
         "shared_heads": arguments.shared_heads,
         "active_heads": arguments.active_heads,
         "routing_unit": arguments.routing_unit,
-        "allocation": arguments.allocation,
-        "refit_output": arguments.refit_output,
+        "allocation": arguments.allocation or "even",
+        "refit_output": bool(arguments.refit_output),
         "budgets": arguments.budgets,
     }
     if is_diffusion_model(arguments.model):
@@ -112,15 +120,17 @@ def _reads_images(dense: Any) -> bool:
     return not hasattr(dense, "config") or dense.config.model_type in ("vit", "moh_vit")
 
 
-def _of_text(
-    arguments: Namespace, dense: nn.Module, options: dict[str, Any]
-) -> tuple[nn.Module, Callable[[Path], object]]:
+def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
     from moh.models.loading import load_tokenizer
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
     tokenizer = load_tokenizer(arguments.model)
+    if options["router"] == "linear" and dense.can_generate():  # what came out best (docs/results/budget_curve.md)
+        options["allocation"] = arguments.allocation or "sensitivity"
+        if arguments.refit_output is None:
+            options["refit_output"] = arguments.budgets is None  # with budgets it is refitted for each
     texts = None if options["router"] == "query_norm" else _texts(arguments)
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     return model, partial(_save_all, (model, tokenizer))

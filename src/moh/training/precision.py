@@ -1,6 +1,6 @@
 """Which number format to train in: bfloat16 autocast where the machine is faster with it, float32 elsewhere.
 
-Not for mixed-precision itself: the transformers Trainer does that.
+Not for mixed-precision itself: the transformers Trainer does that; here it only ends with the training.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from typing import Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["bf16", "fp32"]
 
@@ -29,6 +30,20 @@ def choose_precision(device: torch.device | None = None) -> Precision:
     if device.type != "cpu":
         return "fp32"
     return "bf16" if _seconds(torch.bfloat16) * _WORTH < _seconds(torch.float32) else "fp32"
+
+
+def without_autocast(model: nn.Module) -> nn.Module:
+    """`model` with its own forward again, in place of the autocast that accelerate wraps around it.
+
+    A trained model then computes as one that was saved and loaded does. accelerate's own `keep_fp32_wrapper=False` takes
+    off the decorators of transformers' models as well, and binds what is left twice (1.15).
+    """
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original  # it was one of its own before
+    return model
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -23,6 +23,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from moh.training.data import TokenBlocks
 from moh.training.loading import build_model, check_fits, load_dense, load_tokenizer, model_config
+from moh.training.precision import without_autocast
 from moh.training.recipe import Recipe
 from moh.training.session import RunResult, open_session, saving
 from moh.training.sharded_weights import has_sharded_weights, load_sharded_weights
@@ -131,8 +132,7 @@ def train(
     model.config.use_cache = use_cache  # the Trainer turns it off
     model_dir = session.output_dir / "model"
     _save(trainer, model_dir)
-    # Without the autocast that the Trainer wraps around forward: what is returned computes as what was saved does.
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    trained = without_autocast(trainer.accelerator.unwrap_model(trainer.model)).eval()
     return TrainResult(
         model=trained,
         tokenizer=tokenizer,

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from moh._extras import require
 from moh.models.image_loading import save_image_classifier
 from moh.training.images.batches import SKIPPED, take
+from moh.training.precision import without_autocast
 from moh.training.routing_trainer import RoutingTrainer
 
 require("timm", extra="vision")
@@ -79,8 +80,7 @@ class ImageTrainer(RoutingTrainer):
         if self.ema is not None:
             averaged: nn.Module = self.ema.module
             return averaged
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return model
+        return without_autocast(self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self,
