@@ -43,8 +43,8 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
 @pytest.mark.parametrize(
     "tokens, options, words",
     [
-        pytest.param(8, ["--share", 0.5], "dense; cpu: it serves the CPU, from 64 tokens on", id="few-tokens"),
-        pytest.param(100, ["--share", 0.9], "dense; cpu: it serves the CPU, from 64 tokens on", id="most-heads"),
+        pytest.param(8, ["--share", 0.5], "dense; cpu: it serves 64 tokens or more", id="few-tokens"),
+        pytest.param(100, ["--share", 0.9], "dense; cpu: with more than 80% of the heads", id="most-heads"),
         pytest.param(100, ["--share", 0.5, "--dtype", "float64"], "dense; cpu: it computes float32", id="float64"),
     ],
 )
