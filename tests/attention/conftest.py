@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -40,3 +42,37 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[int, ...]]]:
+    """`recorded_launches(*modules)` replaces their Triton kernels: each one's name -> the grid that it was launched on.
+
+    A launch outside `torch.cuda.device_of` is an error, as Triton launches on the current device.
+    """
+    launches: dict[str, tuple[int, ...]] = {}
+    guarded = []
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        guarded.append(x.device)
+        yield
+        guarded.pop()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert guarded, self.name
+            launches[self.name] = grid
+            return lambda *args, **options: None
+
+    def record(*modules: ModuleType) -> dict[str, tuple[int, ...]]:
+        monkeypatch.setattr(torch.cuda, "device_of", device_of)
+        for module in modules:
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Kernel(name))
+        return launches
+
+    return record

@@ -5,7 +5,6 @@ The interpreter has to be on before Triton is imported: those tests run in a pro
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import subprocess
@@ -182,32 +181,12 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
 
 @needs_triton
 @pytest.mark.parametrize("Nk", [1, 600], ids=["whole", "in-parts"])
-def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, monkeypatch):
+def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, recorded_launches):
     """A GPU takes 65,535 programs in the second and third direction; Triton launches on the current device."""
     from moh.attention.triton_kernels import backward, forward
     from moh.attention.triton_kernels.operators import triton_attention_backward_op, triton_attention_op
 
-    launches, guarded = {}, []
-
-    @contextlib.contextmanager
-    def device_of(x):
-        guarded.append(x.device)
-        yield
-        guarded.pop()
-
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            launches[self.name] = grid
-            assert guarded, self.name
-            return lambda *args, **options: None
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in (forward, backward):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Kernel(name))
+    launches = recorded_launches(forward, backward)
     B = 70_000 if Nk == 1 else 2
     q, k, gates = (torch.zeros(1).expand(shape) for shape in ((B, 1, 3, 8), (B, 1, Nk, 8), (B, 3, 1)))
     packed = [torch.zeros(1, dtype=torch.int32).expand(shape) for shape in ((B, 1, 3), (B, 1), (B, 1, 4))]

@@ -5,7 +5,6 @@ The interpreter has to be on before Triton is imported: those tests run in a pro
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -241,29 +240,10 @@ def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path
 
 @needs_triton
 @pytest.mark.parametrize("tokens", [1, 70_000], ids=["one-token", "many"])
-def test_launches_fit_the_grid_and_happen_on_the_tensors_device(tokens, monkeypatch):
+def test_launches_fit_the_grid_and_happen_on_the_tensors_device(tokens, recorded_launches):
     from moh.attention.triton_kernels import projection_kernels
 
-    launches, guarded = {}, []
-
-    @contextlib.contextmanager
-    def device_of(x):
-        guarded.append(x.device)
-        yield
-        guarded.pop()
-
-    class Kernel:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            launches[self.name] = grid
-            assert guarded, self.name
-            return lambda *args, **options: None
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for name in [n for n in vars(projection_kernels) if n.endswith("_kernel")]:
-        monkeypatch.setattr(projection_kernels, name, Kernel(name))
+    launches = recorded_launches(projection_kernels)
     number = torch.zeros(1, dtype=torch.bfloat16)
     x, heads = number.expand(tokens, 6), number.expand(tokens, 2, 4)
     matrix, gates = number.expand(8, 6), number.expand(tokens, 2)
