@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
 from moh.models.loading import load_causal_lm, load_tokenizer
@@ -207,19 +208,14 @@ def _blocks(options: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
             corpus = load_corpus(name)
             every = max(1, len(corpus.train) // 100)  # documents enough to choose from, without tokenising all
             text = pack_tokens(corpus.train[::every], tokenizer, seq_len=SEQ_LEN)
-            calibration.append(_some(text, options.calibration_tokens // (2 * SEQ_LEN)))
+            calibration.append(evenly_spread(text, options.calibration_tokens // (2 * SEQ_LEN)))
             training.append(text)
-            blocks[name] = _some(
+            blocks[name] = evenly_spread(
                 pack_tokens(corpus.heldout, tokenizer, seq_len=SEQ_LEN), options.heldout_tokens // SEQ_LEN
             )
         torch.save(blocks | {"calibration": torch.cat(calibration), "training": torch.cat(training)}, file)
     found: dict[str, Tensor] = torch.load(file)
     return found
-
-
-def _some(blocks: Tensor, count: int) -> Tensor:
-    """`count` of the blocks, spread evenly."""
-    return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
 
 
 def _result(options: argparse.Namespace, base: str | Path, blocks: dict[str, Tensor]) -> dict[str, Any]:

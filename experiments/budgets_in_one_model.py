@@ -29,6 +29,7 @@ from moh.conversion.calibrator import MIN_HEADS, Calibrator, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_several_outputs
+from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.budget import set_active_heads
@@ -125,18 +126,15 @@ def _blocks(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -> dic
         for name in options.texts:
             corpus = load_corpus(name)
             every = max(1, len(corpus.train) // 60)  # documents enough to choose from, without tokenising all
-            calibration.append(_some(pack_tokens(corpus.train[::every], tokenizer, seq_len=512),
+            calibration.append(evenly_spread(pack_tokens(corpus.train[::every], tokenizer, seq_len=512),
                                      options.calibration_tokens // 1024))  # fmt: skip
-            blocks[name] = _some(pack_tokens(corpus.heldout, tokenizer, seq_len=512), options.heldout_tokens // 512)
+            blocks[name] = evenly_spread(
+                pack_tokens(corpus.heldout, tokenizer, seq_len=512), options.heldout_tokens // 512
+            )
         torch.save(blocks | {"calibration": torch.cat(calibration)}, file)
     blocks = torch.load(file)
     assert int(max(b.max() for b in blocks.values())) < vocabulary
     return blocks
-
-
-def _some(blocks: Tensor, count: int) -> Tensor:
-    """`count` of the blocks, spread evenly."""
-    return blocks[torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()]
 
 
 def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from moh.conversion.fit import refit_output_projection
 from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.statistics import collect_several_outputs
+from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.llama import MoHLlamaConfig
@@ -199,7 +200,7 @@ def _measure_mixes(run: Run) -> None:
 
 def _some(blocks: Tensor, tokens: int) -> Tensor:
     """Blocks of so many tokens, spread evenly."""
-    return blocks[torch.linspace(0, len(blocks) - 1, min(len(blocks), tokens // SEQ_LEN)).long()]
+    return evenly_spread(blocks, tokens // SEQ_LEN)
 
 
 def _level(costs: Tensor, heads: int) -> Tensor:

@@ -138,11 +138,13 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
 
 def _texts(arguments: Namespace) -> list[str]:
     """What the command line names to calibrate on."""
-    from moh.training import corpus_from_files, load_corpus
+    from moh.cli.commands import read_corpus
+    from moh.training import load_corpus
     from moh.training.corpus import equal_parts
 
     if arguments.files:
-        return corpus_from_files(arguments.files).train
+        texts: list[str] = read_corpus(arguments).train
+        return texts
     return equal_parts([load_corpus(name).train for name in arguments.corpus])
 
 

@@ -33,6 +33,7 @@ from moh.conversion.statistics import (
     collect_several_outputs,
     layer_groups,
 )
+from moh.conversion.tokens import evenly_spread
 from moh.routing import LinearRouter, Router, TwoStageRouter
 from moh.routing.units import strongest
 
@@ -82,7 +83,7 @@ class Calibrator:
         """
         count = max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))
         # Spread out: calibration data of several kinds often comes one kind after the other
-        samples = self._samples[torch.linspace(0, len(self._samples) - 1, min(count, len(self._samples))).long()]
+        samples = evenly_spread(self._samples, count)
         batches = self._batches("estimating what each layer needs", samples, max(1, self._batch_size // 2))
         costs = layer_costs(self._dense, routers, batches)
         return costs * self._left_by_refit(routers, samples) if refitted else costs

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.conversion.dense import DenseModel
+from moh.conversion.tokens import evenly_spread
 from moh.routing import Router
 
 UNDECIDED = 1e-6
@@ -42,9 +43,7 @@ class DenseImageModel(DenseModel):
         if isinstance(calibration, Tensor):
             images = _checked(calibration)
             count = self._images_for(max_tokens, images)
-            if count < len(images):
-                images = images[torch.linspace(0, len(images) - 1, count).long()]
-            return images.to(dtype)
+            return evenly_spread(images, count).to(dtype)
         batches = _batches(calibration)
         found = [_checked(next(batches, None))]
         count = self._images_for(max_tokens, found[0])

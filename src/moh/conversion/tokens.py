@@ -44,8 +44,7 @@ def calibration_blocks(
     else:
         blocks = _pack(calibration, tokenizer, seq_len)
     count = max(1, max_tokens // blocks.shape[1])
-    if count < len(blocks):
-        blocks = blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+    blocks = evenly_spread(blocks, count)
     if not 0 <= int(blocks.min()) <= int(blocks.max()) < vocab_size:
         raise ValueError(
             f"calibration must hold token ids from 0 to {vocab_size - 1}, got {int(blocks.min())} to "
@@ -78,3 +77,10 @@ def _pack(
     seq_len = min(seq_len, len(ids))
     usable = len(ids) // seq_len * seq_len
     return torch.tensor(ids[:usable]).view(-1, seq_len)
+
+
+def evenly_spread(samples: Tensor, count: int) -> Tensor:
+    """So many of the samples, from the first to the last of them; all where there are no more."""
+    if count >= len(samples):
+        return samples
+    return samples[torch.linspace(0, len(samples) - 1, count).long()]

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moh._files import write_text
 from moh.conversion import convert
 from moh.conversion.heads import default_shared_heads
+from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
@@ -126,9 +127,7 @@ class _Demo:
             corpus = corpus_from_files(s.files) if s.files else load_corpus(s.corpus)
             blocks = pack_tokens(corpus.train, tokenizer, seq_len=s.seq_len)
             heldout = pack_tokens(corpus.heldout, tokenizer, seq_len=s.seq_len)
-            heldout = heldout[
-                torch.linspace(0, len(heldout) - 1, max(1, min(len(heldout), s.heldout_tokens // s.seq_len))).long()
-            ]
+            heldout = evenly_spread(heldout, max(1, s.heldout_tokens // s.seq_len))
         num_heads = dense.config.num_attention_heads
         shared, active = self._heads(num_heads, default_shared_heads(num_heads))
         of_paper = self._heads(num_heads, default_shared_heads(num_heads, "query_norm"))
