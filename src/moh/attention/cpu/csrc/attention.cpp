@@ -264,8 +264,8 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   for_each_task(pairs * parts, [&](int64_t i, int64_t thread) {
     const int64_t task = order[i], pair = task / parts, part = task % parts;
     const int64_t slot = parts == 1 ? thread : task;
-    const auto sum_of = [&](const Scratch& sums, const at::Tensor& to, int64_t padded) {
-      return in_place ? to.mutable_data_ptr<float>() + pair * p.keys * padded : sums.of(slot);
+    const auto sum_of = [&](const Scratch& slots, const at::Tensor& to, int64_t padded) {
+      return in_place ? to.mutable_data_ptr<float>() + pair * p.keys * padded : slots.of(slot);
     };
     float *to_k = sum_of(sum_k, grad_k, padded_k), *to_v = sum_of(sum_v, grad_v, padded_v);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);

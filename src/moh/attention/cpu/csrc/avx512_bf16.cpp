@@ -6,16 +6,13 @@
 #endif
 #include <immintrin.h>
 
+#include "avx512.h"
 #include "pairs.h"
 
 namespace moh {
 
-struct Avx512BFloat16 {
-  using Floats = Simd<16>::Floats;
-  static constexpr int kLanes = 16;
-  static constexpr int kVectors = 2;
-  static constexpr int kRows = 12;  // as in avx512.cpp
-  static constexpr int64_t kKeyTile = 64;
+struct Avx512BFloat16 : Avx512 {
+  using Floats = Simd<kLanes>::Floats;
 
   // acc + a0 b0 + a1 b1 in every lane.
   [[gnu::always_inline]] static Floats dot(Floats acc, Floats a, Floats b) {
