@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ.setdefault("MOH_CPU_IMITATE_AMX", "1")  # the kernels for AMX too, where they can be built
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moh.attention import cpu
-from moh.attention.cpu.build import INSTRUCTION_SETS
+from moh.attention.cpu.build import IMITATION, INSTRUCTION_SETS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,7 +25,7 @@ def kernels() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=[*INSTRUCTION_SETS, "portable"])
+@pytest.fixture(params=[*INSTRUCTION_SETS, IMITATION, "portable"])
 def isa(request: pytest.FixtureRequest, kernels: None) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
     known = cpu.instruction_sets()

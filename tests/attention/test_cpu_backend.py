@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moh.attention import choose_backend, cpu, moh_attention
-from moh.attention.cpu.build import INSTRUCTION_SETS, BuildError
+from moh.attention.cpu.build import IMITATION, INSTRUCTION_SETS, BuildError, supported_instruction_sets
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per key/value head
@@ -86,8 +86,10 @@ def assert_like_definition(inputs: Inputs, *, window: int | None = None) -> None
 
 
 def test_every_instruction_set_of_this_machine_is_tested_here(kernels):
-    assert set(cpu.instruction_sets()) <= {*INSTRUCTION_SETS, "portable"}
+    assert set(cpu.instruction_sets()) <= {*INSTRUCTION_SETS, IMITATION, "portable"}
     assert cpu.instruction_sets()[-1] == "portable"
+    built = [name for name in supported_instruction_sets() if name != "amx"]  # which Linux may refuse
+    assert set(built) <= set(cpu.instruction_sets())
 
 
 def test_unknown_instruction_set_is_refused_by_name(kernels):
@@ -345,6 +347,7 @@ def test_inputs_are_left_as_they_were(isa, shape):
 THREADED = [
     pytest.param(dict(B=2, Hkv=2, G=4, Nq=1, Nk=2100, D=40, activity="random"), id="decode"),
     pytest.param(dict(B=1, Hkv=1, G=3, Nq=5, Nk=1500, D=64, mask="padding"), id="decode-few-heads"),
+    pytest.param(dict(B=2, Hkv=8, G=2, Nq=1, Nk=1100, D=72, activity="random"), id="decode-many-heads"),
     pytest.param(dict(B=2, Hkv=2, G=4, Nq=150, D=40, activity="uneven", is_causal=True), id="causal-gqa"),
     pytest.param(dict(B=3, Hkv=6, G=1, Nq=100, Nk=300, D=16), id="many-heads"),
     pytest.param(dict(B=1, Hkv=1, G=9, Nq=120, D=24, mask="bool_2d"), id="one-key-head"),
@@ -365,6 +368,19 @@ def test_any_number_of_threads_gives_the_same_bits(isa, threads, kind, dtype):
     for count, result in results.items():
         for name, tensor in result.items():
             assert torch.equal(tensor, results[1][name]), f"{name} with {count} threads"
+
+
+def test_where_a_task_ends_does_not_matter_to_the_others(isa, threads):
+    # A block whose first tile of keys ends after an odd number, 63: with one thread it is not the last of its task
+    inputs = make_inputs(B=1, Hkv=1, G=1, Nq=331, D=32, dtype=torch.bfloat16, is_causal=True)
+    gates = torch.ones_like(inputs.gates)
+    gates[:, :31] = 0
+    inputs.gates = gates
+    results = []
+    for count in (1, 2, 8):
+        threads(count)
+        results.append(attend(inputs))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("window", [3, 70])

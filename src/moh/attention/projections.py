@@ -197,9 +197,9 @@ def _major(device: str) -> int:
 def _max_share(dtype: torch.dtype) -> float:
     """Above this share the dense product is as fast.
 
-    16-bit products run on units of their own where the processor has them: the sparse ones use its dot products of
-    bfloat16, and no other unit. Without such units PyTorch emulates them, some five times slower than the sparse product,
-    which converts to float32.
+    16-bit products run on units of their own where the processor has them. The sparse ones are measured with dot products
+    of bfloat16 alone, not on a matrix unit (AMX). Without such units PyTorch emulates the product, some five times slower
+    than the sparse one, which converts to float32.
     """
     if dtype == torch.float32:
         return MAX_SHARE

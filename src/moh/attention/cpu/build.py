@@ -32,13 +32,18 @@ FLAGS = (
 )
 
 _AVX512 = ("avx2", "fma3", "f16c", "bmi2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_AVX512_BF16 = (*_AVX512, "avx512_bf16")
 
 # Instruction sets beyond the portable one: source file -> what torch calls the features it needs.
 INSTRUCTION_SETS = {
     "avx2": ("avx2", "fma3", "f16c", "bmi2"),
     "avx512": _AVX512,
-    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "amx_tile", "amx_bf16"),
 }
+
+# The kernels for AMX on tiles in memory, to test them anywhere; built if MOH_CPU_IMITATE_AMX=1.
+IMITATION, IMITATION_NEEDS = "amx_imitated", _AVX512_BF16
 
 
 class BuildError(RuntimeError):
@@ -56,7 +61,10 @@ def cache_directory() -> Path:
 def supported_instruction_sets() -> list[str]:
     """Names of the instruction sets, the portable one aside, that this processor runs."""
     capabilities = torch.cpu.get_capabilities()
-    return [name for name, needed in INSTRUCTION_SETS.items() if all(capabilities.get(key) for key in needed)]
+    sets = dict(INSTRUCTION_SETS)
+    if os.environ.get("MOH_CPU_IMITATE_AMX") == "1":
+        sets[IMITATION] = IMITATION_NEEDS
+    return [name for name, needed in sets.items() if all(capabilities.get(key) for key in needed)]
 
 
 def compile_kernels() -> Path:

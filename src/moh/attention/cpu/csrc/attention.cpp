@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish keeps the others waiting
 constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
-constexpr int64_t kDecodeKeys = 512;    // keys of one decoding task: the split must not depend on the threads
+constexpr int64_t kDecodeKeys = 512;    // keys of one decoding range: the split must not depend on the threads
 constexpr int64_t kBackwardTasks = 8;   // parts that a backward pass is cut into where memory allows
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
@@ -115,59 +115,83 @@ void forward_rows(const Call& call, const ActiveRows& active) {
                 [&](int64_t i, int64_t thread) { kernel.forward(p, tasks[i].rows, scratch.of(thread)); });
 }
 
-template <class T>
-void merge(const Problem& p, const Rows& rows, const std::vector<Partial>& parts) {
-  const T* gates = static_cast<const T*>(p.gates);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t t = rows.index[r] / p.group, h = rows.kv_head * p.group + rows.index[r] % p.group;
-    float most = -INFINITY, total = 0;
-    for (const Partial& part : parts) most = std::max(most, part.max[r]);
-    std::vector<float> factor(parts.size());
-    for (size_t i = 0; i < parts.size(); ++i) {
-      factor[i] = parts[i].max[r] == -INFINITY ? 0.0f : std::exp2(parts[i].max[r] - most);
-      total += factor[i] * parts[i].total[r];
-    }
-    const int64_t entry = (rows.batch * p.queries + t) * p.heads + h;
-    const bool blind = total == 0.0f;
-    const float weight = blind ? 0.0f : static_cast<float>(gates[entry]) / total;
-    T* to = static_cast<T*>(p.out) + entry * p.value_width;
-    for (int64_t d = 0; d < p.value_width; ++d) {
-      float sum = 0;
-      for (size_t i = 0; i < parts.size(); ++i) sum += factor[i] * parts[i].sum[r * p.value_width + d];
-      to[d] = static_cast<T>(weight * sum);
-    }
-    if (p.lse != nullptr)
-      p.lse[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : most + std::log2(total);
+// Adds to the partial softmax of some rows that of a later range of the keys. Not inlined: called from two places, it has
+// to round in one way.
+[[gnu::noinline]] void merge(int64_t rows, int64_t width, const Partial& later, const Partial& to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float most = std::max(to.max[r], later.max[r]);
+    const auto factor = [&](float max) { return max == -INFINITY ? 0.0f : std::exp2(max - most); };
+    const float kept = factor(to.max[r]), added = factor(later.max[r]);
+    to.max[r] = most;
+    to.total[r] = kept * to.total[r] + added * later.total[r];
+    float* sum = to.sum + r * width;
+    const float* more = later.sum + r * width;
+    for (int64_t d = 0; d < width; ++d) sum[d] = kept * sum[d] + added * more[d];
   }
 }
 
-// Few rows, many keys: every active key/value head's cache is read once, cut into parts for the threads.
+template <class T>
+void write_out(const Problem& p, const Rows& rows, const Partial& all) {
+  const T* gates = static_cast<const T*>(p.gates);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t t = rows.index[r] / p.group, h = rows.kv_head * p.group + rows.index[r] % p.group;
+    const int64_t entry = (rows.batch * p.queries + t) * p.heads + h;
+    const bool blind = all.total[r] == 0.0f;
+    const float weight = blind ? 0.0f : static_cast<float>(gates[entry]) / all.total[r];
+    T* to = static_cast<T*>(p.out) + entry * p.value_width;
+    for (int64_t d = 0; d < p.value_width; ++d) to[d] = static_cast<T>(weight * all.sum[r * p.value_width + d]);
+    if (p.lse != nullptr)
+      p.lse[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : all.max[r] + std::log2(all.total[r]);
+  }
+}
+
+// Few rows, many keys: every active key/value head's cache is read once, in ranges whose results are merged in order.
+// With many heads a task takes all ranges of one and needs no more memory than two; else every range is a task.
 void decode_rows(const Call& call, const ActiveRows& active) {
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
-  const int64_t splits = std::max<int64_t>(1, (p.keys + kDecodeKeys - 1) / kDecodeKeys);
+  const int64_t ranges = std::max<int64_t>(1, (p.keys + kDecodeKeys - 1) / kDecodeKeys);
   std::vector<int64_t> pairs;
   for (int64_t pair = 0; pair < active.pairs(); ++pair)
     if (active.count(pair) > 0) pairs.push_back(pair);
-  const int64_t most = p.queries * p.group;
-  const int64_t tasks = static_cast<int64_t>(pairs.size()) * splits;
-  const Scratch partials(tasks, most * (2 + p.value_width), call.q);
+  const int64_t heads = static_cast<int64_t>(pairs.size()), most = p.queries * p.group;
+  const bool whole = ranges == 1 || heads >= kTasksPerThread * at::get_num_threads();
+  const int64_t tasks = whole ? heads : heads * ranges, users = threads_for(tasks);
+  const Scratch partials(whole ? 2 * users : tasks, most * (2 + p.value_width), call.q);
+  const Scratch scratch(users, kernel.decode_scratch(p, most), call.q);
   const auto partial = [&](int64_t i) {
     float* at = partials.of(i);
     return Partial{at, at + most, at + 2 * most};
   };
-  const Scratch scratch(threads_for(tasks), kernel.decode_scratch(p, most), call.q);
+  const auto decode = [&](const Rows& rows, int64_t range, const Partial& to, int64_t thread) {
+    const int64_t begin = range * kDecodeKeys;
+    kernel.decode(p, rows, begin, std::min(p.keys, begin + kDecodeKeys), to, scratch.of(thread));
+  };
+  const auto finish = [&](const Rows& rows, const Partial& all) {
+    with_type(p.dtype, [&](auto t) { write_out<decltype(t)>(p, rows, all); });
+  };
+  if (whole) {
+    for_each_task(tasks, [&](int64_t i, int64_t thread) {
+      const Rows rows = active.rows(pairs[i]);
+      const Partial all = partial(2 * thread), later = partial(2 * thread + 1);
+      decode(rows, 0, all, thread);
+      for (int64_t range = 1; range < ranges; ++range) {
+        decode(rows, range, later, thread);
+        merge(rows.count, p.value_width, later, all);
+      }
+      finish(rows, all);
+    });
+    return;
+  }
   for_each_task(tasks, [&](int64_t i, int64_t thread) {
-    const Rows rows = active.rows(pairs[i / splits]);
-    const int64_t begin = i % splits * kDecodeKeys;
-    kernel.decode(p, rows, begin, std::min(p.keys, begin + kDecodeKeys), partial(i),
-                  scratch.of(thread));
+    decode(active.rows(pairs[i / ranges]), i % ranges, partial(i), thread);
   });
-  std::vector<Partial> parts(splits);
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    for (int64_t s = 0; s < splits; ++s) parts[s] = partial(i * splits + s);
+  for (int64_t i = 0; i < heads; ++i) {
     const Rows rows = active.rows(pairs[i]);
-    with_type(p.dtype, [&](auto t) { merge<decltype(t)>(p, rows, parts); });
+    const Partial all = partial(i * ranges);
+    for (int64_t range = 1; range < ranges; ++range)
+      merge(rows.count, p.value_width, partial(i * ranges + range), all);
+    finish(rows, all);
   }
 }
 

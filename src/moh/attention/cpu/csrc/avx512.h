@@ -1,4 +1,4 @@
-// What the kernels of avx512.cpp and avx512_bf16.cpp have in common.
+// What the kernels of avx512.cpp, avx512_bf16.cpp and amx.cpp have in common.
 #pragma once
 
 #include <cstdint>

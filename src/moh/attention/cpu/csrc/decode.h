@@ -52,7 +52,7 @@ struct Decode {
     }
   }
 
- private:
+ protected:
   static void score(const float* q, const float* keys, int64_t stride, int64_t count, int64_t D, float* scores) {
     const int64_t whole = D / L * L;
     int64_t n = 0;

@@ -14,6 +14,9 @@ std::atomic<const Kernels*> in_use{nullptr};
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> all;  // the most capable first
+#ifdef MOH_AMX
+  if (amx_works()) all.push_back(&amx_kernels());
+#endif
 #ifdef MOH_AVX512_BF16
   all.push_back(&avx512_bf16_kernels());
 #endif
@@ -22,6 +25,9 @@ std::vector<const Kernels*> available() {
 #endif
 #ifdef MOH_AVX2
   all.push_back(&avx2_kernels());
+#endif
+#ifdef MOH_AMX_IMITATED
+  all.push_back(&amx_imitated_kernels());
 #endif
   all.push_back(&portable_kernels());
   return all;

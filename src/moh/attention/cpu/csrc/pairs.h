@@ -3,6 +3,7 @@
 // Products run over pairs. In attention these are two numbers of a row's width for the scores, two keys for the outputs.
 // Keys are read where they lie; queries are put on the lanes pair by pair, unscaled and so exact; a tile of values is
 // copied with the rows of two keys interleaved, once for all blocks; weights are rounded to bfloat16, their totals not.
+// `Product` is `Tile`, or another that multiplies in the same way (amx.h).
 #pragma once
 
 #include "forward.h"
@@ -10,24 +11,27 @@
 
 namespace moh {
 
-template <class Isa>
+template <class Isa, class Product = Tile<Isa>>
 class PairOperands {
  public:
   using T = c10::BFloat16;
   using S = Simd<Isa::kLanes>;
-  using Product = Tile<Isa>;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
+  // Whether a row of `Product`'s first factor has to lie in one piece: values are then copied with their width as rows.
+  static constexpr bool kRowsInOnePiece = Product::kRowsInOnePiece;
 
   // Rows of an odd width, or at odd distances, are not made of pairs.
   static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
 
   static int64_t scratch(const Problem& p, int64_t blocks) {
-    return blocks * p.width / 2 * kWidth + kTile / 2 * (p.value_width + kWidth) + p.value_width;
+    const int64_t copies = kRowsInOnePiece ? 2 : 1;
+    return blocks * p.width / 2 * kWidth + kTile / 2 * (copies * p.value_width + kWidth) + p.value_width;
   }
   PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
       : p_(p), rows_(rows), queries_(scratch), weights_(queries_ + blocks * p.width / 2 * kWidth),
-        values_(reinterpret_cast<Pair*>(weights_ + kTile / 2 * kWidth)), last_(values_ + kTile / 2 * p.value_width) {}
+        values_(reinterpret_cast<Pair*>(weights_ + kTile / 2 * kWidth)), last_(values_ + kTile / 2 * p.value_width),
+        turned_(last_ + p.value_width) {}
 
   void put(int64_t block, const Lanes<Isa>& lanes) {
     const auto query = [&](int i) {
@@ -39,9 +43,9 @@ class PairOperands {
   void load(int64_t first, int64_t count) {
     keys_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
     const T* from = at<T>(p_.v, rows_.batch, rows_.kv_head, first);
-    count_ = count;
     for (int64_t n = 0; n < count; n += 2, from += 2 * p_.v.token)
       Isa::interleave(from, n + 1 < count ? from + p_.v.token : nullptr, p_.value_width, values_ + n / 2 * p_.value_width);
+    if constexpr (kRowsInOnePiece) turn((count + 1) / 2);
   }
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
@@ -56,23 +60,48 @@ class PairOperands {
   }
   template <int V>
   void add(int64_t seen, const float*, const float* rescale, float* sums) const {
-    const int64_t Dv = p_.value_width, whole = seen == count_ ? (seen + 1) / 2 : seen / 2;
-    Product::template multiply<Product::Into::kRescale, V>(Dv, values_, 1, Dv, weights_, kWidth, whole, sums, kWidth,
-                                                           rescale);
+    const int64_t Dv = p_.value_width, whole = seen / 2;
+    const Pair* values = kRowsInOnePiece ? turned_ : values_;
+    Product::template multiply<Product::Into::kRescale, V>(Dv, values, kRowsInOnePiece ? kTile / 2 : 1,
+                                                           kRowsInOnePiece ? 1 : Dv, weights_, kWidth, whole, sums,
+                                                           kWidth, rescale);
     if (2 * whole >= seen) return;
-    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN.
+    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN. Also where it has none:
+    // the order of additions may not depend on where a task's keys end.
     for (int64_t d = 0; d < Dv; ++d) last_[d].bits = values_[whole * Dv + d].bits & 0xffffu;
     Product::template multiply<Product::Into::kAdd, V>(Dv, last_, 1, Dv, weights_ + whole * kWidth, kWidth, 1, sums,
                                                        kWidth);
   }
 
  private:
+  // values_ -> turned_, the first `pairs` of kTile / 2.
+  void turn(int64_t pairs) {
+    constexpr int64_t L = Isa::kLanes;
+    const int64_t Dv = p_.value_width;
+    static_assert(kTile / 2 % L == 0);
+    for (int64_t n = 0; n < pairs; n += L) {
+      int64_t d = 0;
+      for (; d + L <= Dv; d += L) {
+        typename S::Floats square[L];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          square[i] = n + i < pairs ? S::load(values_ + (n + i) * Dv + d) : typename S::Floats{};
+        S::transpose(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          S::store(reinterpret_cast<float*>(turned_ + (d + i) * (kTile / 2) + n), square[i]);
+      }
+      for (; d < Dv; ++d)
+        for (int64_t i = n; i < std::min(n + L, pairs); ++i) turned_[d * (kTile / 2) + i] = values_[i * Dv + d];
+    }
+  }
+
   const Problem& p_;
   const Rows& rows_;
   float *queries_, *weights_;  // pairs too, [block, D / 2, kWidth] and [kTile / 2, kWidth]
   Pair *values_, *last_;       // [kTile / 2, Dv], [Dv]
+  Pair* turned_;               // [Dv, kTile / 2], where rows have to lie in one piece
   const Pair* keys_ = nullptr;
-  int64_t count_ = 0;
 };
 
 // For projections of even width and channels. Pairs run along the width, the channels or the tokens.

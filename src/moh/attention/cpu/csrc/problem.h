@@ -177,5 +177,12 @@ const Kernels& avx512_kernels();
 #ifdef MOH_AVX512_BF16
 const Kernels& avx512_bf16_kernels();
 #endif
+#ifdef MOH_AMX
+bool amx_works();  // on a processor that has it: whether Linux grants the tiles and they multiply right
+const Kernels& amx_kernels();
+#endif
+#ifdef MOH_AMX_IMITATED
+const Kernels& amx_imitated_kernels();
+#endif
 
 }  // namespace moh

@@ -62,9 +62,8 @@ struct FloatCells {
   }
 };
 
-template <class Isa, class T, class Cells = FloatCells<Isa, T>>
+template <class Isa, class T, class Cells = FloatCells<Isa, T>, class Product = Tile<Isa>>
 struct Project {
-  using Product = Tile<Isa>;
   using Cell = typename Cells::Cell;
   static constexpr int64_t kWidth = Product::kWidth, kNumbers = Cells::kNumbers;
   static constexpr int64_t kRows = kProjectionRows, kChannels = kProjectionChannels;

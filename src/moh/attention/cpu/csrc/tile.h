@@ -18,6 +18,7 @@ struct Tile {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
+  static constexpr bool kRowsInOnePiece = false;  // A's strides may be any
 
   [[gnu::always_inline]] static Floats spread(float a) { return S::set(a); }
   [[gnu::always_inline]] static Floats spread(Pair a) { return S::floats(typename S::Words{} + a.bits); }

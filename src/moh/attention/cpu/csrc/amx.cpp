@@ -1,0 +1,116 @@
+// Kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp, with the products of attention forward and
+// of projections, but not those of the weights' gradients, on its tiles.
+//
+// Not run on such a processor yet: tests run the same kernels on tiles that are imitated (amx_imitated.cpp), and before
+// these are used, they prove on the processor itself that a tile's product is right.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#ifdef __clang__
+#error "this compiler does not take instruction sets from a pragma: use GCC"
+#endif
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "amx.h"
+#include "avx512_bf16.h"
+
+namespace moh {
+
+#if !__has_include(<amxbf16intrin.h>)  // before GCC 11: the assembler beside it may not know the instructions
+
+bool amx_works() { return false; }
+const Kernels& amx_kernels() { return avx512_bf16_kernels(); }
+
+#else
+
+namespace {
+
+// By the instructions themselves: GCC's names for them don't take a template's argument as a tile.
+struct Registers {
+  template <int T>
+  static void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+  }
+  template <int T>
+  static void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+  }
+  template <int T>
+  static void store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+  }
+  template <int C, int A, int B>
+  static void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+};
+
+// Every thread says what its tiles look like, and that it is done with them: other libraries have tiles of other forms.
+class Session {
+ public:
+  Session() {
+    alignas(64) Form form{};
+    form.palette = 1;
+    for (int t = 0; t < 8; ++t) form.rows[t] = 16, form.bytes[t] = 64;
+    asm volatile("ldtilecfg %0" ::"m"(form));
+  }
+  ~Session() { asm volatile("tilerelease"); }
+  Session(const Session&) = delete;
+
+ private:
+  struct Form {
+    uint8_t palette, first_row, unused[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Form) == 64);
+};
+
+// Linux lets a process have tiles if it asks for them.
+bool permitted() {
+  constexpr long kRequest = 0x1023, kTiles = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+}
+
+bool multiplies_right() {
+  using Isa = Avx512BFloat16;
+  using Tiled = TiledProduct<Isa, Registers>;
+  constexpr int64_t kHeight = 32, kDepth = 32;
+  Pair a[kHeight * kDepth];
+  float b[kDepth * Tiled::kWidth], tiled[kHeight * Tiled::kWidth], vectors[kHeight * Tiled::kWidth];
+  // Small whole numbers: whatever the order of additions, the sums are exact.
+  const auto pair = [](int64_t i) {
+    const c10::BFloat16 low(static_cast<float>(i % 7 - 3)), high(static_cast<float>(i % 5 - 2));
+    return Pair{low.x | uint32_t{high.x} << 16};
+  };
+  for (int64_t i = 0; i < kHeight * kDepth; ++i) a[i] = pair(i);
+  for (int64_t i = 0; i < kDepth * Tiled::kWidth; ++i) b[i] = static_cast<float>(pair(3 * i + i / 11));
+  const auto into = [&](float* c, auto product) {
+    using Product = decltype(product);
+    Product::template multiply<Tiled::Into::kSet>(kHeight, a, kDepth, 1, b, Tiled::kWidth, kDepth, c, Tiled::kWidth);
+    Product::template multiply<Tiled::Into::kAdd, 1>(kHeight / 2, a, kDepth, 1, b, Tiled::kWidth, kDepth, c,
+                                                     Tiled::kWidth);
+  };
+  const Session session;
+  into(tiled, Tiled());
+  into(vectors, Tile<Isa>());
+  return std::memcmp(tiled, vectors, sizeof tiled) == 0;
+}
+
+}  // namespace
+
+bool amx_works() {
+  static const bool works = permitted() && multiplies_right();
+  return works;
+}
+
+const Kernels& amx_kernels() {
+  using Isa = Avx512BFloat16;
+  static const Kernels table = PairKernels<Isa, TiledProduct<Isa, Registers>, Session>::table("amx");
+  return table;
+}
+
+#endif
+
+}  // namespace moh

@@ -1,0 +1,70 @@
+// The kernels of amx.cpp on tiles in memory, for tests on processors without a matrix unit.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#ifdef __clang__
+#error "this compiler does not take instruction sets from a pragma: use GCC"
+#endif
+#include <c10/util/Exception.h>
+
+#include "amx.h"
+#include "avx512_bf16.h"
+
+namespace moh {
+namespace {
+
+constexpr int kSide = 16;
+thread_local uint32_t tiles[8][kSide][kSide];
+thread_local bool in_session = false;
+
+struct Session {
+  Session() {
+    in_session = true;
+    std::memset(tiles, 0xff, sizeof tiles);  // NaN: nothing lasts from one task to the next
+  }
+  ~Session() { in_session = false; }
+};
+
+struct Memory {
+  template <int T>
+  static void zero() {
+    std::memset(tiles[T], 0, sizeof tiles[T]);
+  }
+  template <int T>
+  static void load(const void* from, int64_t stride) {
+    for (int r = 0; r < kSide; ++r) std::memcpy(tiles[T][r], static_cast<const char*>(from) + r * stride, 4 * kSide);
+  }
+  template <int T>
+  static void store(void* to, int64_t stride) {
+    for (int r = 0; r < kSide; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tiles[T][r], 4 * kSide);
+  }
+  template <int C, int A, int B>
+  static void dot() {
+    TORCH_INTERNAL_ASSERT(in_session, "tiles are used outside of a session");
+    for (int i = 0; i < kSide; ++i)
+      for (int j = 0; j < kSide; ++j) {
+        float sum = number(tiles[C][i][j]);
+        for (int k = 0; k < kSide; ++k) {
+          const uint32_t a = tiles[A][i][k], b = tiles[B][k][j];
+          sum += number(a << 16) * number(b << 16);
+          sum += number(a & 0xffff0000u) * number(b & 0xffff0000u);
+        }
+        std::memcpy(&tiles[C][i][j], &sum, sizeof sum);
+      }
+  }
+
+ private:
+  static float number(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+}  // namespace
+
+const Kernels& amx_imitated_kernels() {
+  using Isa = Avx512BFloat16;
+  static const Kernels table = PairKernels<Isa, TiledProduct<Isa, Memory>, Session>::table("amx_imitated");
+  return table;
+}
+
+}  // namespace moh

@@ -1,0 +1,103 @@
+// What the kernels of avx512_bf16.cpp and amx.cpp have in common: dot products of bfloat16, and where they serve.
+//
+// For a source that has chosen its instruction set by a pragma.
+#pragma once
+
+#include <immintrin.h>
+
+#include "avx512.h"
+#include "pairs.h"
+#include "pairs_decode.h"
+
+namespace moh {
+
+struct Avx512BFloat16 : Avx512 {
+  using Floats = Simd<kLanes>::Floats;
+
+  // acc + a0 b0 + a1 b1 in every lane.
+  [[gnu::always_inline]] static Floats dot(Floats acc, Floats a, Floats b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  // Each lane's two numbers as a pair.
+  [[gnu::always_inline]] static Floats pairs(Floats first, Floats second) {
+    constexpr auto half = [](int i) { return static_cast<short>(i / 2 + i % 2 * 16); };
+    const __m512i order = _mm512_set_epi16(
+        half(31), half(30), half(29), half(28), half(27), half(26), half(25), half(24), half(23), half(22), half(21),
+        half(20), half(19), half(18), half(17), half(16), half(15), half(14), half(13), half(12), half(11), half(10),
+        half(9), half(8), half(7), half(6), half(5), half(4), half(3), half(2), half(1), half(0));
+    return reinterpret_cast<Floats>(
+        _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
+  }
+  // Two rows, number by number; without a second one, zeros.
+  static void interleave(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count, Pair* to) {
+    using S = Simd<kLanes>;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const S::Words low = S::widen(first + i), high = second == nullptr ? S::Words{} : S::widen(second + i) << 16;
+      S::store(reinterpret_cast<float*>(to + i), S::floats(low | high));
+    }
+    for (; i < count; ++i) to[i].bits = first[i].x | (second == nullptr ? 0u : uint32_t{second[i].x} << 16);
+  }
+};
+
+// The kernels of avx512.cpp, but for those of bfloat16 attention forward, decoding and projections. `Product` does the
+// products of the first and, but for `outer`, the last; a `Session` lives as long as such a task.
+template <class Isa, class Product, class Session>
+struct PairKernels {
+  using Attention = Forward<Isa, c10::BFloat16, PairOperands<Isa, Product>>;
+  using Projections = Project<Isa, c10::BFloat16, PairCells<Isa>, Product>;
+
+  static bool serves(const Problem& p) {
+    return p.dtype == DType::kBFloat16 && PairOperands<Isa, Product>::serves(p);
+  }
+  static bool decodes(const Problem& p) { return p.dtype == DType::kBFloat16 && PairDecode<Isa>::serves(p); }
+  static bool serves(const Projection& p) { return p.dtype == DType::kBFloat16 && PairCells<Isa>::serves(p); }
+
+  static int64_t forward_scratch(const Problem& p, int64_t rows) {
+    return serves(p) ? Attention::scratch(p, rows) : avx512_kernels().forward_scratch(p, rows);
+  }
+  static void forward(const Problem& p, const Rows& rows, float* scratch) {
+    if (!serves(p)) return avx512_kernels().forward(p, rows, scratch);
+    const Session session;
+    Attention::run(p, rows, scratch);
+  }
+  static int64_t decode_scratch(const Problem& p, int64_t rows) {
+    return decodes(p) ? PairDecode<Isa>::scratch(p, rows) : avx512_kernels().decode_scratch(p, rows);
+  }
+  static void decode(const Problem& p, const Rows& rows, int64_t key_begin, int64_t key_end, const Partial& to,
+                     float* scratch) {
+    (decodes(p) ? PairDecode<Isa>::run : avx512_kernels().decode)(p, rows, key_begin, key_end, to, scratch);
+  }
+  static void expand(const Projection& p, const Rows& tokens, float* scratch) {
+    if (!serves(p)) return avx512_kernels().expand(p, tokens, scratch);
+    const Session session;
+    Projections::expand(p, tokens, scratch);
+  }
+  static void sum_heads(const Projection& p, const Rows* by_head, int64_t first_token, int64_t tokens,
+                        int64_t first_channel, int64_t channels, float* scratch) {
+    if (!serves(p))
+      return avx512_kernels().sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
+    const Session session;
+    Projections::sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
+  }
+  static void outer(const Projection& p, const void* x, const Rows& tokens, int64_t first_channel, int64_t channels,
+                    float* scratch) {
+    if (!serves(p)) return avx512_kernels().outer(p, x, tokens, first_channel, channels, scratch);
+    Projections::outer(p, static_cast<const c10::BFloat16*>(x), tokens, first_channel, channels, scratch);
+  }
+
+  static Kernels table(const char* name) {
+    Kernels k = avx512_kernels();
+    k.name = name;
+    k.forward_scratch = forward_scratch;
+    k.forward = forward;
+    k.decode_scratch = decode_scratch;
+    k.decode = decode;
+    k.expand = expand;
+    k.sum_heads = sum_heads;
+    k.outer = outer;
+    return k;
+  }
+};
+
+}  // namespace moh
