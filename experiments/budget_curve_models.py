@@ -18,10 +18,10 @@ from moh.config import ROUTING_UNITS, MoHConfig
 from moh.conversion.allocation import allocate
 from moh.conversion.calibrator import MIN_HEADS, Calibrator
 from moh.conversion.families import moh_config_fields
-from moh.conversion.fit import fit_contributions, refit_output_projection
+from moh.conversion.fit import refit_output_projection
 from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
-from moh.conversion.statistics import collect_contributions, collect_several_outputs
+from moh.conversion.statistics import collect_several_outputs
 from moh.models.layer_heads import compact_heads
 from moh.models.llama import MoHLlamaConfig
 from moh.routing import LinearRouter
@@ -61,20 +61,20 @@ class Fitted:
     """What calibration gives for all variants.
 
     Attributes:
-        routers: of each layer the state of the contribution router.
-        means: of each layer the mean contribution of its heads, `[H]`.
+        routers: LINEAR or REFITTED -> of each layer the state of the contribution router.
+        means: the same -> of each layer the mean contribution of its heads, `[H]`.
         costs: unit -> `[L, H + 1]`, what each layer is estimated to lose when W_O has been refitted.
         outputs: unit -> of each layer, number of heads -> its refitted W_O.
     """
 
-    routers: list[dict[str, Tensor]]
-    means: list[Tensor]
+    routers: dict[str, list[dict[str, Tensor]]]
+    means: dict[str, list[Tensor]]
     costs: dict[str, Tensor]
     outputs: dict[str, list[dict[int, Tensor]]]
 
     def model(self, dense: PreTrainedModel, variant: Variant, *, refit: bool = True) -> PreTrainedModel:
         """The MoH model of a variant, on the dense model's own tensors."""
-        layers, step = len(self.means), step_of(dense, variant.unit)
+        layers, step = dense.config.num_hidden_layers, step_of(dense, variant.unit)
         fields = moh_config_fields(dense.config) | {"routing_unit": variant.unit}
         if variant.router == QUERY_NORM:
             heads = compact_heads([_config(dense, variant.unit, variant.heads)])
@@ -83,7 +83,7 @@ class Fitted:
         if variant.router == REFITTED:
             at_least = max(step, min(MIN_HEADS, variant.heads) // step * step)
             used = allocate(self.costs[variant.unit], variant.heads * layers, at_least=at_least, step=step)
-        routers = [self.router(dense, variant.unit, layer, n) for layer, n in enumerate(used)]
+        routers = [self.router(dense, variant, layer, n) for layer, n in enumerate(used)]
         outputs: Sequence[Tensor] = ()
         if refit and variant.router == REFITTED:
             original = [layer.self_attn.o_proj.weight for layer in dense.model.layers]
@@ -91,11 +91,11 @@ class Fitted:
         config = MoHLlamaConfig(**fields, router="linear", **compact_heads([r.config for r in routers]))
         return build(dense, config, routers, outputs, copied=False)
 
-    def router(self, dense: PreTrainedModel, unit: str, layer: int, heads: int) -> LinearRouter:
+    def router(self, dense: PreTrainedModel, variant: Variant, layer: int, heads: int) -> LinearRouter:
         """The contribution router of a layer that uses so many heads."""
-        config = _config(dense, unit, heads, self.means[layer])
+        config = _config(dense, variant.unit, heads, self.means[variant.router][layer])
         router = LinearRouter(config, dense.config.hidden_size)
-        router.load_state_dict(self.routers[layer])
+        router.load_state_dict(self.routers[variant.router][layer])
         return router
 
 
@@ -104,19 +104,23 @@ def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
     if file.exists():
         return Fitted(**torch.load(file))
     adapter = DenseLanguageModel(dense, copied=False)
-    fits = [fit_contributions(sums) for sums in collect_contributions(adapter, iter(calibration.split(2)))]
-    states = [{"contribution.weight": f.weight.float(), "contribution.bias": f.bias.float()} for f in fits]
-    fitted = Fitted(states, [f.mean for f in fits], {}, {})
-    layers, calibrator = range(len(fits)), Calibrator(adapter, calibration, 2, progress=False)
+    calibrator = Calibrator(adapter, calibration, 2, progress=False)
+    any_layer = MoHConfig(_heads(dense), 0, _heads(dense) - 1, "linear")
+    layers = range(dense.config.num_hidden_layers)
+    fitted = Fitted({}, {}, {}, {})
+    for name in (LINEAR, REFITTED):
+        routers = calibrator.fit_routers([any_layer for _ in layers], refitted=name == REFITTED)
+        fitted.routers[name] = [router.state_dict() for router in routers]
+        fitted.means[name] = [f.mean for f in calibrator.fits]
     for unit in UNITS:
         h, step = _heads(dense), step_of(dense, unit)
-        middle = (2 * h // 3) // step * step
+        middle = Variant(unit, REFITTED, (2 * h // 3) // step * step)
         fitted.costs[unit] = calibrator.costs(
-            [fitted.router(dense, unit, layer, middle) for layer in layers], refitted=True
+            [fitted.router(dense, middle, layer, middle.heads) for layer in layers], refitted=True
         )
         numbers = range(step if step > 1 else min(3, h - 1), h, step)
-        routers = {layer: [fitted.router(dense, unit, layer, n) for n in numbers] for layer in layers}
-        sums = collect_several_outputs(adapter, routers, iter(calibration.split(2)))
+        chosen = {layer: [fitted.router(dense, middle, layer, n) for n in numbers] for layer in layers}
+        sums = collect_several_outputs(adapter, chosen, iter(calibration.split(2)))
         fitted.outputs[unit] = [
             {
                 n: refit_output_projection(s, adapter.attentions[layer].output_weight)

@@ -146,7 +146,7 @@ def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dic
     adapter = DenseLanguageModel(dense, copied=True)
     h, shared, layers = dense.config.num_attention_heads, options.shared_heads, dense.config.num_hidden_layers
     calibrator = Calibrator(adapter, calibration, 2, progress=False)
-    routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers)
+    routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers, refitted=True)
     costs = calibrator.costs(routers, refitted=True)
     numbers = list(range(max(MIN_HEADS, shared), h))
     full, factors, joint = [], [], []

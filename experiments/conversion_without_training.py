@@ -47,8 +47,9 @@ DENSE = "dense original"
 PIECES, MIXES = "pieces", "mixes"
 INTRODUCTIONS = {
     PIECES: "{shared_heads} shared heads, calibrated on {calibration_tokens:,} tokens of {first}",
-    MIXES: "Calibrated on one text and measured on another: {shared_heads} shared heads, contribution router, uneven budget, "
-    "refitted W_O, {calibration_tokens:,} calibration tokens in a row, {four_times:,} where four times as many",
+    MIXES: "Calibrated on one text and measured on another: {shared_heads} shared heads, contribution router by what is unique "
+    "to a head, uneven budget, refitted W_O, {calibration_tokens:,} calibration tokens in a row, {four_times:,} where four times "
+    "as many",
 }
 
 
@@ -81,12 +82,12 @@ class Run:
         else:
             self.about["rows"] = []
 
-    def calibrator(self, blocks: Tensor) -> tuple[Calibrator, list[LinearRouter]]:
-        """Calibrated on `blocks`, and the routers that come of it."""
+    def calibrator(self, blocks: Tensor, *, refitted: bool) -> tuple[Calibrator, list[LinearRouter]]:
+        """Calibrated on `blocks`, and the routers that come of it, for a model whose W_O is going to be refitted or not."""
         calibrator = Calibrator(DenseLanguageModel(self.dense, copied=False), blocks, 2, progress=False)
         h = self.dense.config.num_attention_heads
         layer = MoHConfig(h, self.shared, h - 1 - self.shared, "linear")
-        routers: Any = calibrator.fit_routers([layer] * self.dense.config.num_hidden_layers)
+        routers: Any = calibrator.fit_routers([layer] * self.dense.config.num_hidden_layers, refitted=refitted)
         return calibrator, routers
 
     def measure(self, heads: float, variant: str, model: PreTrainedModel) -> None:
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--texts", nargs=2, default=["django-docs", "anarchism"], help="the first calibrates the pieces"
     )
+    parser.add_argument("--third", default="botchan", help="a text of neither kind, for --mixes to calibrate on")
     parser.add_argument("--heads", nargs="+", type=int, default=[7, 6, 5], help="heads per layer, shared and routed")
     parser.add_argument("--shared-heads", type=int, help="of each layer (default: as moh.convert shares)")
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
@@ -153,38 +155,52 @@ def main() -> None:
     }
     run.go_on()
     run.measure(dense.config.num_attention_heads, DENSE, dense)
-    (_measure_mixes if options.mixes else _measure_pieces)(run)
+    if options.mixes:
+        third = pack_tokens(load_corpus(options.third).train, tokenizer, seq_len=SEQ_LEN)
+        _measure_mixes(run, options.third, third)
+    else:
+        _measure_pieces(run)
 
 
 def _measure_pieces(run: Run) -> None:
     blocks = _some(run.training[run.about["first"]], run.calibration_tokens)
-    calibrator, routers = run.calibrator(blocks)
-    costs, costs_refitted = calibrator.costs(routers), calibrator.costs(routers, refitted=True)
+    calibrator, routers = run.calibrator(blocks, refitted=False)
+    costs = calibrator.costs(routers)
+    unique_calibrator, unique_routers = run.calibrator(blocks, refitted=True)
+    unique_costs = unique_calibrator.costs(unique_routers, refitted=True)
     for heads in run.heads:
+        total = heads * len(routers)
         half = default_shared_heads(run.dense.config.num_attention_heads, "query_norm")
         paper = convert(run.dense, shared_heads=half, active_heads=heads - half, router="query_norm")
         run.measure(heads, "the paper's rule: first half of the heads shared, query norms", paper)
         del paper
-        even = calibrator.reallocate(routers, _level(costs, heads), heads * len(routers))
+        even = calibrator.reallocate(routers, _level(costs, heads), total)
         run.measure(heads, "contribution router", _model(run.dense, even))
-        uneven = calibrator.reallocate(routers, costs, heads * len(routers))
+        uneven = calibrator.reallocate(routers, costs, total)
         run.measure(heads, "contribution router, uneven budget", _model(run.dense, uneven))
         refitted = _model(run.dense, even, calibrator.refit_outputs(even))
         run.measure(heads, "contribution router, refitted W_O", refitted)
-        uneven = calibrator.reallocate(routers, costs_refitted, heads * len(routers))
-        refitted = _model(run.dense, uneven, calibrator.refit_outputs(uneven))
-        run.measure(heads, "contribution router, uneven budget, refitted W_O", refitted)
+        even = unique_calibrator.reallocate(unique_routers, _level(costs, heads), total)
+        refitted = _model(run.dense, even, unique_calibrator.refit_outputs(even))
+        run.measure(heads, "contribution router by what is unique to a head, refitted W_O", refitted)
+        uneven = unique_calibrator.reallocate(unique_routers, unique_costs, total)
+        refitted = _model(run.dense, uneven, unique_calibrator.refit_outputs(uneven))
+        run.measure(heads, "contribution router by what is unique, uneven budget, refitted W_O", refitted)
 
 
-def _measure_mixes(run: Run) -> None:
+def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
     both = torch.cat([_some(blocks, run.calibration_tokens // 2) for blocks in run.training.values()])
     mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
     much = torch.cat([_some(blocks, 2 * run.calibration_tokens) for blocks in run.training.values()])
     mixes |= {"half of each": both, "half of each, four times the tokens": much}
+    first = run.about["first"]
+    for times, tokens in (("", run.calibration_tokens), (", four times the tokens", 4 * run.calibration_tokens)):
+        halves = [_some(blocks, tokens // 2) for blocks in (run.training[first], third_blocks)]
+        mixes[f"half {first}, half {third}{times}"] = torch.cat(halves)
     for variant, blocks in mixes.items():
         if all(run.has(heads, variant) for heads in run.heads):
             continue
-        calibrator, routers = run.calibrator(blocks)
+        calibrator, routers = run.calibrator(blocks, refitted=True)
         costs = calibrator.costs(routers, refitted=True)
         budgets = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
         of_layers = {layer: of_layer for layer, of_layer in enumerate(zip(*budgets, strict=True))}

@@ -13,6 +13,7 @@ from moh.conversion.fit import (
     error_left_by_refit,
     fit_contributions,
     refit_output_projection,
+    unique_part,
 )
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_contributions, head_contributions
@@ -35,6 +36,16 @@ def ridge(a: Tensor, b: Tensor, penalty: float, towards: Tensor | None = None, *
     return torch.linalg.lstsq(torch.cat([a, rows]), torch.cat([b, wanted])).solution
 
 
+def unique_by_definition(z: Tensor) -> Tensor:
+    """Of z `[T, H, D]` each head's residual in a ridge regression on the others."""
+    penalty = OUTPUT_RIDGE * float(z.flatten(1).square().sum(0).mean())
+    parts = []
+    for head in range(z.shape[1]):
+        others = torch.cat([z[:, :head], z[:, head + 1 :]], 1).flatten(1)
+        parts.append(z[:, head] - others @ ridge(others, z[:, head], penalty))
+    return torch.stack(parts, 1)
+
+
 def test_head_contributions_are_the_norms_of_each_heads_part_of_the_output() -> None:
     z, o_proj = torch.randn(7, 3, 5), torch.randn(11, 15)
     expected = contributions_by_definition(z.double(), o_proj)
@@ -43,13 +54,33 @@ def test_head_contributions_are_the_norms_of_each_heads_part_of_the_output() -> 
     assert torch.allclose(got.double(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "width"), [(1, 3), (2, 1), (3, 4)])
+def test_what_is_unique_to_a_head_is_what_the_others_do_not_tell(heads, width) -> None:
+    mixed = torch.randn(50, heads * width, dtype=torch.float64) @ torch.randn(heads * width, heads * width).double()
+    z = mixed.unflatten(1, (heads, width))
+    got = mixed @ unique_part(mixed.T @ mixed, heads)
+    expected = unique_by_definition(z) if heads > 1 else z  # nobody tells anything of an only head
+    assert torch.allclose(got, expected.flatten(1), atol=1e-8)
+
+
+def test_of_a_head_that_another_repeats_little_is_unique() -> None:
+    z = torch.randn(200, 2, 4, dtype=torch.float64)
+    z = torch.cat([z, 2 * z[:, :1]], 1)  # the third is the first, twice as large
+    unique = (z.flatten(1) @ unique_part(z.flatten(1).T @ z.flatten(1), 3)).unflatten(1, (3, 4))
+    left = unique.norm(dim=(0, 2)) / z.norm(dim=(0, 2))
+    assert left[1] > 0.95 and left[0] < 0.2 and left[2] < 0.2
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["whole", "unique"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_contribution_router_is_the_least_squares_fit(make_dense, tokens, watch, family) -> None:
+def test_the_contribution_router_is_the_least_squares_fit(make_dense, tokens, watch, family, refit) -> None:
     dense = make_dense(family)
-    model = convert(dense, shared_heads=1, active_heads=1, calibration=tokens, batch_size=5)
+    model = convert(dense, shared_heads=1, active_heads=1, calibration=tokens, batch_size=5, refit_output=refit)
     for layer, converted, seen in zip(dense.model.layers, model.model.layers, watch(dense, tokens), strict=True):
-        c = contributions_by_definition(seen.z, layer.self_attn.o_proj.weight)
+        c = contributions_by_definition(
+            unique_by_definition(seen.z) if refit else seen.z, layer.self_attn.o_proj.weight
+        )
         x = torch.cat([seen.x, torch.ones(len(seen.x), 1, dtype=torch.float64)], -1)
         w = ridge(x, c, ROUTER_RIDGE * float(seen.x.square().sum(0).mean()), free=1)  # [C + 1, H]
         router = converted.self_attn.router.contribution
@@ -77,7 +108,7 @@ def test_the_fit_reports_means_and_explained_variance(make_dense, tokens, watch)
 @torch.no_grad()
 def test_a_number_of_shared_heads_means_those_that_contribute_most(make_dense, tokens, watch, count) -> None:
     dense = make_dense()
-    model = convert(dense, shared_heads=count, active_heads=1, calibration=tokens)
+    model = convert(dense, shared_heads=count, active_heads=1, calibration=tokens, refit_output=False)
     expected = [
         tuple(
             sorted(contributions_by_definition(s.z, layer.self_attn.o_proj.weight).mean(0).topk(count).indices.tolist())
@@ -97,10 +128,9 @@ def test_named_shared_heads_stay_the_named_ones(make_dense, tokens) -> None:
 @torch.no_grad()
 def test_the_refitted_output_minimises_its_objective(make_dense, tokens, watch, family) -> None:
     dense = make_dense(family)
-    options = dict(shared_heads=1, active_heads=1, calibration=tokens)
-    plain, refitted = convert(dense, **options), convert(dense, **options, refit_output=True)
+    refitted = convert(dense, shared_heads=1, active_heads=1, calibration=tokens, refit_output=True)
     for index, seen in enumerate(watch(dense, tokens)):
-        gates = plain.model.layers[index].self_attn.router(seen.x.float()[None]).gates[0].double()
+        gates = refitted.model.layers[index].self_attn.router(seen.x.float()[None]).gates[0].double()
         g, z = (seen.z * gates[..., None]).flatten(1), seen.z.flatten(1)  # [T, HD]
         w_o = dense.model.layers[index].self_attn.o_proj.weight.double().T
         penalty = OUTPUT_RIDGE * float(g.square().sum(0).mean())

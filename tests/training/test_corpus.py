@@ -70,7 +70,7 @@ def test_a_single_text_is_its_own_equal_part() -> None:
 
 
 def test_an_unknown_corpus_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"django-docs, debian-handbook, anarchism, .*, got 'bible'"):
+    with pytest.raises(ValueError, match=r"django-docs, botchan, debian-handbook, anarchism, .*, got 'bible'"):
         load_corpus("bible")
     assert DEFAULT_CORPUS in CORPORA
 
@@ -101,6 +101,9 @@ def _archive(pages: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+NUMBERS = dict.fromkeys(["I", "IV", "VII", "X"], "") | dict.fromkeys(["II", "III", "V", "VI", "VIII", "IX"], ".")
+
+
 def test_django_docs_are_read_from_the_checked_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "This sentence of the documentation is long enough to count as prose. "
     pages = {f"django-5.2.8/docs/topics/p{i:02}.txt": f"Page {i}: {sentence * 4}" for i in range(12)}
@@ -113,6 +116,23 @@ def test_django_docs_are_read_from_the_checked_release(tmp_path: Path, monkeypat
     corpus = load_corpus("django-docs", tmp_path)
     assert (len(corpus.train), len(corpus.heldout)) == (11, 1)
     assert corpus.heldout[0].startswith("Page 9: This sentence")
+
+
+def test_the_novel_is_read_from_the_checked_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = "This line of the novel is so long that its paragraph goes on in the next one, does it not?"
+    chapters = [f'CHAPTER {n}{dot}\n{full}\n{full}\nHe stopped.\n"No {n}!"\nToo short.\n' for n, dot in NUMBERS.items()]
+    text = (
+        "Title\nCHAPTERS by the author.\n" + "".join(chapters) + f"--(THE END)--\n{full}\nEnd of Project Gutenberg's\n"
+    )
+    data = _archive({"sentencepiece-0.2.1/test/botchan.txt": text})
+    (tmp_path / "sentencepiece-0.2.1.tar.gz").write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"sha256 .*: delete it and try again"):
+        load_corpus("botchan", tmp_path)
+    monkeypatch.setattr(_sources, "_SENTENCEPIECE_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(_sources, "_MIN_DOCUMENT", 100)
+    corpus = load_corpus("botchan", tmp_path)
+    assert (len(corpus.train), len(corpus.heldout)) == (9, 1)
+    assert corpus.train == [f"{full} {full} He stopped."] * 9  # what is said in a word or two is left out
 
 
 def test_a_failed_fetch_tells_how_to_use_own_files_and_leaves_nothing(

@@ -99,8 +99,8 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
         "shared_heads": arguments.shared_heads,
         "active_heads": arguments.active_heads,
         "routing_unit": arguments.routing_unit,
-        "allocation": arguments.allocation or "even",
-        "refit_output": bool(arguments.refit_output),
+        "allocation": arguments.allocation,
+        "refit_output": arguments.refit_output,
         "budgets": arguments.budgets,
     }
     if is_diffusion_model(arguments.model):
@@ -127,10 +127,6 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
     tokenizer = load_tokenizer(arguments.model)
-    if options["router"] == "linear" and dense.can_generate():  # what came out best (docs/results/budget_curve.md)
-        options["allocation"] = arguments.allocation or "sensitivity"
-        if arguments.refit_output is None:
-            options["refit_output"] = arguments.budgets is None  # with budgets it is refitted for each
     texts = None if options["router"] == "query_norm" else _texts(arguments)
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     return model, partial(_save_all, (model, tokenizer))

@@ -25,10 +25,12 @@ from moh.conversion.fit import (
     fit_contributions,
     fit_two_stage_logits,
     refit_output_projection,
+    unique_part,
 )
 from moh.conversion.statistics import (
     ContributionSums,
     collect_contributions,
+    collect_heads,
     collect_outputs,
     collect_several_outputs,
     layer_groups,
@@ -48,23 +50,35 @@ REFIT_NUMBERS = 6
 
 
 class Calibrator:
-    """The calibration passes over one dense model."""
+    """The calibration passes over one dense model.
+
+    Attributes:
+        fits: of each layer what `fit_routers` last found.
+    """
 
     def __init__(self, dense: DenseModel, samples: Tensor, batch_size: int, progress: bool) -> None:
         """`samples` `[n, ...]` as the model reads them, `batch_size` of them in one pass."""
         self._dense = dense
-        self._fits: list[ContributionFit] = []
+        self.fits: list[ContributionFit] = []
         self._samples = samples
         self._batch_size = batch_size
         self._progress = progress
 
-    def fit_routers(self, layers: Sequence[MoHConfig]) -> Sequence[LinearRouter | TwoStageRouter]:
-        """One router per layer. A number of shared heads becomes the set of those that contribute most."""
+    def fit_routers(
+        self, layers: Sequence[MoHConfig], *, refitted: bool = False
+    ) -> Sequence[LinearRouter | TwoStageRouter]:
+        """One router per layer. A number of shared heads becomes the set of those that contribute most.
+
+        Args:
+            layers: each layer's heads.
+            refitted: W_O is going to be refitted: of a head's contribution count what the other heads don't tell.
+        """
+        unique = self._unique_parts() if refitted else None
         batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
-        sums = collect_contributions(self._dense, batches)
-        self._fits = [fit_contributions(s) for s in sums]
+        sums = collect_contributions(self._dense, batches, unique)
+        self.fits = [fit_contributions(s) for s in sums]
         routers: list[LinearRouter | TwoStageRouter] = []
-        for layer, layer_sums, fit, attention in zip(layers, sums, self._fits, self._dense.attentions, strict=True):
+        for layer, layer_sums, fit, attention in zip(layers, sums, self.fits, self._dense.attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=strongest(fit.mean, layer.shared_heads, layer))
@@ -74,6 +88,15 @@ class Calibrator:
                 else _two_stage_router(config, layer_sums)
             )
         return routers
+
+    def _unique_parts(self) -> list[Tensor]:
+        """Map of each layer to what is unique to its heads (`moh.conversion.fit.unique_part`), float32."""
+        maps: list[Tensor] = []
+        for group in layer_groups(self._dense, numbers=1):
+            batches = self._batches("comparing the heads", self._samples, self._batch_size)
+            sums = collect_heads(self._dense, group, batches)
+            maps += [unique_part(sums[layer], self._dense.num_heads).float() for layer in group]
+        return maps
 
     def costs(self, routers: Sequence[Any], *, refitted: bool = False) -> Tensor:
         """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`).
@@ -110,7 +133,7 @@ class Calibrator:
         at_least = max(step, min(MIN_HEADS, total // len(routers)) // step * step)
         budget = allocate(costs, total, at_least=at_least, step=step)
         reallocated = []
-        for router, fit, heads, attention in zip(routers, self._fits, budget, self._dense.attentions, strict=True):
+        for router, fit, heads, attention in zip(routers, self.fits, budget, self._dense.attentions, strict=True):
             shared = strongest(fit.mean, min(router.config.num_shared, heads), router.config)
             config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
             reallocated.append(_linear_router(config, fit, attention.device))

@@ -45,8 +45,8 @@ def convert(
     calibration_tokens: int = 12_288,
     seq_len: int | None = None,
     batch_size: int = 4,
-    allocation: str = "even",
-    refit_output: bool = False,
+    allocation: str | None = None,
+    refit_output: bool | None = None,
     budgets: Sequence[float] | None = None,
     router_aux_loss_coef: float = 0.0,
     progress: bool = True,
@@ -78,9 +78,11 @@ def convert(
         seq_len: texts are packed into blocks of so many tokens; None means 512, or 128 for an encoder.
         batch_size: blocks or images per forward pass.
         allocation: "even", or "sensitivity" to spend the same total unevenly, by an estimate of what each layer
-            loses (`moh.conversion.allocation`).
+            loses (`moh.conversion.allocation`). None means what came out best: "sensitivity" for a language model that
+            generates, with router="linear" and heads given as numbers, else "even".
         refit_output: fit W_O anew so that the kept heads make up for the skipped ones. With all heads active W_O stays
-            the same; otherwise the model is tied to this budget of heads.
+            the same; otherwise the model is tied to this budget of heads. None means what came out best: True for a
+            language model that generates, with router="linear" and without `budgets`, else False.
         budgets: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the one model is to serve by its dial
             (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer then uses and
             kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` say
@@ -98,14 +100,13 @@ def convert(
         ValueError: the model can't be converted, or an argument is out of range or missing; nothing was changed.
 
     Examples:
-        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", active_heads=5, calibration=texts,
-        ...                     allocation="sensitivity", refit_output=True)  # doctest: +SKIP
+        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", active_heads=5, calibration=texts)  # doctest: +SKIP
         >>> model.save_pretrained("smollm2-moh")  # doctest: +SKIP
         >>> dense = timm.create_model("deit3_small_patch16_224", pretrained=True)  # doctest: +SKIP
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
     if is_diffusion_model(model_or_path):
-        if calibration is not None or allocation != "even" or refit_output or budgets or router_aux_loss_coef:
+        if calibration is not None or allocation == "sensitivity" or refit_output or budgets or router_aux_loss_coef:
             raise ValueError(
                 "calibration, allocation, refit_output, budgets and router_aux_loss_coef must be left out for a diffusion model: "
                 "it is converted without calibration, and its training weighs the load-balance loss"
@@ -124,6 +125,12 @@ def convert(
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
     layers = requested_layers(dense, shared_heads, active_heads, router, routing_unit)
+    best = router == "linear" and isinstance(dense, DenseTextModel) and dense.model.can_generate()
+    if allocation is None:
+        numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
+        allocation = "sensitivity" if best and numbers else "even"
+    if refit_output is None:
+        refit_output = best and budgets is None
     _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
     if budgets is not None:
         check_budgets(dense, budgets, router=router, refit_output=refit_output)
@@ -141,7 +148,7 @@ def convert(
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
         calibrator = Calibrator(dense, samples, batch_size, progress)
-        routers = calibrator.fit_routers(layers)
+        routers = calibrator.fit_routers(layers, refitted=refits)
         if allocation == "sensitivity":
             total = sum(c.num_shared + c.active_heads for c in layers)
             costs = calibrator.costs(routers, refitted=refits)

@@ -1,6 +1,6 @@
-"""Closed forms of the conversion: the contribution router's ridge regression and the refit of W_O.
+"""Closed forms of the conversion: what is unique to a head, the contribution router's regression, the refit of W_O.
 
-Both are solved in float64 from the sums of `moh.conversion.statistics`. No gradient step anywhere.
+All are solved in float64 from the sums of `moh.conversion.statistics`. No gradient step anywhere.
 """
 
 from __future__ import annotations
@@ -38,6 +38,30 @@ class ContributionFit:
     bias: Tensor
     mean: Tensor
     r2: Tensor
+
+
+def unique_part(zz: Tensor, num_heads: int, *, ridge: float = OUTPUT_RIDGE) -> Tensor:
+    """Map from a layer's heads to what of each the others don't tell: of H_i what its ridge regression on them leaves.
+
+    A refit of W_O makes up for the rest when the head is skipped. With P the inverse of `zz + lambda`, whose blocks hold
+    the coefficients of all these regressions, block i is `z P_i P_ii^-1`.
+
+    Args:
+        zz: sum z z' over tokens, z all heads, concatenated, `[H*D, H*D]`, float64.
+        num_heads: H.
+        ridge: lambda as a part of the heads' mean square, as in the refit.
+
+    Returns:
+        `[H*D, H*D]`, float64: `z @ map` holds the parts, concatenated as the heads are.
+    """
+    penalty = ridge * zz.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    precision = torch.linalg.inv(zz + penalty * torch.eye(zz.shape[0], dtype=torch.float64))
+    width = zz.shape[0] // num_heads
+    blocks = precision.split(width, dim=1)  # P_i: [H*D, D]
+    own = (block[i * width : (i + 1) * width] for i, block in enumerate(blocks))  # P_ii: [D, D]
+    return torch.cat(
+        [torch.linalg.solve(of_head, block, left=False) for block, of_head in zip(blocks, own, strict=True)], dim=1
+    )
 
 
 def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) -> ContributionFit:

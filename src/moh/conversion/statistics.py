@@ -1,12 +1,13 @@
 """What a calibration run of the dense model tells about each layer, summed up as it goes, in constant memory.
 
-Two passes: inputs against contributions of heads (to fit a router), gated heads against all heads (to refit W_O).
+Passes: heads against heads (which of them say the same), inputs against contributions of heads (to fit a router), gated
+heads against all heads (to refit W_O).
 Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,8 @@ SUMS_BYTES = 4 << 30
 class ContributionSums:
     """Sums over calibration tokens of one layer, float64.
 
-    With x the layer's input with a 1 appended, `[C + 1]`, and c its heads' contributions
-    `c_i = ||H_i W_O^i||_2`, `[H]`: `xx` = sum x x', `xc` = sum x c', `cc` = sum c c', over `tokens` tokens.
+    With x the layer's input with a 1 appended, `[C + 1]`, and c its heads' contributions, `[H]`
+    (`head_contributions`): `xx` = sum x x', `xc` = sum x c', `cc` = sum c c', over `tokens` tokens.
     """
 
     xx: Tensor  # [C + 1, C + 1]
@@ -69,19 +70,45 @@ def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
     return torch.stack([(h @ w).norm(dim=-1) for h, w in zip(heads, parts, strict=True)], dim=-1)
 
 
-def collect_contributions(dense: DenseModel, batches: Iterator[Tensor]) -> list[ContributionSums]:
-    """Run the dense model over `batches` and sum up each layer's inputs and contributions."""
+def collect_heads(dense: DenseModel, layers: Iterable[int], batches: Iterator[Tensor]) -> dict[int, Tensor]:
+    """Run the dense model over `batches` and sum up z z' of some layers, z all heads, concatenated: `[HD, HD]`, float64."""
+    sums: dict[int, Tensor] = {}
+    for index in layers:
+        width = dense.attentions[index].output_weight.shape[1]
+        sums[index] = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(index: int, taps: _Taps) -> None:
+        assert taps.z is not None
+        if index in sums:
+            z = taps.z.float()
+            sums[index] += (z.T @ z).cpu().double()
+
+    _run(dense, batches, add)
+    return sums
+
+
+def collect_contributions(
+    dense: DenseModel, batches: Iterator[Tensor], unique: Sequence[Tensor] | None = None
+) -> list[ContributionSums]:
+    """Run the dense model over `batches` and sum up each layer's inputs and contributions.
+
+    Args:
+        unique: maps `[HD, HD]`, one per layer, from all heads to that part of each whose contribution counts
+            (`moh.conversion.fit.unique_part`); None counts the whole.
+    """
     num_heads = dense.num_heads
     sums: list[ContributionSums] = []
     for attention in dense.attentions:
         zeros = torch.zeros(attention.width + 1, attention.width + 1, dtype=torch.float64)
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
     written = [attention.written for attention in dense.attentions]
+    maps = None if unique is None else [m.to(w) for m, w in zip(unique, written, strict=True)]
 
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
-        c = head_contributions(taps.z, written[index], num_heads)
+        z = taps.z if maps is None else taps.z.float() @ maps[index].float()
+        c = head_contributions(z, written[index], num_heads)
         layer = sums[index]
         layer.xx += (x.T @ x).cpu().double()
         layer.xc += (x.T @ c).cpu().double()

