@@ -189,12 +189,10 @@ def _measure_pieces(run: Run) -> None:
 
 
 def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
-    both = torch.cat([_some(blocks, run.calibration_tokens // 2) for blocks in run.training.values()])
-    mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
-    much = torch.cat([_some(blocks, 2 * run.calibration_tokens) for blocks in run.training.values()])
-    mixes |= {"half of each": both, "half of each, four times the tokens": much}
     first = run.about["first"]
+    mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
     for times, tokens in (("", run.calibration_tokens), (", four times the tokens", 4 * run.calibration_tokens)):
+        mixes[f"half of each{times}"] = torch.cat([_some(blocks, tokens // 2) for blocks in run.training.values()])
         halves = [_some(blocks, tokens // 2) for blocks in (run.training[first], third_blocks)]
         mixes[f"half {first}, half {third}{times}"] = torch.cat(halves)
     for variant, blocks in mixes.items():

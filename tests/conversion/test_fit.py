@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from moh import convert
 from moh.conversion.fit import (
     OUTPUT_RIDGE,
+    PRESENT,
     ROUTER_RIDGE,
     error_left_by_refit,
     fit_contributions,
@@ -37,12 +40,15 @@ def ridge(a: Tensor, b: Tensor, penalty: float, towards: Tensor | None = None, *
 
 
 def unique_by_definition(z: Tensor) -> Tensor:
-    """Of z `[T, H, D]` each head's residual in a ridge regression on the others."""
+    """Of z `[T, H, D]` what is left, in expectation, of each head's ridge regression on the others, each there or not."""
     penalty = OUTPUT_RIDGE * float(z.flatten(1).square().sum(0).mean())
     parts = []
     for head in range(z.shape[1]):
-        others = torch.cat([z[:, :head], z[:, head + 1 :]], 1).flatten(1)
-        parts.append(z[:, head] - others @ ridge(others, z[:, head], penalty))
+        others = torch.cat([z[:, :head], z[:, head + 1 :]], 1)  # [T, H - 1, D]
+        present = list(itertools.product((0.0, 1.0), repeat=others.shape[1]))  # all 2^(H-1) equally likely
+        rows = torch.cat([others * torch.tensor(b, dtype=z.dtype)[:, None] for b in present]).flatten(1)
+        a = ridge(rows, z[:, head].repeat(len(present), 1), PRESENT * penalty * len(present))
+        parts.append(z[:, head] - PRESENT * others.flatten(1) @ a)
     return torch.stack(parts, 1)
 
 
@@ -68,7 +74,7 @@ def test_of_a_head_that_another_repeats_little_is_unique() -> None:
     z = torch.cat([z, 2 * z[:, :1]], 1)  # the third is the first, twice as large
     unique = (z.flatten(1) @ unique_part(z.flatten(1).T @ z.flatten(1), 3)).unflatten(1, (3, 4))
     left = unique.norm(dim=(0, 2)) / z.norm(dim=(0, 2))
-    assert left[1] > 0.95 and left[0] < 0.2 and left[2] < 0.2
+    assert left[1] > 0.95 and left[0] < 0.7 and left[2] < 0.7  # half of the time the other one is not there
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["whole", "unique"])

@@ -23,6 +23,10 @@ OUTPUT_RIDGE = 0.1
 """Ridge of the W_O refit, as a part of the gated heads' mean square; it pulls towards the original W_O."""
 
 
+PRESENT = 0.5
+"""Probability of the other heads, where it is asked what they tell of one (`unique_part`)."""
+
+
 @dataclass(frozen=True)
 class ContributionFit:
     """A layer's heads as predicted from its input, `c = W_r x + b`.
@@ -40,27 +44,30 @@ class ContributionFit:
     r2: Tensor
 
 
-def unique_part(zz: Tensor, num_heads: int, *, ridge: float = OUTPUT_RIDGE) -> Tensor:
-    """Map from a layer's heads to what of each the others don't tell: of H_i what its ridge regression on them leaves.
+def unique_part(zz: Tensor, num_heads: int, *, present: float = PRESENT, ridge: float = OUTPUT_RIDGE) -> Tensor:
+    """Map from a layer's heads to what of each the others don't tell, and thus a refit of W_O can't make up for.
 
-    A refit of W_O makes up for the rest when the head is skipped. With P the inverse of `zz + lambda`, whose blocks hold
-    the coefficients of all these regressions, block i is `z P_i P_ii^-1`.
+    Each head is predicted by ridge regression on the others, of which each is there with a probability, as if at random;
+    what is left of it, in expectation, is its unique part. With M = present * zz + (1 - present) * (the blocks of zz on
+    its diagonal) + lambda and P its inverse, block i of the parts is `z P_i P_ii^-1` (docs/method.md, M18).
 
     Args:
         zz: sum z z' over tokens, z all heads, concatenated, `[H*D, H*D]`, float64.
         num_heads: H.
-        ridge: lambda as a part of the heads' mean square, as in the refit.
+        present: the probability, above 0 and at most 1.
+        ridge: lambda as a part of the heads' mean square.
 
     Returns:
         `[H*D, H*D]`, float64: `z @ map` holds the parts, concatenated as the heads are.
     """
-    penalty = ridge * zz.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    precision = torch.linalg.inv(zz + penalty * torch.eye(zz.shape[0], dtype=torch.float64))
     width = zz.shape[0] // num_heads
-    blocks = precision.split(width, dim=1)  # P_i: [H*D, D]
+    of_heads = torch.block_diag(*torch.ones(num_heads, width, width, dtype=torch.float64))
+    penalty = ridge * zz.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    mixed = zz * (present + (1 - present) * of_heads) + penalty * torch.eye(zz.shape[0], dtype=torch.float64)
+    blocks = torch.linalg.inv(mixed).split(width, dim=1)  # P_i: [H*D, D]
     own = (block[i * width : (i + 1) * width] for i, block in enumerate(blocks))  # P_ii: [D, D]
     return torch.cat(
-        [torch.linalg.solve(of_head, block, left=False) for block, of_head in zip(blocks, own, strict=True)], dim=1
+        [torch.linalg.solve(p_ii, block, left=False) for block, p_ii in zip(blocks, own, strict=True)], dim=1
     )
 
 
