@@ -190,11 +190,11 @@ def _measure_pieces(run: Run) -> None:
 
 def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
     first = run.about["first"]
+    kinds = list(run.training.values())
     mixes = {f"{name} alone": _some(blocks, run.calibration_tokens) for name, blocks in run.training.items()}
-    for times, tokens in (("", run.calibration_tokens), (", four times the tokens", 4 * run.calibration_tokens)):
-        mixes[f"half of each{times}"] = torch.cat([_some(blocks, tokens // 2) for blocks in run.training.values()])
-        halves = [_some(blocks, tokens // 2) for blocks in (run.training[first], third_blocks)]
-        mixes[f"half {first}, half {third}{times}"] = torch.cat(halves)
+    mixes["half of each"] = _parts(kinds, run.calibration_tokens)
+    mixes[f"half {first}, half {third}"] = _parts([run.training[first], third_blocks], run.calibration_tokens)
+    mixes["half of each, four times the tokens"] = _parts(kinds, 4 * run.calibration_tokens)
     for variant, blocks in mixes.items():
         if all(run.has(heads, variant) for heads in run.heads):
             continue
@@ -215,6 +215,11 @@ def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
 def _some(blocks: Tensor, tokens: int) -> Tensor:
     """Blocks of so many tokens, spread evenly."""
     return evenly_spread(blocks, tokens // SEQ_LEN)
+
+
+def _parts(texts: Sequence[Tensor], tokens: int) -> Tensor:
+    """As many blocks of each text, so many tokens together."""
+    return torch.cat([_some(blocks, tokens // len(texts)) for blocks in texts])
 
 
 def _level(costs: Tensor, heads: int) -> Tensor:

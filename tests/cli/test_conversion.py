@@ -41,13 +41,14 @@ def test_every_router_can_be_asked_for(moh, base_dir: Path, text_file: Path, tmp
     assert (model.config.router, model.config.share) == (router, 0.5)
 
 
-def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path: Path, monkeypatch) -> None:
-    texts = {"django-docs": ["the head"] * 10, "anarchism": ["some other text"] * 100}
+@pytest.mark.parametrize("options", [["--corpus", "django-docs", "botchan"], []], ids=["named", "default"])
+def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path: Path, monkeypatch, options) -> None:
+    texts = {"django-docs": ["the head"] * 10, "botchan": ["some other text"] * 100}
     monkeypatch.setattr("moh.training.load_corpus", lambda name: Corpus(name, "", "", texts[name], []))
     read = []
     convert = moh_package.convert
     monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: read.extend(kw["calibration"]) or convert(*a, **kw))
-    result = moh("convert", base_dir, tmp_path / "model", *HEADS, "--corpus", "django-docs", "anarchism")
+    result = moh("convert", base_dir, tmp_path / "model", *HEADS, *options)
     assert result.code == 0, result.err
     assert (read.count("the head"), read.count("some other text")) == (10, 5)
 

@@ -25,7 +25,7 @@ _HELP = "Turn a pretrained dense model of text, of images or of diffusion into a
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `convert` to the commands."""
     from moh.cli import images
-    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+    from moh.training.corpus import CALIBRATION_CORPORA, CORPORA
 
     parser = sub.add_parser("convert", help=_HELP, description=_HELP, allow_abbrev=False)
     parser.set_defaults(run=run)
@@ -46,8 +46,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--corpus",
         nargs="+",
         choices=tuple(CORPORA),
-        default=[DEFAULT_CORPUS],
-        help=f"text to calibrate on, equal parts of several (default: {DEFAULT_CORPUS})",
+        default=list(CALIBRATION_CORPORA),
+        help=f"text to calibrate on, equal parts of several (default: {' '.join(CALIBRATION_CORPORA)})",
     )
     text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
     images.add_options(parser)

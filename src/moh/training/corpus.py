@@ -63,6 +63,9 @@ CORPORA: dict[str, _Entry] = {
 
 DEFAULT_CORPUS = "django-docs"
 
+CALIBRATION_CORPORA = (DEFAULT_CORPUS, "botchan")
+"""What `moh convert` calibrates on unless told otherwise: of two kinds, so that less is lost on a third."""
+
 
 def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None) -> Corpus:
     """Load a built-in corpus, fetching it on first use, and split it.
