@@ -57,7 +57,7 @@ def main() -> None:
     base = options.base or default_base_model()
     dense = load_causal_lm(base, dtype=torch.float32).eval()
     blocks = _blocks(options, load_tokenizer(base))
-    fitted = fit(dense, blocks["calibration"], options.scratch / "fitted.pt")
+    fitted = fit(dense, blocks["calibration"], options.scratch / "fitted_by_router.pt")
     result = _result(options, base, blocks)
     variants = [
         Variant(unit, router, heads)

@@ -21,7 +21,8 @@ def states_equal(a: Any, b: Any) -> bool:
 
 
 def heads_of(model: Any) -> Any:
-    return model.config.active_heads, model.config.shared_heads
+    """With what the layers are estimated to need, which an uneven allocation leaves in the configuration."""
+    return model.config.active_heads, model.config.shared_heads, getattr(model.config, "head_costs", None)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -48,8 +49,13 @@ def test_a_language_model_gets_the_best_settings(make_dense, tokens, family, opt
 
 
 def test_the_best_settings_are_not_the_plain_ones(make_dense, tokens) -> None:
-    options = dict(calibration=tokens, progress=False) | HEADS
-    assert not states_equal(convert(make_dense(), **options), convert(make_dense(), **options, **PLAIN))
+    options = dict(calibration=tokens, progress=False, shared_heads=1, active_heads=4)
+    dense = make_dense(num_attention_heads=8, num_hidden_layers=3)
+    best, plain = convert(dense, **options), convert(dense, **options, **PLAIN)
+    assert not states_equal(best, plain)
+    assert best.config.head_costs is not None and plain.config.head_costs is None
+    used = [c.num_shared + c.active_heads for c in best.config.layer_configs()]
+    assert sum(used) == 15 and len(set(used)) > 1
 
 
 def test_other_models_keep_their_weights(make_dense, tokens) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moh import convert
+from moh.conversion import statistics
 from moh.conversion.fit import (
     OUTPUT_RIDGE,
     PRESENT,
@@ -75,6 +76,28 @@ def test_of_a_head_that_another_repeats_little_is_unique() -> None:
     unique = (z.flatten(1) @ unique_part(z.flatten(1).T @ z.flatten(1), 3)).unflatten(1, (3, 4))
     left = unique.norm(dim=(0, 2)) / z.norm(dim=(0, 2))
     assert left[1] > 0.95 and left[0] < 0.7 and left[2] < 0.7  # half of the time the other one is not there
+
+
+@pytest.mark.parametrize("silent", ["layer", "head"])
+@torch.no_grad()
+def test_heads_that_say_nothing_are_no_obstacle(make_dense, tokens, silent) -> None:
+    dense = make_dense()
+    rows = slice(None) if silent == "layer" else slice(0, 8)  # of one key/value head
+    dense.model.layers[0].self_attn.v_proj.weight[rows] = 0
+    for options in (dict(refit_output=True), dict(budgets=[0.5, 0.75])):
+        model = convert(dense, shared_heads=1, active_heads=2, calibration=tokens, **options)
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        assert model(tokens[:2]).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_layers_that_do_not_fit_the_memory_together_are_calibrated_in_turn(make_dense, tokens, monkeypatch) -> None:
+    dense = make_dense(num_hidden_layers=3)
+    options = dict(shared_heads=1, active_heads=2, calibration=tokens)
+    at_once = convert(dense, **options).state_dict()
+    monkeypatch.setattr(statistics, "SUMS_BYTES", 1)
+    in_turn = convert(dense, **options).state_dict()
+    assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["whole", "unique"])

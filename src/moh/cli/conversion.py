@@ -58,12 +58,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
-        help="heads over layers (default: sensitivity for a language model with the linear router, else even)",
+        help="heads over layers (default: sensitivity for a language model that generates, with the linear router, else even)",
     )
     parser.add_argument(
         "--refit-output",
         action=BooleanOptionalAction,
-        help="refit W_O to make up for skipped heads (default: for a language model with the linear router)",
+        help="refit W_O to make up for skipped heads (default: as for the uneven allocation, but not with --budgets)",
     )
     parser.add_argument(
         "--budgets",

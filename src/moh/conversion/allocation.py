@@ -89,7 +89,9 @@ def allocate(costs: Tensor, total: int, *, at_least: int = 1, step: int = 1) -> 
     """
     layers, most = costs.shape[0], costs.shape[1] - 1
     if not bool(costs.isfinite().all()):
-        raise ValueError("costs must be finite: the calibration gave NaN or infinity (try the model in float32)")
+        raise ValueError(
+            "costs must be finite: the calibration gave NaN or infinity (try the model in float32, or allocation='even')"
+        )
     if not layers * at_least <= total <= layers * most:
         raise ValueError(f"total must be between {layers * at_least} and {layers * most} heads, got {total}")
     if total % step:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from moh.conversion.allocation import allocate
 from moh.conversion.calibrator import MIN_HEADS, with_heads
 from moh.conversion.dense import DenseModel
-from moh.conversion.fit import OUTPUT_RIDGE
+from moh.conversion.fit import OUTPUT_RIDGE, penalty_of
 from moh.conversion.statistics import OutputSums, collect_several_outputs, layer_groups
 from moh.models.budget import allowed_counts
 from moh.models.output_budgets import add_output_budgets, output_projection, routed_attentions, used_heads
@@ -125,7 +125,7 @@ def fit_changes(
         rank: of the changes, at most.
     """
     factors: list[list[tuple[Tensor, Tensor]]] = []
-    for group in layer_groups(dense, numbers=len(heads)):
+    for group in layer_groups(dense, matrices=2 * len(heads)):
         chosen = {layer: [with_heads(routers[layer], n) for n in heads] for layer in group}
         for layer, sums in collect_several_outputs(dense, chosen, batches()).items():
             weight = dense.attentions[layer].output_weight
@@ -146,7 +146,7 @@ def low_rank_change(
     Returns:
         `(left [C, r], right [r, H*D])`, float32: o_proj changes by their product.
     """
-    measure = sums.gg + ridge * sums.gg.diagonal().mean() * torch.eye(sums.gg.shape[0], dtype=torch.float64)
+    measure = sums.gg + penalty_of(sums.gg, ridge) * torch.eye(sums.gg.shape[0], dtype=torch.float64)
     change = torch.linalg.solve(measure, (sums.gz - sums.gg) @ o_proj.detach().double().cpu().T)  # [H*D, C]
     root = torch.linalg.cholesky(measure)  # root root' = measure
     u, s, vh = torch.linalg.svd(root.T @ change, full_matrices=False)

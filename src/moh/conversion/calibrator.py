@@ -92,7 +92,7 @@ class Calibrator:
     def _unique_parts(self) -> list[Tensor]:
         """Map of each layer to what is unique to its heads (`moh.conversion.fit.unique_part`), float32."""
         maps: list[Tensor] = []
-        for group in layer_groups(self._dense, numbers=1):
+        for group in layer_groups(self._dense, matrices=1):
             batches = self._batches("comparing the heads", self._samples, self._batch_size)
             sums = collect_heads(self._dense, group, batches)
             maps += [unique_part(sums[layer], self._dense.num_heads).float() for layer in group]
@@ -118,7 +118,7 @@ class Calibrator:
         numbers = range(first, h, step)
         numbers = numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]  # for others it is interpolated
         left = torch.ones(len(routers), h + 1, dtype=torch.float64)
-        for group in layer_groups(self._dense, numbers=len(numbers) + 1) if numbers else ():
+        for group in layer_groups(self._dense, matrices=2 * len(numbers) + 2) if numbers else ():
             chosen = {layer: [with_heads(routers[layer], n) for n in (*numbers, h)] for layer in group}
             batches = self._batches("estimating what a refit gives back", samples, self._batch_size)
             for layer, (*kept, whole) in collect_several_outputs(self._dense, chosen, batches).items():

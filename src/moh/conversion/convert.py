@@ -51,7 +51,7 @@ def convert(
     router_aux_loss_coef: float = 0.0,
     progress: bool = True,
 ) -> Any:
-    """Turn a pretrained dense language, image or diffusion model into a MoH model with the same weights.
+    """Turn a pretrained dense language, image or diffusion model into a MoH model with the same weights, but for a refitted W_O.
 
     Args:
         model_or_path: a language model of transformers (Llama, Mistral, Qwen2, SmolLM, Qwen3, Gemma, Phi, Phi-3, GPT-2,
@@ -80,7 +80,8 @@ def convert(
         allocation: "even", or "sensitivity" to spend the same total unevenly, by an estimate of what each layer
             loses (`moh.conversion.allocation`). None means what came out best: "sensitivity" for a language model that
             generates, with router="linear" and heads given as numbers, else "even".
-        refit_output: fit W_O anew so that the kept heads make up for the skipped ones. With all heads active W_O stays
+        refit_output: fit W_O anew so that the kept heads make up for the skipped ones; in a language model that generates
+            routers and allocation count on it (docs/method.md, M18). With all heads active W_O stays
             the same; otherwise the model is tied to this budget of heads. None means what came out best: True for a
             language model that generates, with router="linear" and without `budgets`, else False.
         budgets: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the one model is to serve by its dial
@@ -125,7 +126,8 @@ def convert(
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
     layers = requested_layers(dense, shared_heads, active_heads, router, routing_unit)
-    best = router == "linear" and isinstance(dense, DenseTextModel) and dense.model.can_generate()
+    generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
+    best = router == "linear" and generates
     if allocation is None:
         numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
         allocation = "sensitivity" if best and numbers else "even"
@@ -148,10 +150,12 @@ def convert(
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
         calibrator = Calibrator(dense, samples, batch_size, progress)
-        routers = calibrator.fit_routers(layers, refitted=refits)
+        # Of encoders the embeddings came out further off with routers and costs that count on the refit
+        counts_on_refit = refits and generates
+        routers = calibrator.fit_routers(layers, refitted=counts_on_refit)
         if allocation == "sensitivity":
             total = sum(c.num_shared + c.active_heads for c in layers)
-            costs = calibrator.costs(routers, refitted=refits)
+            costs = calibrator.costs(routers, refitted=counts_on_refit)
             routers = calibrator.reallocate(routers, costs, total)
         layers = [r.config for r in routers]
         if refit_output:

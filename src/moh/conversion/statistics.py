@@ -93,7 +93,7 @@ def collect_contributions(
     """Run the dense model over `batches` and sum up each layer's inputs and contributions.
 
     Args:
-        unique: maps `[HD, HD]`, one per layer, from all heads to that part of each whose contribution counts
+        unique: maps `[HD, HD]`, float32, one per layer, from all heads to that part of each whose contribution counts
             (`moh.conversion.fit.unique_part`); None counts the whole.
     """
     num_heads = dense.num_heads
@@ -102,12 +102,12 @@ def collect_contributions(
         zeros = torch.zeros(attention.width + 1, attention.width + 1, dtype=torch.float64)
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
     written = [attention.written for attention in dense.attentions]
-    maps = None if unique is None else [m.to(w) for m, w in zip(unique, written, strict=True)]
 
     def add(index: int, taps: _Taps) -> None:
         assert taps.x is not None and taps.z is not None
         x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
-        z = taps.z if maps is None else taps.z.float() @ maps[index].float()
+        # One layer's map at a time where the model is: all of them may be as large as the model
+        z = taps.z if unique is None else taps.z.float() @ unique[index].to(taps.z.device)
         c = head_contributions(z, written[index], num_heads)
         layer = sums[index]
         layer.xx += (x.T @ x).cpu().double()
@@ -148,10 +148,10 @@ def collect_several_outputs(
     return sums
 
 
-def layer_groups(dense: DenseModel, *, numbers: int) -> Iterator[range]:
-    """Layers whose `OutputSums`, so many of each, fit the memory together."""
+def layer_groups(dense: DenseModel, *, matrices: int) -> Iterator[range]:
+    """Layers whose sums, so many matrices `[HD, HD]` of each in float64, fit the memory together."""
     width = max(attention.output_weight.shape[1] for attention in dense.attentions)
-    at_a_time = max(1, SUMS_BYTES // (2 * 8 * width**2 * max(1, numbers)))
+    at_a_time = max(1, SUMS_BYTES // (8 * width**2 * max(1, matrices)))
     layers = len(dense.attentions)
     for start in range(0, layers, at_a_time):
         yield range(start, min(start + at_a_time, layers))

@@ -23,7 +23,7 @@ _DJANGO = "5.2.8"
 _DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
 _SENTENCEPIECE = "0.2.1"
 _SENTENCEPIECE_SHA256 = "8138cec27c2f2282f4a34d9a016e3374cd40e5c6e9cb335063db66a0a3b71fad"
-_OWN_FILES = "give your own text files instead (--data.files FILE, or a directory)"
+_OWN_FILES = "give your own text files instead (--data.files FILE in a recipe, else --files, or a directory)"
 _MIN_DOCUMENT = 200  # characters; shorter pages are lists of links
 
 
@@ -106,11 +106,11 @@ def rst_paragraphs(text: str) -> list[str]:
 
 def _wrapped_paragraphs(text: str) -> list[str]:
     """Paragraphs of hard-wrapped text without blank lines: one ends where a sentence leaves a line unfilled."""
-    lines = text.splitlines()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     width = max(map(len, lines), default=0)
     found: list[list[str]] = [[]]
     for line in lines:
-        found[-1].append(line.strip())
+        found[-1].append(line)
         if len(line) < 0.8 * width and line.rstrip("\"'").endswith((".", "!", "?")):
             found.append([])
     return [" ".join(part) for part in found if part]

@@ -42,7 +42,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class ConversionRecipe:
-    """How the dense model becomes a MoH model before training: the arguments of `moh.convert`.
+    """How the dense model becomes a MoH model before training: the arguments of `moh.convert`, with defaults of their own.
 
     Args:
         shared_heads: heads per layer that every token uses.
