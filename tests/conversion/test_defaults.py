@@ -58,6 +58,16 @@ def test_the_best_settings_are_not_the_plain_ones(make_dense, tokens) -> None:
     assert sum(used) == 15 and len(set(used)) > 1
 
 
+def test_of_other_models_whole_contributions_count_even_with_a_refit(make_dense, tokens) -> None:
+    options = dict(calibration=tokens, progress=False, allocation="even") | HEADS
+    dense = make_dense("Qwen3")
+    bare = transformers.Qwen3Model(dense.config).eval()
+    for model, same in ((bare, True), (dense, False)):
+        refitted, plain = (convert(model, **options, refit_output=refit).state_dict() for refit in (True, False))
+        names = [name for name in plain if ".router." in name]
+        assert names and all(torch.equal(refitted[name], plain[name]) for name in names) is same
+
+
 def test_other_models_keep_their_weights(make_dense, tokens) -> None:
     bare = transformers.Qwen3Model(make_dense("Qwen3").config).eval()
     options = dict(calibration=tokens, progress=False) | HEADS
