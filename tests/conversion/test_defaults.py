@@ -58,11 +58,11 @@ def test_the_best_settings_are_not_the_plain_ones(make_dense, tokens) -> None:
     assert sum(used) == 15 and len(set(used)) > 1
 
 
-def test_of_other_models_whole_contributions_count_even_with_a_refit(make_dense, tokens) -> None:
-    options = dict(calibration=tokens, progress=False, allocation="even") | HEADS
+def test_what_is_unique_counts_in_language_models_with_an_uneven_budget_alone(make_dense, tokens) -> None:
     dense = make_dense("Qwen3")
     bare = transformers.Qwen3Model(dense.config).eval()
-    for model, same in ((bare, True), (dense, False)):
+    for model, allocation, same in ((bare, "even", True), (dense, "even", True), (dense, "sensitivity", False)):
+        options = dict(calibration=tokens, progress=False, allocation=allocation) | HEADS
         refitted, plain = (convert(model, **options, refit_output=refit).state_dict() for refit in (True, False))
         names = [name for name in plain if ".router." in name]
         assert names and all(torch.equal(refitted[name], plain[name]) for name in names) is same

@@ -81,7 +81,7 @@ def convert(
             loses (`moh.conversion.allocation`). None means what came out best: "sensitivity" for a language model that
             generates, with router="linear" and heads given as numbers, else "even".
         refit_output: fit W_O anew so that the kept heads make up for the skipped ones; in a language model that generates
-            routers and allocation count on it (docs/method.md, M18). With all heads active W_O stays
+            and has an uneven budget, routers and allocation count on it (docs/method.md, M18). With all heads active W_O stays
             the same; otherwise the model is tied to this budget of heads. None means what came out best: True for a
             language model that generates, with router="linear" and without `budgets`, else False.
         budgets: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the one model is to serve by its dial
@@ -150,8 +150,8 @@ def convert(
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
         calibrator = Calibrator(dense, samples, batch_size, progress)
-        # Of encoders the embeddings came out further off with routers and costs that count on the refit
-        counts_on_refit = refits and generates
+        # Measured for language models alone, with an uneven budget: without one it made them worse, and encoders too
+        counts_on_refit = refits and generates and allocation == "sensitivity"
         routers = calibrator.fit_routers(layers, refitted=counts_on_refit)
         if allocation == "sensitivity":
             total = sum(c.num_shared + c.active_heads for c in layers)
