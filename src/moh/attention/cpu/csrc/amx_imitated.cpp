@@ -36,17 +36,19 @@ struct Memory {
   static void store(void* to, int64_t stride) {
     for (int r = 0; r < kSide; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tiles[T][r], 4 * kSide);
   }
+  // In an order of additions that is not the vectors', as that of a matrix unit isn't either.
   template <int C, int A, int B>
   static void dot() {
     TORCH_INTERNAL_ASSERT(in_session, "tiles are used outside of a session");
     for (int i = 0; i < kSide; ++i)
       for (int j = 0; j < kSide; ++j) {
-        float sum = number(tiles[C][i][j]);
+        float even = 0, odd = 0;
         for (int k = 0; k < kSide; ++k) {
           const uint32_t a = tiles[A][i][k], b = tiles[B][k][j];
-          sum += number(a << 16) * number(b << 16);
-          sum += number(a & 0xffff0000u) * number(b & 0xffff0000u);
+          even += number(a << 16) * number(b << 16);
+          odd += number(a & 0xffff0000u) * number(b & 0xffff0000u);
         }
+        const float sum = number(tiles[C][i][j]) + (even + odd);
         std::memcpy(&tiles[C][i][j], &sum, sizeof sum);
       }
   }
