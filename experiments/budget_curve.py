@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from budget_curve_models import QUERY_NORM, ROUTERS, UNITS, Fitted, Variant, fit, step_of
+from budget_curve_models import QUERY_NORM, ROUTERS, TWO_STAGE, UNITS, Fitted, Variant, fit, step_of, two_stage
 from budget_curve_report import write
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -88,7 +88,10 @@ def _measure_quality(
     for variant in variants:
         if variant.key in rows and "texts" in rows[variant.key]:
             continue
-        model = fitted.model(dense, variant)
+        if variant.router == TWO_STAGE:
+            model = two_stage(dense, variant, blocks["calibration"])
+        else:
+            model = fitted.model(dense, variant)
         rows.setdefault(variant.key, variant.describe(model))["texts"] = _texts(options, model, blocks, rows["dense"])
         del model
         write(options.out, options.images, result)

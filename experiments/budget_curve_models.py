@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moh.config import ROUTING_UNITS, MoHConfig
+from moh.conversion import convert
 from moh.conversion.allocation import allocate
 from moh.conversion.calibrator import MIN_HEADS, Calibrator
 from moh.conversion.families import moh_config_fields
@@ -28,8 +29,9 @@ from moh.routing import LinearRouter
 from moh.routing.units import strongest
 
 UNITS = ROUTING_UNITS
-QUERY_NORM, LINEAR, REFITTED = "query norm", "contribution", "contribution, uneven budget, refitted W_O"
-ROUTERS = (QUERY_NORM, LINEAR, REFITTED)
+QUERY_NORM, TWO_STAGE = "query norm", "two-stage, fitted"
+LINEAR, REFITTED = "contribution", "contribution, uneven budget, refitted W_O"
+ROUTERS = (QUERY_NORM, TWO_STAGE, LINEAR, REFITTED)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,24 @@ def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
         print(f"{unit}: calibrated", flush=True)
     torch.save(vars(fitted), file)
     return fitted
+
+
+def two_stage(dense: PreTrainedModel, variant: Variant, calibration: Tensor) -> PreTrainedModel:
+    """The MoH model of a variant with the paper's learned router, fitted to rank the heads by their contributions."""
+    h, step = _heads(dense), step_of(dense, variant.unit)
+    shared = min(default_shared_heads(h, step=step), variant.heads)
+    model: PreTrainedModel = convert(
+        dense,
+        shared_heads=shared,
+        active_heads=variant.heads - shared,
+        router="two_stage",
+        routing_unit=variant.unit,
+        calibration=calibration,
+        calibration_tokens=calibration.numel(),
+        batch_size=2,
+        progress=False,
+    )
+    return model
 
 
 def step_of(dense: PreTrainedModel, unit: str) -> int:

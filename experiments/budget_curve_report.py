@@ -12,7 +12,7 @@ from moh._extras import require
 from moh._files import write_text
 
 _COLOURS = {"head": "#0072b2", "group_balanced": "#d55e00", "kv_group": "#009e73"}  # Okabe and Ito's
-_STYLES = dict(zip(ROUTERS, (":", "--", "-"), strict=True))
+_STYLES = dict(zip(ROUTERS, (":", "-.", "--", "-"), strict=True))
 
 
 def write(out: Path, images: Path, result: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def _plot(file: Path, result: dict[str, Any]) -> None:
     figure_module = require("matplotlib.figure", extra="llm")
     texts = list(result["about"]["heldout_tokens"])
     dense, *rows = _ordered(result)
-    figure = figure_module.Figure(figsize=(10, 7), layout="constrained")
+    figure = figure_module.Figure(figsize=(11.5, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, text in zip(axes[0], texts, strict=True):
         lowest = dense["texts"][text]["perplexity"] if "texts" in dense else 1.0
@@ -115,7 +115,7 @@ def _plot(file: Path, result: dict[str, Any]) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(ROUTERS), fontsize=8)
     scratch = file.with_name(f".{file.name}.partial.png")
     figure.savefig(scratch, dpi=120)
     scratch.replace(file)
