@@ -152,13 +152,7 @@ struct AggregatedAttention {
   // to[i] = rows[i] . a for all places of one row, from sums that are still on the lanes.
   static void reduce(Floats* sums, int64_t count, float* to) {
     int64_t i = 0;
-    for (; i + L <= count; i += L) {
-#pragma GCC unroll 4
-      for (int width = L; width > 1; width /= 2)
-#pragma GCC unroll 8
-        for (int j = 0; j < width / 2; ++j) sums[i + j] = S::add_pairs(sums[i + 2 * j], sums[i + 2 * j + 1]);
-      S::store(to + i, sums[i]);
-    }
+    for (; i + L <= count; i += L) S::store(to + i, S::sums(sums + i));
     for (; i < count; ++i) to[i] = S::sum(sums[i]);
   }
 

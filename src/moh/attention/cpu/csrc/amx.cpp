@@ -3,17 +3,14 @@
 //
 // Not run on such a processor yet: tests run the same kernels on tiles that are imitated (amx_imitated.cpp), and before
 // these are used, they prove on the processor itself that a tile's product is right.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
-#ifdef __clang__
-#error "this compiler does not take instruction sets from a pragma: use GCC"
-#endif
+#include "avx512_bf16.h"
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstring>
 
 #include "amx.h"
-#include "avx512_bf16.h"
 
 namespace moh {
 

@@ -1,12 +1,9 @@
 // The kernels of amx.cpp on tiles in memory, for tests on processors without a matrix unit.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
-#ifdef __clang__
-#error "this compiler does not take instruction sets from a pragma: use GCC"
-#endif
+#include "avx512_bf16.h"
+
 #include <c10/util/Exception.h>
 
 #include "amx.h"
-#include "avx512_bf16.h"
 
 namespace moh {
 namespace {

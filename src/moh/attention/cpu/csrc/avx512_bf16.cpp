@@ -1,8 +1,4 @@
 // Kernels for AVX-512 with dot products of bfloat16.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
-#ifdef __clang__
-#error "this compiler does not take instruction sets from a pragma: use GCC"
-#endif
 #include "avx512_bf16.h"
 
 namespace moh {

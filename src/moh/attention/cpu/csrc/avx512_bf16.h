@@ -1,8 +1,12 @@
 // What the kernels of avx512_bf16.cpp and amx.cpp have in common: dot products of bfloat16, and where they serve.
 //
-// For a source that has chosen its instruction set by a pragma.
+// It chooses the instruction set for all that follows, so it is the first that such a source includes.
 #pragma once
 
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#ifdef __clang__
+#error "this compiler does not take instruction sets from a pragma: use GCC"
+#endif
 #include <immintrin.h>
 
 #include "avx512.h"

@@ -71,11 +71,7 @@ struct Decode {
         }
         sums[i] = a, sums[i + 1] = b, sums[i + 2] = c, sums[i + 3] = d;
       }
-#pragma GCC unroll 4
-      for (int width = L; width > 1; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width / 2; ++i) sums[i] = S::add_pairs(sums[2 * i], sums[2 * i + 1]);
-      S::store(scores + n, sums[0]);
+      S::store(scores + n, S::sums(sums));
       if (whole < D)
         for (int i = 0; i < L; ++i)
           for (int64_t x = whole; x < D; ++x) scores[n + i] += q[x] * keys[(n + i) * stride + x];

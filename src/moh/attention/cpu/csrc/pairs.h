@@ -45,7 +45,12 @@ class PairOperands {
     const T* from = at<T>(p_.v, rows_.batch, rows_.kv_head, first);
     for (int64_t n = 0; n < count; n += 2, from += 2 * p_.v.token)
       Isa::interleave(from, n + 1 < count ? from + p_.v.token : nullptr, p_.value_width, values_ + n / 2 * p_.value_width);
-    if constexpr (kRowsInOnePiece) turn((count + 1) / 2);
+    if constexpr (kRowsInOnePiece) {  // as pairs of keys on the lanes, a number's lie side by side
+      static_assert(kTile / 2 == kWidth);
+      const auto pairs = [&](int i) -> const Pair* { return values_ + i * p_.value_width; };
+      put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), p_.value_width, pairs, [](int) { return 1.0f; },
+                        reinterpret_cast<float*>(turned_));
+    }
   }
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
@@ -62,7 +67,7 @@ class PairOperands {
   void add(int64_t seen, const float*, const float* rescale, float* sums) const {
     const int64_t Dv = p_.value_width, whole = seen / 2;
     const Pair* values = kRowsInOnePiece ? turned_ : values_;
-    Product::template multiply<Product::Into::kRescale, V>(Dv, values, kRowsInOnePiece ? kTile / 2 : 1,
+    Product::template multiply<Product::Into::kRescale, V>(Dv, values, kRowsInOnePiece ? kWidth : 1,
                                                            kRowsInOnePiece ? 1 : Dv, weights_, kWidth, whole, sums,
                                                            kWidth, rescale);
     if (2 * whole >= seen) return;
@@ -74,33 +79,11 @@ class PairOperands {
   }
 
  private:
-  // values_ -> turned_, the first `pairs` of kTile / 2.
-  void turn(int64_t pairs) {
-    constexpr int64_t L = Isa::kLanes;
-    const int64_t Dv = p_.value_width;
-    static_assert(kTile / 2 % L == 0);
-    for (int64_t n = 0; n < pairs; n += L) {
-      int64_t d = 0;
-      for (; d + L <= Dv; d += L) {
-        typename S::Floats square[L];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < L; ++i)
-          square[i] = n + i < pairs ? S::load(values_ + (n + i) * Dv + d) : typename S::Floats{};
-        S::transpose(square);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < L; ++i)
-          S::store(reinterpret_cast<float*>(turned_ + (d + i) * (kTile / 2) + n), square[i]);
-      }
-      for (; d < Dv; ++d)
-        for (int64_t i = n; i < std::min(n + L, pairs); ++i) turned_[d * (kTile / 2) + i] = values_[i * Dv + d];
-    }
-  }
-
   const Problem& p_;
   const Rows& rows_;
   float *queries_, *weights_;  // pairs too, [block, D / 2, kWidth] and [kTile / 2, kWidth]
   Pair *values_, *last_;       // [kTile / 2, Dv], [Dv]
-  Pair* turned_;               // [Dv, kTile / 2], where rows have to lie in one piece
+  Pair* turned_;               // [Dv, kWidth], where rows have to lie in one piece
   const Pair* keys_ = nullptr;
 };
 

@@ -95,11 +95,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         }
         sums[i] = a, sums[i + 1] = b, sums[i + 2] = c, sums[i + 3] = d;
       }
-#pragma GCC unroll 4
-      for (int width = L; width > 1; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width / 2; ++i) sums[i] = S::add_pairs(sums[2 * i], sums[2 * i + 1]);
-      S::store(scores + n, scale * sums[0]);
+      S::store(scores + n, scale * S::sums(sums));
     }
     for (; n < count; ++n) {
       Floats a{};

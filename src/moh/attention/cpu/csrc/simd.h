@@ -131,6 +131,15 @@ struct Simd : Vectors<Lanes> {
     Floats c5_, c4_, c3_, c2_, c1_, c0_;
   };
 
+  // The sums over the lanes of the vectors v[0], v[1], ..., v[Lanes - 1], which are lost.
+  [[gnu::always_inline]] static Floats sums(Floats* v) {
+#pragma GCC unroll 4
+    for (int width = Lanes; width > 1; width /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < width / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+    return v[0];
+  }
+
   // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
   [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
     return pick<0, 2>(a, b, Every()) + pick<1, 2>(a, b, Every());
