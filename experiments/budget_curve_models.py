@@ -138,8 +138,7 @@ def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
 
 def two_stage(dense: PreTrainedModel, variant: Variant, calibration: Tensor) -> PreTrainedModel:
     """The MoH model of a variant with the paper's learned router, fitted to rank the heads by their contributions."""
-    h, step = _heads(dense), step_of(dense, variant.unit)
-    shared = min(default_shared_heads(h, step=step), variant.heads)
+    shared = _shared_heads(dense, variant.heads, step_of(dense, variant.unit))
     model: PreTrainedModel = convert(
         dense,
         shared_heads=shared,
@@ -164,12 +163,17 @@ def _heads(dense: PreTrainedModel) -> int:
     return heads
 
 
+def _shared_heads(dense: PreTrainedModel, heads: int, step: int) -> int:
+    """How many of a layer's heads are shared by default, at most all that it uses."""
+    return min(default_shared_heads(_heads(dense), step=step), heads)
+
+
 def _config(dense: PreTrainedModel, unit: str, heads: int, mean: Tensor | None = None) -> MoHConfig:
     """A layer that uses `heads` heads: with `mean` the default number is shared, those with the largest, else the first half."""
     h, kv_heads = _heads(dense), dense.config.num_key_value_heads
     options = {"routing_unit": unit, "kv_heads": None if unit == "head" else kv_heads}
     step = MoHConfig(h, 0, h, "linear", **options).step
-    shared = heads // 2 // step * step if mean is None else min(default_shared_heads(h, step=step), heads)
+    shared = heads // 2 // step * step if mean is None else _shared_heads(dense, heads, step)
     config = MoHConfig(h, shared, heads - shared, "linear", **options)
     if mean is None:
         return config
