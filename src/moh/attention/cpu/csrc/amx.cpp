@@ -1,5 +1,5 @@
-// Kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp, with the products of attention forward and
-// of projections, but not those of the weights' gradients, on its tiles.
+// Kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp, with the products of attention and of
+// projections, but not those of decoding and of the weights' gradients, on its tiles.
 //
 // Not run on such a processor yet: tests run the same kernels on tiles that are imitated (amx_imitated.cpp), and before
 // these are used, they prove on the processor itself that a tile's product is right.

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 
 #include "avx512.h"
-#include "pairs.h"
+#include "pairs_backward.h"
 #include "pairs_decode.h"
 
 namespace moh {
@@ -32,6 +32,11 @@ struct Avx512BFloat16 : Avx512 {
     return reinterpret_cast<Floats>(
         _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
   }
+  // A vector as 16 numbers, two to a pair.
+  [[gnu::always_inline]] static void round(Floats x, Pair* to) {
+    const __m256bh numbers = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+    std::memcpy(to, &numbers, sizeof numbers);
+  }
   // Two rows, number by number; without a second one, zeros.
   static void interleave(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count, Pair* to) {
     using S = Simd<kLanes>;
@@ -44,16 +49,19 @@ struct Avx512BFloat16 : Avx512 {
   }
 };
 
-// The kernels of avx512.cpp, but for those of bfloat16 attention forward, decoding and projections. `Product` does the
-// products of the first and, but for `outer`, the last; a `Session` lives as long as such a task.
+// The kernels of avx512.cpp, but for those of bfloat16 attention and projections. `Product` does the products of both, but
+// for decoding and `outer`; a `Session` lives as long as such a task.
 template <class Isa, class Product, class Session>
 struct PairKernels {
   using Attention = Forward<Isa, c10::BFloat16, PairOperands<Isa, Product>>;
+  using GradOperands = PairBackwardOperands<Isa, Product>;
+  using Gradients = Backward<Isa, c10::BFloat16, GradOperands>;
   using Projections = Project<Isa, c10::BFloat16, PairCells<Isa>, Product>;
 
   static bool serves(const Problem& p) {
     return p.dtype == DType::kBFloat16 && PairOperands<Isa, Product>::serves(p);
   }
+  static bool differentiates(const Problem& p) { return p.dtype == DType::kBFloat16 && GradOperands::serves(p); }
   static bool decodes(const Problem& p) { return p.dtype == DType::kBFloat16 && PairDecode<Isa>::serves(p); }
   static bool serves(const Projection& p) { return p.dtype == DType::kBFloat16 && PairCells<Isa>::serves(p); }
 
@@ -64,6 +72,14 @@ struct PairKernels {
     if (!serves(p)) return avx512_kernels().forward(p, rows, scratch);
     const Session session;
     Attention::run(p, rows, scratch);
+  }
+  static int64_t backward_scratch(const Problem& p, int64_t rows) {
+    return differentiates(p) ? Gradients::scratch(p, rows) : avx512_kernels().backward_scratch(p, rows);
+  }
+  static void backward(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
+    if (!differentiates(p)) return avx512_kernels().backward(p, rows, grad_k, grad_v, scratch);
+    const Session session;
+    Gradients::run(p, rows, grad_k, grad_v, scratch);
   }
   static int64_t decode_scratch(const Problem& p, int64_t rows) {
     return decodes(p) ? PairDecode<Isa>::scratch(p, rows) : avx512_kernels().decode_scratch(p, rows);
@@ -95,6 +111,8 @@ struct PairKernels {
     k.name = name;
     k.forward_scratch = forward_scratch;
     k.forward = forward;
+    k.backward_scratch = backward_scratch;
+    k.backward = backward;
     k.decode_scratch = decode_scratch;
     k.decode = decode;
     k.expand = expand;

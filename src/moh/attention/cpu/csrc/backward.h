@@ -1,69 +1,169 @@
 // Gradients of a block of active rows: weights from the saved log-sum-exp, no softmax and no N x N matrix.
 //
-// With P = exp2(S - lse), grad of a head dO = gate * grad and delta = grad . out: dV = P' dO, dS = P * (dO V' - delta),
-// dQ = scale * dS K, dK = scale * dS' Q, and dgate = sum(P * dO V') / gate, which unlike delta / gate does not pass
-// through the output's rounding: a small gate may have rounded it to 0.
+// With P = exp2(S - lse), dP = grad V' and delta = grad . out: dV = P' (gate * grad), dS = scale * P * (gate * dP - delta),
+// dQ = dS K, dK = dS' Q, and dgate = sum(P * dP), which unlike delta / gate does not pass through the output's rounding:
+// a small gate may have rounded it to 0.
 #pragma once
 
 #include "block.h"
 
 namespace moh {
 
+// What the products work on: floats. Another such type is in pairs_backward.h.
 template <class Isa, class T>
+class FloatBackwardOperands {
+ public:
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  using Product = Tile<Isa>;
+  using Into = typename Product::Into;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+
+  // For tasks of `blocks` blocks.
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return blocks * kWidth *
+               (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
+           Copies<Isa, T>::scratch(p, blocks);
+  }
+  FloatBackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+      : p_(p), rows_(rows), all_(blocks * kWidth), queries_(scratch), grads_(queries_ + all_ * p.width),
+        query_rows_(grads_ + all_ * p.value_width), grad_rows_(query_rows_ + all_ * Product::padded(p.width)),
+        weights_(grad_rows_ + all_ * Product::padded(p.value_width)), grad_scores_(weights_ + kTile * all_),
+        copies_(p, blocks, grad_scores_ + kTile * all_) {
+    std::fill(query_rows_, weights_, 0.0f);
+  }
+
+  // A block's queries and gradients, on the lanes, the former times the scale and log2(e), and as rows.
+  void put(int64_t block, const Lanes<Isa>& lanes) {
+    const int64_t D = p_.width, Dv = p_.value_width;
+    const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
+    const auto grad = [&](int i) { return static_cast<const T*>(p_.grad) + lanes.by_token(p_, rows_.batch, i) * Dv; };
+    put_on_lanes<Isa>(lanes.count, D, query, [&](int) { return p_.scale * kLog2e; }, queries_ + block * D * kWidth);
+    put_on_lanes<Isa>(lanes.count, Dv, grad, [](int) { return 1.0f; }, grads_ + block * Dv * kWidth);
+    for (int i = 0; i < lanes.count; ++i) {
+      const int64_t row = block * kWidth + i;
+      get<Isa>(query(i), D, query_rows_ + row * Product::padded(D));
+      get<Isa>(grad(i), Dv, grad_rows_ + row * Product::padded(Dv));
+    }
+  }
+  // The keys and values that are worked through next.
+  void load(int64_t first, int64_t count) {
+    keys_ = tile_of<Isa, T>(p_.k, rows_.batch, rows_.kv_head, first, count, p_.width, copies_.keys, &key_stride_);
+    values_ = tile_of<Isa, T>(p_.v, rows_.batch, rows_.kv_head, first, count, p_.value_width, copies_.values,
+                              &value_stride_);
+  }
+  // Where a block has its scores and dP, [kTile, kWidth] with this stride.
+  float* scores(int64_t block) const { return weights_ + block * kWidth; }
+  float* grad_weights(int64_t block) const { return grad_scores_ + block * kWidth; }
+  int64_t stride() const { return all_; }
+
+  // Both, in the first V vectors of the block's lanes, scores in units of log2.
+  template <int V>
+  void score(int64_t block, int64_t seen) const {
+    Product::template multiply<Into::kSet, V>(seen, keys_, key_stride_, 1, queries_ + block * p_.width * kWidth, kWidth,
+                                              p_.width, scores(block), all_);
+  }
+  template <int V>
+  void differentiate_weights(int64_t block, int64_t seen) const {
+    Product::template multiply<Into::kSet, V>(seen, values_, value_stride_, 1,
+                                              grads_ + block * p_.value_width * kWidth, kWidth, p_.value_width,
+                                              grad_weights(block), all_);
+  }
+  // Takes gate * P and dS of keys n and n + 1, of a block's lanes from `lane` on.
+  struct Sink {
+    float *weights, *grad_scores;
+    int64_t stride;
+    [[gnu::always_inline]] void keep(int64_t n, const Floats (&weight)[2], const Floats (&grad_score)[2]) const {
+      for (int i = 0; i < 2; ++i) {
+        S::store(weights + (n + i) * stride, weight[i]);
+        S::store(grad_scores + (n + i) * stride, grad_score[i]);
+      }
+    }
+  };
+  Sink sink(int64_t block, int lane) const { return {scores(block) + lane, grad_weights(block) + lane, all_}; }
+  // Those of keys that the block does not see.
+  void clear(int64_t block, int64_t from, int64_t to) const {
+    for (int64_t n = from; n < to; ++n) {
+      std::fill_n(scores(block) + n * all_, kWidth, 0.0f);
+      std::fill_n(grad_weights(block) + n * all_, kWidth, 0.0f);
+    }
+  }
+  // grad_queries [D, kWidth] += keys' dS, of one block.
+  template <int V>
+  void add_queries(int64_t block, int64_t seen, float* grad_queries) const {
+    Product::template multiply<Into::kAdd, V>(p_.width, keys_, 1, key_stride_, grad_weights(block), all_, seen,
+                                              grad_queries, kWidth);
+  }
+  // grad_k [used, padded D] += dS queries and grad_v [used, padded Dv] += (gate * P) grads, of `count` rows from `first` on.
+  void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
+    add_rows(p_.width, used, grad_scores_ + first, query_rows_, first, count, grad_k);
+    add_rows(p_.value_width, used, weights_ + first, grad_rows_, first, count, grad_v);
+  }
+
+ private:
+  void add_rows(int64_t width, int64_t used, const float* factors, const float* rows, int64_t first, int64_t count,
+                float* to) const {
+    const int64_t padded = Product::padded(width);
+    for (int64_t d = 0; d < padded; d += kWidth)
+      Product::template multiply<Into::kAdd>(used, factors, all_, 1, rows + first * padded + d, padded, count, to + d,
+                                             padded);
+  }
+
+  const Problem& p_;
+  const Rows& rows_;
+  int64_t all_;                      // rows of the task, whole blocks
+  float *queries_, *grads_;          // [block, D, kWidth], [block, Dv, kWidth]
+  float *query_rows_, *grad_rows_;   // [all, padded D], [all, padded Dv]
+  float *weights_, *grad_scores_;    // [kTile, all]
+  Copies<Isa, T> copies_;
+  const float *keys_ = nullptr, *values_ = nullptr;
+  int64_t key_stride_ = 0, value_stride_ = 0;
+};
+
+template <class Isa, class T, class Operands = FloatBackwardOperands<Isa, T>>
 struct Backward {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   using Product = Tile<Isa>;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
-
-  static int64_t padded(int64_t width) { return Product::padded(width); }
+  static_assert(kTile % 2 == 0, "keys are taken two by two");
 
   static int64_t scratch(const Problem& p, int64_t rows) {
-    const int64_t lanes = padded(rows);
-    return lanes * (2 * p.width + p.value_width + padded(p.width) + padded(p.value_width) + 3 + 2 * kTile) +
-           Copies<Isa, T>::scratch(p, Product::blocks(rows));
+    const int64_t blocks = Product::blocks(rows);
+    return blocks * kWidth * (p.width + 4) + Operands::scratch(p, blocks);
   }
 
   static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
     const Blocks<Isa> blocks(p, rows);
-    const int64_t D = p.width, Dv = p.value_width, count = blocks.count, all = count * kWidth;
-    float* queries = scratch;             // [block, D, kWidth], times the scale and log2(e)
-    float* grad_queries = queries + all * D;  // [block, D, kWidth], not yet times the scale
-    float* grads = grad_queries + all * D;    // [block, Dv, kWidth]: gate * grad
-    float* query_rows = grads + all * Dv;     // [all, padded D], times the scale
-    float* grad_rows = query_rows + all * padded(D);  // [all, padded Dv]
-    float* lse = grad_rows + all * padded(Dv);        // [all]
-    float* delta = lse + all;                         // [all]
-    float* gate_sums = delta + all;                   // [all]: sum of P * dO V'
-    float* weights = gate_sums + all;                 // [kTile, all]
-    float* grad_scores = weights + kTile * all;       // [kTile, all]
-    const Copies<Isa, T> copies(p, count, grad_scores + kTile * all);
+    const int64_t D = p.width, count = blocks.count, all = count * kWidth;
+    float* grad_queries = scratch;            // [block, D, kWidth]
+    float* lse = grad_queries + all * D;      // [all]
+    float* gates = lse + all;                 // [all]
+    float* delta = gates + all;               // [all], times the scale
+    float* grad_gates = delta + all;          // [all]
+    Operands operands(p, rows, count, grad_gates + all);
 
-    std::fill(grad_queries, grads, 0.0f);
-    std::fill(query_rows, lse, 0.0f);
-    std::fill(lse, delta, kInfinity);
-    std::fill(delta, weights, 0.0f);
-    for (int64_t block = 0; block < count; ++block)
-      load(p, rows.batch, blocks.lanes[block], block, queries, grads, query_rows, grad_rows, lse, delta);
+    std::fill(grad_queries, lse, 0.0f);
+    std::fill(lse, gates, kInfinity);  // lanes without a row have no weights
+    std::fill(gates, grad_gates + all, 0.0f);
+    for (int64_t block = 0; block < count; ++block) {
+      operands.put(block, blocks.lanes[block]);
+      load(p, rows.batch, blocks.lanes[block], lse + block * kWidth, gates + block * kWidth, delta + block * kWidth);
+    }
     const int64_t end = blocks.key_end(p);
     for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
-      int64_t key_stride, value_stride;
-      const float* keys =
-          tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
-      const float* values =
-          tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, copies.values, &value_stride);
+      operands.load(first, loaded);
       int64_t used = 0;  // keys that any block sees
       int64_t first_block = count, last_block = 0;
       for (int64_t block = 0; block < count; ++block) {
         const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
-        float* w = weights + block * kWidth;
-        float* g = grad_scores + block * kWidth;
         if (seen <= 0 || first + kTile <= lanes.key_begin(p) ||
             !mask_shows_any(p, rows.batch, lanes, first, seen)) {
-          clear(w, g, 0, loaded, all);
+          operands.clear(block, 0, loaded);
           continue;
         }
         used = std::max(used, seen);
@@ -71,96 +171,82 @@ struct Backward {
         last_block = block + 1;
         const auto work = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
-          Product::template multiply<Product::Into::kSet, V>(seen, keys, key_stride, 1, queries + block * D * kWidth,
-                                                             kWidth, D, w, all);
-          hide<V, T>(p, rows.batch, lanes, first, seen, w, all);
-          Product::template multiply<Product::Into::kSet, V>(seen, values, value_stride, 1, grads + block * Dv * kWidth,
-                                                             kWidth, Dv, g, all);
-          differentiate<V>(w, g, all, seen, lse + block * kWidth, delta + block * kWidth, gate_sums + block * kWidth);
-          Product::template multiply<Product::Into::kAdd, V>(D, keys, 1, key_stride, g, all, seen,
-                                                             grad_queries + block * D * kWidth, kWidth);
+          operands.template score<V>(block, seen);
+          hide<V, T>(p, rows.batch, lanes, first, seen, operands.scores(block), operands.stride());
+          operands.template differentiate_weights<V>(block, seen);
+          for (int lane = 0; lane < V * Isa::kLanes; lane += Isa::kLanes)
+            differentiate(operands, block, lane, seen, p.scale, lse, gates, delta, grad_gates);
+          operands.template add_queries<V>(block, seen, grad_queries + block * D * kWidth);
         };
         by_vectors<Isa>(lanes, work);
-        clear(w, g, seen, loaded, all);
+        operands.clear(block, seen, loaded);
       }
       if (used == 0) continue;
       const int64_t skip = first_block * kWidth, depth = std::min(last_block * kWidth, rows.count) - skip;
-      for (int64_t d = 0; d < padded(D); d += kWidth)
-        Product::template multiply<Product::Into::kAdd>(used, grad_scores + skip, all, 1,
-                                                        query_rows + skip * padded(D) + d, padded(D), depth,
-                                                        grad_k + first * padded(D) + d, padded(D));
-      for (int64_t d = 0; d < padded(Dv); d += kWidth)
-        Product::template multiply<Product::Into::kAdd>(used, weights + skip, all, 1,
-                                                        grad_rows + skip * padded(Dv) + d, padded(Dv), depth,
-                                                        grad_v + first * padded(Dv) + d, padded(Dv));
+      operands.add_keys(skip, depth, used, grad_k + first * Product::padded(D),
+                        grad_v + first * Product::padded(p.value_width));
     }
     T* grad_q = static_cast<T*>(p.grad_q);
-    const T* gates = static_cast<const T*>(p.gates);
-    T* grad_gates = static_cast<T*>(p.grad_gates);
     for (int64_t block = 0; block < count; ++block) {
       const Lanes<Isa>& lanes = blocks.lanes[block];
-      for (int i = 0; i < lanes.count; ++i) {
-        const int64_t entry = lanes.by_token(p, rows.batch, i);
-        grad_gates[entry] = static_cast<T>(gate_sums[block * kWidth + i] / static_cast<float>(gates[entry]));
-      }
+      for (int i = 0; i < lanes.count; ++i)
+        static_cast<T*>(p.grad_gates)[lanes.by_token(p, rows.batch, i)] =
+            static_cast<T>(grad_gates[block * kWidth + i]);
       take_off_lanes<Isa>(
-          lanes.count, D, grad_queries + block * D * kWidth, [&](int) { return p.scale; },
+          lanes.count, D, grad_queries + block * D * kWidth, [](int) { return 1.0f; },
           [&](int i) { return grad_q + lanes.by_head(p, rows.batch, i) * D; });
     }
   }
 
  private:
-  // Scores and dO V' [seen, stride] of a block -> its weights and dS, in V vectors of its lanes; adds to gate_sums.
-  template <int V>
-  static void differentiate(float* w, float* g, int64_t stride, int64_t seen, const float* lse, const float* delta,
-                            float* gate_sums) {
+  // Scores and dP of a block, in the vector of its lanes from `lane` on -> gate * P and dS; adds to the gates' gradients.
+  [[gnu::always_inline]] static void differentiate(const Operands& operands, int64_t block, int lane, int64_t seen,
+                                                   float scale, const float* lse, const float* gates,
+                                                   const float* delta, float* grad_gates) {
     const typename S::Exp2 exp2;
-    for (int j = 0; j < V * Isa::kLanes; j += Isa::kLanes) {
-      const Floats shift = S::load(lse + j), less = S::load(delta + j);
-      Floats gate_sum = S::load(gate_sums + j);
-      for (int64_t n = 0; n < seen; ++n) {
-        float *wn = w + n * stride + j, *gn = g + n * stride + j;
-        // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
-        const Floats weight = exp2(S::min(Floats{}, S::load(wn) - shift));
-        S::store(wn, weight);
-        const Floats grad = S::load(gn);
-        gate_sum += weight * grad;
-        S::store(gn, weight * (grad - less));
-      }
-      S::store(gate_sums + j, gate_sum);
+    const int64_t row = block * kWidth + lane, stride = operands.stride();
+    const typename Operands::Sink sink = operands.sink(block, lane);
+    const float *scores = operands.scores(block) + lane, *grad_weights = operands.grad_weights(block) + lane;
+    const Floats shift = S::load(lse + row), gate = S::load(gates + row), less = S::load(delta + row);
+    const Floats slope = S::set(scale) * gate;
+    Floats grad_gate = S::load(grad_gates + row);
+    const auto key = [&](int64_t n, Floats& weight, Floats& grad_score) {
+      // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
+      weight = exp2(S::min(Floats{}, S::load(scores + n * stride) - shift));
+      const Floats grad = S::load(grad_weights + n * stride);
+      grad_gate += weight * grad;
+      grad_score = weight * (slope * grad - less);
+      weight *= gate;
+    };
+    Floats weight[2], grad_score[2];
+    int64_t n = 0;
+    for (; n + 2 <= seen; n += 2) {
+      key(n, weight[0], grad_score[0]);
+      key(n + 1, weight[1], grad_score[1]);
+      sink.keep(n, weight, grad_score);
     }
+    if (n < seen) {  // a row of the tile beyond may be written
+      key(n, weight[0], grad_score[0]);
+      weight[1] = grad_score[1] = Floats{};
+      sink.keep(n, weight, grad_score);
+    }
+    S::store(grad_gates + row, grad_gate);
   }
 
-  static void clear(float* weights, float* grad_scores, int64_t from, int64_t to, int64_t stride) {
-    for (int64_t n = from; n < to; ++n) {
-      std::fill_n(weights + n * stride, kWidth, 0.0f);
-      std::fill_n(grad_scores + n * stride, kWidth, 0.0f);
-    }
-  }
-
-  // A block's queries and gradients, on the lanes and as rows, its log-sum-exps and deltas.
-  static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t block, float* queries,
-                   float* grads, float* query_rows, float* grad_rows, float* lse, float* delta) {
-    const int64_t D = p.width, Dv = p.value_width;
-    const T* gates = static_cast<const T*>(p.gates);
-    const auto entry = [&](int i) { return lanes.by_token(p, batch, i); };
-    const auto query = [&](int i) { return at<T>(p.q, batch, lanes.head[i], lanes.token[i]); };
-    const auto grad = [&](int i) { return static_cast<const T*>(p.grad) + entry(i) * Dv; };
-    put_on_lanes<Isa>(lanes.count, D, query, [&](int) { return p.scale * kLog2e; }, queries + block * D * kWidth);
-    put_on_lanes<Isa>(lanes.count, Dv, grad, [&](int i) { return static_cast<float>(gates[entry(i)]); },
-                      grads + block * Dv * kWidth);
+  // What a block's rows have each: log-sum-exp, gate, and grad . out.
+  static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, float* lse, float* gates, float* delta) {
+    const int64_t Dv = p.value_width;
     for (int i = 0; i < lanes.count; ++i) {
-      const int64_t row = block * kWidth + i;
-      const float gate = static_cast<float>(gates[entry(i)]);
-      const T* out = static_cast<const T*>(p.out) + entry(i) * Dv;
-      float dot = 0;
-      for (int64_t d = 0; d < D; ++d) query_rows[row * padded(D) + d] = p.scale * static_cast<float>(query(i)[d]);
-      for (int64_t d = 0; d < Dv; ++d) {
-        grad_rows[row * padded(Dv) + d] = gate * static_cast<float>(grad(i)[d]);
-        dot += static_cast<float>(grad(i)[d]) * static_cast<float>(out[d]);
-      }
-      lse[row] = p.lse[lanes.by_head(p, batch, i)];
-      delta[row] = dot;
+      const int64_t entry = lanes.by_token(p, batch, i);
+      const T *grad = static_cast<const T*>(p.grad) + entry * Dv, *out = static_cast<const T*>(p.out) + entry * Dv;
+      Floats dots{};
+      int64_t d = 0;
+      for (; d + Isa::kLanes <= Dv; d += Isa::kLanes) dots += S::load(grad + d) * S::load(out + d);
+      float dot = S::sum(dots);
+      for (; d < Dv; ++d) dot += static_cast<float>(grad[d]) * static_cast<float>(out[d]);
+      lse[i] = p.lse[lanes.by_head(p, batch, i)];
+      gates[i] = static_cast<float>(static_cast<const T*>(p.gates)[entry]);
+      delta[i] = p.scale * dot;
     }
   }
 };

@@ -11,53 +11,94 @@
 
 namespace moh {
 
+// Rows of T, one per lane, to [width / 2, kWidth] pairs.
+template <class Isa, class From>
+void put_pairs_on_lanes(int count, int64_t width, From from, float* to) {
+  const auto pairs = [&](int i) { return reinterpret_cast<const Pair*>(from(i)); };
+  put_on_lanes<Isa>(count, width / 2, pairs, [](int) { return 1.0f; }, to);
+}
+
+// A copy of a tile of keys or values with the rows of two keys interleaved: pairs that a product runs over.
+template <class Isa, class Product>
+class KeyPairs {
+ public:
+  using T = c10::BFloat16;
+  using Into = typename Product::Into;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+  // Whether a row of `Product`'s first factor has to lie in one piece: the copy is then turned, with its width as rows.
+  static constexpr bool kRowsInOnePiece = Product::kRowsInOnePiece;
+
+  static int64_t scratch(int64_t width) { return (kTile / 2 * (kRowsInOnePiece ? 2 : 1) + 1) * width; }
+  KeyPairs(int64_t width, float* scratch)
+      : width_(width), pairs_(reinterpret_cast<Pair*>(scratch)), last_(pairs_ + kTile / 2 * width),
+        turned_(last_ + width) {}
+
+  void load(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count) {
+    const T* from = at<T>(x, batch, head, first);
+    for (int64_t n = 0; n < count; n += 2, from += 2 * x.token)
+      Isa::interleave(from, n + 1 < count ? from + x.token : nullptr, width_, pairs_ + n / 2 * width_);
+    if constexpr (kRowsInOnePiece) {  // as pairs of keys on the lanes, a number's lie side by side
+      static_assert(kTile / 2 == kWidth);
+      const auto pairs = [&](int i) -> const Pair* { return pairs_ + i * width_; };
+      put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), width_, pairs, [](int) { return 1.0f; },
+                        reinterpret_cast<float*>(turned_));
+    }
+  }
+  // sums [width, kWidth] = *rescale * sums (or sums as they are) + the first `seen` keys' factors, which are pairs of keys
+  // [kTile / 2, kWidth].
+  template <Into into, int V>
+  void add(int64_t seen, const float* factors, float* sums, const float* rescale = nullptr) const {
+    const int64_t whole = seen / 2;
+    Product::template multiply<into, V>(width_, kRowsInOnePiece ? turned_ : pairs_, kRowsInOnePiece ? kWidth : 1,
+                                        kRowsInOnePiece ? 1 : width_, factors, kWidth, whole, sums, kWidth, rescale);
+    if (2 * whole >= seen) return;
+    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN. Also where it has none:
+    // the order of additions may not depend on where a task's keys end.
+    for (int64_t d = 0; d < width_; ++d) last_[d].bits = pairs_[whole * width_ + d].bits & 0xffffu;
+    Product::template multiply<Into::kAdd, V>(width_, last_, 1, width_, factors + whole * kWidth, kWidth, 1, sums,
+                                              kWidth);
+  }
+
+ private:
+  int64_t width_;
+  Pair *pairs_, *last_;  // [kTile / 2, width], [width]
+  Pair* turned_;         // [width, kWidth], where rows have to lie in one piece
+};
+
 template <class Isa, class Product = Tile<Isa>>
 class PairOperands {
  public:
   using T = c10::BFloat16;
   using S = Simd<Isa::kLanes>;
+  using Into = typename Product::Into;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
-  // Whether a row of `Product`'s first factor has to lie in one piece: values are then copied with their width as rows.
-  static constexpr bool kRowsInOnePiece = Product::kRowsInOnePiece;
 
   // Rows of an odd width, or at odd distances, are not made of pairs.
   static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
 
   static int64_t scratch(const Problem& p, int64_t blocks) {
-    const int64_t copies = kRowsInOnePiece ? 2 : 1;
-    return blocks * p.width / 2 * kWidth + kTile / 2 * (copies * p.value_width + kWidth) + p.value_width;
+    return blocks * p.width / 2 * kWidth + kTile / 2 * kWidth + KeyPairs<Isa, Product>::scratch(p.value_width);
   }
   PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
       : p_(p), rows_(rows), queries_(scratch), weights_(queries_ + blocks * p.width / 2 * kWidth),
-        values_(reinterpret_cast<Pair*>(weights_ + kTile / 2 * kWidth)), last_(values_ + kTile / 2 * p.value_width),
-        turned_(last_ + p.value_width) {}
+        values_(p.value_width, weights_ + kTile / 2 * kWidth) {}
 
   void put(int64_t block, const Lanes<Isa>& lanes) {
-    const auto query = [&](int i) {
-      return reinterpret_cast<const Pair*>(at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]));
-    };
-    put_on_lanes<Isa>(lanes.count, p_.width / 2, query, [](int) { return 1.0f; },
-                      queries_ + block * p_.width / 2 * kWidth);
+    const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
+    put_pairs_on_lanes<Isa>(lanes.count, p_.width, query, queries_ + block * p_.width / 2 * kWidth);
   }
   void load(int64_t first, int64_t count) {
     keys_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
-    const T* from = at<T>(p_.v, rows_.batch, rows_.kv_head, first);
-    for (int64_t n = 0; n < count; n += 2, from += 2 * p_.v.token)
-      Isa::interleave(from, n + 1 < count ? from + p_.v.token : nullptr, p_.value_width, values_ + n / 2 * p_.value_width);
-    if constexpr (kRowsInOnePiece) {  // as pairs of keys on the lanes, a number's lie side by side
-      static_assert(kTile / 2 == kWidth);
-      const auto pairs = [&](int i) -> const Pair* { return values_ + i * p_.value_width; };
-      put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), p_.value_width, pairs, [](int) { return 1.0f; },
-                        reinterpret_cast<float*>(turned_));
-    }
+    values_.load(p_.v, rows_.batch, rows_.kv_head, first, count);
   }
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
     const float scale = p_.scale * kLog2e;
-    Product::template multiply<Product::Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
-                                                          queries_ + block * p_.width / 2 * kWidth, kWidth,
-                                                          p_.width / 2, scores, kWidth, &scale);
+    Product::template multiply<Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
+                                                 queries_ + block * p_.width / 2 * kWidth, kWidth, p_.width / 2, scores,
+                                                 kWidth, &scale);
   }
   [[gnu::always_inline]] void keep(float*, int64_t n, int lane, typename S::Floats first,
                                    typename S::Floats second) const {
@@ -65,25 +106,14 @@ class PairOperands {
   }
   template <int V>
   void add(int64_t seen, const float*, const float* rescale, float* sums) const {
-    const int64_t Dv = p_.value_width, whole = seen / 2;
-    const Pair* values = kRowsInOnePiece ? turned_ : values_;
-    Product::template multiply<Product::Into::kRescale, V>(Dv, values, kRowsInOnePiece ? kWidth : 1,
-                                                           kRowsInOnePiece ? 1 : Dv, weights_, kWidth, whole, sums,
-                                                           kWidth, rescale);
-    if (2 * whole >= seen) return;
-    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN. Also where it has none:
-    // the order of additions may not depend on where a task's keys end.
-    for (int64_t d = 0; d < Dv; ++d) last_[d].bits = values_[whole * Dv + d].bits & 0xffffu;
-    Product::template multiply<Product::Into::kAdd, V>(Dv, last_, 1, Dv, weights_ + whole * kWidth, kWidth, 1, sums,
-                                                       kWidth);
+    values_.template add<Into::kRescale, V>(seen, weights_, sums, rescale);
   }
 
  private:
   const Problem& p_;
   const Rows& rows_;
   float *queries_, *weights_;  // pairs too, [block, D / 2, kWidth] and [kTile / 2, kWidth]
-  Pair *values_, *last_;       // [kTile / 2, Dv], [Dv]
-  Pair* turned_;               // [Dv, kWidth], where rows have to lie in one piece
+  KeyPairs<Isa, Product> values_;
   const Pair* keys_ = nullptr;
 };
 

@@ -1,0 +1,132 @@
+// Gradients of bfloat16 by the processor's dot products: what the five products of `Backward` work on.
+//
+// They run over pairs: two numbers of a width for scores and dP, two keys for the queries' gradients, two rows for those of
+// keys and values. Queries, keys, values and gradients are taken as they are; gate * P and dS are rounded to bfloat16.
+#pragma once
+
+#include "backward.h"
+#include "pairs.h"
+
+namespace moh {
+
+template <class Isa, class Product = Tile<Isa>>
+class PairBackwardOperands {
+ public:
+  using T = c10::BFloat16;
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  using Into = typename Product::Into;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+
+  static bool serves(const Problem& p) {
+    return PairOperands<Isa, Product>::serves(p) && p.value_width % 2 == 0 && p.v.token % 2 == 0;
+  }
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return blocks * kWidth / 2 *
+               (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
+           kTile * kWidth * 5 / 2 + KeyPairs<Isa, Product>::scratch(p.width);
+  }
+  PairBackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+      : p_(p), rows_(rows), all_(blocks * kWidth), queries_(scratch), grads_(queries_ + all_ / 2 * p.width),
+        query_rows_(grads_ + all_ / 2 * p.value_width),
+        grad_rows_(query_rows_ + all_ / 2 * Product::padded(p.width)),
+        scores_(grad_rows_ + all_ / 2 * Product::padded(p.value_width)), grad_weights_(scores_ + kTile * kWidth),
+        key_pairs_(grad_weights_ + kTile * kWidth),
+        weights_(reinterpret_cast<Pair*>(key_pairs_ + kTile / 2 * kWidth)), grad_scores_(weights_ + kTile / 2 * all_),
+        keys_(p.width, reinterpret_cast<float*>(grad_scores_ + kTile / 2 * all_)) {
+    std::fill(query_rows_, scores_, 0.0f);
+  }
+
+  void put(int64_t block, const Lanes<Isa>& lanes) {
+    const int64_t D = p_.width, Dv = p_.value_width;
+    const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
+    const auto grad = [&](int i) { return static_cast<const T*>(p_.grad) + lanes.by_token(p_, rows_.batch, i) * Dv; };
+    put_pairs_on_lanes<Isa>(lanes.count, D, query, queries_ + block * D / 2 * kWidth);
+    put_pairs_on_lanes<Isa>(lanes.count, Dv, grad, grads_ + block * Dv / 2 * kWidth);
+    for (int i = 0; i < lanes.count; i += 2) {
+      const int64_t pair = (block * kWidth + i) / 2;
+      const bool two = i + 1 < lanes.count;
+      const auto rows_at = [&](float* rows, int64_t width) {
+        return reinterpret_cast<Pair*>(rows + pair * Product::padded(width));
+      };
+      Isa::interleave(query(i), two ? query(i + 1) : nullptr, D, rows_at(query_rows_, D));
+      Isa::interleave(grad(i), two ? grad(i + 1) : nullptr, Dv, rows_at(grad_rows_, Dv));
+    }
+  }
+  void load(int64_t first, int64_t count) {
+    key_rows_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
+    value_rows_ = reinterpret_cast<const Pair*>(at<T>(p_.v, rows_.batch, rows_.kv_head, first));
+    keys_.load(p_.k, rows_.batch, rows_.kv_head, first, count);
+  }
+  float* scores(int64_t) const { return scores_; }
+  float* grad_weights(int64_t) const { return grad_weights_; }
+  int64_t stride() const { return kWidth; }
+
+  // As the forward pass does it: a weight is to come from the same score.
+  template <int V>
+  void score(int64_t block, int64_t seen) const {
+    const float scale = p_.scale * kLog2e;
+    Product::template multiply<Into::kScaled, V>(seen, key_rows_, p_.k.token / 2, 1,
+                                                 queries_ + block * p_.width / 2 * kWidth, kWidth, p_.width / 2,
+                                                 scores_, kWidth, &scale);
+  }
+  template <int V>
+  void differentiate_weights(int64_t block, int64_t seen) const {
+    Product::template multiply<Into::kSet, V>(seen, value_rows_, p_.v.token / 2, 1,
+                                              grads_ + block * p_.value_width / 2 * kWidth, kWidth, p_.value_width / 2,
+                                              grad_weights_, kWidth);
+  }
+  struct Sink {
+    Pair *weights, *grad_scores;
+    float* key_pairs;
+    int64_t stride;
+    [[gnu::always_inline]] void keep(int64_t n, const Floats (&weight)[2], const Floats (&grad_score)[2]) const {
+      for (int i = 0; i < 2; ++i) {
+        Isa::round(weight[i], weights + (n + i) * stride);
+        Isa::round(grad_score[i], grad_scores + (n + i) * stride);
+      }
+      S::store(key_pairs + n / 2 * kWidth, Isa::pairs(grad_score[0], grad_score[1]));
+    }
+  };
+  Sink sink(int64_t block, int lane) const {
+    const int64_t at = (block * kWidth + lane) / 2;
+    return {weights_ + at, grad_scores_ + at, key_pairs_ + lane, all_ / 2};
+  }
+  void clear(int64_t block, int64_t from, int64_t to) const {
+    for (int64_t n = from; n < to; ++n)
+      for (Pair* x : {weights_, grad_scores_})
+        std::fill_n(x + n * all_ / 2 + block * kWidth / 2, kWidth / 2, Pair{0});
+  }
+  template <int V>
+  void add_queries(int64_t, int64_t seen, float* grad_queries) const {
+    keys_.template add<Into::kAdd, V>(seen, key_pairs_, grad_queries);
+  }
+  void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
+    add_rows(p_.width, used, grad_scores_, query_rows_, first / 2, (count + 1) / 2, grad_k);
+    add_rows(p_.value_width, used, weights_, grad_rows_, first / 2, (count + 1) / 2, grad_v);
+  }
+
+ private:
+  // Of `count` pairs of rows from `first` on.
+  void add_rows(int64_t width, int64_t used, const Pair* factors, const float* rows, int64_t first, int64_t count,
+                float* to) const {
+    const int64_t padded = Product::padded(width);
+    for (int64_t d = 0; d < padded; d += kWidth)
+      Product::template multiply<Into::kAdd>(used, factors + first, all_ / 2, 1, rows + first * padded + d, padded,
+                                             count, to + d, padded);
+  }
+
+  const Problem& p_;
+  const Rows& rows_;
+  int64_t all_;                     // rows of the task, whole blocks
+  float *queries_, *grads_;         // pairs, [block, D / 2, kWidth], [block, Dv / 2, kWidth]
+  float *query_rows_, *grad_rows_;  // pairs of rows, [all / 2, padded D], [all / 2, padded Dv]
+  float *scores_, *grad_weights_;   // of one block, [kTile, kWidth]
+  float* key_pairs_;                // its dS as pairs of keys, [kTile / 2, kWidth]
+  Pair *weights_, *grad_scores_;    // gate * P and dS as pairs of rows, [kTile, all / 2]
+  KeyPairs<Isa, Product> keys_;
+  const Pair *key_rows_ = nullptr, *value_rows_ = nullptr;
+};
+
+}  // namespace moh
