@@ -284,7 +284,7 @@ def test_a_layer_chooses_them_and_reads_nothing_from_the_device(monkeypatch):
             operators, name, lambda *a, name=name, operator=operator, **k: called.append(name) or operator(*a, **k)
         )
     monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
-    monkeypatch.setattr(projections, "_major", lambda device: 9)
+    monkeypatch.setattr(projections, "major_of", lambda device: 9)
     monkeypatch.setattr(projections, "is_plain", lambda linear, x: True)  # weights without numbers are of another type
     with FakeTensorMode():
         layer = moh.MoHAttention(

@@ -17,6 +17,7 @@ from moh.attention.plain import is_plain
 from moh.attention.refusals import DTYPES, transforms_are_active
 from moh.attention.triton_kernels import projections as on_gpu
 from moh.attention.triton_kernels.projection_rule import dense_is_faster
+from moh.attention.triton_kernels.tiles import major_of
 
 MIN_TOKENS = 64
 """With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
@@ -181,17 +182,12 @@ def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, sh
         channels=channels,
         share=share,
         dtype=x.dtype,
-        major=_major(x.device.type),
+        major=major_of(x.device),
     )
 
 
 def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
     return x.requires_grad or linear.weight.requires_grad
-
-
-@torch.compiler.assume_constant_result
-def _major(device: str) -> int:
-    return torch.cuda.get_device_capability()[0] if device == "cuda" else 8
 
 
 def _max_share(dtype: torch.dtype) -> float:

@@ -87,7 +87,7 @@ def triton_attention_op(
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
     splits = _splits(q, Hkv, Nk, M)
-    table = tiles(max(D, Dv), q.element_size(), major_of(q))
+    table = tiles(max(D, Dv), q.element_size(), major_of(q.device))
     tile = table.decode if M <= DECODE_ROWS else table.forward
     chunk = -(-Nk // splits // tile.keys) * tile.keys if splits > 1 else Nk
     chunk = max(chunk, tile.keys)
@@ -148,7 +148,7 @@ def triton_attention_backward_op(
     delta = torch.empty_like(lse)
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
-    table = tiles(max(D, Dv), q.element_size(), major_of(q))
+    table = tiles(max(D, Dv), q.element_size(), major_of(q.device))
     sizes = (
         *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
         *_strides(out, 0, 1, 2), Hkv, Nq, Nk, M, window or 0, _factor(q, scale) * LOG2_E.value, _factor(q, scale),

@@ -110,7 +110,7 @@ def triton_expand_op(x: Tensor, matrix: Tensor, gates: Tensor, rows: Tensor | No
     D = matrix.shape[0] // H
     x = _aligned(x)
     out = x.new_empty(T, H, D)
-    tile = _few(x) if rows is None else product_tile(D, x.element_size(), major_of(x))
+    tile = _few(x) if rows is None else product_tile(D, x.element_size(), major_of(x.device))
     programs = -(-T // tile.tall) * H * -(-D // tile.wide)
     if programs:
         with torch.cuda.device_of(x):
@@ -155,7 +155,7 @@ def triton_outer_op(heads: Tensor, x: Tensor, gates: Tensor, rows: Tensor, count
     (T, H, D), C = heads.shape, x.shape[1]
     heads, x = _aligned(heads), _aligned(x)
     out = x.new_empty(C, H * D).t() if columns else x.new_empty(H * D, C)
-    tile = product_tile(D, x.element_size(), major_of(x))
+    tile = product_tile(D, x.element_size(), major_of(x.device))
     programs = -(-C // tile.tall) * H * -(-D // tile.wide)
     if programs:
         with torch.cuda.device_of(x):

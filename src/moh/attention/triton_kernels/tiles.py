@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,10 @@ _32_BITS = {
 MAX_WIDTH = max(_32_BITS)
 
 
-def major_of(x: Tensor) -> int:
-    """Major compute capability of x's GPU; for the interpreter, on the CPU, that with the smallest tiles."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 8
+@torch.compiler.assume_constant_result
+def major_of(device: torch.device) -> int:
+    """Major compute capability of a GPU; for the interpreter, on the CPU, that with the smallest tiles."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def padded(width: int) -> int:
