@@ -293,6 +293,18 @@ def test_keys_that_only_later_blocks_see_may_hold_anything(isa, skipped, dtype):
     assert torch.equal(grad[:, :, :seen], clean_grad[:, :, :seen]) and grad[:, :, seen:].isnan().all()
 
 
+@each_dtype
+@pytest.mark.parametrize("Nq", [17, 18])
+def test_a_key_of_minus_infinity_gets_gradients_of_0(isa, Nq, dtype):
+    q, k, v = (torch.randn(1, 1, n, 16).to(dtype) for n in (Nq, 40, 40))
+    q[..., 0], k[0, 0, 5, 0] = 1.0, -math.inf
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = moh_attention(*leaves, torch.ones(1, Nq, 1, dtype=dtype), backend="cpu")
+    _, grad_k, grad_v = torch.autograd.grad(out.sum(), leaves)
+    assert out.isfinite().all()
+    assert (grad_k[0, 0, 5] == 0).all() and (grad_v[0, 0, 5] == 0).all()
+
+
 @pytest.mark.parametrize("width, value_width", [(1, 1), (2, 2), (7, 7), (30, 30), (33, 33), (16, 7), (7, 16)])
 @pytest.mark.parametrize("apart", [0, 1], ids=["even-rows", "odd-rows"])
 @pytest.mark.parametrize("of", ["q", "k", "v"])
@@ -571,10 +583,10 @@ def test_instruction_sets_without_kernels_is_an_error_with_the_reason(monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("Nq", [4, 40])
-def test_weights_of_huge_scores_stay_weights_in_the_backward_pass(isa, Nq, dtype):
+@pytest.mark.parametrize("Nq, Dv", [(4, 64), (40, 64), (40, 63)])
+def test_weights_of_huge_scores_stay_weights_in_the_backward_pass(isa, Nq, Dv, dtype):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 1, n, 64) for n in (Nq, 300, 300))
+    q, k, v = torch.randn(1, 1, Nq, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, Dv)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q * 1e5, k * 1e5, v))
     gates = torch.ones(1, Nq, 1, dtype=dtype, requires_grad=True)
     out = moh_attention(q, k, v, gates, backend="cpu")

@@ -54,14 +54,12 @@ struct Avx512BFloat16 : Avx512 {
 template <class Isa, class Product, class Session>
 struct PairKernels {
   using Attention = Forward<Isa, c10::BFloat16, PairOperands<Isa, Product>>;
-  using GradOperands = PairBackwardOperands<Isa, Product>;
-  using Gradients = Backward<Isa, c10::BFloat16, GradOperands>;
+  using Gradients = Backward<Isa, c10::BFloat16, PairBackwardOperands<Isa, Product>>;
   using Projections = Project<Isa, c10::BFloat16, PairCells<Isa>, Product>;
 
   static bool serves(const Problem& p) {
-    return p.dtype == DType::kBFloat16 && PairOperands<Isa, Product>::serves(p);
+    return p.dtype == DType::kBFloat16 && has_pairs(p);
   }
-  static bool differentiates(const Problem& p) { return p.dtype == DType::kBFloat16 && GradOperands::serves(p); }
   static bool decodes(const Problem& p) { return p.dtype == DType::kBFloat16 && PairDecode<Isa>::serves(p); }
   static bool serves(const Projection& p) { return p.dtype == DType::kBFloat16 && PairCells<Isa>::serves(p); }
 
@@ -74,10 +72,10 @@ struct PairKernels {
     Attention::run(p, rows, scratch);
   }
   static int64_t backward_scratch(const Problem& p, int64_t rows) {
-    return differentiates(p) ? Gradients::scratch(p, rows) : avx512_kernels().backward_scratch(p, rows);
+    return serves(p) ? Gradients::scratch(p, rows) : avx512_kernels().backward_scratch(p, rows);
   }
   static void backward(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
-    if (!differentiates(p)) return avx512_kernels().backward(p, rows, grad_k, grad_v, scratch);
+    if (!serves(p)) return avx512_kernels().backward(p, rows, grad_k, grad_v, scratch);
     const Session session;
     Gradients::run(p, rows, grad_k, grad_v, scratch);
   }

@@ -1,13 +1,23 @@
 // Gradients of a block of active rows: weights from the saved log-sum-exp, no softmax and no N x N matrix.
 //
-// With P = exp2(S - lse), dP = grad V' and delta = grad . out: dV = P' (gate * grad), dS = scale * P * (gate * dP - delta),
-// dQ = dS K, dK = dS' Q, and dgate = sum(P * dP), which unlike delta / gate does not pass through the output's rounding:
-// a small gate may have rounded it to 0.
+// With P = exp2(S - lse), dP = grad V' and delta = grad . out: dV = (gate * P)' grad,
+// dS = scale * P * (gate * dP - delta), dQ = dS K, dK = dS' Q, and dgate = sum(P * dP), which unlike delta / gate does not
+// pass through the output's rounding: a small gate may have rounded it to 0.
 #pragma once
 
 #include "block.h"
 
 namespace moh {
+
+// to [used, padded width] += factors' rows, over `count` rows from `first` on: a key's factors lie `stride` apart.
+template <class Product, class Factor>
+void add_rows(int64_t width, int64_t used, const Factor* factors, int64_t stride, const float* rows, int64_t first,
+              int64_t count, float* to) {
+  const int64_t padded = Product::padded(width);
+  for (int64_t d = 0; d < padded; d += Product::kWidth)
+    Product::template multiply<Product::Into::kAdd>(used, factors, stride, 1, rows + first * padded + d, padded, count,
+                                                    to + d, padded);
+}
 
 // What the products work on: floats. Another such type is in pairs_backward.h.
 template <class Isa, class T>
@@ -97,19 +107,11 @@ class FloatBackwardOperands {
   }
   // grad_k [used, padded D] += dS queries and grad_v [used, padded Dv] += (gate * P) grads, of `count` rows from `first` on.
   void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
-    add_rows(p_.width, used, grad_scores_ + first, query_rows_, first, count, grad_k);
-    add_rows(p_.value_width, used, weights_ + first, grad_rows_, first, count, grad_v);
+    add_rows<Product>(p_.width, used, grad_scores_ + first, all_, query_rows_, first, count, grad_k);
+    add_rows<Product>(p_.value_width, used, weights_ + first, all_, grad_rows_, first, count, grad_v);
   }
 
  private:
-  void add_rows(int64_t width, int64_t used, const float* factors, const float* rows, int64_t first, int64_t count,
-                float* to) const {
-    const int64_t padded = Product::padded(width);
-    for (int64_t d = 0; d < padded; d += kWidth)
-      Product::template multiply<Into::kAdd>(used, factors, all_, 1, rows + first * padded + d, padded, count, to + d,
-                                             padded);
-  }
-
   const Problem& p_;
   const Rows& rows_;
   int64_t all_;                      // rows of the task, whole blocks

@@ -11,7 +11,13 @@
 
 namespace moh {
 
-// Rows of T, one per lane, to [width / 2, kWidth] pairs.
+// Rows of an odd width, or at odd distances, are not made of pairs. One condition for both passes: the weights that the
+// backward pass makes again have to come from the same scores.
+inline bool has_pairs(const Problem& p) {
+  return p.width % 2 == 0 && p.k.token % 2 == 0 && p.value_width % 2 == 0 && p.v.token % 2 == 0;
+}
+
+// Rows of numbers, one per lane, to [width / 2, kWidth] pairs.
 template <class Isa, class From>
 void put_pairs_on_lanes(int count, int64_t width, From from, float* to) {
   const auto pairs = [&](int i) { return reinterpret_cast<const Pair*>(from(i)); };
@@ -66,39 +72,62 @@ class KeyPairs {
   Pair* turned_;         // [width, kWidth], where rows have to lie in one piece
 };
 
-template <class Isa, class Product = Tile<Isa>>
-class PairOperands {
+// Scores of pairs: the same ones, to the bit, in the forward pass and in the backward pass.
+template <class Isa, class Product>
+class PairScores {
  public:
   using T = c10::BFloat16;
-  using S = Simd<Isa::kLanes>;
-  using Into = typename Product::Into;
   static constexpr int kWidth = Product::kWidth;
-  static constexpr int64_t kTile = Isa::kKeyTile;
 
-  // Rows of an odd width, or at odd distances, are not made of pairs.
-  static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
-
-  static int64_t scratch(const Problem& p, int64_t blocks) {
-    return blocks * p.width / 2 * kWidth + kTile / 2 * kWidth + KeyPairs<Isa, Product>::scratch(p.value_width);
-  }
-  PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
-      : p_(p), rows_(rows), queries_(scratch), weights_(queries_ + blocks * p.width / 2 * kWidth),
-        values_(p.value_width, weights_ + kTile / 2 * kWidth) {}
+  static int64_t scratch(const Problem& p, int64_t blocks) { return blocks * p.width / 2 * kWidth; }
+  PairScores(const Problem& p, const Rows& rows, float* scratch) : p_(p), rows_(rows), queries_(scratch) {}
 
   void put(int64_t block, const Lanes<Isa>& lanes) {
     const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
     put_pairs_on_lanes<Isa>(lanes.count, p_.width, query, queries_ + block * p_.width / 2 * kWidth);
   }
-  void load(int64_t first, int64_t count) {
+  void load(int64_t first) {
     keys_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
-    values_.load(p_.v, rows_.batch, rows_.kv_head, first, count);
   }
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
     const float scale = p_.scale * kLog2e;
-    Product::template multiply<Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
-                                                 queries_ + block * p_.width / 2 * kWidth, kWidth, p_.width / 2, scores,
-                                                 kWidth, &scale);
+    Product::template multiply<Product::Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
+                                                          queries_ + block * p_.width / 2 * kWidth, kWidth,
+                                                          p_.width / 2, scores, kWidth, &scale);
+  }
+
+ private:
+  const Problem& p_;
+  const Rows& rows_;
+  float* queries_;  // pairs too, [block, D / 2, kWidth]
+  const Pair* keys_ = nullptr;
+};
+
+template <class Isa, class Product = Tile<Isa>>
+class PairOperands {
+ public:
+  using S = Simd<Isa::kLanes>;
+  static constexpr int kWidth = Product::kWidth;
+  static constexpr int64_t kTile = Isa::kKeyTile;
+
+  static int64_t scratch(const Problem& p, int64_t blocks) {
+    return PairScores<Isa, Product>::scratch(p, blocks) + kTile / 2 * kWidth +
+           KeyPairs<Isa, Product>::scratch(p.value_width);
+  }
+  PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+      : p_(p), rows_(rows), scores_(p, rows, scratch),
+        weights_(scratch + PairScores<Isa, Product>::scratch(p, blocks)),
+        values_(p.value_width, weights_ + kTile / 2 * kWidth) {}
+
+  void put(int64_t block, const Lanes<Isa>& lanes) { scores_.put(block, lanes); }
+  void load(int64_t first, int64_t count) {
+    scores_.load(first);
+    values_.load(p_.v, rows_.batch, rows_.kv_head, first, count);
+  }
+  template <int V>
+  void score(int64_t block, int64_t seen, float* scores) const {
+    scores_.template score<V>(block, seen, scores);
   }
   [[gnu::always_inline]] void keep(float*, int64_t n, int lane, typename S::Floats first,
                                    typename S::Floats second) const {
@@ -106,15 +135,15 @@ class PairOperands {
   }
   template <int V>
   void add(int64_t seen, const float*, const float* rescale, float* sums) const {
-    values_.template add<Into::kRescale, V>(seen, weights_, sums, rescale);
+    values_.template add<Product::Into::kRescale, V>(seen, weights_, sums, rescale);
   }
 
  private:
   const Problem& p_;
   const Rows& rows_;
-  float *queries_, *weights_;  // pairs too, [block, D / 2, kWidth] and [kTile / 2, kWidth]
+  PairScores<Isa, Product> scores_;
+  float* weights_;  // pairs of keys, [kTile / 2, kWidth]
   KeyPairs<Isa, Product> values_;
-  const Pair* keys_ = nullptr;
 };
 
 // For projections of even width and channels. Pairs run along the width, the channels or the tokens.

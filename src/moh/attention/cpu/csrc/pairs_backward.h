@@ -19,17 +19,14 @@ class PairBackwardOperands {
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
-  static bool serves(const Problem& p) {
-    return PairOperands<Isa, Product>::serves(p) && p.value_width % 2 == 0 && p.v.token % 2 == 0;
-  }
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return blocks * kWidth / 2 *
                (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
            kTile * kWidth * 5 / 2 + KeyPairs<Isa, Product>::scratch(p.width);
   }
   PairBackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
-      : p_(p), rows_(rows), all_(blocks * kWidth), queries_(scratch), grads_(queries_ + all_ / 2 * p.width),
-        query_rows_(grads_ + all_ / 2 * p.value_width),
+      : p_(p), rows_(rows), all_(blocks * kWidth), pair_scores_(p, rows, scratch),
+        grads_(scratch + PairScores<Isa, Product>::scratch(p, blocks)), query_rows_(grads_ + all_ / 2 * p.value_width),
         grad_rows_(query_rows_ + all_ / 2 * Product::padded(p.width)),
         scores_(grad_rows_ + all_ / 2 * Product::padded(p.value_width)), grad_weights_(scores_ + kTile * kWidth),
         key_pairs_(grad_weights_ + kTile * kWidth),
@@ -42,7 +39,7 @@ class PairBackwardOperands {
     const int64_t D = p_.width, Dv = p_.value_width;
     const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
     const auto grad = [&](int i) { return static_cast<const T*>(p_.grad) + lanes.by_token(p_, rows_.batch, i) * Dv; };
-    put_pairs_on_lanes<Isa>(lanes.count, D, query, queries_ + block * D / 2 * kWidth);
+    pair_scores_.put(block, lanes);
     put_pairs_on_lanes<Isa>(lanes.count, Dv, grad, grads_ + block * Dv / 2 * kWidth);
     for (int i = 0; i < lanes.count; i += 2) {
       const int64_t pair = (block * kWidth + i) / 2;
@@ -55,7 +52,7 @@ class PairBackwardOperands {
     }
   }
   void load(int64_t first, int64_t count) {
-    key_rows_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
+    pair_scores_.load(first);
     value_rows_ = reinterpret_cast<const Pair*>(at<T>(p_.v, rows_.batch, rows_.kv_head, first));
     keys_.load(p_.k, rows_.batch, rows_.kv_head, first, count);
   }
@@ -63,13 +60,9 @@ class PairBackwardOperands {
   float* grad_weights(int64_t) const { return grad_weights_; }
   int64_t stride() const { return kWidth; }
 
-  // As the forward pass does it: a weight is to come from the same score.
   template <int V>
   void score(int64_t block, int64_t seen) const {
-    const float scale = p_.scale * kLog2e;
-    Product::template multiply<Into::kScaled, V>(seen, key_rows_, p_.k.token / 2, 1,
-                                                 queries_ + block * p_.width / 2 * kWidth, kWidth, p_.width / 2,
-                                                 scores_, kWidth, &scale);
+    pair_scores_.template score<V>(block, seen, scores_);
   }
   template <int V>
   void differentiate_weights(int64_t block, int64_t seen) const {
@@ -103,30 +96,27 @@ class PairBackwardOperands {
     keys_.template add<Into::kAdd, V>(seen, key_pairs_, grad_queries);
   }
   void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
-    add_rows(p_.width, used, grad_scores_, query_rows_, first / 2, (count + 1) / 2, grad_k);
-    add_rows(p_.value_width, used, weights_, grad_rows_, first / 2, (count + 1) / 2, grad_v);
+    const int64_t pair = first / 2, pairs = (count + 1) / 2;
+    // Beside an odd last row is a lane without one: its rows are 0 here, but a weight may be NaN where a key is infinite.
+    if (count % 2 == 1)
+      for (int64_t n = 0; n < used; ++n)
+        for (Pair* x : {weights_, grad_scores_}) x[n * all_ / 2 + pair + pairs - 1].bits &= 0xffffu;
+    add_rows<Product>(p_.width, used, grad_scores_ + pair, all_ / 2, query_rows_, pair, pairs, grad_k);
+    add_rows<Product>(p_.value_width, used, weights_ + pair, all_ / 2, grad_rows_, pair, pairs, grad_v);
   }
 
  private:
-  // Of `count` pairs of rows from `first` on.
-  void add_rows(int64_t width, int64_t used, const Pair* factors, const float* rows, int64_t first, int64_t count,
-                float* to) const {
-    const int64_t padded = Product::padded(width);
-    for (int64_t d = 0; d < padded; d += kWidth)
-      Product::template multiply<Into::kAdd>(used, factors + first, all_ / 2, 1, rows + first * padded + d, padded,
-                                             count, to + d, padded);
-  }
-
   const Problem& p_;
   const Rows& rows_;
   int64_t all_;                     // rows of the task, whole blocks
-  float *queries_, *grads_;         // pairs, [block, D / 2, kWidth], [block, Dv / 2, kWidth]
+  PairScores<Isa, Product> pair_scores_;
+  float* grads_;                    // pairs, [block, Dv / 2, kWidth]
   float *query_rows_, *grad_rows_;  // pairs of rows, [all / 2, padded D], [all / 2, padded Dv]
   float *scores_, *grad_weights_;   // of one block, [kTile, kWidth]
   float* key_pairs_;                // its dS as pairs of keys, [kTile / 2, kWidth]
   Pair *weights_, *grad_scores_;    // gate * P and dS as pairs of rows, [kTile, all / 2]
   KeyPairs<Isa, Product> keys_;
-  const Pair *key_rows_ = nullptr, *value_rows_ = nullptr;
+  const Pair* value_rows_ = nullptr;
 };
 
 }  // namespace moh

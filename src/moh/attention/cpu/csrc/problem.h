@@ -124,7 +124,7 @@ struct Segment {
 };
 
 constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
-constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes five times the memory
+constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes three times the memory
 // Keys or values are copied, tile by tile, where at least so many blocks share the copy (it takes some 10 % of one
 // block's time) and rows lie a multiple of pages apart or reach, all together, over so much memory.
 constexpr int64_t kBlocksPerCopy = 4;
