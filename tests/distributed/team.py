@@ -19,6 +19,7 @@ import yaml
 
 WORKERS = Path(__file__).with_name("workers.py")
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
+DEEPSPEED_TOY = Path(__file__).with_name("deepspeed_toy.json")
 IMPORTED = [  # the server is one for all tests of a process; what is not installed it leaves out
     "moh.training.run",
     "moh.models.llama.modeling",
@@ -57,7 +58,7 @@ class Team:
         shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         if accelerate is not None:
-            shared |= self.fsdp_environment(accelerate)
+            shared |= self.launch_environment(accelerate)
         workers = []
         for rank in range(size):
             environment = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})
@@ -76,7 +77,19 @@ class Team:
         return [] if killed else [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
     @staticmethod
-    def fsdp_environment(name: str) -> dict[str, str]:
-        """What `accelerate launch --config_file NAME` sets for FSDP."""
-        settings = yaml.safe_load((ACCELERATE / name).read_text())["fsdp_config"]
-        return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in settings.items()}
+    def launch_environment(name: str) -> dict[str, str]:
+        """What `accelerate launch --config_file NAME` sets for FSDP or DeepSpeed."""
+        settings = yaml.safe_load((ACCELERATE / name).read_text())
+        if "deepspeed_config" not in settings:
+            fsdp = {key.upper(): str(value) for key, value in settings["fsdp_config"].items()}
+            return {"ACCELERATE_USE_FSDP": "true"} | fsdp
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+        from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+        command = ["--config_file", str(ACCELERATE / name), "--main_process_port=0", "script.py"]
+        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+        given = {key: value for key, value in environment.items() if key.startswith("ACCELERATE_")}
+        # The file takes what is "auto" from there. DeepSpeed by itself shards no tensor of less than 100,000 numbers.
+        return given | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DEEPSPEED_TOY), "DS_ACCELERATOR": "cpu"}

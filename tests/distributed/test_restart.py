@@ -21,7 +21,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(team, option
     steps.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a new start may find the addresses of the one before
-    environment |= team.fsdp_environment("fsdp2.yaml") if sharded else {}
+    environment |= team.launch_environment("fsdp2.yaml") if sharded else {}
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*agent, "--max-restarts=1", "--monitor-interval=0.1", SCRIPT, steps, *options]
     command.append(f"--training.output_dir={killed}")

@@ -5,16 +5,19 @@ Sharded checkpoints are gone on from on another number of processes.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 
-def run(team, options: list[str], out: Path, size: int, *more: str, sharded: bool = False) -> list[tuple[float, float]]:
+def run(
+    team, options: list[str], out: Path, size: int, *more: str, accelerate: str | None = None
+) -> list[tuple[float, float]]:
     """(loss, balance loss) of every step, as all processes have logged them."""
     own = [f"--training.output_dir={out}", f"--training.per_device_train_batch_size={12 // size}"]
-    logs = team("train", size, options=[*options, *own, *more], accelerate="fsdp2.yaml" if sharded else None)
+    logs = team("train", size, options=[*options, *own, *more], accelerate=accelerate)
     return [(entry["loss"], entry["balance_loss"]) for entry in logs[0] if "loss" in entry]
 
 
@@ -39,12 +42,23 @@ def one(team, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("sharded", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp2")])
+@pytest.mark.parametrize(
+    "accelerate",
+    [
+        pytest.param(None, id="ddp"),
+        pytest.param("fsdp2.yaml", id="fsdp2"),
+        pytest.param(
+            "deepspeed_zero3.yaml",
+            id="deepspeed",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)], ids="{}_processes".format)
-def test_processes_train_as_one_does(team, one, options, tmp_path: Path, sharded: bool, size: int) -> None:
+def test_processes_train_as_one_does(team, one, options, tmp_path: Path, accelerate: str | None, size: int) -> None:
     folder, expected = one(options)
     assert len(set(expected)) == 4
-    losses = run(team, options, tmp_path / "many", size, sharded=sharded)
+    losses = run(team, options, tmp_path / "many", size, accelerate=accelerate)
     for ours, theirs in zip(losses, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4)
     assert_same_weights(tmp_path / "many", folder)
@@ -59,10 +73,10 @@ def test_the_balance_loss_of_each_process_alone_is_another(team, one, options, t
 @pytest.mark.slow
 def test_a_sharded_checkpoint_of_two_processes_is_gone_on_from_by_four(team, options, tmp_path: Path) -> None:
     saved = [*options, "--training.save_steps=2"]
-    whole = run(team, saved, tmp_path / "whole", 2, sharded=True)
-    run(team, saved, tmp_path / "moved", 2, "--training.max_steps=2", sharded=True)
+    whole = run(team, saved, tmp_path / "whole", 2, accelerate="fsdp2.yaml")
+    run(team, saved, tmp_path / "moved", 2, "--training.max_steps=2", accelerate="fsdp2.yaml")
     assert (tmp_path / "moved" / "checkpoint-2" / "pytorch_model_fsdp_0" / "__1_0.distcp").exists()
-    losses = run(team, saved, tmp_path / "moved", 4, sharded=True)
+    losses = run(team, saved, tmp_path / "moved", 4, accelerate="fsdp2.yaml")
     assert losses[:2] == whole[:2]
     for ours, theirs in zip(losses, whole, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4)

@@ -18,6 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import moh
 
+if "DS_ACCELERATOR" in environment:  # noqa: F821
+    import deepspeed.ops
+
+    # A collective for inference, which DeepSpeed would compile when it starts: half a minute, and not used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 torch.set_num_threads(1)
 gc.freeze()  # what the server imported is not collected again and again
 

@@ -86,6 +86,19 @@ def test_a_checkpoint_of_deepspeed_is_complete_with_the_last_file_it_writes(fini
     assert checkpoint_problem(checkpoint) is None
 
 
+def test_a_checkpoint_of_deepspeed_is_gone_on_from_with_deepspeed_alone(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    (out / "checkpoint-4" / "global_step4").mkdir()
+    (out / "checkpoint-4" / "latest").write_text("global_step4")
+    here = f"--training.output_dir={out}"
+    with pytest.raises(ValueError, match=r"checkpoint-4 were written by DeepSpeed: go on with it, or choose another"):
+        train(load_recipe(finished / "recipe.yaml", [here, "--training.max_steps=6"]))
+    result = train(load_recipe(finished / "recipe.yaml", [here]))  # needs no optimiser
+    assert len(result.losses) == 4
+
+
 def test_checkpoints_are_ordered_by_step_not_by_name(finished: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         shutil.copytree(finished / "checkpoint-4", tmp_path / f"checkpoint-{step}")

@@ -47,7 +47,7 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         return f"its {_STATE} can't be read"
     if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
         return "it has no weights"
-    optimizer = _DEEPSPEED if any(checkpoint.glob("global_step*")) else "optimizer*"
+    optimizer = _DEEPSPEED if is_of_deepspeed(checkpoint) else "optimizer*"
     for pattern in (optimizer, "scheduler.pt", "rng_state*.pth"):
         if not any(checkpoint.glob(pattern)):
             return f"it has no {pattern}"
@@ -63,6 +63,11 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         ):
             return f"its {file.name} is cut off"
     return None
+
+
+def is_of_deepspeed(checkpoint: Path) -> bool:
+    """Whether DeepSpeed wrote the optimiser's states, which nothing else reads."""
+    return any(checkpoint.glob("global_step*"))
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -66,6 +66,13 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
             self.state.log_history[-1]["routed_load"] = self._routed_load
             self._routed_load = []
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer does; with DeepSpeed also where no step was left, before which it would have made its engine."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            self._save(output_dir)  # the model is a whole one still
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:  # gathered from shards, where tied weights have become separate tensors
             tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}

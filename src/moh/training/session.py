@@ -17,7 +17,13 @@ import torch
 
 from moh._extras import require
 from moh._files import write_text
-from moh.training.checkpoints import check_writable, last_complete_checkpoint, replacing_directory, trainer_state
+from moh.training.checkpoints import (
+    check_writable,
+    is_of_deepspeed,
+    last_complete_checkpoint,
+    replacing_directory,
+    trainer_state,
+)
 from moh.training.precision import Precision, choose_precision
 from moh.training.recipe_file import dump_recipe, load_recipe
 from moh.training.settings import TrainingSettings
@@ -27,6 +33,7 @@ require("accelerate", extra="llm")
 require("tensorboard", extra="llm")
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 _RECIPE_FILE = "recipe.yaml"
 _IDENTITY_FILE = "data.json"
@@ -138,11 +145,21 @@ class Session:
             write_text(self.output_dir / _IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
     def run(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """Train to the recipe's last step; returns the log, entries from before an interruption included."""
+        """Train to the recipe's last step; returns the log, entries from before an interruption included.
+
+        Raises:
+            ValueError: one of the checkpoint and this run is of DeepSpeed, and the other is not.
+        """
         checkpoint = self.checkpoint
         if checkpoint is not None and self.finished:
             history: list[dict[str, Any]] = trainer_state(checkpoint)["log_history"]
             return history  # the Trainer would train one step more
+        if checkpoint is not None and (wrote := is_of_deepspeed(checkpoint)) != trainer.is_deepspeed_enabled:
+            # Unsaid, the Trainer would begin with a new optimiser where DeepSpeed is missing.
+            raise ValueError(
+                f"the optimiser's states in {checkpoint} were written {'by' if wrote else 'without'} DeepSpeed: go on "
+                f"{'with' if wrote else 'without'} it, or choose another training.output_dir"
+            )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return list(trainer.state.log_history)
 
@@ -197,6 +214,9 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
     if not (arguments.bf16 or arguments.fp16):
         arguments.mixed_precision = "no"  # else what `accelerate launch` was configured with would overrule the recipe
+    # With ZeRO-3 transformers would make every model in shards, by all processes together, whatever accelerate's
+    # zero3_init_flag says; here whole models are read, and converted by one process. The Trainer sets it again.
+    unset_hf_deepspeed_config()
     return arguments
 
 
