@@ -122,10 +122,20 @@ def losses(runs: list[list[str]], kill_at: int = 0):
     return [[loss for _, loss in result.losses] for result in results]
 
 
+def refusal(options: list[str]):
+    """The message of a run that is refused."""
+    from moh.training import load_recipe, train
+
+    try:
+        train(load_recipe(None, options))
+    except ValueError as error:
+        return str(error)
+
+
 if __name__ == "<run_path>":
     torch.manual_seed(0)
     work = globals()[job]  # noqa: F821
-    if work not in (train, losses) and size > 1:  # noqa: F821
+    if work not in (train, losses, refusal) and size > 1:  # noqa: F821
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)  # noqa: F821
     result = work(**arguments)  # noqa: F821
     torch.save(result, f"{folder}/{rank}.pt")  # noqa: F821

@@ -36,6 +36,9 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         kwargs: all arguments of `transformers.Trainer`.
     """
 
+    can_be_sharded = True
+    """Whether what it saves and averages is right where each process holds a part of the weights alone."""
+
     def __init__(self, *args: Any, balance_loss_scope: Literal["process", "global"] = "process", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.balance_loss_scope = balance_loss_scope
@@ -43,11 +46,21 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         self._routed_load: list[list[float]] = []
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer does, with FSDP2 also on processes of the CPU."""
+        """As the Trainer does, with FSDP2 also on processes of the CPU.
+
+        Raises:
+            ValueError: FSDP or DeepSpeed's ZeRO-3 is asked for, and `can_be_sharded` is False.
+        """
         super().create_accelerator_and_postprocess()
         plugin = self.args.fsdp_plugin_args
         if shard_on_cpus(self.accelerator, None if plugin is None else FullyShardedDataParallelPlugin(**plugin)):
             self.is_fsdp_enabled = True
+        deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if not self.can_be_sharded and (self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)):
+            raise ValueError(
+                "FSDP and DeepSpeed's ZeRO-3 serve language models alone; this model must be whole on every process, as with "
+                "recipes/accelerate/ddp.yaml"
+            )
 
     def compute_loss_context_manager(self) -> ExitStack:
         """As the Trainer's, with the balance losses of a training step over all processes if that is asked for."""

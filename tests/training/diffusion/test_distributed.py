@@ -33,3 +33,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
                 assert (weights[0][tensor] - value).abs().max() < 1e-4, (name, tensor)
         grids = [Image.open(tmp_path / n / name / "samples" / "step-0000004.png") for n in ("2", "1")]
         assert max(high for _, high in ImageChops.difference(*grids).getextrema()) <= 2
+
+
+def test_sharded_weights_which_would_not_be_averaged_are_refused(team, options: list[str]) -> None:
+    for message in team("refusal", 2, options=options, accelerate="fsdp2.yaml"):
+        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 serve language models alone")

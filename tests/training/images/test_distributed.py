@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,22 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(team, options
             assert (weights[0][tensor] - value).abs().max() < 1e-4, (name, tensor)
         assert top1(folders[0]) == top1(folders[1]) and top1(folders[0])
     assert one["dense"] != one["converted"]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("fsdp2.yaml", id="fsdp2"),
+        pytest.param(
+            "deepspeed_zero3.yaml",
+            id="deepspeed",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+        ),
+    ],
+)
+def test_sharded_weights_which_would_not_be_saved_are_refused(team, options: list[str], engine: str) -> None:
+    for message in team("refusal", 2, options=options, accelerate=engine):
+        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 serve language models alone")
 
 
 def top1(folder: Path) -> list[float]:

@@ -67,6 +67,8 @@ class DiffusionTrainer(RoutingTrainer):
         kwargs: all arguments of `transformers.Trainer`.
     """
 
+    can_be_sharded = False
+
     def __init__(
         self,
         *args: Any,

@@ -47,6 +47,8 @@ class ImageTrainer(RoutingTrainer):
         kwargs: all arguments of `transformers.Trainer`.
     """
 
+    can_be_sharded = False
+
     def __init__(
         self,
         *args: Any,
