@@ -120,15 +120,30 @@ struct Copies {
   }
 };
 
-// Asks for rows of x that are needed soon: the products read several at once, which the processor does not foresee.
+// Asks for keys and values that are needed soon: the products read several rows at once, which the processor does not
+// foresee. Row by row, between other work: many requests at a time would hold it up.
 template <class T>
-void prefetch(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  if (count <= 0) return;
-  const T* row = at<T>(x, batch, head, first);
-  for (int64_t n = 0; n < count; ++n, row += x.token)
-    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d, 0, 2);
-}
+class Soon {
+ public:
+  // Keys from `first` on, up to `end`; of every `parts` lines of a row the one numbered `part`.
+  Soon(const Problem& p, const Rows& rows, int64_t first, int64_t end, int64_t part = 0, int64_t parts = 1)
+      : count_(end - first), begin_(kLine * part), step_(kLine * parts), key_stride_(p.k.token),
+        value_stride_(p.v.token), width_(p.width), value_width_(p.value_width) {
+    if (count_ <= 0) return;
+    keys_ = at<T>(p.k, rows.batch, rows.kv_head, first);
+    values_ = at<T>(p.v, rows.batch, rows.kv_head, first);
+  }
+  [[gnu::always_inline]] void ask(int64_t n) const {
+    if (n >= count_) return;
+    for (int64_t d = begin_; d < width_; d += step_) __builtin_prefetch(keys_ + n * key_stride_ + d, 0, 2);
+    for (int64_t d = begin_; d < value_width_; d += step_) __builtin_prefetch(values_ + n * value_stride_ + d, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t count_, begin_, step_, key_stride_, value_stride_, width_, value_width_;
+  const T *keys_ = nullptr, *values_ = nullptr;
+};
 
 // A tile of keys or values as floats, from `copy` if there is one.
 template <class Isa, class T>

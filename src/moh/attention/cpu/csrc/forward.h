@@ -88,26 +88,27 @@ struct Forward {
     std::fill(most, totals, -kInfinity);
     std::fill(totals, rescale, 0.0f);
     const int64_t begin = blocks.key_begin(p), end = blocks.key_end(p);
-    const auto expect = [&](int64_t first) {
-      prefetch<T>(p.k, rows.batch, rows.kv_head, first, std::min(kTile, end - first), p.width);
-      prefetch<T>(p.v, rows.batch, rows.kv_head, first, std::min(kTile, end - first), Dv);
-    };
-    expect(begin);
-    for (int64_t block = 0; block < count; ++block) operands.put(block, blocks.lanes[block]);
+    const Soon<T> first_tile(p, rows, begin, end);
+    for (int64_t block = 0, n = 0; block < count; ++block) {
+      for (; n < kTile * (block + 1) / count; ++n) first_tile.ask(n);
+      operands.put(block, blocks.lanes[block]);
+    }
+    int64_t working = 0;  // the first block that sees keys from here on
     for (int64_t first = begin; first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       operands.load(first, loaded);
-      expect(first + kTile);
-      for (int64_t block = 0; block < count; ++block) {
+      while (blocks.lanes[working].key_end(p) <= first) ++working;
+      for (int64_t block = working; block < count; ++block) {
         const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
-        if (seen <= 0 || first + kTile <= lanes.key_begin(p)) continue;
+        if (first + kTile <= lanes.key_begin(p)) continue;
         if (!mask_shows_any(p, rows.batch, lanes, first, seen)) continue;
         const auto work = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
           operands.template score<V>(block, seen, scores);
           hide<V, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
-          softmax<V>(operands, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
+          const Soon<T> next(p, rows, first + kTile, end, block - working, count - working);
+          softmax<V>(operands, next, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
           operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
         };
         by_vectors<Isa>(lanes, work);
@@ -121,9 +122,10 @@ struct Forward {
  private:
   // Scores [count, kWidth] -> weights relative to the largest score so far; `rescale` brings what was summed before to
   // the same scale. An odd count is rounded up: a score of the row beyond may be written, with a weight of 0.
+  // Meanwhile the keys that come `next` are asked for.
   template <int V>
-  static void softmax(const Operands& operands, float* scores, int64_t count, float* most, float* totals,
-                      float* rescale) {
+  static void softmax(const Operands& operands, const Soon<T>& next, float* scores, int64_t count, float* most,
+                      float* totals, float* rescale) {
     const typename S::Exp2 exp2;
     Floats now[V], base[V], total[V];
     for (int j = 0; j < V; ++j) now[j] = S::load(most + j * Isa::kLanes);
@@ -140,12 +142,15 @@ struct Forward {
       return x;
     };
     int64_t n = 0;
-    for (; n + 2 <= count; n += 2)
+    for (; n + 2 <= count; n += 2) {
+      next.ask(n);
+      next.ask(n + 1);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         const Floats first = weight(n, j), second = weight(n + 1, j);
         operands.keep(scores, n, j * Isa::kLanes, first, second);
       }
+    }
     if (n < count)
       for (int j = 0; j < V; ++j) operands.keep(scores, n, j * Isa::kLanes, weight(n, j), Floats{});
     for (int j = 0; j < V; ++j) {
