@@ -40,7 +40,10 @@ struct Decode {
       const int64_t loaded = std::min(kTile, key_end - first);
       int64_t key_stride, value_stride;
       const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
-      for (int64_t r = 0; r < R; ++r) score(queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
+      for (int64_t r = 0; r < R; ++r)
+        meanwhile(p, rows, r, first + kTile, key_end, [&](const auto& ask) {
+          score(ask, queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
+        });
       const float* values =
           tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, copies.values, &value_stride);
       for (int64_t r = 0; r < R; ++r) {
@@ -53,7 +56,22 @@ struct Decode {
   }
 
  protected:
-  static void score(const float* q, const float* keys, int64_t stride, int64_t count, int64_t D, float* scores) {
+  // Calls score(ask) for row `r`, where ask(n) asks for key first + n: during the scores of the first row alone, and not
+  // for keys and values in few pieces, which the processor foresees by itself.
+  template <class Score>
+  static void meanwhile(const Problem& p, const Rows& rows, int64_t r, int64_t first, int64_t end, const Score& score) {
+    const Soon<T> next(p, rows, first, end);
+    if (r == 0 && p.width * sizeof(T) >= 256)
+      // Part of its caller from the beginning: GCC drops calls of what only asks, as if it did nothing.
+      score([&](int64_t n) __attribute__((always_inline)) { next.ask(n); });
+    else
+      score([](int64_t) {});
+  }
+
+  // `ask` is called for every key, in order, but perhaps the last ones.
+  template <class Ask>
+  static void score(const Ask& ask, const float* q, const float* keys, int64_t stride, int64_t count, int64_t D,
+                    float* scores) {
     const int64_t whole = D / L * L;
     int64_t n = 0;
     for (; n + L <= count; n += L) {
@@ -61,6 +79,7 @@ struct Decode {
 #pragma GCC unroll 16
       for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
         const float* k = keys + (n + i) * stride;
+        for (int j = 0; j < 4; ++j) ask(n + i + j);
         Floats a{}, b{}, c{}, d{};
         for (int64_t x = 0; x < whole; x += L) {
           const Floats qx = S::load(q + x);

@@ -18,7 +18,6 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
   using Floats = typename Base::Floats;
   using Base::kTile;
   using Base::L;
-  static constexpr int kRows = 4;  // rows that share the loads of values
   static_assert(L == 16 && kTile % (2 * L) == 0);
 
   static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
@@ -42,7 +41,9 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         const int64_t token = rows.index[r] / group, head = rows.kv_head * group + rows.index[r] % group;
         const Pair* q = reinterpret_cast<const Pair*>(at<T>(p.q, rows.batch, head, token));
         float* s = scores + r * kTile;
-        score(q, keys, p.k.token / 2, loaded, p.width / 2, p.scale * kLog2e, s);
+        Base::meanwhile(p, rows, r, first + kTile, key_end, [&](const auto& ask) {
+          score(ask, q, keys, p.k.token / 2, loaded, p.width / 2, p.scale * kLog2e, s);
+        });
         Base::hide_row(p, rows.batch, head, token, first, loaded, s);
         rescale[r] = Base::softmax(s, loaded, to.max + r, to.total + r);
         for (int64_t n = 0; n < loaded; n += 2 * L) {
@@ -53,10 +54,14 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         }
       }
       int64_t r = 0;
-      for (; r + kRows <= R; r += kRows)
-        add_values<kRows>(weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
-      for (; r < R; ++r)
-        add_values<1>(weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
+      const auto add = [&](auto number) {
+        constexpr int N = decltype(number)::value;
+        for (; r + N <= R; r += N)
+          add_values<N>(weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
+      };
+      add(std::integral_constant<int, 4>());  // rows that share the loads of values
+      add(std::integral_constant<int, 2>());
+      add(std::integral_constant<int, 1>());
     }
   }
 
@@ -69,8 +74,9 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     return reinterpret_cast<Floats>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from));
   }
 
-  static void score(const Pair* q, const Pair* keys, int64_t stride, int64_t count, int64_t pairs, float scale,
-                    float* scores) {
+  template <class Ask>
+  static void score(const Ask& ask, const Pair* q, const Pair* keys, int64_t stride, int64_t count, int64_t pairs,
+                    float scale, float* scores) {
     const int64_t whole = pairs / L * L, rest = pairs - whole;
     int64_t n = 0;
     for (; n + L <= count; n += L) {
@@ -78,6 +84,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
 #pragma GCC unroll 4
       for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
         const Pair* k = keys + (n + i) * stride;
+        for (int j = 0; j < 4; ++j) ask(n + i + j);
         Floats a{}, b{}, c{}, d{};
         for (int64_t x = 0; x < whole; x += L) {
           const Floats qx = S::load(q + x);
@@ -110,6 +117,9 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
   static void add_values(const Pair* weights, const T* values, int64_t stride, int64_t count, int64_t Dv,
                          const float* rescale, float* sum) {
     int64_t d = 0;
+    if constexpr (N <= 2)  // whole rows at a time are read faster; for four rows there are not enough registers
+      for (; d + 8 * L <= Dv; d += 8 * L)
+        add_part<N, 4>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 4 * L <= Dv; d += 4 * L)
       add_part<N, 2>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 2 * L <= Dv; d += 2 * L) add_part<N, 1>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
@@ -133,7 +143,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     Floats low[N][V], high[N][V];
 #pragma GCC unroll 4
     for (int r = 0; r < N; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         const float* at = sum + r * sum_stride + 2 * j * L;
         const Floats first = rescale[r] * S::load(at), second = rescale[r] * S::load(at + L);
@@ -143,7 +153,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     const auto add = [&](int64_t n, auto has_second) {
       const T* row = values + n * stride;
       Floats a[V], b[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         const __mmask32 known = j + 1 < V ? ~0u : mask;
         const __m512i x = _mm512_maskz_loadu_epi16(known, row + 2 * j * L);
@@ -155,7 +165,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
         const Floats w = Tile<Isa>::spread(weights[r * kTile / 2 + n / 2]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
           low[r][j] = Isa::dot(low[r][j], w, a[j]);
           high[r][j] = Isa::dot(high[r][j], w, b[j]);
@@ -167,7 +177,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     if (n < count) add(n, std::false_type());
 #pragma GCC unroll 4
     for (int r = 0; r < N; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         float* at = sum + r * sum_stride + 2 * j * L;
         S::store(at, pick(low[r][j], to_first, high[r][j]));
