@@ -120,29 +120,39 @@ struct Copies {
   }
 };
 
-// Asks for keys and values that are needed soon: the products read several rows at once, which the processor does not
-// foresee. Row by row, between other work: many requests at a time would hold it up.
+// Asks for rows of x that are needed soon: the products read several at once, which the processor does not foresee. Row
+// by row, between other work: many requests at a time would hold it up. Always inlined, since GCC leaves out calls of
+// functions that do nothing else.
 template <class T>
 class Soon {
  public:
-  // Keys from `first` on, up to `end`; of every `parts` lines of a row the one numbered `part`.
-  Soon(const Problem& p, const Rows& rows, int64_t first, int64_t end, int64_t part = 0, int64_t parts = 1)
-      : count_(end - first), begin_(kLine * part), step_(kLine * parts), key_stride_(p.k.token),
-        value_stride_(p.v.token), width_(p.width), value_width_(p.value_width) {
-    if (count_ <= 0) return;
-    keys_ = at<T>(p.k, rows.batch, rows.kv_head, first);
-    values_ = at<T>(p.v, rows.batch, rows.kv_head, first);
-  }
-  [[gnu::always_inline]] void ask(int64_t n) const {
+  // Rows from `first` on, up to `end`; of every `parts` lines of a row the one numbered `part`.
+  Soon(const View& x, int64_t width, const Rows& rows, int64_t first, int64_t end, int64_t part, int64_t parts)
+      : rows_(end > first ? at<T>(x, rows.batch, rows.kv_head, first) : nullptr), stride_(x.token), width_(width),
+        count_(end - first), begin_(kLine * part), step_(kLine * parts) {}
+  // Row first + n.
+  [[gnu::always_inline]] void operator()(int64_t n) const {
     if (n >= count_) return;
-    for (int64_t d = begin_; d < width_; d += step_) __builtin_prefetch(keys_ + n * key_stride_ + d, 0, 2);
-    for (int64_t d = begin_; d < value_width_; d += step_) __builtin_prefetch(values_ + n * value_stride_ + d, 0, 2);
+    for (int64_t d = begin_; d < width_; d += step_) __builtin_prefetch(rows_ + n * stride_ + d, 0, 2);
   }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T);
-  int64_t count_, begin_, step_, key_stride_, value_stride_, width_, value_width_;
-  const T *keys_ = nullptr, *values_ = nullptr;
+  const T* rows_;
+  int64_t stride_, width_, count_, begin_, step_;
+};
+
+// Keys and values.
+template <class T>
+struct SoonBoth {
+  Soon<T> keys, values;
+
+  SoonBoth(const Problem& p, const Rows& rows, int64_t first, int64_t end, int64_t part = 0, int64_t parts = 1)
+      : keys(p.k, p.width, rows, first, end, part, parts), values(p.v, p.value_width, rows, first, end, part, parts) {}
+  [[gnu::always_inline]] void operator()(int64_t n) const {
+    keys(n);
+    values(n);
+  }
 };
 
 // A tile of keys or values as floats, from `copy` if there is one.

@@ -3,6 +3,8 @@
 // Works through a range of the keys and leaves a partial softmax, so that one cache can be split over threads.
 #pragma once
 
+#include <optional>
+
 #include "block.h"
 
 namespace moh {
@@ -41,7 +43,7 @@ struct Decode {
       int64_t key_stride, value_stride;
       const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
       for (int64_t r = 0; r < R; ++r)
-        meanwhile(p, rows, r, first + kTile, key_end, [&](const auto& ask) {
+        meanwhile(soon(p.k, D, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
           score(ask, queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
         });
       const float* values =
@@ -50,22 +52,27 @@ struct Decode {
         float* s = scores + r * kTile;
         hide_row(p, rows.batch, head(r), token(r), first, loaded, s);
         const float rescale = softmax(s, loaded, to.max + r, to.total + r);
-        add_values<kSums>(s, values, value_stride, loaded, Dv, rescale, to.sum + r * Dv);
+        meanwhile(soon(p.v, Dv, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
+          add_values<kSums>(ask, s, values, value_stride, loaded, Dv, rescale, to.sum + r * Dv);
+        });
       }
     }
   }
 
  protected:
-  // Calls score(ask) for row `r`, where ask(n) asks for key first + n: during the scores of the first row alone, and not
-  // for keys and values in few pieces, which the processor foresees by itself.
-  template <class Score>
-  static void meanwhile(const Problem& p, const Rows& rows, int64_t r, int64_t first, int64_t end, const Score& score) {
-    const Soon<T> next(p, rows, first, end);
-    if (r == 0 && p.width * sizeof(T) >= 256)
-      // Part of its caller from the beginning: GCC drops calls of what only asks, as if it did nothing.
-      score([&](int64_t n) __attribute__((always_inline)) { next.ask(n); });
+  // What is asked for of the next tile while a row works through this one: nothing where rows of x are short, which the
+  // processor foresees by itself.
+  static std::optional<Soon<T>> soon(const View& x, int64_t width, const Rows& rows, int64_t first, int64_t end,
+                                     int64_t part, int64_t parts) {
+    if (part >= parts || width * sizeof(T) < 256) return std::nullopt;
+    return Soon<T>(x, width, rows, first, end, part, parts);
+  }
+  template <class Work>
+  static void meanwhile(const std::optional<Soon<T>>& next, const Work& work) {
+    if (next.has_value())
+      work(*next);
     else
-      score([](int64_t) {});
+      work([](int64_t) {});
   }
 
   // `ask` is called for every key, in order, but perhaps the last ones.
@@ -134,16 +141,17 @@ struct Decode {
     return rescale;
   }
 
-  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time.
-  template <int N>
-  static void add_values(const float* weights, const float* values, int64_t stride, int64_t count, int64_t Dv,
-                         float rescale, float* sum) {
+  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `ask` is called for every key.
+  template <int N, class Ask>
+  static void add_values(const Ask& ask, const float* weights, const float* values, int64_t stride, int64_t count,
+                         int64_t Dv, float rescale, float* sum) {
     int64_t d = 0;
     for (; d + N * L <= Dv; d += N * L) {
       Floats acc[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) acc[j] = rescale * S::load(sum + d + j * L);
       for (int64_t n = 0; n < count; ++n) {
+        ask(n);
         const Floats w = S::set(weights[n]);
 #pragma GCC unroll 8
         for (int j = 0; j < N; ++j) acc[j] += w * S::load(values + n * stride + d + j * L);
@@ -152,7 +160,7 @@ struct Decode {
       for (int j = 0; j < N; ++j) S::store(sum + d + j * L, acc[j]);
     }
     if constexpr (N > 1) {
-      add_values<N / 2>(weights, values + d, stride, count, Dv - d, rescale, sum + d);
+      add_values<N / 2>(ask, weights, values + d, stride, count, Dv - d, rescale, sum + d);
     } else {
       for (; d < Dv; ++d) {
         float total = rescale * sum[d];

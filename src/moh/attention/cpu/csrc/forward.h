@@ -88,9 +88,9 @@ struct Forward {
     std::fill(most, totals, -kInfinity);
     std::fill(totals, rescale, 0.0f);
     const int64_t begin = blocks.key_begin(p), end = blocks.key_end(p);
-    const Soon<T> first_tile(p, rows, begin, end);
+    const SoonBoth<T> first_tile(p, rows, begin, end);
     for (int64_t block = 0, n = 0; block < count; ++block) {
-      for (; n < kTile * (block + 1) / count; ++n) first_tile.ask(n);
+      for (; n < kTile * (block + 1) / count; ++n) first_tile(n);
       operands.put(block, blocks.lanes[block]);
     }
     int64_t working = 0;  // the first block that sees keys from here on
@@ -107,7 +107,7 @@ struct Forward {
           constexpr int V = decltype(vectors)::value;
           operands.template score<V>(block, seen, scores);
           hide<V, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
-          const Soon<T> next(p, rows, first + kTile, end, block - working, count - working);
+          const SoonBoth<T> next(p, rows, first + kTile, end, block - working, count - working);
           softmax<V>(operands, next, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
           operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
         };
@@ -124,7 +124,7 @@ struct Forward {
   // the same scale. An odd count is rounded up: a score of the row beyond may be written, with a weight of 0.
   // Meanwhile the keys that come `next` are asked for.
   template <int V>
-  static void softmax(const Operands& operands, const Soon<T>& next, float* scores, int64_t count, float* most,
+  static void softmax(const Operands& operands, const SoonBoth<T>& next, float* scores, int64_t count, float* most,
                       float* totals, float* rescale) {
     const typename S::Exp2 exp2;
     Floats now[V], base[V], total[V];
@@ -143,8 +143,8 @@ struct Forward {
     };
     int64_t n = 0;
     for (; n + 2 <= count; n += 2) {
-      next.ask(n);
-      next.ask(n + 1);
+      next(n);
+      next(n + 1);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         const Floats first = weight(n, j), second = weight(n + 1, j);

@@ -41,7 +41,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         const int64_t token = rows.index[r] / group, head = rows.kv_head * group + rows.index[r] % group;
         const Pair* q = reinterpret_cast<const Pair*>(at<T>(p.q, rows.batch, head, token));
         float* s = scores + r * kTile;
-        Base::meanwhile(p, rows, r, first + kTile, key_end, [&](const auto& ask) {
+        Base::meanwhile(Base::soon(p.k, p.width, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
           score(ask, q, keys, p.k.token / 2, loaded, p.width / 2, p.scale * kLog2e, s);
         });
         Base::hide_row(p, rows.batch, head, token, first, loaded, s);
@@ -57,7 +57,9 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
       const auto add = [&](auto number) {
         constexpr int N = decltype(number)::value;
         for (; r + N <= R; r += N)
-          add_values<N>(weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
+          Base::meanwhile(Base::soon(p.v, Dv, rows, first + kTile, key_end, r, /*parts=*/1), [&](const auto& ask) {
+            add_values<N>(ask, weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
+          });
       };
       add(std::integral_constant<int, 4>());  // rows that share the loads of values
       add(std::integral_constant<int, 2>());
@@ -113,28 +115,29 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
   }
 
   // sum [N, Dv] = rescale * sum + weights [N, count] V [count, Dv]; rows of weights are kTile / 2 pairs apart.
-  template <int N>
-  static void add_values(const Pair* weights, const T* values, int64_t stride, int64_t count, int64_t Dv,
-                         const float* rescale, float* sum) {
+  template <int N, class Ask>
+  static void add_values(const Ask& ask, const Pair* weights, const T* values, int64_t stride, int64_t count,
+                         int64_t Dv, const float* rescale, float* sum) {
     int64_t d = 0;
     if constexpr (N <= 2)  // whole rows at a time are read faster; for four rows there are not enough registers
       for (; d + 8 * L <= Dv; d += 8 * L)
-        add_part<N, 4>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+        add_part<N, 4>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 4 * L <= Dv; d += 4 * L)
-      add_part<N, 2>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
-    for (; d + 2 * L <= Dv; d += 2 * L) add_part<N, 1>(weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+      add_part<N, 2>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+    for (; d + 2 * L <= Dv; d += 2 * L)
+      add_part<N, 1>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     if (d == Dv) return;
     const int64_t rest = Dv - d;
     float last[N * 2 * L] = {};
     for (int r = 0; r < N; ++r) std::copy_n(sum + r * Dv + d, rest, last + r * 2 * L);
-    add_part<N, 1>(weights, values + d, stride, count, (1u << rest) - 1, rescale, last, 2 * L);
+    add_part<N, 1>(ask, weights, values + d, stride, count, (1u << rest) - 1, rescale, last, 2 * L);
     for (int r = 0; r < N; ++r) std::copy_n(last + r * 2 * L, rest, sum + r * Dv + d);
   }
 
   // V times 32 numbers of every row; `mask` tells which of the last 32 there are.
-  template <int N, int V>
-  static void add_part(const Pair* weights, const T* values, int64_t stride, int64_t count, uint32_t mask,
-                       const float* rescale, float* sum, int64_t sum_stride) {
+  template <int N, int V, class Ask>
+  static void add_part(const Ask& ask, const Pair* weights, const T* values, int64_t stride, int64_t count,
+                       uint32_t mask, const float* rescale, float* sum, int64_t sum_stride) {
     // Interleaving leaves numbers 8 g + i in `low`, 8 g + 4 + i in `high` (i < 4): so are the sums kept meanwhile.
     const __m512i to_low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i to_high = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
@@ -151,6 +154,8 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         high[r][j] = pick(first, to_high, second);
       }
     const auto add = [&](int64_t n, auto has_second) {
+      ask(n);
+      if (decltype(has_second)::value) ask(n + 1);
       const T* row = values + n * stride;
       Floats a[V], b[V];
 #pragma GCC unroll 4
