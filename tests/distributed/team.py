@@ -47,9 +47,13 @@ class Team:
         accelerate: str | None = None,
         killed: bool = False,
         timeout: float = 280,
+        environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> list[Any]:
-        """`accelerate` names a configuration, handed on as `accelerate launch` does; `killed` ones return nothing."""
+        """`accelerate` names a configuration, handed on as `accelerate launch` does; `killed` ones return nothing.
+
+        `environment` is set after it.
+        """
         folder = next(self.folders)
         folder.mkdir(parents=True)
         with socket.socket() as free:
@@ -59,11 +63,12 @@ class Team:
         shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         if accelerate is not None:
             shared |= self.launch_environment(accelerate)
+        shared |= environment or {}
         workers = []
         for rank in range(size):
-            environment = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})
+            own = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})
             given = {"job": job, "arguments": arguments, "folder": str(folder), "rank": rank, "size": size}
-            kwargs = {"init_globals": given | {"environment": environment}}
+            kwargs = {"init_globals": given | {"environment": own}}
             workers.append(self.server.Process(target=runpy.run_path, args=(str(WORKERS),), kwargs=kwargs))
         for worker in workers:
             worker.start()

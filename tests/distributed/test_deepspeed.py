@@ -26,7 +26,8 @@ def test_two_processes_train_as_one_does_and_go_on_exactly(team, options, tmp_pa
     whole = [*shared, f"--training.output_dir={tmp_path / 'whole'}"]
     cut = [*shared, f"--training.output_dir={tmp_path / 'cut'}"]
     more = ([*cut, f"--training.max_steps={count}"] for count in (2, 4, 4))  # the last has nothing left to do
-    losses = team("losses", 2, runs=[whole, *more], accelerate="deepspeed_zero3.yaml")[0]
+    other = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as in a configuration of one's own: the recipe decides
+    losses = team("losses", 2, runs=[whole, *more], accelerate="deepspeed_zero3.yaml", environment=other)[0]
     assert losses[1] == losses[0][:2] and losses[2] == losses[3] == losses[0] and len(set(losses[0])) == 4
     ours, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert ours.keys() == again.keys() and all(ours[tensor].equal(again[tensor]) for tensor in ours)

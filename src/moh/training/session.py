@@ -32,6 +32,7 @@ require("transformers", extra="llm")
 require("accelerate", extra="llm")
 require("tensorboard", extra="llm")
 
+from accelerate.utils import DeepSpeedPlugin  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
@@ -214,6 +215,9 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
     if not (arguments.bf16 or arguments.fp16):
         arguments.mixed_precision = "no"  # else what `accelerate launch` was configured with would overrule the recipe
+        if arguments.deepspeed_plugin is not None and not arguments.deepspeed:
+            arguments.deepspeed_plugin = DeepSpeedPlugin()  # this one has been configured by it already
+            arguments.deepspeed_plugin.set_mixed_precision("no")
     # With ZeRO-3 transformers would make every model in shards, by all processes together, whatever accelerate's
     # zero3_init_flag says; here whole models are read, and converted by one process. The Trainer sets it again.
     unset_hf_deepspeed_config()

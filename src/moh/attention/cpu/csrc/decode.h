@@ -141,7 +141,8 @@ struct Decode {
     return rescale;
   }
 
-  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `ask` is called for every key.
+  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `ask` is called for every key, again in
+  // every part of a wide row.
   template <int N, class Ask>
   static void add_values(const Ask& ask, const float* weights, const float* values, int64_t stride, int64_t count,
                          int64_t Dv, float rescale, float* sum) {

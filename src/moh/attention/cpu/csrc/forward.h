@@ -93,21 +93,21 @@ struct Forward {
       for (; n < kTile * (block + 1) / count; ++n) first_tile(n);
       operands.put(block, blocks.lanes[block]);
     }
-    int64_t working = 0;  // the first block that sees keys from here on
+    int64_t working = 0, until = 0;  // blocks that see keys of a tile
     for (int64_t first = begin; first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       operands.load(first, loaded);
       while (blocks.lanes[working].key_end(p) <= first) ++working;
-      for (int64_t block = working; block < count; ++block) {
+      while (until < count && blocks.lanes[until].key_begin(p) < first + kTile) ++until;
+      for (int64_t block = working; block < until; ++block) {
         const Lanes<Isa>& lanes = blocks.lanes[block];
         const int64_t seen = std::min(loaded, lanes.key_end(p) - first);
-        if (first + kTile <= lanes.key_begin(p)) continue;
         if (!mask_shows_any(p, rows.batch, lanes, first, seen)) continue;
         const auto work = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
           operands.template score<V>(block, seen, scores);
           hide<V, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
-          const SoonBoth<T> next(p, rows, first + kTile, end, block - working, count - working);
+          const SoonBoth<T> next(p, rows, first + kTile, end, block - working, until - working);
           softmax<V>(operands, next, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
           operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
         };
