@@ -17,13 +17,6 @@ inline bool has_pairs(const Problem& p) {
   return p.width % 2 == 0 && p.k.token % 2 == 0 && p.value_width % 2 == 0 && p.v.token % 2 == 0;
 }
 
-// Rows of numbers, one per lane, to [width / 2, kWidth] pairs.
-template <class Isa, class From>
-void put_pairs_on_lanes(int count, int64_t width, From from, float* to) {
-  const auto pairs = [&](int i) { return reinterpret_cast<const Pair*>(from(i)); };
-  put_on_lanes<Isa>(count, width / 2, pairs, [](int) { return 1.0f; }, to);
-}
-
 // A copy of a tile of keys or values with the rows of two keys interleaved: pairs that a product runs over.
 template <class Isa, class Product>
 class KeyPairs {
@@ -72,36 +65,39 @@ class KeyPairs {
   Pair* turned_;         // [width, kWidth], where rows have to lie in one piece
 };
 
-// Scores of pairs: the same ones, to the bit, in the forward pass and in the backward pass.
+// Keys times queries, or values times gradients: rows of x where they lie, by rows on the lanes, over pairs of their
+// width. Scores come from here in both passes, and so are the same to the bit.
 template <class Isa, class Product>
-class PairScores {
+class RowProducts {
  public:
   using T = c10::BFloat16;
   static constexpr int kWidth = Product::kWidth;
 
-  static int64_t scratch(const Problem& p, int64_t blocks) { return blocks * p.width / 2 * kWidth; }
-  PairScores(const Problem& p, const Rows& rows, float* scratch) : p_(p), rows_(rows), queries_(scratch) {}
+  static int64_t scratch(int64_t width, int64_t blocks) { return blocks * width / 2 * kWidth; }
+  RowProducts(const View& x, int64_t width, const Rows& rows, float* scratch)
+      : x_(x), width_(width), rows_(rows), on_lanes_(scratch) {}
 
-  void put(int64_t block, const Lanes<Isa>& lanes) {
-    const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
-    put_pairs_on_lanes<Isa>(lanes.count, p_.width, query, queries_ + block * p_.width / 2 * kWidth);
+  // A block's rows `from(i)`, as they are.
+  template <class From>
+  void put(int64_t block, int count, From from) {
+    const auto pairs = [&](int i) { return reinterpret_cast<const Pair*>(from(i)); };
+    put_on_lanes<Isa>(count, width_ / 2, pairs, [](int) { return 1.0f; }, on_lanes_ + block * width_ / 2 * kWidth);
   }
-  void load(int64_t first) {
-    keys_ = reinterpret_cast<const Pair*>(at<T>(p_.k, rows_.batch, rows_.kv_head, first));
-  }
+  void load(int64_t first) { tile_ = reinterpret_cast<const Pair*>(at<T>(x_, rows_.batch, rows_.kv_head, first)); }
+  // to [seen, kWidth] = factor * products, in the first V vectors of a block's lanes.
   template <int V>
-  void score(int64_t block, int64_t seen, float* scores) const {
-    const float scale = p_.scale * kLog2e;
-    Product::template multiply<Product::Into::kScaled, V>(seen, keys_, p_.k.token / 2, 1,
-                                                          queries_ + block * p_.width / 2 * kWidth, kWidth,
-                                                          p_.width / 2, scores, kWidth, &scale);
+  void multiply(int64_t block, int64_t seen, float factor, float* to) const {
+    Product::template multiply<Product::Into::kScaled, V>(seen, tile_, x_.token / 2, 1,
+                                                          on_lanes_ + block * width_ / 2 * kWidth, kWidth, width_ / 2,
+                                                          to, kWidth, &factor);
   }
 
  private:
-  const Problem& p_;
+  const View& x_;
+  int64_t width_;
   const Rows& rows_;
-  float* queries_;  // pairs too, [block, D / 2, kWidth]
-  const Pair* keys_ = nullptr;
+  float* on_lanes_;  // pairs too, [block, width / 2, kWidth]
+  const Pair* tile_ = nullptr;
 };
 
 template <class Isa, class Product = Tile<Isa>>
@@ -112,22 +108,25 @@ class PairOperands {
   static constexpr int64_t kTile = Isa::kKeyTile;
 
   static int64_t scratch(const Problem& p, int64_t blocks) {
-    return PairScores<Isa, Product>::scratch(p, blocks) + kTile / 2 * kWidth +
+    return RowProducts<Isa, Product>::scratch(p.width, blocks) + kTile / 2 * kWidth +
            KeyPairs<Isa, Product>::scratch(p.value_width);
   }
   PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
-      : p_(p), rows_(rows), scores_(p, rows, scratch),
-        weights_(scratch + PairScores<Isa, Product>::scratch(p, blocks)),
+      : p_(p), rows_(rows), scores_(p.k, p.width, rows, scratch),
+        weights_(scratch + RowProducts<Isa, Product>::scratch(p.width, blocks)),
         values_(p.value_width, weights_ + kTile / 2 * kWidth) {}
 
-  void put(int64_t block, const Lanes<Isa>& lanes) { scores_.put(block, lanes); }
+  void put(int64_t block, const Lanes<Isa>& lanes) {
+    scores_.put(block, lanes.count,
+                [&](int i) { return at<c10::BFloat16>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); });
+  }
   void load(int64_t first, int64_t count) {
     scores_.load(first);
     values_.load(p_.v, rows_.batch, rows_.kv_head, first, count);
   }
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
-    scores_.template score<V>(block, seen, scores);
+    scores_.template multiply<V>(block, seen, p_.scale * kLog2e, scores);
   }
   [[gnu::always_inline]] void keep(float*, int64_t n, int lane, typename S::Floats first,
                                    typename S::Floats second) const {
@@ -141,7 +140,7 @@ class PairOperands {
  private:
   const Problem& p_;
   const Rows& rows_;
-  PairScores<Isa, Product> scores_;
+  RowProducts<Isa, Product> scores_;
   float* weights_;  // pairs of keys, [kTile / 2, kWidth]
   KeyPairs<Isa, Product> values_;
 };

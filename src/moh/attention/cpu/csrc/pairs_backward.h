@@ -25,8 +25,9 @@ class PairBackwardOperands {
            kTile * kWidth * 5 / 2 + KeyPairs<Isa, Product>::scratch(p.width);
   }
   PairBackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
-      : p_(p), rows_(rows), all_(blocks * kWidth), pair_scores_(p, rows, scratch),
-        grads_(scratch + PairScores<Isa, Product>::scratch(p, blocks)), query_rows_(grads_ + all_ / 2 * p.value_width),
+      : p_(p), rows_(rows), all_(blocks * kWidth), row_scores_(p.k, p.width, rows, scratch),
+        row_grads_(p.v, p.value_width, rows, scratch + all_ / 2 * p.width),
+        query_rows_(scratch + all_ / 2 * (p.width + p.value_width)),
         grad_rows_(query_rows_ + all_ / 2 * Product::padded(p.width)),
         scores_(grad_rows_ + all_ / 2 * Product::padded(p.value_width)), grad_weights_(scores_ + kTile * kWidth),
         key_pairs_(grad_weights_ + kTile * kWidth),
@@ -39,8 +40,8 @@ class PairBackwardOperands {
     const int64_t D = p_.width, Dv = p_.value_width;
     const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
     const auto grad = [&](int i) { return static_cast<const T*>(p_.grad) + lanes.by_token(p_, rows_.batch, i) * Dv; };
-    pair_scores_.put(block, lanes);
-    put_pairs_on_lanes<Isa>(lanes.count, Dv, grad, grads_ + block * Dv / 2 * kWidth);
+    row_scores_.put(block, lanes.count, query);
+    row_grads_.put(block, lanes.count, grad);
     for (int i = 0; i < lanes.count; i += 2) {
       const int64_t pair = (block * kWidth + i) / 2;
       const bool two = i + 1 < lanes.count;
@@ -52,8 +53,8 @@ class PairBackwardOperands {
     }
   }
   void load(int64_t first, int64_t count) {
-    pair_scores_.load(first);
-    value_rows_ = reinterpret_cast<const Pair*>(at<T>(p_.v, rows_.batch, rows_.kv_head, first));
+    row_scores_.load(first);
+    row_grads_.load(first);
     keys_.load(p_.k, rows_.batch, rows_.kv_head, first, count);
   }
   float* scores(int64_t) const { return scores_; }
@@ -62,13 +63,11 @@ class PairBackwardOperands {
 
   template <int V>
   void score(int64_t block, int64_t seen) const {
-    pair_scores_.template score<V>(block, seen, scores_);
+    row_scores_.template multiply<V>(block, seen, p_.scale * kLog2e, scores_);
   }
   template <int V>
   void differentiate_weights(int64_t block, int64_t seen) const {
-    Product::template multiply<Into::kSet, V>(seen, value_rows_, p_.v.token / 2, 1,
-                                              grads_ + block * p_.value_width / 2 * kWidth, kWidth, p_.value_width / 2,
-                                              grad_weights_, kWidth);
+    row_grads_.template multiply<V>(block, seen, 1.0f, grad_weights_);
   }
   struct Sink {
     Pair *weights, *grad_scores;
@@ -109,14 +108,12 @@ class PairBackwardOperands {
   const Problem& p_;
   const Rows& rows_;
   int64_t all_;                     // rows of the task, whole blocks
-  PairScores<Isa, Product> pair_scores_;
-  float* grads_;                    // pairs, [block, Dv / 2, kWidth]
+  RowProducts<Isa, Product> row_scores_, row_grads_;
   float *query_rows_, *grad_rows_;  // pairs of rows, [all / 2, padded D], [all / 2, padded Dv]
   float *scores_, *grad_weights_;   // of one block, [kTile, kWidth]
   float* key_pairs_;                // its dS as pairs of keys, [kTile / 2, kWidth]
   Pair *weights_, *grad_scores_;    // gate * P and dS as pairs of rows, [kTile, all / 2]
   KeyPairs<Isa, Product> keys_;
-  const Pair* value_rows_ = nullptr;
 };
 
 }  // namespace moh
