@@ -10,6 +10,7 @@ import multiprocessing
 import runpy
 import signal
 import socket
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,28 @@ class Team:
                 worker.kill()
         return [] if killed else [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
-    @staticmethod
-    def launch_environment(name: str) -> dict[str, str]:
+    @classmethod
+    def launch_environment(cls, name: str) -> dict[str, str]:
         """What `accelerate launch --config_file NAME` sets for FSDP or DeepSpeed."""
         settings = yaml.safe_load((ACCELERATE / name).read_text())
         if "deepspeed_config" not in settings:
             fsdp = {key.upper(): str(value) for key, value in settings["fsdp_config"].items()}
             return {"ACCELERATE_USE_FSDP": "true"} | fsdp
-        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
         from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+        environment = cls.handed_on(name, prepare_deepspeed_cmd_env)
+        given = {key: value for key, value in environment.items() if key.startswith("ACCELERATE_")}
+        # The file takes what is "auto" from there. DeepSpeed by itself shards no tensor of less than 100,000 numbers.
+        return given | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DEEPSPEED_TOY), "DS_ACCELERATOR": "cpu"}
+
+    @staticmethod
+    def handed_on(name: str, prepare: Callable[[Any], Any]) -> dict[str, str]:
+        """The environment that `accelerate launch --config_file NAME` hands on, by accelerate's own parts, one `prepare`."""
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
         command = ["--config_file", str(ACCELERATE / name), "--main_process_port=0", "script.py"]
         arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
         arguments.deepspeed_fields_from_accelerate_config = ""
-        _, environment = prepare_deepspeed_cmd_env(arguments)
-        given = {key: value for key, value in environment.items() if key.startswith("ACCELERATE_")}
-        # The file takes what is "auto" from there. DeepSpeed by itself shards no tensor of less than 100,000 numbers.
-        return given | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DEEPSPEED_TOY), "DS_ACCELERATOR": "cpu"}
+        prepared = prepare(arguments)
+        environment: dict[str, str] = prepared[1] if isinstance(prepared, tuple) else prepared
+        return environment

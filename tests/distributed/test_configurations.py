@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -41,24 +40,16 @@ def test_fsdp_is_version_2_with_sharded_checkpoints_and_activation_checkpointing
     assert config["fsdp_activation_checkpointing"] is True
 
 
-def _handed_on(name: str, monkeypatch: pytest.MonkeyPatch, prepare: Any) -> None:
-    """Set what `accelerate launch --config_file NAME` hands on to its processes, by accelerate's own parts."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(ACCELERATE / name), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    arguments.deepspeed_fields_from_accelerate_config = ""
-    prepared = prepare(arguments)
-    for key, value in (prepared[1] if isinstance(prepared, tuple) else prepared).items():
+def test_fsdp_receives_the_configuration(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in team.handed_on("fsdp2.yaml", prepare_multi_gpu_env).items():
         monkeypatch.setenv(key, value)
-
-
-def test_fsdp_receives_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    _handed_on("fsdp2.yaml", monkeypatch, prepare_multi_gpu_env)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.activation_checkpointing and plugin.reshard_after_forward
 
 
-def test_deepspeed_receives_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    _handed_on("deepspeed_zero3.yaml", monkeypatch, prepare_deepspeed_cmd_env)
+def test_deepspeed_receives_the_configuration(team: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in team.handed_on("deepspeed_zero3.yaml", prepare_deepspeed_cmd_env).items():
+        monkeypatch.setenv(key, value)
     config = DeepSpeedPlugin().deepspeed_config
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True

@@ -32,7 +32,7 @@ require("transformers", extra="llm")
 require("accelerate", extra="llm")
 require("tensorboard", extra="llm")
 
-from accelerate.utils import DeepSpeedPlugin  # noqa: E402
+from accelerate.utils import patch_environment  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
@@ -208,16 +208,13 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         word = "activation" if "activation_checkpointing" in known else "gradient"
         defaults |= {f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
     try:
-        arguments = TrainingArguments(**{**defaults, **same, **settings.extra})
+        # Else what `accelerate launch` was configured with would overrule a recipe in fp32
+        with patch_environment(ACCELERATE_MIXED_PRECISION="no"):
+            arguments = TrainingArguments(**{**defaults, **same, **settings.extra})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
-    if not (arguments.bf16 or arguments.fp16):
-        arguments.mixed_precision = "no"  # else what `accelerate launch` was configured with would overrule the recipe
-        if arguments.deepspeed_plugin is not None and not arguments.deepspeed:
-            arguments.deepspeed_plugin = DeepSpeedPlugin()  # this one has been configured by it already
-            arguments.deepspeed_plugin.set_mixed_precision("no")
     # With ZeRO-3 transformers would make every model in shards, by all processes together, whatever accelerate's
     # zero3_init_flag says; here whole models are read, and converted by one process. The Trainer sets it again.
     unset_hf_deepspeed_config()
