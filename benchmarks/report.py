@@ -1,6 +1,6 @@
-"""The results page and the table on the terminal, made from every JSON file that is found.
+"""The results page and the table on the terminal, made from all JSON files.
 
-Numbers into words; `tables` chooses them, `plots` draws them.
+`tables` chooses the numbers, `plots` draws the pictures.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from benchmarks.results import Run
 from moh._files import write_text
 
 INTRODUCTION = """\
-Made by `make bench`: times of routed attention next to those of PyTorch's dense attention.
+Made by `make bench`: times of routed attention against PyTorch's dense attention.
 
-- **dense**: `scaled_dot_product_attention` with all heads, the time that all ratios refer to.
+- **dense**: `scaled_dot_product_attention` with all heads, the reference of all ratios.
 - **ours**: backend `cpu` of `moh.moh_attention`; *ours (sdpa)*: its pure PyTorch backend.
 - **ideal**: dense attention of a model that has only the active heads (with grouped queries: smaller groups, all
   keys and values).
 - **masked**: dense attention, then weighted by the gates, as published MoH code does it.
 
-Percentages are the share of active heads, as whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads (H32/8:
-8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets gates that are random and balanced:
-the same number of heads for each token, every head for the same number of tokens. Layers and models have learned routers
-with random weights; a token chooses any heads there unless the case names another unit: `group_balanced`, as many in
-every group that shares keys and values, or `kv_group`, whole groups. All contenders of a case take turns in one process;
-each cell is the median of at least 5 rounds (3 of more than a minute), of the ratio to dense in the same round, ± half the
-distance between the quartiles."""
+Percentages are the share of active heads, rounded to whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads
+(H32/8: 8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets random, balanced gates: the
+same number of heads for each token, every head for the same number of tokens. Layers and models have learned routers with
+random weights; their tokens choose any heads unless the case gives another unit: `group_balanced`, equally many in every
+group that shares keys and values, or `kv_group`, whole groups. All contenders of a case take turns in one process; each
+cell is the median ratio to dense in the same round, over at least 5 rounds (3 of more than a minute), ± half the distance
+between the quartiles."""
 
 
 def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> None:
-    """Write the page and its pictures; `results` may hold a `<cpu>.md` per CPU with remarks, put in as they are."""
+    """Write the page and its pictures; `results` may have a `<cpu>.md` per CPU with remarks, included unchanged."""
     pictures = plots.draw(runs, images)
     parts = ["# Speed", INTRODUCTION, _markdown(tables.machines(runs)), _markdown(tables.targets(runs))]
     parts.append(
-        "Reached: the median of all cases that the target is about (lowest to highest). A target counts as missed if a "
-        "single case misses it."
+        "Reached: the median of all cases of the target (lowest to highest). A target counts as missed if a single case "
+        "misses it."
     )
     missed = tables.missed(runs)
     if missed:

@@ -2,10 +2,10 @@
 
     python experiments/budget_curve.py
 
-SmolLM2-135M, no gradient step, two texts of different kinds: half the calibration is of each, both are measured on their
-held-out parts. Writes `docs/results/budget_curve.{json,md}` and `docs/images/budget_curve.png` after every step and goes
-on where it was cut off; about 20 minutes on one core. `--only speed` times all anew, about five minutes; `--tune 20`
-compares the units before and after as many steps of training as the dense control gets. Extra `llm`.
+SmolLM2-135M, no gradient step, two texts of different kinds: each gives half of the calibration text, and both are
+measured on their held-out parts. Writes `docs/results/budget_curve.{json,md}` and `docs/images/budget_curve.png` after
+every step and resumes after an interruption; about 20 minutes on one core. `--only speed` times everything again, about
+five minutes; `--tune 20` compares the units before and after this many training steps, the dense control too. Extra `llm`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEQ_LEN = 512
 
 
 def main() -> None:
-    """Parse the options and measure what the results don't have yet."""
+    """Parse the options and measure what is missing from the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="dense model (default: SmolLM2-135M, fetched)")
     parser.add_argument("--texts", nargs=2, default=["django-docs", "anarchism"])
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill that is timed")
     parser.add_argument("--decode-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
-    parser.add_argument("--only", choices=("quality", "speed"), help="measure one of the two; speed: all anew")
+    parser.add_argument("--only", choices=("quality", "speed"), help="measure one of the two; speed: everything again")
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="also tune each unit at 6 heads")
     parser.add_argument("--tune-tokens", type=int, default=1_024, help="per step")
     parser.add_argument("--scratch", type=Path, default=Path("budget_curve_scratch"), help="for what is fitted once")
@@ -101,7 +101,7 @@ def _measure_quality(
 def _texts(
     options: argparse.Namespace, model: PreTrainedModel, blocks: dict[str, Tensor], dense: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Perplexity of each text, and how far it lies above the dense one's, in percent, with its standard error."""
+    """Perplexity of each text, and its rise above the dense model's in percent, with the standard error."""
     texts: dict[str, Any] = {}
     for name in options.texts:
         now = perplexity(model, blocks[name], batch_size=2)

@@ -1,6 +1,6 @@
-"""The models of `budget_curve.py`: what calibration gives once for all of them, and each variant made of it.
+"""The models of `budget_curve.py`: the results of one calibration, and each variant made from them.
 
-Not a tool for users: `moh.convert` makes one such model.
+For a single model use `moh.convert`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from moh.routing.units import strongest
 
 UNITS = ROUTING_UNITS
 QUERY_NORM, TWO_STAGE = "query norm", "two-stage, fitted"
-LINEAR, REFITTED = "contribution", "contribution, uneven budget, refitted W_O"
+LINEAR, REFITTED = "contribution", "contribution, uneven shares, refitted W_O"
 ROUTERS = (QUERY_NORM, TWO_STAGE, LINEAR, REFITTED)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: what a token chooses, by which router, and the mean number of heads per layer that it uses."""
+    """One row: routing unit, router, and the mean number of heads per layer that a token uses."""
 
     unit: str
     router: str
@@ -60,13 +60,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What calibration gives for all variants.
+    """The results of calibration, for all variants.
 
     Attributes:
-        routers: LINEAR or REFITTED -> of each layer the state of the contribution router.
-        means: the same -> of each layer the mean contribution of its heads, `[H]`.
-        costs: unit -> `[L, H + 1]`, what each layer is estimated to lose when W_O has been refitted.
-        outputs: unit -> of each layer, number of heads -> its refitted W_O.
+        routers: LINEAR or REFITTED -> for each layer the state of the contribution router.
+        means: the same -> for each layer the mean contribution of its heads, `[H]`.
+        costs: unit -> `[L, H + 1]`, each layer's estimated loss after the refit of W_O.
+        outputs: unit -> for each layer, number of heads -> its refitted W_O.
     """
 
     routers: dict[str, list[dict[str, Tensor]]]
@@ -94,7 +94,7 @@ class Fitted:
         return build(dense, config, routers, outputs, copied=False)
 
     def router(self, dense: PreTrainedModel, variant: Variant, layer: int, heads: int) -> LinearRouter:
-        """The contribution router of a layer that uses so many heads."""
+        """The contribution router of a layer that uses `heads` heads."""
         config = _config(dense, variant.unit, heads, self.means[variant.router][layer])
         router = LinearRouter(config, dense.config.hidden_size)
         router.load_state_dict(self.routers[variant.router][layer])
@@ -102,7 +102,7 @@ class Fitted:
 
 
 def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
-    """Calibrate, or read what an earlier run has kept in `file`."""
+    """Calibrate, or read an earlier run's results from `file`."""
     if file.exists():
         return Fitted(**torch.load(file))
     adapter = DenseLanguageModel(dense, copied=False)
@@ -154,7 +154,7 @@ def two_stage(dense: PreTrainedModel, variant: Variant, calibration: Tensor) -> 
 
 
 def step_of(dense: PreTrainedModel, unit: str) -> int:
-    """What the heads of a layer are a multiple of."""
+    """The number of heads of a layer is a multiple of this."""
     return _config(dense, unit, _heads(dense)).step
 
 
@@ -164,12 +164,12 @@ def _heads(dense: PreTrainedModel) -> int:
 
 
 def _shared_heads(dense: PreTrainedModel, heads: int, step: int) -> int:
-    """How many of a layer's heads are shared by default, at most all that it uses."""
+    """How many of a layer's heads are shared by default, at most all heads in use."""
     return min(default_shared_heads(_heads(dense), step=step), heads)
 
 
 def _config(dense: PreTrainedModel, unit: str, heads: int, mean: Tensor | None = None) -> MoHConfig:
-    """A layer that uses `heads` heads: with `mean` the default number is shared, those with the largest, else the first half."""
+    """A layer of `heads` heads; shared: with `mean` the default number, those with the largest, else the first half."""
     h, kv_heads = _heads(dense), dense.config.num_key_value_heads
     options = {"routing_unit": unit, "kv_heads": None if unit == "head" else kv_heads}
     step = MoHConfig(h, 0, h, "linear", **options).step

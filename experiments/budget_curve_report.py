@@ -32,17 +32,17 @@ def _page(result: dict[str, Any]) -> list[str]:
         "",
         "![Perplexity and time against the share of heads](../images/budget_curve.png)",
         "",
-        f"{about['base']}, weights untouched but for W_O where it says refitted: no gradient step. Calibrated on "
-        f"{about['calibration_tokens']:,} tokens, half of each text. Held-out perplexity, and how far it lies above the "
+        f"{about['base']}, weights untouched except W_O where marked refitted: no gradient step. Calibrated on "
+        f"{about['calibration_tokens']:,} tokens, half from each text. Held-out perplexity, and how far it is above the "
         "dense model's (± standard error of the paired difference over blocks of 512 tokens; one run). Held-out tokens: "
         + ", ".join(f"{name} {count:,}" for name, count in about["heldout_tokens"].items())
         + ". Shared heads, rounded down to what the unit allows: 2 in 9, those that contribute most; for query norms the first "
-        "half of those in use. What the units choose is in [the method](../method.md).",
+        "half of those in use. [The method](../method.md) describes the units.",
         "",
     ]
     if timed:
         lines += [
-            f"Time per token in relation to the dense model's, median of {timed['repeats']} rounds in which the models took "
+            f"Time per token relative to the dense model's, median of {timed['repeats']} rounds in which the models took "
             f"turns: prefill of {timed['prompt_tokens']} tokens, {timed['decode_tokens']} tokens decoded after it, batch 1, "
             f"float32, {timed['cpu']}, {timed['threads']} thread(s). "
             + ", ".join(f"Dense {name} {rows[0][name]['ms']:.2f} ms" for name in ("prefill", "decode"))
@@ -111,7 +111,7 @@ def _plot(file: Path, result: dict[str, Any]) -> None:
     for axis, kind in zip(axes[1], ("prefill", "decode"), strict=True):
         _lines(axis, rows, lambda row, kind=kind: row.get(kind, {}).get("to_dense"))
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"time per token, {kind}, dense = 1", xlabel="share of the heads that a token uses (%)")
+        axis.set(title=f"time per token, {kind}, dense = 1", xlabel="share of heads that a token uses (%)")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -1,10 +1,10 @@
-"""One saved model for a range of budgets: how much is lost against models converted for each budget alone.
+"""One saved model for several shares of heads: how much it loses against models converted for each share alone.
 
     python experiments/budgets_in_one_model.py --out docs/results --scratch /var/tmp/budgets
 
 Calibrates on a mix of two texts, one pass for the routers, one for the layers' costs and one for W_O at every number of
-heads; what they give is shared by all variants and kept in --scratch, so that a run that was cut off goes on. No gradient
-step. Writes `budgets_in_one_model.json` and `.md` after every row; about 40 minutes on one slow core. Extra `llm`.
+heads; all variants use the results, which are kept in --scratch, so that an interrupted run can resume. No gradient step.
+Writes `budgets_in_one_model.json` and `.md` after every row; about 40 minutes on one slow core. Extra `llm`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 
 NAME = "budgets_in_one_model"
-ALONE = "converted for this budget alone (W_O refitted at full rank)"
-JOINT = "one W_O refitted to all budgets at once"
+ALONE = "converted for this share alone (W_O refitted at full rank)"
+JOINT = "one W_O refitted to all shares at once"
 NONE = "W_O untouched"
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--base", help="dense model (default: SmolLM2-135M, fetched)")
     parser.add_argument("--texts", nargs=2, default=["django-docs", "anarchism"], help="half the calibration each")
     parser.add_argument("--heads", nargs="+", type=int, default=[6, 5, 7, 8], help="mean heads per layer")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[64], help="of the changes of W_O")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[64], help="of the output changes")
     parser.add_argument("--shared-heads", type=int, default=2)
     parser.add_argument("--calibration-tokens", type=int, default=12_288, help="of both texts together")
     parser.add_argument("--heldout-tokens", type=int, default=2_048, help="of each text")
@@ -98,13 +98,13 @@ def main() -> None:
 
     allocations = {n: allocate(fitted["costs"], n * len(original), at_least=min(MIN_HEADS, n)) for n in options.heads}
     main_rank, *other_ranks = options.ranks
-    for variant in (ALONE, main_rank, JOINT, *other_ranks, NONE):  # the ones that matter first, of every budget
+    for variant in (ALONE, main_rank, JOINT, *other_ranks, NONE):  # the ones that matter first, at every share
         for heads, layers in allocations.items():
             if isinstance(variant, int):
                 moh = one_model[variant]
                 set_active_heads(moh, heads / h)
                 assert [c.num_shared + c.active_heads for c in moh.config.layer_configs()] == layers
-                add(heads, f"one model, changes of rank {variant}", moh)
+                add(heads, f"one model, output changes of rank {variant}", moh)
                 continue
             set_active_heads(model, [n - options.shared_heads for n in layers])
             with torch.no_grad():
@@ -138,7 +138,7 @@ def _blocks(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -> dic
 
 
 def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dict[str, Any]:
-    """The routers, the layers' costs, and the changes of W_O."""
+    """The routers, the layers' costs, and the output changes."""
     file = options.scratch / "fitted.pt"
     if file.exists():
         fitted: dict[str, Any] = torch.load(file)
@@ -183,7 +183,7 @@ def _full_change(sums: OutputSums, o_proj: Tensor) -> Tensor:
 
 
 def _parameters(fitted: dict[str, Any], rank: int) -> int:
-    """Numbers that the changes of W_O take, of all layers."""
+    """How many numbers the output changes of all layers take."""
     return sum(rank * (left.shape[0] + right.shape[1]) for layer in fitted["factors"] for left, right in layer)
 
 
@@ -222,12 +222,12 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         for r, n in result["parameters"].items()
     )
     lines = [
-        "# Several budgets in one model",
+        "# Several shares in one model",
         "",
-        f"{result['base']}, {result['shared_heads']} shared heads, contribution router, heads handed out over the layers by "
+        f"{result['base']}, {result['shared_heads']} shared heads, contribution router, heads distributed over the layers by "
         f"measured cost, calibrated on {result['calibrated_on']}, no gradient step. Held-out perplexity; in brackets how far "
-        "it lies above the dense original's (± standard error of the paired difference over blocks of 512 tokens) and, "
-        "behind the stroke, above that of the model converted for this budget alone. Held-out tokens: "
+        "it is above the dense original's (± standard error of the paired difference over blocks of 512 tokens) and, "
+        "after the slash, above that of the model converted for this share alone. Held-out tokens: "
         + ", ".join(f"{n} {t:,}" for n, t in result["heldout_tokens"].items())
         + f". {result['cpu']}, {result['threads']} thread(s), torch {result['torch']}, float32.",
         "",
@@ -248,7 +248,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     lines += [
         "",
         f"With all heads active the logits of the one model differ from the original's by "
-        f"{result['all_heads_active']:.1e} of the largest. The changes of W_O, for {sizes}.",
+        f"{result['all_heads_active']:.1e} of the largest. The output changes take {sizes}.",
         "",
         f"Made by `python experiments/{NAME}.py --scratch DIR`.",
     ]

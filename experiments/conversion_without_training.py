@@ -1,12 +1,12 @@
-"""How much of a pretrained model is left after conversion alone: routers, heads, and closed-form refinements, on two texts.
+"""How much of a pretrained model conversion alone keeps: routers, heads, and closed-form refinements, on two texts.
 
     python experiments/conversion_without_training.py
     python experiments/conversion_without_training.py --mixes
 
-The first measures the pieces one by one, calibrated on the training part of one text; the second what it costs to calibrate
-on one text and to measure on another, with the best settings. Both measure on held-out parts of both texts. No gradient
-step. Each writes its part of `docs/results/conversion_without_training.{json,md}`, after every row, and goes on where it
-was cut off; about 20 minutes on one slow core. Needs the extra `llm`.
+The first measures the pieces one by one, calibrated on the training part of one text; the second measures the cost of
+calibrating on one text and testing on another, with the best settings. Both use held-out parts of both texts. No gradient
+step. Each writes its part of `docs/results/conversion_without_training.{json,md}`, after every row, and resumes after an
+interruption; about 20 minutes on one slow core. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PIECES, MIXES = "pieces", "mixes"
 INTRODUCTIONS = {
     PIECES: "{shared_heads} shared heads, calibrated on {calibration_tokens:,} tokens of {first}",
     MIXES: "Calibrated on one text and measured on another: {shared_heads} shared heads, contribution router by what is unique "
-    "to a head, uneven budget, refitted W_O, {calibration_tokens:,} calibration tokens in a row, {four_times:,} where four times "
-    "as many",
+    "to a head, uneven shares, refitted W_O, {calibration_tokens:,} calibration tokens per row, {four_times:,} in the rows with "
+    "four times the tokens",
 }
 
 
@@ -70,11 +70,11 @@ class Run:
     start: float = field(default_factory=time.perf_counter)
 
     def has(self, heads: float, variant: str) -> bool:
-        """Whether a run that was cut off has measured this row."""
+        """Whether an interrupted run has measured this row."""
         return any((row["heads"], row["variant"]) == (heads, variant) for row in self.about["rows"])
 
     def go_on(self) -> None:
-        """Take over the rows that a run with the same settings has measured before."""
+        """Take over the rows that an earlier run with the same settings measured."""
         before = _tables(self.out).get(self.table, {})
         if all(before.get(name) == value for name, value in self.about.items()):
             self.start -= 60 * before["minutes"]
@@ -83,7 +83,7 @@ class Run:
             self.about["rows"] = []
 
     def calibrator(self, blocks: Tensor, *, refitted: bool) -> tuple[Calibrator, list[LinearRouter]]:
-        """Calibrated on `blocks`, and the routers that come of it, for a model whose W_O is going to be refitted or not."""
+        """A calibrator on `blocks` and its routers, for a model whose W_O will be refitted or not."""
         calibrator = Calibrator(DenseLanguageModel(self.dense, copied=False), blocks, 2, progress=False)
         h = self.dense.config.num_attention_heads
         layer = MoHConfig(h, self.shared, h - 1 - self.shared, "linear")
@@ -177,7 +177,7 @@ def _measure_pieces(run: Run) -> None:
         even = calibrator.reallocate(routers, _level(costs, heads), total)
         run.measure(heads, "contribution router", _model(run.dense, even))
         uneven = calibrator.reallocate(routers, costs, total)
-        run.measure(heads, "contribution router, uneven budget", _model(run.dense, uneven))
+        run.measure(heads, "contribution router, uneven shares", _model(run.dense, uneven))
         refitted = _model(run.dense, even, calibrator.refit_outputs(even))
         run.measure(heads, "contribution router, refitted W_O", refitted)
         even = unique_calibrator.reallocate(unique_routers, _level(costs, heads), total)
@@ -185,7 +185,7 @@ def _measure_pieces(run: Run) -> None:
         run.measure(heads, "contribution router by what is unique to a head, refitted W_O", refitted)
         uneven = unique_calibrator.reallocate(unique_routers, unique_costs, total)
         refitted = _model(run.dense, uneven, unique_calibrator.refit_outputs(uneven))
-        run.measure(heads, "contribution router by what is unique, uneven budget, refitted W_O", refitted)
+        run.measure(heads, "contribution router by what is unique, uneven shares, refitted W_O", refitted)
 
 
 def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
@@ -213,12 +213,12 @@ def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
 
 
 def _some(blocks: Tensor, tokens: int) -> Tensor:
-    """Blocks of so many tokens, spread evenly."""
+    """Blocks of `tokens` tokens in all, evenly spaced."""
     return evenly_spread(blocks, tokens // SEQ_LEN)
 
 
 def _parts(texts: Sequence[Tensor], tokens: int) -> Tensor:
-    """As many blocks of each text, so many tokens together."""
+    """Equally many blocks of each text, `tokens` tokens together."""
     return torch.cat([_some(blocks, tokens // len(texts)) for blocks in texts])
 
 
@@ -245,7 +245,7 @@ def _tables(out: Path) -> dict[str, Any]:
 
 
 def _write(out: Path, table: str, about: dict[str, Any]) -> None:
-    """Put this table beside the other one in the results."""
+    """Add this table to the other one in the results."""
     out.mkdir(parents=True, exist_ok=True)
     tables = {name: kept for name, kept in _tables(out).items() if name in (PIECES, MIXES)} | {table: about}
     write_text(out / f"{NAME}.json", json.dumps(tables, indent=1) + "\n")
@@ -261,7 +261,7 @@ def _table(name: str, about: dict[str, Any]) -> list[str]:
     texts = about["heldout_tokens"]
     lines = [
         INTRODUCTIONS[name].format(**about, four_times=4 * about["calibration_tokens"])
-        + f". {about['base']}, no gradient step. Held-out perplexity, and how far it lies above the dense original's (± "
+        + f". {about['base']}, no gradient step. Held-out perplexity, and how far it is above the dense original's (± "
         "standard error of the paired difference over blocks of 512 tokens; one run). Held-out tokens: "
         + ", ".join(f"{text} {count:,}" for text, count in texts.items())
         + f". {about['cpu']}, {about['threads']} thread(s), torch {about['torch']}, float32, {about['minutes']} minutes.",

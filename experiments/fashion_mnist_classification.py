@@ -1,4 +1,4 @@
-"""Image classification from scratch on Fashion-MNIST: MoH at three budgets of heads, dense attention, the ablation.
+"""Image classification from scratch on Fashion-MNIST: MoH at three shares of heads, dense attention, the ablation.
 
     python experiments/fashion_mnist_classification.py --out docs/results --jobs 2
 
@@ -41,7 +41,7 @@ ABLATION = ("routed_50", "shared_50", "moh_50")
 
 
 def main() -> None:
-    """Run what is not there yet, then write the results."""
+    """Run what is missing, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
@@ -167,8 +167,8 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         f"{DEPTH} layers, width {MODEL['embed_dim']}, {HEADS} heads, patches of {MODEL['patch_size']} pixels (16 tokens), "
         f"trained for {settings['epochs']:g} epochs of 60,000 images (about {steps:,} steps of 128) with random shifts, "
         "mirroring and label smoothing 0.1; balance loss 0.01. Data, steps, augmentation and seeds are the same for all; "
-        "MoH models have their routers' parameters in addition. "
-        f"{len(seeds)} seeds; {settings['cpu']}, one thread a run, torch {settings['torch']}.",
+        "MoH models also have their routers' parameters. "
+        f"{len(seeds)} seeds; {settings['cpu']}, one thread per run, torch {settings['torch']}.",
         "",
         "Top-1 on the 10,000 test images, in percent, mean ± standard deviation over seeds. The difference to dense is "
         "taken seed by seed.",
@@ -187,7 +187,7 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         "",
         "## Per class",
         "",
-        "Recognised test images of each class, in percent, mean over seeds.",
+        "Correctly classified test images of each class, in percent, mean over seeds.",
         "",
         "| class | " + " | ".join(VARIANTS[name][0] for name in VARIANTS) + " |",
         "| --- |" + " --- |" * len(VARIANTS),

@@ -1,9 +1,9 @@
-"""Class-conditional image generation from scratch on Fashion-MNIST: MoH-DiT at two budgets of heads against the dense DiT.
+"""Class-conditional image generation from scratch on Fashion-MNIST: MoH-DiT at two shares of heads against the dense DiT.
 
     python experiments/fashion_mnist_diffusion.py --out docs/results --jobs 2
 
 Every variant is trained in pixel space with the same data, steps and seeds, then draws images with guidance off and on;
-the Frechet distance is taken on the features of a classifier that this script trains on the same set, so it is not an FID.
+the Frechet distance uses the features of a classifier that this script trains on the same set, so it is not an FID.
 Finished runs are kept under `--runs`, so that the script can be stopped and started again. Writes
 `fashion_mnist_diffusion.json`, `.md` and a picture of samples. Needs the extra `diffusion`; more `--steps` give better
 pictures.
@@ -40,7 +40,7 @@ CLASSIFIER = "classifier"
 
 
 def main() -> None:
-    """Run what is not there yet, then write the results."""
+    """Run what is missing, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=5000, help=f"optimiser steps of {BATCH} images (default: %(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=5000, help="drawn images a model (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=5000, help="drawn images per model (default: %(default)s)")
     parser.add_argument("--denoising-steps", type=int, default=15, help="of DPM-Solver++ (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
@@ -204,14 +204,14 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         f"{SIZES['num_layers']} layers, width {SIZES['hidden_size']}, {SIZES['num_attention_heads']} heads, patches of 4 "
         f"pixels (49 tokens); {settings['steps']:,} steps of {BATCH} images, AdamW with a learning rate that falls from "
         f"{LEARNING_RATE} by a cosine, hybrid loss, label dropout 0.1, moving average of the weights, balance loss 0.01. "
-        "Data, steps and seeds are the same for all; MoH models have their routers' parameters in addition. "
-        f"{settings['samples']:,} images a model, DPM-Solver++ with {settings['denoising_steps']} steps. "
-        f"{len(settings['seeds'])} seeds; {settings['cpu']}, one thread a run, torch {settings['torch']}.",
+        "Data, steps and seeds are the same for all; MoH models also have their routers' parameters. "
+        f"{settings['samples']:,} images per model, DPM-Solver++ with {settings['denoising_steps']} steps. "
+        f"{len(settings['seeds'])} seeds; {settings['cpu']}, one thread per run, torch {settings['torch']}.",
         "",
         "Frechet distance on the features of a small classifier of the set, against the 10,000 test images: lower is "
         "better, and it is *not comparable with FID*. Mean ± standard deviation over seeds; the difference to dense is "
-        "taken seed by seed. The loss is the mean of the last tenth of the training steps; that of MoH models has the balance "
-        "loss in it.",
+        "taken seed by seed. The loss is the mean of the last tenth of the training steps; for MoH models it includes the "
+        "balance loss.",
     ]
     for guidance in GUIDANCE:
         lines += [
@@ -226,7 +226,7 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         "",
         "## Samples",
         "",
-        "The first seed, one column a class; every model starts from the same noise.",
+        "The first seed, one column per class; every model starts from the same noise.",
         "",
         f"![Samples of the dense model and of MoH, guidance off and on](../images/{NAME}.png)",
     ]

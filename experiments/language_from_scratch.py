@@ -3,7 +3,7 @@
     python experiments/language_from_scratch.py --out docs/results --jobs 2 --minutes 170
 
 All variants have the same sizes, text, tokens, order and seeds; each finished run is kept under `--runs`, so that the script
-can be stopped and started again, and a run that was cut off goes on from its last checkpoint. Writes
+can be stopped and started again, and an interrupted run resumes from its last checkpoint. Writes
 `language_from_scratch.json`, `.md` and pictures. Text: five manuals and books of Debian packages, fetched if they are not
 installed. Needs the extra `llm`.
 """
@@ -37,7 +37,7 @@ _MARGIN = 0.85  # of the time that is planned for training; the rest is loading 
 
 
 def main() -> None:
-    """Run what is not there yet, then write the results."""
+    """Run what is missing, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", help="built-in corpora",
                         default=["anarchism", "linux-doc", "python-doc", "postgresql-doc", "debian-handbook"])  # fmt: skip
     parser.add_argument("--minutes", type=float, default=170, help="for all runs together: the steps follow from it")
-    parser.add_argument("--steps", type=int, help="of every run, in place of --minutes")
+    parser.add_argument("--steps", type=int, help="of every run, instead of --minutes")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, which share the cores")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=192, help="a multiple of the 12 heads")
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--heldout-tokens", type=int, default=65_536, help="of each corpus")
-    parser.add_argument("--cache-dir", help="where texts and tokens are kept (default: ~/.cache/moh)")
+    parser.add_argument("--cache-dir", help="for texts and tokens (default: ~/.cache/moh)")
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "SEED", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -106,7 +106,7 @@ def start(variant: str, seed: int, steps: int, options: argparse.Namespace) -> t
 
 
 def export_texts(options: argparse.Namespace) -> None:
-    """Write the corpora as JSON lines, so that the pages are not parsed anew in every run."""
+    """Write the corpora as JSON lines, so that not every run parses the pages again."""
     from moh.training import load_corpus
 
     for name in options.corpora:
@@ -120,7 +120,7 @@ def export_texts(options: argparse.Namespace) -> None:
 
 
 def planned_steps(options: argparse.Namespace) -> int:
-    """How many steps fit `--minutes`, from a few steps of each kind of model, as many at once as there are jobs."""
+    """How many steps fit `--minutes`, from a few steps of each kind of model, with as many runs at once as jobs."""
     file = options.runs / "steps.json"
     if not file.exists():
         start("dense", -1, 1, options)  # makes tokenizer, tokens and kernels
@@ -137,7 +137,7 @@ def planned_steps(options: argparse.Namespace) -> int:
 
 
 def recipe_of(variant: str, seed: int, steps: int, options: argparse.Namespace) -> Any:
-    """The variant's recipe: all but the heads is the same."""
+    """The variant's recipe: everything except the heads is the same."""
     from moh.training.architecture import FromScratchRecipe, HeadsRecipe
     from moh.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
     from moh.training.tokens.recipe import SourceRecipe
@@ -185,7 +185,7 @@ def recipe_of(variant: str, seed: int, steps: int, options: argparse.Namespace) 
 
 
 def run_one(variant: str, seed: int, steps: int, options: argparse.Namespace) -> None:
-    """Train one model, measure it and write its figures; negative seeds only measure the time."""
+    """Train one model, measure it and write its results; negative seeds only measure the time."""
     from language_from_scratch_report import measure
     from transformers.utils.logging import set_verbosity_error
 

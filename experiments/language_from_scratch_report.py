@@ -1,7 +1,4 @@
-"""What `language_from_scratch.py` measures of a trained model, and the table and pictures that it writes.
-
-Not to be run by itself.
-"""
+"""The measurements of `language_from_scratch.py` on a trained model, and its table and pictures."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ def measure(model: Any, corpora: Mapping[str, StoredBlocks], most: int) -> dict[
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the table, all figures and the pictures of the runs that are there."""
+    """Write the table, all numbers and the pictures of the existing runs."""
     from language_from_scratch import NAME, VARIANTS, result_file
 
     rows = {
@@ -99,7 +96,7 @@ def report(options: argparse.Namespace) -> None:
     )
 
     scores = {label[v]: [run["perplexity"] for run in runs] for v, runs in rows.items()}
-    save(plot_scores(scores, quantity="held-out perplexity", title="From scratch: one dot a seed, a line at the mean"),
+    save(plot_scores(scores, quantity="held-out perplexity", title="One dot per seed, a line at the mean"),
          options.out / f"{NAME}_perplexity.png")  # fmt: skip
     routed = {v: runs for v, runs in rows.items() if "load" in runs[0]}
     if routed:
@@ -122,10 +119,10 @@ def report(options: argparse.Namespace) -> None:
         f"{options.layers} layers of 12 heads, width {options.width}, a vocabulary of {options.vocabulary:,}, trained on "
         f"{first['tokens']:,} tokens ({first['steps']} steps of {options.batch} x {options.seq_len}) of "
         f"{', '.join(options.corpora)}; {len(options.seeds)} seeds, the same order of the same sequences for every variant of a "
-        f"seed; parameters differ by the routers alone. Perplexity of {first['heldout_tokens']:,} held-out tokens, "
+        f"seed; parameters differ only by the routers. Perplexity of {first['heldout_tokens']:,} held-out tokens, "
         "± standard deviation over the seeds; the difference to dense is that of the mean loss, ± the standard error of the "
         "differences of equal seeds. Balance: the paper's loss, "
-        f"divided by its value where all routed heads are alike (1 is best). {cpu_name()}, {options.jobs} runs at a time, "
+        f"divided by its value where all routed heads are used equally (1 is best). {cpu_name()}, {options.jobs} runs at a time, "
         f"torch {torch.__version__}, float32.",
         "",
         "| variant | heads per token | parameters | perplexity | against dense | balance, mean of the layers | "
@@ -133,8 +130,8 @@ def report(options: argparse.Namespace) -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(v, runs, rows.get("dense")) for v, runs in rows.items()),
         "",
-        f"{first['tokens'] / first['parameters']:.2f} tokens a parameter are the beginning of training: the table says who "
-        "starts faster, not who ends better.",
+        f"{first['tokens'] / first['parameters']:.2f} tokens per parameter are the beginning of training: the table shows which "
+        "model starts faster, not which ends better.",
         "",
         "Perplexity by text, mean of the seeds:",
         "",

@@ -1,4 +1,4 @@
-"""How much of a pretrained sentence encoder is left at each share of heads, without training: similarity and ranking.
+"""How much of a pretrained sentence encoder each share of heads keeps, without training: similarity and ranking.
 
     python experiments/sentence_encoder.py --out docs/results
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", type=int, default=[10, 8, 6, 4], help="heads per layer, of 12")
     parser.add_argument("--shared-heads", type=int, default=3)
-    parser.add_argument("--meanings", type=int, default=300, help="to rank, and as many queries of each kind")
+    parser.add_argument("--meanings", type=int, default=300, help="to rank, and equally many queries of each kind")
     parser.add_argument("--calibration-tokens", type=int, default=6_144)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, num_
 
 
 def load_meanings() -> list[Meaning]:
-    """Nouns, verbs and adjectives of WordNet 3.0 that have an example sentence, in an order of their own."""
+    """Nouns, verbs and adjectives of WordNet 3.0 with an example sentence, in a fixed random order."""
     folder = Path("/usr/share/wordnet")
     if not folder.is_dir():
         root = default_cache_dir() / "wordnet-base"
@@ -193,10 +193,11 @@ def table(rows: Sequence[Row], results: dict[str, Any], num_heads: int) -> str:
         "# A sentence encoder with fewer heads, without training\n\n"
         f"all-MiniLM-L6-v2 (6 layers of {num_heads} heads) converted by `moh.convert`, no gradient step. Similarity: mean "
         "cosine between a text's embedding and the dense model's. Ranking, on WordNet 3.0: the words of a meaning, or an "
-        f"example sentence, are looked up among the definitions of {settings['meanings']} meanings; the one right answer is "
+        f"example sentence, are looked up among the definitions of {settings['meanings']} meanings; the only right answer is "
         "the meaning's own. Calibrated on "
         f"{settings['calibration_tokens']} tokens of definitions of other meanings; {settings['shared_heads']} heads of "
-        "each layer are shared. The contribution and the query-norm rows are one model each, whose dial was turned.\n\n"
+        "each layer are shared. The contribution rows are one model at several settings of the dial, as are the "
+        "query-norm rows.\n\n"
         f"| | heads of {num_heads} | similarity | words: MRR@{MOST_RANKS} | words: first | examples: MRR@{MOST_RANKS} | "
         "examples: first |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         + "\n".join(map(describe, rows))

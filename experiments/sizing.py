@@ -3,7 +3,7 @@
     python experiments/sizing.py --out docs/results
 
 Writes `sizing.json` and `sizing.md`. The shapes are the published ones; the assumptions on the GPU are options of
-`moh.evaluation.sizing.Gpu` and stand in the page.
+`moh.evaluation.sizing.Gpu` and listed on the page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS: dict[str, LlamaConfig] = {
 GPUS = (8, 64, 512)
 SEQUENCES = (8192, 32_768)
 KERNEL = {0.75: 0.85, 0.5: 0.62}
-"""Time of the attention core by share of heads that our GPU kernels aim at, forward and backward; not measured yet."""
+"""Share of heads -> target time of the attention core for our GPU kernels, forward and backward; not measured yet."""
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
             for name, config in MODELS.items():
                 share = getattr(config, "share", 1.0)
                 for kernel in (None,) if share == 1 else (None, KERNEL[share]):
-                    # The paper's 16M tokens a step
+                    # The paper's 16M tokens per step
                     plan = Plan(gpus, sequence, attention_ratio=kernel)
                     found = size(config, plan, gpu)
                     extra = {"memory": found.memory, "step": found.step, "micro_steps": plan.micro_steps}
@@ -70,31 +70,31 @@ def page(gpu: Gpu) -> str:
     lines = [
         "# What training LLaMA3-8B takes",
         "",
-        "Computed by `python experiments/sizing.py` from the model's shapes; **nothing here is measured**, and nothing of it "
-        "has run on a GPU. It is meant for choosing a machine, and for seeing how much of a step MoH can save at all.",
+        "Computed by `python experiments/sizing.py` from the model's shapes; **nothing here is measured**, and none of it "
+        "has run on a GPU. It helps to choose a machine, and shows how much of a step MoH can save at all.",
         "",
         "## Assumptions",
         "",
-        f"- {gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s in bfloat16, of which matrix products reach {gpu.matmul:.0%} and "
-        f"the attention core {gpu.attention:.0%}; {gpu.gpus_per_node} GPUs a node, {gpu.intra_node / 1e9:.0f} GB/s a GPU "
-        f"inside it and {gpu.inter_node / 1e9:.0f} GB/s a GPU between nodes, of which {gpu.network:.0%} are reached; "
+        f"- {gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s in bfloat16 (matrix products reach {gpu.matmul:.0%}, the "
+        f"attention core {gpu.attention:.0%}); {gpu.gpus_per_node} GPUs per node, {gpu.intra_node / 1e9:.0f} GB/s per GPU "
+        f"inside a node and {gpu.inter_node / 1e9:.0f} GB/s per GPU between nodes ({gpu.network:.0%} are reached); "
         f"{gpu.reserved / GIB:.0f} GiB kept for the context, collectives and fragmentation.",
         "- FSDP over all GPUs: float32 weights, two float32 moments of AdamW and float32 gradients are sharded; weights "
         "are gathered in bfloat16 for forward and again for backward, gradients reduced in float32, in every micro-step.",
-        "- One sequence a GPU and micro-step, 16,777,216 tokens a step in all (the paper's second stage), every layer "
+        "- One sequence per GPU and micro-step, 16,777,216 tokens per step in total (the paper's second stage), every layer "
         "checkpointed: its input is kept, and it runs forward once more. Logits of the whole sequence are held in bfloat16 "
         "and, with their gradient, in float32.",
-        "- Traffic hides behind computing, so that a step takes the longer of the two. Data loading, the optimiser's own time, "
+        "- Traffic overlaps with computing, so a step takes the longer of the two. Data loading, the optimiser's own time, "
         "norms and other bandwidth-bound operations are left out; real steps are longer.",
-        "- Keys, values and the feed-forward layers are computed for every token whatever the heads; queries and the output "
-        "projection for active heads alone, but the query-norm router needs all queries first.",
-        "- The attention core's time is given twice: in proportion to the share of heads used (what no kernel quite reaches), "
-        f"and with the ratios that our GPU kernels aim at, {', '.join(f'{r} at {s:.0%}' for s, r in KERNEL.items())}.",
+        "- Keys, values and the feed-forward layers are computed for every token, whichever heads are active; queries and the "
+        "output projection only for active heads, but the query-norm router needs all queries first.",
+        "- The attention core's time is given twice: in proportion to the share of heads used (which no kernel quite reaches), "
+        f"and with the target ratios of our GPU kernels, {', '.join(f'{r} at {s:.0%}' for s, r in KERNEL.items())}.",
     ]
     for sequence in SEQUENCES:
         lines += ["", f"## Sequences of {sequence:,} tokens", ""]
         lines += [
-            "| GPUs | model | memory, GiB | micro-steps | computing, s | of it attention, s | traffic, s | step, s | of dense |",
+            "| GPUs | model | memory, GiB | micro-steps | computing, s | attention's part, s | traffic, s | step, s | of dense |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for gpus in GPUS:
@@ -106,10 +106,10 @@ def page(gpu: Gpu) -> str:
         "",
         "## Where the memory goes",
         "",
-        f"The dense model, {found.parameters:,} parameters, in GiB a GPU; MoH adds at most a router of "
+        f"The dense model, {found.parameters:,} parameters, in GiB per GPU; MoH adds at most a router of "
         f"{size(MODELS['MoH 75 %, linear router'], Plan(64), gpu).parameters - found.parameters:,} parameters.",
         "",
-        "| sequence | GPUs | weights | optimiser | gradients | gathered | inputs, one layer | logits | reserved | in all |",
+        "| sequence | GPUs | weights | optimiser | gradients | gathered | inputs, one layer | logits | reserved | total |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for sequence in SEQUENCES:
@@ -121,10 +121,10 @@ def page(gpu: Gpu) -> str:
             lines.append(f"| {sequence:,} | {gpus} | " + " | ".join(cells) + f"{over} |")
     lines += [
         "",
-        "Where it is too much: the loss over parts of the sequence at a time (logits are then nothing), tensor parallelism "
-        "of heads, or sequences spread over GPUs.",
+        "Where it is too much, these help: the loss over parts of the sequence at a time (logits then take next to nothing), "
+        "tensor parallelism of heads, or sequences spread over GPUs.",
         "",
-        "## What it says",
+        "## What it shows",
         "",
         *_conclusions(gpu),
     ]

@@ -105,8 +105,8 @@ class InspectionReport:
         share = sum(use.share()) / len(use.layers)
         dense = sum(layer.config is None for layer in use.layers)
         yield (
-            f"{len(use.layers)} attention layers, {dense} of them dense; in {choosing} of them tokens choose among routed "
-            f"heads. A token uses {100 * share:.0f} % of the heads."
+            f"{len(use.layers)} attention layers, {dense} of them dense; tokens choose among routed heads in {choosing} of "
+            f"them. A token uses {100 * share:.0f} % of the heads."
         )
         yield ""
         groups = [
@@ -140,8 +140,8 @@ class InspectionReport:
             alike = sorted(self.pairs, key=lambda row: _of(row, "divergence"))
             clear = [row for row in self.pairs if _of(row, "p_holm") <= _LEVEL]
             yield (
-                f"{len(clear)} of {len(self.pairs)} pairs of groups have p ≤ {_LEVEL} after Holm's correction. "
-                + (f"The {_SHOWN} most alike (all: pairs.csv):" if len(alike) > _SHOWN else "The most alike first:")
+                f"{len(clear)} of {len(self.pairs)} comparisons of two groups have p ≤ {_LEVEL} after Holm's correction. "
+                + (f"The {_SHOWN} most similar (all: pairs.csv):" if len(alike) > _SHOWN else "The most similar first:")
             )
             yield ""
             rows = [
@@ -157,8 +157,8 @@ class InspectionReport:
             yield "## Heads that a group uses more, or less, than the others"
             yield ""
             yield (
-                f"{len(clear)} of {len(self.specialised)} pairs of a routed head and a group have p ≤ {_LEVEL}, adjusted "
-                "for all of them together (specialised.csv)."
+                f"{len(clear)} of {len(self.specialised)} combinations of a routed head and a group have p ≤ {_LEVEL}, "
+                "adjusted for all of them together (specialised.csv)."
             )
             yield ""
             rows = [
@@ -170,7 +170,10 @@ class InspectionReport:
                 yield from _table(("group", "layer", "head", "load", "elsewhere", "z", "p"), rows)
         if choosing_layers(self.use):
             counts = [sum(row["what"] == what for row in self.unusual) for what in ("dead", "overloaded")]
-            yield f"Dead heads (in no group used): {counts[0]}; overloaded heads (in every group nearly always): {counts[1]}."
+            yield (
+                f"Dead heads (used in no group): {counts[0]}; overloaded heads (nearly always used, in every group): "
+                f"{counts[1]}."
+            )
             yield ""
 
     def _ablation(self) -> Iterator[str]:

@@ -137,7 +137,7 @@ class TaskEvaluation:
 
     def _notes(self) -> str:
         asked = sum(score.questions for score in self.models[0].scores)
-        some = "all" if self.limit is None else f"at most {self.limit} a task"
+        some = "all" if self.limit is None else f"at most {self.limit} per task"
         notes = [f"{asked:,} questions ({some}); ± is the standard error over questions."]
         if len(self.models) > 1:
             notes.append("Differences are paired: both models answered the same questions.")
