@@ -1,15 +1,15 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else; what they install goes into .venv.
+# `make demo` and `make test` need only Python 3.11 or newer; they install into .venv.
 # Each kind of installation leaves a stamp file, so that a second run starts at once.
 
 VENV ?= .venv
 ARGS ?=
 PIP_FLAGS ?= $(if $(CI),--quiet)
-# Name one interpreter with PYTHON=...; otherwise the first of these that is at least 3.11 and can make a venv is used.
+# Choose an interpreter with PYTHON=...; the default is the first of these that is at least 3.11 and can make a venv.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3.13 python3.14 python3 python)
 
 BIN := $(VENV)/bin
-# Tests run in several processes, one for every core up to four, as each of them imports everything.
+# Tests run in several processes, one per core up to four, as each imports everything.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
 STAMPED_BY := pyproject.toml constraints.txt $(VENV)/.stamp-venv
@@ -70,7 +70,7 @@ $(VENV)/.stamp-docs: $(STAMPED_BY)
 	$(INSTALL) ".[docs]"
 	@touch $@
 
-# An environment that is already there and works is kept; a broken one (moved, half made, too old) is made anew.
+# A working environment is kept; a broken one (moved, half made, too old) is made again.
 $(VENV)/.stamp-venv:
 	@ok='import sys; sys.exit(sys.version_info < (3, 11))'; \
 	if "$(BIN)/python" -c "$$ok" 2>/dev/null && "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \

@@ -24,7 +24,7 @@ SECONDS = {"quick": 0.3, "default": 1.5, "full": 1.5}
 DESCRIPTION = """\
 Time routed attention against dense attention on this CPU: about a quarter of an hour by default.
 Writes benchmarks/results/<cpu>.json, docs/results/speed.md (from all such files) and docs/images/speed_*.png;
---quick writes to runs/benchmarks instead. Keep the machine quiet meanwhile.
+--quick writes to runs/benchmarks instead. Keep the machine quiet.
 For a GPU: python -m benchmarks --device cuda --help."""
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmarks: interrupted; go on with --resume", file=sys.stderr)
+        print("benchmarks: interrupted; resume with --resume", file=sys.stderr)
         return 130
     runs = [Run.load(path) for path in sorted(results.glob("*.json")) if ".partial" not in path.suffixes]
     if not runs:
@@ -99,17 +99,17 @@ def _measure(options: argparse.Namespace, cases: Sequence[Case], results: Path) 
 
 
 def _resumed(partial: Path, machine: Machine) -> Run:
-    """What an interrupted run has measured.
+    """The results of an interrupted run.
 
     Raises:
-        ValueError: it was measured on something else.
+        ValueError: another machine measured them.
     """
     if not partial.exists():
         return Run(machine)
     run = Run.load(partial)
     if run.machine != machine:
         raise ValueError(
-            f"{partial} was measured on {run.machine}, this is {machine}: run without --resume to start anew"
+            f"{partial} was measured on {run.machine}, this is {machine}: run without --resume to start again"
         )
     return run
 
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(grid="default")
     for grid, words in zip(
-        GRIDS, ("a few small cases, to see that all works", "", "the whole grid: many hours"), strict=True
+        GRIDS, ("a few small cases, to check that everything works", "", "the whole grid: many hours"), strict=True
     ):
         if words:
             parser.add_argument(f"--{grid}", dest="grid", action="store_const", const=grid, help=words)
@@ -134,12 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, help="per case, beyond its 5 rounds, or 3 of over a minute (default: 1.5)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--isa", help="instruction set of our kernels (default: the most capable)")
-    parser.add_argument("--model", metavar="DIR", help="language model to take instead of random weights, dense or MoH")
+    parser.add_argument("--model", metavar="DIR", help="language model to use instead of random weights, dense or MoH")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="everything goes here")
-    parser.add_argument("--report-only", action="store_true", help="page and pictures from the results that there are")
+    parser.add_argument("--report-only", action="store_true", help="only write page and pictures from existing results")
     return parser
 
 

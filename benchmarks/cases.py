@@ -1,4 +1,4 @@
-"""What is measured: one `Case` per row of the results, its contenders, and the gates that they get.
+"""The cases, one `Case` per row of the results, with their contenders and gates.
 
 Pure description and input tensors; `timing` measures, the subjects (`core`, `decode`, ...) say what runs.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)
-"""Shares of active heads that every subject measures unless its case names others."""
+"""Default shares of active heads of every subject."""
 
 GRIDS = ("quick", "default", "full")
 
@@ -34,7 +34,7 @@ class Case:
         dtype: name of a torch dtype.
         causal: whether a token sees only those before it.
         router: of layers and models; None where gates are drawn at random.
-        routing_unit: what a token chooses, `moh.config.ROUTING_UNITS`; other than "head" in language models alone.
+        routing_unit: what a token chooses, `moh.config.ROUTING_UNITS`; other than "head" only in language models.
         layers: of models.
         model: a model's checkpoint, None for random weights.
         shares: shares of active heads, see `active_heads`.
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Identifies the case among the results."""
+        """Identifies the case in the results."""
         return f"{self.subject} {self.mode} {self.label}"
 
     @property
@@ -93,13 +93,13 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Products of a query and a key, all heads: what dense attention's time grows with."""
+        """Products of a query and a key, all heads: dense attention's time is proportional to them."""
         queries = 1 if self.mode == "decode" else self.length
         return self.batch * self.heads * queries * self.length * (3 if self.backward else 1)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Case:
-        """The case that `dataclasses.asdict` and JSON made `fields` of."""
+        """The case whose `dataclasses.asdict`, through JSON, is `fields`."""
         return cls(**(fields | {"shares": tuple(fields["shares"])}))
 
 
@@ -132,9 +132,9 @@ def active_heads(share: float, heads: int) -> int:
 
 
 def ideal_heads(share: float, case: Case) -> tuple[int, int] | None:
-    """(query heads, key/value heads) of the dense model that has only the active ones; groups get smaller, not fewer.
+    """(query heads, key/value heads) of the dense model with only the active heads; groups get smaller, not fewer.
 
-    None if all are active, or if they can't be dealt to the groups evenly.
+    None if all are active, or if they can't be distributed to the groups evenly.
     """
     k = active_heads(share, case.heads)
     if k == case.heads:
@@ -161,6 +161,6 @@ def balanced_gates(batch: int, length: int, heads: int, active: int, *, seed: in
 
 
 def in_turn(choices: list[Tensor]) -> Iterator[Tensor]:
-    """The choices again and again."""
+    """The choices, repeated endlessly."""
     while True:
         yield from choices

@@ -20,7 +20,7 @@ FORWARD = Case("core", "forward")
 BOTH = Case("core", "forward+backward")
 
 HUGE = 8 * 8192**2
-"""Cases with more products of a query and a key than 8 heads on 8,192 tokens are left out: minutes each, nothing new."""
+"""Cases with more products of a query and a key than 8 heads on 8,192 tokens are skipped: minutes each, nothing new."""
 
 
 def cases(grid: str) -> list[Case]:
@@ -65,7 +65,7 @@ def cases(grid: str) -> list[Case]:
 
 
 def contenders(case: Case) -> list[Contender]:
-    """Dense, masked, and for each share ours, ours by the `sdpa` backend, and the ideal."""
+    """Dense, masked, and for each share ours, ours with the `sdpa` backend, and the ideal."""
     B, N, H, D = case.batch, case.length, case.heads, case.width
     q = _heads(case, H)
     k, v = _heads(case, case.kv_heads), _heads(case, case.kv_heads)

@@ -20,10 +20,10 @@ from moh.attention import moh_attention
 BASE = Case("decode", "decode", heads=32, kv_heads=8, length=4096)
 
 CACHE_BYTES = 256 * 2**20
-"""Of all caches together: several times a server's last-level cache per core, and no burden for its memory."""
+"""Bytes of all caches together: several times a server's last-level cache per core, but little of its memory."""
 
 DRAWS = 16
-"""Routings in turn: with a single one, chance would decide how many key/value heads are read."""
+"""Several routings take turns: with a single one, chance would decide how many key/value heads are read."""
 
 
 def cases(grid: str) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Dense counterparts of `MoHAttention`, for comparison: all heads, a model's worth of fewer heads, or all then weighted.
+"""Dense counterparts of `MoHAttention`, for comparison: all heads, fewer heads, or all heads, then weighted.
 
 `DenseAttention` has the names and the shapes of `moh.MoHAttention`; nothing here is part of the package.
 """
@@ -15,7 +15,7 @@ from moh.routing import Router
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention by PyTorch's function; with a router, each head's output is then weighted by its gate."""
+    """Multi-head attention with PyTorch's function; with a router, each head's output is then weighted by its gate."""
 
     def __init__(
         self, dim: int, heads: int, kv_heads: int, width: int, *, router: Router | None = None, qkv_bias: bool = False
@@ -46,9 +46,9 @@ class DenseAttention(nn.Module):
 def heads_of(
     share_heads: int, heads: int, router: str, *, routing_unit: str = "head", kv_heads: int | None = None
 ) -> MoHConfig:
-    """A layer's heads with `share_heads` of them in use: one in eight shared, as far as there are so many.
+    """A layer's heads with `share_heads` of them in use: one in eight shared if there are enough.
 
-    Where tokens choose by groups of heads, the shared ones are rounded down to what the unit allows.
+    Where tokens choose groups of heads, the shared ones are rounded down to what the unit allows.
     """
     unit: dict[str, Any] = {} if routing_unit == "head" else {"routing_unit": routing_unit, "kv_heads": kv_heads}
     step = MoHConfig(heads, 0, heads, router, **unit).step
@@ -57,7 +57,7 @@ def heads_of(
 
 
 def weigh_heads(attention: nn.Module, projection: nn.Module, router: Router) -> None:
-    """Weigh each head's output by its gate before the output projection: what published MoH code does.
+    """Weight each head's output by its gate before the output projection, as published MoH code does.
 
     Args:
         attention: dense, called with its input `[B, N, C]` first or as `hidden_states`.

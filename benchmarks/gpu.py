@@ -1,6 +1,6 @@
 """`python -m benchmarks --device cuda`: routed attention on a GPU against every dense attention there, in one file.
 
-Needs nothing but torch and moh. What is measured is in `gpu_cases.py`; this file is the command, the clock and the page.
+Needs only torch and moh. `gpu_cases.py` has the cases; this file has the command, the clock and the page.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _table(title: str, cases: Sequence[Case], device: str) -> tuple[list[str], i
         measured: list[tuple[Contender, list[float]]] = []
         try:
             found = contenders(case, device)
-        except Exception as error:  # no memory for it, or a device that an earlier failure has left unusable
+        except Exception as error:  # out of memory, or a device left unusable by an earlier failure
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             lines.append(f"| {case.mode}, {case.label} | none could be made: {reason} | | | | |")
             failed += 1
@@ -91,7 +91,7 @@ def _table(title: str, cases: Sequence[Case], device: str) -> tuple[list[str], i
         for contender in found:
             try:
                 measured.append((contender, clock(contender.run, device)))
-            except Exception as error:  # a contender that this GPU, dtype or shape does not have: the others go on
+            except Exception as error:  # a contender missing for this GPU, dtype or shape: continue with the others
                 reason = " ".join(str(error).split())[:120] or type(error).__name__
                 lines.append(
                     f"| {case.mode}, {case.label} | {contender.name} | {_share(contender)} | failed: {reason} | | |"
@@ -135,9 +135,9 @@ def _once(run: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def _synchronisation(device: str) -> str:
-    """Whether a routed forward and backward pass waits for the device anywhere, and whether a CUDA graph can hold it."""
+    """Whether a routed forward and backward pass ever waits for the device, and whether a CUDA graph can capture it."""
     if device == "cpu":
-        return "synchronisation: not checked, for there is no CUDA device"
+        return "synchronisation: not checked, as there is no CUDA device"
     core = Case("core", "forward+backward", 2, 8, 2, 512, 64, "bfloat16", True, shares=(0.5,))
     both = [(core, "triton"), (core, "flex")] + [(replace(core, subject=PROJECTIONS), n) for n in ("queries", "output")]
     found = [f"`{name}` {_waits(case, name)}" for case, name in both]
@@ -147,7 +147,7 @@ def _synchronisation(device: str) -> str:
 def _waits(case: Case, name: str) -> str:
     chosen = next((c for c in contenders(case, "cuda") if c.name == f"ours ({name})"), None)
     if chosen is None:
-        return "does not serve"
+        return "does not support it"
     before = torch.cuda.get_sync_debug_mode()
     try:
         for _ in range(3):  # compilation may wait
@@ -161,15 +161,15 @@ def _waits(case: Case, name: str) -> str:
             chosen.run()
         graph.replay()
         torch.cuda.synchronize()
-    except Exception as error:  # told on the page, whatever it is
+    except Exception as error:  # reported on the page, whatever it is
         return f"{FAILED}: {' '.join(str(error).split())[:200]}"
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    return "waits for nothing and runs in a graph"
+    return "never waits and runs in a graph"
 
 
 def _machine(device: str) -> Iterator[str]:
-    """What a reader needs to compare the numbers with others."""
+    """The facts needed to compare the numbers with others."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str:
@@ -213,6 +213,6 @@ def _parser() -> argparse.ArgumentParser:
     for name in GPU_GRIDS:
         if name != "default":
             parser.add_argument(f"--{name}", dest="grid", action="store_const", const=name)
-    parser.add_argument("--check", action="store_true", help="check correctness alone, measure nothing")
+    parser.add_argument("--check", action="store_true", help="only check correctness, measure nothing")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: runs/gpu/<name of the GPU>.md)")
     return parser

@@ -1,6 +1,6 @@
-"""What is measured on a GPU: attention, decoding, projections, and a whole layer, each against all that is dense there.
+"""The cases on a GPU: attention, decoding, projections, and a whole layer, each against every dense version there.
 
-Needs torch and moh alone. Not for how it is timed and printed (`gpu.py`).
+Needs only torch and moh; `gpu.py` times and prints.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ PROJECTED: dict[str, dict[str, float]] = {
     "ours (sparse projections)": {"MAX_COST": 9.0, "MIN_TILES": 0},
     "ours (dense projections)": {"MAX_COST": -1.0},
 }
-"""A layer as it chooses its projections, and with either choice: what of `projection_rule` is replaced for it."""
+"""A layer that chooses its projections, and both forced choices: name -> the constants of `projection_rule` to replace."""
 
 MATH_LIMIT = 2**31
-"""Bytes of scores above which the unfused attention is left out: it would need them all at once."""
+"""Unfused attention is skipped above this many bytes of scores, since it needs them all at once."""
 
 BASE = Case("core", "forward", 4, 32, 8, 2048, 128, "bfloat16", True, shares=(0.25, 0.5, 0.75, 1.0))
 
 
 def gpu_cases(grid: str) -> dict[str, list[Case]]:
-    """Title of a table -> its cases. The targets are about N >= 2,048, width 64 and 128, bfloat16."""
+    """Title of a table -> its cases. The targets apply to N >= 2,048, width 64 and 128, bfloat16."""
     both = replace(BASE, mode="forward+backward")
     layer = replace(BASE, subject="layer", router="linear", shares=(0.5, 0.75, 1.0))
     decode = replace(BASE, subject="decode", mode="decode", batch=8, causal=False, length=8192)
@@ -88,7 +88,7 @@ def gpu_cases(grid: str) -> dict[str, list[Case]]:
 
 
 def contenders(case: Case, device: str) -> list[Contender]:
-    """The contenders of a case; those that the machine does not have raise when they run, and are reported so."""
+    """The contenders of a case; those missing on this machine raise when they run, and are reported as failed."""
     torch.manual_seed(0)
     if case.subject == "projections":
         return _projections(case, device)
@@ -175,7 +175,7 @@ def _layers(case: Case, device: str) -> list[Contender]:
 
 
 def _projections(case: Case, device: str) -> list[Contender]:
-    """Query and output projection of `batch * length` tokens, each dense and of the active heads alone."""
+    """Query and output projection of `batch * length` tokens, each dense and of only the active heads."""
     tokens, dim = case.batch * case.length, case.heads * case.width
     make = functools.partial(torch.randn, dtype=case.torch_dtype, device=device, requires_grad=case.backward)
     x, heads, weight = make(tokens, dim), make(tokens, case.heads, case.width), make(dim, dim)

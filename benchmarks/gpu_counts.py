@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu_counts`: the counts that choose a GPU's projections, as the tables of docs/gpu.md.
 
-Needs no GPU. Operations and numbers read, not time: that is `python -m benchmarks --device cuda`.
+Counts operations and numbers read, without a GPU; `python -m benchmarks --device cuda` measures time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAJOR = 9
 """Compute capability 9.0; the others have tiles as tall and as wide."""
 
 LINEAR_BACKWARD = 2.0
-"""Products of a linear layer's backward pass for one of its forward pass: for its input and for its weight."""
+"""Products in a linear layer's backward pass per product of its forward pass: for its input and for its weight."""
 
 ATTENTION_BACKWARD = 2.5
-"""Likewise of attention: scores again, and the gradients of queries, keys, values and weights, for scores and sums."""
+"""The same for attention: scores again, and the gradients of queries, keys, values and weights, per scores and sums."""
 
 
 def largest_share(width: int) -> float:
-    """The largest share of heads of this width, in whole percents, of which the projections are chosen; 0 if none is."""
+    """The largest share of heads, in whole percents, at which heads of this width get sparse projections; 0 if none."""
     heads = CHANNELS // width
     shares = (percent / 100 for percent in range(100, 0, -1))
     return next((share for share in shares if _is_chosen(share, heads, width)), 0.0)
@@ -45,7 +45,7 @@ def _is_chosen(share: float, heads: int, width: int) -> bool:
 
 
 def layer_operations(length: int, *, attention: float, sparse: bool, backward: bool) -> float:
-    """Operations of a causal layer per token, by docs/method.md, section 10.
+    """Operations of a causal layer per token, see docs/method.md, section 10.
 
     Args:
         length: N, tokens of a sequence.
@@ -60,8 +60,8 @@ def layer_operations(length: int, *, attention: float, sparse: bool, backward: b
     forward = share * queries + output + keys_and_values + core
     if not backward:
         return forward
-    # Of either projection one product of the backward pass sums over heads and stays dense for the queries' input; the
-    # gradients of both weights and of the heads fall.
+    # In the backward pass, the sum over heads for the gradient of the queries' input stays dense; the gradients of both
+    # weights and of the heads fall.
     of_queries, of_output = (1 + share) * queries, 2 * share * output
     return forward + of_queries + of_output + LINEAR_BACKWARD * keys_and_values + ATTENTION_BACKWARD * core
 

@@ -1,4 +1,4 @@
-"""Subject `layer`: a whole `MoHAttention`, projections and routing included, and what the routing takes of it.
+"""Subject `layer`: a whole `MoHAttention` with projections and routing, and the routing's part of its time.
 
 Routers have random weights: tokens spread over heads about evenly. One in eight heads is shared.
 """

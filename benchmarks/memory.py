@@ -1,4 +1,4 @@
-"""Subject `memory`: the most memory that attention needs on top of its inputs, ours and dense; Linux.
+"""Subject `memory`: peak memory of attention on top of its inputs, ours and dense; Linux.
 
 Each case is a process of its own: the kernel's high-water mark of resident memory, less what was resident before.
 """
@@ -47,7 +47,7 @@ def measure(case: Case) -> list[Row]:
         RuntimeError: the process failed, or the system has no such high-water mark.
     """
     environment = os.environ | {
-        # Freed memory goes back at once, so that none is left over for the next contender to use uncounted
+        # Freed memory is returned at once, so that the next contender can't use it uncounted
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -74,7 +74,7 @@ def _measure_here(case: Case) -> list[Row]:
 
 
 def _peak(contender: Contender) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from what is resident
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the resident memory
     before = _resident("VmRSS")
     result = contender.run()
     peak = _resident("VmHWM")

@@ -1,6 +1,6 @@
 """Subject `model`: a whole language model of SmolLM2-135M's size: prefill, decoding one token, and a training step.
 
-Random weights unless a checkpoint is named; either way the routers are random, so that tokens spread over heads about
+Random weights unless a checkpoint is given; either way the routers are random, so that tokens spread over heads about
 evenly, unless the checkpoint is a MoH model. A training step is forward and backward, without the optimiser.
 """
 
@@ -31,7 +31,7 @@ BASE = Case(
     "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
 )
 GROUP_UNITS = ("group_balanced", "kv_group")
-"""Units by which tokens choose whole groups of heads, or as many in each: at a third and two thirds of the heads."""
+"""Units with whole groups of heads, or equally many heads in each: at a third and two thirds of the heads."""
 
 
 def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
@@ -56,7 +56,7 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
 
 
 def _of_units(case: Case) -> list[Case]:
-    """The case for each unit by which tokens choose groups; none without groups or of a MoH model, which has its unit."""
+    """One case per unit that chooses by groups; none without groups or for a MoH model, which has its own unit."""
     if case.heads == case.kv_heads or (case.model and isinstance(_checkpoint(case.model).config, MoHLlamaConfig)):
         return []
     found = []
@@ -86,7 +86,7 @@ def _base_of(checkpoint: str) -> Case:
 
 
 def contenders(case: Case) -> list[Contender]:
-    """Dense and, for each share, ours and the ideal; masked at about half of the heads, or the most of a unit's shares."""
+    """Dense and, for each share, ours and the ideal; masked at about half of the heads, or at a unit's largest share."""
     disable_progress_bar()
     if case.model is not None and isinstance(_checkpoint(case.model).config, MoHLlamaConfig):
         ours = _checkpoint(case.model)
@@ -157,7 +157,7 @@ def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedMod
 
 
 def _with_heads(dense: PreTrainedModel, heads: int, kv_heads: int) -> PreTrainedModel:
-    """The dense model with the first query heads alone, on the same tensors where they have the same size."""
+    """The dense model with only the first query heads, on the same tensors where they have the same size."""
     config = type(dense.config)(**{**dense.config.to_dict(), "num_attention_heads": heads, "head_dim": _width(dense)})
     config.num_key_value_heads = kv_heads
     width = heads * _width(dense)
@@ -173,7 +173,7 @@ def _with_heads(dense: PreTrainedModel, heads: int, kv_heads: int) -> PreTrained
 
 
 def _without_routers(moh: PreTrainedModel) -> PreTrainedModel:
-    """The dense model that has a MoH model's weights."""
+    """The dense model with a MoH model's weights."""
     state = {name: tensor for name, tensor in moh.state_dict().items() if ".router." not in name}
     known = LlamaConfig().to_dict()
     fields = {name: value for name, value in moh.config.to_dict().items() if name in known and name != "model_type"}
@@ -214,7 +214,7 @@ def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
             model.zero_grad()
 
         return train
-    if case.mode == "prefill":  # as `generate` does it: logits of the last token alone
+    if case.mode == "prefill":  # as in `generate`: logits of only the last token
         return lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
 
     cache: list[DynamicCache] = []
@@ -222,7 +222,7 @@ def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
     def decode() -> None:
         if not cache:
             cache.append(model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values)
-        # The cache grows as in generation: by tens of tokens in the end
+        # The cache grows as in generation, by tens of tokens in total
         model(input_ids=tokens[:, -1:], past_key_values=cache[0], use_cache=True)
 
     return decode

@@ -1,6 +1,6 @@
 """Pictures of the results: time against the share of active heads, and against the sequence length; one row per CPU.
 
-Colours are told apart in print and by colour-blind readers. No display is needed.
+Colours are distinct in print and for colour-blind readers. No display is needed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ PANELS = {
 }
 
 HIGHEST = 2.0
-"""Ratio at which a panel ends, lest a backend that is slow on short sequences flattens all else."""
+"""Largest ratio shown, so that a backend that is slow on short sequences does not flatten everything else."""
 
 Draw = Callable[[Axes, Run, Case], bool]
 
 
 def draw(runs: Sequence[Run], images: Path) -> list[tuple[str, Path]]:
-    """Write the pictures for which there are results; returns (title, file) of each."""
+    """Write the pictures that have results; returns (title, file) of each."""
     images.mkdir(parents=True, exist_ok=True)
     lengths = {
         f"{dtype}, {'causal' if causal else 'not causal'}": Case("core", "forward", dtype=dtype, causal=causal)
@@ -60,7 +60,7 @@ def draw(runs: Sequence[Run], images: Path) -> list[tuple[str, Path]]:
 
 
 def _figure(runs: Sequence[Run], panels: dict[str, Case], draw_panel: Draw) -> Figure | None:
-    """One row of panels per CPU, columns without any result left out."""
+    """One row of panels per CPU, without empty columns."""
     scratch = Figure().subplots()
     columns = {name: case for name, case in panels.items() if any(draw_panel(scratch, run, case) for run in runs)}
     if not columns:
@@ -125,7 +125,7 @@ def _line(axes: Axes, name: str, points: list[tuple[float | None, float, float, 
         return
     colour, marker, dash = STYLES[name]
     x, y, low, high = zip(*sorted(points), strict=True)
-    # A quartile may lie on the median, and rounding may put it just past
+    # A quartile may equal the median, and rounding may put it just past it
     errors = [
         [max(b - a, 0) for a, b in zip(low, y, strict=True)],
         [max(b - a, 0) for a, b in zip(y, high, strict=True)],

@@ -63,7 +63,7 @@ FAMILIES = {str(family.case.model): family for family in (*IMAGES, *DIFFUSION)}
 
 
 def image_cases(grid: str) -> list[Case]:
-    """Batch 1 of every size, and 32 of those that take seconds; all of them in the full grid."""
+    """Batch 1 of every size, and batch 32 of those that take seconds; all sizes in the full grid."""
     if grid == "quick":
         return [_at_shares(IMAGES[0])]
     large = IMAGES if grid == "full" else IMAGES[:2]
@@ -71,7 +71,7 @@ def image_cases(grid: str) -> list[Case]:
 
 
 def diffusion_cases(grid: str) -> list[Case]:
-    """256 and 1,024 tokens, a pair of images (guidance) and 16: of those that take seconds, unless `grid` is "full"."""
+    """256 and 1,024 tokens, two images (guidance) and 16, only sizes that take seconds unless `grid` is "full"."""
     if grid == "quick":
         return [_at_shares(DIFFUSION[0])]
     full = grid == "full"
@@ -105,7 +105,7 @@ def contenders(case: Case) -> list[Contender]:
 
 
 def _makers(case: Case, family: Family) -> tuple[Make, Make]:
-    """By name: any model, and the dense model with the MoH model's number of heads in each layer (published ones differ)."""
+    """A model by name, and the dense model with the MoH model's number of heads in each layer (published ones differ)."""
     if case.subject == "images":
         return timm.create_model, lambda _: timm.create_model(family.dense)
     side = 2 * int(case.length**0.5)  # patches of 2
@@ -130,5 +130,5 @@ def _step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
-    """Attention modules in order: those with a number of heads and an output projection."""
+    """Attention modules in order: the modules with a number of heads and an output projection."""
     return [m for m in model.modules() if hasattr(m, "num_heads") and isinstance(getattr(m, "proj", None), nn.Linear)]

@@ -1,7 +1,4 @@
-"""The results on disk: one JSON file per CPU, and a partial one while a run lasts. Whole or not at all.
-
-Not for what the numbers mean (`report`, `targets`).
-"""
+"""The results on disk: one JSON file per CPU, and a partial one during a run. Files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from moh.evaluation.machine import cpu_name
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run was measured on.
+    """The machine of a run.
 
     Attributes:
         cpu: the processor's name.
@@ -50,7 +47,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Result:
-    """One case, measured; or why it could not be.
+    """The measurement of one case, or why there is none.
 
     Attributes:
         case: what was measured.
@@ -83,13 +80,13 @@ class Run:
         return {r.case.key for r in self.results if r.error is None}
 
     def add(self, result: Result) -> None:
-        """Put a result in, in place of an older one of the same case."""
+        """Add a result, replacing an older one of the same case."""
         self.results = [r for r in self.results if r.case.key != result.case.key] + [result]
 
     def merged(self, new: Run, *, part: bool = False) -> Run:
-        """The new run, and what is left of this one: other subjects, or all other cases if the new one is a `part`.
+        """The new run and the rest of this one: other subjects, or all other cases if the new one is a `part`.
 
-        Nothing is left if the machine was set up differently: one file holds one set-up.
+        If the machine was set up differently, only the new run remains: one file has one set-up.
         """
         subjects, keys = {r.case.subject for r in new.results}, {r.case.key for r in new.results}
         if self.machine != new.machine:
@@ -108,7 +105,7 @@ class Run:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is no such JSON.
+            ValueError: the file has another content.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

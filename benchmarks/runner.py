@@ -1,4 +1,4 @@
-"""Go through cases, measure those that are missing, keep each result at once.
+"""Measure the missing cases and keep each result at once.
 
 Not for how a case is measured (`timing`, `memory`) or which ones there are (the subjects).
 """
@@ -56,7 +56,7 @@ def measure(case: Case, *, seconds: float) -> Sequence[Row]:
 def measure_missing(cases: Sequence[Case], run: Run, save: Path, measure: Measure) -> int:
     """Measure the cases that `run` has no result of, writing the run to `save` after each; returns how many failed.
 
-    A case that can't be measured is kept with its reason, and the others go on.
+    A case that can't be measured is kept with its reason, and the others continue.
     """
     done, version = run.measured(), commit()
     missing = [case for case in cases if case.key not in done]

@@ -1,7 +1,4 @@
-"""The results as tables of words: one per subject, rows of the same case on different CPUs below each other.
-
-Used for the terminal and for the page; `report` makes Markdown of them.
-"""
+"""The results as tables of text, for the terminal and the page: one per subject, rows of a case on all CPUs together."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ def letters(runs: Sequence[Run]) -> list[str]:
 
 
 def machines(runs: Sequence[Run]) -> Table:
-    """What was measured on."""
+    """The machines of the runs."""
     header = (
         "",
         "CPU",
@@ -71,7 +68,7 @@ def _origin(run: Run) -> tuple[str, str]:
 
 
 def targets(runs: Sequence[Run]) -> Table:
-    """Each target, and what each CPU reaches: the median of its cases (lowest to highest), and in how many it is reached."""
+    """Each target, and per CPU the median of its cases (lowest to highest) and how many of them reach it."""
     header = ("ratio to dense SDPA", "must", "aim with AMX", "aim without", *(f"reached on {x}" for x in letters(runs)))
     rows = []
     for target in TARGETS:
@@ -93,7 +90,7 @@ def _reached(reached: Reached) -> str:
 
 
 def missed(runs: Sequence[Run]) -> list[str]:
-    """Every case that is above what is allowed, in words."""
+    """Every case above its target, as text."""
     return [
         f"{letter}: {target.what}: {value:.2f} instead of {target.must:g} ({case.label})"
         for target in TARGETS
@@ -103,7 +100,7 @@ def missed(runs: Sequence[Run]) -> list[str]:
 
 
 def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
-    """All cases of a subject, None if nothing was measured."""
+    """All cases of a subject; None if nothing was measured."""
     found: dict[str, list[tuple[str, Result]]] = {}
     for letter, run in zip(letters(runs), runs, strict=True):
         for result in run.results:

@@ -1,6 +1,6 @@
 """The targets for the kernels, and which of them a CPU's results reach.
 
-Ratios to dense SDPA with all heads in the same run. A target holds for every case that it names, so the worst decides.
+Ratios to dense SDPA with all heads in the same run. A target applies to every one of its cases, so the worst decides.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class Target:
     """One line of the targets' table.
 
     Attributes:
-        what: in words.
+        what: its name.
         must: highest value allowed on any CPU.
-        aim_amx: hoped for with AMX.
-        aim: hoped for without.
-        applies: which cases it is about.
-        value: what to compare, None if the case has no such row.
-        aim_bfloat16: hoped for without AMX in bfloat16, if it differs.
+        aim_amx: aim with AMX.
+        aim: aim without.
+        applies: whether a case is one of its cases.
+        value: the value to compare, None if the case has no such row.
+        aim_bfloat16: aim without AMX in bfloat16, if it differs.
     """
 
     what: str
@@ -35,7 +35,7 @@ class Target:
     aim_bfloat16: float | None = None
 
     def aim_of(self, machine: Machine, case: Case) -> float:
-        """What is hoped for in this case on this machine."""
+        """The aim in this case on this machine."""
         if machine.amx:
             return self.aim_amx
         if case.dtype == "bfloat16" and self.aim_bfloat16 is not None:
@@ -45,7 +45,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a CPU's results say about a target.
+    """A CPU's results for a target.
 
     Attributes:
         values: (value, aim, case), the lowest value first; empty if no case was measured.
@@ -57,12 +57,12 @@ class Reached:
 
     @property
     def missed(self) -> tuple[tuple[float, Case], ...]:
-        """Cases above what is allowed, the worst first."""
+        """Cases above the allowed value, the worst first."""
         return tuple((value, case) for value, _, case in reversed(self.values) if value > self.must)
 
     @property
     def aims(self) -> int:
-        """Number of cases that reach what is hoped for."""
+        """Number of cases that reach the aim."""
         return sum(value <= aim for value, aim, _ in self.values)
 
 

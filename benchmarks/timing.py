@@ -1,6 +1,6 @@
 """Time several contenders against each other in one process: in turns, until there are enough rounds.
 
-Knows nothing of attention. Ratios are taken within a round, so that a slow phase of the machine hits both sides.
+Ratios are taken within a round, so that a slow phase of the machine affects both sides.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from benchmarks.cases import Contender
 MIN_ROUNDS = 5
 MIN_LONG_ROUNDS = 3
 LONG_ROUND_SECONDS = 60.0
-"""From here on a round averages over the machine's moods by itself: `MIN_LONG_ROUNDS` are enough, and the first is not
-repeated for the sake of what a first run has to load."""
+"""A round this long averages out the machine's fluctuations: `MIN_LONG_ROUNDS` are enough, without a warm-up round."""
 MAX_ROUNDS = 60
 SAMPLE_SECONDS = 2e-3
-"""Shorter work is repeated within a sample, so that the clock and the call around it don't count."""
+"""Shorter work is repeated within a sample, so that the overhead of clock and call is negligible."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Row:
     Attributes:
         contender, share, actual: as in `Contender`.
         median, low, high: seconds, or bytes for memory; low and high are quartiles.
-        ratio, ratio_low, ratio_high: to the baseline in the same round, likewise.
+        ratio, ratio_low, ratio_high: the same for the ratio to the baseline in the same round.
         rounds: how many were measured.
     """
 
@@ -48,10 +47,10 @@ class Row:
 
 
 def time_in_turns(contenders: Sequence[Contender], *, seconds: float, baseline: str = "dense") -> list[Row]:
-    """Time each contender at least `MIN_ROUNDS` times, and on until `seconds` have passed (or `MAX_ROUNDS` rounds).
+    """Time each contender at least `MIN_ROUNDS` times, and until `seconds` have passed (or `MAX_ROUNDS` rounds).
 
-    A different contender goes first in each round, and one comes before them that does not count. Where a round takes
-    over `LONG_ROUND_SECONDS`, that one counts too, and `MIN_LONG_ROUNDS` are enough.
+    A different contender goes first in each round, after a warm-up round that does not count. If a round takes over
+    `LONG_ROUND_SECONDS`, the warm-up counts too, and `MIN_LONG_ROUNDS` are enough.
 
     Raises:
         ValueError: no contender has the baseline's name.
@@ -97,7 +96,7 @@ def rows(contenders: Sequence[Contender], samples: Sequence[Sequence[float]], ba
 
 
 def _warm_up(contender: Contender) -> tuple[float, int]:
-    """Run it once, or twice if that is cheap: seconds of the last run, and how often one sample has to run it."""
+    """Run it once, or twice if that is cheap; returns the seconds of the last run, and the runs per sample."""
     spent = _time_once(contender, 1)
     if spent > 100 * SAMPLE_SECONDS:
         return spent, 1
