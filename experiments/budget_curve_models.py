@@ -22,8 +22,8 @@ from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
 from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
-from moh.conversion.statistics import collect_several_outputs
-from moh.models.layer_heads import compact_heads
+from moh.conversion.passes import collect_several_outputs
+from moh.models.heads import compact_heads
 from moh.models.llama import MoHLlamaConfig
 from moh.routing import LinearRouter
 from moh.routing.units import strongest

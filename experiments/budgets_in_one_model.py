@@ -28,13 +28,13 @@ from moh.conversion.budgets import OutputChanges, keep, low_rank_change
 from moh.conversion.calibrator import MIN_HEADS, Calibrator, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE
 from moh.conversion.language import DenseLanguageModel
-from moh.conversion.statistics import OutputSums, collect_several_outputs
+from moh.conversion.passes import OutputSums, collect_several_outputs
 from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
-from moh.models.budget import set_active_heads
+from moh.models.dial import set_active_heads
 from moh.models.loading import load_causal_lm, load_tokenizer
-from moh.models.output_budgets import output_projection, routed_attentions
+from moh.models.output_changes import output_projection, routed_attentions
 from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 

@@ -32,7 +32,7 @@ from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
 from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
-from moh.conversion.statistics import collect_several_outputs
+from moh.conversion.passes import collect_several_outputs
 from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise

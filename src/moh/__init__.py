@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moh.attention import moh_attention
 from moh.config import MoHConfig
 from moh.layers import MoHAttention
-from moh.models.budget import active_heads, set_active_heads
+from moh.models.dial import active_heads, set_active_heads
 from moh.models.registration import register_with_transformers
 from moh.models.timm_registration import register_with_timm
 from moh.routing import RoutingInfo, balance_over_processes, record_routing

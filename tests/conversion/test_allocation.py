@@ -16,7 +16,7 @@ from moh.conversion.allocation import allocate, layer_costs
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.fit import error_left_by_refit
 from moh.conversion.language import DenseLanguageModel
-from moh.conversion.statistics import OutputSums
+from moh.conversion.passes import OutputSums
 from moh.routing import LinearRouter
 
 

@@ -20,7 +20,7 @@ from moh.conversion.fit import (
     unique_part,
 )
 from moh.conversion.language import DenseLanguageModel
-from moh.conversion.statistics import OutputSums, collect_contributions, head_contributions
+from moh.conversion.passes import OutputSums, collect_contributions, head_contributions
 
 FAMILIES = ["Llama", "Mistral", "Qwen2"]
 

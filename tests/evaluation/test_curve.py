@@ -15,7 +15,7 @@ from moh.cli import main
 from moh.evaluation import perplexity
 from moh.evaluation.curve import budgets, image_curve, text_curve
 from moh.evaluation.curve_plots import plot_curve
-from moh.models.budget import moh_routers
+from moh.models.dial import moh_routers
 
 SIZES = dict(
     vocab_size=64,

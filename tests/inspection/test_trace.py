@@ -8,7 +8,7 @@ from torch import nn
 
 import moh
 from moh import MoHAttention
-from moh.conversion.statistics import head_contributions
+from moh.conversion.passes import head_contributions
 from moh.inspection.trace import trace
 
 

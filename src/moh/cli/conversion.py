@@ -92,7 +92,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
     """The MoH model, the share of its heads that a token uses, and what writes it with all that belongs to it."""
     from moh.conversion import convert
     from moh.conversion.convert import is_diffusion_model, load_dense
-    from moh.models.budget import head_share, moh_routers
+    from moh.models.dial import head_share, moh_routers
     from moh.models.loading import default_device
 
     options = {

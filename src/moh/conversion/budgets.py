@@ -1,7 +1,7 @@
 """One converted model for a range of budgets: W_O refitted for every number of heads, kept as low-rank changes.
 
 A refit of W_O depends on how many heads its layer uses and on nothing else of the budget, so that one change for each
-number of heads serves every way to hand heads out. Where the changes live: `moh.models.output_budgets`.
+number of heads serves every way to hand heads out. Where the changes live: `moh.models.output_changes`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moh.conversion.allocation import allocate
 from moh.conversion.calibrator import MIN_HEADS, with_heads
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import OUTPUT_RIDGE, penalty_of
-from moh.conversion.statistics import OutputSums, collect_several_outputs, layer_groups
-from moh.models.budget import allowed_counts
-from moh.models.output_budgets import add_output_budgets, output_projection, routed_attentions, used_heads
+from moh.conversion.passes import OutputSums, collect_several_outputs, layer_groups
+from moh.models.dial import allowed_counts
+from moh.models.output_changes import add_output_budgets, output_projection, routed_attentions, used_heads
 from moh.routing import LinearRouter
 
 RANK = 64

@@ -27,7 +27,7 @@ from moh.conversion.fit import (
     refit_output_projection,
     unique_part,
 )
-from moh.conversion.statistics import (
+from moh.conversion.passes import (
     ContributionSums,
     collect_contributions,
     collect_heads,

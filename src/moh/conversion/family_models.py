@@ -22,7 +22,7 @@ from moh.conversion.language import SEQ_LEN, DenseTextModel
 from moh.conversion.tokens import are_texts
 from moh.models.families.classes import modeling, refusal
 from moh.models.families.table import at, family_of
-from moh.models.layer_heads import compact_heads
+from moh.models.heads import compact_heads
 from moh.routing import Router
 
 ENCODER_SEQ_LEN = 128

@@ -1,6 +1,6 @@
 """Closed forms of the conversion: what is unique to a head, the contribution router's regression, the refit of W_O.
 
-All are solved in float64 from the sums of `moh.conversion.statistics`. No gradient step anywhere.
+All are solved in float64 from the sums of `moh.conversion.passes`. No gradient step anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moh.conversion.statistics import ContributionSums, OutputSums
+from moh.conversion.passes import ContributionSums, OutputSums
 
 ROUTER_RIDGE = 1e-2
 """Ridge of the router's fit, as a part of the inputs' mean square."""

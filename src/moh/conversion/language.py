@@ -17,7 +17,7 @@ from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseModel
 from moh.conversion.families import check_projections, moh_config_fields
 from moh.conversion.tokens import calibration_blocks
-from moh.models.layer_heads import compact_heads
+from moh.models.heads import compact_heads
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.routing import Router
 

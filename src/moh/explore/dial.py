@@ -1,6 +1,6 @@
 """One number for the budget of a whole model: which values the slider takes, and the model at one of them.
 
-Over `moh.models.budget`, which sets each layer. Not locked: `moh.explore.subjects` sees to one user at a time.
+Over `moh.models.dial`, which sets each layer. Not locked: `moh.explore.subjects` sees to one user at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from moh.models.budget import active_heads, allowed_counts, head_share, moh_routers
+from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
 from moh.routing import Router
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.conversion.statistics import head_contributions
+from moh.conversion.passes import head_contributions
 from moh.routing import Router, record_routing
 
 _PROJECTIONS = ("o_proj", "proj", "out_proj", "to_out.0")

@@ -1,7 +1,7 @@
 """Hand out a number of heads to the layers of a model so that a cost is least, where a layer may not take any number.
 
 Arithmetic alone: what a layer's heads are worth is measured in `moh.conversion.allocation`, and the dial that changes a
-model is in `moh.models.budget`.
+model is in `moh.models.dial`.
 """
 
 from __future__ import annotations

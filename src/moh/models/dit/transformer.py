@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from moh.config import MoHConfig
 from moh.layers import MoHAttention
-from moh.models.budget import HasActiveHeads
+from moh.models.dial import HasActiveHeads
 from moh.models.dit.layers import MODULATION_EPS, MoHDiTBlock, modulate
-from moh.models.layer_heads import layer_configs
+from moh.models.heads import layer_configs
 
 TIME_CHANNELS = 256
 """Sines and cosines that a time step is first turned into."""

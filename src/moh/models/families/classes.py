@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from moh.models.budget import HasActiveHeads
+from moh.models.dial import HasActiveHeads
 from moh.models.families.attention import RoutedAttention
 from moh.models.families.loss import with_balance_loss
 from moh.models.families.table import FAMILIES, Family, at
-from moh.models.layer_heads import HasLayerHeads
+from moh.models.heads import HasLayerHeads
 from moh.routing import build_router
 
 _MODULE = "moh.models.families"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.models.layer_heads import compact_heads
+from moh.models.heads import compact_heads
 from moh.routing import LinearRouter, TwoStageRouter, build_router
 
 

@@ -25,7 +25,7 @@ from moh.attention import moh_attention, project_output
 from moh.config import MoHConfig
 from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
-from moh.models.budget import HasActiveHeads
+from moh.models.dial import HasActiveHeads
 from moh.models.llama.configuration import MoHLlamaConfig
 from moh.models.llama.decoding import decode
 from moh.routing import build_router, record_routing

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
-from moh.models.layer_heads import HasLayerHeads
+from moh.models.heads import HasLayerHeads
 
 
 @strict

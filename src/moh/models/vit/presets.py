@@ -21,7 +21,7 @@ from timm.models import (
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from moh.models.layer_heads import layer_configs
+from moh.models.heads import layer_configs
 from moh.models.vit.replacing import dense_attentions, replace_attention
 
 BUDGETS = (50, 75, 90)

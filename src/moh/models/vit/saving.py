@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moh.models.heads import compact_heads
 from moh.models.image_loading import load_image_classifier, save_image_classifier
-from moh.models.layer_heads import compact_heads
 from moh.models.vit.replacing import moh_attentions
 
 TOLERANCE = 1e-5

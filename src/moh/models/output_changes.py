@@ -1,6 +1,6 @@
 """W_O for every number of heads in one model: each layer's own weight plus a low-rank change that depends on the number.
 
-Fitted by `moh.conversion.budgets`, switched by the dial (`moh.models.budget`). Not trained: what is trained is the weight.
+Fitted by `moh.conversion.budgets`, switched by the dial (`moh.models.dial`). Not trained: what is trained is the weight.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from moh.config import MoHConfig
-from moh.models.layer_heads import HasLayerHeads, compact_heads
-from moh.models.output_budgets import add_output_budgets, switches, used_heads
+from moh.models.heads import HasLayerHeads, compact_heads
+from moh.models.output_changes import add_output_budgets, switches, used_heads
 from moh.models.spending import evenly, spend
 from moh.routing import Router, TwoStageRouter
 

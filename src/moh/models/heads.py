@@ -68,7 +68,7 @@ class HasLayerHeads:
 
     output_budgets: dict[str, Any] | None = None
     """`{"heads": [...], "rank": r, "used_heads": [...]}` where each layer has a W_O for several numbers of heads
-    (`moh.models.output_budgets`); None where one serves all."""
+    (`moh.models.output_changes`); None where one serves all."""
 
     def check_heads(self) -> None:
         """Check the fields.

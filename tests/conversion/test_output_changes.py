@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import moh
 from moh.conversion.budgets import low_rank_change
 from moh.conversion.fit import refit_output_projection
-from moh.conversion.statistics import OutputSums
-from moh.models.budget import moh_routers
-from moh.models.output_budgets import OutputBudgets, output_projection, routed_attentions
+from moh.conversion.passes import OutputSums
+from moh.models.dial import moh_routers
+from moh.models.output_changes import OutputBudgets, output_projection, routed_attentions
 
 ALL_SHARES = [1.0, 0.75, 0.5]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moh
-from moh.models.budget import moh_routers
+from moh.models.dial import moh_routers
 
 IMAGE = dict(img_size=16, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5)
 
