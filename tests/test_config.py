@@ -36,10 +36,9 @@ def test_every_router_name_is_accepted(router):
     assert MoHConfig(4, 1, 1, router).router == router
 
 
-def test_router_is_the_learned_one_with_published_scaling_by_default():
+def test_router_is_the_learned_one_by_default():
     config = MoHConfig(4, 1, 1)
     assert config.router == "two_stage"
-    assert config.scale_gates
 
 
 def test_config_is_immutable_and_compares_by_value():

@@ -27,8 +27,6 @@ class MoHConfig:
         active_heads: k, how many of the other, *routed*, heads each token activates.
         router: "two_stage" (learned from scratch), "single_stage" (the same without the weighing of shared against routed
             heads), "query_norm" (no parameters) or "linear" (contribution router).
-        scale_gates: for the learned routers only. True gives the published models' gates, with which a uniform
-            router weighs every active head 1; False gives the gates as the paper's text has them.
         routing_unit: what a token chooses. "head": any k routed heads (the paper). "group_balanced": with grouped-query
             attention, k / kv_heads of the routed heads in every group of heads that share keys and values; each group
             has as many shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared are whole groups too.
@@ -45,7 +43,6 @@ class MoHConfig:
     shared_heads: int | Sequence[int]
     active_heads: int
     router: str = "two_stage"
-    scale_gates: bool = True
     routing_unit: str = "head"
     kv_heads: int | None = None
 

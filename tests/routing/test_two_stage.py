@@ -1,4 +1,4 @@
-"""Promises of the two-stage router: its gates are those of the paper, as printed and as published."""
+"""Promises of the two-stage router: its gates are those of the published models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def gates_of_one_token(router: TwoStageRouter, x: Tensor) -> Tensor:
     """The gates `[H]` of a token x `[C]`, head by head from the equations."""
     config = router.config
     h_s, k = config.num_shared, config.active_heads
-    scaled = config.scale_gates
 
     def softmax(weight: Tensor) -> list[Tensor]:
         exponentials = [torch.exp((row * x).sum()) for row in weight.double()]
@@ -37,17 +36,17 @@ def gates_of_one_token(router: TwoStageRouter, x: Tensor) -> Tensor:
     one = x.new_ones(())
     two_stages = h_s and k and config.router == "two_stage"
     a_1, a_2 = softmax(router.stage.weight) if two_stages else (one, one)
-    stage_factor = 2 if scaled and two_stages else 1
+    stage_factor = 2 if two_stages else 1
     gates = [x.new_zeros(()) for _ in range(config.num_heads)]
     shared = softmax(router.shared.weight) if h_s > 1 else [one] * h_s
     for head, share in zip(config.shared_indices, shared, strict=True):
-        gates[head] = stage_factor * a_1 * share * (h_s if scaled else 1)
+        gates[head] = stage_factor * a_1 * share * h_s
     if k:
         p = softmax(router.routed.weight)
         chosen = sorted(range(len(p)), key=lambda i: -p[i].item())[:k]
         total = sum(p[i] for i in chosen)
         for i in chosen:
-            gates[config.routed_indices[i]] = stage_factor * a_2 * (k * p[i] / total if scaled else p[i])
+            gates[config.routed_indices[i]] = stage_factor * a_2 * k * p[i] / total
     return torch.stack(gates)
 
 
@@ -56,10 +55,9 @@ def directly(router: TwoStageRouter, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["two_stage", "single_stage"])
-@pytest.mark.parametrize("scaled", [pytest.param(True, id="published"), pytest.param(False, id="as-printed")])
 @pytest.mark.parametrize("heads, shared, active", CASES)
-def test_gates_and_their_gradients_are_those_of_the_equations(heads, shared, active, scaled, kind):
-    router = build_router(MoHConfig(heads, shared, active, kind, scale_gates=scaled), C)
+def test_gates_and_their_gradients_are_those_of_the_equations(heads, shared, active, kind):
+    router = build_router(MoHConfig(heads, shared, active, kind), C)
     x = torch.randn(2, 3, C, requires_grad=True)
     weight = torch.randn(2, 3, heads)
     parameters = [x, *router.parameters()]

@@ -79,9 +79,9 @@ class TwoStageRouter(Router):
     """Learned router for models trained from scratch (the paper's "Two-Stage Routing").
 
     `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
-    With `config.scale_gates` (the published models) shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates
-    `2 a_2 k p_i / sum_active p_j`; without it they are `a_1 softmax(W_s x)` and `a_2 p_i`.
-    With `config.router = "single_stage"` (the paper's ablation) there is no W_h: `2 a_1 = 2 a_2 = 1`, or `a_1 = a_2 = 1`.
+    As in the published models, shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates `2 a_2 k p_i / sum_active p_j`:
+    a uniform router weighs every active head 1. The paper's text has them without these factors.
+    With `config.router = "single_stage"` (the paper's ablation) there is no W_h: `2 a_1 = 2 a_2 = 1`.
 
     Args:
         config: the layer's heads and routing.
@@ -106,28 +106,26 @@ class TwoStageRouter(Router):
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
-        scaled = config.scale_gates
         # a_1, a_2: [B, N, 1]. The factor 2 makes both 1 when the stage is undecided.
         a_shared: Tensor | float = 1.0
         a_routed: Tensor | float = 1.0
         if self.stage is not None:
-            stage = self.stage(source).float().softmax(-1) * (2.0 if scaled else 1.0)
+            stage = self.stage(source).float().softmax(-1) * 2.0
             a_shared, a_routed = stage[..., :1], stage[..., 1:]
 
         if self.shared is not None:
             shared = self.shared(source).float().softmax(-1)  # [B, N, h_s]
         else:
             shared = source.new_ones((*source.shape[:-1], config.num_shared), dtype=torch.float32)
-        shared = a_shared * shared * (config.num_shared if scaled else 1)
+        shared = a_shared * shared * config.num_shared
 
         if self.routed is None:
             routed = source.new_zeros((*source.shape[:-1], config.num_routed), dtype=torch.float32)
             return RoutingInfo(config, self._join(shared, routed).to(source.dtype), None)
         probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
         chosen = torch.where(choose(probs, config), probs, 0.0)
-        if scaled:
-            total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
-            chosen = config.active_heads * chosen / total
+        total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
+        chosen = config.active_heads * chosen / total
         return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
 
 

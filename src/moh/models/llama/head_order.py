@@ -83,7 +83,6 @@ def _reordered(config: MoHConfig, head_order: Sequence[int]) -> MoHConfig:
         places,
         config.active_heads,
         config.router,
-        config.scale_gates,
         routing_unit=config.routing_unit,
         kv_heads=config.kv_heads,
     )
