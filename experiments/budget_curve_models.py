@@ -20,12 +20,11 @@ from moh.conversion.allocation import allocate
 from moh.conversion.calibrator import MIN_HEADS, Calibrator
 from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
-from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.passes import collect_several_outputs
 from moh.models.heads import compact_heads
 from moh.models.llama import MoHLlamaConfig
-from moh.routing import LinearRouter
+from moh.routing import LinearRouter, router_class
 from moh.routing.units import strongest
 
 UNITS = ROUTING_UNITS
@@ -165,7 +164,7 @@ def _heads(dense: PreTrainedModel) -> int:
 
 def _shared_heads(dense: PreTrainedModel, heads: int, step: int) -> int:
     """How many of a layer's heads are shared by default, at most all heads in use."""
-    return min(default_shared_heads(_heads(dense), step=step), heads)
+    return min(router_class("linear").default_shared_heads(_heads(dense), step=step), heads)
 
 
 def _config(dense: PreTrainedModel, unit: str, heads: int, mean: Tensor | None = None) -> MoHConfig:

@@ -30,7 +30,6 @@ from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
-from moh.conversion.heads import default_shared_heads
 from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.passes import collect_several_outputs
 from moh.conversion.tokens import evenly_spread
@@ -38,7 +37,7 @@ from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.llama import MoHLlamaConfig
 from moh.models.loading import load_causal_lm, load_tokenizer
-from moh.routing import LinearRouter
+from moh.routing import LinearRouter, router_class
 from moh.training import load_corpus, pack_tokens
 
 NAME = "conversion_without_training"
@@ -139,7 +138,9 @@ def main() -> None:
         training=training,
         heldout=heldout,
         heads=options.heads,
-        shared=default_shared_heads(dense.config.num_attention_heads) if shared is None else shared,
+        shared=router_class("linear").default_shared_heads(dense.config.num_attention_heads)
+        if shared is None
+        else shared,
         calibration_tokens=options.calibration_tokens,
         out=options.out,
     )
@@ -170,7 +171,7 @@ def _measure_pieces(run: Run) -> None:
     unique_costs = unique_calibrator.costs(unique_routers, refitted=True)
     for heads in run.heads:
         total = heads * len(routers)
-        half = default_shared_heads(run.dense.config.num_attention_heads, "query_norm")
+        half = router_class("query_norm").default_shared_heads(run.dense.config.num_attention_heads)
         paper = convert(run.dense, shared_heads=half, active_heads=heads - half, router="query_norm")
         run.measure(heads, "the paper's rule: first half of the heads shared, query norms", paper)
         del paper

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moh import convert
-from moh.conversion import statistics
+from moh.conversion import passes
 from moh.conversion.fit import (
     OUTPUT_RIDGE,
     PRESENT,
@@ -95,7 +95,7 @@ def test_layers_that_do_not_fit_the_memory_together_are_calibrated_in_turn(make_
     dense = make_dense(num_hidden_layers=3)
     options = dict(shared_heads=1, active_heads=2, calibration=tokens)
     at_once = convert(dense, **options).state_dict()
-    monkeypatch.setattr(statistics, "SUMS_BYTES", 1)
+    monkeypatch.setattr(passes, "SUMS_BYTES", 1)
     in_turn = convert(dense, **options).state_dict()
     assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
 

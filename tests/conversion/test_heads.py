@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moh import convert
-from moh.conversion.heads import default_shared_heads
+from moh.routing import router_class
 
 
 @pytest.mark.parametrize(
@@ -13,12 +13,12 @@ from moh.conversion.heads import default_shared_heads
     [(9, 1, 2), (12, 1, 3), (32, 1, 7), (4, 1, 1), (1, 1, 1), (9, 3, 0), (32, 4, 4), (32, 8, 0)],
 )
 def test_two_in_nine_heads_are_shared_as_far_as_what_a_token_chooses_allows(num_heads, step, expected) -> None:
-    assert default_shared_heads(num_heads, step=step) == expected
+    assert router_class("linear").default_shared_heads(num_heads, step=step) == expected
 
 
 @pytest.mark.parametrize(("num_heads", "expected"), [(32, 16), (9, 4), (1, 1)])
 def test_with_the_papers_router_half_of_them(num_heads, expected) -> None:
-    assert default_shared_heads(num_heads, "query_norm") == expected
+    assert router_class("query_norm").default_shared_heads(num_heads) == expected
 
 
 @pytest.mark.parametrize("allocation", ["even", "sensitivity"])

@@ -74,7 +74,7 @@ def test_bfloat16_gates_are_exactly_1_and_0():
 
 
 def test_gates_are_known_before_the_queries():
-    assert not router_of(2, 3).uses_queries
+    assert not router_of(2, 3).reads_queries
 
 
 def test_missing_input_is_named():

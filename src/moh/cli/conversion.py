@@ -123,11 +123,12 @@ def _reads_images(dense: Any) -> bool:
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
     from moh.models.loading import load_tokenizer
+    from moh.routing import router_class
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
     tokenizer = load_tokenizer(arguments.model)
-    texts = None if options["router"] == "query_norm" else _texts(arguments)
+    texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     return model, partial(_save_all, (model, tokenizer))
 
@@ -148,10 +149,11 @@ def _of_images(
     arguments: Namespace, dense: nn.Module, options: dict[str, Any]
 ) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
+    from moh.routing import router_class
 
     if arguments.files:
         raise ValueError(f"--files needs a model that reads text, and {arguments.model} is none")
-    if arguments.images is None and options["router"] == "linear":
+    if arguments.images is None and router_class(options["router"]).needs_fit:
         raise ValueError(
             f"--images must say which images to calibrate on, because {arguments.model} reads images (or a --router that "
             "needs none: query_norm, or a learned one to be trained)"

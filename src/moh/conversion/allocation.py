@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from moh.conversion.dense import DenseModel
-from moh.routing import LinearRouter
+from moh.routing import Router
 
 
-def layer_costs(dense: DenseModel, routers: Sequence[LinearRouter], batches: Iterator[Tensor]) -> Tensor:
+def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> Tensor:
     """Estimated rise of the loss, in nats per token, if one layer used only n heads.
 
     Args:

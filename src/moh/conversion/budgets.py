@@ -21,7 +21,7 @@ from moh.conversion.fit import OUTPUT_RIDGE, penalty_of
 from moh.conversion.passes import OutputSums, collect_several_outputs, layer_groups
 from moh.models.dial import allowed_counts
 from moh.models.output_changes import add_output_budgets, output_projection, routed_attentions, used_heads
-from moh.routing import LinearRouter
+from moh.routing import Router, router_class
 
 RANK = 64
 """Rank of a change of W_O, at most (measured by experiments/budgets_in_one_model.py)."""
@@ -56,7 +56,7 @@ def check_budgets(dense: DenseModel, budgets: Sequence[float], *, router: str, r
     Raises:
         ValueError: says what is wrong with them, the model or another argument.
     """
-    if router != "linear":
+    if not router_class(router).ranks_heads:
         raise ValueError(f"budgets needs router='linear', got router={router!r}")
     if refit_output:
         raise ValueError("refit_output must be False where budgets is given, which refits W_O for each of them")
@@ -73,7 +73,7 @@ def check_budgets(dense: DenseModel, budgets: Sequence[float], *, router: str, r
         )
 
 
-def needed_heads(routers: Sequence[LinearRouter], costs: Tensor | None, budgets: Sequence[float]) -> tuple[int, ...]:
+def needed_heads(routers: Sequence[Router], costs: Tensor | None, budgets: Sequence[float]) -> tuple[int, ...]:
     """Numbers of heads, below all, that a layer uses at some budget or as the routers are set, and those between them.
 
     None at all where every budget is all heads.
@@ -109,7 +109,7 @@ def needed_heads(routers: Sequence[LinearRouter], costs: Tensor | None, budgets:
 
 def fit_changes(
     dense: DenseModel,
-    routers: Sequence[LinearRouter],
+    routers: Sequence[Router],
     heads: Sequence[int],
     batches: Callable[[], Iterator[Tensor]],
     *,

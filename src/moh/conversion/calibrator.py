@@ -5,11 +5,10 @@ Joins `statistics` (what to sum up), `allocation` (heads per layer) and `fit` (c
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,12 +22,11 @@ from moh.conversion.fit import (
     ContributionFit,
     error_left_by_refit,
     fit_contributions,
-    fit_two_stage_logits,
+    fit_ranking,
     refit_output_projection,
     unique_part,
 )
 from moh.conversion.passes import (
-    ContributionSums,
     collect_contributions,
     collect_heads,
     collect_outputs,
@@ -36,7 +34,7 @@ from moh.conversion.passes import (
     layer_groups,
 )
 from moh.conversion.tokens import evenly_spread
-from moh.routing import LinearRouter, Router, TwoStageRouter
+from moh.routing import Router, build_router
 from moh.routing.units import strongest
 
 COST_TOKENS = 4096
@@ -64,9 +62,7 @@ class Calibrator:
         self._batch_size = batch_size
         self._progress = progress
 
-    def fit_routers(
-        self, layers: Sequence[MoHConfig], *, refitted: bool = False
-    ) -> Sequence[LinearRouter | TwoStageRouter]:
+    def fit_routers(self, layers: Sequence[MoHConfig], *, refitted: bool = False) -> list[Router]:
         """One router per layer. A number of shared heads becomes the set of those that contribute most.
 
         Args:
@@ -77,16 +73,14 @@ class Calibrator:
         batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
         sums = collect_contributions(self._dense, batches, unique)
         self.fits = [fit_contributions(s) for s in sums]
-        routers: list[LinearRouter | TwoStageRouter] = []
+        routers: list[Router] = []
         for layer, layer_sums, fit, attention in zip(layers, sums, self.fits, self._dense.attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=strongest(fit.mean, layer.shared_heads, layer))
-            routers.append(
-                _linear_router(config, fit, attention.device)
-                if layer.router == "linear"
-                else _two_stage_router(config, layer_sums)
-            )
+            router = build_router(config, attention.width, device=attention.device, dtype=torch.float32)
+            router.take_fit(fit.weight, fit.bias, partial(fit_ranking, layer_sums))
+            routers.append(router)
         return routers
 
     def _unique_parts(self) -> list[Tensor]:
@@ -98,7 +92,7 @@ class Calibrator:
             maps += [unique_part(sums[layer], self._dense.num_heads).float() for layer in group]
         return maps
 
-    def costs(self, routers: Sequence[Any], *, refitted: bool = False) -> Tensor:
+    def costs(self, routers: Sequence[Router], *, refitted: bool = False) -> Tensor:
         """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`).
 
         Args:
@@ -111,7 +105,7 @@ class Calibrator:
         costs = layer_costs(self._dense, routers, batches)
         return costs * self._left_by_refit(routers, samples) if refitted else costs
 
-    def _left_by_refit(self, routers: Sequence[Any], samples: Tensor) -> Tensor:
+    def _left_by_refit(self, routers: Sequence[Router], samples: Tensor) -> Tensor:
         """Part of the cost of n heads that is left when W_O has been refitted, `[L, H + 1]`; 1 for all heads."""
         h, step = self._dense.num_heads, routers[0].config.step
         first = max(min(MIN_HEADS, h - 1) // step * step, *(r.config.num_shared for r in routers), step)
@@ -127,16 +121,16 @@ class Calibrator:
                 left[layer, :-1] = torch.from_numpy(np.interp(range(h), numbers, measured))
         return left
 
-    def reallocate(self, routers: Sequence[Any], costs: Tensor, total: int) -> list[LinearRouter]:
+    def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:
         """Routers with `total` heads over all layers, shared out by `costs`."""
         step = routers[0].config.step
         at_least = max(step, min(MIN_HEADS, total // len(routers)) // step * step)
         budget = allocate(costs, total, at_least=at_least, step=step)
         reallocated = []
-        for router, fit, heads, attention in zip(routers, self.fits, budget, self._dense.attentions, strict=True):
+        for router, fit, heads in zip(routers, self.fits, budget, strict=True):
             shared = strongest(fit.mean, min(router.config.num_shared, heads), router.config)
             config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
-            reallocated.append(_linear_router(config, fit, attention.device))
+            reallocated.append(router.with_config(config))
         return reallocated
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
@@ -156,28 +150,7 @@ class Calibrator:
         yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
 
 
-def with_heads(router: LinearRouter, heads: int) -> LinearRouter:
+def with_heads(router: Router, heads: int) -> Router:
     """The same router for another number of heads, or for its shared heads where they are more."""
-    other = copy.copy(router)
-    other.config = dataclasses.replace(router.config, active_heads=max(0, heads - router.config.num_shared))
-    return other
-
-
-def _linear_router(config: MoHConfig, fit: ContributionFit, device: torch.device) -> LinearRouter:
-    """The fitted router in float32, where its layer is."""
-    router = LinearRouter(config, fit.weight.shape[1], device=device, dtype=torch.float32)
-    with torch.no_grad():
-        router.contribution.weight.copy_(fit.weight)
-        router.contribution.bias.copy_(fit.bias)
-    return router
-
-
-def _two_stage_router(config: MoHConfig, sums: ContributionSums) -> TwoStageRouter:
-    router = TwoStageRouter(config, sums.xx.shape[0] - 1)
-    with torch.no_grad():
-        for undecided in (router.shared, router.stage):  # uniform: every shared head has weight 1, a_1 = a_2
-            if undecided is not None:
-                undecided.weight.zero_()
-        if router.routed is not None:
-            router.routed.weight.copy_(fit_two_stage_logits(sums, config.routed_indices))
-    return router
+    active = max(0, heads - router.config.num_shared)
+    return router.with_config(dataclasses.replace(router.config, active_heads=active))

@@ -25,6 +25,7 @@ from moh.conversion.tokens import are_texts
 from moh.models.families.table import family_of
 from moh.models.image_loading import load_image_classifier, saved_config
 from moh.models.loading import load_as, load_causal_lm, load_config, load_tokenizer
+from moh.routing import Router, router_class
 
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
@@ -127,7 +128,8 @@ def convert(
     dense = _dense_model(model_or_path, router)
     layers = requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
-    best = router == "linear" and generates
+    kind = router_class(router)
+    best = kind.ranks_heads and generates
     if allocation is None:
         numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
         allocation = "sensitivity" if best and numbers else "even"
@@ -140,11 +142,11 @@ def convert(
     refusal = dense.refusal(router=router, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
     if refusal is not None:
         raise ValueError(refusal)
-    routers: Sequence[Any] = []
+    routers: list[Router] = []
     output_weights: list[Tensor] = []
     costs: Tensor | None = None
     changes: OutputChanges | None = None
-    if calibration is not None and router != "query_norm":
+    if calibration is not None and kind.is_fitted:
         texts = isinstance(dense, DenseTextModel) and are_texts(calibration)
         if tokenizer is None and texts and not isinstance(model_or_path, nn.Module):
             tokenizer = load_tokenizer(model_or_path)
@@ -161,9 +163,8 @@ def convert(
         if refit_output:
             output_weights = calibrator.refit_outputs(routers)
         if budgets is not None:
-            linear: Any = routers  # as check_budgets has made sure
-            heads = needed_heads(linear, costs, budgets)
-            changes = fit_changes(dense, linear, heads, calibrator.refit_batches) if heads else None
+            heads = needed_heads(routers, costs, budgets)
+            changes = fit_changes(dense, routers, heads, calibrator.refit_batches) if heads else None
     model = dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
     if isinstance(model, PreTrainedModel):
         keep(model, changes, costs)
@@ -244,7 +245,7 @@ def _check(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
-    if router != "linear" and (allocation != "even" or refit_output):
+    if not router_class(router).ranks_heads and (allocation != "even" or refit_output):
         raise ValueError(f"allocation='sensitivity' and refit_output=True need router='linear', got router={router!r}")
     if allocation == "sensitivity" and not isinstance(shared_heads, int | None):
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")

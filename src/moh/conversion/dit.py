@@ -21,9 +21,11 @@ require("diffusers", extra="diffusion")
 from diffusers import DiTTransformer2DModel  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 
+from moh.config import ROUTERS  # noqa: E402
 from moh.models.dit import MoHDiTTransformer2DModel  # noqa: E402
+from moh.routing import router_class  # noqa: E402
 
-ROUTERS = ("two_stage", "single_stage", "query_norm")
+UNFITTED = tuple(name for name in ROUTERS if not router_class(name).needs_fit)
 """Routers that need no calibration."""
 
 OURS = MoHDiTTransformer2DModel.__name__
@@ -69,8 +71,10 @@ def convert_dit(
     Raises:
         ValueError: the model can't be converted, or an argument is out of range; nothing was changed.
     """
-    if router not in ROUTERS:
-        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))} for a diffusion model, got {router!r}")
+    if router not in UNFITTED:
+        raise ValueError(
+            f"router must be one of {', '.join(map(repr, UNFITTED))} for a diffusion model, got {router!r}"
+        )
     model = load_dit(model_or_path) if isinstance(model_or_path, str | Path) else model_or_path
     if isinstance(model, MoHDiTTransformer2DModel):
         fields, state = _of_ours(model), dict(model.state_dict())

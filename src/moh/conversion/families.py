@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moh.conversion.dense import DenseAttention
 from moh.models.families.table import FAMILIES, Family, at
+from moh.routing import router_class
 
 # What described the file that the dense weights came from, or is said anew.
 NOT_CARRIED = frozenset(
@@ -103,9 +104,10 @@ def check_router(family: Family, attention: nn.Module, router: str) -> None:
     Raises:
         ValueError: queries are normalised, so that their norms tell nothing.
     """
-    if router == "query_norm" and family.query_norm and hasattr(at(attention, family.core), family.query_norm):
+    normalised = family.query_norm and hasattr(at(attention, family.core), family.query_norm)
+    if normalised and router_class(router).reads_queries:
         raise ValueError(
-            f"router 'query_norm' can't serve a model of type {family.model_type!r}: it normalises its queries, so that "
+            f"router {router!r} can't serve a model of type {family.model_type!r}: it normalises its queries, so that "
             "their norms say nothing about which heads matter; use router='linear', which decides by the layer's input"
         )
 

@@ -16,8 +16,8 @@ from moh.conversion.passes import ContributionSums, OutputSums
 ROUTER_RIDGE = 1e-2
 """Ridge of the router's fit, as a part of the inputs' mean square."""
 
-TWO_STAGE_SCALE = 1e-2
-"""Standard deviation of a fitted two-stage router's logits: enough to rank the heads, gates within a percent of 1."""
+RANKING_SCALE = 1e-2
+"""Standard deviation of the logits of `fit_ranking`: enough to rank the heads, gates within a percent of 1."""
 
 OUTPUT_RIDGE = 0.1
 """Ridge of the W_O refit, as a part of the gated heads' mean square; it pulls towards the original W_O."""
@@ -83,18 +83,18 @@ def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) ->
     return ContributionFit(w[:-1].T.contiguous(), w[-1].contiguous(), mean, r2)
 
 
-def fit_two_stage_logits(sums: ContributionSums, routed: Sequence[int], *, ridge: float = ROUTER_RIDGE) -> Tensor:
-    """W_r `[h_r, C]` of a two-stage router that ranks the routed heads by contribution and weighs them almost alike.
+def fit_ranking(sums: ContributionSums, heads: Sequence[int], *, ridge: float = ROUTER_RIDGE) -> Tensor:
+    """Weight `[heads, C]` of logits, without a bias, that rank some heads by contribution and weigh them almost alike.
 
-    The router has no bias; its logits, of standard deviation `TWO_STAGE_SCALE` within a token, keep gates near 1.
+    Their standard deviation within a token is `RANKING_SCALE`, so that a softmax over them gives gates near 1.
     """
-    xx, xc = sums.xx[:-1, :-1], sums.xc[:-1, list(routed)]
+    xx, xc = sums.xx[:-1, :-1], sums.xc[:-1, list(heads)]
     penalty = ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=torch.float64)
-    w = torch.linalg.solve(xx + penalty, xc)  # [C, h_r]
+    w = torch.linalg.solve(xx + penalty, xc)  # [C, heads]
     w = w - w.mean(1, keepdim=True)  # a softmax does not see what all heads have in common
     variance = (w * (xx @ w)).sum(0).mean() / sums.tokens
     logits_weight: Tensor = (
-        w * TWO_STAGE_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        w * RANKING_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     ).T.contiguous()
     return logits_weight
 

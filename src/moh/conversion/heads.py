@@ -9,25 +9,7 @@ from collections.abc import Sequence
 
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseModel
-
-SHARED = 2 / 9
-"""Share of a layer's heads that every token uses, unless asked for otherwise (measured by
-experiments/budgets_in_one_model.py, which takes other numbers too)."""
-
-SHARED_OF_PAPER = 1 / 2
-"""The same with the paper's router, which is not fitted: what its converted model shares."""
-
-
-def default_shared_heads(num_heads: int, router: str = "linear", *, step: int = 1) -> int:
-    """How many of a layer's heads are shared if nobody says: 2 in 9, with query norms half of them.
-
-    Args:
-        num_heads: H.
-        router: `MoHConfig.router`.
-        step: `MoHConfig.step`, a multiple of which it is, rounded down; at least 1 where that allows it.
-    """
-    share = SHARED_OF_PAPER if router == "query_norm" else SHARED
-    return max(1, round(share * num_heads)) // step * step
+from moh.routing import router_class
 
 
 def requested_layers(
@@ -61,5 +43,5 @@ def requested_layers(
     h, kv_heads = dense.num_heads, None if unit == "head" else dense.kv_heads
     if shared_heads is None:
         step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
-        shared_heads = default_shared_heads(h, router, step=step)
+        shared_heads = router_class(router).default_shared_heads(h, step=step)
     return [MoHConfig(h, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]

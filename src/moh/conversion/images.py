@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moh.conversion.dense import DenseModel
 from moh.conversion.tokens import evenly_spread
-from moh.routing import Router
+from moh.routing import Router, router_class
 
 UNDECIDED = 1e-6
 """Standard deviation of an unfitted router's logits: tokens differ in their heads, and every gate is 1 up to this."""
@@ -24,7 +24,7 @@ class DenseImageModel(DenseModel):
     """A dense model that reads images `[B, C, H, W]`."""
 
     def needs_calibration(self, router: str) -> bool:
-        return router == "linear"
+        return router_class(router).needs_fit
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor | None:

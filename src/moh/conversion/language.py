@@ -19,7 +19,7 @@ from moh.conversion.families import check_projections, moh_config_fields
 from moh.conversion.tokens import calibration_blocks
 from moh.models.heads import compact_heads
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-from moh.routing import Router
+from moh.routing import Router, router_class
 
 CAUSAL_LM = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
@@ -33,7 +33,7 @@ class DenseTextModel(DenseModel):
     model: PreTrainedModel
 
     def needs_calibration(self, router: str) -> bool:
-        return router != "query_norm"
+        return router_class(router).is_fitted
 
     def samples(
         self, calibration: Any, *, max_tokens: int, tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None

@@ -18,7 +18,7 @@ from moh.conversion.images import DenseImageModel, make_undecided
 from moh.models.vit import dense_attentions, replace_attention
 from moh.models.vit.attention import changes_heads
 from moh.models.vit.presets import described_as_moh
-from moh.routing import Router
+from moh.routing import Router, router_class
 
 
 class DenseTimmViT(DenseImageModel):
@@ -38,9 +38,9 @@ class DenseTimmViT(DenseImageModel):
         self._changes_heads = any(map(changes_heads, attentions))
 
     def refusal(self, *, router: str, refit_output: bool, router_aux_loss_coef: float) -> str | None:
-        if router == "query_norm" and self._normalises_queries:
+        if router_class(router).reads_queries and self._normalises_queries:
             return (
-                "router 'query_norm' can't serve a model that normalises its queries (qk_norm): all norms are about the "
+                f"router {router!r} can't serve a model that normalises its queries (qk_norm): all norms are about the "
                 "same and tell nothing; use router='linear', which decides by the layer's input"
             )
         if refit_output and self._changes_heads:

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moh._files import write_text
 from moh.conversion import convert
-from moh.conversion.heads import default_shared_heads
 from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
@@ -33,6 +32,7 @@ from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
 from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
 from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+from moh.routing import router_class
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
 from moh.training.checkpoints import check_writable, replacing_directory
 from moh.training.corpus import DEFAULT_CORPUS
@@ -129,8 +129,8 @@ class _Demo:
             heldout = pack_tokens(corpus.heldout, tokenizer, seq_len=s.seq_len)
             heldout = evenly_spread(heldout, max(1, s.heldout_tokens // s.seq_len))
         num_heads = dense.config.num_attention_heads
-        shared, active = self._heads(num_heads, default_shared_heads(num_heads))
-        of_paper = self._heads(num_heads, default_shared_heads(num_heads, "query_norm"))
+        shared, active = self._heads(num_heads, router_class("linear").default_shared_heads(num_heads))
+        of_paper = self._heads(num_heads, router_class("query_norm").default_shared_heads(num_heads))
 
         with self._step("perplexity of the dense original"):
             dense_result = perplexity(dense, heldout)

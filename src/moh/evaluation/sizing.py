@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from moh._extras import require
 from moh.config import MoHConfig
+from moh.routing import build_router, router_class
 
 require("transformers", extra="llm")
 
+import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from moh.models.llama import MoHLlamaConfig  # noqa: E402
@@ -145,27 +147,23 @@ def _layer_parameters(config: LlamaConfig, heads: MoHConfig | None) -> int:
 
 
 def _router_parameters(width: int, heads: MoHConfig | None) -> int:
-    if heads is None or heads.router == "query_norm":
+    if heads is None:
         return 0
-    if heads.router == "linear":
-        return (width + 1) * heads.num_heads
-    stages = 2 if heads.router == "two_stage" and heads.num_shared and heads.active_heads else 0
-    shared = heads.num_shared if heads.num_shared > 1 else 0
-    return width * (shared + (heads.num_routed if heads.active_heads else 0) + stages)
+    return sum(p.numel() for p in build_router(heads, width, device=torch.device("meta")).parameters())
 
 
 def forward_flops(config: LlamaConfig, sequence: int) -> tuple[float, float]:
     """Operations of one token's forward pass, the mean over a causal sequence: (matrix products, attention core).
 
     Keys, values and the feed-forward layer are computed for every token; queries and the output projection for active heads
-    alone, except that the query-norm router needs the query of every head before it knows which are active.
+    alone, except that a router that reads the queries needs those of every head before it knows which are active.
     """
     C, D, H = config.hidden_size, config.head_dim, config.num_attention_heads
     products = 2.0 * C * config.vocab_size
     core = 0.0
     for heads in heads_of(config):
         share = 1.0 if heads is None else heads.share
-        queries = 1.0 if heads is None or heads.router == "query_norm" else share
+        queries = 1.0 if heads is None or router_class(heads.router).reads_queries else share
         products += 2.0 * C * D * (H * queries + 2 * config.num_key_value_heads + H * share)
         products += 2.0 * (3 * C * config.intermediate_size + _router_parameters(C, heads))
         core += 4.0 * H * share * D * (sequence + 1) / 2

@@ -46,7 +46,7 @@ class Dial:
     @property
     def uses_all(self) -> bool:
         """Whether the dial's last value makes every token use every head, each with the weight 1."""
-        hard = all(router.config.router in ("linear", "query_norm") for router in self.routers)
+        hard = all(router.is_hard for router in self.routers)
         most = [choices[-1] for choices in self._choices]
         return hard and bool(self.values) and most == [router.config.num_routed for router in self.routers]
 

@@ -20,7 +20,7 @@ def route_and_project(
     A router that reads the queries needs all of them; with another one they may be computed for the active heads alone
     (`moh.attention.project_queries`), and are 0 elsewhere.
     """
-    if router.uses_queries:
+    if router.reads_queries:
         q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
         return router(q=q), q
     routing: RoutingInfo = router(x)

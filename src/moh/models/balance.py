@@ -31,7 +31,7 @@ def check_balance_gradient(balance: Tensor, attentions: Iterable[Any]) -> None:
 
 def _is_trained(attention: Any) -> bool:
     """Whether anything that decides the routing of a layer with routed heads is to be trained."""
-    source = attention.q_proj if attention.router.uses_queries else attention.router
+    source = attention.q_proj if attention.router.reads_queries else attention.router
     return bool(attention.router.config.active_heads) and any(p.requires_grad for p in source.parameters())
 
 

@@ -16,7 +16,7 @@ from moh.config import MoHConfig
 from moh.models.heads import HasLayerHeads, compact_heads
 from moh.models.output_changes import add_output_budgets, switches, used_heads
 from moh.models.spending import evenly, spend
-from moh.routing import Router, TwoStageRouter
+from moh.routing import Router
 
 
 def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
@@ -112,16 +112,7 @@ def head_share(layers: Sequence[MoHConfig]) -> float:
 
 def allowed_counts(router: Router) -> list[int]:
     """Every k, ascending, that a layer's router can be set to."""
-    config = router.config
-    if not config.num_routed:
-        return [0]
-    least = 0
-    if isinstance(router, TwoStageRouter):
-        # Without W_r it has no scores; with it, a k of 0 would be saved as a router without one.
-        if router.routed is None:
-            return [0]
-        least = 1
-    return [k for k in range(least, config.num_routed + 1) if _refusal(config, k) is None]
+    return [k for k in router.active_range() if _refusal(router.config, k) is None]
 
 
 def _refusal(config: MoHConfig, k: int) -> str | None:

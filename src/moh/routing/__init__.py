@@ -3,7 +3,15 @@
 from moh.routing.balance import balance_over_processes
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import RoutingRecord, record_routing
-from moh.routing.routers import LinearRouter, QueryNormRouter, Router, TwoStageRouter, build_router
+from moh.routing.routers import (
+    LinearRouter,
+    QueryNormRouter,
+    Router,
+    SingleStageRouter,
+    TwoStageRouter,
+    build_router,
+    router_class,
+)
 
 __all__ = [
     "LinearRouter",
@@ -11,8 +19,10 @@ __all__ = [
     "Router",
     "RoutingInfo",
     "RoutingRecord",
+    "SingleStageRouter",
     "TwoStageRouter",
     "balance_over_processes",
     "build_router",
     "record_routing",
+    "router_class",
 ]

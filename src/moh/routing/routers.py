@@ -1,18 +1,21 @@
-"""The three routers: a layer's input or its queries -> gates, one module per rule.
+"""The routers: a layer's input or its queries -> gates, one class per rule, which also says what others have to know of it.
 
 Two-stage: the paper's "Two-Stage Routing", with the published scaling. Query norm: its continue-tuning. Linear: ours.
-They only decide; the heads are computed by `moh.attention` and joined to a layer in `moh.layers`.
+A new one is a class here, an entry of `_CLASSES` and its name in `moh.config.ROUTERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from moh.config import MoHConfig
+from moh.config import ROUTERS, MoHConfig
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import Recorder
 from moh.routing.units import choose, order
@@ -21,26 +24,65 @@ from moh.routing.units import choose, order
 class Router(nn.Module):
     """Base of the routers: `forward(x, q)` with x `[B, N, C]` and q `[B, N, H, D]` -> `RoutingInfo`.
 
-    A router uses one of the two and ignores the other; `uses_queries` tells which, so that a caller may route
-    before it computes the queries. Scores and softmax are float32 whatever the inputs' dtype; gates are in the dtype
-    of the tensor that was used.
+    A router uses one of the two and ignores the other. Scores and softmax are float32 whatever the inputs' dtype; gates
+    are in the dtype of the tensor that was used.
+
+    Args:
+        config: the layer's heads and routing.
+        dim: C, the width of the layer's input; a router without parameters needs none.
     """
 
-    uses_queries = False
+    reads_queries: ClassVar[bool] = False
+    """Whether q decides, not x. If x does, a layer may route before it computes the queries."""
 
-    def __init__(self, config: MoHConfig) -> None:
+    is_hard: ClassVar[bool] = False
+    """Whether every gate is exactly 1 or 0."""
+
+    is_fitted: ClassVar[bool] = True
+    """Whether a conversion fits it on calibration data (`take_fit`)."""
+
+    needs_fit: ClassVar[bool] = False
+    """Whether a conversion is of no use without that fit; if not, new weights may also be trained."""
+
+    ranks_heads: ClassVar[bool] = False
+    """Whether `order` is there and any heads may be shared (`with_config`), as a refit of W_O and an uneven share need."""
+
+    shared_share: ClassVar[float] = 2 / 9
+    """Share of the heads that a converted model shares by default (measured by experiments/budgets_in_one_model.py)."""
+
+    def __init__(
+        self,
+        config: MoHConfig,
+        dim: int | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self._recorders: tuple[Recorder, ...] = ()
+        self.heads_here = config.num_heads  # fewer where several processes have split the heads among them
+        self._set_heads(config)
+
+    def _set_heads(self, config: MoHConfig) -> None:
         self.config = config
         # Indices are plain tuples and not buffers: buffers would appear in checkpoints or be lost on the meta device.
-        # Runs of them, for a slice needs neither a tensor of indices nor a copy of one to the device.
+        # Stored as (first, count) runs: slicing needs no index tensor on the device.
         self._shared = config.shared_indices
         self._routed_runs = tuple(_runs(config.routed_indices))
         self._order = tuple(_order(config))
-        self._recorders: tuple[Recorder, ...] = ()
-        self.heads_here = config.num_heads  # fewer where several processes have split the heads among them
+
+    @classmethod
+    def default_shared_heads(cls, num_heads: int, *, step: int = 1) -> int:
+        """How many of a layer's heads a converted model shares by default.
+
+        Args:
+            num_heads: H.
+            step: `MoHConfig.step`; the result is a multiple of it, rounded down, and at least 1 where that allows it.
+        """
+        return max(1, round(cls.shared_share * num_heads)) // step * step
 
     def forward(self, x: Tensor | None = None, q: Tensor | None = None) -> RoutingInfo:
-        source, name = (q, "q") if self.uses_queries else (x, "x")
+        source, name = (q, "q") if self.reads_queries else (x, "x")
         if source is None:
             raise ValueError(f"{name} must be given: the {self.config.router!r} router decides by it")
         info = self._route(source)
@@ -49,9 +91,59 @@ class Router(nn.Module):
         return info
 
     def is_observed(self) -> bool:
-        """Whether someone waits for what `forward` returns: a recorder, a hook, or who has put himself in its place."""
+        """Whether anything observes `forward`: a recorder, a hook, or a patched `forward`."""
         hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return bool(self._recorders or hooked) or "forward" in vars(self)
+
+    def active_range(self) -> range:
+        """Every k that this router can be set to, from 0 or 1 up to h_r; the routing unit may allow only some of them."""
+        return range(self.config.num_routed + 1)
+
+    def linear_scores(self) -> nn.Linear | None:
+        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None where more is computed.
+
+        For kernels that choose the heads themselves. Its rows are all heads, shared ones included.
+        """
+        return None
+
+    def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
+        """Start from the heads' contributions as the conversion has fitted them to x, `c = weight x + bias`.
+
+        Args:
+            weight: `[H, C]`.
+            bias: `[H]`.
+            ranking: some heads' indices -> weight `[heads, C]` of logits, without a bias, that rank them by contribution
+                and differ so little that their softmax is nearly uniform.
+        """
+
+    def order(self, x: Tensor) -> Tensor:
+        """Head indices `[B, N, H]`, int64, by falling use, shared heads first; of a router that `ranks_heads`.
+
+        The first n are the heads that a layer of n heads uses, if n is a multiple of `config.step`.
+        """
+        raise NotImplementedError
+
+    def with_config(self, config: MoHConfig) -> Self:
+        """This router for other shared or active heads, with the very same parameters; of one that `ranks_heads`."""
+        other = copy.copy(self)
+        other._set_heads(config)
+        return other
+
+    @torch.no_grad()
+    def reorder(self, heads: Sequence[int]) -> None:
+        """Follow a new order of the layer's heads, in place: head i is the former head `heads[i]`."""
+        former = [list(rows) for _, rows in self._scored()]
+        shared = set(self.config.shared_indices)
+        places = tuple(place for place, head in enumerate(heads) if head in shared)
+        self._set_heads(dataclasses.replace(self.config, shared_heads=places))
+        for before, (linear, after) in zip(former, self._scored(), strict=True):
+            rows = [before.index(heads[i]) for i in after]
+            for tensor in linear.parameters():
+                tensor.copy_(tensor[rows])
+
+    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
+        """The linear layers whose outputs belong to heads, and which heads those are, row by row."""
+        return iter(())
 
     def _route(self, source: Tensor) -> RoutingInfo:
         raise NotImplementedError
@@ -81,20 +173,18 @@ class TwoStageRouter(Router):
     `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
     As in the published models, shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates `2 a_2 k p_i / sum_active p_j`:
     a uniform router weighs every active head 1. The paper's text has them without these factors.
-    With `config.router = "single_stage"` (the paper's ablation) there is no W_h: `2 a_1 = 2 a_2 = 1`.
-
-    Args:
-        config: the layer's heads and routing.
-        dim: C, the width of the layer's input.
 
     Parameters (bias-free): `shared.weight` W_s `[h_s, C]` (if h_s > 1), `routed.weight` W_r `[h_r, C]` (if k > 0),
-    `stage.weight` W_h `[2, C]` (two stages, if there are shared and active routed heads).
+    `stage.weight` W_h `[2, C]` (if there are shared and active routed heads).
     """
+
+    has_stage: ClassVar[bool] = True
+    """Whether there is a W_h."""
 
     def __init__(
         self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dim)
 
         def linear(out_features: int, needed: bool) -> nn.Linear | None:
             return nn.Linear(dim, out_features, bias=False, device=device, dtype=dtype) if needed else None
@@ -102,7 +192,25 @@ class TwoStageRouter(Router):
         self.shared = linear(config.num_shared, config.num_shared > 1)
         self.routed = linear(config.num_routed, config.active_heads > 0)
         both = config.num_shared > 0 and config.active_heads > 0
-        self.stage = linear(2, both and config.router == "two_stage")
+        self.stage = linear(2, both and self.has_stage)
+
+    def active_range(self) -> range:
+        # Without W_r there are no scores; with it, a k of 0 would be saved as a router without one
+        return range(1) if self.routed is None else range(1, self.config.num_routed + 1)
+
+    @torch.no_grad()
+    def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
+        for undecided in (self.shared, self.stage):  # uniform: every shared head has weight 1, a_1 = a_2
+            if undecided is not None:
+                undecided.weight.zero_()
+        if self.routed is not None:
+            self.routed.weight.copy_(ranking(self.config.routed_indices))
+
+    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
+        if self.shared is not None:
+            yield self.shared, self.config.shared_indices
+        if self.routed is not None:
+            yield self.routed, self.config.routed_indices
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -129,8 +237,16 @@ class TwoStageRouter(Router):
         return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
 
 
+class SingleStageRouter(TwoStageRouter):
+    """The paper's ablation of the two-stage router: without W_h, `2 a_1 = 2 a_2 = 1`."""
+
+    has_stage = False
+
+
 class _HardRouter(Router):
     """Gates of exactly 1 and 0, with a straight-through gradient to the routed heads' `surrogate`."""
+
+    is_hard = True
 
     def _hard_gates(self, scores: Tensor, surrogate: Tensor, dtype: torch.dtype) -> Tensor:
         """`scores` decide the top k and `surrogate` gets the gates' gradient; both `[B, N, h_r]` -> `[B, N, H]`."""
@@ -148,7 +264,9 @@ class QueryNormRouter(_HardRouter):
     are active with gate 1. In training the gate's gradient goes to p (straight-through estimator).
     """
 
-    uses_queries = True
+    reads_queries = True
+    is_fitted = False
+    shared_share = 1 / 2  # nothing tells which heads are better: as many as the paper's converted model shares
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -173,20 +291,19 @@ class LinearRouter(_HardRouter):
 
     `c = W_r x + b` stands for `c_i = ||H_i(x) W_O^i||_2`; a token activates the k routed heads with the largest c_i.
     Gates are 1 and 0; in training the gate's gradient goes to c_i (straight-through estimator) and on to W_r and b, not
-    to x. The gates are known before the query projection. The fit is in `moh.conversion`.
-
-    Args:
-        config: the layer's heads and routing.
-        dim: C, the width of the layer's input.
+    to x. The fit is in `moh.conversion`.
 
     Parameters: `contribution.weight` W_r `[H, C]` and `contribution.bias` b `[H]`; they cover all heads, shared ones
     too, so that another set of shared heads needs no new fit.
     """
 
+    needs_fit = True
+    ranks_heads = True
+
     def __init__(
         self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, dim)
         self.contribution = nn.Linear(dim, config.num_heads, device=device, dtype=dtype)
 
     def _route(self, source: Tensor) -> RoutingInfo:
@@ -197,13 +314,46 @@ class LinearRouter(_HardRouter):
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
     def order(self, x: Tensor) -> Tensor:
-        """Head indices from the last to go to the first, `[B, N, H]` int64: shared ones, then by falling prediction.
-
-        The first n are those that a layer with n heads would use, if n is a multiple of `config.step`.
-        """
         logits = self.contribution(x).float()
         logits[..., list(self._shared)] = torch.inf
         return order(logits, self.config)
+
+    def linear_scores(self) -> nn.Linear:
+        return self.contribution
+
+    @torch.no_grad()
+    def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
+        self.contribution.weight.copy_(weight)
+        self.contribution.bias.copy_(bias)
+
+    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
+        yield self.contribution, range(self.config.num_heads)
+
+
+_CLASSES: dict[str, type[Router]] = {
+    "two_stage": TwoStageRouter,
+    "single_stage": SingleStageRouter,
+    "query_norm": QueryNormRouter,
+    "linear": LinearRouter,
+}
+
+
+def router_class(name: str) -> type[Router]:
+    """The class of a router's name in `moh.config.ROUTERS`, which states its facts.
+
+    Raises:
+        ValueError: no router has this name.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {name!r}")
+    return _CLASSES[name]
+
+
+def build_router(
+    config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Router:
+    """The router that `config.router` names, for a layer whose input has width `dim`."""
+    return router_class(config.router)(config, dim, device=device, dtype=dtype)
 
 
 def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -220,14 +370,3 @@ def _order(config: MoHConfig) -> Iterator[tuple[bool, int, int]]:
         count = len(list(run))
         yield is_shared, seen[is_shared], count
         seen[is_shared] += count
-
-
-def build_router(
-    config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> Router:
-    """The router that `config.router` names, for a layer whose input has width `dim`."""
-    if config.router in ("two_stage", "single_stage"):
-        return TwoStageRouter(config, dim, device=device, dtype=dtype)
-    if config.router == "linear":
-        return LinearRouter(config, dim, device=device, dtype=dtype)
-    return QueryNormRouter(config)

@@ -30,6 +30,7 @@ from transformers import (  # noqa: E402
 from moh.models.llama import MoHLlamaConfig  # noqa: E402
 from moh.models.loading import load_causal_lm, load_config  # noqa: E402
 from moh.models.loading import load_tokenizer as _load_tokenizer  # noqa: E402
+from moh.routing import router_class  # noqa: E402
 
 _MOST_PADDING = 2048
 """Rows of an embedding beyond the tokenizer's ids: more than any model pads to, so it must be another's tokenizer."""
@@ -167,7 +168,7 @@ def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
 
     assert recipe.conversion is not None and recipe.model.path is not None
     settings = recipe.conversion
-    needs_text = settings.router != "query_norm"
+    needs_text = router_class(settings.router).is_fitted
     return convert(
         load_dense(recipe.model.path),
         shared_heads=settings.shared_heads,

@@ -85,7 +85,7 @@ class RoutedAttention(nn.Module):
         Hkv = getattr(core.config, "num_key_value_heads", H)
         qkv = at(core, family.fused)(x).unflatten(-1, (H + 2 * Hkv, -1))  # [B, N, H + 2 Hkv, D]
         q, k, v = qkv.split((H, Hkv, Hkv), dim=2)
-        return self.router(q=q) if self.router.uses_queries else self.router(x), q, k, v
+        return self.router(q=q) if self.router.reads_queries else self.router(x), q, k, v
 
     def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         rotate = type(self).rotate

@@ -17,7 +17,6 @@ from moh.attention.plain import is_plain
 from moh.attention.refusals import DTYPES, transforms_are_active
 from moh.config import MoHConfig
 from moh.models.llama.cache_room import room_for_a_token
-from moh.routing import LinearRouter
 
 if TYPE_CHECKING:
     from moh.models.llama.modeling import MoHLlamaAttention
@@ -48,7 +47,7 @@ def decode(
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or backend not in (None, "cpu")
-        or router.uses_queries
+        or router.reads_queries
         or x.device.type != "cpu"
         or x.dtype not in DTYPES
         or torch.is_autocast_enabled("cpu")
@@ -64,8 +63,9 @@ def decode(
     if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != B:
         return None
     gates = weight = bias = None
-    if type(router) is LinearRouter and not router.is_observed() and is_plain(router.contribution, x):
-        weight, bias = router.contribution.weight, router.contribution.bias
+    scores = router.linear_scores()
+    if scores is not None and not router.is_observed() and is_plain(scores, x):
+        weight, bias = scores.weight, scores.bias
     else:
         gates = router(x).gates
     q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moh.config import MoHConfig
 from moh.models.heads import compact_heads
-from moh.routing import LinearRouter, TwoStageRouter, build_router
 
 
 @torch.no_grad()
@@ -44,10 +43,9 @@ def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
     for layer, before in zip(model.base_model.layers, config.layer_configs(), strict=True):
         order = _group_order(before, heads // groups, groups, ranks)
         head_order = [group * (heads // groups) + i for group in order for i in range(heads // groups)]
-        after = _reordered(before, head_order)
-        _move_heads(layer.self_attn, before, after, head_order, order)
-        configs.append(after)
-        shared = set(after.shared_indices)
+        _move_heads(layer.self_attn, head_order, order)
+        configs.append(layer.self_attn.router.config)
+        shared = set(configs[-1].shared_indices)
         size = heads // ranks
         counts.append([len(shared.intersection(range(rank * size, (rank + 1) * size))) for rank in range(ranks)])
     config.shared_heads = compact_heads(configs)["shared_heads"]
@@ -75,22 +73,7 @@ def _group_order(config: MoHConfig, size: int, groups: int, ranks: int) -> list[
     return [group for members in slices for group in sorted(members)]
 
 
-def _reordered(config: MoHConfig, head_order: Sequence[int]) -> MoHConfig:
-    shared = set(config.shared_indices)
-    places = tuple(place for place, head in enumerate(head_order) if head in shared)
-    return MoHConfig(
-        config.num_heads,
-        places,
-        config.active_heads,
-        config.router,
-        routing_unit=config.routing_unit,
-        kv_heads=config.kv_heads,
-    )
-
-
-def _move_heads(
-    attention: Any, before: MoHConfig, after: MoHConfig, head_order: Sequence[int], group_order: Sequence[int]
-) -> None:
+def _move_heads(attention: Any, head_order: Sequence[int], group_order: Sequence[int]) -> None:
     """Move the rows, columns and router's outputs of one layer; head i becomes the former `head_order[i]`."""
     for linear, order in (
         (attention.q_proj, head_order),
@@ -102,31 +85,7 @@ def _move_heads(
                 tensor.copy_(_moved(tensor, order))
     output = attention.o_proj.weight
     output.copy_(_moved(output.t(), head_order).t())
-
-    old = attention.router
-    router = build_router(after, attention.config.hidden_size, device=output.device, dtype=output.dtype)
-    router.load_state_dict(old.state_dict())
-    router.train(old.training)
-    if isinstance(router, LinearRouter):
-        moves: list[tuple[nn.Linear | None, Sequence[int], Sequence[int]]] = [
-            (router.contribution, range(before.num_heads), head_order)
-        ]
-    elif isinstance(router, TwoStageRouter):
-        moves = [
-            (router.shared, before.shared_indices, [head_order[i] for i in after.shared_indices]),
-            (router.routed, before.routed_indices, [head_order[i] for i in after.routed_indices]),
-        ]
-    else:
-        moves = []
-    for linear, former, heads in moves:
-        if linear is not None:
-            rows = [list(former).index(head) for head in heads]
-            linear.weight.copy_(linear.weight[rows])
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias[rows])
-    for parameter, replaced in zip(router.parameters(), old.parameters(), strict=True):
-        parameter.requires_grad_(replaced.requires_grad)
-    attention.router = router
+    attention.router.reorder(head_order)
 
 
 def _moved(tensor: Tensor, order: Sequence[int]) -> Tensor:

@@ -57,7 +57,7 @@ class _GatesOfSlice:
     def __init__(self, router: Router, mesh: DeviceMesh) -> None:
         self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
         router.heads_here = router.config.num_heads // mesh.size()
-        if router.uses_queries:
+        if router.reads_queries:
             router.register_forward_pre_hook(self.gather_norms, with_kwargs=True)
         router.register_forward_hook(self.slice_gates)
         self.dtype: torch.dtype | None = None

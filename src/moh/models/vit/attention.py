@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moh.attention import moh_attention, project_output, project_qkv
 from moh.config import MoHConfig
-from moh.routing import build_router
+from moh.routing import build_router, router_class
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights: that of timm's other linear maps."""
@@ -74,9 +74,9 @@ class MoHViTAttention(Attention):
         return moh
 
     def _add_router(self, config: MoHConfig, backend: str | None) -> None:
-        if config.router == "query_norm" and not isinstance(self.q_norm, nn.Identity):
+        if router_class(config.router).reads_queries and not isinstance(self.q_norm, nn.Identity):
             raise ValueError(
-                "router must not be 'query_norm' where queries are normalised (qk_norm): all of them have about the same "
+                f"router must not be {config.router!r} where queries are normalised (qk_norm): all of them have about the same "
                 "norm, which tells nothing; 'linear' and 'two_stage' decide by the layer's input"
             )
         weight = self.qkv.weight
@@ -99,7 +99,7 @@ class MoHViTAttention(Attention):
         """
         B, N, _ = x.shape
         share = self.router.config.share
-        if self.router.uses_queries:
+        if self.router.reads_queries:
             q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, h, D]
             routing = self.router(q=q)
         else:

@@ -23,6 +23,7 @@ from moh.models.image_loading import (
     save_image_classifier,
     saved_config,
 )
+from moh.routing import router_class
 from moh.training.checkpoints import replacing_directory
 from moh.training.images.batches import SKIPPED, ImageBatches
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
@@ -175,7 +176,7 @@ def _convert(recipe: ImageRecipe, model: nn.Module, wanted: ImageInput, train: I
     settings = recipe.conversion
     assert settings is not None
     calibration = None
-    if settings.router != "query_norm":
+    if router_class(settings.router).is_fitted:
         batches = ImageBatches(every_nth(train, settings.calibration_images), wanted)
         batch = batches.__getitems__(range(len(batches)))
         calibration = batch["images"][batch["labels"] != SKIPPED]

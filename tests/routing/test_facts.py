@@ -1,0 +1,81 @@
+"""Promises of the router classes: every name has one, and what a class states is what its routers do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moh import MoHConfig
+from moh.config import ROUTERS
+from moh.models.dial import allowed_counts
+from moh.routing import build_router, router_class
+
+C, H, D = 12, 6, 4
+each_router = pytest.mark.parametrize("name", ROUTERS)
+
+
+def router_of(name: str, shared=(0, 3), active=2):
+    return build_router(MoHConfig(H, shared, active, name), C)
+
+
+@each_router
+def test_the_class_of_a_name_is_what_is_built(name) -> None:
+    assert type(router_of(name)) is router_class(name)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="router must be one of 'two_stage', .* got 'random'"):
+        router_class("random")
+
+
+@each_router
+def test_a_router_reads_what_it_says(name) -> None:
+    given = {"q": torch.randn(2, 5, H, D)} if router_class(name).reads_queries else {"x": torch.randn(2, 5, C)}
+    assert router_of(name)(**given).gates.shape == (2, 5, H)
+
+
+@each_router
+def test_gates_of_a_hard_router_alone_are_1_and_0(name) -> None:
+    gates = router_of(name)(torch.randn(2, 50, C), torch.randn(2, 50, H, D)).gates
+    assert bool(((gates == 0) | (gates == 1)).all()) is router_class(name).is_hard
+
+
+@each_router
+@pytest.mark.parametrize("active", [0, 1, 4])
+def test_a_router_works_with_every_number_of_active_heads_that_it_allows(name, active) -> None:
+    router = router_of(name, active=active)
+    for k in allowed_counts(router):
+        router.config = MoHConfig(H, (0, 3), k, name)
+        info = router(torch.randn(2, 5, C), torch.randn(2, 5, H, D))
+        assert (info.active.sum(-1) == 2 + k).all()
+
+
+@each_router
+@pytest.mark.parametrize("shared", [(0, 3), (5,), ()])
+def test_a_reordered_router_gives_each_head_the_gate_that_it_had(name, shared) -> None:
+    router, heads = router_of(name, shared), [4, 0, 5, 3, 1, 2]
+    x, q = torch.randn(2, 5, C), torch.randn(2, 5, H, D)
+    before = router(x, q).gates
+    router.reorder(heads)
+    assert router.config == MoHConfig(H, [heads.index(head) for head in shared], 2, name)
+    torch.testing.assert_close(router(x, q[:, :, heads]).gates, before[..., heads])
+
+
+@each_router
+def test_the_linear_layer_that_is_stated_ranks_the_routed_heads(name) -> None:
+    router, x = router_of(name), torch.randn(2, 50, C)
+    if (scores := router.linear_scores()) is not None:
+        routed = [1, 2, 4, 5]
+        chosen = torch.zeros(2, 50, 4).scatter(-1, scores(x)[..., routed].topk(2).indices, 1.0)
+        assert torch.equal(router(x).gates[..., routed], chosen)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if router_class(name).ranks_heads])
+def test_a_ranking_router_orders_heads_as_layers_of_fewer_heads_use_them(name) -> None:
+    router, x = router_of(name), torch.randn(2, 50, C)
+    order = router.order(x)
+    for n in range(2, H + 1):
+        used = router.with_config(MoHConfig(H, (0, 3), n - 2, name))(x).active
+        assert torch.equal(torch.zeros_like(used).scatter(-1, order[..., :n], True), used)
+    other = router.with_config(MoHConfig(H, (5,), 2, name))
+    assert other(x).active[..., 5].all() and router.config.shared_indices == (0, 3)
