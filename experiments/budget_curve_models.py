@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from moh.config import ROUTING_UNITS, MoHConfig
 from moh.conversion import convert
-from moh.conversion.allocation import allocate
-from moh.conversion.calibrator import MIN_HEADS, Calibrator
+from moh.conversion.calibrator import Calibrator, hand_out
 from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
 from moh.conversion.language import DenseLanguageModel, build
@@ -82,8 +81,7 @@ class Fitted:
             return build(dense, MoHLlamaConfig(**fields, router="query_norm", **heads), (), (), copied=False)
         used = [variant.heads] * layers
         if variant.router == REFITTED:
-            at_least = max(step, min(MIN_HEADS, variant.heads) // step * step)
-            used = allocate(self.costs[variant.unit], variant.heads * layers, at_least=at_least, step=step)
+            used = hand_out(self.costs[variant.unit], variant.heads * layers, step=step)
         routers = [self.router(dense, variant, layer, n) for layer, n in enumerate(used)]
         outputs: Sequence[Tensor] = ()
         if refit and variant.router == REFITTED:

@@ -23,10 +23,8 @@ from transformers.utils.logging import set_verbosity_error
 
 from moh._files import write_text
 from moh.config import MoHConfig
-from moh.conversion.allocation import allocate
-from moh.conversion.budgets import OutputChanges, keep, low_rank_change
-from moh.conversion.calibrator import MIN_HEADS, Calibrator, with_heads
-from moh.conversion.fit import OUTPUT_RIDGE
+from moh.conversion.calibrator import MIN_HEADS, Calibrator, dial_costs, hand_out, keep_output_changes, with_heads
+from moh.conversion.fit import OUTPUT_RIDGE, low_rank_change
 from moh.conversion.language import DenseLanguageModel
 from moh.conversion.passes import OutputSums, collect_several_outputs
 from moh.conversion.tokens import evenly_spread
@@ -87,7 +85,8 @@ def main() -> None:
     for rank in options.ranks:
         one_model[rank] = _model(options, dense, fitted)
         factors = [[(left[:, :rank], right[:rank]) for left, right in layer] for layer in fitted["factors"]]
-        keep(one_model[rank], OutputChanges(tuple(fitted["numbers"]), factors), fitted["costs"])
+        one_model[rank].config.head_costs = dial_costs(fitted["costs"])
+        keep_output_changes(one_model[rank], fitted["numbers"], factors)
     differences = [_difference(moh, dense, blocks["calibration"][:1]) for moh in one_model.values()]
     result["all_heads_active"] = max(differences)
 
@@ -96,7 +95,7 @@ def main() -> None:
         _write(options.out, result)
         print(json.dumps(result["rows"][-1]), flush=True)
 
-    allocations = {n: allocate(fitted["costs"], n * len(original), at_least=min(MIN_HEADS, n)) for n in options.heads}
+    allocations = {n: hand_out(fitted["costs"], n * len(original)) for n in options.heads}
     main_rank, *other_ranks = options.ranks
     for variant in (ALONE, main_rank, JOINT, *other_ranks, NONE):  # the ones that matter first, at every share
         for heads, layers in allocations.items():

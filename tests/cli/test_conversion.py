@@ -91,7 +91,7 @@ def test_a_model_keeps_the_head_that_it_was_saved_with(
 
 def test_budgets_are_served_by_the_dial_of_other_commands(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
     source, target = dense_dir("GPT2LMHeadModel", base_dir, tmp_path / "dense"), tmp_path / "model"
-    options = ["--files", text_file, "--allocation", "sensitivity", "--budgets", 0.5, 0.75]
+    options = ["--files", text_file, "--allocation", "sensitivity", "--shares", 0.5, 0.75]
     assert moh("convert", source, target, *HEADS, *options).code == 0
     for k in ("0.5", "0.75", "1.0"):
         assert moh("generate", target, "the head", "--max-new-tokens", 3, "--active-heads", k).code == 0
@@ -121,7 +121,7 @@ def test_a_vit_of_transformers_is_calibrated_on_images(moh, folder: Path, tmp_pa
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(source)
     result = moh("convert", source, tmp_path / "no", *HEADS)
     assert result.code == 2 and "--images must say which images to calibrate on" in result.err[-1]
-    result = moh("convert", source, tmp_path / "model", *HEADS, "--images", folder, "--budgets", 0.5)
+    result = moh("convert", source, tmp_path / "model", *HEADS, "--images", folder, "--shares", 0.5)
     assert result.code == 0, result.err
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     assert model.config.share == 0.5 and model.config.num_labels == 2

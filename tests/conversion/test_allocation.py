@@ -1,4 +1,4 @@
-"""Promise: the uneven budget is exactly as large as asked for, and the best for the estimated costs."""
+"""Promise: the uneven allocation is exactly as large as requested, and the best for the estimated costs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from moh import MoHConfig, convert
 from moh.conversion import calibrator as calibrator_module
-from moh.conversion.allocation import allocate, layer_costs
-from moh.conversion.calibrator import Calibrator
+from moh.conversion.calibrator import Calibrator, hand_out
 from moh.conversion.fit import error_left_by_refit
 from moh.conversion.language import DenseLanguageModel
-from moh.conversion.passes import OutputSums
+from moh.conversion.passes import OutputSums, layer_costs
+from moh.models.dial import spend
 from moh.routing import LinearRouter
 
 
@@ -34,7 +34,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, int, int]:
 def test_no_other_split_of_the_total_is_cheaper(problem) -> None:
     costs, total, at_least = problem
     most = costs.shape[1] - 1
-    got = allocate(costs, total, at_least=at_least)
+    got = spend([{n: float(layer[n]) for n in range(at_least, most + 1)} for layer in costs], total)
     splits = itertools.product(range(at_least, most + 1), repeat=len(costs))
     cheapest = min(sum(float(costs[i, n]) for i, n in enumerate(split)) for split in splits if sum(split) == total)
     assert len(got) == len(costs) and sum(got) == total
@@ -42,11 +42,18 @@ def test_no_other_split_of_the_total_is_cheaper(problem) -> None:
     assert sum(float(costs[i, n]) for i, n in enumerate(got)) == cheapest
 
 
-@pytest.mark.parametrize(("total", "at_least"), [(1, 1), (9, 1), (0, 1), (5, 3)])
-def test_a_total_out_of_reach_is_refused(total, at_least) -> None:
-    low = 2 * at_least
-    with pytest.raises(ValueError, match=f"total must be between {low} and 8 heads, got {total}"):
-        allocate(torch.zeros(2, 5), total, at_least=at_least)
+@pytest.mark.parametrize(("total", "step"), [(1, 1), (9, 1), (0, 1), (2, 2)])
+def test_a_total_out_of_reach_is_refused(total, step) -> None:
+    with pytest.raises(ValueError, match=f"total must be between {2 * step} and 8 heads, got {total}"):
+        hand_out(torch.zeros(2, 5), total, step=step)
+
+
+@pytest.mark.parametrize(
+    ("total", "step", "expected"), [(10, 1, [6, 4]), (5, 1, [3, 2]), (12, 2, [8, 4]), (12, 3, [9, 3])]
+)
+def test_no_layer_has_fewer_than_four_heads_if_that_can_be(total, step, expected) -> None:
+    costs = torch.arange(12, -1, -1).double() * torch.tensor([[2.0], [1.0]])  # the first layer needs each head more
+    assert hand_out(costs, total, step=step) == expected
 
 
 def routers_of(dense: nn.Module) -> list[LinearRouter]:

@@ -34,11 +34,11 @@ def heads_of(model: Any) -> Any:
         (dict(refit_output=False), BEST | dict(refit_output=False)),
         (dict(active_heads=[1, 2]), BEST | dict(allocation="even")),
         (dict(shared_heads=[1]), BEST | dict(allocation="even")),
-        (dict(budgets=[0.5]), BEST | dict(refit_output=False)),
+        (dict(shares=[0.5]), BEST | dict(refit_output=False)),
         (dict(router="two_stage"), PLAIN),
         (dict(routing_unit="group_balanced", shared_heads=0, active_heads=2), BEST),
     ],
-    ids=["nothing-said", "even", "no-refit", "heads-by-layer", "shared-by-index", "budgets", "learned", "balanced"],
+    ids=["nothing-said", "even", "no-refit", "heads-by-layer", "shared-by-index", "shares", "learned", "balanced"],
 )
 def test_a_language_model_gets_the_best_settings(make_dense, tokens, family, options, default) -> None:
     dense = make_dense(family, num_hidden_layers=2)

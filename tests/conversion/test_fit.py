@@ -84,7 +84,7 @@ def test_heads_that_say_nothing_are_no_obstacle(make_dense, tokens, silent) -> N
     dense = make_dense()
     rows = slice(None) if silent == "layer" else slice(0, 8)  # of one key/value head
     dense.model.layers[0].self_attn.v_proj.weight[rows] = 0
-    for options in (dict(refit_output=True), dict(budgets=[0.5, 0.75])):
+    for options in (dict(refit_output=True), dict(shares=[0.5, 0.75])):
         model = convert(dense, shared_heads=1, active_heads=2, calibration=tokens, **options)
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
         assert model(tokens[:2]).logits.isfinite().all()

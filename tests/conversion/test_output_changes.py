@@ -1,4 +1,4 @@
-"""One converted model for a range of budgets: W_O for each number of heads, switched by the dial."""
+"""One converted model for a range of shares: W_O for each number of heads, switched by the dial."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moh
-from moh.conversion.budgets import low_rank_change
-from moh.conversion.fit import refit_output_projection
+from moh.conversion.fit import low_rank_change, refit_output_projection
 from moh.conversion.passes import OutputSums
 from moh.models.dial import moh_routers
-from moh.models.output_changes import OutputBudgets, output_projection, routed_attentions
+from moh.models.output_changes import OutputChanges, output_projection, routed_attentions
 
 ALL_SHARES = [1.0, 0.75, 0.5]
 
@@ -28,7 +27,7 @@ def convert(make_dense: Callable[..., Any], tokens: Tensor) -> Callable[..., tup
 
     def run(family: str = "Llama", **options: Any) -> tuple[Any, Any]:
         dense = make_dense(family)
-        given = dict(shared_heads=1, active_heads=1, calibration=tokens, progress=False, budgets=ALL_SHARES)
+        given = dict(shared_heads=1, active_heads=1, calibration=tokens, progress=False, shares=ALL_SHARES)
         return dense, moh.convert(dense, **given | options)
 
     return run
@@ -62,7 +61,7 @@ def test_a_family_that_keeps_its_weights_transposed_has_budgets_too(tokens: Tens
         for parameter in dense.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     given = dict(shared_heads=1, calibration=tokens, progress=False)
-    model = moh.convert(dense, active_heads=1, budgets=ALL_SHARES, **given)
+    model = moh.convert(dense, active_heads=1, shares=ALL_SHARES, **given)
     alone = moh.convert(dense, active_heads=2, refit_output=True, **given)
     moh.set_active_heads(model, 0.75)
     torch.testing.assert_close(logits(model, tokens), logits(alone, tokens), rtol=1e-3, atol=1e-3)
@@ -79,7 +78,7 @@ def test_an_image_model_of_transformers_has_budgets_too(tmp_path: Path) -> None:
     dense = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
     images = torch.randn(8, 3, 16, 16)
     model = moh.convert(
-        dense, shared_heads=1, active_heads=1, calibration=images, budgets=ALL_SHARES, allocation="sensitivity",
+        dense, shared_heads=1, active_heads=1, calibration=images, shares=ALL_SHARES, allocation="sensitivity",
         progress=False,
     )  # fmt: skip
     expected = logits(model, images)
@@ -97,7 +96,7 @@ def test_each_budget_is_the_model_converted_for_it_alone(
     """At full rank; what a lower one loses on a real model is measured by experiments/budgets_in_one_model.py."""
     _, model = convert()
     moh.set_active_heads(model, share)
-    _, alone = convert(budgets=None, refit_output=True, active_heads=int(4 * share) - 1)
+    _, alone = convert(shares=None, refit_output=True, active_heads=int(4 * share) - 1)
     expected = logits(alone, tokens)
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -136,7 +135,7 @@ def test_a_share_is_handed_out_as_the_conversion_for_it_would(convert: Callable[
     _, model = convert(allocation="sensitivity", active_heads=2)
     for k in (1, 2):
         moh.set_active_heads(model, (1 + k) / 4)
-        _, alone = convert(allocation="sensitivity", active_heads=k, budgets=None)
+        _, alone = convert(allocation="sensitivity", active_heads=k, shares=None)
         assert [r.config.active_heads for r in moh_routers(model)] == [
             r.config.active_heads for r in moh_routers(alone)
         ]
@@ -202,15 +201,26 @@ def test_a_saved_model_is_not_loaded_with_heads_that_its_weights_are_not_for(
         AutoModelForCausalLM.from_pretrained(tmp_path, **heads)
 
 
+def test_a_model_saved_in_the_former_format_is_refused_with_what_to_do(
+    convert: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, model = convert()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("output_changes", "output_budgets"))
+    with pytest.raises(ValueError, match=r"output_budgets .* convert the dense model again, with moh.convert"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("budgets", "active_heads", "heads"),
+    ("shares", "active_heads", "heads"),
     [([0.75], 1, [2, 3]), ([1.0], 1, [2, 3]), ([1.0], 3, None)],
 )
 def test_where_the_dial_stands_first_has_its_change_too(
-    convert: Callable[..., Any], budgets: list[float], active_heads: int, heads: list[int] | None
+    convert: Callable[..., Any], shares: list[float], active_heads: int, heads: list[int] | None
 ) -> None:
-    _, model = convert(budgets=budgets, active_heads=active_heads)
-    kept = model.config.output_budgets
+    _, model = convert(shares=shares, active_heads=active_heads)
+    kept = model.config.output_changes
     assert (kept and kept["heads"]) == heads
 
 
@@ -251,8 +261,8 @@ def test_the_low_rank_change_is_the_refit_and_its_best_approximation() -> None:
 
 
 def test_between_two_numbers_of_heads_the_lower_ones_change_holds() -> None:
-    budgets = OutputBudgets([4, 6], 1, torch.zeros(3, 3))
-    assert [budgets.index(n, 9) for n in (2, 4, 5, 6, 8, 9)] == [0, 0, 0, 1, 1, None]
+    changes = OutputChanges([4, 6], 1, torch.zeros(3, 3))
+    assert [changes.index(n, 9) for n in (2, 4, 5, 6, 8, 9)] == [0, 0, 0, 1, 1, None]
 
 
 def test_quantised_weights_are_refused_before_anything_changes(convert: Callable[..., Any]) -> None:
@@ -340,18 +350,18 @@ def test_a_converted_image_or_diffusion_model_has_the_dial_and_keeps_its_setting
 
 
 def test_a_timm_model_is_refused_a_projection_for_each_budget() -> None:
-    with pytest.raises(ValueError, match=r"budgets must be None for a VisionTransformer: only models of transformers"):
-        moh.convert(timm_vit(), shared_heads=1, active_heads=1, calibration=torch.randn(4, 3, 16, 16), budgets=[0.5])
+    with pytest.raises(ValueError, match=r"shares must be None for a VisionTransformer: only models of transformers"):
+        moh.convert(timm_vit(), shared_heads=1, active_heads=1, calibration=torch.randn(4, 3, 16, 16), shares=[0.5])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(budgets=[]), "budgets must be shares of heads above 0 and at most 1"),
-        (dict(budgets=[0.5, 1.5]), "budgets must be shares of heads above 0 and at most 1"),
-        (dict(budgets=[0.5], router="two_stage"), "budgets needs router='linear'"),
-        (dict(budgets=[0.5], refit_output=True), "refit_output must be False where budgets is given"),
-        (dict(budgets=[0.1]), "budgets must be at least 0.250, the share of the shared heads, got 0.1"),
+        (dict(shares=[]), "shares must be above 0 and at most 1"),
+        (dict(shares=[0.5, 1.5]), "shares must be above 0 and at most 1"),
+        (dict(shares=[0.5], router="two_stage"), "shares needs router='linear'"),
+        (dict(shares=[0.5], refit_output=True), "refit_output must be False where shares is given"),
+        (dict(shares=[0.1]), "shares must be at least 0.250, the share of the shared heads, got 0.1"),
     ],
 )
 def test_budgets_that_cannot_be_served_are_refused(

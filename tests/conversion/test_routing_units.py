@@ -7,7 +7,7 @@ import torch
 
 import moh
 from moh import convert
-from moh.conversion.allocation import allocate
+from moh.conversion.calibrator import hand_out
 
 GROUPS = dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8)
 UNITS = ["group_balanced", "kv_group"]
@@ -97,7 +97,7 @@ def test_the_refit_of_the_output_is_made_for_the_heads_that_the_unit_keeps(dense
 
 def test_totals_that_are_no_multiple_of_the_step_are_refused():
     with pytest.raises(ValueError, match="total must be a multiple of 3 heads, which tokens choose together, got 10"):
-        allocate(torch.zeros(3, 7), 10, at_least=3, step=3)
+        hand_out(torch.zeros(3, 7), 10, step=3)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTF
 
 import moh
 from moh import convert, record_routing
-from moh.conversion.allocation import layer_costs
+from moh.conversion.dense import make_undecided
 from moh.conversion.fit import ROUTER_RIDGE
-from moh.conversion.images import make_undecided
-from moh.conversion.passes import collect_contributions
+from moh.conversion.passes import collect_contributions, layer_costs
 from moh.conversion.timm_vit import DenseTimmViT
 from moh.models.vit import MoHViTAttention
 from moh.routing import LinearRouter, Router

@@ -24,7 +24,7 @@ def test_the_class_of_a_name_is_what_is_built(name) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="router must be one of 'two_stage', .* got 'random'"):
+    with pytest.raises(ValueError, match=r"router must be one of 'two_stage', .* got 'random'"):
         router_class("random")
 
 

@@ -63,10 +63,10 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--refit-output",
         action=BooleanOptionalAction,
-        help="refit W_O to make up for skipped heads (default: as for the uneven allocation, but not with --budgets)",
+        help="refit W_O to make up for skipped heads (default: as for the uneven allocation, but not with --shares)",
     )
     parser.add_argument(
-        "--budgets",
+        "--shares",
         nargs="+",
         type=float,
         metavar="SHARE",
@@ -101,7 +101,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
         "routing_unit": arguments.routing_unit,
         "allocation": arguments.allocation,
         "refit_output": arguments.refit_output,
-        "budgets": arguments.budgets,
+        "shares": arguments.shares,
     }
     if is_diffusion_model(arguments.model):
         if arguments.images is not None or arguments.files:

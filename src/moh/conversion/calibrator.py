@@ -1,6 +1,6 @@
-"""The calibration passes over one dense model, and the routers that come of them.
+"""Calibration of one dense model: fitted routers, the heads of each layer, and W_O for them.
 
-Joins `statistics` (what to sum up), `allocation` (heads per layer) and `fit` (closed forms); `convert` decides which to run.
+Joins `passes` (what to sum up) and `fit` (closed forms); `convert` decides which to run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
-from moh.conversion.allocation import allocate, layer_costs
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
     error_left_by_refit,
     fit_contributions,
     fit_ranking,
+    low_rank_change,
     refit_output_projection,
     unique_part,
 )
@@ -31,9 +33,12 @@ from moh.conversion.passes import (
     collect_heads,
     collect_outputs,
     collect_several_outputs,
+    layer_costs,
     layer_groups,
 )
 from moh.conversion.tokens import evenly_spread
+from moh.models.dial import allowed_counts, spend
+from moh.models.output_changes import add_output_changes, output_projection, routed_attentions, used_heads
 from moh.routing import Router, build_router
 from moh.routing.units import strongest
 
@@ -43,8 +48,15 @@ COST_TOKENS = 4096
 MIN_HEADS = 4
 """Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
 
+TOO_FEW = 1e3
+"""Penalty per squared head below `MIN_HEADS`, in nats per token: estimates are far too low there, and the penalty spreads
+very small shares over all layers."""
+
 REFIT_NUMBERS = 6
-"""Numbers of heads for which it is measured how much a refit gives back; every one takes two matrices as W_O a layer."""
+"""Numbers of heads for which it is measured how much a refit gives back; each takes two matrices of W_O's size per layer."""
+
+RANK = 64
+"""Rank of a change of W_O, at most (measured by experiments/budgets_in_one_model.py)."""
 
 
 class Calibrator:
@@ -93,7 +105,7 @@ class Calibrator:
         return maps
 
     def costs(self, routers: Sequence[Router], *, refitted: bool = False) -> Tensor:
-        """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.allocation.layer_costs`).
+        """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.passes.layer_costs`).
 
         Args:
             refitted: W_O is going to be refitted: count what that leaves, layers differ much in it.
@@ -123,11 +135,9 @@ class Calibrator:
 
     def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:
         """Routers with `total` heads over all layers, shared out by `costs`."""
-        step = routers[0].config.step
-        at_least = max(step, min(MIN_HEADS, total // len(routers)) // step * step)
-        budget = allocate(costs, total, at_least=at_least, step=step)
         reallocated = []
-        for router, fit, heads in zip(routers, self.fits, budget, strict=True):
+        used = hand_out(costs, total, step=routers[0].config.step)
+        for router, fit, heads in zip(routers, self.fits, used, strict=True):
             shared = strongest(fit.mean, min(router.config.num_shared, heads), router.config)
             config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
             reallocated.append(router.with_config(config))
@@ -140,6 +150,30 @@ class Calibrator:
             refit_output_projection(s, attention.output_weight)
             for s, attention in zip(sums, self._dense.attentions, strict=True)
         ]
+
+    def fit_output_changes(
+        self, routers: Sequence[Router], heads: Sequence[int], *, rank: int = RANK
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Refit each layer's W_O for several numbers of heads, kept as changes of low rank.
+
+        A refit depends on how many heads its layer uses and on no other layer: one change for each number serves every
+        way to hand heads out.
+
+        Args:
+            routers: one per layer; their `order` tells which n heads a token uses.
+            heads: numbers of heads.
+            rank: of the changes, at most.
+
+        Returns:
+            per layer and number `(left [C, r], right [r, H*D])` (`moh.conversion.fit.low_rank_change`).
+        """
+        factors: list[list[tuple[Tensor, Tensor]]] = []
+        for group in layer_groups(self._dense, matrices=2 * len(heads)):
+            chosen = {layer: [with_heads(routers[layer], n) for n in heads] for layer in group}
+            for layer, sums in collect_several_outputs(self._dense, chosen, self.refit_batches()).items():
+                weight = self._dense.attentions[layer].output_weight
+                factors.append([low_rank_change(s, weight, rank=rank) for s in sums])
+        return factors
 
     def refit_batches(self) -> Iterator[Tensor]:
         """All calibration data, for one pass of refitting."""
@@ -154,3 +188,90 @@ def with_heads(router: Router, heads: int) -> Router:
     """The same router for another number of heads, or for its shared heads where they are more."""
     active = max(0, heads - router.config.num_shared)
     return router.with_config(dataclasses.replace(router.config, active_heads=active))
+
+
+def hand_out(costs: Tensor, total: int, *, step: int = 1) -> list[int]:
+    """Heads of each layer with the least summed cost, exactly `total`; at least `MIN_HEADS` each where that can be.
+
+    Args:
+        costs: `[L, H + 1]`, cost of n heads in each layer.
+        total: heads over all layers.
+        step: every layer's heads are a multiple of it (`MoHConfig.step`), as H is.
+
+    Raises:
+        ValueError: `total` is out of reach, or a cost is not finite.
+    """
+    layers, most = costs.shape[0], costs.shape[1] - 1
+    if not bool(costs.isfinite().all()):
+        raise ValueError(
+            "costs must be finite: the calibration gave NaN or infinity (try the model in float32, or allocation='even')"
+        )
+    if not layers * step <= total <= layers * most:
+        raise ValueError(f"total must be between {layers * step} and {layers * most} heads, got {total}")
+    if total % step:
+        raise ValueError(f"total must be a multiple of {step} heads, which tokens choose together, got {total}")
+    at_least = max(step, min(MIN_HEADS, total // layers) // step * step)
+    return spend([{n: layer[n] for n in range(at_least, most + 1, step)} for layer in costs.tolist()], total)
+
+
+def dial_costs(costs: Tensor) -> list[list[float]]:
+    """The layers' costs as a configuration keeps them for the dial (`head_costs`), dear below `MIN_HEADS`."""
+    few = (MIN_HEADS - torch.arange(costs.shape[1])).clamp_min(0)
+    return (costs + TOO_FEW * few.square()).tolist()
+
+
+def needed_heads(routers: Sequence[Router], costs: Tensor | None, shares: Sequence[float]) -> list[int]:
+    """Numbers of heads, below all, that a layer uses at some share or as the routers are set, and those between them.
+
+    Args:
+        routers: one per layer.
+        costs: `[L, H + 1]`, by which heads are handed out; None for evenly.
+        shares: of all heads. If every one of them is 1, no number is needed.
+
+    Raises:
+        ValueError: a share is below that of the shared heads.
+    """
+    config = routers[0].config
+    h, step, layers = config.num_heads, config.step, len(routers)
+    possible = sorted({r.config.num_shared + k for r in routers for k in allowed_counts(r)})
+    lowest = min(used_heads(r.config for r in routers))  # where the dial stands first has its own as well
+    for share in shares:
+        total = round(share * h * layers / step) * step
+        if total < sum(r.config.num_shared for r in routers):
+            raise ValueError(
+                f"shares must be at least {sum(r.config.num_shared for r in routers) / (h * layers):.3f}, the share of "
+                f"the shared heads, got {share}"
+            )
+        lowest = min(lowest, total // layers if costs is None else min(hand_out(costs, total, step=step)))
+    # A number between two of a layer's has its own: the largest possible one at or below the lowest begins
+    first = max((n for n in possible if n <= lowest), default=possible[0])
+    return [n for n in possible if first <= n < h]
+
+
+def keep_output_changes(
+    model: PreTrainedModel, heads: Sequence[int], factors: Sequence[Sequence[tuple[Tensor, Tensor]]]
+) -> None:
+    """Put fitted changes into a model whose W_O is still the original one, and apply those for its number of heads.
+
+    Args:
+        model: a MoH model of transformers.
+        heads: numbers of heads that have a change, ascending.
+        factors: per layer and number `(left [C, r], right [r, H*D])`: W_O transposed, as a linear layer keeps it, changes
+            by their product.
+    """
+    attentions = routed_attentions(model)
+    model.config.output_changes = {
+        "heads": list(heads),
+        "rank": factors[0][0][1].shape[0],
+        "used_heads": used_heads(attention.router.config for attention in attentions),
+    }
+    add_output_changes(model)
+    for attention, of_layer in zip(attentions, factors, strict=True):
+        projection, changes, config = output_projection(attention), attention.output_changes, attention.router.config
+        for index, (left, right) in enumerate(of_layer):
+            if isinstance(projection, Conv1D):  # which keeps W_O itself
+                left, right = right.T, left.T
+            changes.left[index].copy_(left)
+            changes.right[index].copy_(right)
+        used = config.num_shared + config.active_heads
+        changes.switch(projection.weight, None, changes.index(used, config.num_heads))

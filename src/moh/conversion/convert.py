@@ -15,11 +15,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
-from moh.conversion.calibrator import Calibrator
+from moh.config import ROUTERS, MoHConfig
+from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
 from moh.conversion.dense import DenseModel
 from moh.conversion.family_models import DenseFamilyModel
-from moh.conversion.heads import requested_layers
 from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
 from moh.models.families.table import family_of
@@ -29,6 +28,9 @@ from moh.routing import Router, router_class
 
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
+
+RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks_heads)
+"""Routers that the uneven allocation and the refits of W_O work with, for messages."""
 
 _DIFFUSION_MODELS = ("DiTTransformer2DModel", "MoHDiTTransformer2DModel")
 _VITS = ("vit", "moh_vit")
@@ -48,7 +50,7 @@ def convert(
     batch_size: int = 4,
     allocation: str | None = None,
     refit_output: bool | None = None,
-    budgets: Sequence[float] | None = None,
+    shares: Sequence[float] | None = None,
     router_aux_loss_coef: float = 0.0,
     progress: bool = True,
 ) -> Any:
@@ -63,7 +65,7 @@ def convert(
             (`moh.conversion.dit`). A model that is passed stays as it is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
-            with the paper's router half of them (`moh.conversion.heads`); for a diffusion model it must be given.
+            with the paper's router half of them (`Router.shared_share`); for a diffusion model it must be given.
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
             or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model).
@@ -75,17 +77,17 @@ def convert(
             them). Not looked at by router="query_norm". An image model takes a learned router without it too: gates
             are then 1 up to 1e-6, and which heads a token uses is random.
         tokenizer: for texts; default is the one saved with the model.
-        calibration_tokens: at most so many tokens of `calibration` are used; each patch of an image is one.
-        seq_len: texts are packed into blocks of so many tokens; None means 512, or 128 for an encoder.
+        calibration_tokens: up to this many tokens of `calibration` are used; each patch of an image is one.
+        seq_len: texts are packed into blocks of this many tokens; None means 512, or 128 for an encoder.
         batch_size: blocks or images per forward pass.
         allocation: "even", or "sensitivity" to spend the same total unevenly, by an estimate of what each layer
-            loses (`moh.conversion.allocation`). None means what came out best: "sensitivity" for a language model that
+            loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a language model that
             generates, with router="linear" and heads given as numbers, else "even".
-        refit_output: fit W_O anew so that the kept heads make up for the skipped ones; in a language model that generates
-            and has an uneven budget, routers and allocation count on it (docs/method.md, M18). With all heads active W_O stays
-            the same; otherwise the model is tied to this budget of heads. None means what came out best: True for a
-            language model that generates, with router="linear" and without `budgets`, else False.
-        budgets: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the one model is to serve by its dial
+        refit_output: refit W_O so that the kept heads make up for the skipped ones; in a language model that generates
+            and whose layers get uneven numbers of heads, routers and allocation count on it (docs/method.md, M18). With
+            all heads active W_O stays the same; otherwise the model is tied to this number of heads. None means what came
+            out best: True for a language model that generates, with router="linear" and without `shares`, else False.
+        shares: of all heads, such as [8 / 9, 7 / 9, 6 / 9], for which the one model has a W_O by its dial
             (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer then uses and
             kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` say
             where the dial stands first. For models of transformers with router="linear".
@@ -108,9 +110,9 @@ def convert(
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
     if is_diffusion_model(model_or_path):
-        if calibration is not None or allocation == "sensitivity" or refit_output or budgets or router_aux_loss_coef:
+        if calibration is not None or allocation == "sensitivity" or refit_output or shares or router_aux_loss_coef:
             raise ValueError(
-                "calibration, allocation, refit_output, budgets and router_aux_loss_coef must be left out for a diffusion model: "
+                "calibration, allocation, refit_output, shares and router_aux_loss_coef must be left out for a diffusion model: "
                 "it is converted without calibration, and its training weighs the load-balance loss"
             )
         if routing_unit != "head":
@@ -126,7 +128,7 @@ def convert(
 
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
-    layers = requested_layers(dense, shared_heads, active_heads, router, routing_unit)
+    layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
     kind = router_class(router)
     best = kind.ranks_heads and generates
@@ -134,25 +136,26 @@ def convert(
         numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
         allocation = "sensitivity" if best and numbers else "even"
     if refit_output is None:
-        refit_output = best and budgets is None
+        refit_output = best and shares is None
     _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
-    if budgets is not None:
-        check_budgets(dense, budgets, router=router, refit_output=refit_output)
-    refits = refit_output or budgets is not None
+    if shares is not None:
+        _check_shares(dense, shares, router=router, refit_output=refit_output)
+    refits = refit_output or shares is not None
     refusal = dense.refusal(router=router, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
     if refusal is not None:
         raise ValueError(refusal)
     routers: list[Router] = []
     output_weights: list[Tensor] = []
     costs: Tensor | None = None
-    changes: OutputChanges | None = None
+    change_numbers: list[int] = []
+    changes: list[list[tuple[Tensor, Tensor]]] = []
     if calibration is not None and kind.is_fitted:
         texts = isinstance(dense, DenseTextModel) and are_texts(calibration)
         if tokenizer is None and texts and not isinstance(model_or_path, nn.Module):
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
         calibrator = Calibrator(dense, samples, batch_size, progress)
-        # Measured for language models alone, with an uneven budget: without one it made them worse, and encoders too
+        # Measured for language models alone, with uneven layers: with even ones it made them worse, and encoders too
         counts_on_refit = refits and generates and allocation == "sensitivity"
         routers = calibrator.fit_routers(layers, refitted=counts_on_refit)
         if allocation == "sensitivity":
@@ -162,12 +165,13 @@ def convert(
         layers = [r.config for r in routers]
         if refit_output:
             output_weights = calibrator.refit_outputs(routers)
-        if budgets is not None:
-            heads = needed_heads(routers, costs, budgets)
-            changes = fit_changes(dense, routers, heads, calibrator.refit_batches) if heads else None
+        if shares is not None and (change_numbers := needed_heads(routers, costs, shares)):
+            changes = calibrator.fit_output_changes(routers, change_numbers)
     model = dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
-    if isinstance(model, PreTrainedModel):
-        keep(model, changes, costs)
+    if isinstance(model, PreTrainedModel) and costs is not None:
+        model.config.head_costs = dial_costs(costs)
+    if changes:
+        keep_output_changes(model, change_numbers, changes)
     return model
 
 
@@ -212,6 +216,41 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     )
 
 
+def _requested_layers(
+    dense: DenseModel,
+    shared_heads: int | Sequence[int] | None,
+    active_heads: int | Sequence[int],
+    router: str,
+    unit: str,
+) -> list[MoHConfig]:
+    """Each layer's heads as requested.
+
+    Args:
+        shared_heads: a number, indices, or None for the default.
+        active_heads: a number, or one per layer.
+        unit: `MoHConfig.routing_unit`.
+
+    Raises:
+        ValueError: one of them is out of range, or the model has no groups for such a unit.
+    """
+    count = len(dense.attentions)
+    active = [active_heads] * count if isinstance(active_heads, int) else list(active_heads)
+    if len(active) != count:
+        raise ValueError(
+            f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
+        )
+    if unit != "head" and dense.kv_heads is None:
+        raise ValueError(
+            f"routing_unit must be 'head' for a {type(dense.model).__name__}, whose heads don't share keys and values in "
+            f"groups, got {unit!r}"
+        )
+    h, kv_heads = dense.num_heads, None if unit == "head" else dense.kv_heads
+    if shared_heads is None:
+        step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
+        shared_heads = router_class(router).default_shared_heads(h, step=step)
+    return [MoHConfig(h, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
+
+
 def load_dense(path: str | Path) -> Any:
     """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; no diffusion model.
 
@@ -246,9 +285,32 @@ def _check(
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
     if not router_class(router).ranks_heads and (allocation != "even" or refit_output):
-        raise ValueError(f"allocation='sensitivity' and refit_output=True need router='linear', got router={router!r}")
+        raise ValueError(f"allocation='sensitivity' and refit_output=True need router={RANKING}, got router={router!r}")
     if allocation == "sensitivity" and not isinstance(shared_heads, int | None):
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
     if calibration is None and dense.needs_calibration(router):
         kind = "texts or token ids" if isinstance(dense, DenseTextModel) else "images"
         raise ValueError(f"calibration must be given for router={router!r}: {kind} to fit the router on")
+
+
+def _check_shares(dense: DenseModel, shares: Sequence[float], *, router: str, refit_output: bool) -> None:
+    """Refuse shares for which no W_O can be kept.
+
+    Raises:
+        ValueError: says what is wrong with them, the model or another argument.
+    """
+    if not router_class(router).ranks_heads:
+        raise ValueError(f"shares needs router={RANKING}, got router={router!r}")
+    if refit_output:
+        raise ValueError("refit_output must be False where shares is given, which refits W_O for each of them")
+    if (
+        isinstance(shares, str)
+        or not len(shares)
+        or not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares)
+    ):
+        raise ValueError(f"shares must be above 0 and at most 1, got {shares!r}")
+    if not isinstance(dense.model, PreTrainedModel):
+        raise ValueError(
+            f"shares must be None for a {type(dense.model).__name__}: only models of transformers can keep a W_O for each "
+            "number of heads; the dial (moh.set_active_heads) works without them"
+        )

@@ -1,12 +1,12 @@
-"""What the conversion needs to know of a dense model, whatever its family: one adapter a family fills this in.
+"""What the conversion needs to know of a dense model: the interface that each kind of model fills in by an adapter.
 
-Not for the calibration itself (`moh.conversion.calibrator`).
+`DenseImageModel` is what the adapters of image models share: calibration images, a loss without labels, unfitted routers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moh.config import MoHConfig
-from moh.routing import Router
+from moh.conversion.tokens import evenly_spread
+from moh.routing import Router, router_class
+
+UNDECIDED = 1e-6
+"""Standard deviation of an unfitted router's logits: tokens differ in their heads, and every gate is 1 up to this."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,104 @@ class DenseModel(ABC):
             routers: fitted routers, one per layer; empty where routers have no parameters.
             output_weights: refitted weights of the output projections; empty to keep the dense ones.
         """
+
+
+class DenseImageModel(DenseModel):
+    """A dense model that reads images `[B, C, H, W]`."""
+
+    def needs_calibration(self, router: str) -> bool:
+        return router_class(router).needs_fit
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor | None:
+        """`[B, classes]`, or None if the model has no classifier."""
+
+    def run(self, samples: Tensor) -> None:
+        self.logits(samples)
+
+    def samples(self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | None) -> Tensor:
+        """Images `[n, C, H, W]` in the model's dtype, spread evenly over a tensor, or the first ones of batches."""
+        if tokenizer is not None or seq_len is not None:
+            raise ValueError("tokenizer and seq_len are for language models: calibration is images here")
+        if max_tokens < 1:
+            raise ValueError(f"calibration_tokens must be at least 1, got {max_tokens}")
+        dtype = self.attentions[0].output_weight.dtype
+        if isinstance(calibration, Tensor):
+            images = _checked(calibration)
+            count = self._images_for(max_tokens, images)
+            return evenly_spread(images, count).to(dtype)
+        batches = _batches(calibration)
+        found = [_checked(next(batches, None))]
+        count = self._images_for(max_tokens, found[0])
+        while sum(map(len, found)) < count and (batch := next(batches, None)) is not None:
+            found.append(_checked(batch))
+        if len({images.shape[1:] for images in found}) > 1:
+            raise ValueError(
+                f"calibration must hold images of one size, got {sorted({tuple(i.shape[1:]) for i in found})}"
+            )
+        return torch.cat(found)[:count].to(dtype)
+
+    def _images_for(self, max_tokens: int, images: Tensor) -> int:
+        return max(1, max_tokens // self.tokens_per_sample(images))
+
+    def tokens_per_sample(self, samples: Tensor) -> int:
+        """N, found out by one image."""
+        seen: list[int] = []
+        handle = self.attentions[0].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.logits(samples[:1].to(self.device, self.attentions[0].output_weight.dtype))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"calibration must be images that the model can read, got {tuple(samples.shape)}: {error}"
+            ) from None
+        finally:
+            handle.remove()
+            self.model.train(training)
+        return seen[0]
+
+    def loss(self, samples: Tensor) -> Tensor:
+        """Cross-entropy with labels drawn from the model's own predictions.
+
+        Its squared gradients are, in the mean, the model's Fisher information, for which no true labels are needed.
+        """
+        logits = self.logits(samples.detach().requires_grad_())
+        if logits is None:
+            raise ValueError(
+                "allocation='sensitivity' needs a classifier, whose loss tells what a layer needs; this model has none: "
+                "convert the classifier that was trained on it, or use allocation='even'"
+            )
+        probs = logits.detach().float().softmax(-1).cpu()
+        labels = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+        return nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+
+
+def make_undecided(router: Router) -> None:
+    """Set a learned router's weights so that its softmaxes are uniform up to `UNDECIDED`."""
+    for parameter in router.parameters():  # [heads, C]; the layer's input has about unit mean square
+        nn.init.normal_(parameter, std=UNDECIDED / parameter.shape[-1] ** 0.5)
+
+
+def _batches(calibration: Any) -> Iterator[Any]:
+    """The images of each batch, as a DataLoader gives them: alone, before the labels, or as "pixel_values"."""
+    if not isinstance(calibration, Iterable) or isinstance(calibration, str | Mapping):
+        raise ValueError(
+            f"calibration must be images [n, C, H, W] or batches of them, got {type(calibration).__name__}"
+        )
+    for batch in calibration:
+        if isinstance(batch, Mapping):
+            batch = batch.get("pixel_values", batch.get("image"))
+        elif isinstance(batch, list | tuple) and batch:
+            batch = batch[0]
+        yield batch
+
+
+def _checked(images: Any) -> Tensor:
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"calibration must be floating-point images [n, C, H, W], normalised for the model, got {got}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("calibration must be finite, got NaN or infinity among the images")
+    return images

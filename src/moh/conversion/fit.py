@@ -1,4 +1,4 @@
-"""Closed forms of the conversion: what is unique to a head, the contribution router's regression, the refit of W_O.
+"""Closed forms of the conversion: what is unique to a head, a router's regression, the refit of W_O, in full or low rank.
 
 All are solved in float64 from the sums of `moh.conversion.passes`. No gradient step anywhere.
 """
@@ -61,7 +61,7 @@ def unique_part(zz: Tensor, num_heads: int, *, present: float = PRESENT, ridge: 
     """
     width = zz.shape[0] // num_heads
     of_heads = torch.block_diag(*torch.ones(num_heads, width, width, dtype=torch.float64))
-    penalty = penalty_of(zz, ridge)
+    penalty = _penalty_of(zz, ridge)
     mixed = zz * (present + (1 - present) * of_heads) + penalty * torch.eye(zz.shape[0], dtype=torch.float64)
     blocks = torch.linalg.inv(mixed).split(width, dim=1)  # P_i: [H*D, D]
     own = (block[i * width : (i + 1) * width] for i, block in enumerate(blocks))  # P_ii: [D, D]
@@ -136,17 +136,43 @@ def error_left_by_refit(sums: OutputSums, whole: Tensor, o_proj: Tensor, *, ridg
     return min(1.0, max(0.0, after) / before) if before > 0 else 1.0
 
 
+def low_rank_change(
+    sums: OutputSums, o_proj: Tensor, *, rank: int, ridge: float = OUTPUT_RIDGE
+) -> tuple[Tensor, Tensor]:
+    """The refit of W_O (`refit_output_projection`) as a change of at most this rank.
+
+    The best one in the refit's own measure: of all changes of the rank it adds the least to what the refit minimises.
+
+    Args:
+        o_proj: weight of the original output projection, `[C, H*D]` (W_O transposed).
+
+    Returns:
+        `(left [C, r], right [r, H*D])`, float32: o_proj changes by their product.
+    """
+    change = _change(sums, (sums.gz - sums.gg) @ o_proj.detach().double().cpu().T, ridge)  # [H*D, C]
+    measure = _measure(sums.gg, ridge)
+    root = torch.linalg.cholesky(measure)  # root root' = measure
+    u, s, vh = torch.linalg.svd(root.T @ change, full_matrices=False)
+    rank = min(rank, len(s))
+    right = torch.linalg.solve_triangular(root.T, u[:, :rank] * s[:rank], upper=True)  # [H*D, r]
+    return vh[:rank].T.float().contiguous(), right.T.float().contiguous()
+
+
 def _change(sums: OutputSums, wanted: Tensor, ridge: float) -> Tensor:
-    """Of W_O, `[H*D, C]`: the ridge regression of what is skipped on the kept heads."""
-    penalty = penalty_of(sums.gg, ridge) * torch.eye(sums.gg.shape[0], dtype=torch.float64)
-    change: Tensor = torch.linalg.solve(sums.gg + penalty, wanted)
+    """Change of W_O `[H*D, C]`: the ridge regression of what is skipped on the kept heads."""
+    change: Tensor = torch.linalg.solve(_measure(sums.gg, ridge), wanted)
     return change
 
 
-def penalty_of(gram: Tensor, ridge: float) -> Tensor:
+def _measure(gram: Tensor, ridge: float) -> Tensor:
+    """`gram` with its penalty on the diagonal."""
+    return gram + _penalty_of(gram, ridge) * torch.eye(gram.shape[0], dtype=torch.float64)
+
+
+def _penalty_of(gram: Tensor, ridge: float) -> Tensor:
     """lambda of a regression on the heads whose sum z z' is `gram`: a part of their mean square.
 
-    Where a layer's heads are all zero, anything that leaves a solution.
+    If a layer's heads are all zero, any penalty above 0 leaves a solution.
     """
     mean = gram.diagonal().mean()
     return ridge * mean if mean > 0 else torch.ones_like(mean)

@@ -1,7 +1,7 @@
-"""What a calibration run of the dense model tells about each layer, summed up as it goes, in constant memory.
+"""Passes over the dense model: what calibration data shows about each layer, summed up as it goes, in constant memory.
 
-Passes: heads against heads (which of them say the same), inputs against contributions of heads (to fit a router), gated
-heads against all heads (to refit W_O).
+Heads against heads (which of them say the same), inputs against contributions of heads (to fit a router), gated heads
+against all heads (to refit W_O), and gradients of the loss (what each layer loses with fewer heads).
 Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from moh.conversion.dense import DenseAttention, DenseModel
 from moh.routing import Router
 
 SUMS_BYTES = 4 << 30
-"""Memory for the sums of one pass over the calibration data; where all layers' need more, there are more passes."""
+"""Memory for the sums of one pass over the calibration data; if all layers' need more, there are more passes."""
 
 
 @dataclass
@@ -47,14 +47,6 @@ class OutputSums:
     gz: Tensor  # [HD, HD]
 
 
-@dataclass
-class _Taps:
-    """What passes through one layer's attention during a forward pass."""
-
-    x: Tensor | None = field(default=None)  # [tokens, C]
-    z: Tensor | None = field(default=None)  # [tokens, H*D]
-
-
 def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
     """`||H_i W_O^i||_2` of every token and head.
 
@@ -77,10 +69,9 @@ def collect_heads(dense: DenseModel, layers: Iterable[int], batches: Iterator[Te
         width = dense.attentions[index].output_weight.shape[1]
         sums[index] = torch.zeros(width, width, dtype=torch.float64)
 
-    def add(index: int, taps: _Taps) -> None:
-        assert taps.z is not None
+    def add(index: int, x: Tensor, z: Tensor) -> None:
         if index in sums:
-            z = taps.z.float()
+            z = z.float()
             sums[index] += (z.T @ z).cpu().double()
 
     _run(dense, batches, add)
@@ -103,11 +94,10 @@ def collect_contributions(
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
     written = [attention.written for attention in dense.attentions]
 
-    def add(index: int, taps: _Taps) -> None:
-        assert taps.x is not None and taps.z is not None
-        x = nn.functional.pad(taps.x.float(), (0, 1), value=1.0)  # [T, C + 1]
+    def add(index: int, x: Tensor, z: Tensor) -> None:
+        x = nn.functional.pad(x.float(), (0, 1), value=1.0)  # [T, C + 1]
         # One layer's map at a time where the model is: all of them may be as large as the model
-        z = taps.z if unique is None else taps.z.float() @ unique[index].to(taps.z.device)
+        z = z if unique is None else z.float() @ unique[index].to(z.device)
         c = head_contributions(z, written[index], num_heads)
         layer = sums[index]
         layer.xx += (x.T @ x).cpu().double()
@@ -135,11 +125,10 @@ def collect_several_outputs(
         zeros = torch.zeros(width, width, dtype=torch.float64)
         sums[index] = [OutputSums(zeros.clone(), zeros.clone()) for _ in of_layer]
 
-    def add(index: int, taps: _Taps) -> None:
-        assert taps.x is not None and taps.z is not None
-        z = taps.z.float()  # [T, H*D]
+    def add(index: int, x: Tensor, z: Tensor) -> None:
+        z = z.float()  # [T, H*D]
         for router, layer in zip(routers.get(index, ()), sums.get(index, ()), strict=True):
-            gates = router(taps.x[None].float()).gates[0].float()  # [T, H]
+            gates = router(x[None].float()).gates[0].float()  # [T, H]
             g = (z.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]).flatten(1)
             layer.gg += (g.T @ g).cpu().double()
             layer.gz += (g.T @ z).cpu().double()
@@ -149,7 +138,7 @@ def collect_several_outputs(
 
 
 def layer_groups(dense: DenseModel, *, matrices: int) -> Iterator[range]:
-    """Layers whose sums, so many matrices `[HD, HD]` of each in float64, fit the memory together."""
+    """Layers whose sums, this many matrices `[HD, HD]` of each in float64, fit the memory together."""
     width = max(attention.output_weight.shape[1] for attention in dense.attentions)
     at_a_time = max(1, SUMS_BYTES // (8 * width**2 * max(1, matrices)))
     layers = len(dense.attentions)
@@ -157,32 +146,86 @@ def layer_groups(dense: DenseModel, *, matrices: int) -> Iterator[range]:
         yield range(start, min(start + at_a_time, layers))
 
 
-def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, _Taps], None]) -> None:
-    """Forward passes in evaluation mode; `add(layer, taps)` after each layer's attention."""
-    training = dense.model.training
-    dense.model.eval()
+def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> Tensor:
+    """Estimated rise of the loss, in nats per token, if one layer used only n heads.
+
+    For a skipped set S of heads it is about E[(sum_S s_i)^2] / 2 per token, with s_i = <dL/dz_i, z_i>: the empirical
+    Fisher information along what is left out. This takes one backward pass.
+
+    Args:
+        dense: the dense model; its gradients are left as they were.
+        routers: one per layer; their `order` tells which n heads a token would use.
+        batches: samples `[B, ...]` that the model reads.
+
+    Returns:
+        `[L, H + 1]` float64; entry n is the cost of n heads, 0 for n = H.
+    """
+    model, num_heads = dense.model, dense.num_heads
+    costs = torch.zeros(len(routers), num_heads + 1, dtype=torch.float64)
+    tokens = 0
+
+    def see(index: int, x: Tensor, z: Tensor) -> None:
+        nonlocal tokens
+        with torch.no_grad():
+            order = routers[index].order(x.float()).flatten(0, -2)  # [T, H]
+        tokens += len(order) if index == 0 else 0
+
+        def see_gradient(gradient: Tensor) -> None:
+            effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
+            ordered = effect.flatten(0, -2).gather(-1, order)
+            skipped = (
+                ordered.flip(-1).cumsum(-1).flip(-1).cpu().double()
+            )  # entry n: sum over all after the first n heads
+            costs[index, :-1] += skipped.square().sum(0) / 2
+
+        z.register_hook(see_gradient)
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)  # only the heads' gradients are wanted
     try:
-        with torch.no_grad(), _tapped(dense.attentions, add):
+        # The caller may have gradients off
+        with torch.enable_grad(), _evaluating(model), _tapped(dense.attentions, see):
             for batch in batches:
-                dense.run(batch)
+                dense.loss(batch).backward()
     finally:
-        dense.model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    return costs / max(tokens, 1)
+
+
+def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Forward passes in evaluation mode; `add(layer, x [T, C], z [T, H*D])` after each layer's attention."""
+
+    def see(index: int, x: Tensor, z: Tensor) -> None:
+        add(index, x.flatten(0, -2), z.flatten(0, -2))
+
+    with torch.no_grad(), _evaluating(dense.model), _tapped(dense.attentions, see):
+        for batch in batches:
+            dense.run(batch)
 
 
 @contextmanager
-def _tapped(attentions: Sequence[DenseAttention], add: Callable[[int, _Taps], None]) -> Iterator[None]:
-    """Hooks on the query and output projections, whose inputs are the layer's input and its heads."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`."""
+    inputs: dict[int, Tensor] = {}
     handles = []
     for index, attention in enumerate(attentions):
-        taps = _Taps()
 
-        def see_input(module: nn.Module, args: tuple[Any, ...], taps: _Taps = taps) -> None:
-            taps.x = args[0].flatten(0, -2)
+        def see_input(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            inputs[index] = args[0]
 
-        def see_heads(module: nn.Module, args: tuple[Any, ...], taps: _Taps = taps, index: int = index) -> None:
-            taps.z = args[0].flatten(0, -2)
-            add(index, taps)
-            taps.x = taps.z = None
+        def see_heads(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            see(index, inputs.pop(index), args[0])
 
         handles.append(attention.entry.register_forward_pre_hook(see_input))
         handles.append(attention.output.register_forward_pre_hook(see_heads))

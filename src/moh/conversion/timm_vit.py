@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.conversion.dense import DenseAttention
-from moh.conversion.images import DenseImageModel, make_undecided
+from moh.conversion.dense import DenseAttention, DenseImageModel, make_undecided
 from moh.models.vit import dense_attentions, replace_attention
 from moh.models.vit.attention import changes_heads
 from moh.models.vit.presets import described_as_moh

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from moh.config import MoHConfig
-from moh.conversion.dense import DenseAttention
-from moh.conversion.images import DenseImageModel, make_undecided
+from moh.conversion.dense import DenseAttention, DenseImageModel, make_undecided
 from moh.models.heads import compact_heads
 from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification, MoHViTModel
 from moh.routing import Router

@@ -148,7 +148,7 @@ class _Demo:
                 plain = self._convert(dense, blocks, shared, active, refined=False)
             self._measure("MoH, contribution router alone, untuned", plain, heldout, dense_row, dense_result)
             del plain
-        with self._step("converting our way (contribution router, uneven budget, refitted W_O)"):
+        with self._step("converting our way (contribution router, uneven allocation, refitted W_O)"):
             ours = self._convert(dense, blocks, shared, active, refined=True)
         self._measure("MoH, ours, untuned", ours, heldout, dense_row, dense_result)
 

@@ -1,21 +1,22 @@
 """The dial: how many heads each token uses, changed at run time on a trained or converted model of any family.
 
-Only the number of routed heads changes, never which heads are shared. What W_O is at which number: `output_budgets`.
+Only the number of routed heads changes, never which heads are shared. What W_O is at which number: `output_changes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moh.config import MoHConfig
 from moh.models.heads import HasLayerHeads, compact_heads
-from moh.models.output_changes import add_output_budgets, switches, used_heads
-from moh.models.spending import evenly, spend
+from moh.models.output_changes import add_output_changes, switches, used_heads
 from moh.routing import Router
 
 
@@ -82,7 +83,7 @@ class HasActiveHeads:
 
     def post_init(self) -> None:
         """What a model of transformers calls when it has been built: W_O for each number of heads joins it here."""
-        add_output_budgets(self)  # type: ignore[arg-type]
+        add_output_changes(self)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
 
 
@@ -173,23 +174,66 @@ def _of_share(model: nn.Module, routers: Sequence[Router], allowed: Sequence[Seq
             raise ValueError("config.head_costs must have one list per layer, with a cost for 0 to num_heads heads")
         costs = [{n: layer[n] for n in ns} for layer, ns in zip(saved, options, strict=True)]
     else:
-        even = evenly(num_heads, share)
+        even = _evenly(num_heads, share)
         costs = [{n: float((n - aim) ** 2) for n in ns} for aim, ns in zip(even, options, strict=True)]
     heads = spend(costs, total)
     return [n - c.num_shared for n, c in zip(heads, layers, strict=True)]
 
 
+def spend(costs: Sequence[Mapping[int, float]], total: float) -> list[int]:
+    """Heads per layer with the least summed cost among all ways to spend as near to `total` heads as can be.
+
+    Args:
+        costs: of each layer: number of heads that it may use -> cost.
+        total: heads over all layers; where no choice adds up to it, the nearest sum is taken (the lower one of two).
+
+    Returns:
+        heads of each layer, keys of `costs`.
+    """
+    spent = torch.zeros(1, dtype=torch.float64)  # entry s: least cost of s heads in the layers so far
+    choices: list[Tensor] = []
+    for layer in costs:
+        least = torch.full((len(spent) + max(layer),), torch.inf, dtype=torch.float64)
+        choice = torch.zeros(len(least), dtype=torch.int64)
+        for heads, cost in sorted(layer.items()):
+            reached = spent + cost
+            window = slice(heads, heads + len(spent))
+            better = reached < least[window]
+            least[window] = torch.where(better, reached, least[window])
+            choice[window] = torch.where(better, heads, choice[window])
+        spent = least
+        choices.append(choice)
+    sums = spent.isfinite().nonzero().flatten().tolist()
+    left = min(sums, key=lambda s: (abs(s - total), s))
+    heads_of_layer = []
+    for choice in reversed(choices):
+        heads_of_layer.append(int(choice[left]))
+        left -= heads_of_layer[-1]
+    return heads_of_layer[::-1]
+
+
+def _evenly(num_heads: Sequence[int], share: float) -> list[int]:
+    """About `share` of each layer's heads; whole numbers whose sums over the first layers stay nearest to it."""
+    even, before, seen = [], 0, 0
+    for heads in num_heads:
+        seen += heads
+        upto = math.floor(share * seen + 0.5)
+        even.append(upto - before)
+        before = upto
+    return even
+
+
 def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConfig]) -> float:
-    for budgets, weight, before, after in list(switches(model, routers, [layer.active_heads for layer in layers])):
-        budgets.switch(weight, before, after)
+    for changes, weight, before, after in list(switches(model, routers, [layer.active_heads for layer in layers])):
+        changes.switch(weight, before, after)
     for router, layer in zip(routers, layers, strict=True):
         router.config = layer
     for config, own in _configurations(model):
         configs = [router.config for router in own]
         for name, value in compact_heads(configs).items():
             setattr(config, name, value)
-        if config.output_budgets is not None:
-            config.output_budgets = {**config.output_budgets, "used_heads": used_heads(configs)}
+        if config.output_changes is not None:
+            config.output_changes = {**config.output_changes, "used_heads": used_heads(configs)}
     for module in model.modules():
         register: Any = getattr(module, "register_to_config", None)  # a model of diffusers has it
         if isinstance(module, HasActiveHeads) and register is not None and (own := _routers(module)):  # none if dense

@@ -66,7 +66,7 @@ class HasLayerHeads:
     """`[L][H + 1]`, what each layer is estimated to lose (nats per token) with 0 to H heads, as the conversion measured
     it; None where it did not. The dial (`moh.set_active_heads`) hands out a share of heads by it."""
 
-    output_budgets: dict[str, Any] | None = None
+    output_changes: dict[str, Any] | None = None
     """`{"heads": [...], "rank": r, "used_heads": [...]}` where each layer has a W_O for several numbers of heads
     (`moh.models.output_changes`); None where one serves all."""
 
@@ -74,8 +74,14 @@ class HasLayerHeads:
         """Check the fields.
 
         Raises:
-            ValueError: the heads of a layer don't add up, or the weight of the balance loss is below 0.
+            ValueError: the heads of a layer don't add up, the weight of the balance loss is below 0, or the model was saved
+                with changes of W_O in the format of before the first release.
         """
+        if getattr(self, "output_budgets", None) is not None:
+            raise ValueError(
+                "output_budgets in the configuration is the format of before the first release, whose weights this version "
+                "can't read: convert the dense model again, with moh.convert(..., shares=[...])"
+            )
         if self.router_aux_loss_coef < 0:
             raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
         self.layer_configs()

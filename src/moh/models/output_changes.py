@@ -1,6 +1,6 @@
 """W_O for every number of heads in one model: each layer's own weight plus a low-rank change that depends on the number.
 
-Fitted by `moh.conversion.budgets`, switched by the dial (`moh.models.dial`). Not trained: what is trained is the weight.
+Fitted by `moh.conversion.calibrator`, switched by the dial (`moh.models.dial`). Not trained: what is trained is the weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moh.config import MoHConfig
 from moh.routing import Router
 
 
-class OutputBudgets(nn.Module):
+class OutputChanges(nn.Module):
     """The changes of one layer's output projection: `W_O(n) = W_O + left[n] @ right[n]` with n heads active.
 
     The projection's weight always holds the change that belongs to the router's number of heads, in memory and in a
@@ -37,7 +37,7 @@ class OutputBudgets(nn.Module):
         super().__init__()
         if rank < 1 or list(heads) != sorted(set(heads)) or not heads:
             raise ValueError(
-                f"output_budgets must have a rank of at least 1 and ascending numbers of heads, got {rank}, {heads}"
+                f"output_changes must have a rank of at least 1 and ascending numbers of heads, got {rank}, {heads}"
             )
         self.heads = tuple(heads)
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -107,16 +107,16 @@ def used_heads(layers: Iterable[MoHConfig]) -> list[int]:
     return [layer.num_shared + layer.active_heads for layer in layers]
 
 
-def add_output_budgets(model: nn.Module) -> None:
+def add_output_changes(model: nn.Module) -> None:
     """Give the attention layers the changes that the model's configuration names, where they have none yet.
 
-    `config.output_budgets` is None or `{"heads": [...], "rank": r, "used_heads": [...]}`; the last are the numbers of
+    `config.output_changes` is None or `{"heads": [...], "rank": r, "used_heads": [...]}`; the last are the numbers of
     heads, one per layer, whose changes the saved weights hold.
 
     Raises:
         ValueError: the configuration's heads are others than those.
     """
-    wanted = getattr(model.config, "output_budgets", None)
+    wanted = getattr(model.config, "output_changes", None)
     attentions = routed_attentions(model)
     if wanted is None or not attentions:  # none: a family's model whose routers come later
         return
@@ -128,29 +128,29 @@ def add_output_budgets(model: nn.Module) -> None:
             "(moh.set_active_heads) then"
         )
     for attention in attentions:
-        if not hasattr(attention, "output_budgets"):
+        if not hasattr(attention, "output_changes"):
             weight = output_projection(attention).weight
-            attention.output_budgets = OutputBudgets(wanted["heads"], wanted["rank"], weight)
+            attention.output_changes = OutputChanges(wanted["heads"], wanted["rank"], weight)
 
 
 def switches(model: nn.Module, routers: Sequence[Router], counts: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """What `OutputBudgets.switch` has to do for new numbers of active routed heads: (budgets, weight, before, after).
+    """What `OutputChanges.switch` has to do for new numbers of active routed heads: (changes, weight, before, after).
 
     Raises:
         ValueError: a weight can't be changed, because it is quantised.
     """
     new = dict(zip(routers, counts, strict=True))
     for attention in routed_attentions(model):
-        budgets, router = getattr(attention, "output_budgets", None), attention.router
-        if not isinstance(budgets, OutputBudgets):
+        changes, router = getattr(attention, "output_changes", None), attention.router
+        if not isinstance(changes, OutputChanges):
             continue
         weight, config = output_projection(attention).weight, router.config
         before, after = (
-            budgets.index(config.num_shared + k, config.num_heads) for k in (config.active_heads, new[router])
+            changes.index(config.num_shared + k, config.num_heads) for k in (config.active_heads, new[router])
         )
         if before != after and not weight.is_floating_point():
             raise ValueError(
                 f"active_heads can't be changed: this model has a W_O for each number of heads, and its weights are "
                 f"quantised ({weight.dtype}); turn the dial before quantising"
             )
-        yield budgets, weight, before, after
+        yield changes, weight, before, after

@@ -32,13 +32,13 @@ def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
         for every layer the number of shared heads of each slice.
 
     Raises:
-        ValueError: the heads can't be divided, or the model has output projections for several budgets.
+        ValueError: the heads can't be divided, or the model has a W_O for each number of heads.
     """
     config = model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     check_ranks(config, ranks)
-    if config.output_budgets is not None:
-        raise ValueError("model must not have config.output_budgets: their changes to W_O are not reordered")
+    if config.output_changes is not None:
+        raise ValueError("model must not have config.output_changes: their changes to W_O are not reordered")
     configs, counts = [], []
     for layer, before in zip(model.base_model.layers, config.layer_configs(), strict=True):
         order = _group_order(before, heads // groups, groups, ranks)

@@ -40,8 +40,8 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
         raise ValueError(f"ranks must divide intermediate_size = {config.intermediate_size}, got {mesh.size()}")
     if config.routing_unit == "kv_group":
         raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
-    if config.output_budgets is not None:
-        raise ValueError("model must not have config.output_budgets: their changes to W_O are not split")
+    if config.output_changes is not None:
+        raise ValueError("model must not have config.output_changes: their changes to W_O are not split")
     for layer in model.base_model.layers:
         plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
         plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
