@@ -1,7 +1,6 @@
 """Routing: a layer's input or queries -> which heads each token uses, and with what weight."""
 
-from moh.routing.balance import balance_over_processes
-from moh.routing.info import RoutingInfo
+from moh.routing.info import RoutingInfo, balance_over_processes
 from moh.routing.recording import RoutingRecord, record_routing
 from moh.routing.routers import (
     LinearRouter,

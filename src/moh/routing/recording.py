@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moh.routing.balance import balance_group, balance_losses
-from moh.routing.info import RoutingInfo
+from moh.routing.info import RoutingInfo, balance_group, balance_losses
 
 if TYPE_CHECKING:
     from moh.routing.routers import Router
