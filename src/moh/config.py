@@ -1,6 +1,6 @@
 """What one Mixture-of-Head layer is: its heads, which are shared, how many are routed per token, and by which router.
 
-Plain data without torch; validated once, when it is made. Not for whole models (see `moh.models`).
+Plain data without torch; validated once, when it is made.
 Names follow the paper (arXiv 2410.11842): h heads, h_s shared, k of the h_r = h - h_s routed ones active.
 """
 

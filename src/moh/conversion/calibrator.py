@@ -79,7 +79,7 @@ class Calibrator:
 
         Args:
             layers: each layer's heads.
-            refitted: W_O is going to be refitted: of a head's contribution count what the other heads don't tell.
+            refitted: W_O will be refitted: of a head's contribution, count only what the other heads can't replace.
         """
         unique = self._unique_parts() if refitted else None
         batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
@@ -108,7 +108,7 @@ class Calibrator:
         """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.passes.layer_costs`).
 
         Args:
-            refitted: W_O is going to be refitted: count what that leaves, layers differ much in it.
+            refitted: W_O will be refitted: count only what that leaves, in which layers differ much.
         """
         count = max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))
         # Spread out: calibration data of several kinds often comes one kind after the other
@@ -156,11 +156,11 @@ class Calibrator:
     ) -> list[list[tuple[Tensor, Tensor]]]:
         """Refit each layer's W_O for several numbers of heads, kept as changes of low rank.
 
-        A refit depends on how many heads its layer uses and on no other layer: one change for each number serves every
+        A refit depends on how many heads its layer uses and on no other layer: one change for each number covers every
         way to hand heads out.
 
         Args:
-            routers: one per layer; their `order` tells which n heads a token uses.
+            routers: one per layer; their `order` gives the n heads that a token uses.
             heads: numbers of heads.
             rank: of the changes, at most.
 
@@ -185,7 +185,7 @@ class Calibrator:
 
 
 def with_heads(router: Router, heads: int) -> Router:
-    """The same router for another number of heads, or for its shared heads where they are more."""
+    """The same router for another number of heads, at least its shared ones."""
     active = max(0, heads - router.config.num_shared)
     return router.with_config(dataclasses.replace(router.config, active_heads=active))
 

@@ -84,7 +84,7 @@ class DenseModel(ABC):
         """Whether a router of this kind has to be fitted."""
 
     def refusal(self, *, router: str, refit_output: bool, router_aux_loss_coef: float) -> str | None:
-        """Why this model can't have what is asked for, and what works; None if it can."""
+        """Why this model can't have what is requested, and what works; None if it can."""
         return None
 
     @abstractmethod

@@ -23,7 +23,7 @@ OUTPUT_RIDGE = 0.1
 """Ridge of the W_O refit, as a part of the gated heads' mean square; it pulls towards the original W_O."""
 
 PRESENT = 0.5
-"""Probability of the other heads, where it is asked what they tell of one (`unique_part`); 0.25 and 1 came out worse."""
+"""Probability that another head is present to predict one from (`unique_part`); 0.25 and 1 came out worse."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ContributionFit:
 
 
 def unique_part(zz: Tensor, num_heads: int, *, present: float = PRESENT, ridge: float = OUTPUT_RIDGE) -> Tensor:
-    """Map from a layer's heads to what of each the others don't tell, and thus a refit of W_O can't make up for.
+    """Map from a layer's heads to the part of each that the others don't predict, so that no refit of W_O can replace it.
 
     Each head is predicted by ridge regression on the others, of which each is there with a probability, as if at random;
     what is left of it, in expectation, is its unique part. With M = present * zz + (1 - present) * (the blocks of zz on

@@ -154,7 +154,7 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
 
     Args:
         dense: the dense model; its gradients are left as they were.
-        routers: one per layer; their `order` tells which n heads a token would use.
+        routers: one per layer; their `order` gives the n heads that a token would use.
         batches: samples `[B, ...]` that the model reads.
 
     Returns:

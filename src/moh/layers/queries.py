@@ -1,7 +1,6 @@
 """A layer's routing and its queries, in the order that its router asks for.
 
-What every attention module with a query projection of its own does first. Not for fused projections
-(`moh.attention.project_qkv`).
+What every attention module with a query projection of its own does first; fused ones have `moh.attention.project_qkv`.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def spend(costs: Sequence[Mapping[int, float]], total: float) -> list[int]:
     """Heads per layer with the least summed cost among all ways to spend as near to `total` heads as can be.
 
     Args:
-        costs: of each layer: number of heads that it may use -> cost.
+        costs: for each layer, number of heads that it may use -> cost.
         total: heads over all layers; where no choice adds up to it, the nearest sum is taken (the lower one of two).
 
     Returns:

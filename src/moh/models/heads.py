@@ -52,7 +52,7 @@ def layer_configs(
 
 
 class HasLayerHeads:
-    """What a configuration of transformers with the fields `router`, `shared_heads` and `active_heads` can tell."""
+    """Mixed into a configuration of transformers that has the fields `router`, `shared_heads` and `active_heads`."""
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -68,7 +68,7 @@ class HasLayerHeads:
 
     output_changes: dict[str, Any] | None = None
     """`{"heads": [...], "rank": r, "used_heads": [...]}` where each layer has a W_O for several numbers of heads
-    (`moh.models.output_changes`); None where one serves all."""
+    (`moh.models.output_changes`); None if one W_O is used for all."""
 
     def check_heads(self) -> None:
         """Check the fields.

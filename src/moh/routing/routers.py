@@ -1,4 +1,4 @@
-"""The routers: a layer's input or its queries -> gates, one class per rule, which also says what others have to know of it.
+"""The routers: a layer's input or its queries -> gates, one class per rule, which also states what callers need to know of it.
 
 Two-stage: the paper's "Two-Stage Routing", with the published scaling. Query norm: its continue-tuning. Linear: ours.
 A new one is a class here, an entry of `_CLASSES` and its name in `moh.config.ROUTERS`.
@@ -42,10 +42,10 @@ class Router(nn.Module):
     """Whether a conversion fits it on calibration data (`take_fit`)."""
 
     needs_fit: ClassVar[bool] = False
-    """Whether a conversion is of no use without that fit; if not, new weights may also be trained."""
+    """Whether a converted model is of no use without that fit; otherwise it may start from new weights and be trained."""
 
     ranks_heads: ClassVar[bool] = False
-    """Whether `order` is there and any heads may be shared (`with_config`), as a refit of W_O and an uneven share need."""
+    """Whether it has `order`, and parameters for any set of shared heads (`with_config`): refits of W_O need both."""
 
     shared_share: ClassVar[float] = 2 / 9
     """Share of the heads that a converted model shares by default (measured by experiments/budgets_in_one_model.py)."""
@@ -100,9 +100,9 @@ class Router(nn.Module):
         return range(self.config.num_routed + 1)
 
     def linear_scores(self) -> nn.Linear | None:
-        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None where more is computed.
+        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None if more is computed.
 
-        For kernels that choose the heads themselves. Its rows are all heads, shared ones included.
+        For kernels that choose the heads themselves. It has a row for every head, shared ones included.
         """
         return None
 
@@ -266,7 +266,7 @@ class QueryNormRouter(_HardRouter):
 
     reads_queries = True
     is_fitted = False
-    shared_share = 1 / 2  # nothing tells which heads are better: as many as the paper's converted model shares
+    shared_share = 1 / 2  # no fit says which heads are better: as in the paper's converted model
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config

@@ -1,6 +1,6 @@
 """What a token chooses: single heads, as many heads in every key/value group, or whole groups (`MoHConfig.routing_unit`).
 
-The rule is the same for every router, which only gives the scores: docs/method.md, section 11. Not for gates.
+The rule is the same for every router, which only gives the scores: docs/method.md, section 11.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def choose(scores: Tensor, config: MoHConfig) -> Tensor:
 
 
 def order(scores: Tensor, config: MoHConfig) -> Tensor:
-    """Head indices from the last to go to the first, by the scores of all heads `[..., H]`: int64 `[..., H]`.
+    """Head indices `[..., H]`, int64, by falling score: the first n are the heads that a layer of n heads keeps.
 
-    The first n are the heads that a layer of n heads would use, if n is a multiple of `config.step`. Scores of heads
-    that are not to go are +inf.
+    Args:
+        scores: of all heads, `[..., H]`; +inf for heads that are always kept.
+        config: n has to be a multiple of its `step`.
     """
     falling = scores.argsort(dim=-1, descending=True, stable=True)
     if config.routing_unit == "head":
