@@ -154,7 +154,7 @@ def another_torch(monkeypatch, tmp_path):
 def another_source(monkeypatch, tmp_path):
     copy = tmp_path / "csrc"
     shutil.copytree(build.SOURCES, copy)
-    with open(copy / "tile.h", "a", encoding="utf-8") as file:
+    with open(copy / "kernels" / "product.h", "a", encoding="utf-8") as file:
         file.write("// changed\n")
     monkeypatch.setattr(build, "SOURCES", copy)
 

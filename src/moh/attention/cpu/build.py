@@ -34,7 +34,7 @@ FLAGS = (
 _AVX512 = ("avx2", "fma3", "f16c", "bmi2", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _AVX512_BF16 = (*_AVX512, "avx512_bf16")
 
-# Instruction sets beyond the portable one: source file -> what torch calls the features it needs.
+# Instruction sets beyond the portable one: source file in `csrc/isa` -> what torch calls the features it needs.
 INSTRUCTION_SETS = {
     "avx2": ("avx2", "fma3", "f16c", "bmi2"),
     "avx512": _AVX512,
@@ -101,8 +101,8 @@ def _flags() -> list[str]:
 def _key(compiler: str, sets: list[str]) -> str:
     """Differs wherever a library built in one place could be wrong in another."""
     key = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        key.update(file.name.encode() + file.read_bytes())
+    for file in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
+        key.update(file.relative_to(SOURCES).as_posix().encode() + file.read_bytes())
     stat = Path(compiler).resolve().stat()
     features = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
     for part in (
@@ -125,8 +125,8 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
     print("moh: compiling the CPU kernels for this machine (once, up to a minute) ...", file=sys.stderr, flush=True)
     # The portable kernels come before the others: where two of them hold the same inline function, the linker keeps the
     # first, and that one runs everywhere.
-    names = ["portable", *sets, "attention", "aggregated", "projection", "decode_layer", "instruction_sets"]
-    sources = [SOURCES / f"{name}.cpp" for name in names]
+    kernels = [SOURCES / "isa" / f"{name}.cpp" for name in ("portable", *sets)]
+    sources = [*kernels, *sorted((SOURCES / "operators").glob("*.cpp"))]
     work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
         with _compiler_environment(command):
@@ -139,6 +139,7 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
                 sources=[str(source) for source in sources],
                 extra_cflags=[*_flags(), *(f"-DMOH_{name.upper()}" for name in sets)],
                 extra_ldflags=_flags(),
+                extra_include_paths=[str(SOURCES)],
                 build_directory=str(work),
                 with_cuda=False,
                 is_python_module=False,

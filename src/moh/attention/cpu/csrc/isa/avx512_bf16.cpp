@@ -1,5 +1,5 @@
 // Kernels for AVX-512 with dot products of bfloat16.
-#include "avx512_bf16.h"
+#include "isa/avx512_bf16.h"
 
 namespace moh {
 namespace {

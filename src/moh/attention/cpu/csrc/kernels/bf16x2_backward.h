@@ -4,8 +4,8 @@
 // keys and values. Queries, keys, values and gradients are taken as they are; gate * P and dS are rounded to bfloat16.
 #pragma once
 
-#include "backward.h"
-#include "pairs.h"
+#include "kernels/backward.h"
+#include "kernels/bf16x2.h"
 
 namespace moh {
 

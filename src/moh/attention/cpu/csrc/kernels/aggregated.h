@@ -10,11 +10,11 @@
 // temperature's gradient, a sum with much cancellation, does show. Without a window (places = 0) this is plain attention
 // with a bias that has a gradient.
 //
-// Products with pooled keys have all rows of a block on one side, so they are small matrix products (tile.h); a
+// Products with pooled keys have all rows of a block on one side, so they are small matrix products (product.h); a
 // neighbour is another key for every row, so those are dot products with the head's width on the lanes.
 #pragma once
 
-#include "block.h"
+#include "kernels/block.h"
 
 namespace moh {
 

@@ -1,9 +1,9 @@
 // The kernels of amx.cpp on tiles in memory, for tests on processors without a matrix unit.
-#include "avx512_bf16.h"
+#include "isa/avx512_bf16.h"
 
 #include <c10/util/Exception.h>
 
-#include "amx.h"
+#include "isa/amx.h"
 
 namespace moh {
 namespace {

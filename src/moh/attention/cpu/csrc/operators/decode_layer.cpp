@@ -10,8 +10,8 @@
 #include <cmath>
 #include <vector>
 
-#include "few_tokens_product.h"
-#include "operators.h"
+#include "operators/few_tokens_product.h"
+#include "operators/operators.h"
 
 namespace moh {
 namespace {

@@ -3,8 +3,8 @@
 #ifdef __clang__
 #error "this compiler does not take instruction sets from a pragma: use GCC"
 #endif
-#include "avx512.h"
-#include "kernels.h"
+#include "isa/avx512.h"
+#include "kernels/table.h"
 
 namespace moh {
 

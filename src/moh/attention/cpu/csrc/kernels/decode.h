@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "block.h"
+#include "kernels/block.h"
 
 namespace moh {
 

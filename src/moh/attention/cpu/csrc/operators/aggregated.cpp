@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "operators.h"
+#include "operators/operators.h"
 
 namespace moh {
 namespace {

@@ -5,7 +5,7 @@
 // pass through the output's rounding: a small gate may have rounded it to 0.
 #pragma once
 
-#include "block.h"
+#include "kernels/block.h"
 
 namespace moh {
 
@@ -19,7 +19,7 @@ void add_rows(int64_t width, int64_t used, const Factor* factors, int64_t stride
                                                     to + d, padded);
 }
 
-// What the products work on: floats. Another such type is in pairs_backward.h.
+// What the products work on: floats. Another such type is in bf16x2_backward.h.
 template <class Isa, class T>
 class FloatBackwardOperands {
  public:

@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-#include "decode.h"
+#include "kernels/decode.h"
 
 namespace moh {
 

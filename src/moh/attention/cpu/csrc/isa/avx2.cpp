@@ -3,7 +3,7 @@
 #ifdef __clang__
 #error "this compiler does not take instruction sets from a pragma: use GCC"
 #endif
-#include "kernels.h"
+#include "kernels/table.h"
 
 namespace moh {
 

@@ -7,7 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "tile.h"
+#include "kernels/problem.h"
+#include "kernels/product.h"
 
 namespace moh {
 

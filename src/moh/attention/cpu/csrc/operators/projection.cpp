@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "operators.h"
+#include "operators/operators.h"
 
 namespace moh {
 namespace {

@@ -9,9 +9,9 @@
 #endif
 #include <immintrin.h>
 
-#include "avx512.h"
-#include "pairs_backward.h"
-#include "pairs_decode.h"
+#include "isa/avx512.h"
+#include "kernels/bf16x2_backward.h"
+#include "kernels/bf16x2_decode.h"
 
 namespace moh {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "tile.h"
+#include "kernels/product.h"
 
 namespace moh {
 

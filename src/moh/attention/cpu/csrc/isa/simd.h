@@ -1,10 +1,12 @@
 // Vectors of `Lanes` floats by the compiler's own vector types, so that one text serves every instruction set.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
 #include <cstring>
 #include <utility>
-
-#include "problem.h"
 
 namespace moh {
 

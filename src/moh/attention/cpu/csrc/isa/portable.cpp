@@ -1,5 +1,5 @@
 // Kernels in whatever the compiler's baseline has: 4 floats are one register of SSE2 and of NEON.
-#include "kernels.h"
+#include "kernels/table.h"
 
 namespace moh {
 

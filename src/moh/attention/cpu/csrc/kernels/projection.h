@@ -6,7 +6,7 @@
 //   outer      M[h, d, c] = sum_t heads[t, h, d] x[t, c]   gradients of both weights
 #pragma once
 
-#include "block.h"
+#include "kernels/block.h"
 
 namespace moh {
 
@@ -46,7 +46,7 @@ void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column
   }
 }
 
-// What the products work on: floats, converted from T. Another such type is in pairs.h.
+// What the products work on: floats, converted from T. Another such type is in bf16x2.h.
 template <class Isa, class T>
 struct FloatCells {
   using Cell = float;

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "operators.h"
+#include "operators/operators.h"
 
 namespace moh {
 

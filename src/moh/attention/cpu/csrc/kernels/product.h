@@ -6,7 +6,7 @@
 // them, k and k + 1, and a vector of B then holds such a pair for every lane.
 #pragma once
 
-#include "simd.h"
+#include "isa/simd.h"
 
 namespace moh {
 

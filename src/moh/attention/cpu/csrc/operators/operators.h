@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "problem.h"
+#include "kernels/problem.h"
 
 namespace moh {
 

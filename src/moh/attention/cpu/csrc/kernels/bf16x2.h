@@ -6,8 +6,8 @@
 // `Product` is `Tile`, or another that multiplies in the same way (amx.h).
 #pragma once
 
-#include "forward.h"
-#include "projection.h"
+#include "kernels/forward.h"
+#include "kernels/projection.h"
 
 namespace moh {
 

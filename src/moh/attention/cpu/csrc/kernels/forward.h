@@ -1,12 +1,12 @@
 // Attention of a block of active rows over all their keys, by the online softmax (docs/kernel.md derives it).
 #pragma once
 
-#include "block.h"
+#include "kernels/block.h"
 
 namespace moh {
 
 // What the products work on: floats, the tensors themselves or converted copies of their tiles. Another such type is in
-// pairs.h.
+// bf16x2.h.
 template <class Isa, class T>
 class FloatOperands {
  public:

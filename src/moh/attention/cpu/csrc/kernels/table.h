@@ -1,12 +1,12 @@
 // The table of kernels of one instruction set: the three passes for each data type.
 #pragma once
 
-#include "aggregated.h"
-#include "backward.h"
-#include "decode.h"
-#include "few_tokens.h"
-#include "forward.h"
-#include "projection.h"
+#include "kernels/aggregated.h"
+#include "kernels/backward.h"
+#include "kernels/decode.h"
+#include "kernels/few_tokens.h"
+#include "kernels/forward.h"
+#include "kernels/projection.h"
 
 namespace moh {
 

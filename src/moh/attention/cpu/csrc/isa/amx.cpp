@@ -3,14 +3,14 @@
 //
 // Not run on such a processor yet: tests run the same kernels on tiles that are imitated (amx_imitated.cpp), and before
 // these are used, they prove on the processor itself that a tile's product is right.
-#include "avx512_bf16.h"
+#include "isa/avx512_bf16.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstring>
 
-#include "amx.h"
+#include "isa/amx.h"
 
 namespace moh {
 

@@ -1,7 +1,8 @@
 // Products of a matrix with a few vectors, parts of its rows left out: reading the matrix is the work.
 #pragma once
 
-#include "simd.h"
+#include "isa/simd.h"
+#include "kernels/problem.h"
 
 namespace moh {
 

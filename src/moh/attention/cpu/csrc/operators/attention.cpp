@@ -14,7 +14,7 @@
 #include <numeric>
 #include <vector>
 
-#include "operators.h"
+#include "operators/operators.h"
 
 namespace moh {
 namespace {
