@@ -74,15 +74,15 @@ bool multiplies_right() {
   using Isa = Avx512BFloat16;
   using Tiled = TiledProduct<Isa, Registers>;
   constexpr int64_t kHeight = 32, kDepth = 32;
-  Pair a[kHeight * kDepth];
+  Bf16x2 a[kHeight * kDepth];
   float b[kDepth * Tiled::kWidth], tiled[kHeight * Tiled::kWidth], vectors[kHeight * Tiled::kWidth];
   // Small whole numbers: whatever the order of additions, the sums are exact.
-  const auto pair = [](int64_t i) {
+  const auto two = [](int64_t i) {
     const c10::BFloat16 low(static_cast<float>(i % 7 - 3)), high(static_cast<float>(i % 5 - 2));
-    return Pair{low.x | uint32_t{high.x} << 16};
+    return Bf16x2{low.x | uint32_t{high.x} << 16};
   };
-  for (int64_t i = 0; i < kHeight * kDepth; ++i) a[i] = pair(i);
-  for (int64_t i = 0; i < kDepth * Tiled::kWidth; ++i) b[i] = static_cast<float>(pair(3 * i + i / 11));
+  for (int64_t i = 0; i < kHeight * kDepth; ++i) a[i] = two(i);
+  for (int64_t i = 0; i < kDepth * Tiled::kWidth; ++i) b[i] = static_cast<float>(two(3 * i + i / 11));
   const auto into = [&](float* c, auto product) {
     using Product = decltype(product);
     Product::template multiply<Tiled::Into::kSet>(kHeight, a, kDepth, 1, b, Tiled::kWidth, kDepth, c, Tiled::kWidth);
@@ -91,7 +91,7 @@ bool multiplies_right() {
   };
   const Session session;
   into(tiled, Tiled());
-  into(vectors, Tile<Isa>());
+  into(vectors, VectorProduct<Isa>());
   return std::memcmp(tiled, vectors, sizeof tiled) == 0;
 }
 
@@ -104,7 +104,7 @@ bool amx_works() {
 
 const Kernels& amx_kernels() {
   using Isa = Avx512BFloat16;
-  static const Kernels table = PairKernels<Isa, TiledProduct<Isa, Registers>, Session>::table("amx");
+  static const Kernels table = Bf16x2Kernels<Isa, TiledProduct<Isa, Registers>, Session>::table("amx");
   return table;
 }
 

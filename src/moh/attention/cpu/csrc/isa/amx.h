@@ -14,8 +14,8 @@ namespace moh {
 // `Tiles` gives eight tiles: zero<T>(), load<T>(from, bytes between rows), store<T>(to, bytes between rows) and
 // dot<C, A, B>(), which adds the product of A and B to C.
 template <class Isa, class Tiles>
-struct TiledProduct : Tile<Isa> {
-  using Vectors = Tile<Isa>;
+struct TiledProduct : VectorProduct<Isa> {
+  using Vectors = VectorProduct<Isa>;
   using S = typename Vectors::S;
   using Into = typename Vectors::Into;
   using Vectors::kWidth;
@@ -23,9 +23,9 @@ struct TiledProduct : Tile<Isa> {
   static constexpr int64_t kSide = 16;
   static_assert(Isa::kLanes == kSide && Isa::kVectors <= 2);
 
-  // As `Tile::multiply`.
+  // As `VectorProduct::multiply`.
   template <Into into, int V = Isa::kVectors>
-  static void multiply(int64_t height, const Pair* a, int64_t row_stride, int64_t k_stride, const float* b,
+  static void multiply(int64_t height, const Bf16x2* a, int64_t row_stride, int64_t k_stride, const float* b,
                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr,
                        const int32_t* c_rows = nullptr) {
     const int64_t rows = height / kSide * kSide, deep = depth / kSide * kSide;
@@ -70,7 +70,7 @@ struct TiledProduct : Tile<Isa> {
 
   // 16 N rows of C, 16 V wide, to which the product is added unless they are `fresh`. Tiles 0 to 3 are C's.
   template <int N, int V, bool fresh>
-  static void block(const Pair* a, int64_t row_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+  static void block(const Bf16x2* a, int64_t row_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
                     int64_t c_stride) {
     const auto a_at = [&](int i, int64_t k) { return a + i * kSide * row_stride + k; };
     const auto b_at = [&](int j, int64_t k) { return b + k * b_stride + j * kSide; };
@@ -108,8 +108,8 @@ struct TiledProduct : Tile<Isa> {
 
   // Adds 16 rows at a time to the rows of C that `c_rows` names.
   template <int V>
-  static void scatter(int64_t rows, const Pair* a, int64_t row_stride, const float* b, int64_t b_stride, int64_t depth,
-                      float* c, int64_t c_stride, const int32_t* c_rows) {
+  static void scatter(int64_t rows, const Bf16x2* a, int64_t row_stride, const float* b, int64_t b_stride,
+                      int64_t depth, float* c, int64_t c_stride, const int32_t* c_rows) {
     alignas(64) float sums[kSide * V * kSide];
     for (int64_t i = 0; i < rows; i += kSide) {
       block<1, V, true>(a + i * row_stride, row_stride, b, b_stride, depth, sums, V * kSide);

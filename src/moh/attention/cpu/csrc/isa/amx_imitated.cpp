@@ -62,7 +62,7 @@ struct Memory {
 
 const Kernels& amx_imitated_kernels() {
   using Isa = Avx512BFloat16;
-  static const Kernels table = PairKernels<Isa, TiledProduct<Isa, Memory>, Session>::table("amx_imitated");
+  static const Kernels table = Bf16x2Kernels<Isa, TiledProduct<Isa, Memory>, Session>::table("amx_imitated");
   return table;
 }
 

@@ -11,7 +11,8 @@ struct NoSession {
 }  // namespace
 
 const Kernels& avx512_bf16_kernels() {
-  static const Kernels table = PairKernels<Avx512BFloat16, Tile<Avx512BFloat16>, NoSession>::table("avx512_bf16");
+  using Isa = Avx512BFloat16;
+  static const Kernels table = Bf16x2Kernels<Isa, VectorProduct<Isa>, NoSession>::table("avx512_bf16");
   return table;
 }
 

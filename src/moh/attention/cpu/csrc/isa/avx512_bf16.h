@@ -23,7 +23,7 @@ struct Avx512BFloat16 : Avx512 {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
   // Each lane's two numbers as a pair.
-  [[gnu::always_inline]] static Floats pairs(Floats first, Floats second) {
+  [[gnu::always_inline]] static Floats to_bf16x2(Floats first, Floats second) {
     constexpr auto half = [](int i) { return static_cast<short>(i / 2 + i % 2 * 16); };
     const __m512i order = _mm512_set_epi16(
         half(31), half(30), half(29), half(28), half(27), half(26), half(25), half(24), half(23), half(22), half(21),
@@ -33,12 +33,12 @@ struct Avx512BFloat16 : Avx512 {
         _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
   }
   // A vector as 16 numbers, two to a pair.
-  [[gnu::always_inline]] static void round(Floats x, Pair* to) {
+  [[gnu::always_inline]] static void round(Floats x, Bf16x2* to) {
     const __m256bh numbers = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
     std::memcpy(to, &numbers, sizeof numbers);
   }
   // Two rows, number by number; without a second one, zeros.
-  static void interleave(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count, Pair* to) {
+  static void interleave(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count, Bf16x2* to) {
     using S = Simd<kLanes>;
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
@@ -52,55 +52,55 @@ struct Avx512BFloat16 : Avx512 {
 // The kernels of avx512.cpp, but for those of bfloat16 attention and projections. `Product` does the products of both, but
 // for decoding and `outer`; a `Session` lives as long as such a task.
 template <class Isa, class Product, class Session>
-struct PairKernels {
-  using Attention = Forward<Isa, c10::BFloat16, PairOperands<Isa, Product>>;
-  using Gradients = Backward<Isa, c10::BFloat16, PairBackwardOperands<Isa, Product>>;
-  using Projections = Project<Isa, c10::BFloat16, PairCells<Isa>, Product>;
+struct Bf16x2Kernels {
+  using Attention = Forward<Isa, c10::BFloat16, Bf16x2Operands<Isa, Product>>;
+  using Gradients = Backward<Isa, c10::BFloat16, Bf16x2BackwardOperands<Isa, Product>>;
+  using Projections = Project<Isa, c10::BFloat16, Bf16x2Cells<Isa>, Product>;
 
-  static bool serves(const Problem& p) {
-    return p.dtype == DType::kBFloat16 && has_pairs(p);
+  static bool handles(const Problem& p) {
+    return p.dtype == DType::kBFloat16 && fits_bf16x2(p);
   }
-  static bool decodes(const Problem& p) { return p.dtype == DType::kBFloat16 && PairDecode<Isa>::serves(p); }
-  static bool serves(const Projection& p) { return p.dtype == DType::kBFloat16 && PairCells<Isa>::serves(p); }
+  static bool decodes(const Problem& p) { return p.dtype == DType::kBFloat16 && Bf16x2Decode<Isa>::handles(p); }
+  static bool handles(const Projection& p) { return p.dtype == DType::kBFloat16 && Bf16x2Cells<Isa>::handles(p); }
 
   static int64_t forward_scratch(const Problem& p, int64_t rows) {
-    return serves(p) ? Attention::scratch(p, rows) : avx512_kernels().forward_scratch(p, rows);
+    return handles(p) ? Attention::scratch(p, rows) : avx512_kernels().forward_scratch(p, rows);
   }
   static void forward(const Problem& p, const Rows& rows, float* scratch) {
-    if (!serves(p)) return avx512_kernels().forward(p, rows, scratch);
+    if (!handles(p)) return avx512_kernels().forward(p, rows, scratch);
     const Session session;
     Attention::run(p, rows, scratch);
   }
   static int64_t backward_scratch(const Problem& p, int64_t rows) {
-    return serves(p) ? Gradients::scratch(p, rows) : avx512_kernels().backward_scratch(p, rows);
+    return handles(p) ? Gradients::scratch(p, rows) : avx512_kernels().backward_scratch(p, rows);
   }
   static void backward(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
-    if (!serves(p)) return avx512_kernels().backward(p, rows, grad_k, grad_v, scratch);
+    if (!handles(p)) return avx512_kernels().backward(p, rows, grad_k, grad_v, scratch);
     const Session session;
     Gradients::run(p, rows, grad_k, grad_v, scratch);
   }
   static int64_t decode_scratch(const Problem& p, int64_t rows) {
-    return decodes(p) ? PairDecode<Isa>::scratch(p, rows) : avx512_kernels().decode_scratch(p, rows);
+    return decodes(p) ? Bf16x2Decode<Isa>::scratch(p, rows) : avx512_kernels().decode_scratch(p, rows);
   }
   static void decode(const Problem& p, const Rows& rows, int64_t key_begin, int64_t key_end, const Partial& to,
                      float* scratch) {
-    (decodes(p) ? PairDecode<Isa>::run : avx512_kernels().decode)(p, rows, key_begin, key_end, to, scratch);
+    (decodes(p) ? Bf16x2Decode<Isa>::run : avx512_kernels().decode)(p, rows, key_begin, key_end, to, scratch);
   }
   static void expand(const Projection& p, const Rows& tokens, float* scratch) {
-    if (!serves(p)) return avx512_kernels().expand(p, tokens, scratch);
+    if (!handles(p)) return avx512_kernels().expand(p, tokens, scratch);
     const Session session;
     Projections::expand(p, tokens, scratch);
   }
   static void sum_heads(const Projection& p, const Rows* by_head, int64_t first_token, int64_t tokens,
                         int64_t first_channel, int64_t channels, float* scratch) {
-    if (!serves(p))
+    if (!handles(p))
       return avx512_kernels().sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
     const Session session;
     Projections::sum_heads(p, by_head, first_token, tokens, first_channel, channels, scratch);
   }
   static void outer(const Projection& p, const void* x, const Rows& tokens, int64_t first_channel, int64_t channels,
                     float* scratch) {
-    if (!serves(p)) return avx512_kernels().outer(p, x, tokens, first_channel, channels, scratch);
+    if (!handles(p)) return avx512_kernels().outer(p, x, tokens, first_channel, channels, scratch);
     Projections::outer(p, static_cast<const c10::BFloat16*>(x), tokens, first_channel, channels, scratch);
   }
 

@@ -36,7 +36,7 @@ struct Vectors<16> {
 };
 
 // Two bfloat16 next to each other, anywhere in memory; as a float they are nothing but its bits.
-struct [[gnu::packed, gnu::may_alias]] Pair {
+struct [[gnu::packed, gnu::may_alias]] Bf16x2 {
   uint32_t bits;
   explicit operator float() const {
     float x;
@@ -57,7 +57,7 @@ struct Simd : Vectors<Lanes> {
     std::memcpy(&x, p, sizeof x);
     return x;
   }
-  [[gnu::always_inline]] static Floats load(const Pair* p) {
+  [[gnu::always_inline]] static Floats load(const Bf16x2* p) {
     Floats x;
     std::memcpy(&x, p, sizeof x);
     return x;
@@ -138,12 +138,12 @@ struct Simd : Vectors<Lanes> {
 #pragma GCC unroll 4
     for (int width = Lanes; width > 1; width /= 2)
 #pragma GCC unroll 8
-      for (int i = 0; i < width / 2; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+      for (int i = 0; i < width / 2; ++i) v[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
     return v[0];
   }
 
   // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
-  [[gnu::always_inline]] static Floats add_pairs(Floats a, Floats b) {
+  [[gnu::always_inline]] static Floats add_neighbours(Floats a, Floats b) {
     return pick<0, 2>(a, b, Every()) + pick<1, 2>(a, b, Every());
   }
 
@@ -153,10 +153,10 @@ struct Simd : Vectors<Lanes> {
     for (int m = 0; m < Lanes; m += 4) {
       const Floats low01 = quarters<0, 1>(v[m], v[m + 1]), low23 = quarters<0, 1>(v[m + 2], v[m + 3]);
       const Floats high01 = quarters<2, 3>(v[m], v[m + 1]), high23 = quarters<2, 3>(v[m + 2], v[m + 3]);
-      v[m] = pairs<0>(low01, low23);
-      v[m + 1] = pairs<2>(low01, low23);
-      v[m + 2] = pairs<0>(high01, high23);
-      v[m + 3] = pairs<2>(high01, high23);
+      v[m] = halves<0>(low01, low23);
+      v[m + 1] = halves<2>(low01, low23);
+      v[m + 2] = halves<0>(high01, high23);
+      v[m + 3] = halves<2>(high01, high23);
     }
     if constexpr (Lanes > 4) exchange<4>(v);
     if constexpr (Lanes > 8) exchange<8>(v);
@@ -179,11 +179,11 @@ struct Simd : Vectors<Lanes> {
   }
   // In each quarter of 4: [a_First, a_First + 1, b_First, b_First + 1].
   template <int First>
-  [[gnu::always_inline]] static Floats pairs(Floats a, Floats b) {
-    return from_pairs<First>(a, b, Every());
+  [[gnu::always_inline]] static Floats halves(Floats a, Floats b) {
+    return from_halves<First>(a, b, Every());
   }
   template <int First, int... I>
-  [[gnu::always_inline]] static Floats from_pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  [[gnu::always_inline]] static Floats from_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return shuffle<(I / 4 * 4 + First + I % 2 + I % 4 / 2 * Lanes)...>(a, b);
   }
   // Of rows `Size` apart: the second of each two blocks of `Size` numbers of one against the first of the other.

@@ -25,7 +25,7 @@ struct AggregatedAttention {
   static constexpr int64_t L = Isa::kLanes;
   static constexpr int64_t kBlock = 48;  // rows of one round: a multiple of every kRows; scores of 49 pooled keys fill 13 KiB
 
-  using Product = Tile<Isa>;
+  using Product = VectorProduct<Isa>;
 
   static int64_t padded(int64_t count) { return (count + L - 1) / L * L; }
 
@@ -165,16 +165,17 @@ struct AggregatedAttention {
       for (int64_t j = left; j < right; ++j) see(i * side + j, token + (i - reach) * p.columns + j - reach);
   }
 
-  static const float* at(const Rowed& x, int64_t batch, int64_t token, int64_t head) {
+  static const float* at(const TokenView& x, int64_t batch, int64_t token, int64_t head) {
     return x.data + batch * x.batch + token * x.token + head * x.head;
   }
-  static void copy_rows(const Rowed& x, const Rows& rows, int64_t first, int64_t end, int64_t D, int64_t Dw, float* to) {
+  static void copy_rows(const TokenView& x, const Rows& rows, int64_t first, int64_t end, int64_t D, int64_t Dw,
+                        float* to) {
     for (int64_t n = first; n < end; ++n, to += Dw) {
       std::copy_n(at(x, rows.batch, n, rows.kv_head), D, to);
       std::fill(to + D, to + Dw, 0.0f);
     }
   }
-  static void copy_columns(const Rowed& x, const Rows& rows, int64_t count, int64_t D, int64_t stride, float* to) {
+  static void copy_columns(const TokenView& x, const Rows& rows, int64_t count, int64_t D, int64_t stride, float* to) {
     std::fill_n(to, D * stride, 0.0f);
     for (int64_t n = 0; n < count; ++n) {
       const float* from = at(x, rows.batch, n, rows.kv_head);
@@ -222,8 +223,8 @@ struct AggregatedAttention {
     product<Product::Into::kSet>(rows.count, b.scaled, b.Dw, 1, b.key_columns, b.Pw, b.D, b.weights + b.Ww, b.columns, b.Pw);
     if (b.W > 0)
       product<Product::Into::kSet>(rows.count, b.unit, b.Dw, 1, b.token_columns, b.Ww, b.D, b.extra, b.Ww, b.Ww);
-    Floats sums[kPlaces];
-    float dots[kPlaces];
+    Floats sums[kMaxPlaces];
+    float dots[kMaxPlaces];
     for (int64_t r = 0; r < rows.count; ++r) {
       float* scores = b.weights + r * b.columns;
       const float* bias = p.pooled_bias + (h * p.tokens + rows.index[r]) * b.P;
@@ -275,7 +276,7 @@ struct AggregatedAttention {
     }
     // grad_scores holds G = grad . v first.
     product<Product::Into::kSet>(R, b.grads, b.Dw, 1, b.value_columns, b.Pw, b.D, b.grad_scores + b.Ww, b.columns, b.Pw);
-    Floats sums[kPlaces];
+    Floats sums[kMaxPlaces];
     for (int64_t r = 0; r < R; ++r) {
       float *G = b.grad_scores + r * b.columns, *weights = b.weights + r * b.columns;
       float *extra = b.extra + r * b.Ww, *grad_extra = b.grad_extra + r * b.Ww;

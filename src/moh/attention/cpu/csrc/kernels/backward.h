@@ -25,7 +25,7 @@ class FloatBackwardOperands {
  public:
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
-  using Product = Tile<Isa>;
+  using Product = VectorProduct<Isa>;
   using Into = typename Product::Into;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
@@ -127,7 +127,7 @@ template <class Isa, class T, class Operands = FloatBackwardOperands<Isa, T>>
 struct Backward {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
-  using Product = Tile<Isa>;
+  using Product = VectorProduct<Isa>;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
   static_assert(kTile % 2 == 0, "keys are taken two by two");
@@ -209,7 +209,7 @@ struct Backward {
     const int64_t row = block * kWidth + lane, stride = operands.stride();
     const typename Operands::Sink sink = operands.sink(block, lane);
     const float *scores = operands.scores(block) + lane, *grad_weights = operands.grad_weights(block) + lane;
-    const Floats shift = S::load(lse + row), gate = S::load(gates + row), less = S::load(delta + row);
+    const Floats shift = S::load(lse + row), gate = S::load(gates + row), scaled_delta = S::load(delta + row);
     const Floats slope = S::set(scale) * gate;
     Floats grad_gate = S::load(grad_gates + row);
     const auto key = [&](int64_t n, Floats& weight, Floats& grad_score) {
@@ -217,7 +217,7 @@ struct Backward {
       weight = exp2(S::min(Floats{}, S::load(scores + n * stride) - shift));
       const Floats grad = S::load(grad_weights + n * stride);
       grad_gate += weight * grad;
-      grad_score = weight * (slope * grad - less);
+      grad_score = weight * (slope * grad - scaled_delta);
       weight *= gate;
     };
     Floats weight[2], grad_score[2];

@@ -3,7 +3,7 @@
 // Products run over pairs. In attention these are two numbers of a row's width for the scores, two keys for the outputs.
 // Keys are read where they lie; queries are put on the lanes pair by pair, unscaled and so exact; a tile of values is
 // copied with the rows of two keys interleaved, once for all blocks; weights are rounded to bfloat16, their totals not.
-// `Product` is `Tile`, or another that multiplies in the same way (amx.h).
+// `Product` is `VectorProduct`, or another that multiplies in the same way (amx.h).
 #pragma once
 
 #include "kernels/forward.h"
@@ -13,13 +13,13 @@ namespace moh {
 
 // Rows of an odd width, or at odd distances, are not made of pairs. One condition for both passes: the weights that the
 // backward pass makes again have to come from the same scores.
-inline bool has_pairs(const Problem& p) {
+inline bool fits_bf16x2(const Problem& p) {
   return p.width % 2 == 0 && p.k.token % 2 == 0 && p.value_width % 2 == 0 && p.v.token % 2 == 0;
 }
 
 // A copy of a tile of keys or values with the rows of two keys interleaved: pairs that a product runs over.
 template <class Isa, class Product>
-class KeyPairs {
+class InterleavedTile {
  public:
   using T = c10::BFloat16;
   using Into = typename Product::Into;
@@ -29,19 +29,19 @@ class KeyPairs {
   static constexpr bool kRowsInOnePiece = Product::kRowsInOnePiece;
 
   static int64_t scratch(int64_t width) { return (kTile / 2 * (kRowsInOnePiece ? 2 : 1) + 1) * width; }
-  KeyPairs(int64_t width, float* scratch)
-      : width_(width), pairs_(reinterpret_cast<Pair*>(scratch)), last_(pairs_ + kTile / 2 * width),
-        turned_(last_ + width) {}
+  InterleavedTile(int64_t width, float* scratch)
+      : width_(width), interleaved_(reinterpret_cast<Bf16x2*>(scratch)), last_(interleaved_ + kTile / 2 * width),
+        transposed_(last_ + width) {}
 
   void load(const View& x, int64_t batch, int64_t head, int64_t first, int64_t count) {
     const T* from = at<T>(x, batch, head, first);
     for (int64_t n = 0; n < count; n += 2, from += 2 * x.token)
-      Isa::interleave(from, n + 1 < count ? from + x.token : nullptr, width_, pairs_ + n / 2 * width_);
+      Isa::interleave(from, n + 1 < count ? from + x.token : nullptr, width_, interleaved_ + n / 2 * width_);
     if constexpr (kRowsInOnePiece) {  // as pairs of keys on the lanes, a number's lie side by side
       static_assert(kTile / 2 == kWidth);
-      const auto pairs = [&](int i) -> const Pair* { return pairs_ + i * width_; };
-      put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), width_, pairs, [](int) { return 1.0f; },
-                        reinterpret_cast<float*>(turned_));
+      const auto row = [&](int i) -> const Bf16x2* { return interleaved_ + i * width_; };
+      put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), width_, row, [](int) { return 1.0f; },
+                        reinterpret_cast<float*>(transposed_));
     }
   }
   // sums [width, kWidth] = *rescale * sums (or sums as they are) + the first `seen` keys' factors, which are pairs of keys
@@ -49,20 +49,21 @@ class KeyPairs {
   template <Into into, int V>
   void add(int64_t seen, const float* factors, float* sums, const float* rescale = nullptr) const {
     const int64_t whole = seen / 2;
-    Product::template multiply<into, V>(width_, kRowsInOnePiece ? turned_ : pairs_, kRowsInOnePiece ? kWidth : 1,
-                                        kRowsInOnePiece ? 1 : width_, factors, kWidth, whole, sums, kWidth, rescale);
+    Product::template multiply<into, V>(width_, kRowsInOnePiece ? transposed_ : interleaved_,
+                                        kRowsInOnePiece ? kWidth : 1, kRowsInOnePiece ? 1 : width_, factors, kWidth,
+                                        whole, sums, kWidth, rescale);
     if (2 * whole >= seen) return;
     // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN. Also where it has none:
     // the order of additions may not depend on where a task's keys end.
-    for (int64_t d = 0; d < width_; ++d) last_[d].bits = pairs_[whole * width_ + d].bits & 0xffffu;
+    for (int64_t d = 0; d < width_; ++d) last_[d].bits = interleaved_[whole * width_ + d].bits & 0xffffu;
     Product::template multiply<Into::kAdd, V>(width_, last_, 1, width_, factors + whole * kWidth, kWidth, 1, sums,
                                               kWidth);
   }
 
  private:
   int64_t width_;
-  Pair *pairs_, *last_;  // [kTile / 2, width], [width]
-  Pair* turned_;         // [width, kWidth], where rows have to lie in one piece
+  Bf16x2 *interleaved_, *last_;  // [kTile / 2, width], [width]
+  Bf16x2* transposed_;           // [width, kWidth], where rows have to lie in one piece
 };
 
 // Keys times queries, or values times gradients: rows of x where they lie, by rows on the lanes, over pairs of their
@@ -80,10 +81,10 @@ class RowProducts {
   // A block's rows `from(i)`, as they are.
   template <class From>
   void put(int64_t block, int count, From from) {
-    const auto pairs = [&](int i) { return reinterpret_cast<const Pair*>(from(i)); };
-    put_on_lanes<Isa>(count, width_ / 2, pairs, [](int) { return 1.0f; }, on_lanes_ + block * width_ / 2 * kWidth);
+    const auto row = [&](int i) { return reinterpret_cast<const Bf16x2*>(from(i)); };
+    put_on_lanes<Isa>(count, width_ / 2, row, [](int) { return 1.0f; }, on_lanes_ + block * width_ / 2 * kWidth);
   }
-  void load(int64_t first) { tile_ = reinterpret_cast<const Pair*>(at<T>(x_, rows_.batch, rows_.kv_head, first)); }
+  void load(int64_t first) { tile_ = reinterpret_cast<const Bf16x2*>(at<T>(x_, rows_.batch, rows_.kv_head, first)); }
   // to [seen, kWidth] = factor * products, in the first V vectors of a block's lanes.
   template <int V>
   void multiply(int64_t block, int64_t seen, float factor, float* to) const {
@@ -97,11 +98,11 @@ class RowProducts {
   int64_t width_;
   const Rows& rows_;
   float* on_lanes_;  // pairs too, [block, width / 2, kWidth]
-  const Pair* tile_ = nullptr;
+  const Bf16x2* tile_ = nullptr;
 };
 
-template <class Isa, class Product = Tile<Isa>>
-class PairOperands {
+template <class Isa, class Product = VectorProduct<Isa>>
+class Bf16x2Operands {
  public:
   using S = Simd<Isa::kLanes>;
   static constexpr int kWidth = Product::kWidth;
@@ -109,9 +110,9 @@ class PairOperands {
 
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return RowProducts<Isa, Product>::scratch(p.width, blocks) + kTile / 2 * kWidth +
-           KeyPairs<Isa, Product>::scratch(p.value_width);
+           InterleavedTile<Isa, Product>::scratch(p.value_width);
   }
-  PairOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+  Bf16x2Operands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
       : p_(p), rows_(rows), scores_(p.k, p.width, rows, scratch),
         weights_(scratch + RowProducts<Isa, Product>::scratch(p.width, blocks)),
         values_(p.value_width, weights_ + kTile / 2 * kWidth) {}
@@ -130,7 +131,7 @@ class PairOperands {
   }
   [[gnu::always_inline]] void keep(float*, int64_t n, int lane, typename S::Floats first,
                                    typename S::Floats second) const {
-    S::store(weights_ + n / 2 * kWidth + lane, Isa::pairs(first, second));
+    S::store(weights_ + n / 2 * kWidth + lane, Isa::to_bf16x2(first, second));
   }
   template <int V>
   void add(int64_t seen, const float*, const float* rescale, float* sums) const {
@@ -142,40 +143,40 @@ class PairOperands {
   const Rows& rows_;
   RowProducts<Isa, Product> scores_;
   float* weights_;  // pairs of keys, [kTile / 2, kWidth]
-  KeyPairs<Isa, Product> values_;
+  InterleavedTile<Isa, Product> values_;
 };
 
 // For projections of even width and channels. Pairs run along the width, the channels or the tokens.
 template <class Isa>
-struct PairCells {
+struct Bf16x2Cells {
   using T = c10::BFloat16;
-  using Cell = Pair;
+  using Cell = Bf16x2;
   static constexpr int64_t kNumbers = 2;
 
-  static bool serves(const Projection& p) { return p.width % 2 == 0 && p.channels % 2 == 0; }
+  static bool handles(const Projection& p) { return p.width % 2 == 0 && p.channels % 2 == 0; }
 
-  static void row(const T* from, int64_t count, Pair* to) { std::memcpy(to, from, count * sizeof(T)); }
-  static void join(const T* first, const T* second, int64_t count, Pair* to) {
+  static void row(const T* from, int64_t count, Bf16x2* to) { std::memcpy(to, from, count * sizeof(T)); }
+  static void join(const T* first, const T* second, int64_t count, Bf16x2* to) {
     Isa::interleave(first, second, count, to);
   }
   static void pack(const T* from, int64_t depth_stride, int64_t depth, int64_t column_stride, int64_t columns,
                    float* to) {
-    constexpr int64_t kWidth = Tile<Isa>::kWidth;
+    constexpr int64_t kWidth = VectorProduct<Isa>::kWidth;
     if (depth_stride == 1 && column_stride % 2 == 0) {
-      pack_panels<Isa>(reinterpret_cast<const Pair*>(from), 1, depth / 2, column_stride / 2, columns, to);
+      pack_panels<Isa>(reinterpret_cast<const Bf16x2*>(from), 1, depth / 2, column_stride / 2, columns, to);
       return;
     }
     for (int64_t c = 0; c < columns; c += kWidth, to += depth / 2 * kWidth) {
       const int64_t width = std::min(kWidth, columns - c);
-      Pair* pairs = reinterpret_cast<Pair*>(to);
+      Bf16x2* panel = reinterpret_cast<Bf16x2*>(to);
       if (width < kWidth) std::fill_n(to, depth / 2 * kWidth, 0.0f);
-      for (int64_t r = 0; r < depth; r += 2, pairs += kWidth) {
+      for (int64_t r = 0; r < depth; r += 2, panel += kWidth) {
         const T *first = from + r * depth_stride + c * column_stride, *second = first + depth_stride;
         if (column_stride == 1)
-          Isa::interleave(first, second, width, pairs);
+          Isa::interleave(first, second, width, panel);
         else
           for (int64_t j = 0; j < width; ++j)
-            Isa::interleave(first + j * column_stride, second + j * column_stride, 1, pairs + j);
+            Isa::interleave(first + j * column_stride, second + j * column_stride, 1, panel + j);
       }
     }
   }

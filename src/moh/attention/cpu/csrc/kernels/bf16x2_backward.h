@@ -9,8 +9,8 @@
 
 namespace moh {
 
-template <class Isa, class Product = Tile<Isa>>
-class PairBackwardOperands {
+template <class Isa, class Product = VectorProduct<Isa>>
+class Bf16x2BackwardOperands {
  public:
   using T = c10::BFloat16;
   using S = Simd<Isa::kLanes>;
@@ -22,16 +22,16 @@ class PairBackwardOperands {
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return blocks * kWidth / 2 *
                (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
-           kTile * kWidth * 5 / 2 + KeyPairs<Isa, Product>::scratch(p.width);
+           kTile * kWidth * 5 / 2 + InterleavedTile<Isa, Product>::scratch(p.width);
   }
-  PairBackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
+  Bf16x2BackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
       : p_(p), rows_(rows), all_(blocks * kWidth), row_scores_(p.k, p.width, rows, scratch),
         row_grads_(p.v, p.value_width, rows, scratch + all_ / 2 * p.width),
         query_rows_(scratch + all_ / 2 * (p.width + p.value_width)),
         grad_rows_(query_rows_ + all_ / 2 * Product::padded(p.width)),
         scores_(grad_rows_ + all_ / 2 * Product::padded(p.value_width)), grad_weights_(scores_ + kTile * kWidth),
-        key_pairs_(grad_weights_ + kTile * kWidth),
-        weights_(reinterpret_cast<Pair*>(key_pairs_ + kTile / 2 * kWidth)), grad_scores_(weights_ + kTile / 2 * all_),
+        by_keys_(grad_weights_ + kTile * kWidth),
+        weights_(reinterpret_cast<Bf16x2*>(by_keys_ + kTile / 2 * kWidth)), grad_scores_(weights_ + kTile / 2 * all_),
         keys_(p.width, reinterpret_cast<float*>(grad_scores_ + kTile / 2 * all_)) {
     std::fill(query_rows_, scores_, 0.0f);
   }
@@ -43,10 +43,10 @@ class PairBackwardOperands {
     row_scores_.put(block, lanes.count, query);
     row_grads_.put(block, lanes.count, grad);
     for (int i = 0; i < lanes.count; i += 2) {
-      const int64_t pair = (block * kWidth + i) / 2;
+      const int64_t place = (block * kWidth + i) / 2;
       const bool two = i + 1 < lanes.count;
       const auto rows_at = [&](float* rows, int64_t width) {
-        return reinterpret_cast<Pair*>(rows + pair * Product::padded(width));
+        return reinterpret_cast<Bf16x2*>(rows + place * Product::padded(width));
       };
       Isa::interleave(query(i), two ? query(i + 1) : nullptr, D, rows_at(query_rows_, D));
       Isa::interleave(grad(i), two ? grad(i + 1) : nullptr, Dv, rows_at(grad_rows_, Dv));
@@ -70,38 +70,38 @@ class PairBackwardOperands {
     row_grads_.template multiply<V>(block, seen, 1.0f, grad_weights_);
   }
   struct Sink {
-    Pair *weights, *grad_scores;
-    float* key_pairs;
+    Bf16x2 *weights, *grad_scores;
+    float* by_keys;
     int64_t stride;
     [[gnu::always_inline]] void keep(int64_t n, const Floats (&weight)[2], const Floats (&grad_score)[2]) const {
       for (int i = 0; i < 2; ++i) {
         Isa::round(weight[i], weights + (n + i) * stride);
         Isa::round(grad_score[i], grad_scores + (n + i) * stride);
       }
-      S::store(key_pairs + n / 2 * kWidth, Isa::pairs(grad_score[0], grad_score[1]));
+      S::store(by_keys + n / 2 * kWidth, Isa::to_bf16x2(grad_score[0], grad_score[1]));
     }
   };
   Sink sink(int64_t block, int lane) const {
     const int64_t at = (block * kWidth + lane) / 2;
-    return {weights_ + at, grad_scores_ + at, key_pairs_ + lane, all_ / 2};
+    return {weights_ + at, grad_scores_ + at, by_keys_ + lane, all_ / 2};
   }
   void clear(int64_t block, int64_t from, int64_t to) const {
     for (int64_t n = from; n < to; ++n)
-      for (Pair* x : {weights_, grad_scores_})
-        std::fill_n(x + n * all_ / 2 + block * kWidth / 2, kWidth / 2, Pair{0});
+      for (Bf16x2* x : {weights_, grad_scores_})
+        std::fill_n(x + n * all_ / 2 + block * kWidth / 2, kWidth / 2, Bf16x2{0});
   }
   template <int V>
   void add_queries(int64_t, int64_t seen, float* grad_queries) const {
-    keys_.template add<Into::kAdd, V>(seen, key_pairs_, grad_queries);
+    keys_.template add<Into::kAdd, V>(seen, by_keys_, grad_queries);
   }
   void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
-    const int64_t pair = first / 2, pairs = (count + 1) / 2;
+    const int64_t start = first / 2, depth = (count + 1) / 2;
     // Beside an odd last row is a lane without one: its rows are 0 here, but a weight may be NaN where a key is infinite.
     if (count % 2 == 1)
       for (int64_t n = 0; n < used; ++n)
-        for (Pair* x : {weights_, grad_scores_}) x[n * all_ / 2 + pair + pairs - 1].bits &= 0xffffu;
-    add_rows<Product>(p_.width, used, grad_scores_ + pair, all_ / 2, query_rows_, pair, pairs, grad_k);
-    add_rows<Product>(p_.value_width, used, weights_ + pair, all_ / 2, grad_rows_, pair, pairs, grad_v);
+        for (Bf16x2* x : {weights_, grad_scores_}) x[n * all_ / 2 + start + depth - 1].bits &= 0xffffu;
+    add_rows<Product>(p_.width, used, grad_scores_ + start, all_ / 2, query_rows_, start, depth, grad_k);
+    add_rows<Product>(p_.value_width, used, weights_ + start, all_ / 2, grad_rows_, start, depth, grad_v);
   }
 
  private:
@@ -111,9 +111,9 @@ class PairBackwardOperands {
   RowProducts<Isa, Product> row_scores_, row_grads_;
   float *query_rows_, *grad_rows_;  // pairs of rows, [all / 2, padded D], [all / 2, padded Dv]
   float *scores_, *grad_weights_;   // of one block, [kTile, kWidth]
-  float* key_pairs_;                // its dS as pairs of keys, [kTile / 2, kWidth]
-  Pair *weights_, *grad_scores_;    // gate * P and dS as pairs of rows, [kTile, all / 2]
-  KeyPairs<Isa, Product> keys_;
+  float* by_keys_;                  // its dS as pairs of keys, [kTile / 2, kWidth]
+  Bf16x2 *weights_, *grad_scores_;  // gate * P and dS as pairs of rows, [kTile, all / 2]
+  InterleavedTile<Isa, Product> keys_;
 };
 
 }  // namespace moh

@@ -11,7 +11,7 @@
 namespace moh {
 
 template <class Isa>
-struct PairDecode : Decode<Isa, c10::BFloat16> {
+struct Bf16x2Decode : Decode<Isa, c10::BFloat16> {
   using T = c10::BFloat16;
   using Base = Decode<Isa, T>;
   using S = typename Base::S;
@@ -20,14 +20,14 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
   using Base::L;
   static_assert(L == 16 && kTile % (2 * L) == 0);
 
-  static bool serves(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
+  static bool handles(const Problem& p) { return p.width % 2 == 0 && p.k.token % 2 == 0; }
   static int64_t scratch(const Problem&, int64_t rows) { return rows * (kTile + kTile / 2 + 1); }
 
   static void run(const Problem& p, const Rows& rows, int64_t key_begin, int64_t key_end, const Partial& to,
                   float* scratch) {
     const int64_t Dv = p.value_width, R = rows.count;
-    float* scores = scratch;                                            // [R, kTile]
-    Pair* weights = reinterpret_cast<Pair*>(scores + R * kTile);        // [R, kTile / 2]
+    float* scores = scratch;                                             // [R, kTile]
+    Bf16x2* weights = reinterpret_cast<Bf16x2*>(scores + R * kTile);     // [R, kTile / 2]
     float* rescale = reinterpret_cast<float*>(weights + R * kTile / 2);  // [R]
     const int32_t group = static_cast<int32_t>(p.group);
     std::fill_n(to.max, R, -kInfinity);
@@ -35,14 +35,14 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     std::fill_n(to.sum, R * Dv, 0.0f);
     for (int64_t first = key_begin; first < key_end; first += kTile) {
       const int64_t loaded = std::min(kTile, key_end - first);
-      const Pair* keys = reinterpret_cast<const Pair*>(at<T>(p.k, rows.batch, rows.kv_head, first));
+      const Bf16x2* keys = reinterpret_cast<const Bf16x2*>(at<T>(p.k, rows.batch, rows.kv_head, first));
       const T* values = at<T>(p.v, rows.batch, rows.kv_head, first);
       for (int64_t r = 0; r < R; ++r) {
         const int64_t token = rows.index[r] / group, head = rows.kv_head * group + rows.index[r] % group;
-        const Pair* q = reinterpret_cast<const Pair*>(at<T>(p.q, rows.batch, head, token));
+        const Bf16x2* q = reinterpret_cast<const Bf16x2*>(at<T>(p.q, rows.batch, head, token));
         float* s = scores + r * kTile;
-        Base::meanwhile(Base::soon(p.k, p.width, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
-          score(ask, q, keys, p.k.token / 2, loaded, p.width / 2, p.scale * kLog2e, s);
+        Base::meanwhile(Base::next_rows(p.k, p.width, rows, first + kTile, key_end, r, R), [&](const auto& prefetch) {
+          score(prefetch, q, keys, p.k.token / 2, loaded, p.width / 2, p.scale * kLog2e, s);
         });
         Base::hide_row(p, rows.batch, head, token, first, loaded, s);
         rescale[r] = Base::softmax(s, loaded, to.max + r, to.total + r);
@@ -57,9 +57,11 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
       const auto add = [&](auto number) {
         constexpr int N = decltype(number)::value;
         for (; r + N <= R; r += N)
-          Base::meanwhile(Base::soon(p.v, Dv, rows, first + kTile, key_end, r, /*parts=*/1), [&](const auto& ask) {
-            add_values<N>(ask, weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r, to.sum + r * Dv);
-          });
+          Base::meanwhile(Base::next_rows(p.v, Dv, rows, first + kTile, key_end, r, /*parts=*/1),
+                          [&](const auto& prefetch) {
+                            add_values<N>(prefetch, weights + r * kTile / 2, values, p.v.token, loaded, Dv, rescale + r,
+                                          to.sum + r * Dv);
+                          });
       };
       add(std::integral_constant<int, 4>());  // rows that share the loads of values
       add(std::integral_constant<int, 2>());
@@ -72,21 +74,21 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
     return reinterpret_cast<Floats>(
         _mm512_permutex2var_ps(reinterpret_cast<__m512>(a), which, reinterpret_cast<__m512>(b)));
   }
-  [[gnu::always_inline]] static Floats first_of(const Pair* from, int64_t count) {
+  [[gnu::always_inline]] static Floats first_of(const Bf16x2* from, int64_t count) {
     return reinterpret_cast<Floats>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from));
   }
 
-  template <class Ask>
-  static void score(const Ask& ask, const Pair* q, const Pair* keys, int64_t stride, int64_t count, int64_t pairs,
-                    float scale, float* scores) {
-    const int64_t whole = pairs / L * L, rest = pairs - whole;
+  template <class Prefetcher>
+  static void score(const Prefetcher& prefetch, const Bf16x2* q, const Bf16x2* keys, int64_t stride, int64_t count,
+                    int64_t width, float scale, float* scores) {
+    const int64_t whole = width / L * L, rest = width - whole;
     int64_t n = 0;
     for (; n + L <= count; n += L) {
       Floats sums[L];
 #pragma GCC unroll 4
       for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
-        const Pair* k = keys + (n + i) * stride;
-        for (int j = 0; j < 4; ++j) ask(n + i + j);
+        const Bf16x2* k = keys + (n + i) * stride;
+        for (int j = 0; j < 4; ++j) prefetch(n + i + j);
         Floats a{}, b{}, c{}, d{};
         for (int64_t x = 0; x < whole; x += L) {
           const Floats qx = S::load(q + x);
@@ -115,29 +117,29 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
   }
 
   // sum [N, Dv] = rescale * sum + weights [N, count] V [count, Dv]; rows of weights are kTile / 2 pairs apart.
-  template <int N, class Ask>
-  static void add_values(const Ask& ask, const Pair* weights, const T* values, int64_t stride, int64_t count,
-                         int64_t Dv, const float* rescale, float* sum) {
+  template <int N, class Prefetcher>
+  static void add_values(const Prefetcher& prefetch, const Bf16x2* weights, const T* values, int64_t stride,
+                         int64_t count, int64_t Dv, const float* rescale, float* sum) {
     int64_t d = 0;
     if constexpr (N <= 2)  // whole rows at a time are read faster; for four rows there are not enough registers
       for (; d + 8 * L <= Dv; d += 8 * L)
-        add_part<N, 4>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+        add_part<N, 4>(prefetch, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 4 * L <= Dv; d += 4 * L)
-      add_part<N, 2>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+      add_part<N, 2>(prefetch, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 2 * L <= Dv; d += 2 * L)
-      add_part<N, 1>(ask, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
+      add_part<N, 1>(prefetch, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     if (d == Dv) return;
     const int64_t rest = Dv - d;
     float last[N * 2 * L] = {};
     for (int r = 0; r < N; ++r) std::copy_n(sum + r * Dv + d, rest, last + r * 2 * L);
-    add_part<N, 1>(ask, weights, values + d, stride, count, (1u << rest) - 1, rescale, last, 2 * L);
+    add_part<N, 1>(prefetch, weights, values + d, stride, count, (1u << rest) - 1, rescale, last, 2 * L);
     for (int r = 0; r < N; ++r) std::copy_n(last + r * 2 * L, rest, sum + r * Dv + d);
   }
 
   // V times 32 numbers of every row; `mask` tells which of the last 32 there are.
-  template <int N, int V, class Ask>
-  static void add_part(const Ask& ask, const Pair* weights, const T* values, int64_t stride, int64_t count,
-                       uint32_t mask, const float* rescale, float* sum, int64_t sum_stride) {
+  template <int N, int V, class Prefetcher>
+  static void add_part(const Prefetcher& prefetch, const Bf16x2* weights, const T* values, int64_t stride,
+                       int64_t count, uint32_t mask, const float* rescale, float* sum, int64_t sum_stride) {
     // Interleaving leaves numbers 8 g + i in `low`, 8 g + 4 + i in `high` (i < 4): so are the sums kept meanwhile.
     const __m512i to_low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i to_high = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
@@ -154,8 +156,8 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
         high[r][j] = pick(first, to_high, second);
       }
     const auto add = [&](int64_t n, auto has_second) {
-      ask(n);
-      if (decltype(has_second)::value) ask(n + 1);
+      prefetch(n);
+      if (decltype(has_second)::value) prefetch(n + 1);
       const T* row = values + n * stride;
       Floats a[V], b[V];
 #pragma GCC unroll 4
@@ -169,7 +171,7 @@ struct PairDecode : Decode<Isa, c10::BFloat16> {
       }
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const Floats w = Tile<Isa>::spread(weights[r * kTile / 2 + n / 2]);
+        const Floats w = VectorProduct<Isa>::spread(weights[r * kTile / 2 + n / 2]);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
           low[r][j] = Isa::dot(low[r][j], w, a[j]);

@@ -20,7 +20,7 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 // what it sees; they hold zeros, unless their whole vector is left out (`by_vectors`), and are never written out.
 template <class Isa>
 struct Lanes {
-  static constexpr int kWidth = Tile<Isa>::kWidth;
+  static constexpr int kWidth = VectorProduct<Isa>::kWidth;
   using Ints = typename Simd<Isa::kLanes>::Ints;
 
   int count = 0;
@@ -67,8 +67,8 @@ struct Blocks {
   int64_t count;
   Lanes<Isa> lanes[std::max(kForwardBlocks, kBackwardBlocks)];
 
-  Blocks(const Problem& p, const Rows& rows) : count(Tile<Isa>::blocks(rows.count)) {
-    for (int64_t block = 0; block < count; ++block) lanes[block].fill(p, rows, block * Tile<Isa>::kWidth);
+  Blocks(const Problem& p, const Rows& rows) : count(VectorProduct<Isa>::blocks(rows.count)) {
+    for (int64_t block = 0; block < count; ++block) lanes[block].fill(p, rows, block * VectorProduct<Isa>::kWidth);
   }
   int64_t key_begin(const Problem& p) const { return lanes[0].key_begin(p) / Isa::kKeyTile * Isa::kKeyTile; }
   int64_t key_end(const Problem& p) const { return lanes[count - 1].key_end(p); }
@@ -125,10 +125,10 @@ struct Copies {
 // by row, between other work: many requests at a time would hold it up. Always inlined, since GCC leaves out calls of
 // functions that do nothing else.
 template <class T>
-class Soon {
+class Prefetch {
  public:
   // Rows from `first` on, up to `end`; of every `parts` lines of a row the one numbered `part`.
-  Soon(const View& x, int64_t width, const Rows& rows, int64_t first, int64_t end, int64_t part, int64_t parts)
+  Prefetch(const View& x, int64_t width, const Rows& rows, int64_t first, int64_t end, int64_t part, int64_t parts)
       : rows_(end > first ? at<T>(x, rows.batch, rows.kv_head, first) : nullptr), stride_(x.token), width_(width),
         count_(end - first), begin_(kLine * part), step_(kLine * parts) {}
   // Row first + n.
@@ -145,10 +145,10 @@ class Soon {
 
 // Keys and values.
 template <class T>
-struct SoonBoth {
-  Soon<T> keys, values;
+struct PrefetchBoth {
+  Prefetch<T> keys, values;
 
-  SoonBoth(const Problem& p, const Rows& rows, int64_t first, int64_t end, int64_t part = 0, int64_t parts = 1)
+  PrefetchBoth(const Problem& p, const Rows& rows, int64_t first, int64_t end, int64_t part = 0, int64_t parts = 1)
       : keys(p.k, p.width, rows, first, end, part, parts), values(p.v, p.value_width, rows, first, end, part, parts) {}
   [[gnu::always_inline]] void operator()(int64_t n) const {
     keys(n);
@@ -204,7 +204,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
           int64_t stride) {
   using S = Simd<Isa::kLanes>;
   using Ints = typename S::Ints;
-  constexpr int kWidth = Tile<Isa>::kWidth;
+  constexpr int kWidth = VectorProduct<Isa>::kWidth;
   const auto hidden = S::set(-kInfinity);
   if (p.causal) {
     const int64_t from = std::max<int64_t>(first, lanes.token[0] + 1);
@@ -252,8 +252,8 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
 template <class Isa, class From, class Factor>
 void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to) {
   using S = Simd<Isa::kLanes>;
-  constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
-  constexpr bool kMoves = std::is_same_v<decltype(from(0)), const Pair*>;
+  constexpr int kWidth = VectorProduct<Isa>::kWidth, L = Isa::kLanes;
+  constexpr bool kMoves = std::is_same_v<decltype(from(0)), const Bf16x2*>;
   decltype(from(0)) rows[kWidth];
   float factors[kWidth];
   for (int i = 0; i < kWidth; ++i) {
@@ -285,7 +285,7 @@ void put_on_lanes(int count, int64_t width, From from, Factor factor, float* to)
 template <class Isa, class To, class Factor>
 void take_off_lanes(int count, int64_t width, const float* from, Factor factor, To to) {
   using S = Simd<Isa::kLanes>;
-  constexpr int kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  constexpr int kWidth = VectorProduct<Isa>::kWidth, L = Isa::kLanes;
   for (int first = 0; first < count; first += L) {
     const int last = std::min(first + L, count);
     decltype(to(0)) rows[L];

@@ -43,8 +43,8 @@ struct Decode {
       int64_t key_stride, value_stride;
       const float* keys = tile_of<Isa, T>(p.k, rows.batch, rows.kv_head, first, loaded, D, copies.keys, &key_stride);
       for (int64_t r = 0; r < R; ++r)
-        meanwhile(soon(p.k, D, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
-          score(ask, queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
+        meanwhile(next_rows(p.k, D, rows, first + kTile, key_end, r, R), [&](const auto& prefetch) {
+          score(prefetch, queries + r * D, keys, key_stride, loaded, D, scores + r * kTile);
         });
       const float* values =
           tile_of<Isa, T>(p.v, rows.batch, rows.kv_head, first, loaded, Dv, copies.values, &value_stride);
@@ -52,8 +52,8 @@ struct Decode {
         float* s = scores + r * kTile;
         hide_row(p, rows.batch, head(r), token(r), first, loaded, s);
         const float rescale = softmax(s, loaded, to.max + r, to.total + r);
-        meanwhile(soon(p.v, Dv, rows, first + kTile, key_end, r, R), [&](const auto& ask) {
-          add_values<kSums>(ask, s, values, value_stride, loaded, Dv, rescale, to.sum + r * Dv);
+        meanwhile(next_rows(p.v, Dv, rows, first + kTile, key_end, r, R), [&](const auto& prefetch) {
+          add_values<kSums>(prefetch, s, values, value_stride, loaded, Dv, rescale, to.sum + r * Dv);
         });
       }
     }
@@ -62,23 +62,23 @@ struct Decode {
  protected:
   // What is asked for of the next tile while a row works through this one: nothing where rows of x are short, which the
   // processor foresees by itself.
-  static std::optional<Soon<T>> soon(const View& x, int64_t width, const Rows& rows, int64_t first, int64_t end,
-                                     int64_t part, int64_t parts) {
+  static std::optional<Prefetch<T>> next_rows(const View& x, int64_t width, const Rows& rows, int64_t first,
+                                              int64_t end, int64_t part, int64_t parts) {
     if (part >= parts || width * sizeof(T) < 256) return std::nullopt;
-    return Soon<T>(x, width, rows, first, end, part, parts);
+    return Prefetch<T>(x, width, rows, first, end, part, parts);
   }
   template <class Work>
-  static void meanwhile(const std::optional<Soon<T>>& next, const Work& work) {
+  static void meanwhile(const std::optional<Prefetch<T>>& next, const Work& work) {
     if (next.has_value())
       work(*next);
     else
       work([](int64_t) {});
   }
 
-  // `ask` is called for every key, in order, but perhaps the last ones.
-  template <class Ask>
-  static void score(const Ask& ask, const float* q, const float* keys, int64_t stride, int64_t count, int64_t D,
-                    float* scores) {
+  // `prefetch` is called for every key, in order, but perhaps the last ones.
+  template <class Prefetcher>
+  static void score(const Prefetcher& prefetch, const float* q, const float* keys, int64_t stride, int64_t count,
+                    int64_t D, float* scores) {
     const int64_t whole = D / L * L;
     int64_t n = 0;
     for (; n + L <= count; n += L) {
@@ -86,7 +86,7 @@ struct Decode {
 #pragma GCC unroll 16
       for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
         const float* k = keys + (n + i) * stride;
-        for (int j = 0; j < 4; ++j) ask(n + i + j);
+        for (int j = 0; j < 4; ++j) prefetch(n + i + j);
         Floats a{}, b{}, c{}, d{};
         for (int64_t x = 0; x < whole; x += L) {
           const Floats qx = S::load(q + x);
@@ -141,18 +141,18 @@ struct Decode {
     return rescale;
   }
 
-  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `ask` is called for every key, again in
+  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `prefetch` is called for every key, again in
   // every part of a wide row.
-  template <int N, class Ask>
-  static void add_values(const Ask& ask, const float* weights, const float* values, int64_t stride, int64_t count,
-                         int64_t Dv, float rescale, float* sum) {
+  template <int N, class Prefetcher>
+  static void add_values(const Prefetcher& prefetch, const float* weights, const float* values, int64_t stride,
+                         int64_t count, int64_t Dv, float rescale, float* sum) {
     int64_t d = 0;
     for (; d + N * L <= Dv; d += N * L) {
       Floats acc[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) acc[j] = rescale * S::load(sum + d + j * L);
       for (int64_t n = 0; n < count; ++n) {
-        ask(n);
+        prefetch(n);
         const Floats w = S::set(weights[n]);
 #pragma GCC unroll 8
         for (int j = 0; j < N; ++j) acc[j] += w * S::load(values + n * stride + d + j * L);
@@ -161,7 +161,7 @@ struct Decode {
       for (int j = 0; j < N; ++j) S::store(sum + d + j * L, acc[j]);
     }
     if constexpr (N > 1) {
-      add_values<N / 2>(ask, weights, values + d, stride, count, Dv - d, rescale, sum + d);
+      add_values<N / 2>(prefetch, weights, values + d, stride, count, Dv - d, rescale, sum + d);
     } else {
       for (; d < Dv; ++d) {
         float total = rescale * sum[d];

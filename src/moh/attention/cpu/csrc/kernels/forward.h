@@ -10,7 +10,7 @@ namespace moh {
 template <class Isa, class T>
 class FloatOperands {
  public:
-  using Product = Tile<Isa>;
+  using Product = VectorProduct<Isa>;
   static constexpr int kWidth = Product::kWidth;
 
   // For tasks of `blocks` blocks.
@@ -64,7 +64,7 @@ template <class Isa, class T, class Operands = FloatOperands<Isa, T>>
 struct Forward {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
-  using Product = Tile<Isa>;
+  using Product = VectorProduct<Isa>;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
   static_assert(kTile % 2 == 0, "the softmax takes keys two by two");
@@ -88,7 +88,7 @@ struct Forward {
     std::fill(most, totals, -kInfinity);
     std::fill(totals, rescale, 0.0f);
     const int64_t begin = blocks.key_begin(p), end = blocks.key_end(p);
-    const SoonBoth<T> first_tile(p, rows, begin, end);
+    const PrefetchBoth<T> first_tile(p, rows, begin, end);
     for (int64_t block = 0, n = 0; block < count; ++block) {
       for (; n < kTile * (block + 1) / count; ++n) first_tile(n);
       operands.put(block, blocks.lanes[block]);
@@ -107,7 +107,7 @@ struct Forward {
           constexpr int V = decltype(vectors)::value;
           operands.template score<V>(block, seen, scores);
           hide<V, T>(p, rows.batch, lanes, first, seen, scores, kWidth);
-          const SoonBoth<T> next(p, rows, first + kTile, end, block - working, until - working);
+          const PrefetchBoth<T> next(p, rows, first + kTile, end, block - working, until - working);
           softmax<V>(operands, next, scores, seen, most + block * kWidth, totals + block * kWidth, rescale);
           operands.template add<V>(seen, scores, rescale, sums + block * Dv * kWidth);
         };
@@ -124,7 +124,7 @@ struct Forward {
   // the same scale. An odd count is rounded up: a score of the row beyond may be written, with a weight of 0.
   // Meanwhile the keys that come `next` are asked for.
   template <int V>
-  static void softmax(const Operands& operands, const SoonBoth<T>& next, float* scores, int64_t count, float* most,
+  static void softmax(const Operands& operands, const PrefetchBoth<T>& next, float* scores, int64_t count, float* most,
                       float* totals, float* rescale) {
     const typename S::Exp2 exp2;
     Floats now[V], base[V], total[V];

@@ -84,7 +84,7 @@ struct Projection {
 };
 
 // A tensor [batch, token, head, width] of floats whose last dimension is contiguous; strides count elements.
-struct Rowed {
+struct TokenView {
   const float* data = nullptr;
   int64_t batch = 0, token = 0, head = 0;
 };
@@ -93,7 +93,7 @@ struct Rowed {
 struct Aggregate {
   int64_t batches = 0, tokens = 0, heads = 0, width = 0, pooled = 0, places = 0;
   int64_t side = 0, rows = 0, columns = 0;  // of the window; of the image, in tokens
-  Rowed q, k, v, pooled_k, pooled_v;
+  TokenView q, k, v, pooled_k, pooled_v;
   const float* gates = nullptr;          // [B, N, H], as everything below contiguous
   const float* embedding = nullptr;      // [H, D]
   const float* temperature = nullptr;    // [H]
@@ -116,7 +116,7 @@ struct AggregateSums {
 };
 
 constexpr float kSmallestNorm = 1e-12f;  // queries are divided by at least this, as torch.nn.functional.normalize does
-constexpr int64_t kPlaces = 49;          // places of the largest window, 7 x 7
+constexpr int64_t kMaxPlaces = 49;       // places of the largest window, 7 x 7
 
 // Neighbouring columns of a matrix.
 struct Segment {

@@ -14,14 +14,14 @@ namespace moh {
 // at once: kRows * kVectors accumulators fill the registers, less those for B and A); one with dot products of bfloat16
 // also dot(acc, a, b). `V` registers of a row may be less than kVectors: the rest of C is left alone.
 template <class Isa>
-struct Tile {
+struct VectorProduct {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
   static constexpr bool kRowsInOnePiece = false;  // A's strides may be any
 
   [[gnu::always_inline]] static Floats spread(float a) { return S::set(a); }
-  [[gnu::always_inline]] static Floats spread(Pair a) { return S::floats(typename S::Words{} + a.bits); }
+  [[gnu::always_inline]] static Floats spread(Bf16x2 a) { return S::floats(typename S::Words{} + a.bits); }
 
   static constexpr int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
   static constexpr int64_t padded(int64_t width) { return blocks(width) * kWidth; }
@@ -52,7 +52,7 @@ struct Tile {
         const Floats aik = spread(a[i * row_stride + k * k_stride]);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
-          if constexpr (std::is_same_v<A, Pair>)
+          if constexpr (std::is_same_v<A, Bf16x2>)
             acc[i][j] = Isa::dot(acc[i][j], aik, bk[j]);
           else
             acc[i][j] += aik * bk[j];

@@ -15,7 +15,7 @@ namespace moh {
 template <class Isa, class T>
 void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column_stride, int64_t columns, float* to) {
   using S = Simd<Isa::kLanes>;
-  constexpr int64_t kWidth = Tile<Isa>::kWidth, L = Isa::kLanes;
+  constexpr int64_t kWidth = VectorProduct<Isa>::kWidth, L = Isa::kLanes;
   for (int64_t c = 0; c < columns; c += kWidth, to += rows * kWidth) {
     const int64_t width = std::min(kWidth, columns - c);
     const T* panel = from + c * column_stride;
@@ -62,7 +62,7 @@ struct FloatCells {
   }
 };
 
-template <class Isa, class T, class Cells = FloatCells<Isa, T>, class Product = Tile<Isa>>
+template <class Isa, class T, class Cells = FloatCells<Isa, T>, class Product = VectorProduct<Isa>>
 struct Project {
   using Cell = typename Cells::Cell;
   static constexpr int64_t kWidth = Product::kWidth, kNumbers = Cells::kNumbers;

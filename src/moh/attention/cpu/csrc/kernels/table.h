@@ -14,7 +14,7 @@ template <class Isa>
 Kernels kernels(const char* name) {
   Kernels k;
   k.name = name;
-  k.lanes_per_block = Tile<Isa>::kWidth;
+  k.lanes_per_block = VectorProduct<Isa>::kWidth;
   k.forward_scratch = [](const Problem& p, int64_t rows) {
     return with_type(p.dtype, [&](auto t) { return Forward<Isa, decltype(t)>::scratch(p, rows); });
   };
@@ -24,7 +24,7 @@ Kernels kernels(const char* name) {
   k.backward_scratch = [](const Problem& p, int64_t rows) {
     return with_type(p.dtype, [&](auto t) { return Backward<Isa, decltype(t)>::scratch(p, rows); });
   };
-  k.padded_width = [](int64_t width) { return Tile<Isa>::padded(width); };
+  k.padded_width = [](int64_t width) { return VectorProduct<Isa>::padded(width); };
   k.backward = [](const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
     with_type(p.dtype, [&](auto t) { Backward<Isa, decltype(t)>::run(p, rows, grad_k, grad_v, scratch); });
   };

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kForwardRows = 384;   // rows of one task at most: they share the copies of their neighbours
 constexpr int64_t kBackwardParts = 8;   // parts with their own sums where there are fewer heads than this
 
-Rowed rowed(const at::Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
+TokenView token_view(const at::Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 // Keeps the tensors alive that an Aggregate points into.
@@ -40,9 +40,9 @@ struct Call {
     Aggregate& p = problem;
     const int64_t B = q.size(0), N = q.size(1), H = q.size(2), D = q.size(3), P = pooled_k.size(1);
     const int64_t W = local_bias.size(1), side = std::lround(std::sqrt(static_cast<double>(W)));
-    TORCH_CHECK_VALUE(side * side == W && (W == 0 || side % 2 == 1) && W <= kPlaces,
+    TORCH_CHECK_VALUE(side * side == W && (W == 0 || side % 2 == 1) && W <= kMaxPlaces,
                       "local_bias must be [H, window^2] with an odd window of at most ",
-                      std::lround(std::sqrt(static_cast<double>(kPlaces))), ", got ", local_bias.sizes());
+                      std::lround(std::sqrt(static_cast<double>(kMaxPlaces))), ", got ", local_bias.sizes());
     TORCH_CHECK_VALUE(rows * columns == N && N < INT32_MAX, "q must have height * width = ", rows * columns,
                       " tokens, got ", N);
     check("q", q, {B, N, H, D});
@@ -60,7 +60,8 @@ struct Call {
     check("pooled_bias", pooled_bias, {H, N, P});
     p.batches = B, p.tokens = N, p.heads = H, p.width = D, p.pooled = P, p.places = W;
     p.side = side, p.rows = rows, p.columns = columns;
-    p.q = rowed(q), p.k = rowed(k), p.v = rowed(v), p.pooled_k = rowed(pooled_k), p.pooled_v = rowed(pooled_v);
+    p.q = token_view(q), p.k = token_view(k), p.v = token_view(v);
+    p.pooled_k = token_view(pooled_k), p.pooled_v = token_view(pooled_v);
     p.gates = gates.const_data_ptr<float>();
     p.embedding = embedding.const_data_ptr<float>();
     p.temperature = temperature.const_data_ptr<float>();
@@ -87,9 +88,9 @@ at::Tensor aggregated(const at::Tensor& q, const at::Tensor& k, const at::Tensor
   const Kernels& kernel = kernels();
   std::vector<Rows> tasks;
   int64_t scratch_size = 0;
-  for (int64_t pair = 0; pair < active.pairs(); ++pair)
-    for (int64_t first = 0; first < active.count(pair); first += kForwardRows) {
-      tasks.push_back(active.rows(pair, first, std::min(kForwardRows, active.count(pair) - first)));
+  for (int64_t bundle = 0; bundle < active.bundles(); ++bundle)
+    for (int64_t first = 0; first < active.count(bundle); first += kForwardRows) {
+      tasks.push_back(active.rows(bundle, first, std::min(kForwardRows, active.count(bundle) - first)));
       scratch_size = std::max(scratch_size, kernel.aggregate_scratch(p, &tasks.back()));
     }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.count > b.count; });
@@ -142,8 +143,8 @@ std::vector<at::Tensor> aggregated_backward(
       const AggregateSums to{slice(sum_embedding, i),  slice(sum_temperature, i), slice(sum_tokens, i),
                              slice(sum_token_bias, i), slice(sum_local_bias, i),  slice(sum_pooled_bias, i)};
       for (int64_t batch = part; batch < p.batches; batch += parts) {
-        const int64_t pair = batch * H + head;
-        if (active.count(pair) > 0) kernel.aggregate_backward(p, active.rows(pair), to, scratch.of(thread));
+        const int64_t bundle = batch * H + head;
+        if (active.count(bundle) > 0) kernel.aggregate_backward(p, active.rows(bundle), to, scratch.of(thread));
       }
     });
   }

@@ -100,10 +100,10 @@ void forward_rows(const Call& call, const ActiveRows& active) {
     int64_t cost;
   };
   std::vector<Task> tasks;
-  for (int64_t pair = 0; pair < active.pairs(); ++pair) {
-    const int64_t step = part_of(active.count(pair), size, kernel.lanes_per_block);
-    for (int64_t first = 0; first < active.count(pair); first += step) {
-      const Rows rows = active.rows(pair, first, std::min(step, active.count(pair) - first));
+  for (int64_t bundle = 0; bundle < active.bundles(); ++bundle) {
+    const int64_t step = rows_per_part(active.count(bundle), size, kernel.lanes_per_block);
+    for (int64_t first = 0; first < active.count(bundle); first += step) {
+      const Rows rows = active.rows(bundle, first, std::min(step, active.count(bundle) - first));
       const int64_t last = rows.index[rows.count - 1] / p.group, start = rows.index[0] / p.group;
       tasks.push_back({rows, rows.count * (p.key_end(last) - p.key_begin(start))});
     }
@@ -151,10 +151,10 @@ void decode_rows(const Call& call, const ActiveRows& active) {
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
   const int64_t ranges = std::max<int64_t>(1, (p.keys + kDecodeKeys - 1) / kDecodeKeys);
-  std::vector<int64_t> pairs;
-  for (int64_t pair = 0; pair < active.pairs(); ++pair)
-    if (active.count(pair) > 0) pairs.push_back(pair);
-  const int64_t heads = static_cast<int64_t>(pairs.size()), most = p.queries * p.group;
+  std::vector<int64_t> bundles;
+  for (int64_t bundle = 0; bundle < active.bundles(); ++bundle)
+    if (active.count(bundle) > 0) bundles.push_back(bundle);
+  const int64_t heads = static_cast<int64_t>(bundles.size()), most = p.queries * p.group;
   const bool whole = ranges == 1 || heads >= kTasksPerThread * at::get_num_threads();
   const int64_t tasks = whole ? heads : heads * ranges, users = threads_for(tasks);
   const Scratch partials(whole ? 2 * users : tasks, most * (2 + p.value_width), call.q);
@@ -172,7 +172,7 @@ void decode_rows(const Call& call, const ActiveRows& active) {
   };
   if (whole) {
     for_each_task(tasks, [&](int64_t i, int64_t thread) {
-      const Rows rows = active.rows(pairs[i]);
+      const Rows rows = active.rows(bundles[i]);
       const Partial all = partial(2 * thread), later = partial(2 * thread + 1);
       decode(rows, 0, all, thread);
       for (int64_t range = 1; range < ranges; ++range) {
@@ -184,10 +184,10 @@ void decode_rows(const Call& call, const ActiveRows& active) {
     return;
   }
   for_each_task(tasks, [&](int64_t i, int64_t thread) {
-    decode(active.rows(pairs[i / ranges]), i % ranges, partial(i), thread);
+    decode(active.rows(bundles[i / ranges]), i % ranges, partial(i), thread);
   });
   for (int64_t i = 0; i < heads; ++i) {
-    const Rows rows = active.rows(pairs[i]);
+    const Rows rows = active.rows(bundles[i]);
     const Partial all = partial(i * ranges);
     for (int64_t range = 1; range < ranges; ++range)
       merge(rows.count, p.value_width, partial(i * ranges + range), all);
@@ -265,48 +265,48 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
 
   // Each (batch row, key/value head) is cut into parts with their own sums, added up in order: at most as many as query
   // heads in its group, so that in float32 this takes no more memory than keys and values repeated for them would.
-  const int64_t pairs = active.pairs(), padded_k = kernel.padded_width(p.width);
+  const int64_t bundles = active.bundles(), padded_k = kernel.padded_width(p.width);
   const int64_t padded_v = kernel.padded_width(p.value_width);
-  const int64_t parts = pairs == 0 ? 1 : std::clamp<int64_t>((kBackwardTasks + pairs - 1) / pairs, 1, p.group);
+  const int64_t parts = bundles == 0 ? 1 : std::clamp<int64_t>((kBackwardTasks + bundles - 1) / bundles, 1, p.group);
   const int64_t size = kBackwardBlocks * kernel.lanes_per_block;
-  const int64_t concurrent = threads_for(pairs * parts);
+  const int64_t concurrent = threads_for(bundles * parts);
   const Scratch scratch(concurrent, kernel.backward_scratch(p, size), q);
   // Floats of a width that needs no padding are summed where they belong. Else a part's sums are converted as soon as
   // they are complete, unless there are several to add up.
   const bool in_place =
       parts == 1 && p.dtype == DType::kFloat && padded_k == p.width && padded_v == p.value_width;
-  const int64_t sums = in_place ? 0 : parts == 1 ? concurrent : pairs * parts;
+  const int64_t sums = in_place ? 0 : parts == 1 ? concurrent : bundles * parts;
   const Scratch sum_k(sums, p.keys * padded_k, q), sum_v(sums, p.keys * padded_v, q);
-  const auto write = [&](int64_t pair, int64_t slot) {
-    write_rows(p.dtype, sum_k.of(slot), p.keys, padded_k, grad_k, pair * p.keys);
-    write_rows(p.dtype, sum_v.of(slot), p.keys, padded_v, grad_v, pair * p.keys);
+  const auto write = [&](int64_t bundle, int64_t slot) {
+    write_rows(p.dtype, sum_k.of(slot), p.keys, padded_k, grad_k, bundle * p.keys);
+    write_rows(p.dtype, sum_v.of(slot), p.keys, padded_v, grad_v, bundle * p.keys);
   };
-  std::vector<int64_t> order(pairs * parts);
+  std::vector<int64_t> order(bundles * parts);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return active.count(a / parts) > active.count(b / parts); });
-  for_each_task(pairs * parts, [&](int64_t i, int64_t thread) {
-    const int64_t task = order[i], pair = task / parts, part = task % parts;
+  for_each_task(bundles * parts, [&](int64_t i, int64_t thread) {
+    const int64_t task = order[i], bundle = task / parts, part = task % parts;
     const int64_t slot = parts == 1 ? thread : task;
     const auto sum_of = [&](const Scratch& slots, const at::Tensor& to, int64_t padded) {
-      return in_place ? to.mutable_data_ptr<float>() + pair * p.keys * padded : slots.of(slot);
+      return in_place ? to.mutable_data_ptr<float>() + bundle * p.keys * padded : slots.of(slot);
     };
     float *to_k = sum_of(sum_k, grad_k, padded_k), *to_v = sum_of(sum_v, grad_v, padded_v);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);
     std::fill_n(to_v, p.keys * padded_v, 0.0f);
     // Blocks are dealt out in turn: with causal attention the late ones see more keys.
-    for (int64_t first = part * size; first < active.count(pair); first += parts * size)
-      kernel.backward(p, active.rows(pair, first, std::min(size, active.count(pair) - first)), to_k, to_v,
+    for (int64_t first = part * size; first < active.count(bundle); first += parts * size)
+      kernel.backward(p, active.rows(bundle, first, std::min(size, active.count(bundle) - first)), to_k, to_v,
                       scratch.of(thread));
-    if (parts == 1 && !in_place) write(pair, slot);
+    if (parts == 1 && !in_place) write(bundle, slot);
   });
   if (parts > 1)
-    for_each_task(pairs, [&](int64_t pair, int64_t) {
+    for_each_task(bundles, [&](int64_t bundle, int64_t) {
       for (int64_t part = 1; part < parts; ++part) {
-        add(sum_k.of(pair * parts + part), p.keys * padded_k, sum_k.of(pair * parts));
-        add(sum_v.of(pair * parts + part), p.keys * padded_v, sum_v.of(pair * parts));
+        add(sum_k.of(bundle * parts + part), p.keys * padded_k, sum_k.of(bundle * parts));
+        add(sum_v.of(bundle * parts + part), p.keys * padded_v, sum_v.of(bundle * parts));
       }
-      write(pair, pair * parts);
+      write(bundle, bundle * parts);
     });
   return {grad_q, grad_k, grad_v, grad_gates};
 }

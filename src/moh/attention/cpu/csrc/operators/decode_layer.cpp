@@ -27,7 +27,7 @@ struct Choice {
 // neighbours that are chosen together) is largest, 0 for the rest. Of equal numbers the first wins; NaN counts as the
 // largest, as in at::topk.
 template <class T>
-void hard_gates(const FewTokensProduct& router, const Floats& x, int64_t tokens, at::IntArrayRef shared,
+void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t tokens, at::IntArrayRef shared,
                 const Choice& choice, T* gates) {
   const int64_t active = choice.active, parts = choice.parts, together = choice.together;
   const int64_t heads = router.rows;
@@ -121,7 +121,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
   TORCH_CHECK_VALUE(gates_.has_value() != router_weight.has_value(), "either gates or a router must be given");
   int64_t cos_stride, sin_stride;
   const at::Tensor cosines = angles(cos, B, D, x, &cos_stride), sines = angles(sin, B, D, x, &sin_stride);
-  const Floats from(x);
+  const AsFloats from(x);
   const at::Tensor q = at::empty({B, H, 1, D}, x.options());
   at::Tensor gates = gates_.has_value() ? gates_->contiguous() : at::empty({B, 1, H}, x.options());
   TORCH_CHECK_VALUE(gates.sizes() == at::IntArrayRef({B, 1, H}) && gates.scalar_type() == x.scalar_type(),
@@ -169,7 +169,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
   const at::Tensor heads = std::get<0>(attention(q, keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1),
                                                  gates, mask, false, std::nullopt, scale, false));  // [B, 1, H, D]
   const at::Tensor out = at::empty({B, 1, o_proj.rows}, x.options());
-  const Floats weighted(heads);
+  const AsFloats weighted(heads);
   with_type(o_proj.dtype, [&](auto type) {
     using T = decltype(type);
     o_proj.multiply_columns<T>(weighted, B, out.mutable_data_ptr<T>(), flags.data(), H);

@@ -12,9 +12,9 @@
 namespace moh {
 
 // A tensor's numbers as contiguous float32: themselves, or a copy.
-class Floats {
+class AsFloats {
  public:
-  explicit Floats(const at::Tensor& x) : tensor_(x.contiguous()) {
+  explicit AsFloats(const at::Tensor& x) : tensor_(x.contiguous()) {
     with_type(dtype_of(x), [&](auto t) {
       using T = decltype(t);
       const T* from = static_cast<const T*>(tensor_.const_data_ptr());
@@ -58,7 +58,7 @@ struct FewTokensProduct {
   // to [T, rows] = x [T, columns] times the matrix, plus the bias. With `active` [T, heads], 0 for the rows of heads
   // that are not.
   template <class T>
-  void multiply(const Floats& x, int64_t tokens, T* to, const char* active = nullptr, int64_t heads = 1) const {
+  void multiply(const AsFloats& x, int64_t tokens, T* to, const char* active = nullptr, int64_t heads = 1) const {
     const std::vector<Segment> whole{{0, columns}};
     const int64_t width = rows / heads, blocks = (width + kRows - 1) / kRows;
     for_each_block(heads * blocks, [&](int64_t i) {
@@ -75,7 +75,7 @@ struct FewTokensProduct {
 
   // The same, `active` [T, heads] telling which columns count, as many for each head.
   template <class T>
-  void multiply_columns(const Floats& x, int64_t tokens, T* to, const char* active, int64_t heads) const {
+  void multiply_columns(const AsFloats& x, int64_t tokens, T* to, const char* active, int64_t heads) const {
     const int64_t width = columns / heads;
     std::vector<std::vector<Segment>> segments(tokens);  // neighbours among the active heads are one
     for (int64_t t = 0; t < tokens; ++t)

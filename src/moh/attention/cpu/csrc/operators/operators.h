@@ -43,7 +43,7 @@ void for_each_task(int64_t count, const Task& task) {
 
 // Rows of a part, where `count` rows are cut into the fewest parts of at most `most` rows: equal ones, in whole blocks
 // of `block`, because a part of few rows would read all of the keys or of the matrix for them.
-inline int64_t part_of(int64_t count, int64_t most, int64_t block) {
+inline int64_t rows_per_part(int64_t count, int64_t most, int64_t block) {
   const int64_t parts = std::max<int64_t>(1, (count + most - 1) / most), blocks = (count + block - 1) / block;
   return std::max<int64_t>(1, (blocks + parts - 1) / parts) * block;
 }
@@ -72,24 +72,24 @@ class ActiveRows {
     });
   }
   const bool* flags() const { return active_.const_data_ptr<bool>(); }  // [B, Nq, H]
-  int64_t pairs() const { return static_cast<int64_t>(counts_.size()); }
-  Rows rows(int64_t pair) const { return rows(pair, 0, counts_[pair]); }
-  Rows rows(int64_t pair, int64_t first, int64_t count) const {
-    return {pair / kv_heads_, pair % kv_heads_, index_.data() + pair * capacity_ + first, count};
+  int64_t bundles() const { return static_cast<int64_t>(counts_.size()); }
+  Rows rows(int64_t bundle) const { return rows(bundle, 0, counts_[bundle]); }
+  Rows rows(int64_t bundle, int64_t first, int64_t count) const {
+    return {bundle / kv_heads_, bundle % kv_heads_, index_.data() + bundle * capacity_ + first, count};
   }
-  int64_t count(int64_t pair) const { return counts_[pair]; }
+  int64_t count(int64_t bundle) const { return counts_[bundle]; }
   int64_t total() const { return std::accumulate(counts_.begin(), counts_.end(), int64_t{0}); }
 
  private:
   template <class T>
   void find(const T* gates, int64_t queries, int64_t heads) {
     bool* flags = active_.mutable_data_ptr<bool>();
-    at::parallel_for(0, pairs(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const int64_t start = pair / kv_heads_ * queries * heads + pair % kv_heads_ * group_;
+    at::parallel_for(0, bundles(), 1 + 32768 / (capacity_ + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t bundle = begin; bundle < end; ++bundle) {
+        const int64_t start = bundle / kv_heads_ * queries * heads + bundle % kv_heads_ * group_;
         const T* gate = gates + start;
         bool* flag = flags + start;
-        int32_t* to = index_.data() + pair * capacity_;
+        int32_t* to = index_.data() + bundle * capacity_;
         int64_t count = 0;
         for (int64_t t = 0; t < queries; ++t, gate += heads, flag += heads)
           for (int64_t g = 0; g < group_; ++g) {  // without a branch: which heads are active can't be foreseen
@@ -97,7 +97,7 @@ class ActiveRows {
             to[count] = static_cast<int32_t>(t * group_ + g);
             count += flag[g];
           }
-        counts_[pair] = count;
+        counts_[bundle] = count;
       }
     });
   }

@@ -41,7 +41,7 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tenso
   const Kernels& kernel = kernels();
   std::vector<Rows> tasks;
   for (int64_t h = 0; h < p.heads; ++h) {
-    const int64_t step = part_of(active.count(h), kProjectionRows, 1);
+    const int64_t step = rows_per_part(active.count(h), kProjectionRows, 1);
     for (int64_t first = 0; first < active.count(h); first += step)
       tasks.push_back(active.rows(h, first, std::min(step, active.count(h) - first)));
   }
@@ -61,7 +61,7 @@ at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at
   const ActiveRows active = active_tokens(gates);
   const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
-  const int64_t step = part_of(p.tokens, kProjectionRows, 1), down = (p.tokens + step - 1) / step;
+  const int64_t step = rows_per_part(p.tokens, kProjectionRows, 1), down = (p.tokens + step - 1) / step;
   const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), heads);
   std::vector<Rows> by_head;
   for (int64_t h = 0; h < p.heads; ++h) by_head.push_back(active.rows(h));
