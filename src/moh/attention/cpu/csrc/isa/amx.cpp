@@ -1,8 +1,8 @@
-// Kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp, with the products of attention and of
-// projections, but not those of decoding and of the weights' gradients, on its tiles.
+// The kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp with the products of attention and
+// projections on its tiles. Decoding and the gradients of weights stay on the vectors.
 //
-// Not run on such a processor yet: tests run the same kernels on tiles that are imitated (amx_imitated.cpp), and before
-// these are used, they prove on the processor itself that a tile's product is right.
+// They have not run on such a processor yet. Tests run the same kernels on imitated tiles (amx_imitated.cpp), and
+// `amx_works` checks a product on the processor itself before they are used.
 #include "isa/avx512_bf16.h"
 
 #include <sys/syscall.h>
@@ -14,7 +14,7 @@
 
 namespace moh {
 
-#if !__has_include(<amxbf16intrin.h>)  // before GCC 11: the assembler beside it may not know the instructions
+#if !__has_include(<amxbf16intrin.h>)  // The assembler next to GCC 10 and older may not know the instructions.
 
 bool amx_works() { return false; }
 const Kernels& amx_kernels() { return avx512_bf16_kernels(); }
@@ -23,7 +23,7 @@ const Kernels& amx_kernels() { return avx512_bf16_kernels(); }
 
 namespace {
 
-// By the instructions themselves: GCC's names for them don't take a template's argument as a tile.
+// Written in assembly because GCC's intrinsics don't accept a template argument as the tile's number.
 struct Registers {
   template <int T>
   static void zero() {
@@ -43,7 +43,7 @@ struct Registers {
   }
 };
 
-// Every thread says what its tiles look like, and that it is done with them: other libraries have tiles of other forms.
+// Each thread configures its tiles and releases them afterwards, since other libraries use tiles of other shapes.
 class Session {
  public:
   Session() {
@@ -64,7 +64,7 @@ class Session {
   static_assert(sizeof(Form) == 64);
 };
 
-// Linux lets a process have tiles if it asks for them.
+// Linux grants tiles to a process only on request (ARCH_REQ_XCOMP_PERM for the state component XTILEDATA).
 bool permitted() {
   constexpr long kRequest = 0x1023, kTiles = 18;
   return syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
@@ -76,7 +76,7 @@ bool multiplies_right() {
   constexpr int64_t kHeight = 32, kDepth = 32;
   Bf16x2 a[kHeight * kDepth];
   float b[kDepth * Tiled::kWidth], tiled[kHeight * Tiled::kWidth], vectors[kHeight * Tiled::kWidth];
-  // Small whole numbers: whatever the order of additions, the sums are exact.
+  // The numbers are small and whole, so the sums are exact in any order of additions.
   const auto two = [](int64_t i) {
     const c10::BFloat16 low(static_cast<float>(i % 7 - 3)), high(static_cast<float>(i % 5 - 2));
     return Bf16x2{low.x | uint32_t{high.x} << 16};

@@ -1,7 +1,8 @@
-// Products of bfloat16 by tiles of 16 rows of 64 bytes, as the processor's matrix unit (AMX) has them.
+// Products of bfloat16 on the tiles of the processor's matrix unit (AMX), 16 rows of 64 bytes each.
 //
-// A tile of A holds 16 rows of 16 pairs, one of B 16 pairs for each of 16 lanes, one of C the 16 rows of 16 sums. What
-// does not fill tiles (the last rows, the last pairs) is left to the vectors, and so are rows of A in pieces.
+// A tile of A holds 16 rows of 16 Bf16x2, a tile of B a Bf16x2 for each of 16 lanes in each of 16 rows, a tile of C 16
+// rows of 16 sums. The vectors compute what does not fill a tile (the last rows, the last of the depth), and products
+// whose rows of A do not lie in one piece.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 
 namespace moh {
 
-// `Tiles` gives eight tiles: zero<T>(), load<T>(from, bytes between rows), store<T>(to, bytes between rows) and
+// `Tiles` provides eight tiles with zero<T>(), load<T>(from, bytes between rows), store<T>(to, bytes between rows) and
 // dot<C, A, B>(), which adds the product of A and B to C.
 template <class Isa, class Tiles>
 struct TiledProduct : VectorProduct<Isa> {
@@ -23,7 +24,7 @@ struct TiledProduct : VectorProduct<Isa> {
   static constexpr int64_t kSide = 16;
   static_assert(Isa::kLanes == kSide && Isa::kVectors <= 2);
 
-  // As `VectorProduct::multiply`.
+  // The same as `VectorProduct::multiply`, whose order of additions it does not keep.
   template <Into into, int V = Isa::kVectors>
   static void multiply(int64_t height, const Bf16x2* a, int64_t row_stride, int64_t k_stride, const float* b,
                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr,
@@ -68,7 +69,8 @@ struct TiledProduct : VectorProduct<Isa> {
       }
   }
 
-  // 16 N rows of C, 16 V wide, to which the product is added unless they are `fresh`. Tiles 0 to 3 are C's.
+  // Computes 16 N rows of C, 16 V wide; `fresh` ones start from 0. Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B: with
+  // 2 x 2 tiles of C, every loaded tile of A and B is used twice.
   template <int N, int V, bool fresh>
   static void block(const Bf16x2* a, int64_t row_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
                     int64_t c_stride) {
@@ -106,7 +108,7 @@ struct TiledProduct : VectorProduct<Isa> {
     if constexpr (N == 2 && V == 2) Tiles::template store<3>(c_at(1, 1), c_bytes);
   }
 
-  // Adds 16 rows at a time to the rows of C that `c_rows` names.
+  // Adds to the rows of C that `c_rows` lists, 16 at a time.
   template <int V>
   static void scatter(int64_t rows, const Bf16x2* a, int64_t row_stride, const float* b, int64_t b_stride,
                       int64_t depth, float* c, int64_t c_stride, const int32_t* c_rows) {

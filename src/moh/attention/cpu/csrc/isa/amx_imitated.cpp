@@ -15,7 +15,7 @@ thread_local bool in_session = false;
 struct Session {
   Session() {
     in_session = true;
-    std::memset(tiles, 0xff, sizeof tiles);  // NaN: nothing lasts from one task to the next
+    std::memset(tiles, 0xff, sizeof tiles);  // These are NaN: no task may rely on tiles of the one before.
   }
   ~Session() { in_session = false; }
 };
@@ -33,7 +33,7 @@ struct Memory {
   static void store(void* to, int64_t stride) {
     for (int r = 0; r < kSide; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tiles[T][r], 4 * kSide);
   }
-  // In an order of additions that is not the vectors', as that of a matrix unit isn't either.
+  // The order of additions differs from that of the vectors, as a matrix unit's does.
   template <int C, int A, int B>
   static void dot() {
     TORCH_INTERNAL_ASSERT(in_session, "tiles are used outside of a session");

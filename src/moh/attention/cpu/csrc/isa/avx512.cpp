@@ -1,4 +1,4 @@
-// Kernels for AVX-512: 32 registers of 16 floats.
+// The kernels for AVX-512, which has 32 registers of 16 floats.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #ifdef __clang__
 #error "this compiler does not take instruction sets from a pragma: use GCC"

@@ -8,7 +8,7 @@ namespace moh {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
-  static constexpr int kRows = 12;         // 24 accumulators, 2 vectors of B and 1 number of A: 27 of 32 registers
+  static constexpr int kRows = 12;         // 24 accumulators, 2 vectors of B and 1 number of A take 27 of 32 registers.
   static constexpr int64_t kKeyTile = 64;
 };
 

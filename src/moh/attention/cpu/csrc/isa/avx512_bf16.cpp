@@ -1,11 +1,11 @@
-// Kernels for AVX-512 with dot products of bfloat16.
+// The kernels for AVX-512 with dot products of bfloat16.
 #include "isa/avx512_bf16.h"
 
 namespace moh {
 namespace {
 
 struct NoSession {
-  NoSession() {}  // not trivial, so that an unused one is no warning
+  NoSession() {}  // This is not trivial, so that an unused session causes no warning.
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// What the kernels of avx512_bf16.cpp and amx.cpp have in common: dot products of bfloat16, and where they serve.
+// What the kernels of avx512_bf16.cpp and amx.cpp have in common: dot products of bfloat16, and when they are used.
 //
-// It chooses the instruction set for all that follows, so it is the first that such a source includes.
+// The pragma sets the instruction set of everything after it, so a source includes this file first.
 #pragma once
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
@@ -22,7 +22,7 @@ struct Avx512BFloat16 : Avx512 {
   [[gnu::always_inline]] static Floats dot(Floats acc, Floats a, Floats b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  // Each lane's two numbers as a pair.
+  // Rounds two vectors to bfloat16; lane i holds first[i] in its low half and second[i] in its high half.
   [[gnu::always_inline]] static Floats to_bf16x2(Floats first, Floats second) {
     constexpr auto half = [](int i) { return static_cast<short>(i / 2 + i % 2 * 16); };
     const __m512i order = _mm512_set_epi16(
@@ -32,12 +32,12 @@ struct Avx512BFloat16 : Avx512 {
     return reinterpret_cast<Floats>(
         _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
   }
-  // A vector as 16 numbers, two to a pair.
+  // Rounds a vector to 16 neighbouring bfloat16.
   [[gnu::always_inline]] static void round(Floats x, Bf16x2* to) {
     const __m256bh numbers = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
     std::memcpy(to, &numbers, sizeof numbers);
   }
-  // Two rows, number by number; without a second one, zeros.
+  // Interleaves two rows number by number; a missing second row counts as zeros.
   static void interleave(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count, Bf16x2* to) {
     using S = Simd<kLanes>;
     int64_t i = 0;
@@ -49,8 +49,8 @@ struct Avx512BFloat16 : Avx512 {
   }
 };
 
-// The kernels of avx512.cpp, but for those of bfloat16 attention and projections. `Product` does the products of both, but
-// for decoding and `outer`; a `Session` lives as long as such a task.
+// The kernels of avx512.cpp, with attention and projections of bfloat16 replaced where `handles` allows. `Product` does
+// their products; decoding and `outer` stay on the vectors. A `Session` lives as long as a task that uses `Product`.
 template <class Isa, class Product, class Session>
 struct Bf16x2Kernels {
   using Attention = Forward<Isa, c10::BFloat16, Bf16x2Operands<Isa, Product>>;

@@ -1,4 +1,4 @@
-// Kernels in whatever the compiler's baseline has: 4 floats are one register of SSE2 and of NEON.
+// The kernels in the compiler's baseline. 4 floats are one register of SSE2 and of NEON.
 #include "kernels/table.h"
 
 namespace moh {
@@ -6,7 +6,7 @@ namespace moh {
 struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kVectors = 2;
-  static constexpr int kRows = 4;  // 8 accumulators: SSE2 has 16 registers and no fused multiply-add
+  static constexpr int kRows = 4;  // 8 accumulators leave room for products: SSE2 has 16 registers and no FMA.
   static constexpr int64_t kKeyTile = 64;
 };
 

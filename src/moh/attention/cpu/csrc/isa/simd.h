@@ -1,4 +1,4 @@
-// Vectors of `Lanes` floats by the compiler's own vector types, so that one text serves every instruction set.
+// Vectors of `Lanes` floats in the compiler's own vector types, so that one text compiles for every instruction set.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -10,7 +10,7 @@
 
 namespace moh {
 
-// GCC ignores a vector size that depends on a template's argument, hence one struct for each.
+// GCC ignores a vector size that depends on a template argument, so each size is a struct of its own.
 template <int Lanes>
 struct Vectors;
 template <>
@@ -35,7 +35,7 @@ struct Vectors<16> {
   typedef uint16_t Shorts __attribute__((vector_size(32)));
 };
 
-// Two bfloat16 next to each other, anywhere in memory; as a float they are nothing but its bits.
+// Two neighbouring bfloat16, at any address; the first is in the low half. The conversion to float only moves the bits.
 struct [[gnu::packed, gnu::may_alias]] Bf16x2 {
   uint32_t bits;
   explicit operator float() const {
@@ -63,7 +63,8 @@ struct Simd : Vectors<Lanes> {
     return x;
   }
   [[gnu::always_inline]] static void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
-  [[gnu::always_inline]] static Floats set(float x) { return x - Floats{}; }  // not x + 0, which turns -0 into 0 and so costs an addition
+  // x - 0 is x for every x, so it compiles to a broadcast; x + 0 would turn -0 into 0 and cost an addition.
+  [[gnu::always_inline]] static Floats set(float x) { return x - Floats{}; }
   [[gnu::always_inline]] static Words bits(Floats x) { return reinterpret_cast<Words>(x); }
   [[gnu::always_inline]] static Floats floats(Words x) { return reinterpret_cast<Floats>(x); }
 
@@ -73,8 +74,8 @@ struct Simd : Vectors<Lanes> {
     return __builtin_convertvector(x, Words);
   }
   [[gnu::always_inline]] static Floats load(const c10::BFloat16* p) { return floats(widen(p) << 16); }
-  // Moves the fields into place and rescales the exponent, which makes denormals right too; infinities and NaN keep
-  // the largest exponent.
+  // The exponent's bias is 15 in float16 and 127 in float32. Once the fields are in place, a product with
+  // 2^(127 - 15) corrects it, for denormals too; infinity and NaN (0x7c00 and above) get the largest exponent.
   [[gnu::always_inline]] static Floats load(const c10::Half* p) {
     const Words half = widen(p);
     const Words magnitude = (half & 0x7fffu) << 13;
@@ -97,8 +98,8 @@ struct Simd : Vectors<Lanes> {
     return most;
   }
 
-  // A constant that GCC may not look through: it keeps it in a register during a loop, instead of reading it from
-  // memory wherever it is used, and then a maximum with it is one instruction.
+  // A constant that is opaque to GCC, so that a loop keeps it in a register instead of reading it from memory at each
+  // use; a maximum with it is then one instruction.
   [[gnu::always_inline]] static Floats held(float x) {
     Floats constant = set(x);
 #if defined(__x86_64__)
@@ -107,19 +108,20 @@ struct Simd : Vectors<Lanes> {
     return constant;
   }
 
-  // 2^x for x <= 127, within 2.2e-7 of it; 0 for x <= -127 and hardly more up to -126, NaN for NaN. A polynomial
-  // (minimax on [-1/2, 1/2] with p(0) = 1) times a power of two whose exponent, biased as floats have it, is x rounded:
-  // for -127 that is exactly 0. To be made before a loop, which then finds its constants in registers.
+  // 2^x for x <= 127, with a relative error below 2.2e-7 from -126 up; NaN stays NaN. With n the integer nearest to x
+  // and f = x - n in [-1/2, 1/2], it is p(f) 2^n. p is the minimax polynomial of degree 5 with p(0) = 1, so that 2^0 is
+  // exactly 1. The exponent field of 2^n is n + 127, and for n = -127 that is the float 0: all x that round to -127 or
+  // less, -inf included, give exactly 0. Construct it before a loop, which then has its constants in registers.
   class Exp2 {
    public:
-    // Written out: GCC gives a constructor of its own making no instruction set.
+    // GCC compiles an implicit constructor without the instruction set of the pragma, so this one is written out.
     [[gnu::always_inline]] Exp2()
         : lowest_(held(-127.0f)), round_(held(12583039.0f)), c5_(held(0.001326472731307149f)),
           c4_(held(0.009671512991189957f)), c3_(held(0.05550733581185341f)), c2_(held(0.24022242426872253f)),
           c1_(held(0.6931470036506653f)), c0_(held(1.0f)) {}
 
     [[gnu::always_inline]] Floats operator()(Floats x) const {
-      x = max(lowest_, x);  // if the second is NaN it stays
+      x = max(lowest_, x);  // A NaN in second place is kept, and below -127 the exponent field would wrap.
       const Floats shifted = x + round_;
       const Floats f = x - (shifted - round_);
       const Floats f2 = f * f;
@@ -129,11 +131,13 @@ struct Simd : Vectors<Lanes> {
 
    private:
     Floats lowest_;
-    Floats round_;  // 1.5 * 2^23 + 127: adding it leaves the nearest integer and the exponent's bias in the lowest bits
+    // 1.5 * 2^23 + 127. Floats of this size are whole numbers, so adding it rounds x and leaves n + 127 in the low
+    // bits.
+    Floats round_;
     Floats c5_, c4_, c3_, c2_, c1_, c0_;
   };
 
-  // The sums over the lanes of the vectors v[0], v[1], ..., v[Lanes - 1], which are lost.
+  // The sums over the lanes of each of v[0], ..., v[Lanes - 1]; v is overwritten.
   [[gnu::always_inline]] static Floats sums(Floats* v) {
 #pragma GCC unroll 4
     for (int width = Lanes; width > 1; width /= 2)
@@ -142,12 +146,12 @@ struct Simd : Vectors<Lanes> {
     return v[0];
   }
 
-  // Neighbours of (a, b) added up: [a0 + a1, a2 + a3, ..., b0 + b1, ...].
+  // Adds neighbours of (a, b): [a0 + a1, a2 + a3, ..., b0 + b1, ...].
   [[gnu::always_inline]] static Floats add_neighbours(Floats a, Floats b) {
     return pick<0, 2>(a, b, Every()) + pick<1, 2>(a, b, Every());
   }
 
-  // Rows become columns: in each quarter of 4 numbers first, where x86 shuffles at the least cost, then whole quarters.
+  // Turns rows into columns: first within quarters of 4 numbers, where x86 shuffles cheapest, then by whole quarters.
   [[gnu::always_inline]] static void transpose(Floats (&v)[Lanes]) {
 #pragma GCC unroll 4
     for (int m = 0; m < Lanes; m += 4) {
@@ -163,12 +167,12 @@ struct Simd : Vectors<Lanes> {
   }
 
  private:
-  // Numbers First, First + Step, ... of the 2 * Lanes in (a, b).
+  // Numbers First, First + Step, ... of the 2 * Lanes numbers in (a, b).
   template <int First, int Step, int... I>
   [[gnu::always_inline]] static Floats pick(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return shuffle<(First + Step * I)...>(a, b);
   }
-  // In each quarter of 4: [a_First, b_First, a_Second, b_Second].
+  // Each quarter of 4 becomes [a_First, b_First, a_Second, b_Second].
   template <int First, int Second>
   [[gnu::always_inline]] static Floats quarters(Floats a, Floats b) {
     return from_quarters<First, Second>(a, b, Every());
@@ -177,7 +181,7 @@ struct Simd : Vectors<Lanes> {
   [[gnu::always_inline]] static Floats from_quarters(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return shuffle<(I / 4 * 4 + (I % 4 < 2 ? First : Second) + I % 2 * Lanes)...>(a, b);
   }
-  // In each quarter of 4: [a_First, a_First + 1, b_First, b_First + 1].
+  // Each quarter of 4 becomes [a_First, a_First+1, b_First, b_First+1]: halves of quarters.
   template <int First>
   [[gnu::always_inline]] static Floats halves(Floats a, Floats b) {
     return from_halves<First>(a, b, Every());
@@ -186,7 +190,7 @@ struct Simd : Vectors<Lanes> {
   [[gnu::always_inline]] static Floats from_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return shuffle<(I / 4 * 4 + First + I % 2 + I % 4 / 2 * Lanes)...>(a, b);
   }
-  // Of rows `Size` apart: the second of each two blocks of `Size` numbers of one against the first of the other.
+  // In rows that are `Size` apart, swaps the upper row's odd blocks of `Size` numbers with the lower row's even ones.
   template <int Size>
   [[gnu::always_inline]] static void exchange(Floats (&v)[Lanes]) {
 #pragma GCC unroll 16

@@ -2,16 +2,18 @@
 //
 // For the head h of token n, with u = q / |q|, s = temperature_h * length_n * (u + embedding_h):
 //   scores     s . k_m + local_bias_hm over the neighbours m in the image, s . pooled_k_p + pooled_bias_hnp over p
-//   weights    a = softmax of both together; to the neighbours' are added c_m = u . tokens_hm + token_bias_hm
+//   weights    a = softmax of both together; the neighbours' have c_m = u . tokens_hm + token_bias_hm added
 //   out        gate * (sum_m (a_m + c_m) v_m + sum_p a_p pooled_v_p)
-// Backward, with G = grad . v for every key: dgate = sum (a + c) G, da = gate * G, dc = da of the neighbours,
-// dscores = a * (da - sum a da), and from there by the chain rule. The weights are computed again, softmax and all: all
-// keys of a row are at hand at once, and weights from a saved denominator would not quite add up to 1, which the
-// temperature's gradient, a sum with much cancellation, does show. Without a window (places = 0) this is plain attention
-// with a bias that has a gradient.
+// Backward, with G = grad . v for every key:
+//   dgate      sum (a + c) G
+//   dscores    a * (da - sum a da) with da = gate * G, and dc = da for the neighbours; the rest by the chain rule
 //
-// Products with pooled keys have all rows of a block on one side, so they are small matrix products (product.h); a
-// neighbour is another key for every row, so those are dot products with the head's width on the lanes.
+// The backward pass computes the softmax again, since all keys of a row are at hand at once. Weights from a saved
+// denominator would not quite add up to 1, and the gradient of the temperature, a sum with much cancellation, would
+// show it. Without a window (places = 0) this is plain attention with a bias that has a gradient.
+//
+// All rows of a block share the pooled keys, so those parts are small matrix products (product.h). A neighbour is
+// another key for every row, so those parts are dot products with the head's width on the lanes.
 #pragma once
 
 #include "kernels/block.h"
@@ -23,25 +25,26 @@ struct AggregatedAttention {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   static constexpr int64_t L = Isa::kLanes;
-  static constexpr int64_t kBlock = 48;  // rows of one round: a multiple of every kRows; scores of 49 pooled keys fill 13 KiB
+  // Rows of one round: a multiple of every kRows, and the scores of 49 pooled keys and a window fill 13 KiB.
+  static constexpr int64_t kBlock = 48;
 
   using Product = VectorProduct<Isa>;
 
   static int64_t padded(int64_t count) { return (count + L - 1) / L * L; }
 
-  // Memory of one task. What is padded is padded with zeros.
+  // The memory of one task. Padding holds zeros, so that whole vectors can be added up.
   struct Buffers {
-    int64_t D, P, W, Dw, Pw, Ww, columns;  // ..w: rounded up to whole vectors; columns of a row of scores
-    float *key_columns, *value_rows;       // pooled: [D, Pw], [P, Dw]
+    int64_t D, P, W, Dw, Pw, Ww, columns;  // ..w are rounded up to whole vectors; columns = Ww + Pw.
+    float *key_columns, *value_rows;       // Pooled: [D, Pw], [P, Dw]
     float *token_columns;                  // [D, Ww]
     float *keys, *values;                  // [tokens, Dw]
     float *unit, *scaled, *sums;           // [kBlock, Dw]
     float *weights, *extra;                // [kBlock, columns] (neighbours first), [kBlock, Ww]
     // Backward only.
-    float *key_rows, *value_columns;       // pooled: [P, Dw], [D, Pw]
+    float *key_rows, *value_columns;       // Pooled: [P, Dw], [D, Pw]
     float *token_rows;                     // [W, Dw]
     float *grad_keys, *grad_values;        // [tokens, Dw]
-    float *grad_key_rows, *grad_value_rows;  // pooled: [P, Dw]
+    float *grad_key_rows, *grad_value_rows;  // Pooled: [P, Dw]
     float *grad_tokens;                    // [D, Ww]
     float *grads, *gated, *grad_unit;      // [kBlock, Dw]
     float *grad_scores, *grad_extra;       // [kBlock, columns], [kBlock, Ww]
@@ -73,7 +76,7 @@ struct AggregatedAttention {
     return Buffers(p, tokens, backward, nullptr).size;
   }
 
-  // Writes `out` of these rows; `scratch` is for tokens_near(rows) tokens.
+  // Writes `out` of these rows. `scratch` has room for the tokens [first_near(rows), end_near(rows)).
   static void forward(const Aggregate& p, const Rows& rows, float* scratch) {
     const int64_t first_token = first_near(p, rows), end = end_near(p, rows);
     const Buffers b(p, end - first_token, false, scratch);
@@ -82,7 +85,8 @@ struct AggregatedAttention {
       const Rows block{rows.batch, rows.kv_head, rows.index + first, std::min(kBlock, rows.count - first)};
       score(p, b, block, first_token);
       for (int64_t r = 0; r < block.count; ++r) softmax(b.weights + r * b.columns, b.columns);
-      product<Product::Into::kSet>(block.count, b.weights + b.Ww, b.columns, 1, b.value_rows, b.Dw, b.P, b.sums, b.Dw, b.Dw);
+      product<Product::Into::kSet>(block.count, b.weights + b.Ww, b.columns, 1, b.value_rows, b.Dw, b.P, b.sums, b.Dw,
+                                   b.Dw);
       for (int64_t r = 0; r < block.count; ++r) {
         float* sum = b.sums + r * b.Dw;
         each_neighbour(p, block.index[r], [&](int64_t w, int64_t m) {
@@ -95,7 +99,7 @@ struct AggregatedAttention {
     }
   }
 
-  // All active rows of one head of one batch row: writes their gradients and adds to `sums`.
+  // Handles all active rows of one head in one batch row: writes their gradients and adds to the sums `to`.
   static void backward(const Aggregate& p, const Rows& rows, const AggregateSums& to, float* scratch) {
     const Buffers b(p, p.tokens, true, scratch);
     load_keys(p, b, rows, 0, p.tokens);
@@ -118,6 +122,7 @@ struct AggregatedAttention {
       for (int64_t w = 0; w < b.W; ++w) to.tokens[d * b.W + w] += b.grad_tokens[d * b.Ww + w];
   }
 
+  // The tokens whose keys some row of the task sees: the window reaches side / 2 rows of the image and as many columns.
   static int64_t first_near(const Aggregate& p, const Rows& rows) {
     return std::max<int64_t>(0, rows.index[0] - p.side / 2 * (p.columns + 1));
   }
@@ -130,7 +135,7 @@ struct AggregatedAttention {
     return (rows.batch * p.tokens + rows.index[r]) * p.heads + rows.kv_head;
   }
 
-  // C [height, columns] = A [height, depth] B [depth, columns], columns a multiple of a vector.
+  // C [height, columns] = A [height, depth] B [depth, columns], where columns is a multiple of L.
   template <typename Product::Into into>
   static void product(int64_t height, const float* a, int64_t row_stride, int64_t k_stride, const float* b,
                       int64_t b_stride, int64_t depth, float* c, int64_t c_stride, int64_t columns) {
@@ -149,14 +154,14 @@ struct AggregatedAttention {
   [[gnu::always_inline]] static void add(float factor, const float* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += L) S::store(to + i, S::load(to + i) + factor * S::load(from + i));
   }
-  // to[i] = rows[i] . a for all places of one row, from sums that are still on the lanes.
+  // to[i] = the sum over the lanes of sums[i]; sums is overwritten.
   static void reduce(Floats* sums, int64_t count, float* to) {
     int64_t i = 0;
     for (; i + L <= count; i += L) S::store(to + i, S::sums(sums + i));
     for (; i < count; ++i) to[i] = S::sum(sums[i]);
   }
 
-  // see(place in the window, neighbour) for the neighbours inside the image.
+  // Calls see(place in the window, neighbour) for the neighbours inside the image.
   template <class See>
   [[gnu::always_inline]] static void each_neighbour(const Aggregate& p, int64_t token, const See& see) {
     const int64_t side = p.side, reach = side / 2, row = token / p.columns, column = token % p.columns;
@@ -202,7 +207,7 @@ struct AggregatedAttention {
       for (int64_t w = 0; w < b.W; ++w) b.token_rows[w * b.Dw + d] = b.token_columns[d * b.Ww + w];
   }
 
-  // Unit queries, scaled queries, scores (-inf where there is no key) and the additional weights of the neighbours.
+  // Computes u, s, the scores (-inf where there is no key) and the additional weights c of the neighbours.
   static void score(const Aggregate& p, const Buffers& b, const Rows& rows, int64_t first_token) {
     const int64_t h = rows.kv_head;
     const float* embedding = p.embedding + h * b.D;
@@ -220,7 +225,8 @@ struct AggregatedAttention {
       std::fill(unit + b.D, unit + b.Dw, 0.0f);
       std::fill(scaled + b.D, scaled + b.Dw, 0.0f);
     }
-    product<Product::Into::kSet>(rows.count, b.scaled, b.Dw, 1, b.key_columns, b.Pw, b.D, b.weights + b.Ww, b.columns, b.Pw);
+    product<Product::Into::kSet>(rows.count, b.scaled, b.Dw, 1, b.key_columns, b.Pw, b.D, b.weights + b.Ww, b.columns,
+                                 b.Pw);
     if (b.W > 0)
       product<Product::Into::kSet>(rows.count, b.unit, b.Dw, 1, b.token_columns, b.Ww, b.D, b.extra, b.Ww, b.Ww);
     Floats sums[kMaxPlaces];
@@ -246,7 +252,7 @@ struct AggregatedAttention {
     }
   }
 
-  // Scores become weights.
+  // Turns scores into weights.
   static void softmax(float* scores, int64_t count) {
     Floats most = S::set(-kInfinity);
     for (int64_t n = 0; n < count; n += L) most = S::max(most, S::load(scores + n));
@@ -274,14 +280,15 @@ struct AggregatedAttention {
       std::fill(gated, gated + b.Dw, 0.0f);
       for (int64_t d = 0; d < b.D; ++d) grads[d] = grad[d], gated[d] = gate * grad[d];
     }
-    // grad_scores holds G = grad . v first.
-    product<Product::Into::kSet>(R, b.grads, b.Dw, 1, b.value_columns, b.Pw, b.D, b.grad_scores + b.Ww, b.columns, b.Pw);
+    // grad_scores holds G = grad . v until the softmax is differentiated in place.
+    product<Product::Into::kSet>(R, b.grads, b.Dw, 1, b.value_columns, b.Pw, b.D, b.grad_scores + b.Ww, b.columns,
+                                 b.Pw);
     Floats sums[kMaxPlaces];
     for (int64_t r = 0; r < R; ++r) {
       float *G = b.grad_scores + r * b.columns, *weights = b.weights + r * b.columns;
       float *extra = b.extra + r * b.Ww, *grad_extra = b.grad_extra + r * b.Ww;
       const float gate = p.gates[entry(p, rows, r)];
-      float of_extra = 0;  // sum of c G
+      float of_extra = 0;  // This is the sum of c G.
       if (b.W > 0) {
         std::fill_n(sums, b.W, Floats{});
         std::fill_n(G, b.Ww, 0.0f);
@@ -291,7 +298,7 @@ struct AggregatedAttention {
         });
         reduce(sums, b.W, G);
         for (int64_t w = 0; w < b.Ww; ++w) {
-          of_extra += extra[w] * G[w];  // G is 0 outside of the image
+          of_extra += extra[w] * G[w];  // G is 0 outside of the image.
           grad_extra[w] = gate * G[w];
         }
         for (int64_t w = 0; w < b.W; ++w) to.token_bias[w] += grad_extra[w];
@@ -333,7 +340,7 @@ struct AggregatedAttention {
         along += grad_u[d] * unit[d];
       }
       *to.temperature += length * of_temperature;
-      // A norm below the smallest is a constant divisor.
+      // du/dq = (1 - u u') / |q|, but where kSmallestNorm took the place of |q|, the divisor is a constant.
       const float inverse = b.inverse_norms[r], part = inverse < 1.0f / kSmallestNorm ? along : 0.0f;
       float* grad_q = p.grad_q + entry(p, rows, r) * b.D;
       for (int64_t d = 0; d < b.D; ++d) grad_q[d] = inverse * (grad_u[d] - part * unit[d]);

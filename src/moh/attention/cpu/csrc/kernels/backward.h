@@ -1,15 +1,18 @@
-// Gradients of a block of active rows: weights from the saved log-sum-exp, no softmax and no N x N matrix.
+// Gradients of a block of active rows, with weights from the saved log-sum-exp: no softmax and no N x N matrix.
 //
-// With P = exp2(S - lse), dP = grad V' and delta = grad . out: dV = (gate * P)' grad,
-// dS = scale * P * (gate * dP - delta), dQ = dS K, dK = dS' Q, and dgate = sum(P * dP), which unlike delta / gate does not
-// pass through the output's rounding: a small gate may have rounded it to 0.
+//   P = 2^(S - lse),   dP = grad V',   delta = grad . out
+//   dS = scale * P * (gate * dP - delta),   dV = (gate * P)' grad,   dQ = dS K,   dK = dS' Q
+//   dgate = sum(P * dP)
+//
+// dgate is not delta / gate, which would carry the rounding of the output: a small gate may have rounded that to 0.
 #pragma once
 
 #include "kernels/block.h"
 
 namespace moh {
 
-// to [used, padded width] += factors' rows, over `count` rows from `first` on: a key's factors lie `stride` apart.
+// to [used, padded width] += factors' rows, over `count` rows from `first` on; the factors of a key lie `stride` after
+// those of the one before.
 template <class Product, class Factor>
 void add_rows(int64_t width, int64_t used, const Factor* factors, int64_t stride, const float* rows, int64_t first,
               int64_t count, float* to) {
@@ -19,7 +22,7 @@ void add_rows(int64_t width, int64_t used, const Factor* factors, int64_t stride
                                                     to + d, padded);
 }
 
-// What the products work on: floats. Another such type is in bf16x2_backward.h.
+// What the products work on: floats. bf16x2_backward.h has the other type of operands.
 template <class Isa, class T>
 class FloatBackwardOperands {
  public:
@@ -30,7 +33,7 @@ class FloatBackwardOperands {
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
-  // For tasks of `blocks` blocks.
+  // Floats of memory for tasks of `blocks` blocks.
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return blocks * kWidth *
                (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
@@ -44,7 +47,8 @@ class FloatBackwardOperands {
     std::fill(query_rows_, weights_, 0.0f);
   }
 
-  // A block's queries and gradients, on the lanes, the former times the scale and log2(e), and as rows.
+  // Puts a block's queries, times the scale and log2(e), and its gradients on the lanes, and keeps both as rows too:
+  // scores and dP need the former, grad_k and grad_v the latter.
   void put(int64_t block, const Lanes<Isa>& lanes) {
     const int64_t D = p_.width, Dv = p_.value_width;
     const auto query = [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); };
@@ -57,18 +61,18 @@ class FloatBackwardOperands {
       get<Isa>(grad(i), Dv, grad_rows_ + row * Product::padded(Dv));
     }
   }
-  // The keys and values that are worked through next.
+  // Selects the tile of keys and values that is worked through next.
   void load(int64_t first, int64_t count) {
     keys_ = tile_of<Isa, T>(p_.k, rows_.batch, rows_.kv_head, first, count, p_.width, copies_.keys, &key_stride_);
     values_ = tile_of<Isa, T>(p_.v, rows_.batch, rows_.kv_head, first, count, p_.value_width, copies_.values,
                               &value_stride_);
   }
-  // Where a block has its scores and dP, [kTile, kWidth] with this stride.
+  // The scores and dP of a block, [kTile, kWidth] with rows `stride()` apart.
   float* scores(int64_t block) const { return weights_ + block * kWidth; }
   float* grad_weights(int64_t block) const { return grad_scores_ + block * kWidth; }
   int64_t stride() const { return all_; }
 
-  // Both, in the first V vectors of the block's lanes, scores in units of log2.
+  // Compute both in the first V vectors of the block's lanes, scores in units of log2.
   template <int V>
   void score(int64_t block, int64_t seen) const {
     Product::template multiply<Into::kSet, V>(seen, keys_, key_stride_, 1, queries_ + block * p_.width * kWidth, kWidth,
@@ -80,7 +84,7 @@ class FloatBackwardOperands {
                                               grads_ + block * p_.value_width * kWidth, kWidth, p_.value_width,
                                               grad_weights(block), all_);
   }
-  // Takes gate * P and dS of keys n and n + 1, of a block's lanes from `lane` on.
+  // Stores gate * P and dS of keys n and n + 1 for one vector of a block's lanes.
   struct Sink {
     float *weights, *grad_scores;
     int64_t stride;
@@ -92,20 +96,20 @@ class FloatBackwardOperands {
     }
   };
   Sink sink(int64_t block, int lane) const { return {scores(block) + lane, grad_weights(block) + lane, all_}; }
-  // Those of keys that the block does not see.
+  // Sets both to 0 for keys [from, to), which the block does not see but others of the task do.
   void clear(int64_t block, int64_t from, int64_t to) const {
     for (int64_t n = from; n < to; ++n) {
       std::fill_n(scores(block) + n * all_, kWidth, 0.0f);
       std::fill_n(grad_weights(block) + n * all_, kWidth, 0.0f);
     }
   }
-  // grad_queries [D, kWidth] += keys' dS, of one block.
+  // grad_queries [D, kWidth] += keys' dS for one block.
   template <int V>
   void add_queries(int64_t block, int64_t seen, float* grad_queries) const {
     Product::template multiply<Into::kAdd, V>(p_.width, keys_, 1, key_stride_, grad_weights(block), all_, seen,
                                               grad_queries, kWidth);
   }
-  // grad_k [used, padded D] += dS queries and grad_v [used, padded Dv] += (gate * P) grads, of `count` rows from `first` on.
+  // grad_k [used, padded D] += dS queries and grad_v [used, padded Dv] += (gate * P) grads, over `count` rows.
   void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
     add_rows<Product>(p_.width, used, grad_scores_ + first, all_, query_rows_, first, count, grad_k);
     add_rows<Product>(p_.value_width, used, weights_ + first, all_, grad_rows_, first, count, grad_v);
@@ -114,7 +118,7 @@ class FloatBackwardOperands {
  private:
   const Problem& p_;
   const Rows& rows_;
-  int64_t all_;                      // rows of the task, whole blocks
+  int64_t all_;                      // The rows of the task, in whole blocks.
   float *queries_, *grads_;          // [block, D, kWidth], [block, Dv, kWidth]
   float *query_rows_, *grad_rows_;   // [all, padded D], [all, padded Dv]
   float *weights_, *grad_scores_;    // [kTile, all]
@@ -148,7 +152,7 @@ struct Backward {
     Operands operands(p, rows, count, grad_gates + all);
 
     std::fill(grad_queries, lse, 0.0f);
-    std::fill(lse, gates, kInfinity);  // lanes without a row have no weights
+    std::fill(lse, gates, kInfinity);  // Lanes without a row get weights 2^(s - inf) = 0.
     std::fill(gates, grad_gates + all, 0.0f);
     for (int64_t block = 0; block < count; ++block) {
       operands.put(block, blocks.lanes[block]);
@@ -158,7 +162,7 @@ struct Backward {
     for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       operands.load(first, loaded);
-      int64_t used = 0;  // keys that any block sees
+      int64_t used = 0;  // The number of keys up to the last that any block sees.
       int64_t first_block = count, last_block = 0;
       for (int64_t block = 0; block < count; ++block) {
         const Lanes<Isa>& lanes = blocks.lanes[block];
@@ -201,7 +205,7 @@ struct Backward {
   }
 
  private:
-  // Scores and dP of a block, in the vector of its lanes from `lane` on -> gate * P and dS; adds to the gates' gradients.
+  // Turns scores and dP of one vector of a block's lanes, from `lane` on, into gate * P and dS, and adds to dgate.
   [[gnu::always_inline]] static void differentiate(const Operands& operands, int64_t block, int lane, int64_t seen,
                                                    float scale, const float* lse, const float* gates,
                                                    const float* delta, float* grad_gates) {
@@ -213,7 +217,8 @@ struct Backward {
     const Floats slope = S::set(scale) * gate;
     Floats grad_gate = S::load(grad_gates + row);
     const auto key = [&](int64_t n, Floats& weight, Floats& grad_score) {
-      // A weight is at most 1; a huge score whose sum was rounded in another order could say more.
+      // P is at most 1, but beyond scores of some 10^7 lse has no room for log2(l), and a score that was summed in
+      // another order may exceed it.
       weight = exp2(S::min(Floats{}, S::load(scores + n * stride) - shift));
       const Floats grad = S::load(grad_weights + n * stride);
       grad_gate += weight * grad;
@@ -227,7 +232,7 @@ struct Backward {
       key(n + 1, weight[1], grad_score[1]);
       sink.keep(n, weight, grad_score);
     }
-    if (n < seen) {  // a row of the tile beyond may be written
+    if (n < seen) {  // Keys come in twos, so one row beyond may be overwritten with zeros.
       key(n, weight[0], grad_score[0]);
       weight[1] = grad_score[1] = Floats{};
       sink.keep(n, weight, grad_score);
@@ -235,7 +240,7 @@ struct Backward {
     S::store(grad_gates + row, grad_gate);
   }
 
-  // What a block's rows have each: log-sum-exp, gate, and grad . out.
+  // Loads lse, gate and scale * delta of a block's rows.
   static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, float* lse, float* gates, float* delta) {
     const int64_t Dv = p.value_width;
     for (int i = 0; i < lanes.count; ++i) {

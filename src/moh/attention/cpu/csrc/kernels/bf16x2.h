@@ -1,9 +1,9 @@
-// bfloat16 by the processor's dot products, which take two numbers at a time: attention forward, and the projections.
+// The forward pass and the projections in bfloat16, by the processor's dot products of two numbers at a time.
 //
-// Products run over pairs. In attention these are two numbers of a row's width for the scores, two keys for the outputs.
-// Keys are read where they lie; queries are put on the lanes pair by pair, unscaled and so exact; a tile of values is
-// copied with the rows of two keys interleaved, once for all blocks; weights are rounded to bfloat16, their totals not.
-// `Product` is `VectorProduct`, or another that multiplies in the same way (amx.h).
+// Products run over Bf16x2. For the scores these hold two neighbours of a row's width, for the outputs two keys. Keys
+// are read where they lie. Queries are put on the lanes unscaled, and so exact. A tile of values is copied once for all
+// blocks, with the rows of two keys interleaved. Weights are rounded to bfloat16, their totals are not. `Product` is
+// `VectorProduct`, or another with the same interface (amx.h).
 #pragma once
 
 #include "kernels/forward.h"
@@ -11,13 +11,13 @@
 
 namespace moh {
 
-// Rows of an odd width, or at odd distances, are not made of pairs. One condition for both passes: the weights that the
-// backward pass makes again have to come from the same scores.
+// Whether rows consist of whole Bf16x2: their widths and distances are even. Both passes share this condition, since
+// the backward pass has to compute its weights from the same scores.
 inline bool fits_bf16x2(const Problem& p) {
   return p.width % 2 == 0 && p.k.token % 2 == 0 && p.value_width % 2 == 0 && p.v.token % 2 == 0;
 }
 
-// A copy of a tile of keys or values with the rows of two keys interleaved: pairs that a product runs over.
+// A copy of a tile of keys or values with the rows of two keys interleaved, for products that run over keys.
 template <class Isa, class Product>
 class InterleavedTile {
  public:
@@ -25,7 +25,7 @@ class InterleavedTile {
   using Into = typename Product::Into;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
-  // Whether a row of `Product`'s first factor has to lie in one piece: the copy is then turned, with its width as rows.
+  // Where a row of `Product`'s first factor has to lie in one piece, the copy is transposed too.
   static constexpr bool kRowsInOnePiece = Product::kRowsInOnePiece;
 
   static int64_t scratch(int64_t width) { return (kTile / 2 * (kRowsInOnePiece ? 2 : 1) + 1) * width; }
@@ -37,15 +37,15 @@ class InterleavedTile {
     const T* from = at<T>(x, batch, head, first);
     for (int64_t n = 0; n < count; n += 2, from += 2 * x.token)
       Isa::interleave(from, n + 1 < count ? from + x.token : nullptr, width_, interleaved_ + n / 2 * width_);
-    if constexpr (kRowsInOnePiece) {  // as pairs of keys on the lanes, a number's lie side by side
+    if constexpr (kRowsInOnePiece) {  // [width, kTile / 2]: the keys of one place of the width lie in one piece.
       static_assert(kTile / 2 == kWidth);
       const auto row = [&](int i) -> const Bf16x2* { return interleaved_ + i * width_; };
       put_on_lanes<Isa>(static_cast<int>((count + 1) / 2), width_, row, [](int) { return 1.0f; },
                         reinterpret_cast<float*>(transposed_));
     }
   }
-  // sums [width, kWidth] = *rescale * sums (or sums as they are) + the first `seen` keys' factors, which are pairs of keys
-  // [kTile / 2, kWidth].
+  // sums [width, kWidth] = sums (times rescale [kWidth], for kRescale) + the product of the first `seen` keys with
+  // their factors [kTile / 2, kWidth], two keys to a Bf16x2.
   template <Into into, int V>
   void add(int64_t seen, const float* factors, float* sums, const float* rescale = nullptr) const {
     const int64_t whole = seen / 2;
@@ -53,8 +53,9 @@ class InterleavedTile {
                                         kRowsInOnePiece ? kWidth : 1, kRowsInOnePiece ? 1 : width_, factors, kWidth,
                                         whole, sums, kWidth, rescale);
     if (2 * whole >= seen) return;
-    // The last key's neighbour, which nobody sees here, may hold a NaN, and 0 times NaN is NaN. Also where it has none:
-    // the order of additions may not depend on where a task's keys end.
+    // An odd last key is added by itself: its neighbour in the copy is not seen here and may be NaN, and 0 * NaN is
+    // NaN. This also holds where it has no neighbour, so that the order of additions does not depend on where a task's
+    // keys end.
     for (int64_t d = 0; d < width_; ++d) last_[d].bits = interleaved_[whole * width_ + d].bits & 0xffffu;
     Product::template multiply<Into::kAdd, V>(width_, last_, 1, width_, factors + whole * kWidth, kWidth, 1, sums,
                                               kWidth);
@@ -66,8 +67,8 @@ class InterleavedTile {
   Bf16x2* transposed_;           // [width, kWidth], where rows have to lie in one piece
 };
 
-// Keys times queries, or values times gradients: rows of x where they lie, by rows on the lanes, over pairs of their
-// width. Scores come from here in both passes, and so are the same to the bit.
+// Keys times queries, or values times gradients, over Bf16x2 of their width: rows of x where they lie, by rows on the
+// lanes. The scores of both passes are computed here, and so are equal to the bit.
 template <class Isa, class Product>
 class RowProducts {
  public:
@@ -78,7 +79,7 @@ class RowProducts {
   RowProducts(const View& x, int64_t width, const Rows& rows, float* scratch)
       : x_(x), width_(width), rows_(rows), on_lanes_(scratch) {}
 
-  // A block's rows `from(i)`, as they are.
+  // Puts a block's rows `from(i)` on the lanes, unscaled.
   template <class From>
   void put(int64_t block, int count, From from) {
     const auto row = [&](int i) { return reinterpret_cast<const Bf16x2*>(from(i)); };
@@ -97,7 +98,7 @@ class RowProducts {
   const View& x_;
   int64_t width_;
   const Rows& rows_;
-  float* on_lanes_;  // pairs too, [block, width / 2, kWidth]
+  float* on_lanes_;  // Bf16x2, [block, width / 2, kWidth]
   const Bf16x2* tile_ = nullptr;
 };
 
@@ -142,11 +143,11 @@ class Bf16x2Operands {
   const Problem& p_;
   const Rows& rows_;
   RowProducts<Isa, Product> scores_;
-  float* weights_;  // pairs of keys, [kTile / 2, kWidth]
+  float* weights_;  // Bf16x2 of two keys, [kTile / 2, kWidth]
   InterleavedTile<Isa, Product> values_;
 };
 
-// For projections of even width and channels. Pairs run along the width, the channels or the tokens.
+// Projections of even width and channels. A Bf16x2 holds two neighbours of the width or the channels, or two tokens.
 template <class Isa>
 struct Bf16x2Cells {
   using T = c10::BFloat16;

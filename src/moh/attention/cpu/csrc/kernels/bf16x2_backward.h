@@ -1,7 +1,7 @@
-// Gradients of bfloat16 by the processor's dot products: what the five products of `Backward` work on.
+// The backward pass in bfloat16, by the processor's dot products: what the five products of `Backward` work on.
 //
-// They run over pairs: two numbers of a width for scores and dP, two keys for the queries' gradients, two rows for those of
-// keys and values. Queries, keys, values and gradients are taken as they are; gate * P and dS are rounded to bfloat16.
+// A Bf16x2 holds two neighbours of a width for scores and dP, two keys for dQ, two rows for dK and dV. Queries, keys,
+// values and gradients are read as they are; gate * P and dS are rounded to bfloat16.
 #pragma once
 
 #include "kernels/backward.h"
@@ -96,7 +96,8 @@ class Bf16x2BackwardOperands {
   }
   void add_keys(int64_t first, int64_t count, int64_t used, float* grad_k, float* grad_v) const {
     const int64_t start = first / 2, depth = (count + 1) / 2;
-    // Beside an odd last row is a lane without one: its rows are 0 here, but a weight may be NaN where a key is infinite.
+    // An odd last row shares its Bf16x2 with a lane that has no row. That lane's query and gradient are 0 here, but its
+    // weight may be NaN where a key is infinite, and 0 * NaN is NaN.
     if (count % 2 == 1)
       for (int64_t n = 0; n < used; ++n)
         for (Bf16x2* x : {weights_, grad_scores_}) x[n * all_ / 2 + start + depth - 1].bits &= 0xffffu;
@@ -107,12 +108,12 @@ class Bf16x2BackwardOperands {
  private:
   const Problem& p_;
   const Rows& rows_;
-  int64_t all_;                     // rows of the task, whole blocks
+  int64_t all_;                     // The rows of the task, in whole blocks.
   RowProducts<Isa, Product> row_scores_, row_grads_;
-  float *query_rows_, *grad_rows_;  // pairs of rows, [all / 2, padded D], [all / 2, padded Dv]
+  float *query_rows_, *grad_rows_;  // Bf16x2 of two rows, [all / 2, padded D], [all / 2, padded Dv]
   float *scores_, *grad_weights_;   // of one block, [kTile, kWidth]
-  float* by_keys_;                  // its dS as pairs of keys, [kTile / 2, kWidth]
-  Bf16x2 *weights_, *grad_scores_;  // gate * P and dS as pairs of rows, [kTile, all / 2]
+  float* by_keys_;                  // dS of one block, Bf16x2 of two keys, [kTile / 2, kWidth]
+  Bf16x2 *weights_, *grad_scores_;  // gate * P and dS, Bf16x2 of two rows, [kTile, all / 2]
   InterleavedTile<Isa, Product> keys_;
 };
 

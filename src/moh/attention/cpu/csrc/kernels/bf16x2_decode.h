@@ -1,7 +1,7 @@
 // Decoding from a bfloat16 cache by AVX-512's dot products of bfloat16: the numbers of the cache are never converted.
 //
-// Scores: pairs of a row's width. Outputs: pairs of keys, whose rows are interleaved in registers; the weights are
-// rounded to bfloat16, their totals not.
+// A Bf16x2 holds two neighbours of the width for the scores, and two keys for the outputs: their rows are interleaved
+// in registers. The weights are rounded to bfloat16, their totals are not.
 #pragma once
 
 #include <immintrin.h>
@@ -63,7 +63,7 @@ struct Bf16x2Decode : Decode<Isa, c10::BFloat16> {
                                           to.sum + r * Dv);
                           });
       };
-      add(std::integral_constant<int, 4>());  // rows that share the loads of values
+      add(std::integral_constant<int, 4>());  // This many rows share the loads of values.
       add(std::integral_constant<int, 2>());
       add(std::integral_constant<int, 1>());
     }
@@ -86,7 +86,7 @@ struct Bf16x2Decode : Decode<Isa, c10::BFloat16> {
     for (; n + L <= count; n += L) {
       Floats sums[L];
 #pragma GCC unroll 4
-      for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
+      for (int i = 0; i < L; i += 4) {  // Four keys share the loads of the query.
         const Bf16x2* k = keys + (n + i) * stride;
         for (int j = 0; j < 4; ++j) prefetch(n + i + j);
         Floats a{}, b{}, c{}, d{};
@@ -116,12 +116,13 @@ struct Bf16x2Decode : Decode<Isa, c10::BFloat16> {
     }
   }
 
-  // sum [N, Dv] = rescale * sum + weights [N, count] V [count, Dv]; rows of weights are kTile / 2 pairs apart.
+  // sum [N, Dv] = rescale * sum + weights [N, count] V [count, Dv]; rows of weights are kTile / 2 apart.
   template <int N, class Prefetcher>
   static void add_values(const Prefetcher& prefetch, const Bf16x2* weights, const T* values, int64_t stride,
                          int64_t count, int64_t Dv, const float* rescale, float* sum) {
     int64_t d = 0;
-    if constexpr (N <= 2)  // whole rows at a time are read faster; for four rows there are not enough registers
+    // Whole rows at a time are read faster, but with four rows the sums would not fit into the registers.
+    if constexpr (N <= 2)
       for (; d + 8 * L <= Dv; d += 8 * L)
         add_part<N, 4>(prefetch, weights, values + d, stride, count, ~0u, rescale, sum + d, Dv);
     for (; d + 4 * L <= Dv; d += 4 * L)
@@ -136,11 +137,12 @@ struct Bf16x2Decode : Decode<Isa, c10::BFloat16> {
     for (int r = 0; r < N; ++r) std::copy_n(last + r * 2 * L, rest, sum + r * Dv + d);
   }
 
-  // V times 32 numbers of every row; `mask` tells which of the last 32 there are.
+  // The same for V times 32 numbers of each row; `mask` has a bit for each of the last 32 that exists.
   template <int N, int V, class Prefetcher>
   static void add_part(const Prefetcher& prefetch, const Bf16x2* weights, const T* values, int64_t stride,
                        int64_t count, uint32_t mask, const float* rescale, float* sum, int64_t sum_stride) {
-    // Interleaving leaves numbers 8 g + i in `low`, 8 g + 4 + i in `high` (i < 4): so are the sums kept meanwhile.
+    // Interleaving works within quarters: numbers 8 g + i go to `low` and 8 g + 4 + i to `high` (i < 4). The sums are
+    // kept in that order meanwhile.
     const __m512i to_low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i to_high = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     const __m512i to_first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

@@ -1,6 +1,6 @@
-// A few queries against a long cache: the width of a head on the lanes, so that keys and values are read once.
+// A few queries against a long cache: the width of a head lies on the lanes, so that keys and values are read once.
 //
-// Works through a range of the keys and leaves a partial softmax, so that one cache can be split over threads.
+// A call works through a range of the keys and leaves a partial softmax, so that threads can share one cache.
 #pragma once
 
 #include <optional>
@@ -15,7 +15,7 @@ struct Decode {
   using Floats = typename S::Floats;
   static constexpr int L = Isa::kLanes;
   static constexpr int64_t kTile = Isa::kKeyTile;
-  static constexpr int kSums = 8;  // registers that collect a row's weighted values in one go
+  static constexpr int kSums = 8;  // This many registers collect a row's weighted values at a time.
 
   static int64_t scratch(const Problem& p, int64_t rows) {
     return rows * (p.width + kTile) + Copies<Isa, T>::scratch(p, 1);
@@ -60,8 +60,8 @@ struct Decode {
   }
 
  protected:
-  // What is asked for of the next tile while a row works through this one: nothing where rows of x are short, which the
-  // processor foresees by itself.
+  // The part of the next tile that is prefetched while a row works through this one: each of the `parts` rows takes its
+  // share, so that memory is never idle. Rows below 256 bytes are left to the processor, which foresees them.
   static std::optional<Prefetch<T>> next_rows(const View& x, int64_t width, const Rows& rows, int64_t first,
                                               int64_t end, int64_t part, int64_t parts) {
     if (part >= parts || width * sizeof(T) < 256) return std::nullopt;
@@ -75,7 +75,7 @@ struct Decode {
       work([](int64_t) {});
   }
 
-  // `prefetch` is called for every key, in order, but perhaps the last ones.
+  // Calls `prefetch` for every key, in order, except for the last ones where count is not a multiple of L.
   template <class Prefetcher>
   static void score(const Prefetcher& prefetch, const float* q, const float* keys, int64_t stride, int64_t count,
                     int64_t D, float* scores) {
@@ -84,7 +84,7 @@ struct Decode {
     for (; n + L <= count; n += L) {
       Floats sums[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i += 4) {  // four keys share the loads of the query
+      for (int i = 0; i < L; i += 4) {  // Four keys share the loads of the query.
         const float* k = keys + (n + i) * stride;
         for (int j = 0; j < 4; ++j) prefetch(n + i + j);
         Floats a{}, b{}, c{}, d{};
@@ -121,9 +121,9 @@ struct Decode {
     for (int64_t n = 0; n < count; ++n) scores[n] = masked<T>(p.mask, row + n * p.mask.key, scores[n]);
   }
 
-  // As in the forward pass, for one row whose keys are on the lanes; returns the factor for earlier sums.
+  // The online softmax of the forward pass, for one row with keys on the lanes; returns r, the factor for earlier sums.
   static float softmax(float* scores, int64_t count, float* most, float* total) {
-    for (int64_t n = count; n % L; ++n) scores[n] = -kInfinity;  // kTile is a multiple of L
+    for (int64_t n = count; n % L; ++n) scores[n] = -kInfinity;  // There is room: kTile is a multiple of L.
     Floats now = S::set(*most);
     for (int64_t n = 0; n < count; n += L) now = S::max(now, S::load(scores + n));
     const float largest = S::largest(now);
@@ -141,8 +141,8 @@ struct Decode {
     return rescale;
   }
 
-  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. `prefetch` is called for every key, again in
-  // every part of a wide row.
+  // sum [Dv] = rescale * sum + weights [count] V [count, Dv], N registers at a time. Calls `prefetch` for every key,
+  // once per part of a wide row.
   template <int N, class Prefetcher>
   static void add_values(const Prefetcher& prefetch, const float* weights, const float* values, int64_t stride,
                          int64_t count, int64_t Dv, float rescale, float* sum) {

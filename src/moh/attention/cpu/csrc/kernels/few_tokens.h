@@ -1,4 +1,4 @@
-// Products of a matrix with a few vectors, parts of its rows left out: reading the matrix is the work.
+// Products of a matrix with a few vectors, without the columns of inactive heads. Reading the matrix is the work.
 #pragma once
 
 #include "isa/simd.h"
@@ -12,7 +12,7 @@ struct FewTokens {
   using Floats = typename S::Floats;
   static constexpr int L = Isa::kLanes;
 
-  // to[r] = sum of m[r, i] x[i] over the columns i of all segments.
+  // to[r] = the sum of m[r, i] x[i] over the columns i of all segments.
   static void dot_rows(const T* m, int64_t stride, int64_t rows, const float* x, const Segment* segments,
                        int64_t count, float* to) {
     int64_t r = 0;
@@ -21,7 +21,7 @@ struct FewTokens {
   }
 
  private:
-  // N rows share the loads of x; two sums each, for one addition waits for the one before it.
+  // N rows share the loads of x. Each has two sums, since an addition to a single one would wait for the one before.
   template <int N>
   static void dots(const T* m, int64_t stride, const float* x, const Segment* segments, int64_t count, float* to) {
     Floats even[N]{}, odd[N]{};

@@ -5,46 +5,47 @@
 
 namespace moh {
 
-// What the products work on: floats, the tensors themselves or converted copies of their tiles. Another such type is in
-// bf16x2.h.
+// What the products work on: floats, either the tensors themselves or converted copies of their tiles. bf16x2.h has the
+// other type of operands.
 template <class Isa, class T>
 class FloatOperands {
  public:
   using Product = VectorProduct<Isa>;
   static constexpr int kWidth = Product::kWidth;
 
-  // For tasks of `blocks` blocks.
+  // Floats of memory for tasks of `blocks` blocks.
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return blocks * p.width * kWidth + Copies<Isa, T>::scratch(p, blocks);
   }
   FloatOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
       : p_(p), rows_(rows), queries_(scratch), copies_(p, blocks, scratch + blocks * p.width * kWidth) {}
 
-  // A block's queries, [D, kWidth], times the scale and log2(e).
+  // Puts a block's queries on the lanes, [D, kWidth], times the scale and log2(e).
   void put(int64_t block, const Lanes<Isa>& lanes) {
     put_on_lanes<Isa>(
         lanes.count, p_.width, [&](int i) { return at<T>(p_.q, rows_.batch, lanes.head[i], lanes.token[i]); },
         [&](int) { return p_.scale * kLog2e; }, queries_ + block * p_.width * kWidth);
   }
-  // The keys and values that are worked through next.
+  // Selects the tile of keys and values that is worked through next.
   void load(int64_t first, int64_t count) {
     keys_ = tile_of<Isa, T>(p_.k, rows_.batch, rows_.kv_head, first, count, p_.width, copies_.keys, &key_stride_);
     values_ = tile_of<Isa, T>(p_.v, rows_.batch, rows_.kv_head, first, count, p_.value_width, copies_.values,
                               &value_stride_);
   }
-  // Scores [seen, kWidth] of a block, in units of log2, in the first V vectors of its lanes.
+  // Writes a block's scores [seen, kWidth], in units of log2, to the first V vectors of its lanes.
   template <int V>
   void score(int64_t block, int64_t seen, float* scores) const {
-    Product::template multiply<Product::Into::kSet, V>(seen, keys_, key_stride_, 1, queries_ + block * p_.width * kWidth,
-                                                       kWidth, p_.width, scores, kWidth);
+    Product::template multiply<Product::Into::kSet, V>(seen, keys_, key_stride_, 1,
+                                                       queries_ + block * p_.width * kWidth, kWidth, p_.width, scores,
+                                                       kWidth);
   }
-  // Weights of keys n and n + 1, lanes from `lane` on, where the scores were.
+  // Stores the weights of keys n and n + 1, for one vector of lanes from `lane` on, where their scores were.
   [[gnu::always_inline]] void keep(float* scores, int64_t n, int lane, typename Simd<Isa::kLanes>::Floats first,
                                    typename Simd<Isa::kLanes>::Floats second) const {
     Simd<Isa::kLanes>::store(scores + n * kWidth + lane, first);
     Simd<Isa::kLanes>::store(scores + (n + 1) * kWidth + lane, second);
   }
-  // sums [Dv, kWidth] = rescale * sums + values' weights.
+  // sums [Dv, kWidth] = sums * rescale [kWidth] + values' weights: o' of docs/kernel.md.
   template <int V>
   void add(int64_t seen, const float* scores, const float* rescale, float* sums) const {
     Product::template multiply<Product::Into::kRescale, V>(p_.value_width, values_, 1, value_stride_, scores, kWidth,
@@ -77,7 +78,8 @@ struct Forward {
   static void run(const Problem& p, const Rows& rows, float* scratch) {
     const Blocks<Isa> blocks(p, rows);
     const int64_t Dv = p.value_width, count = blocks.count;
-    float* sums = scratch;                     // [block, Dv, kWidth], not yet divided by the totals
+    // o, m, l and r of docs/kernel.md.
+    float* sums = scratch;                     // [block, Dv, kWidth]
     float* most = sums + count * Dv * kWidth;  // [block, kWidth]
     float* totals = most + count * kWidth;     // [block, kWidth]
     float* rescale = totals + count * kWidth;  // [kWidth]
@@ -93,7 +95,7 @@ struct Forward {
       for (; n < kTile * (block + 1) / count; ++n) first_tile(n);
       operands.put(block, blocks.lanes[block]);
     }
-    int64_t working = 0, until = 0;  // blocks that see keys of a tile
+    int64_t working = 0, until = 0;  // Blocks [working, until) see keys of the tile; rows are in token order.
     for (int64_t first = begin; first < end; first += kTile) {
       const int64_t loaded = std::min(kTile, end - first);
       operands.load(first, loaded);
@@ -114,15 +116,15 @@ struct Forward {
         by_vectors<Isa>(lanes, work);
       }
     }
-    for (int64_t block = 0; block < count; ++block) {
-      write(p, rows.batch, blocks.lanes[block], sums + block * Dv * kWidth, most + block * kWidth, totals + block * kWidth);
-    }
+    for (int64_t block = 0; block < count; ++block)
+      write(p, rows.batch, blocks.lanes[block], sums + block * Dv * kWidth, most + block * kWidth,
+            totals + block * kWidth);
   }
 
  private:
-  // Scores [count, kWidth] -> weights relative to the largest score so far; `rescale` brings what was summed before to
-  // the same scale. An odd count is rounded up: a score of the row beyond may be written, with a weight of 0.
-  // Meanwhile the keys that come `next` are asked for.
+  // Turns scores [count, kWidth] into weights 2^(s - m') relative to the largest score so far, m', and computes
+  // r = 2^(m - m'), which brings earlier sums to the same scale. An odd count is rounded up: one row of scores beyond
+  // may be overwritten with weights of 0. The `next` keys and values are prefetched meanwhile.
   template <int V>
   static void softmax(const Operands& operands, const PrefetchBoth<T>& next, float* scores, int64_t count, float* most,
                       float* totals, float* rescale) {
@@ -133,7 +135,8 @@ struct Forward {
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) now[j] = S::max(now[j], S::load(scores + n * kWidth + j * Isa::kLanes));
     for (int j = 0; j < V; ++j) {
-      base[j] = now[j] == -kInfinity ? Floats{} : now[j];  // nothing seen yet: exp2(-inf - 0) is 0
+      // Nothing has been seen while m' is -inf: -inf - -inf would be NaN, but 2^(-inf - 0) is 0, also for r.
+      base[j] = now[j] == -kInfinity ? Floats{} : now[j];
       total[j] = Floats{};
     }
     const auto weight = [&](int64_t n, int j) {
@@ -167,7 +170,7 @@ struct Forward {
     T* out = static_cast<T*>(p.out);
     float factors[kWidth];
     for (int i = 0; i < lanes.count; ++i) {
-      const bool blind = totals[i] == 0.0f;
+      const bool blind = totals[i] == 0.0f;  // The row saw no key: otherwise its largest score alone adds 1.
       factors[i] = blind ? 0.0f : static_cast<float>(gates[lanes.by_token(p, batch, i)]) / totals[i];
       if (p.lse != nullptr) p.lse[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i] + std::log2(totals[i]);
     }

@@ -1,4 +1,4 @@
-// What one call asks for, as plain numbers: shared by the operators and the kernels, which know no tensors.
+// The arguments of one call as plain numbers, for the operators and the kernels. Kernels know no tensors.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -28,56 +28,60 @@ struct View {
   int64_t batch = 0, head = 0, token = 0;
 };
 
-// A mask broadcast to [batch, head, query, key]: a stride of 0 repeats. Additive masks have the inputs' dtype.
+// A mask broadcast to [batch, head, query, key]; strides are 0 where it repeats. Additive masks have the inputs' dtype.
 struct Mask {
   MaskKind kind = MaskKind::kNone;
   const void* data = nullptr;
   int64_t batch = 0, head = 0, query = 0, key = 0;
 };
 
+// One call of attention.
 struct Problem {
   DType dtype = DType::kFloat;
-  int64_t batches = 0, heads = 0, kv_heads = 0, group = 0;  // group: query heads per key/value head
+  int64_t batches = 0, heads = 0, kv_heads = 0, group = 0;  // group = query heads per key/value head
   int64_t queries = 0, keys = 0, width = 0, value_width = 0;
   float scale = 0;  // of the scores
   bool causal = false;
-  int64_t window = 0;  // a query sees at most this many keys, up to its own; 0: all
+  int64_t window = 0;  // A query sees at most this many keys, up to its own; 0 stands for all.
   View q, k, v;
   Mask mask;
   const void* gates = nullptr;  // [B, Nq, H] contiguous
   void* out = nullptr;          // [B, Nq, H, Dv] contiguous
-  float* lse = nullptr;         // [B, H, Nq]: log2 of the softmax's denominator, +inf where nothing is seen; null if unwanted
+  // [B, H, Nq]: log2 of the softmax's denominator, +inf where a query sees no key (so that backward its weights are 0).
+  // Null if it is not needed.
+  float* lse = nullptr;
 
   // Backward only.
   const void* grad = nullptr;  // [B, Nq, H, Dv] contiguous
   void* grad_q = nullptr;      // [B, H, Nq, D] contiguous
   void* grad_gates = nullptr;  // [B, Nq, H] contiguous
 
-  // One past the last key that query `token` may see, and the first that it may, masks aside.
+  // Without regard to masks, query `token` sees the keys [key_begin, key_end).
   int64_t key_end(int64_t token) const { return causal && token + 1 < keys ? token + 1 : keys; }
   int64_t key_begin(int64_t token) const { return window > 0 && token + 1 > window ? token + 1 - window : 0; }
 };
 
-// Active rows of one key/value head in one batch row: row = token * group + (query head within the group), rising. In a
-// projection each head is a group by itself, so that its rows are its tokens.
+// Active rows of one key/value head in one batch row, a bundle or a part of it. A row is the number
+// token * group + (query head within the group); rows rise. In a projection each head is a group by itself, so its rows
+// are its tokens.
 struct Rows {
   int64_t batch = 0, kv_head = 0;
   const int32_t* index = nullptr;
   int64_t count = 0;
 };
 
-// Partial softmax of some rows over a range of keys, to be merged with the other ranges' (decoding).
+// The partial softmax of some rows over a range of keys; decoding merges those of all ranges.
 struct Partial {
-  float* max = nullptr;    // [rows], log2 scale
+  float* max = nullptr;    // [rows], in units of log2
   float* total = nullptr;  // [rows]
   float* sum = nullptr;    // [rows, Dv]
 };
 
-// Matrices of one product per head over its active tokens; x is [T, C], heads [T, H, D], all contiguous but for m.
+// The matrices of one product per head over its active tokens. x [T, C] and heads [T, H, D] are contiguous.
 struct Projection {
   DType dtype = DType::kFloat;
   int64_t tokens = 0, heads = 0, width = 0, channels = 0;  // T, H, D, C
-  const void* from = nullptr;                              // what is read by row
+  const void* from = nullptr;                              // x or heads
   const void* matrix = nullptr;                            // [H * D, C] with these strides
   int64_t head_stride = 0, channel_stride = 0;
   void* to = nullptr;
@@ -89,12 +93,12 @@ struct TokenView {
   int64_t batch = 0, token = 0, head = 0;
 };
 
-// What one call of aggregated attention asks for (aggregated.h): B, N, H, D, P pooled keys, W places of the window.
+// One call of aggregated attention (aggregated.h) with sizes B, N, H, D, P pooled keys and W places of the window.
 struct Aggregate {
   int64_t batches = 0, tokens = 0, heads = 0, width = 0, pooled = 0, places = 0;
-  int64_t side = 0, rows = 0, columns = 0;  // of the window; of the image, in tokens
+  int64_t side = 0, rows = 0, columns = 0;  // The side is the window's; rows and columns are the image's.
   TokenView q, k, v, pooled_k, pooled_v;
-  const float* gates = nullptr;          // [B, N, H], as everything below contiguous
+  const float* gates = nullptr;          // [B, N, H]; this and everything below is contiguous.
   const float* embedding = nullptr;      // [H, D]
   const float* temperature = nullptr;    // [H]
   const float* length = nullptr;         // [N]
@@ -104,7 +108,7 @@ struct Aggregate {
   const float* pooled_bias = nullptr;    // [H, N, P]
   float* out = nullptr;                  // [B, N, H, D]
 
-  // Backward only: `grad` as `out`, the others as what they are the gradient of, but contiguous.
+  // Backward only: `grad` has the shape of `out`, the others that of what they are the gradient of.
   const float* grad = nullptr;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *grad_pooled_k = nullptr, *grad_pooled_v = nullptr;
   float* grad_gates = nullptr;
@@ -115,41 +119,44 @@ struct AggregateSums {
   float *embedding, *temperature, *tokens, *token_bias, *local_bias, *pooled_bias;
 };
 
-constexpr float kSmallestNorm = 1e-12f;  // queries are divided by at least this, as torch.nn.functional.normalize does
-constexpr int64_t kMaxPlaces = 49;       // places of the largest window, 7 x 7
+constexpr float kSmallestNorm = 1e-12f;  // Queries are divided by at least this, as in torch.nn.functional.normalize.
+constexpr int64_t kMaxPlaces = 49;       // The largest window has 7 x 7 places.
 
 // Neighbouring columns of a matrix.
 struct Segment {
   int64_t first = 0, count = 0;
 };
 
-constexpr int64_t kForwardBlocks = 16;  // blocks of rows that share a tile of keys in the L1 cache: 128 KiB of L2
-constexpr int64_t kBackwardBlocks = 4;  // the same in the backward pass, where a row takes three times the memory
-// Keys or values are copied, tile by tile, where at least so many blocks share the copy (it takes some 10 % of one
-// block's time) and rows lie a multiple of pages apart or reach, all together, over so much memory.
+// This many blocks of rows share a tile of keys in the L1 cache. With 32 lanes and heads of width 64, their sums take
+// 128 KiB of the L2 cache. In the backward pass a row takes three times the memory.
+constexpr int64_t kForwardBlocks = 16;
+constexpr int64_t kBackwardBlocks = 4;
+// Keys or values are copied, tile by tile, where rows lie a multiple of pages apart or reach over kFarBytes or more,
+// and at least kBlocksPerCopy blocks share the copy, which takes some 10 % of one block's time.
 constexpr int64_t kBlocksPerCopy = 4;
 constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kFarBytes = 4 << 20;
-constexpr int64_t kProjectionRows = 256;      // tokens of one task: with their channels half of a 512 KiB L2 cache
-constexpr int64_t kProjectionChannels = 256;  // channels that are worked through at a time
+// A task takes this many tokens, and this many channels at a time: together they fill half of a 512 KiB L2 cache.
+constexpr int64_t kProjectionRows = 256;
+constexpr int64_t kProjectionChannels = 256;
 
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
-  int64_t lanes_per_block;  // rows that share one pass over the keys: the unit of work
+  int64_t lanes_per_block;  // This many rows share one pass over the keys.
 
   int64_t (*forward_scratch)(const Problem&, int64_t rows);  // floats
   void (*forward)(const Problem&, const Rows&, float* scratch);
 
   int64_t (*backward_scratch)(const Problem&, int64_t rows);  // floats
-  int64_t (*padded_width)(int64_t width);                     // of the rows of grad_k and grad_v below
-  // Adds to grad_k [Nk, padded D] and grad_v [Nk, padded Dv]; writes the rows' grad_q and grad_gates.
+  int64_t (*padded_width)(int64_t width);                     // This is the width of grad_k's and grad_v's rows.
+  // Adds to grad_k [Nk, padded D] and grad_v [Nk, padded Dv], and writes the rows' grad_q and grad_gates.
   void (*backward)(const Problem&, const Rows&, float* grad_k, float* grad_v, float* scratch);
 
   int64_t (*decode_scratch)(const Problem&, int64_t rows);  // floats
   void (*decode)(const Problem&, const Rows&, int64_t key_begin, int64_t key_end, const Partial&, float* scratch);
 
-  // Products with the active rows alone (projection.h); all three need this much scratch.
+  // Products over the active rows alone (projection.h), all three with `projection_scratch` floats.
   int64_t (*projection_scratch)(const Projection&);  // floats
   void (*expand)(const Projection&, const Rows&, float* scratch);
   void (*sum_heads)(const Projection&, const Rows* by_head, int64_t first_token, int64_t tokens,
@@ -157,12 +164,12 @@ struct Kernels {
   void (*outer)(const Projection&, const void* x, const Rows&, int64_t first_channel, int64_t channels,
                 float* scratch);
 
-  // Floats for a forward task of these rows; without rows, for a backward task.
+  // Floats for a forward task of these rows, or for a backward task where they are null.
   int64_t (*aggregate_scratch)(const Aggregate&, const Rows*);
   void (*aggregate)(const Aggregate&, const Rows&, float* scratch);
   void (*aggregate_backward)(const Aggregate&, const Rows&, const AggregateSums&, float* scratch);
 
-  // to[r] = row r of a matrix times x over the columns of some segments (few_tokens.h).
+  // to[r] = row r of a matrix times x, over the columns of some segments (few_tokens.h).
   void (*dot_rows)(DType, const void* matrix, int64_t stride, int64_t rows, const float* x, const Segment*,
                    int64_t segments, float* to);
 };
@@ -178,7 +185,8 @@ const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 #endif
 #ifdef MOH_AMX
-bool amx_works();  // on a processor that has it: whether Linux grants the tiles and they multiply right
+// Whether Linux grants the tiles and they multiply right. Call it only on a processor that has AMX.
+bool amx_works();
 const Kernels& amx_kernels();
 #endif
 #ifdef MOH_AMX_IMITATED

@@ -1,24 +1,24 @@
-// Small matrix products on tiles, in which all passes but decoding do their multiplications.
+// The small matrix product in which all passes but decoding do their multiplications.
 //
 // C[i, j] = sum_k A[i, k] B[k, j]: B and C hold the vectors (j is contiguous), A is read one number at a time with any
 // strides. Attention uses it with query rows on the lanes (scores, outputs, grad_q) and, backward, with the heads'
-// width on the lanes (grad_k, grad_v). Where the processor has dot products of bfloat16, a number of A may be a pair of
-// them, k and k + 1, and a vector of B then holds such a pair for every lane.
+// width on the lanes (grad_k, grad_v). Where the processor has dot products of bfloat16, an entry of A may be a Bf16x2,
+// which holds k and k + 1, and so is then each lane of B.
 #pragma once
 
 #include "isa/simd.h"
 
 namespace moh {
 
-// An instruction set gives: kLanes (floats in a register), kVectors (registers that a row of C takes), kRows (rows of C
-// at once: kRows * kVectors accumulators fill the registers, less those for B and A); one with dot products of bfloat16
-// also dot(acc, a, b). `V` registers of a row may be less than kVectors: the rest of C is left alone.
+// `Isa` provides kLanes (floats in a register), kVectors (registers that a row of C takes) and kRows (rows of C at
+// once: kRows * kVectors accumulators fill the registers that B and A leave); with dot products of bfloat16 also
+// dot(acc, a, b). Where `V` is less than kVectors, only the first V vectors of each row of C are computed and written.
 template <class Isa>
 struct VectorProduct {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
-  static constexpr bool kRowsInOnePiece = false;  // A's strides may be any
+  static constexpr bool kRowsInOnePiece = false;  // A may have any strides.
 
   [[gnu::always_inline]] static Floats spread(float a) { return S::set(a); }
   [[gnu::always_inline]] static Floats spread(Bf16x2 a) { return S::floats(typename S::Words{} + a.bits); }
@@ -26,7 +26,7 @@ struct VectorProduct {
   static constexpr int64_t blocks(int64_t rows) { return (rows + kWidth - 1) / kWidth; }
   static constexpr int64_t padded(int64_t width) { return blocks(width) * kWidth; }
 
-  // What becomes of C: the product, the product times *rescale, added to it, or added to what rescale[lane] leaves of it.
+  // With X = A B, C becomes X, *rescale X, C + X, or C[:, j] rescale[j] + X (the step of the online softmax).
   enum class Into { kSet, kScaled, kAdd, kRescale };
 
   template <int V, int N, Into into, class A>
@@ -80,7 +80,7 @@ struct VectorProduct {
     }
   }
 
-  // `height` rows of C, each kWidth wide: the first ones, or those that `c_rows` names.
+  // Computes `height` rows of C, each kWidth wide: the first ones, or those that `c_rows` lists.
   template <Into into, int V = Isa::kVectors, class A>
   static void multiply(int64_t height, const A* a, int64_t row_stride, int64_t k_stride, const float* b,
                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale = nullptr,

@@ -1,17 +1,17 @@
 // Products of the projections over active (token, head) pairs alone: rows are copied together, multiplied, put back.
 //
-// With M [H * D, C] and the pairs (t, h) that are active:
-//   expand     heads[t, h, :] = sum_c x[t, c] M[h, :, c]   query projection; gradient of what the output projection reads
-//   sum_heads  x[t, :] = sum_h sum_d heads[t, h, d] M[h, d, :]   output projection; gradient of the query projection's x
-//   outer      M[h, d, c] = sum_t heads[t, h, d] x[t, c]   gradients of both weights
+// With M [H * D, C] and sums over the active pairs (t, h):
+//   expand     heads[t, h, :] = sum_c x[t, c] M[h, :, c]         query projection; output projection's grad_x
+//   sum_heads  x[t, :] = sum_h sum_d heads[t, h, d] M[h, d, :]   output projection; query projection's grad_x
+//   outer      M[h, d, c] = sum_t heads[t, h, d] x[t, c]         both projections' grad_M
 #pragma once
 
 #include "kernels/block.h"
 
 namespace moh {
 
-// from [rows, columns], each with its stride, to panels [wide / kWidth, rows, kWidth], zeros beyond `columns`. In a
-// panel the rows lie side by side; a power of two apart they would fall into the same few places of the cache.
+// Copies [rows, columns], each with its stride, to panels [wide / kWidth, rows, kWidth], with zeros beyond `columns`.
+// The rows of a panel are neighbours; a power of two apart they would fall into the same few sets of the cache.
 template <class Isa, class T>
 void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column_stride, int64_t columns, float* to) {
   using S = Simd<Isa::kLanes>;
@@ -24,7 +24,7 @@ void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column
       for (int64_t r = 0; r < rows; ++r) get<Isa>(panel + r * row_stride, width, to + r * kWidth);
       continue;
     }
-    constexpr int64_t kLine = 64 / sizeof(T);  // a transposition, by the numbers of one cache line
+    constexpr int64_t kLine = 64 / sizeof(T);  // The panel is transposed, by the numbers of one cache line.
     int64_t r = 0;
     if (row_stride == 1 && width == kWidth)
       for (; r + kLine <= rows; r += kLine)
@@ -46,16 +46,16 @@ void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column
   }
 }
 
-// What the products work on: floats, converted from T. Another such type is in bf16x2.h.
+// What the products work on: floats, converted from T. bf16x2.h has the other type of cells.
 template <class Isa, class T>
 struct FloatCells {
   using Cell = float;
-  static constexpr int64_t kNumbers = 1;  // of a cell
+  static constexpr int64_t kNumbers = 1;  // A cell holds this many numbers.
 
   static void row(const T* from, int64_t count, float* to) { get<Isa>(from, count, to); }
-  // The cells of kNumbers rows at the same place; the second is null if there is none.
+  // Joins kNumbers rows into cells; `second` is null where there is none.
   static void join(const T* first, const T*, int64_t count, float* to) { get<Isa>(first, count, to); }
-  // [depth, columns] to panels; cells run along the depth.
+  // Packs [depth, columns] into panels; a cell holds neighbours along the depth.
   static void pack(const T* from, int64_t depth_stride, int64_t depth, int64_t column_stride, int64_t columns,
                    float* to) {
     pack_panels<Isa>(from, depth_stride, depth, column_stride, columns, to);

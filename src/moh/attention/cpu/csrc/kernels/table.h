@@ -1,4 +1,4 @@
-// The table of kernels of one instruction set: the three passes for each data type.
+// The table of kernels of one instruction set, each for every data type.
 #pragma once
 
 #include "kernels/aggregated.h"

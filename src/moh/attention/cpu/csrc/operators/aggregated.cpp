@@ -1,4 +1,4 @@
-// The operators `moh::cpu_aggregated_attention` and its backward pass: which rows are active, who works on what.
+// The operator `moh::cpu_aggregated_attention` and its backward pass, which cut the active rows into tasks.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -9,13 +9,13 @@
 namespace moh {
 namespace {
 
-constexpr int64_t kForwardRows = 384;   // rows of one task at most: they share the copies of their neighbours
-constexpr int64_t kBackwardParts = 8;   // parts with their own sums where there are fewer heads than this
+constexpr int64_t kForwardRows = 384;  // Up to this many rows of a task share the copies of their neighbours.
+constexpr int64_t kBackwardParts = 8;  // With fewer heads, the batch is cut into parts with sums of their own.
 
 TokenView token_view(const at::Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
-// Keeps the tensors alive that an Aggregate points into.
+// Checks the arguments, and keeps the tensors alive that its Aggregate points into.
 struct Call {
   at::Tensor q, k, v, pooled_k, pooled_v, gates, embedding, temperature, length, token_weights, token_bias, local_bias,
       pooled_bias;
@@ -33,8 +33,9 @@ struct Call {
        int64_t columns)
       : q(last_contiguous(q_)), k(last_contiguous(k_)), v(last_contiguous(v_)), pooled_k(last_contiguous(pooled_k_)),
         pooled_v(last_contiguous(pooled_v_)), gates(gates_.contiguous()), embedding(embedding_.contiguous()),
-        temperature(temperature_.contiguous()), length(length_.contiguous()), token_weights(token_weights_.contiguous()),
-        token_bias(token_bias_.contiguous()), local_bias(local_bias_.contiguous()), pooled_bias(pooled_bias_.contiguous()) {
+        temperature(temperature_.contiguous()), length(length_.contiguous()),
+        token_weights(token_weights_.contiguous()), token_bias(token_bias_.contiguous()),
+        local_bias(local_bias_.contiguous()), pooled_bias(pooled_bias_.contiguous()) {
     TORCH_CHECK_VALUE(q.dim() == 4 && pooled_k.dim() == 4 && local_bias.dim() == 2,
                       "q and pooled_k must have 4 dimensions and local_bias 2");
     Aggregate& p = problem;
@@ -109,11 +110,11 @@ std::vector<at::Tensor> aggregated_backward(
   Aggregate& p = call.problem;
   const at::Tensor grad_out = grad.contiguous();
   const auto zeros = [&](const at::Tensor& x) { return at::zeros(x.sizes(), q.options()); };
-  // Heads without an active row are never visited, hence zeros.
+  // Heads without an active row are never visited, so their gradients have to be zeros from the start.
   const at::Tensor grad_q = zeros(q), grad_k = zeros(k), grad_v = zeros(v), grad_pooled_k = zeros(pooled_k);
   const at::Tensor grad_pooled_v = zeros(pooled_v), grad_gates = zeros(gates);
-  // Each head is cut into parts, a part being some batch rows, with sums of their own that are added up in order: the
-  // gradients of the parameters are sums over the batch, those of the pooled bias are large.
+  // The gradients of the parameters are sums over the batch. Each head is cut into parts of the batch with sums of
+  // their own, which are then added up in order. There are few of them, since those of the pooled bias are large.
   const int64_t H = p.heads, parts = std::clamp<int64_t>((kBackwardParts + H - 1) / std::max<int64_t>(H, 1), 1,
                                                          std::max<int64_t>(p.batches, 1));
   const auto part_sums = [&](const at::Tensor& x) {

@@ -1,7 +1,7 @@
-// The operators `moh::cpu_attention` and `moh::cpu_attention_backward`: which rows are active, who works on what.
+// The operators `moh::cpu_attention` and `moh::cpu_attention_backward`, which cut the active rows into tasks.
 //
-// No result depends on the number of threads: a task's arithmetic is the same whoever runs it, and what several tasks
-// add up is added in a fixed order.
+// No result depends on the number of threads: a task's arithmetic is the same on any thread, and sums over several
+// tasks are taken in a fixed order.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -19,16 +19,16 @@
 namespace moh {
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;  // fewer, and the last one to finish keeps the others waiting
-constexpr int64_t kDecodeRows = 16;     // with more rows per key/value head, rows on the lanes are faster
-constexpr int64_t kDecodeKeys = 512;    // keys of one decoding range: the split must not depend on the threads
-constexpr int64_t kBackwardTasks = 8;   // parts that a backward pass is cut into where memory allows
+constexpr int64_t kTasksPerThread = 4;  // With fewer, threads wait for the last one to finish.
+constexpr int64_t kDecodeRows = 16;     // With more rows per key/value head, rows on the lanes are faster.
+constexpr int64_t kDecodeKeys = 512;    // Keys of one decoding range, for any number of threads: results must not differ.
+constexpr int64_t kBackwardTasks = 8;   // A backward pass has at least this many parts where memory allows.
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 View view(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// Keeps the tensors alive that a Problem points into.
+// Checks the arguments, and keeps the tensors alive that its Problem points into.
 struct Call {
   at::Tensor q, k, v, gates, mask;
   Problem problem;
@@ -71,7 +71,7 @@ struct Call {
   }
 };
 
-// Zeros the entries [B, Nq, H] of `x` (or [B, H, Nq], if `by_head`) whose gate is 0.
+// Sets the entries [B, Nq, H] of `x` (or [B, H, Nq], if `by_head`) whose gate is 0 to zero.
 void zero_inactive(const Problem& p, const ActiveRows& active, const at::Tensor& x, bool by_head) {
   if (x.numel() == 0) return;
   const bool* flags = active.flags();
@@ -108,15 +108,17 @@ void forward_rows(const Call& call, const ActiveRows& active) {
       tasks.push_back({rows, rows.count * (p.key_end(last) - p.key_begin(start))});
     }
   }
-  // The longest first: what is left over at the end is short.
+  // The longest tasks come first, so that threads wait for a short one at the end.
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   const Scratch scratch(threads_for(tasks.size()), kernel.forward_scratch(p, size), call.q);
   for_each_task(tasks.size(),
                 [&](int64_t i, int64_t thread) { kernel.forward(p, tasks[i].rows, scratch.of(thread)); });
 }
 
-// Adds to the partial softmax of some rows that of a later range of the keys. Not inlined: called from two places, it has
-// to round in one way.
+// Merges the partial softmax of a later range of the keys into `to`, by the rule of the online softmax:
+//   m' = max(m_1, m_2),   l' = 2^(m_1 - m') l_1 + 2^(m_2 - m') l_2,   and o' likewise.
+// A range without a visible key has m = -inf and counts nothing; 2^(-inf - -inf) would be NaN. The function is not
+// inlined, because both callers have to get the same rounding.
 [[gnu::noinline]] void merge(int64_t rows, int64_t width, const Partial& later, const Partial& to) {
   for (int64_t r = 0; r < rows; ++r) {
     const float most = std::max(to.max[r], later.max[r]);
@@ -136,7 +138,7 @@ void write_out(const Problem& p, const Rows& rows, const Partial& all) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t t = rows.index[r] / p.group, h = rows.kv_head * p.group + rows.index[r] % p.group;
     const int64_t entry = (rows.batch * p.queries + t) * p.heads + h;
-    const bool blind = all.total[r] == 0.0f;
+    const bool blind = all.total[r] == 0.0f;  // The row sees no key.
     const float weight = blind ? 0.0f : static_cast<float>(gates[entry]) / all.total[r];
     T* to = static_cast<T*>(p.out) + entry * p.value_width;
     for (int64_t d = 0; d < p.value_width; ++d) to[d] = static_cast<T>(weight * all.sum[r * p.value_width + d]);
@@ -145,8 +147,9 @@ void write_out(const Problem& p, const Rows& rows, const Partial& all) {
   }
 }
 
-// Few rows, many keys: every active key/value head's cache is read once, in ranges whose results are merged in order.
-// With many heads a task takes all ranges of one and needs no more memory than two; else every range is a task.
+// Few rows and many keys: the cache of every bundle with active rows is read once, in ranges whose results are merged
+// in order. With many bundles a task takes all ranges of one, and needs memory for two partial sums alone; otherwise
+// every range is a task.
 void decode_rows(const Call& call, const ActiveRows& active) {
   const Problem& p = call.problem;
   const Kernels& kernel = kernels();
@@ -195,7 +198,8 @@ void decode_rows(const Call& call, const ActiveRows& active) {
   }
 }
 
-// Rows with their stride to a contiguous tensor, from row `first` on. Plain loops: threads of ours run no tensor operators.
+// Converts rows with a stride to a contiguous tensor, from row `first` on. These are plain loops, since tasks run no
+// tensor operators.
 void write_rows(DType dtype, const float* from, int64_t rows, int64_t stride, const at::Tensor& to, int64_t first) {
   with_type(dtype, [&](auto t) {
     const int64_t width = to.size(-1);
@@ -263,16 +267,17 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   const ActiveRows active(call.gates, p.kv_heads);
   zero_inactive(p, active, grad_q, true);
 
-  // Each (batch row, key/value head) is cut into parts with their own sums, added up in order: at most as many as query
-  // heads in its group, so that in float32 this takes no more memory than keys and values repeated for them would.
+  // Each bundle is cut into parts with sums of their own, which are then added up in order. There are at most as many
+  // parts as query heads in the group, so that in float32 this takes no more memory than repeating keys and values for
+  // them would.
   const int64_t bundles = active.bundles(), padded_k = kernel.padded_width(p.width);
   const int64_t padded_v = kernel.padded_width(p.value_width);
   const int64_t parts = bundles == 0 ? 1 : std::clamp<int64_t>((kBackwardTasks + bundles - 1) / bundles, 1, p.group);
   const int64_t size = kBackwardBlocks * kernel.lanes_per_block;
   const int64_t concurrent = threads_for(bundles * parts);
   const Scratch scratch(concurrent, kernel.backward_scratch(p, size), q);
-  // Floats of a width that needs no padding are summed where they belong. Else a part's sums are converted as soon as
-  // they are complete, unless there are several to add up.
+  // Floats of a width that needs no padding are summed in the gradient itself. Other sums are converted as soon as they
+  // are complete, which for several parts is after adding them up.
   const bool in_place =
       parts == 1 && p.dtype == DType::kFloat && padded_k == p.width && padded_v == p.value_width;
   const int64_t sums = in_place ? 0 : parts == 1 ? concurrent : bundles * parts;
@@ -294,7 +299,7 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
     float *to_k = sum_of(sum_k, grad_k, padded_k), *to_v = sum_of(sum_v, grad_v, padded_v);
     std::fill_n(to_k, p.keys * padded_k, 0.0f);
     std::fill_n(to_v, p.keys * padded_v, 0.0f);
-    // Blocks are dealt out in turn: with causal attention the late ones see more keys.
+    // Parts take blocks in turn, since with causal attention later blocks see more keys.
     for (int64_t first = part * size; first < active.count(bundle); first += parts * size)
       kernel.backward(p, active.rows(bundle, first, std::min(size, active.count(bundle) - first)), to_k, to_v,
                       scratch.of(thread));
@@ -311,7 +316,7 @@ Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const 
   return {grad_q, grad_k, grad_v, grad_gates};
 }
 
-// The operators by way of the dispatcher, so that tracing sees them.
+// The operators are called through the dispatcher, so that tracing sees them.
 const auto& forward_operator() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("moh::cpu_attention", "").typed<decltype(attention)>();
@@ -353,7 +358,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
   }
 };
 
-// The backward pass has no derivative of its own; asked for one, it says so.
+// The backward pass has no derivative of its own; requesting one raises.
 class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& grad,
@@ -369,7 +374,8 @@ class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
                                                  const torch::autograd::variable_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "the backend 'cpu' has no second derivative; use backend='reference' where you need one");
+                                "the backend 'cpu' has no second derivative; "
+                                "use backend='reference' where you need one");
   }
 };
 
@@ -382,7 +388,7 @@ Gradients attention_backward_autograd(const at::Tensor& grad, const at::Tensor& 
   return {g[0], g[1], g[2], g[3]};
 }
 
-// Whether a gradient, backward or forward, may be asked for.
+// Whether a gradient may follow, in backward or forward mode.
 template <class... Tensors>
 bool is_differentiated(const Tensors&... x) {
   return (at::GradMode::is_enabled() && (x.requires_grad() || ...)) || (x._fw_grad(/*level=*/0).defined() || ...);
@@ -392,7 +398,8 @@ std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const
                                                       const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                                       bool is_causal, std::optional<int64_t> window,
                                                       std::optional<double> scale, bool keep_lse) {
-  if (!is_differentiated(q, k, v, gates)) {  // as in decoding, where what `apply` keeps for a gradient takes time
+  // In decoding, what `apply` sets up for a gradient would take noticeable time.
+  if (!is_differentiated(q, k, v, gates)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, keep_lse);
   }

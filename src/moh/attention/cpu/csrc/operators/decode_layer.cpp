@@ -1,8 +1,8 @@
 // The operator `moh::cpu_decode_layer`: a whole attention layer on the one new token of each sequence.
 //
-// Projections, router, rotary embedding, key/value cache and attention in one call: with one token the arithmetic is so
-// little that calling a dozen operators takes as long. Matrices are read once, without the rows and columns of heads
-// that no token uses. No gradients; no result depends on the number of threads.
+// Projections, router, rotary embedding, key/value cache and attention are one call: for one token, calling a dozen
+// operators takes as long as the arithmetic. Matrices are read once, without the rows and columns of heads that no
+// token uses. There are no gradients, and no result depends on the number of threads.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -18,14 +18,13 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// How the heads that are not shared are chosen: in `parts` parts as many of each, `together` neighbours at a time.
+// How the routed heads are chosen: equally many in each of `parts` parts, in units of `together` neighbours.
 struct Choice {
   int64_t active, parts, together;
 };
 
-// Gates [T, H] of the linear router: 1 for the shared heads and for the chosen others, whose x W' + b (or its sum over
-// neighbours that are chosen together) is largest, 0 for the rest. Of equal numbers the first wins; NaN counts as the
-// largest, as in at::topk.
+// Gates [T, H] of the linear router: 1 for the shared heads and for those whose score x W' + b (or its sum over a unit
+// of neighbours) is largest, 0 for the rest. Of equal scores the first wins; NaN counts as the largest, as in at::topk.
 template <class T>
 void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t tokens, at::IntArrayRef shared,
                 const Choice& choice, T* gates) {
@@ -47,7 +46,7 @@ void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t token
   TORCH_CHECK_VALUE(parts > 0 && together > 0 && all % least == 0 && active % least == 0,
                     "active and all routed heads must be multiples of parts * together = ", least, ", got ", active,
                     " and ", all);
-  const int64_t units = all / least, chosen = active / least;  // of each part
+  const int64_t units = all / least, chosen = active / least;  // These are numbers per part.
 
   std::vector<T> scores(tokens * heads);
   router.multiply<T>(x, tokens, scores.data());
@@ -59,7 +58,8 @@ void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t token
       for (int64_t u = 0; u < units; ++u) {
         order[u] = u;
         sums[u] = 0.0f;
-        for (int64_t i = 0; i < together; ++i) sums[u] += static_cast<float>(scores[t * heads + first[u * together + i]]);
+        for (int64_t i = 0; i < together; ++i)
+          sums[u] += static_cast<float>(scores[t * heads + first[u * together + i]]);
       }
       std::partial_sort(order.begin(), order.begin() + chosen, order.end(), [&](int64_t a, int64_t b) {
         const float x = sums[a], y = sums[b];
@@ -73,7 +73,7 @@ void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t token
   }
 }
 
-// x [width] turned by the angles whose cosines and sines are given: number i goes with number i + width / 2.
+// Rotary embedding of x [width]: numbers i and i + width / 2 are rotated by their angle, given as cosine and sine.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, int64_t width, T* to) {
   const int64_t half = width / 2;
@@ -84,7 +84,7 @@ void rotate(const T* x, const T* cos, const T* sin, int64_t width, T* to) {
   }
 }
 
-// Angles [1 or B, 1, D] -> contiguous, and how far it is from one token's to the next.
+// Cosines or sines [1 or B, 1, D], made contiguous. `stride` is the distance between tokens, 0 if they share one row.
 at::Tensor angles(const at::Tensor& x, int64_t batches, int64_t width, const at::Tensor& like, int64_t* stride) {
   TORCH_CHECK_VALUE(x.dim() == 3 && (x.size(0) == 1 || x.size(0) == batches) && x.size(1) == 1 && x.size(2) == width &&
                         width % 2 == 0 && x.scalar_type() == like.scalar_type(),
@@ -100,7 +100,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
                         const at::Tensor& o_weight, const OptionalTensor& o_bias, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values, int64_t length,
                         const OptionalTensor& mask, double scale, int64_t parts, int64_t together) {
-  at::AutoDispatchBelowADInplaceOrView below;  // no gradients: spares the operators called here the look for them
+  at::AutoDispatchBelowADInplaceOrView below;  // The operators called below need not look for gradients.
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x must be [B, 1, C], got ", x.sizes());
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.sizes() == keys.sizes() && keys.size(0) == x.size(0) &&
                         keys.scalar_type() == x.scalar_type() && values.scalar_type() == x.scalar_type() &&
@@ -190,5 +190,5 @@ TORCH_LIBRARY_FRAGMENT(moh, m) {
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_decode_layer", moh::decode_layer); }
 
-// It has no gradient, and spends no time on finding that out.
+// It has no gradient, and the dispatcher spends no time on finding that out.
 TORCH_LIBRARY_IMPL(moh, Autograd, m) { m.impl("cpu_decode_layer", torch::CppFunction::makeFallthrough()); }

@@ -11,7 +11,7 @@
 
 namespace moh {
 
-// A tensor's numbers as contiguous float32: themselves, or a copy.
+// The numbers of a tensor as contiguous float32, copied only where they are not.
 class AsFloats {
  public:
   explicit AsFloats(const at::Tensor& x) : tensor_(x.contiguous()) {
@@ -35,8 +35,10 @@ class AsFloats {
 };
 
 struct FewTokensProduct {
-  static constexpr int64_t kRows = 8;                     // that all tokens go through while they are in the L1 cache
-  static constexpr int64_t kBytesPerThread = 256 * 1024;  // of the matrix: less is read before a thread has woken up
+  // All tokens use this many rows of the matrix while these are in the L1 cache.
+  static constexpr int64_t kRows = 8;
+  // One thread reads this much of the matrix before another has woken up.
+  static constexpr int64_t kBytesPerThread = 256 * 1024;
 
   at::Tensor matrix, bias;
   DType dtype;
@@ -55,8 +57,7 @@ struct FewTokensProduct {
                       "'s bias must be [", rows, "] of x's dtype, got ", bias.sizes());
   }
 
-  // to [T, rows] = x [T, columns] times the matrix, plus the bias. With `active` [T, heads], 0 for the rows of heads
-  // that are not.
+  // to [T, rows] = x [T, columns] times the transposed matrix, plus the bias; 0 for heads not `active` [T, heads].
   template <class T>
   void multiply(const AsFloats& x, int64_t tokens, T* to, const char* active = nullptr, int64_t heads = 1) const {
     const std::vector<Segment> whole{{0, columns}};
@@ -73,11 +74,11 @@ struct FewTokensProduct {
     });
   }
 
-  // The same, `active` [T, heads] telling which columns count, as many for each head.
+  // The same, but `active` [T, heads] selects columns, equally many for each head.
   template <class T>
   void multiply_columns(const AsFloats& x, int64_t tokens, T* to, const char* active, int64_t heads) const {
     const int64_t width = columns / heads;
-    std::vector<std::vector<Segment>> segments(tokens);  // neighbours among the active heads are one
+    std::vector<std::vector<Segment>> segments(tokens);  // Neighbouring active heads share a segment.
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t h = 0; h < heads; ++h) {
         if (!active[t * heads + h]) continue;
@@ -105,7 +106,7 @@ struct FewTokensProduct {
       to[i] = static_cast<T>(b == nullptr ? sums[i] : sums[i] + static_cast<float>(b[i]));
   }
 
-  // Runs task(i) for i < count, on no more threads than the matrix is worth.
+  // Runs task(i) for i < count, on one thread per kBytesPerThread of the matrix at most.
   template <class Task>
   void for_each_block(int64_t count, const Task& task) const {
     const int64_t threads = std::max<int64_t>(1, rows * columns * matrix.element_size() / kBytesPerThread);

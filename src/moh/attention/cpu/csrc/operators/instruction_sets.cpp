@@ -1,4 +1,4 @@
-// Which kernels are in this build, and which are in use.
+// Which kernels this build has, and which of them are in use.
 #include <torch/library.h>
 
 #include <atomic>
@@ -13,7 +13,7 @@ namespace {
 std::atomic<const Kernels*> in_use{nullptr};
 
 std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> all;  // the most capable first
+  std::vector<const Kernels*> all;  // The most capable comes first.
 #ifdef MOH_AMX
   if (amx_works()) all.push_back(&amx_kernels());
 #endif

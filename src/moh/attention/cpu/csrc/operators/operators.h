@@ -15,7 +15,7 @@
 
 namespace moh {
 
-// The kernels of the most capable instruction set of this build, unless another was chosen.
+// The kernels in use: those of the most capable instruction set of this build, unless another was chosen.
 const Kernels& kernels();
 
 inline DType dtype_of(const at::Tensor& x) {
@@ -26,12 +26,12 @@ inline DType dtype_of(const at::Tensor& x) {
                                         : DType::kBFloat16;
 }
 
-// How many threads work on so many tasks at once.
+// How many threads work on this many tasks at once.
 inline int64_t threads_for(int64_t tasks) {
   return std::min<int64_t>(tasks, at::in_parallel_region() ? 1 : at::get_num_threads());
 }
 
-// Runs task(i, thread) for i < count, the next free thread taking the next task.
+// Runs task(i, thread) for i < count. A thread takes the next task as soon as it is free, since tasks differ in length.
 template <class Task>
 void for_each_task(int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
@@ -41,14 +41,14 @@ void for_each_task(int64_t count, const Task& task) {
   });
 }
 
-// Rows of a part, where `count` rows are cut into the fewest parts of at most `most` rows: equal ones, in whole blocks
-// of `block`, because a part of few rows would read all of the keys or of the matrix for them.
+// The rows of one part, where `count` rows are cut into the fewest parts of at most `most` rows. Parts are equal, in
+// whole blocks of `block` rows: a small last part would read all keys, or the whole matrix, for a few rows.
 inline int64_t rows_per_part(int64_t count, int64_t most, int64_t block) {
   const int64_t parts = std::max<int64_t>(1, (count + most - 1) / most), blocks = (count + block - 1) / block;
   return std::max<int64_t>(1, (blocks + parts - 1) / parts) * block;
 }
 
-// Memory for `count` users, `floats` numbers each.
+// Memory for `count` users (threads or tasks), `floats` numbers each.
 class Scratch {
  public:
   Scratch(int64_t count, int64_t floats, const at::Tensor& like)
@@ -59,10 +59,11 @@ class Scratch {
   at::Tensor memory_;
 };
 
-// The active rows of every key/value head of every batch row, in token order.
+// The active rows of every key/value head in every batch row, in token order. The rows of one (batch row, key/value
+// head) are a bundle: they share keys and values.
 class ActiveRows {
  public:
-  // Gates [B, Nq, H], contiguous.
+  // `gates` is [B, Nq, H], contiguous.
   ActiveRows(const at::Tensor& gates, int64_t kv_heads)
       : active_(at::empty(gates.sizes(), gates.options().dtype(at::kBool))), kv_heads_(kv_heads),
         group_(gates.size(2) / kv_heads), capacity_(gates.size(1) * group_), index_(gates.numel()),
@@ -92,7 +93,7 @@ class ActiveRows {
         int32_t* to = index_.data() + bundle * capacity_;
         int64_t count = 0;
         for (int64_t t = 0; t < queries; ++t, gate += heads, flag += heads)
-          for (int64_t g = 0; g < group_; ++g) {  // without a branch: which heads are active can't be foreseen
+          for (int64_t g = 0; g < group_; ++g) {  // No branch: the processor can't predict which heads are active.
             flag[g] = static_cast<float>(gate[g]) != 0.0f;
             to[count] = static_cast<int32_t>(t * group_ + g);
             count += flag[g];
@@ -108,8 +109,8 @@ class ActiveRows {
   std::vector<int64_t> counts_;
 };
 
-// The operator `moh::cpu_attention` itself (attention.cpp): output and log-sum-exp, which without `keep_lse` is empty; where
-// a gradient may be asked for, the operator's wrapper keeps it in any case.
+// The operator `moh::cpu_attention` without gradients (attention.cpp): output and log-sum-exp, which is empty without
+// `keep_lse`. Where a gradient may follow, the operator's autograd wrapper always keeps it.
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,

@@ -26,7 +26,7 @@ Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Ten
   return p;
 }
 
-// The active tokens of every head: rows of groups of one head.
+// The active tokens of every head: each head is a group by itself, so bundle h is head h.
 ActiveRows active_tokens(const at::Tensor& gates) {
   return ActiveRows(gates.contiguous().unsqueeze(0), std::max<int64_t>(gates.size(1), 1));
 }
