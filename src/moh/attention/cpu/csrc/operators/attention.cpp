@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;  // With fewer, threads wait for the last one to finish.
 constexpr int64_t kDecodeRows = 16;     // With more rows per key/value head, rows on the lanes are faster.
-constexpr int64_t kDecodeKeys = 512;    // Keys of one decoding range, for any number of threads: results must not differ.
+constexpr int64_t kDecodeKeys = 512;    // Keys of one decoding range, whatever the number of threads.
 constexpr int64_t kBackwardTasks = 8;   // A backward pass has at least this many parts where memory allows.
 
 at::Tensor last_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
