@@ -22,7 +22,7 @@ from benchmarks.cases import Case, Contender
 from benchmarks.gpu_cases import GPU_GRIDS, contenders, gpu_cases
 from benchmarks.results import commit
 from moh._files import write_text
-from moh.attention.conformance.__main__ import PROJECTIONS, outcomes_of, summary
+from moh.attention.testing import PROJECTIONS, outcomes_of, summary
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 15

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import Case, Contender, active_heads, balanced_gates
 from benchmarks.dense import DenseAttention, heads_of
 from moh import MoHAttention
-from moh.attention import backends, moh_attention, triton_kernels
-from moh.attention.triton_kernels import projection_rule
-from moh.attention.triton_kernels.projections import expand, sum_heads
+from moh.attention import BACKENDS, Call, moh_attention
+from moh.attention.gpu import backend as gpu
+from moh.attention.gpu import projections
+from moh.attention.gpu.projections import expand, sum_heads
 
 GPU_GRIDS = ("quick", "default", "full")
 
@@ -37,7 +38,7 @@ PROJECTED: dict[str, dict[str, float]] = {
     "ours (sparse projections)": {"MAX_COST": 9.0, "MIN_TILES": 0},
     "ours (dense projections)": {"MAX_COST": -1.0},
 }
-"""A layer that chooses its projections, and both forced choices: name -> the constants of `projection_rule` to replace."""
+"""A layer that chooses its projections, and both forced choices: name -> the constants of `projections` to replace."""
 
 MATH_LIMIT = 2**31
 """Unfused attention is skipped above this many bytes of scores, since it needs them all at once."""
@@ -149,7 +150,7 @@ def _layers(case: Case, device: str) -> list[Contender]:
         layer = layer.to(device, case.torch_dtype).train(case.backward)
 
         def forward() -> Tensor:
-            with patch.multiple(projection_rule, **rule) if rule else nullcontext():
+            with patch.multiple(projections, **rule) if rule else nullcontext():
                 out: Tensor = layer(x, is_causal=case.causal)
             return out
 
@@ -188,7 +189,7 @@ def _projections(case: Case, device: str) -> list[Contender]:
         Contender("dense (queries)", step(lambda: F.linear(x, weight).view_as(heads), (x, weight), for_heads)),
         Contender("dense (output)", step(lambda: F.linear(heads.flatten(1), weight), (heads, weight), for_x)),
     ]
-    if (reason := triton_kernels.unavailable(device)) is not None:
+    if (reason := gpu.unavailable(device)) is not None:
 
         def fail() -> Tensor:
             raise RuntimeError(reason)
@@ -221,8 +222,7 @@ def _heads(case: Case, heads: int, length: int, device: str) -> Tensor:
 
 
 def _serving(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> list[str]:
-    found = {b.name: b for b in backends()}
-    return [name for name in OURS if found[name].unsupported(q, k, v, gates, None, 0.0) is None]
+    return [name for name in OURS if BACKENDS[name].why_not(Call(q, k, v, gates)) is None]
 
 
 def _scores_fit(case: Case) -> bool:

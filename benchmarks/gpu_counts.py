@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from moh.attention.triton_kernels.projection_rule import dense_is_faster
-from moh.attention.triton_kernels.projection_tiles import relative_cost
+from moh.attention.gpu.projections import dense_is_faster
+from moh.attention.gpu.tiles import relative_cost
 
 WIDTHS = (64, 72, 80, 96, 128, 256)
 LENGTHS = (2048, 8192)

@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and tell what they need, by NVIDIA's assembler.
 
-`python -m moh.attention.triton_kernels.report` prints registers, spills and shared memory. Not for how fast they are.
+`python -m benchmarks.triton_report` prints registers, spills and shared memory. Not for how fast they are.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from moh.attention.triton_kernels.projection_tiles import FEW, FEW_32_BITS, product_tile
-from moh.attention.triton_kernels.tiles import Tile, padded, tiles
+from moh.attention.gpu.tiles import FEW, FEW_32_BITS, Tile, padded, product_tile, tiles
 
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "decode", "rows", "keys")
@@ -108,9 +107,9 @@ class _Plan:
 
 
 def _attention_plan(kernel: str, width: int, itemsize: int, major: int, is_causal: bool) -> _Plan:
-    from moh.attention.triton_kernels import backward, forward
+    from moh.attention.gpu import backward_kernels, forward_kernels
 
-    functions = {"rows": backward.backward_rows_kernel, "keys": backward.backward_keys_kernel}
+    functions = {"rows": backward_kernels.backward_rows_kernel, "keys": backward_kernels.backward_keys_kernel}
     tile: Tile = getattr(tiles(width, itemsize, major), kernel)
     constants = {
         "G": 4, "D": width, "DV": width, "BD": padded(width), "BDV": padded(width), "BLOCK_M": tile.rows,
@@ -121,12 +120,12 @@ def _attention_plan(kernel: str, width: int, itemsize: int, major: int, is_causa
     floats = ("lse_ptr", "delta_ptr", *["out_ptr"] * (kernel == "decode"))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     aligned = tuple(f"stride_{x}" for x in "qkvo")
-    return _Plan(functions.get(kernel, forward.forward_kernel), constants, options, floats, aligned)
+    return _Plan(functions.get(kernel, forward_kernels.forward_kernel), constants, options, floats, aligned)
 
 
 def _projection_plan(kernel: str, width: int, itemsize: int, major: int, is_causal: bool) -> _Plan:
-    from moh.attention.triton_kernels import projection_kernels
-    from moh.attention.triton_kernels import projections as sizes
+    from moh.attention.gpu import projection_kernels
+    from moh.attention.gpu import projections as sizes
 
     few = FEW_32_BITS if itemsize == 4 else FEW
     tile = few if kernel == "expand_few" else product_tile(width, itemsize, major)
@@ -201,7 +200,7 @@ def usages(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns 1 if a kernel spills or needs more shared memory than there is."""
-    parser = argparse.ArgumentParser(prog="python -m moh.attention.triton_kernels.report", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_report", description=main.__doc__)
     parser.add_argument("--sm", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     options = parser.parse_args(arguments)

@@ -94,37 +94,32 @@ def by_group(shared, active, **options):
 
 def test_single_heads_are_chosen_by_default():
     config = MoHConfig(9, 4, 3)
-    assert (config.routing_unit, config.step, config.heads_per_group, config.groups_per_token) == (
-        "head",
-        1,
-        None,
-        None,
-    )
+    assert (config.routing_unit, config.step, config.heads_per_group) == ("head", 1, None)
     assert config == MoHConfig(9, 4, 3, routing_unit=ROUTING_UNITS[0])
 
 
 @pytest.mark.parametrize(
-    "config, shared, per_group, groups",
+    "config, shared, per_group",
     [
-        pytest.param(balanced(3, 3), (0, 3, 6), 2, None, id="balanced-number"),
-        pytest.param(balanced([8, 1, 5], 0), (1, 5, 8), 1, None, id="balanced-indices"),
-        pytest.param(balanced(0, 9), (), 3, None, id="balanced-all"),
-        pytest.param(by_group(3, 3), (0, 1, 2), None, 2, id="kv-number"),
-        pytest.param(by_group([6, 8, 7], 3), (6, 7, 8), None, 2, id="kv-indices"),
-        pytest.param(by_group(0, 3), (), None, 1, id="kv-none-shared"),
+        pytest.param(balanced(3, 3), (0, 3, 6), 2, id="balanced-number"),
+        pytest.param(balanced([8, 1, 5], 0), (1, 5, 8), 1, id="balanced-indices"),
+        pytest.param(balanced(0, 9), (), 3, id="balanced-all"),
+        pytest.param(by_group(3, 3), (0, 1, 2), None, id="kv-number"),
+        pytest.param(by_group([6, 8, 7], 3), (6, 7, 8), None, id="kv-indices"),
+        pytest.param(by_group(0, 3), (), None, id="kv-none-shared"),
     ],
 )
-def test_units_count_heads_in_groups(config, shared, per_group, groups):
+def test_units_count_heads_in_groups(config, shared, per_group):
     assert config.step == 3
     assert config.shared_indices == shared
-    assert (config.heads_per_group, config.groups_per_token) == (per_group, groups)
+    assert config.heads_per_group == per_group
 
 
 def test_groups_may_be_of_another_size_than_there_are_groups():
     config = MoHConfig(8, 2, 4, routing_unit="group_balanced", kv_heads=2)
     assert (config.step, config.heads_per_group, config.shared_indices) == (2, 3, (0, 4))
     config = MoHConfig(8, 4, 4, routing_unit="kv_group", kv_heads=2)
-    assert (config.step, config.groups_per_token, config.shared_indices) == (4, 2, (0, 1, 2, 3))
+    assert (config.step, config.heads_per_group, config.shared_indices) == (4, None, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(

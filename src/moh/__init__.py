@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moh.attention import moh_attention
 from moh.config import MoHConfig
-from moh.layers import MoHAttention
+from moh.layer import MoHAttention
 from moh.models.dial import active_heads, set_active_heads
 from moh.models.registration import register_with_transformers
 from moh.models.timm_registration import register_with_timm

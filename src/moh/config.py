@@ -152,13 +152,6 @@ class MoHConfig:
             return None
         return (self.num_shared + self.active_heads) // self.kv_heads
 
-    @property
-    def groups_per_token(self) -> int | None:
-        """How many key/value groups each token uses, all heads of each; None where groups are not chosen."""
-        if self.routing_unit != "kv_group":
-            return None
-        return (self.num_shared + self.active_heads) // self.step
-
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

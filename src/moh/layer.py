@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moh.attention import moh_attention, project_output
+from moh.attention import moh_attention, project_output, route_and_project
+from moh.attention.call import hide
 from moh.config import MoHConfig
-from moh.layers.queries import route_and_project
 from moh.routing import RoutingInfo, build_router
 
 
@@ -145,7 +145,6 @@ class MoHAttention(nn.Module):
             attn_mask=_with_padding(attn_mask, key_padding_mask, context),
             dropout_p=self.attn_drop if self.training else 0.0,
             heads_per_group=self.config.heads_per_group,
-            groups_per_token=self.config.groups_per_token,
             backend=self.backend,
         )  # [B, Nq, h, D]
         out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share, self.backend))
@@ -160,7 +159,4 @@ def _with_padding(attn_mask: Tensor | None, key_padding_mask: Tensor | None, con
             f"key_padding_mask must be bool of shape [B, Nk] = {tuple(context.shape[:2])}, "
             f"got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
         )
-    real = key_padding_mask[:, None, None, :]  # [B, 1, 1, Nk]
-    if attn_mask is None:
-        return real
-    return attn_mask & real if attn_mask.dtype == torch.bool else torch.where(real, attn_mask, -torch.inf)
+    return hide(attn_mask, key_padding_mask[:, None, None, :])  # [B, 1, 1, Nk]

@@ -8,17 +8,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from moh.attention import Backend, backends, moh_attention
-from moh.attention.conformance import (
-    ACTIVITIES,
-    MASKS,
-    SHAPES,
-    Inputs,
-    assert_same,
-    compare,
-    gradients,
-    make_inputs,
-)
+import moh.attention
+from moh.attention import Backend, moh_attention
+from moh.attention.testing import SHAPES, assert_same, compare, gradients
+from moh.attention.testing_inputs import ACTIVITIES, MASKS, Inputs, make_inputs
 
 __all__ = [
     "ACTIVITIES",
@@ -34,8 +27,8 @@ __all__ = [
     "make_inputs",
 ]
 
-BACKENDS = [pytest.param(b, id=b.name) for b in backends()]
-FAST_BACKENDS = [pytest.param(b, id=b.name) for b in backends() if b.name != "reference"]
+BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items()]
+FAST_BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items() if name != "reference"]
 
 
 def attend(backend: Backend, inputs: Inputs, **options: Any) -> Tensor:
@@ -44,18 +37,18 @@ def attend(backend: Backend, inputs: Inputs, **options: Any) -> Tensor:
     A backend that has no gradient for masks gets the mask as a constant, and the rest of the test holds for it.
     """
 
-    def unsupported() -> str | None:
-        dropout_p = options.get("dropout_p", 0.0)
-        return backend.unsupported(inputs.q, inputs.k, inputs.v, inputs.gates, inputs.attn_mask, dropout_p)
+    if backend.name == "grouped":
+        options = {"heads_per_group": most_heads_per_group(inputs), **options}
 
-    if inputs.attn_mask is not None and unsupported() is not None:
+    def why_not() -> str | None:
+        return backend.why_not(inputs.call._replace(**options))
+
+    if inputs.attn_mask is not None and why_not() is not None:
         inputs.attn_mask = inputs.attn_mask.detach()
-    reason = unsupported()
+    reason = why_not()
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     options = {**inputs.options, **options}
-    if backend.needs_limits and options.keys().isdisjoint({"heads_per_group", "groups_per_token"}):
-        options["heads_per_group"] = most_heads_per_group(inputs)
     return moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend=backend.name, **options)
 
 

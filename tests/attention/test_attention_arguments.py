@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import BACKENDS, Inputs, assert_same, attend, make_inputs
+from attention_cases import BACKENDS as EACH_BACKEND
+from attention_cases import Inputs, assert_same, attend, make_inputs
 
-import moh.attention.dispatch
-from moh.attention import Backend, backends, choose_backend, cpu, moh_attention
+import moh.attention.backends
+from moh.attention import BACKENDS, Backend, Call, choose_backend, cpu, moh_attention
 
 Q, K, V, GATES = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.ones(2, 5, 4)
 
@@ -77,33 +78,31 @@ def test_mask_of_any_broadcastable_shape_is_that_mask_expanded(shape):
 
 
 def test_default_backend_is_cpu_where_it_serves_and_sdpa_elsewhere():
-    assert choose_backend(Q, K, V, GATES).name == ("cpu" if cpu.unavailable() is None else "sdpa")
-    assert choose_backend(*(t.double() for t in (Q, K, V, GATES))).name == "sdpa"
-    assert choose_backend(*(t.to("meta") for t in (Q, K, V, GATES))).name == "sdpa"
+    assert choose_backend(Call(Q, K, V, GATES)).name == ("cpu" if cpu.unavailable() is None else "sdpa")
+    assert choose_backend(Call(*(t.double() for t in (Q, K, V, GATES)))).name == "sdpa"
+    assert choose_backend(Call(*(t.to("meta") for t in (Q, K, V, GATES)))).name == "sdpa"
 
 
 def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_named(monkeypatch):
-    def never(*arguments: object) -> str:
-        return "it is broken"
-
-    usual = choose_backend(Q, K, V, GATES)
-    broken = Backend("broken", "never works", lambda *a, **k: pytest.fail("must not be called"), never)
-    monkeypatch.setattr(moh.attention.dispatch, "_BACKENDS", {"broken": broken} | {b.name: b for b in backends()})
-    assert choose_backend(Q, K, V, GATES) == usual
+    usual = choose_backend(Call(Q, K, V, GATES))
+    broken = Backend(
+        "broken", "never works", lambda call: pytest.fail("must not be called"), lambda call: "it is broken"
+    )
+    monkeypatch.setattr(moh.attention.backends, "BACKENDS", {"broken": broken} | BACKENDS)
+    assert choose_backend(Call(Q, K, V, GATES)) == usual
     moh_attention(Q, K, V, GATES)
     with pytest.raises(ValueError, match="backend 'broken' can't serve this call: it is broken"):
         moh_attention(Q, K, V, GATES, backend="broken")
 
 
 def test_backends_have_names_and_a_line_for_the_reader():
-    names = [b.name for b in backends()]
-    assert len(set(names)) == len(names)
     # the most preferred first, the last resort last
-    assert names == ["cpu", "grouped", "triton", "flex", "sdpa", "reference"]
-    assert all(b.description and "\n" not in b.description for b in backends())
+    assert list(BACKENDS) == ["cpu", "grouped", "triton", "flex", "sdpa", "reference"]
+    assert all(b.name == name for name, b in BACKENDS.items())
+    assert all(b.description and "\n" not in b.description for b in BACKENDS.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 @pytest.mark.parametrize("mask", ["none", "bias_per_head", "padding"])
 def test_autocast_takes_mixed_dtypes_and_gives_its_own(backend, mask):
     inputs = make_inputs(mask=mask)

@@ -1,4 +1,4 @@
-"""Promises that every attention backend keeps; a new backend need only be in `moh.attention.backends()`."""
+"""Promises that every attention backend keeps; a new backend need only be in `moh.attention.BACKENDS`."""
 
 from __future__ import annotations
 

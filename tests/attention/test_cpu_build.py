@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moh.attention import choose_backend, cpu, moh_attention
-from moh.attention.cpu import build, operators
+from moh.attention import Call, choose_backend, cpu, moh_attention
+from moh.attention.cpu import backend, build
 from moh.attention.cpu.build import LIBRARY, BuildError, compile_kernels
 
 needs_compiler = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     for name in ("MOH_CPU_KERNELS", "MOH_CPU_ISA", "MOH_CPU_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MOH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(operators, "_state", {})
+    monkeypatch.setattr(backend, "_state", {})
     return tmp_path / "cache"
 
 
@@ -58,7 +58,7 @@ def assert_sdpa_serves_after_one_warning(reason: str) -> None:
         warnings.simplefilter("error")
         assert (attend() == 2).all()
     q = torch.ones(1, 2, 3, 4)
-    assert choose_backend(q, q, q, torch.ones(1, 3, 2)).name == "sdpa"
+    assert choose_backend(Call(q, q, q, torch.ones(1, 3, 2))).name == "sdpa"
     with pytest.raises(ValueError, match=f"backend 'cpu' can't serve this call: .*{reason}"):
         attend(backend="cpu")
     with pytest.raises(BuildError, match=reason):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moh import MoHConfig
-from moh.attention import reference_attention
+from moh.attention import moh_attention
 from moh.routing import build_router
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -111,7 +111,7 @@ def definition(case, config: MoHConfig | None) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = (
         torch.cat([cache[:, :, :n], new], dim=2) for cache, new in zip(case["caches"], (rotated(k), v), strict=True)
     )
-    heads = reference_attention(rotated(q), keys, values, gates, attn_mask=case["mask"], scale=0.3)
+    heads = moh_attention(rotated(q), keys, values, gates, attn_mask=case["mask"], scale=0.3, backend="reference")
     return F.linear(heads.flatten(2), *projections[6:]), keys, values
 
 

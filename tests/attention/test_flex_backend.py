@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moh.attention import backends, choose_backend, flex, flex_block_counts, moh_attention
-from moh.attention.compaction import compact
-from moh.attention.conformance import SHAPES, compare
-from moh.attention.flex_blocks import block_mask_of, blocks_of
+from moh.attention import BACKENDS, Call, choose_backend, flex, flex_block_counts, moh_attention
+from moh.attention.flex import block_mask_of, blocks_of
+from moh.attention.rows import pack
+from moh.attention.testing import SHAPES, compare
 
-FLEX = next(b for b in backends() if b.name == "flex")
+FLEX = BACKENDS["flex"]
 causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="full"), pytest.param(True, id="causal")])
 
 
@@ -30,11 +30,10 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "_compiled", lambda: flex_module.flex_attention)
 
 
-def attend_eagerly(inputs: Inputs, window: int | None = None) -> Tensor:
+def attend_eagerly(inputs: Inputs) -> Tensor:
     if inputs.attn_mask is not None:
         inputs.attn_mask = inputs.attn_mask.detach()
-    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
-    return flex.flex_routed_attention(*arguments, sliding_window=window, **inputs.options)
+    return flex.attend(inputs.call)
 
 
 @causal_or_not
@@ -60,30 +59,16 @@ def test_16_bits_are_served_like_the_reference(eager, dtype):
     compare(attend_eagerly, make_inputs(dtype=dtype, D=16, is_causal=True))
 
 
-@pytest.mark.parametrize("window", [1, 30, 200])
-@pytest.mark.parametrize("mask", ["none", "padding"])
-def test_sliding_window_is_a_band_in_the_mask(eager, window, mask):
-    inputs = make_inputs(B=1, Nq=150, mask=mask, is_causal=True)
-    got = attend_eagerly(inputs, window)
-    expected = moh_attention(
-        inputs.q, inputs.k, inputs.v, inputs.gates, backend="reference", sliding_window=window, **inputs.options
-    )
-    torch.testing.assert_close(got, expected)
-
-
-def visible(inputs: Inputs, window: int | None) -> Tensor:
+def visible(inputs: Inputs) -> Tensor:
     """Which packed row sees which key, bool `[B, Hkv, M, Nk]`, by the definition."""
     B, H, Nq, _ = inputs.q.shape
     Hkv, Nk = inputs.k.shape[1:3]
     seen = (inputs.gates != 0).transpose(1, 2)[..., None].expand(B, H, Nq, Nk)
-    distance = torch.arange(Nq)[:, None] - torch.arange(Nk)
     if inputs.is_causal:
-        seen = seen & (distance >= 0)
-    if window is not None:
-        seen = seen & (distance < window)
+        seen = seen & (torch.arange(Nq)[:, None] >= torch.arange(Nk))
     if inputs.attn_mask is not None:
         seen = seen & inputs.attn_mask
-    rows = compact(inputs.gates, Hkv).rows
+    rows = pack(inputs.gates, Hkv).rows
     by_row = seen.view(B, Hkv, H // Hkv, Nq, Nk).transpose(2, 3).reshape(B, Hkv, -1, Nk)
     return by_row.gather(2, rows[..., None].expand(-1, -1, -1, Nk))
 
@@ -98,19 +83,16 @@ def visible(inputs: Inputs, window: int | None) -> Tensor:
     activity=st.sampled_from(ACTIVITIES),
     mask=st.sampled_from([m for m in MASKS if not m.startswith("bias")]),
     is_causal=st.booleans(),
-    window=st.one_of(st.none(), st.integers(1, 20)),
     block=st.sampled_from([2, 4, 16]),
     seed=st.integers(0, 1000),
 )
-def test_every_needed_block_is_visited_and_whole_ones_need_no_mask(window, block, is_causal, **kind):
-    inputs = make_inputs(is_causal=is_causal or window is not None, D=1, **kind)
+def test_every_needed_block_is_visited_and_whole_ones_need_no_mask(block, is_causal, **kind):
+    inputs = make_inputs(is_causal=is_causal, D=1, **kind)
     Nk, G = inputs.k.shape[2], kind["G"]
-    packed = compact(inputs.gates, kind["Hkv"])
-    allowed = None if inputs.attn_mask is None else inputs.attn_mask[(None,) * (4 - inputs.attn_mask.dim())]
-    needed, whole = blocks_of(
-        packed, G, Nk, is_causal=inputs.is_causal, allowed=allowed, sliding_window=window, block=block
-    )
-    seen = visible(inputs, window)
+    packed = pack(inputs.gates, kind["Hkv"])
+    allowed = inputs.call.attn_mask
+    needed, whole = blocks_of(packed, G, Nk, is_causal=is_causal, allowed=allowed, block=block)
+    seen = visible(inputs)
     for index in needed.flatten().nonzero().flatten().tolist() + (~needed).flatten().nonzero().flatten().tolist():
         b, h, i, j = torch.unravel_index(torch.tensor(index), needed.shape)
         count = int(packed.counts[b, h])
@@ -125,9 +107,9 @@ def test_every_needed_block_is_visited_and_whole_ones_need_no_mask(window, block
 
 def test_block_mask_lists_the_blocks_and_hides_what_the_tokens_may_not_see():
     inputs = make_inputs(B=2, Nq=40, is_causal=True, mask="padding")
-    packed = compact(inputs.gates, 2)
-    blocks = block_mask_of(packed, 2, 40, is_causal=True, attn_mask=inputs.attn_mask, sliding_window=9, block=16)
-    seen = visible(inputs, 9)
+    packed = pack(inputs.gates, 2)
+    blocks = block_mask_of(packed, 2, 40, is_causal=True, attn_mask=inputs.attn_mask, block=16)
+    seen = visible(inputs)
     b, h = torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")
     row, key = torch.arange(80)[:, None], torch.arange(40)
     got = blocks.mask_mod(b[..., None, None], h[..., None, None], row, key)
@@ -173,7 +155,7 @@ def test_it_serves_no_gradients_on_the_cpu_and_is_not_chosen_there():
     with pytest.raises(ValueError, match="backend 'flex' can't serve this call: FlexAttention has no gradients"):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="flex")
     double = inputs.q.detach().double()
-    assert choose_backend(double, double, double, inputs.gates.detach().double()).name != "flex"
+    assert choose_backend(Call(double, double, double, inputs.gates.detach().double())).name != "flex"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Promises of the backend for as many heads in every key/value group: exact, of static shape, chosen by its limits.
+"""Promises of the backend for as many heads in every key/value group: exact, of static shape, chosen where they are promised.
 
 That it computes what the definition says, the conformance suite tests with all other backends.
 """
@@ -11,17 +11,15 @@ from attention_cases import Inputs, assert_same, gradients, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moh.attention.dispatch
+import moh.attention.backends
 from moh import MoHConfig
-from moh.attention import backends, choose_backend, moh_attention
+from moh.attention import BACKENDS, Call, choose_backend, moh_attention
 from moh.routing import build_router
 
 
-def routed(
-    unit: str, *, Nq: int, Nk: int | None = None, active=3, Hkv=3, G=3, B=2, seed=0, **options
-) -> tuple[Inputs, MoHConfig]:
+def routed(*, Nq: int, Nk: int | None = None, active=3, Hkv=3, G=3, B=2, seed=0, **options) -> tuple[Inputs, MoHConfig]:
     """Random inputs whose gates are a router's."""
-    config = MoHConfig(Hkv * G, 0, active, "two_stage", routing_unit=unit, kv_heads=Hkv)
+    config = MoHConfig(Hkv * G, 0, active, "two_stage", routing_unit="group_balanced", kv_heads=Hkv)
     inputs = make_inputs(B=B, Hkv=Hkv, G=G, Nq=Nq, Nk=Nk, seed=seed, **options)
     x = torch.randn(B, Nq, 8, generator=torch.Generator().manual_seed(seed))
     inputs.gates = build_router(config, 8)(x).gates.detach().to(inputs.q.dtype).requires_grad_()
@@ -36,7 +34,6 @@ def call(inputs: Inputs, backend: str | None, config: MoHConfig):
         inputs.gates,
         backend=backend,
         heads_per_group=config.heads_per_group,
-        groups_per_token=config.groups_per_token,
         **inputs.options,
     )
 
@@ -52,24 +49,21 @@ def assert_exact(inputs: Inputs, config: MoHConfig) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "padding", "bool_full", "blind_rows", "bias_per_head", "bias_per_key"])
 @pytest.mark.parametrize(
-    "unit, Nq, Nk, is_causal",
+    "Nq, Nk, is_causal",
     [
-        pytest.param("group_balanced", 9, 9, True, id="balanced-prefill"),
-        pytest.param("group_balanced", 1, 9, False, id="balanced-decode"),
-        pytest.param("group_balanced", 1, 9, True, id="balanced-one-causal"),
-        pytest.param("kv_group", 1, 9, False, id="kv-decode"),
-        pytest.param("kv_group", 1, 9, True, id="kv-one-causal"),
+        pytest.param(9, 9, True, id="prefill"),
+        pytest.param(1, 9, False, id="decode"),
+        pytest.param(1, 9, True, id="one-causal"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("active", [3, 6], ids=["third", "two-thirds"])
-def test_routed_heads_are_served_like_the_reference(unit, Nq, Nk, is_causal, mask, dtype, active):
-    inputs, config = routed(unit, Nq=Nq, Nk=Nk, is_causal=is_causal, mask=mask, dtype=dtype, active=active)
+def test_routed_heads_are_served_like_the_reference(Nq, Nk, is_causal, mask, dtype, active):
+    inputs, config = routed(Nq=Nq, Nk=Nk, is_causal=is_causal, mask=mask, dtype=dtype, active=active)
     assert_exact(inputs, config)
 
 
 @given(
-    unit=st.sampled_from(["group_balanced", "kv_group"]),
     B=st.integers(1, 3),
     Hkv=st.integers(1, 4),
     G=st.integers(1, 4),
@@ -80,28 +74,12 @@ def test_routed_heads_are_served_like_the_reference(unit, Nq, Nk, is_causal, mas
     is_causal=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_any_shape_is_served_like_the_reference(unit, Hkv, G, per, Nq, **kind):
-    step, most = (Hkv, G) if unit == "group_balanced" else (G, Hkv)
-    Nq = 1 if unit == "kv_group" else Nq
-    assert_exact(*routed(unit, Nq=Nq, Hkv=Hkv, G=G, active=step * min(per, most), **kind))
-
-
-def test_groups_that_a_token_has_not_chosen_are_not_read():
-    inputs, config = routed("kv_group", Nq=1, Nk=7, B=3)
-    idle = (inputs.gates.view(3, 3, 3) == 0).all(-1)  # [B, Hkv]
-    assert idle.sum() == 6
-    clean = call(inputs, "grouped", config)
-    for name in ("k", "v"):
-        spoilt = getattr(inputs, name).detach().masked_fill(idle[..., None, None], torch.nan)
-        setattr(inputs, name, spoilt.requires_grad_())
-    out = call(inputs, "grouped", config)
-    assert torch.equal(out, clean)
-    grads = gradients(out, inputs, torch.ones_like(out))
-    assert all(grad.isfinite().all() for grad in grads.values())  # nothing was multiplied by 0 that had been read
+def test_any_shape_is_served_like_the_reference(Hkv, G, per, **kind):
+    assert_exact(*routed(Hkv=Hkv, G=G, active=Hkv * min(per, G), **kind))
 
 
 def test_a_token_that_uses_fewer_heads_than_it_may_is_served():
-    inputs, config = routed("group_balanced", Nq=5, active=6)
+    inputs, config = routed(Nq=5, active=6)
     gates = inputs.gates.detach().clone()
     gates[:, 1] = 0
     gates[:, 2, :3] = 0
@@ -109,10 +87,10 @@ def test_a_token_that_uses_fewer_heads_than_it_may_is_served():
     assert_exact(inputs, config)
 
 
-@pytest.mark.parametrize("unit, Nq", [("group_balanced", 6), ("group_balanced", 1), ("kv_group", 1)])
-def test_shapes_are_static_so_that_compiling_keeps_one_graph(unit, Nq):
+@pytest.mark.parametrize("Nq", [6, 1])
+def test_shapes_are_static_so_that_compiling_keeps_one_graph(Nq):
     torch.compiler.reset()
-    inputs, config = routed(unit, Nq=Nq, Nk=6, is_causal=Nq > 1)
+    inputs, config = routed(Nq=Nq, Nk=6, is_causal=Nq > 1)
     compiled = torch.compile(lambda: call(inputs, "grouped", config), backend="aot_eager", fullgraph=True)
     weight = torch.randn(2, Nq, 9, 8)
     out, expected = compiled(), call(inputs, "grouped", config)
@@ -123,7 +101,7 @@ def test_shapes_are_static_so_that_compiling_keeps_one_graph(unit, Nq):
 
 
 def test_autocast_runs_it_in_bfloat16():
-    inputs, config = routed("group_balanced", Nq=5, is_causal=True)
+    inputs, config = routed(Nq=5, is_causal=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = call(inputs, "grouped", config)
     assert out.dtype == torch.bfloat16
@@ -131,30 +109,27 @@ def test_autocast_runs_it_in_bfloat16():
 
 
 def test_it_serves_where_no_kernel_of_ours_does(monkeypatch):
-    inputs, config = routed("group_balanced", Nq=5)
+    inputs, config = routed(Nq=5)
     tensors = (inputs.q, inputs.k, inputs.v, inputs.gates)
     doubles = [t.double() for t in tensors]  # the C++ kernels have no float64
-    assert choose_backend(*doubles, heads_per_group=config.heads_per_group).name == "grouped"
-    assert choose_backend(*doubles).name != "grouped"
+    assert choose_backend(Call(*doubles, heads_per_group=config.heads_per_group)).name == "grouped"
+    assert choose_backend(Call(*doubles)).name != "grouped"
     meta = [t.to("meta") for t in tensors]
-    assert choose_backend(*meta, heads_per_group=1).name == "grouped"
-    monkeypatch.setattr(moh.attention.dispatch, "_BACKENDS", {b.name: b for b in backends() if b.name != "grouped"})
-    assert choose_backend(*doubles, heads_per_group=config.heads_per_group).name == "sdpa"
+    assert choose_backend(Call(*meta, heads_per_group=1)).name == "grouped"
+    monkeypatch.setattr(moh.attention.backends, "BACKENDS", {n: b for n, b in BACKENDS.items() if n != "grouped"})
+    assert choose_backend(Call(*doubles, heads_per_group=config.heads_per_group)).name == "sdpa"
 
 
-def test_without_limits_it_says_what_it_needs():
-    inputs, config = routed("kv_group", Nq=5)
+def test_without_a_limit_it_says_what_it_needs():
+    inputs, _ = routed(Nq=5)
     with pytest.raises(
-        ValueError, match="'grouped' can't serve this call: it needs heads_per_group or groups_per_token"
+        ValueError, match="'grouped' can't serve this call: it needs heads_per_group, which routing_unit="
     ):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="grouped")
-    with pytest.raises(ValueError, match="only in a call with a single query"):
-        call(inputs, "grouped", config)
 
 
-@pytest.mark.parametrize("limit", [dict(heads_per_group=0), dict(heads_per_group=4), dict(groups_per_token=5)], ids=str)
+@pytest.mark.parametrize("limit", [0, 4])
 def test_limits_out_of_range_are_refused(limit):
-    inputs, _ = routed("group_balanced", Nq=2)
-    name, value = next(iter(limit.items()))
-    with pytest.raises(ValueError, match=f"{name} must be between 1 and 3, got {value}"):
-        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, **limit)
+    inputs, _ = routed(Nq=2)
+    with pytest.raises(ValueError, match=f"heads_per_group must be between 1 and 3, got {limit}"):
+        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, heads_per_group=limit)

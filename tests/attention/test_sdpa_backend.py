@@ -11,11 +11,11 @@ from attention_cases import ACTIVITIES, MASKS, Inputs, assert_like_reference, as
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moh.attention.packed
-from moh.attention import backends, moh_attention
-from moh.attention.compiled import packed_attention_op
+import moh.attention.sdpa
+from moh.attention import BACKENDS, moh_attention
+from moh.attention.sdpa import packed_attention_op
 
-SDPA = next(b for b in backends() if b.name == "sdpa")
+SDPA = BACKENDS["sdpa"]
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def test_long_causal_call_leaves_most_of_the_keys_that_are_out_of_sight_out(sdpa
     seed=st.integers(0, 1000),
 )
 def test_any_cut_into_runs_of_rows_and_groups_of_heads_is_like_the_reference(monkeypatch, rows, fill, **kind):
-    monkeypatch.setattr(moh.attention.packed, "MIN_CHUNK_ROWS", rows)
-    monkeypatch.setattr(moh.attention.packed, "MIN_BUCKET_QUERIES", 1)
-    monkeypatch.setattr(moh.attention.packed, "BUCKET_FILL", fill)
+    monkeypatch.setattr(moh.attention.sdpa, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(moh.attention.sdpa, "MIN_BUCKET_QUERIES", 1)
+    monkeypatch.setattr(moh.attention.sdpa, "BUCKET_FILL", fill)
     assert_like_reference(SDPA, make_inputs(D=4, **kind))
 
 
@@ -124,8 +124,7 @@ OP_CASES = [
 @pytest.mark.parametrize("kind", OP_CASES)
 def test_operator_is_registered_correctly(kind):
     inputs = make_inputs(**kind)
-    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates, inputs.attn_mask, inputs.is_causal, inputs.scale)
-    torch.library.opcheck(packed_attention_op, arguments, atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(packed_attention_op, inputs.call[:7], atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_attention_is_one_graph_and_equals_eager():

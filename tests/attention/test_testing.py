@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from moh.attention import backends, moh_attention
-from moh.attention.conformance import __main__ as command
-from moh.attention.conformance import check, kinds, make_inputs
+from moh.attention import BACKENDS, Call, testing
+from moh.attention.testing import check, kinds
+from moh.attention.testing_inputs import make_inputs
 
-SDPA = next(b for b in backends() if b.name == "sdpa")
+SDPA = BACKENDS["sdpa"]
 
 
 def test_a_backend_that_is_right_passes_every_check_it_serves():
@@ -21,11 +21,11 @@ def test_a_backend_that_is_right_passes_every_check_it_serves():
 
 
 def test_a_backend_that_is_wrong_fails_and_the_other_checks_go_on(monkeypatch):
-    def wrong(*tensors: torch.Tensor, **options: object) -> torch.Tensor:
-        return moh_attention(*tensors, **options, backend="sdpa") * 1.001
+    def wrong(call: Call) -> torch.Tensor:
+        return SDPA.attend(call) * 1.001
 
-    broken = dataclasses.replace(SDPA, function=wrong)
-    monkeypatch.setattr("moh.attention.dispatch._BACKENDS", {b.name: b for b in backends()} | {"sdpa-1": broken})
+    broken = dataclasses.replace(SDPA, attend=wrong)
+    monkeypatch.setattr("moh.attention.backends.BACKENDS", BACKENDS | {"sdpa-1": broken})
     outcomes = list(check(dataclasses.replace(broken, name="sdpa-1"), large=False))
     failures = [o for o in outcomes if o.failure]
     assert len(failures) > 50 and all("off by" in o.failure or "not 0" in o.failure for o in failures)
@@ -37,21 +37,18 @@ def test_inputs_that_cannot_be_made_are_a_failure_and_not_the_end(monkeypatch):
     def broken(**kind: object) -> None:
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr("moh.attention.conformance.checks.make_inputs", broken)
+    monkeypatch.setattr("moh.attention.testing.make_inputs", broken)
     outcomes = list(check(SDPA, large=False))
     assert len(outcomes) > 80 and {o.failure for o in outcomes} == {"RuntimeError: the device is lost"}
 
 
-def test_windows_and_the_layout_that_projections_leave_are_checked():
-    found = dict(kinds(large=False))
-    assert {kind["sliding_window"] for kind in found.values() if "sliding_window" in kind} == {1, 40}
-    kind = found["token-major, full"]
-    inputs = make_inputs(**kind)
+def test_the_layout_that_projections_leave_is_checked():
+    inputs = make_inputs(**dict(kinds(large=False))["token-major, full"])
     assert not inputs.q.is_contiguous() and inputs.q.transpose(1, 2).is_contiguous()
 
 
 def test_what_a_backend_cannot_serve_is_skipped_with_its_reason():
-    outcomes = list(check(next(b for b in backends() if b.name == "flex"), large=False))
+    outcomes = list(check(BACKENDS["flex"], large=False))
     assert {o.skipped for o in outcomes} >= {"FlexAttention has no gradients on the CPU"}
     assert all(o.skipped for o in outcomes)
 
@@ -63,12 +60,12 @@ def test_checks_have_names_of_their_own():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_command_says_that_there_is_no_gpu(capsys):
-    assert command.main(["--device", "cuda"]) == 2
+    assert testing.main(["--device", "cuda"]) == 2
     assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_summary_counts_and_names_what_failed_and_why_something_was_skipped():
-    outcome = command.Outcome
-    lines = command.summary("x", [outcome("a"), outcome("b", failure="off"), outcome("c", skipped="no"), outcome("d")])
+    outcome = testing.Outcome
+    lines = testing.summary("x", [outcome("a"), outcome("b", failure="off"), outcome("c", skipped="no"), outcome("d")])
     assert lines[0] == "x: 2 of 4 checks passed, 1 failed, 1 skipped"
     assert lines[1:] == ["  skipped 1: no", "  FAILED b: off"]

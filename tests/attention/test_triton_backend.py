@@ -15,8 +15,9 @@ import torch
 from attention_cases import make_inputs
 
 import moh
-from moh.attention import choose_backend, moh_attention, triton_kernels
-from moh.attention.triton_kernels.tiles import MAX_WIDTH, padded, tiles
+from moh.attention import Call, choose_backend, moh_attention
+from moh.attention.gpu import backend as gpu
+from moh.attention.gpu.tiles import MAX_WIDTH, padded, tiles
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -49,9 +50,13 @@ SCRIPT = """
 import sys, functools, json
 import torch
 from moh.attention import moh_attention
-from moh.attention.conformance import compare, make_inputs, assert_same, gradients
+from moh.attention.call import hide
+from moh.attention.gpu import backend as gpu
+from moh.attention.testing import assert_same, gradients
+from moh.attention.testing_inputs import make_inputs
+operator = gpu.triton_attention_op
 torch.set_num_threads(1)
-assert 'moh.attention.triton_kernels.forward' not in sys.modules, 'the kernels are imported before a call'
+assert 'moh.attention.gpu.forward_kernels' not in sys.modules, 'the kernels are imported before a call'
 for name, kind in json.loads(sys.argv[1]).items():
     window, factor = kind.pop("window", None), kind.pop("gates", 1)
     kind["is_causal"] = bool(kind.get("is_causal"))
@@ -60,10 +65,13 @@ for name, kind in json.loads(sys.argv[1]).items():
     inputs.gates = (inputs.gates.detach() * factor).requires_grad_()
     if inputs.attn_mask is not None:
         inputs.attn_mask = inputs.attn_mask.detach()
-    outs = [
-        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, sliding_window=window, backend=b, **inputs.options)
-        for b in ("triton", "reference")
-    ]
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.gates)
+    gpu.triton_attention_op = lambda *a: operator(*a[:9], window, *a[10:])
+    outs = [moh_attention(*tensors, backend="triton", **inputs.options)]
+    if window is not None:
+        near = torch.ones(*inputs.q.shape[2:3], *inputs.k.shape[2:3], dtype=torch.bool).triu(1 - window)
+        inputs.attn_mask = hide(inputs.attn_mask, near)
+    outs.append(moh_attention(*tensors, backend="reference", **inputs.options))
     assert_same(*outs, f"{name}: output")
     weight = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
     got, expected = (gradients(out, inputs, weight) for out in outs)
@@ -104,7 +112,7 @@ def test_more_calls_are_served_like_the_reference_in_the_interpreter():
 @pytest.mark.parametrize("kernel", ["forward", "decode", "rows", "keys"])
 @pytest.mark.parametrize("width", [64, 128], ids=lambda width: f"D{width}")
 def test_kernels_compile_ahead_of_time_without_spilling_registers(kernel, architecture, width, tmp_path, monkeypatch):
-    from moh.attention.triton_kernels.report import SHARED_LIMIT, compile_kernel
+    from benchmarks.triton_report import SHARED_LIMIT, compile_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     usage = compile_kernel(kernel, architecture, width=width, is_causal=kernel != "decode")
@@ -158,9 +166,9 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moh.attention.triton_kernels import backward, forward
+    from moh.attention.gpu import backward_kernels, forward_kernels
 
-    function = getattr(forward, kernel, None) or getattr(backward, kernel)
+    function = getattr(forward_kernels, kernel, None) or getattr(backward_kernels, kernel)
     parts = kernel == "combine_kernel" or constants.get("SPLIT")
     floats = {"lse_ptr", "delta_ptr", "part_lse_ptr", "parts_ptr"} | ({"out_ptr"} if constants.get("SPLIT") else set())
     mask = "u8" if constants.get("MASK") == 1 else element
@@ -183,10 +191,10 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
 @pytest.mark.parametrize("Nk", [1, 600], ids=["whole", "in-parts"])
 def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, recorded_launches):
     """A GPU takes 65,535 programs in the second and third direction; Triton launches on the current device."""
-    from moh.attention.triton_kernels import backward, forward
-    from moh.attention.triton_kernels.operators import triton_attention_backward_op, triton_attention_op
+    from moh.attention.gpu import backward_kernels, forward_kernels
+    from moh.attention.gpu.operators import triton_attention_backward_op, triton_attention_op
 
-    launches = recorded_launches(forward, backward)
+    launches = recorded_launches(forward_kernels, backward_kernels)
     B = 70_000 if Nk == 1 else 2
     q, k, gates = (torch.zeros(1).expand(shape) for shape in ((B, 1, 3, 8), (B, 1, Nk, 8), (B, 3, 1)))
     packed = [torch.zeros(1, dtype=torch.int32).expand(shape) for shape in ((B, 1, 3), (B, 1), (B, 1, 4))]
@@ -204,7 +212,7 @@ def test_a_routed_layer_reads_nothing_from_the_device(router, num_kv_heads, monk
     """On a device without numbers, whatever asks for one, or for a size that depends on one, raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
     with FakeTensorMode():
         layer = moh.MoHAttention(
             64, 4, shared_heads=1, active_heads=1, router=router, num_kv_heads=num_kv_heads, device="cuda"
@@ -218,7 +226,7 @@ def test_a_routed_layer_reads_nothing_from_the_device(router, num_kv_heads, monk
 
 @needs_triton
 def test_report_refuses_what_it_does_not_know_by_name():
-    from moh.attention.triton_kernels.report import compile_kernel
+    from benchmarks.triton_report import compile_kernel
 
     with pytest.raises(
         ValueError, match=r"kernel must be one of 'forward', 'decode', 'rows', 'keys', 'expand', .*got 'sideways'"
@@ -241,16 +249,16 @@ def test_without_a_gpu_it_says_why_and_is_not_chosen():
     inputs = make_inputs()
     with pytest.raises(ValueError, match=r"backend 'triton' can't serve this call: .*(NVIDIA|not installed)"):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="triton")
-    assert choose_backend(inputs.q, inputs.k, inputs.v, inputs.gates).name != "triton"
+    assert choose_backend(inputs.call).name != "triton"
 
 
 def test_without_triton_it_says_that_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    triton_kernels._unavailable.cache_clear()
+    gpu._unavailable.cache_clear()
     try:
-        assert "Triton is not installed" in triton_kernels._unavailable("cuda")
+        assert "Triton is not installed" in gpu._unavailable("cuda")
     finally:
-        triton_kernels._unavailable.cache_clear()
+        gpu._unavailable.cache_clear()
 
 
 def test_without_triton_a_gpu_gets_a_backend_that_needs_none(monkeypatch):
@@ -259,20 +267,20 @@ def test_without_triton_a_gpu_gets_a_backend_that_needs_none(monkeypatch):
     with FakeTensorMode():
         q, gates = torch.empty(1, 2, 5, 16, device="cuda"), torch.empty(1, 5, 2, device="cuda")
         if not torch.cuda.is_available():  # the kernels' own backend says so; Triton would serve the other
-            assert choose_backend(q, q, q, gates).name == "flex"
-        monkeypatch.setattr(triton_kernels, "unavailable", lambda device: "Triton is not installed")
+            assert choose_backend(Call(q, q, q, gates)).name == "flex"
+        monkeypatch.setattr(gpu, "unavailable", lambda device: "Triton is not installed")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert choose_backend(q, q, q, gates).name == "sdpa"
+        assert choose_backend(Call(q, q, q, gates)).name == "sdpa"
         with pytest.raises(
             ValueError, match=r"backend 'flex' can't serve this call: .* Triton, which is not installed"
         ):
-            choose_backend(q, q, q, gates, backend="flex")
+            choose_backend(Call(q, q, q, gates), "flex")
 
 
 def test_operators_know_their_shapes_without_running():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from moh.attention.triton_kernels.operators import triton_attention_backward_op, triton_attention_op
+    from moh.attention.gpu.operators import triton_attention_backward_op, triton_attention_op
 
     with FakeTensorMode():
         q, k, v = torch.empty(2, 4, 5, 8), torch.empty(2, 2, 6, 8), torch.empty(2, 2, 6, 3)

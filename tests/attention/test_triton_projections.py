@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import moh
-from moh.attention import project_output, project_queries, projections, triton_kernels
-from moh.attention.triton_kernels import projections as operators
-from moh.attention.triton_kernels.projection_rule import MAX_COST, dense_is_faster
-from moh.attention.triton_kernels.projection_tiles import product_tile, relative_cost
+from moh.attention import project_output, project_queries, projections, testing
+from moh.attention.gpu import backend as gpu
+from moh.attention.gpu import projections as operators
+from moh.attention.gpu.projections import MAX_COST, dense_is_faster
+from moh.attention.gpu.tiles import product_tile, relative_cost
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -45,9 +46,9 @@ MANY = {
 SCRIPT = """
 import sys, json
 import torch
-from moh.attention.conformance.projections import compare_projections
+from moh.attention.testing import compare_projections
 torch.set_num_threads(1)
-assert 'moh.attention.triton_kernels.projection_kernels' not in sys.modules, 'the kernels are imported before a call'
+assert 'moh.attention.gpu.projection_kernels' not in sys.modules, 'the kernels are imported before a call'
 for name, kind in json.loads(sys.argv[1]).items():
     kind["dtype"] = getattr(torch, kind.get("dtype", "float32"))
     compare_projections(**kind)
@@ -56,7 +57,7 @@ for name, kind in json.loads(sys.argv[1]).items():
 
 PACK = """
 import torch
-from moh.attention.triton_kernels import projections as operators
+from moh.attention.gpu import projections as operators
 torch.set_num_threads(1)
 for T, H, share in ((3000, 20, 0.5), (1025, 3, 0.9), (300, 520, 0.1), (256, 32, 1.0), (40, 1, 0.0), (1, 5, 0.5)):
     torch.manual_seed(T)
@@ -70,7 +71,7 @@ for T, H, share in ((3000, 20, 0.5), (1025, 3, 0.9), (300, 520, 0.1), (256, 32, 
 
 TWICE = """
 import torch
-from moh.attention.triton_kernels.projections import expand, sum_heads
+from moh.attention.gpu.projections import expand, sum_heads
 torch.set_num_threads(1)
 torch.manual_seed(0)
 for T in (20, 6):
@@ -95,10 +96,10 @@ LAYER = """
 import torch
 import moh
 from moh.attention import projections
-from moh.attention.triton_kernels import projection_rule, projections as operators
+from moh.attention.gpu import projections as operators
 torch.set_num_threads(1)
-projection_rule.MIN_TILES, projection_rule.MIN_BYTES = 0, 0
-projection_rule.MAX_COST = 99.0
+operators.MIN_TILES, operators.MIN_BYTES = 0, 0
+operators.MAX_COST = 99.0
 called, originals = [], {name: getattr(operators, name) for name in ("expand", "sum_heads")}
 for name, operator in originals.items():
     setattr(operators, name, lambda *a, name=name, operator=operator, **k: called.append(name) or operator(*a, **k))
@@ -112,14 +113,14 @@ for size in (20, 2):
     weight = torch.randn_like(x)
     results = []
     for cost in (99.0, -1.0):
-        projection_rule.MAX_COST = cost
+        operators.MAX_COST = cost
         out = layer(x, is_causal=True)
         results.append([out, *torch.autograd.grad(out, inputs, weight)])
         print(*called)
         called.clear()
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
-projection_rule.MAX_COST = 99.0
+operators.MAX_COST = 99.0
 for name in ("expand", "sum_heads"):
     setattr(operators, name, originals[name])
 out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, is_causal=True)
@@ -191,7 +192,7 @@ COMPILED = [
 @pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("width", [64, 128], ids=lambda width: f"D{width}")
 def test_kernels_compile_ahead_of_time_without_spilling_registers(kernel, architecture, width, tmp_path, monkeypatch):
-    from moh.attention.triton_kernels.report import PROJECTIONS, SHARED_LIMIT, compile_kernel
+    from benchmarks.triton_report import PROJECTIONS, SHARED_LIMIT, compile_kernel
 
     assert tuple(COMPILED) == PROJECTIONS
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -214,7 +215,7 @@ def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moh.attention.triton_kernels import projection_kernels
+    from moh.attention.gpu import projection_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {
@@ -241,7 +242,7 @@ def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path
 @needs_triton
 @pytest.mark.parametrize("tokens", [1, 70_000], ids=["one-token", "many"])
 def test_launches_fit_the_grid_and_happen_on_the_tensors_device(tokens, recorded_launches):
-    from moh.attention.triton_kernels import projection_kernels
+    from moh.attention.gpu import projection_kernels
 
     launches = recorded_launches(projection_kernels)
     number = torch.zeros(1, dtype=torch.bfloat16)
@@ -283,7 +284,7 @@ def test_a_layer_chooses_them_and_reads_nothing_from_the_device(monkeypatch):
         monkeypatch.setattr(
             operators, name, lambda *a, name=name, operator=operator, **k: called.append(name) or operator(*a, **k)
         )
-    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
     monkeypatch.setattr(projections, "major_of", lambda device: 9)
     monkeypatch.setattr(projections, "is_plain", lambda linear, x: True)  # weights without numbers are of another type
     with FakeTensorMode():
@@ -348,8 +349,6 @@ def test_every_width_has_tiles_that_tensor_cores_can_use():
 
 @pytest.mark.parametrize("fault", [None, "wrong", "reads-inactive"])
 def test_checks_for_users_pass_what_is_right_and_fail_what_is_not(fault, monkeypatch):
-    from moh.attention.conformance import projections as checks
-
     def expand(x, matrix, gates):
         x = x if fault == "reads-inactive" else x.nan_to_num()
         heads = (x @ matrix.t()).view(*gates.shape, matrix.shape[0] // gates.shape[1])
@@ -359,14 +358,13 @@ def test_checks_for_users_pass_what_is_right_and_fail_what_is_not(fault, monkeyp
         out = torch.where((gates != 0)[..., None], heads, 0).flatten(1) @ matrix
         return torch.where(gates.any(1, keepdim=True), out, 0)
 
-    monkeypatch.setattr(
-        checks, "SIZES", {name: checks.SIZES[name] for name in ("T70-C40-H3-D24", "strided", "no-tokens")}
-    )
+    sizes = {name: testing.PROJECTION_SIZES[name] for name in ("T70-C40-H3-D24", "strided", "no-tokens")}
+    monkeypatch.setattr(testing, "PROJECTION_SIZES", sizes)
     for function in (expand, sum_heads):
-        monkeypatch.setattr(checks, function.__name__, function)
-    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
-    monkeypatch.setattr(triton_kernels, "not_interpreted", lambda device, dtype: None)
-    outcomes = list(checks.check_projections())
+        monkeypatch.setattr(testing, function.__name__, function)
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "not_interpreted", lambda device, dtype: None)
+    outcomes = list(testing.check_projections())
     assert len(outcomes) == len({o.name for o in outcomes}) == 3 * 3 * 2
     failures = [o for o in outcomes if o.failure]
     words = {None: "", "wrong": "off by", "reads-inactive": "not finite"}[fault]
@@ -377,9 +375,7 @@ def test_checks_for_users_pass_what_is_right_and_fail_what_is_not(fault, monkeyp
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_checks_for_users_are_skipped_with_the_reason_where_there_is_no_gpu():
-    from moh.attention.conformance import __main__ as command
-
-    outcomes = command.outcomes_of(command.PROJECTIONS, "cuda")
+    outcomes = testing.outcomes_of(testing.PROJECTIONS, "cuda")
     assert len(outcomes) > 50 and all(o.skipped for o in outcomes)
 
 

@@ -80,7 +80,7 @@ def test_check_alone_measures_nothing(tiny, monkeypatch):
 
 
 def gpu_outcome(name: str) -> object:
-    from moh.attention.conformance import Outcome
+    from moh.attention.testing import Outcome
 
     return Outcome("one", failure="bad")
 
@@ -100,19 +100,21 @@ def test_layers_of_a_gpu_are_measured_with_sparse_and_with_dense_projections(mon
     """Made on a device without numbers, and seen where they choose."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from moh.attention import projections, triton_kernels
+    from moh.attention import projections
+    from moh.attention.gpu import backend as gpu_backend
+    from moh.attention.gpu.projections import dense_is_faster
 
     chosen = []
 
     def seen(*arguments: object) -> str | None:
-        reason = projections.dense_is_faster(
+        reason = dense_is_faster(
             tokens=8192, heads=32, width=128, channels=4096, share=0.9, dtype=torch.bfloat16, major=9
         )
         chosen.append("sparse" if reason is None else "dense")
         return None
 
     monkeypatch.setattr(projections, "_sparse_kernels", seen)
-    monkeypatch.setattr(triton_kernels, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu_backend, "unavailable", lambda device: None)
     # They are there already, and weights without numbers can't be moved.
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
     case = replace(gpu_cases.gpu_cases("default")["Whole layer"][0], **TINY)

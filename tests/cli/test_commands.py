@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh as package
-from moh.attention import backends
+from moh.attention import BACKENDS
 from moh.evaluation import perplexity
 from moh.models.llama import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens, read_texts
@@ -25,7 +25,7 @@ def test_info_tells_versions_and_every_attention_backend(moh) -> None:
     assert result.out[0].startswith(f"moh {package.__version__}, Python ")
     for name in ("torch", "transformers"):
         assert f"  {name:13s} {version(name)}" in result.out
-    for backend in backends():
+    for backend in BACKENDS.values():
         assert any(line.split()[:1] == [backend.name] and "work" in line for line in result.out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moh.attention import backends, choose_backend
+from moh.attention import BACKENDS, Call, choose_backend
 
 SHAPE = ["--shape", 2, 4, 2, 8, 16]
 
@@ -24,10 +24,10 @@ def test_it_names_the_backend_that_such_a_call_gets(moh, options, named, change)
     assert result.code == 0
     made = dict(dtype=change.get("dtype", torch.float32), requires_grad=change.get("train", False))
     q, k, gates = torch.ones(2, 4, 8, 16, **made), torch.ones(2, 2, 8, 16, **made), torch.ones(2, 8, 4, **made)
-    chosen = choose_backend(q, k, k, gates, dropout_p=change.get("dropout_p", 0.0)).name
+    chosen = choose_backend(Call(q, k, k, gates, dropout_p=change.get("dropout_p", 0.0))).name
     assert result.out[0] == f"{chosen} serves B2 H4/2 N8 D16 {named}"
     reasons = dict(line.strip().split(maxsplit=1) for line in result.out[1:])
-    assert list(reasons) == [backend.name for backend in backends()]
+    assert list(reasons) == list(BACKENDS)
     assert [name for name, reason in reasons.items() if reason == "serves"] == [chosen]
 
 
@@ -51,7 +51,7 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
 def test_it_tells_what_would_project_queries_and_output(moh, tokens, options, words) -> None:
     result = moh("info", "--shape", 2, 4, 2, tokens // 2, 16, *options)
     assert result.code == 0
-    lines = result.out[1 + len(backends()) :]
+    lines = result.out[1 + len(BACKENDS) :]
     assert lines[0].startswith(f"projections of {options[1]:.0%} of the heads, width 64")
     for kind, line in zip(("queries", "output"), lines[1:], strict=True):
         name, reason = line.strip().split(maxsplit=1)

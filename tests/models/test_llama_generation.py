@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+import moh.attention.backends
 import moh.attention.cpu
-import moh.attention.dispatch
 
 KINDS = [
     pytest.param(dict(router="two_stage"), id="two_stage"),
@@ -117,14 +117,14 @@ def test_beam_search_reorders_the_cache(tiny_model, tokens):
 @torch.no_grad()
 def test_eager_is_the_definition_and_sdpa_the_fastest_backend(tiny_model, tokens, monkeypatch):
     chosen = []
-    original = moh.attention.dispatch.choose_backend
+    original = moh.attention.backends.choose_backend
 
     def noted(*args, **kwargs):
         backend = original(*args, **kwargs)
         chosen.append(backend.name)
         return backend
 
-    monkeypatch.setattr(moh.attention.dispatch, "choose_backend", noted)
+    monkeypatch.setattr(moh.attention.backends, "choose_backend", noted)
     model = tiny_model()
     model(tokens)
     assert set(chosen) == {"cpu" if moh.attention.cpu.unavailable() is None else "sdpa"}

@@ -147,12 +147,12 @@ def test_a_model_tells_the_attention_what_its_tokens_use(tiny_model, tokens, mon
     original = modeling.moh_attention
 
     def noted(*args, **kwargs):
-        seen.append((kwargs["heads_per_group"], kwargs["groups_per_token"]))
+        seen.append(kwargs["heads_per_group"])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(modeling, "moh_attention", noted)
     model(tokens)
-    assert seen == [(1, None) if unit == "group_balanced" else (None, 1)] * 2
+    assert seen == [1 if unit == "group_balanced" else None] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """Routed attention: `(q, k, v, gates) -> heads`, one function over several backends."""
 
-from moh.attention.dispatch import Backend, backends, backends_passed_over, choose_backend, moh_attention
-from moh.attention.flex_blocks import BlockCounts, flex_block_counts
-from moh.attention.projections import project_output, project_qkv, project_queries
-from moh.attention.reference import reference_attention
+from moh.attention.backends import BACKENDS, Backend, backends_passed_over, choose_backend, moh_attention
+from moh.attention.call import Call
+from moh.attention.flex import BlockCounts, flex_block_counts
+from moh.attention.projections import project_output, project_qkv, project_queries, route_and_project
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "BlockCounts",
-    "backends",
+    "Call",
     "backends_passed_over",
     "choose_backend",
     "flex_block_counts",
@@ -16,5 +17,5 @@ __all__ = [
     "project_output",
     "project_qkv",
     "project_queries",
-    "reference_attention",
+    "route_and_project",
 ]

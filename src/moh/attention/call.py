@@ -1,44 +1,44 @@
-"""The arguments of `moh_attention`, checked once for all backends; reads shapes and dtypes alone, never what tensors hold.
+"""`Call`: the arguments of one call of `moh_attention`; their checks, how masks are combined, refusals that backends share.
 
-Not for what a single backend can't serve (`unsupported` of each).
+The twin of the C++ kernels' `Problem` (`cpu/csrc/problem.h`).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What our compiled kernels compute."""
 
-def check_limits(H: int, Hkv: int, *, heads_per_group: int | None, groups_per_token: int | None) -> None:
-    """What a token promises to use is some of what there is.
+
+class Call(NamedTuple):
+    """What a backend gets: the arguments of `moh_attention`, which defines them, with autocast's dtypes.
+
+    A backend's `attend` may rely on `check` and on a mask of 4 dimensions, `[1 or B, 1 or H, 1 or Nq, 1 or Nk]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    heads_per_group: int | None = None
+
+
+def check(call: Call) -> None:
+    """Check the arguments once for all backends, by shapes and dtypes alone: no number is read from a device.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a shape, dtype or number is not as `moh_attention` defines it; the message names the argument, its
+            value and what is allowed.
     """
-    for name, limit, most in (
-        ("heads_per_group", heads_per_group, H // Hkv),
-        ("groups_per_token", groups_per_token, Hkv),
-    ):
-        if limit is not None and not 1 <= limit <= most:
-            raise ValueError(f"{name} must be between 1 and {most}, got {limit}")
-
-
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    attn_mask: Tensor | None,
-    *,
-    dropout_p: float,
-    is_causal: bool,
-    sliding_window: int | None,
-) -> None:
-    """Shapes, dtypes and numbers are those of `moh_attention`.
-
-    Raises:
-        ValueError: one is not; the message names it, what came and what is allowed.
-    """
+    q, k, v, gates = call.q, call.k, call.v, call.gates
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, heads, N, D], got shape {tuple(tensor.shape)}")
@@ -56,14 +56,12 @@ def check_arguments(
         raise ValueError(
             f"q, k, v and gates must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}, {gates.dtype}"
         )
-    if attn_mask is not None:
-        _check_mask(attn_mask, q, Nk)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if sliding_window is not None and (sliding_window < 1 or not is_causal):
-        raise ValueError(
-            f"sliding_window must be at least 1 and needs is_causal=True, got {sliding_window}, {is_causal}"
-        )
+    if call.attn_mask is not None:
+        _check_mask(call.attn_mask, q, Nk)
+    if not 0 <= call.dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {call.dropout_p}")
+    if call.heads_per_group is not None and not 1 <= call.heads_per_group <= H // Hkv:
+        raise ValueError(f"heads_per_group must be between 1 and {H // Hkv}, got {call.heads_per_group}")
 
 
 def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
@@ -75,3 +73,38 @@ def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
         raise ValueError(
             f"attn_mask must be broadcastable to [B, H, Nq, Nk] = {full}, got shape {tuple(attn_mask.shape)}"
         )
+
+
+def hide(attn_mask: Tensor | None, seen: Tensor) -> Tensor:
+    """`attn_mask` with everything hidden that is not `seen`, a bool mask; the two are broadcast."""
+    if attn_mask is None:
+        return seen
+    return attn_mask & seen if attn_mask.dtype == torch.bool else torch.where(seen, attn_mask, -torch.inf)
+
+
+def seen_by(tokens: Tensor, Nk: int) -> Tensor:
+    """Which of `Nk` keys causal attention shows the tokens `[..., rows, 1]`, those up to their own: `[..., rows, Nk]`."""
+    return torch.arange(Nk, device=tokens.device) <= tokens
+
+
+def unserved_dtype(x: Tensor) -> str | None:
+    """Why our compiled kernels can't compute tensors of x's dtype, or None."""
+    if x.dtype in DTYPES:
+        return None
+    return f"it computes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+
+
+def unserved_options(attn_mask: Tensor | None, dropout_p: float) -> str | None:
+    """Why our compiled kernels can't handle a transform, dropout or a mask that needs a gradient, or None."""
+    if transforms_are_active():
+        return "it has no rules for torch.func's transforms"
+    if dropout_p > 0:
+        return "it has no dropout of attention weights"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient for the mask"
+    return None
+
+
+def transforms_are_active() -> bool:
+    """Whether the call is inside `torch.func.grad`, `vmap` or the like."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -1,7 +1,7 @@
 """Query and output projection of the active heads alone, where that is faster than the dense product.
 
-Both need the gates first, so the queries' only with a router that decides by the layer's input. Not for keys and
-values, which every head of a group shares.
+Both need the gates first, so the queries' only with a router that decides by the layer's input. Keys and values, which
+every head of a group shares, have dense products.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moh.attention import cpu, triton_kernels
-from moh.attention.plain import is_plain
-from moh.attention.refusals import DTYPES, transforms_are_active
-from moh.attention.triton_kernels import projections as on_gpu
-from moh.attention.triton_kernels.projection_rule import dense_is_faster
-from moh.attention.triton_kernels.tiles import major_of
+from moh.attention import cpu
+from moh.attention.call import transforms_are_active, unserved_dtype
+from moh.attention.gpu import backend as gpu
+from moh.attention.gpu import projections as on_gpu
+from moh.attention.gpu.tiles import major_of
+from moh.routing import Router, RoutingInfo
 
 MIN_TOKENS = 64
 """With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
@@ -29,9 +29,24 @@ MAX_SHARE_BFLOAT16 = 0.7
 """The same in bfloat16 where both use the processor's dot products (measured on Zen 4)."""
 
 Kind = Literal["queries", "qkv", "output"]
-"""Of a projection: C -> H * D, the same with keys and values (C -> 3 * H * D), or H * D -> C."""
+"""Which projection: "queries" (C -> H * D), "qkv" (C -> 3 * H * D) or "output" (H * D -> C)."""
 
 _UNITS_OF_16_BITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+def route_and_project(
+    router: Router, q_proj: nn.Module, x: Tensor, backend: str | None = None
+) -> tuple[RoutingInfo, Tensor]:
+    """Route `x` `[B, N, C]` and compute the queries `[B, N, H, D]`.
+
+    A router that reads the queries needs all of them; with another one they may be computed for the active heads alone
+    (`project_queries`), and are 0 elsewhere.
+    """
+    if router.reads_queries:
+        q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
+        return router(q=q), q
+    routing: RoutingInfo = router(x)
+    return routing, project_queries(q_proj, x, routing.gates, router.config.share, backend)
 
 
 def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None) -> Tensor:
@@ -119,6 +134,17 @@ def projections_passed_over(
     return {name: _why_dense(name, linear, x, kind, num_heads, share, backend) for name in ("cpu", "triton")}
 
 
+def is_plain(linear: nn.Module, x: Tensor) -> bool:
+    """Whether `linear` is PyTorch's own, of x's dtype and device: no adapter, hook, quantisation or offloading."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return False
+    weight = linear.weight
+    plain = type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling()
+    return plain and weight.dtype == x.dtype and weight.device == x.device
+
+
 def _sparse_kernels(
     linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None
 ) -> str | None:
@@ -130,19 +156,19 @@ def _sparse_kernels(
 def _why_dense(
     name: str, linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None
 ) -> str | None:
-    # The words hold no size of x: torch.compile would fix it to read them.
+    # Don't format a size of x into the reason: torch.compile would specialise on it.
     device = x.device.type
     if backend not in (None, name):
         return f"the attention's backend is {backend!r}"
-    if x.dtype not in DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    if (reason := unserved_dtype(x)) is not None:
+        return reason
     if name == "cpu" and device != "cpu":
         return f"it runs on the CPU, not on {device}"
     if name == "cpu" and x.shape[0] * x.shape[1] < MIN_TOKENS:
         return f"it serves {MIN_TOKENS} tokens or more"
     if name == "triton" and device != "cuda" and backend is None:
         return f"on {device} it serves only calls that name it"
-    if name == "triton" and (unavailable := triton_kernels.unavailable(device)) is not None:
+    if name == "triton" and (unavailable := gpu.unavailable(device)) is not None:
         return str(unavailable)
     if torch.is_autocast_enabled(device):
         return "autocast is on"
@@ -168,14 +194,14 @@ def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, sh
     tokens = x.shape[0] * x.shape[1]
     if tokens == 0:
         return "it needs at least one token"
-    if (reason := triton_kernels.not_interpreted(x.device.type, x.dtype)) is not None:
+    if (reason := gpu.not_interpreted(x.device.type, x.dtype)) is not None:
         return reason
     if kind == "output" and tokens > on_gpu.FEW_TOKENS and not (torch.is_grad_enabled() and _wants_gradient(linear, x)):
         return "its output projection is the dense product unless gradients are wanted"
     rows, channels = linear.out_features // (3 if kind == "qkv" else 1), linear.in_features
     if kind == "output":
         rows, channels = channels, rows
-    return dense_is_faster(
+    return on_gpu.dense_is_faster(
         tokens=tokens,
         heads=num_heads,
         width=rows // num_heads,

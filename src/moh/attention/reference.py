@@ -1,6 +1,6 @@
 """The definition of routed attention, dense and slow: every backend is compared with this one.
 
-Computes every head, then weights it by its gate (the paper's weighted sum of heads, before W_O). Not for use in models.
+Computes every head, then weights it by its gate (the paper's weighted sum of heads, before W_O).
 """
 
 from __future__ import annotations
@@ -10,37 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-
-def attention_scores_mask(
-    q: Tensor, k: Tensor, *, is_causal: bool, attn_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(allowed, bias): a bool mask and an additive one, each broadcastable to `[B, H, Nq, Nk]`, or None."""
-    allowed = bias = None
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = attn_mask
-    elif attn_mask is not None:
-        bias = attn_mask
-    if is_causal:  # query i sees keys 0..i, as in scaled_dot_product_attention
-        causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        allowed = causal if allowed is None else allowed & causal
-    return allowed, bias
+from moh.attention.call import Call, hide, seen_by
 
 
-def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    *,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Routed attention by its definition; arguments and result as in `moh.attention.moh_attention`.
+def attend(call: Call) -> Tensor:
+    """Routed attention by its definition.
 
     Low-precision inputs are computed in float32. A query that may see no key gives 0.
     """
+    q, k, v, gates, attn_mask = call.q, call.k, call.v, call.gates, call.attn_mask
     dtype = q.dtype
     work = torch.promote_types(dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
@@ -50,17 +28,21 @@ def reference_attention(
     k = k.repeat_interleave(groups, dim=1)  # [B, H, Nk, D]
     v = v.repeat_interleave(groups, dim=1)
 
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale
     scores = q @ k.transpose(-2, -1) * scale  # [B, H, Nq, Nk]
-    allowed, bias = attention_scores_mask(q, k, is_causal=is_causal, attn_mask=attn_mask)
-    if bias is not None:
-        scores = scores + bias
+    allowed = None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    if call.is_causal:  # query i sees keys 0..i, as in scaled_dot_product_attention
+        allowed = hide(allowed, seen_by(torch.arange(q.shape[2], device=q.device)[:, None], k.shape[2]))
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
 
     blind = (scores == -math.inf).all(-1, keepdim=True)  # [B, H, Nq, 1]
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    weights = torch.nn.functional.dropout(weights, dropout_p)
+    weights = torch.nn.functional.dropout(weights, call.dropout_p)
     heads = (weights @ v).transpose(1, 2)  # [B, Nq, H, D]
 
     return (torch.where(active, heads, 0.0) * gates[..., None]).to(dtype)

@@ -2,13 +2,22 @@
 
 Pure PyTorch, any device. The rows of one key/value head are all its active (token, query head) pairs in token order,
 so grouped-query attention expands no keys or values, and decoding packs the active heads of a single token.
+
+How many rows are active is known only at run time, which a compiled graph can't hold; an opaque operator can. So
+`torch.compile` gets the operator `moh::packed_attention` and keeps one graph around it. Its backward pass runs the
+forward pass again, which plain autograd need not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moh.attention.call import Call, hide, seen_by
+from moh.attention.rows import pack, packed_rows_of, rows_of, token_major
 
 CAUSAL_CHUNKS = 8
 """A causal call is cut into this many runs of rows, each against the keys it may see: 8 leaves 1/16 of the square
@@ -24,35 +33,43 @@ BUCKET_FILL = 0.85
 """Heads that share a call have at least this part of the fullest one's rows: the rest is padding."""
 
 
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    *,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Routed attention on the active pairs only; arguments and result as in `moh.attention.moh_attention`."""
-    B, H, Nq, D = q.shape
+# The body reads counts from the device, which a CUDA graph can't record.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+def attend(call: Call) -> Tensor:
+    """Routed attention on the active pairs only."""
+    mask = call.attn_mask
+    if torch.compiler.is_compiling() and not call.dropout_p and not (mask is not None and mask.requires_grad):
+        out: Tensor = packed_attention_op(call.q, call.k, call.v, call.gates, mask, call.is_causal, call.scale)
+        return out
+    eager: Tensor = _attend_eager(call)
+    return eager
+
+
+@torch.compiler.disable  # the number of active rows decides the shapes
+def _attend_eager(call: Call) -> Tensor:
+    return packed_attention(call)
+
+
+def packed_attention(call: Call) -> Tensor:
+    """`attend` outside of compiled graphs: in one call of PyTorch's, or one per bucket of key/value heads."""
+    q, k, v, gates, attn_mask = call.q, call.k, call.v, call.gates, call.attn_mask
+    B, H, Nq, _ = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]  # [1 or B, 1 or H, 1 or Nq, 1 or Nk]
-    options = (is_causal, scale, dropout_p)
     if Nq < MIN_BUCKET_QUERIES or Hkv == 1 or B == 0:
-        return _attend_group(q, k, v, gates, attn_mask, *options)
+        return _attend_bucket(call)
     counts = (gates != 0).view(B, Nq, Hkv, G).sum((1, 3)).amax(0)  # [Hkv]: rows that each has to work through
     buckets = _buckets(counts.tolist(), full=Nq * G)
     if len(buckets) == 1:
-        return _attend_group(q, k, v, gates, attn_mask, *options)
+        return _attend_bucket(call)
     parts = []
     for bucket in buckets:
         heads = [head * G + i for head in bucket for i in range(G)]
         mask = attn_mask[:, heads] if attn_mask is not None and attn_mask.shape[1] > 1 else attn_mask
-        parts.append(_attend_group(q[:, heads], k[:, bucket], v[:, bucket], gates[..., heads], mask, *options))
+        part = call._replace(q=q[:, heads], k=k[:, bucket], v=v[:, bucket], gates=gates[..., heads], attn_mask=mask)
+        parts.append(_attend_bucket(part))
     order = [head * G + i for bucket in buckets for head in bucket for i in range(G)]
     position = sorted(range(H), key=order.__getitem__)
     return torch.cat(parts, dim=2)[:, :, position]
@@ -70,87 +87,53 @@ def _buckets(counts: list[int], full: int) -> list[list[int]]:
     return buckets
 
 
-def _attend_group(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    """`packed_attention` of heads that are padded to the same number of rows; the mask has 4 dimensions."""
-    B, H, Nq, D = q.shape
-    Hkv = k.shape[1]
-    G = H // Hkv
-    active = gates != 0  # [B, Nq, H]
-    if bool(active.all()):  # nothing to leave out, so nothing to gather
-        mask = attn_mask
+def _attend_bucket(call: Call) -> Tensor:
+    """`packed_attention` of heads that are padded to the same number of rows."""
+    q, k, v, gates, attn_mask = call.q, call.k, call.v, call.gates, call.attn_mask
+    B, H, Nq, _ = q.shape
+    Hkv, Nk = k.shape[1:3]
+    if bool((gates != 0).all()):  # nothing to leave out, so nothing to gather
+        is_causal = call.is_causal
         if is_causal and attn_mask is not None:
-            mask, is_causal = _and_seen(attn_mask, torch.arange(Nq, device=q.device)[:, None], k.shape[2]), False
-        heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=G > 1)
+            attn_mask, is_causal = hide(attn_mask, seen_by(torch.arange(Nq, device=q.device)[:, None], Nk)), False
+        heads = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, call.dropout_p, is_causal, scale=call.scale, enable_gqa=Hkv < H
+        )
         return heads.transpose(1, 2) * gates[..., None]
 
-    rows_active = _rows(active.transpose(1, 2), Hkv)  # [B, Hkv, Nq*G], token-major
-    most = max(int(rows_active.sum(-1).max()), 1)  # M: rows that the fullest key/value head has to work through
-    # Active rows first, in token order. A less full head works through some inactive rows too; their output is dropped,
-    # and their query is 0, for a NaN in it would come back to the keys as a gradient.
-    rows = torch.argsort(~rows_active, dim=-1, stable=True)[..., :most]  # [B, Hkv, M]
-    packed_q = _rows(q, Hkv).gather(2, rows[..., None].expand(-1, -1, -1, D))  # [B, Hkv, M, D]
-    packed_active = rows_active.gather(2, rows)[..., None]  # [B, Hkv, M, 1]
-    packed_q = torch.where(packed_active, packed_q, 0.0)
-    packed = _attend(packed_q, k, v, rows, G, is_causal, attn_mask, scale, dropout_p)  # [B, Hkv, M, Dv]
+    packing = pack(gates, Hkv)
+    most = max(int(packing.counts.max()), 1)  # M: rows that the fullest key/value head has to work through
+    # A less full head works through some inactive rows too; their output is dropped.
+    rows = packing.rows[..., :most]  # [B, Hkv, M]
+    live = torch.arange(most, device=q.device) < packing.counts[..., None]  # [B, Hkv, M]
+    packed = _attend_rows(call._replace(q=packed_rows_of(q, rows, live)), rows, H // Hkv)  # [B, Hkv, M, Dv]
 
-    packed_gates = _rows(gates.transpose(1, 2), Hkv).gather(2, rows)[..., None]  # [B, Hkv, M, 1]
-    packed = torch.where(packed_active, packed, 0.0) * packed_gates
-    out = packed.new_zeros(B, Hkv, Nq * G, v.shape[-1]).scatter(2, rows[..., None].expand_as(packed), packed)
-    return out.view(B, Hkv, Nq, G, -1).transpose(1, 2).reshape(B, Nq, H, -1)
+    packed_gates = rows_of(gates.transpose(1, 2), Hkv).gather(2, rows)[..., None]  # [B, Hkv, M, 1]
+    packed = torch.where(live[..., None], packed, 0.0) * packed_gates
+    out = packed.new_zeros(B, Hkv, Nq * (H // Hkv), v.shape[-1])
+    return token_major(out.scatter(2, rows[..., None].expand_as(packed), packed), Nq)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    G: int,
-    is_causal: bool,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    """Attention of the packed rows `[B, Hkv, M, D]`; when causal, in runs that see only the keys they may."""
-    M, Nk = q.shape[2], k.shape[2]
-    if not is_causal:
-        mask = None if attn_mask is None else _packed_mask(attn_mask, rows, G, k.shape[1])
+def _attend_rows(call: Call, rows: Tensor, G: int) -> Tensor:
+    """Attention of packed rows `[B, Hkv, M, D]`, the call's q; when causal, in runs that see only the keys they may."""
+    q, k, v, attn_mask, dropout_p, scale = call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.scale
+    Hkv, Nk = k.shape[1:3]
+    if not call.is_causal:
+        mask = None if attn_mask is None else _packed_mask(attn_mask, rows, G, Hkv)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
     outputs: list[Tensor] = []
-    size = max(MIN_CHUNK_ROWS, -(-M // CAUSAL_CHUNKS))
+    size = max(MIN_CHUNK_ROWS, -(-q.shape[2] // CAUSAL_CHUNKS))
     for run in rows.split(size, dim=2):  # [B, Hkv, m]
         start = len(outputs) * size
         tokens = run // G  # the query position of each row
         keys = min(int(tokens.max()) + 1, Nk)
-        mask = None if attn_mask is None else _packed_mask(attn_mask[..., :keys], run, G, k.shape[1])
-        mask = _and_seen(mask, tokens[..., None], keys)  # [B, Hkv, m, keys]
+        mask = None if attn_mask is None else _packed_mask(attn_mask[..., :keys], run, G, Hkv)
+        mask = hide(mask, seen_by(tokens[..., None], keys))  # [B, Hkv, m, keys]
         run_q = q[:, :, start : start + size]
         outputs.append(
             F.scaled_dot_product_attention(run_q, k[:, :, :keys], v[:, :, :keys], mask, dropout_p, scale=scale)
         )
     return torch.cat(outputs, dim=2)
-
-
-def _rows(x: Tensor, Hkv: int) -> Tensor:
-    """`[B, H, Nq, ...]` -> `[B, Hkv, Nq*G, ...]`: the (token, query head) rows of each key/value head, token-major."""
-    B, H, Nq = x.shape[:3]
-    return x.reshape(B, Hkv, H // Hkv, *x.shape[2:]).transpose(2, 3).reshape(B, Hkv, Nq * (H // Hkv), *x.shape[3:])
-
-
-def _and_seen(mask: Tensor | None, tokens: Tensor, keys: int) -> Tensor:
-    """`mask` with the keys after each row's own token taken away; `tokens` is `[..., rows, 1]`."""
-    seen = torch.arange(keys, device=tokens.device) <= tokens
-    if mask is None:
-        return seen
-    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, -torch.inf)
 
 
 def _packed_mask(mask: Tensor, rows: Tensor, G: int, Hkv: int) -> Tensor:
@@ -165,5 +148,67 @@ def _packed_mask(mask: Tensor, rows: Tensor, G: int, Hkv: int) -> Tensor:
     elif heads == 1:
         by_row, index = mask.expand(B, Hkv, -1, -1), rows // G
     else:
-        by_row, index = _rows(mask.expand(B, -1, -1, -1), Hkv), rows
+        by_row, index = rows_of(mask.expand(B, -1, -1, -1), Hkv), rows
     return by_row.gather(2, index[..., None].expand(B, Hkv, M, keys))
+
+
+@torch.library.custom_op("moh::packed_attention", mutates_args=(), tags=_TAGS)
+def packed_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    return packed_attention(Call(q, k, v, gates, attn_mask, is_causal, scale)).contiguous()
+
+
+@packed_attention_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+@torch.library.custom_op("moh::packed_attention_backward", mutates_args=(), tags=_TAGS)
+def packed_attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return packed_attention(Call(q, k, v, gates, attn_mask, is_causal, scale))
+
+    # An operator's body runs below autograd, where requires_grad_() records nothing; vjp works there too.
+    vjp = torch.func.vjp(forward, q, k, v, gates)[1]
+    dq, dk, dv, dgates = (g.contiguous() for g in vjp(grad))
+    return dq, dk, dv, dgates
+
+
+@packed_attention_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gates.new_empty(gates.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, gates, attn_mask, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, gates, attn_mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, gates, attn_mask = ctx.saved_tensors
+    grads = packed_attention_backward_op(grad, q, k, v, gates, attn_mask, ctx.is_causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+packed_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,22 +1,28 @@
-"""What every backend promises, as named checks that need nothing but torch.
+"""What every backend and the projections of active heads promise, as named checks that need nothing but torch and moh.
 
-Values and gradients of many kinds of calls are those of the definition; what is inactive costs nothing and spoils nothing.
-The tests hold the same promises one by one, and more of them.
+`python -m moh.attention.testing --device cuda` runs them on the user's machine and prints what failed, and what was skipped
+and why. Values and gradients of many kinds of calls are those of the definition; what is inactive costs nothing and spoils
+nothing. The tests hold the same promises one by one, and more of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moh.attention.conformance.inputs import ACTIVITIES, MASKS, Inputs, make_inputs
-from moh.attention.dispatch import Backend, moh_attention
+from moh.attention.backends import BACKENDS, Backend, moh_attention
+from moh.attention.gpu import backend as gpu
+from moh.attention.gpu.projections import expand, sum_heads
+from moh.attention.testing_inputs import ACTIVITIES, MASKS, Inputs, make_inputs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of the largest expected number, or of 1 if that is more: inputs are of size 1, and a sum may cancel."""
@@ -119,10 +125,6 @@ def kinds(*, min_width: int = 1, large: bool = True) -> Iterator[tuple[str, dict
         yield f"token-major, {how}", dict(common, token_major=True, Nq=70)
         for dtype in (torch.float16, torch.float64):
             yield f"{str(dtype).removeprefix('torch.')}, {how}", dict(common, dtype=dtype, Nq=70)
-    for window in (1, 40):
-        for mask in ("none", "bool_2d"):
-            words = f"window {window}, mask {mask}, causal"
-            yield words, dict(D=max(8, min_width), mask=mask, Nq=150, is_causal=True, sliding_window=window)
 
 
 def check(
@@ -151,19 +153,20 @@ def _run(name: str, backend: Backend, make: Callable[[], Inputs], body: Callable
         if reason is None:
             body(inputs)
     except Exception as error:  # a kernel may fail in any way, and leave the device unusable: all is told
-        return Outcome(name, failure=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return _failed(name, error)
     return Outcome(name, skipped=reason)
 
 
+def _failed(name: str, error: Exception) -> Outcome:
+    return Outcome(name, failure=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
 def _why_not(backend: Backend, inputs: Inputs) -> str | None:
-    """Why the backend is not checked with these inputs; takes from a mask the gradient that the backend does not have."""
-    arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
-    reason = backend.unsupported(*arguments, inputs.attn_mask, 0.0)
+    """Why these inputs are skipped, or None. Detaches a mask whose gradient the backend lacks."""
+    reason = backend.why_not(inputs.call)
     if reason is not None and inputs.attn_mask is not None:
         inputs.attn_mask = inputs.attn_mask.detach()
-        reason = backend.unsupported(*arguments, inputs.attn_mask, 0.0)
-    if reason is None and backend.needs_limits:
-        reason = "it needs a promise that no check of single calls makes"
+        reason = backend.why_not(inputs.call)
     return reason
 
 
@@ -184,3 +187,159 @@ def _idle_heads(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
     assert_same(out, clean, "output with NaN in inactive queries")
     for name, grad in gradients(out, inputs, weight).items():
         assert_same(grad, expected[name], f"gradient of {name} with NaN in inactive queries")
+
+
+_Product = Callable[..., Tensor]
+
+PROJECTION_SIZES: dict[str, dict[str, Any]] = {
+    "T70-C40-H3-D24": dict(tokens=70, channels=40, heads=3, width=24),
+    "T2500-C300-H4-D64": dict(tokens=2500, channels=300, heads=4, width=64),
+    "T1000-C4096-H32-D128": dict(tokens=1000, channels=4096, heads=32, width=128),
+    "T600-C512-H8-D72": dict(tokens=600, channels=512, heads=8, width=72),
+    "T300-C200-H2-D256": dict(tokens=300, channels=200, heads=2, width=256),
+    "one-token": dict(tokens=1, channels=4096, heads=32, width=128),
+    "few-tokens": dict(tokens=13, channels=300, heads=3, width=33),
+    "one-of-everything": dict(tokens=1, channels=1, heads=1, width=1),
+    "strided": dict(tokens=90, channels=64, heads=2, width=64, strided=True),
+    "all-active": dict(tokens=600, channels=256, heads=4, width=128, active=1.0),
+    "nothing-active": dict(tokens=600, channels=256, heads=4, width=128, active=0.0),
+    "no-tokens": dict(tokens=0, channels=8, heads=2, width=4),
+}
+
+
+def compare_projections(
+    *,
+    tokens: int,
+    channels: int,
+    heads: int,
+    width: int,
+    active: float = 0.6,
+    columns: bool = False,
+    strided: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Both projections and their gradients are the definition's, with NaN wherever nothing may be read.
+
+    Args:
+        tokens: T.
+        channels: C.
+        heads: H.
+        width: D.
+        active: share of active pairs.
+        columns: whether the matrix is laid out as an output projection's, `[C, H * D]` transposed.
+        strided: whether tokens have other numbers between them in memory.
+        dtype: of everything.
+        device: of everything.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).to(device)
+        return torch.stack((x, x), 1)[:, 0] if strided else x
+
+    x, inner = normal(tokens, channels), normal(tokens, heads, width)
+    matrix = torch.randn(heads * width, channels, generator=random, dtype=torch.float64) / math.sqrt(max(channels, 1))
+    matrix = matrix.to(dtype).to(device)
+    matrix = matrix.t().contiguous().t() if columns else matrix
+    gates = torch.rand(tokens, heads, generator=random) * (torch.rand(tokens, heads, generator=random) < active)
+    if tokens and active < 1:
+        gates[0] = 0  # a token without a head
+    gates = gates.to(dtype).to(device)
+    used = gates != 0
+
+    def grown(heads_of: Tensor, matrix: Tensor) -> Tensor:
+        return (heads_of @ matrix.t()).view(tokens, heads, width) * used[..., None]
+
+    def summed(inner: Tensor, matrix: Tensor) -> Tensor:
+        return (inner * used[..., None]).flatten(1) @ matrix
+
+    unused_token, unused_pair = ~used.any(1, keepdim=True), ~used[..., None]
+    spoilt_x, spoilt_inner = x.masked_fill(unused_token, math.nan), inner.masked_fill(unused_pair, math.nan)
+    products: tuple[tuple[str, _Product, _Product, Tensor, Tensor, Tensor, Tensor], ...] = (
+        ("expand", expand, grown, x, spoilt_x, inner, spoilt_inner),
+        ("sum_heads", sum_heads, summed, inner, spoilt_inner, x, spoilt_x),
+    )
+    for what, ours, definition, clean, spoilt, cotangent, spoilt_cotangent in products:
+        leaves = [t.detach().requires_grad_() for t in (spoilt, matrix)]
+        out = ours(*leaves, gates)
+        exact = [t.detach().double().requires_grad_() for t in (clean, matrix)]
+        expected = definition(*exact)
+        assert_same(out, expected.to(dtype), what)
+        grads = torch.autograd.grad(out, leaves, spoilt_cotangent)
+        for name, grad, wanted in zip(
+            ("input", "matrix"), grads, torch.autograd.grad(expected, exact, cotangent.double()), strict=True
+        ):
+            assert_same(grad, wanted.to(dtype), f"{what}, gradient of its {name}")
+        idle = out[~used] if what == "expand" else grads[0][~used]
+        if not (idle == 0).all():
+            raise AssertionError(f"{what}: inactive pairs are not 0")
+
+
+def check_projections(device: torch.device | str = "cpu") -> Iterator[Outcome]:
+    """Every check on a device, one after the other; a failure is an outcome, not an error."""
+    kind_of_device = torch.device(device).type
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        reason: str | None = gpu.unavailable(kind_of_device)
+        reason = reason or gpu.not_interpreted(kind_of_device, dtype)
+        for size, kind in PROJECTION_SIZES.items():
+            for columns in (False, True):
+                name = f"{size}, {str(dtype).removeprefix('torch.')}, {'columns' if columns else 'rows'}"
+                if reason is not None:
+                    yield Outcome(name, skipped=reason)
+                    continue
+                try:
+                    compare_projections(**kind, columns=columns, dtype=dtype, device=device)
+                except Exception as error:  # a kernel may fail in any way, and leave the device unusable: all is told
+                    yield _failed(name, error)
+                else:
+                    yield Outcome(name)
+
+
+PROJECTIONS = "projections"
+"""The name, beside those of the backends, of the Triton projections of active heads."""
+
+MIN_WIDTH_ON_CUDA = 16
+"""FlexAttention serves no narrower heads there."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the backends and the projections; returns 0, 1 if a check failed, 2 if the device is missing."""
+    names = [name for name in BACKENDS if name != "reference"] + [PROJECTIONS]
+    parser = argparse.ArgumentParser(prog="python -m moh.attention.testing", description=main.__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--backend", nargs="+", choices=names, default=names)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("testing: --device cuda: PyTorch finds no CUDA device here", file=sys.stderr)
+        return 2
+    failed = 0
+    for name in options.backend:
+        outcomes = outcomes_of(name, options.device)
+        print("\n".join(summary(name, outcomes)), flush=True)
+        failed += sum(o.failure is not None for o in outcomes)
+    return 1 if failed else 0
+
+
+def outcomes_of(name: str, device: str) -> list[Outcome]:
+    """All checks of the backend of this name, or of the projections."""
+    if name == PROJECTIONS:
+        return list(check_projections(device))
+    return list(check(BACKENDS[name], device, min_width=MIN_WIDTH_ON_CUDA if device == "cuda" else 1))
+
+
+def summary(name: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """Lines that tell how many checks passed, and each failure and reason to skip."""
+    failures = [o for o in outcomes if o.failure is not None]
+    reasons = Counter(o.skipped for o in outcomes if o.skipped is not None)
+    passed = len(outcomes) - len(failures) - reasons.total()
+    lines = [f"{name}: {passed} of {len(outcomes)} checks passed, {len(failures)} failed, {reasons.total()} skipped"]
+    lines += [f"  skipped {count}: {reason}" for reason, count in reasons.items()]
+    return lines + [f"  FAILED {o.name}: {o.failure}" for o in failures]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,4 @@
-"""Random inputs of routed attention, of every kind that a backend has to serve; they need nothing but torch.
-
-Not for what is done with them (`checks.py`, the tests).
-"""
+"""Random inputs of routed attention, of every kind that a backend has to serve; they need nothing but torch."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moh.attention.call import Call
 
 ACTIVITIES = ("all", "none", "random", "half", "uneven", "idle_token", "idle_head", "one_pair")
 MASKS = (
@@ -37,13 +36,18 @@ class Inputs:
     attn_mask: Tensor | None = None
     is_causal: bool = False
     scale: float | None = None
-    sliding_window: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that are no tensor of their own."""
-        options = dict(attn_mask=self.attn_mask, is_causal=self.is_causal, scale=self.scale)
-        return options if self.sliding_window is None else dict(options, sliding_window=self.sliding_window)
+        """The keyword arguments."""
+        return dict(attn_mask=self.attn_mask, is_causal=self.is_causal, scale=self.scale)
+
+    @property
+    def call(self) -> Call:
+        """What `moh_attention` makes of them."""
+        mask = self.attn_mask
+        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        return Call(self.q, self.k, self.v, self.gates, **dict(self.options, attn_mask=mask))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -67,7 +71,6 @@ def make_inputs(
     mask: str = "none",
     is_causal: bool = False,
     scale: float | None = None,
-    sliding_window: int | None = None,
     token_major: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -95,7 +98,7 @@ def make_inputs(
     attn_mask = None if attn_mask is None else attn_mask.to(device)
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask.requires_grad_()
-    return Inputs(q, k, v, gates, attn_mask, is_causal, scale, sliding_window)
+    return Inputs(q, k, v, gates, attn_mask, is_causal, scale)
 
 
 def make_active(activity: str, coin: Callable[..., Tensor], B: int, Nq: int, H: int) -> Tensor:

@@ -46,7 +46,7 @@ def _print_all() -> None:
     import torch
 
     import moh
-    from moh.attention import backends
+    from moh.attention import BACKENDS, Call
     from moh.evaluation.machine import cpu_name
 
     print(f"moh {moh.__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -59,8 +59,8 @@ def _print_all() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"attention backends on {device}, the first that supports a call serves it; --shape asks for one call")
     q, gates = torch.zeros(1, 2, 4, 16, device=device), torch.zeros(1, 4, 2, device=device)
-    for backend in backends():
-        reason = backend.unsupported(q, q, q, gates, None, 0.0)
+    for backend in BACKENDS.values():
+        reason = backend.why_not(Call(q, q, q, gates))
         works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
         print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
 
@@ -68,7 +68,7 @@ def _print_all() -> None:
 def _print_choice(arguments: argparse.Namespace) -> None:
     import torch
 
-    from moh.attention import backends_passed_over
+    from moh.attention import Call, backends_passed_over
 
     B, H, Hkv, N, D = arguments.shape
     if min(arguments.shape) < 1 or H % Hkv:
@@ -81,7 +81,7 @@ def _print_choice(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype)
     number = torch.zeros(1, device=device, dtype=dtype, requires_grad=arguments.train)
     q, k, gates = number.expand(B, H, N, D), number.expand(B, Hkv, N, D), number.expand(B, N, H)
-    reasons = backends_passed_over(q, k, k, gates, dropout_p=arguments.dropout)
+    reasons = backends_passed_over(Call(q, k, k, gates, dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
     print(
         f"{chosen} serves B{B} H{H}/{Hkv} N{N} D{D} {arguments.dtype} on {device}{' with gradients' * arguments.train}"

@@ -1,54 +1,47 @@
-"""The compiled operators in PyTorch: loading on first use, shapes for `torch.compile`, the backend's function.
+"""The C++ operators to PyTorch: their shapes for `torch.compile`, and gradients where C++ registers none.
 
-Not for the build (`build.py`) or the kernels (`csrc/`).
+Attention (`csrc/attention.cpp`) and the layer for one token (`decode_layer.cpp`) bring their gradients, or have none.
+
+Projections of active (token, head) pairs alone (`projection.h`), with M `[H * D, C]`: `cpu_expand(x, M, gates)` is
+`heads[t, h] = M[h] x[t]`, `cpu_sum_heads(heads, M, gates)` is `x[t] = sum_h M[h]' heads[t, h]`, both over the pairs whose
+gate is not 0. Each is the other's gradient, and `cpu_outer(heads, x, gates)` is M's. Gates only say which pairs are
+active; they get no gradient here.
+
+Aggregated attention (`aggregated.h`) is float32 alone: `moh.models.transnext.aggregated` calls it, and
+`moh.models.transnext.scoring` says what its arguments mean.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moh.attention.cpu import aggregated, projections
-from moh.attention.cpu.build import BuildError, compile_kernels
-from moh.attention.refusals import unserved_dtype, unserved_options
-
-MAX_WIDTH = 256
-
-_state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
-_lock = threading.Lock()
+MAX_WINDOW = 7
+_LENGTH = 8  # aggregated attention's argument that is given by the image's size alone: it gets no gradient
 
 
-@torch.compiler.assume_constant_result
-def _load() -> str | None:
-    with _lock:
-        if "reason" not in _state:
-            _state["reason"] = _try_to_load()
-        return _state["reason"]
-
-
-def _try_to_load() -> str | None:
-    if os.environ.get("MOH_CPU_KERNELS", "1") == "0":
-        return "switched off by MOH_CPU_KERNELS=0"
-    try:
-        torch.ops.load_library(compile_kernels())
-    except Exception as error:  # whatever it is, attention still works without the kernels
-        reason = f"the C++ kernels could not be built: {error if isinstance(error, BuildError) else repr(error)}"
-        warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
-        return reason
-    torch.library.register_fake("moh::cpu_attention", _attention_shapes)
-    torch.library.register_fake("moh::cpu_attention_backward", _attention_backward_shapes)
-    torch.library.register_fake("moh::cpu_decode_layer", _decode_layer_shape)
-    projections.register()
-    aggregated.register()
-    chosen = os.environ.get("MOH_CPU_ISA")
-    if chosen:
-        _use(chosen)
-    return None
+def register() -> None:
+    """Tell PyTorch about the operators, once they are loaded."""
+    for name, shapes in (
+        ("attention", _attention_shapes),
+        ("attention_backward", _attention_backward_shapes),
+        ("decode_layer", _decode_layer_shape),
+        ("expand", _expand_shape),
+        ("sum_heads", _sum_heads_shape),
+        ("outer", _outer_shape),
+        ("aggregated_attention", _aggregated_shapes),
+        ("aggregated_attention_backward", _aggregated_backward_shapes),
+    ):
+        torch.library.register_fake(f"moh::cpu_{name}", shapes)
+    torch.library.register_autograd("moh::cpu_expand", _expand_backward, setup_context=_save)
+    torch.library.register_autograd("moh::cpu_sum_heads", _sum_heads_backward, setup_context=_save)
+    torch.library.register_autograd("moh::cpu_outer", _outer_backward, setup_context=_save)
+    torch.library.register_autograd(
+        "moh::cpu_aggregated_attention", _aggregated_backward, setup_context=_save_aggregated
+    )
+    torch.library.register_autograd("moh::cpu_aggregated_attention_backward", _no_second_derivative)
 
 
 def _attention_shapes(
@@ -77,90 +70,64 @@ def _decode_layer_shape(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:2], o_weight.shape[0])
 
 
-def instruction_sets() -> list[str]:
-    """Instruction sets of the compiled kernels, the most capable first.
-
-    Raises:
-        BuildError: there are no kernels.
-    """
-    _require()
-    names: list[str] = torch.ops.moh.cpu_instruction_sets()
-    return names
+def _expand_shape(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
+    heads = gates.shape[1]
+    return x.new_empty(x.shape[0], heads, matrix.shape[0] // heads)
 
 
-def instruction_set() -> str:
-    """The instruction set in use: the most capable, unless another was chosen.
-
-    Raises:
-        BuildError: there are no kernels.
-    """
-    _require()
-    name: str = torch.ops.moh.cpu_in_use()
-    return name
+def _sum_heads_shape(heads: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
+    return heads.new_empty(heads.shape[0], matrix.shape[1])
 
 
-def use_instruction_set(name: str) -> None:
-    """Use the kernels of another instruction set from now on, to test or to compare (also: `MOH_CPU_ISA=name`).
-
-    Raises:
-        ValueError: this machine's build has no such instruction set.
-        BuildError: there are no kernels.
-    """
-    _require()
-    _use(name)
+def _outer_shape(heads: Tensor, x: Tensor, gates: Tensor) -> Tensor:
+    return x.new_empty(heads.shape[1] * heads.shape[2], x.shape[1])
 
 
-def _use(name: str) -> None:
-    known = torch.ops.moh.cpu_instruction_sets()
-    if name not in known:
-        raise ValueError(f"name must be one of {', '.join(map(repr, known))} on this machine, got {name!r}")
-    torch.ops.moh.cpu_use_instruction_set(name)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _require() -> None:
-    reason = _load()
-    if reason is not None:
-        raise BuildError(reason)
+def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, matrix, gates = ctx.saved_tensors
+    needs_x, needs_matrix, _ = ctx.needs_input_grad
+    grad_x = torch.ops.moh.cpu_sum_heads(grad, matrix, gates) if needs_x else None
+    grad_matrix = torch.ops.moh.cpu_outer(grad, x, gates) if needs_matrix else None
+    return grad_x, grad_matrix, None
 
 
-def unavailable() -> str | None:
-    """Why the kernels can't be used on this machine, or None; compiles them if that was not yet tried."""
-    reason: str | None = _load()
-    return reason
+def _sum_heads_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    heads, matrix, gates = ctx.saved_tensors
+    needs_heads, needs_matrix, _ = ctx.needs_input_grad
+    grad_heads = torch.ops.moh.cpu_expand(grad, matrix, gates) if needs_heads else None
+    grad_matrix = torch.ops.moh.cpu_outer(heads, grad, gates) if needs_matrix else None
+    return grad_heads, grad_matrix, None
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float
-) -> str | None:
-    """Why the backend can't serve the call, or None; compiles the kernels if nothing else stands against it."""
-    if q.device.type != "cpu":
-        return f"it runs on the CPU, not on {q.device.type}"
-    if (reason := unserved_dtype(q)) is not None:
-        return reason
-    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
-        return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
-    if (reason := unserved_options(attn_mask, dropout_p)) is not None:
-        return reason
-    return unavailable()
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    heads, x, gates = ctx.saved_tensors
+    needs_heads, needs_x, _ = ctx.needs_input_grad
+    grad_heads = torch.ops.moh.cpu_expand(x, grad, gates) if needs_heads else None
+    grad_x = torch.ops.moh.cpu_sum_heads(heads, grad, gates) if needs_x else None
+    return grad_heads, grad_x, None
 
 
-def cpu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    *,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Routed attention by the C++ kernels; arguments and result as in `moh.attention.moh_attention`."""
-    if attn_mask is not None:
-        attn_mask = attn_mask.detach()
-    # For gradients the operator keeps the log-sum-exp whatever it is told.
-    out: Tensor = torch.ops.moh.cpu_attention(
-        q, k, v, gates, attn_mask, is_causal, sliding_window, scale, keep_lse=False
-    )[0]
-    return out
+def _aggregated_shapes(q: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _aggregated_backward_shapes(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for i, x in enumerate(inputs[:13]) if i != _LENGTH]
+
+
+def _save_aggregated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.height, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _aggregated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.moh.cpu_aggregated_attention_backward(grad, *ctx.saved_tensors, ctx.height, ctx.width)
+    return (*grads[:_LENGTH], None, *grads[_LENGTH:], None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("the backend 'cpu' has no second derivative; use backend='reference' where you need one")

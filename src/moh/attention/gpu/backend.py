@@ -13,35 +13,22 @@ import os
 import torch
 from torch import Tensor
 
-from moh.attention.compaction import compact
-from moh.attention.refusals import unserved_dtype, unserved_options
-from moh.attention.triton_kernels.operators import triton_attention_op
-from moh.attention.triton_kernels.tiles import MAX_WIDTH
-
-__all__ = ["MAX_WIDTH", "not_interpreted", "triton_attention", "unavailable", "unsupported"]
+from moh.attention.call import Call, unserved_dtype, unserved_options
+from moh.attention.gpu.operators import triton_attention_op
+from moh.attention.gpu.tiles import MAX_WIDTH
+from moh.attention.rows import pack
 
 MIN_CAPABILITY = (8, 0)
 
 
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    *,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Routed attention by the Triton kernels; arguments and result as in `moh.attention.moh_attention`."""
-    packed = compact(gates.detach(), k.shape[1])
-    rows, counts, before = (x.to(torch.int32).contiguous() for x in (packed.rows, packed.counts, packed.before))
-    attn_mask = None if attn_mask is None else attn_mask.detach()
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+def attend(call: Call) -> Tensor:
+    """Routed attention by the Triton kernels."""
+    packing = pack(call.gates.detach(), call.k.shape[1])
+    rows, counts, before = (x.to(torch.int32).contiguous() for x in (packing.rows, packing.counts, packing.before))
+    attn_mask = None if call.attn_mask is None else call.attn_mask.detach()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     out: Tensor = triton_attention_op(
-        q, k, v, gates, attn_mask, rows, counts, before, is_causal, sliding_window, scale
+        q, k, v, call.gates, attn_mask, rows, counts, before, call.is_causal, None, call.scale
     )[0]
     return out
 
@@ -80,10 +67,9 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, dropout_p: float
-) -> str | None:
+def why_not(call: Call) -> str | None:
     """Why the backend can't serve the call, or None."""
+    q, v = call.q, call.v
     reason: str | None = unavailable(q.device.type)
     if reason is not None:
         return reason
@@ -96,4 +82,4 @@ def unsupported(
         return "it needs at least one query and one key"
     if (reason := not_interpreted(q.device.type, q.dtype)) is not None:
         return reason
-    return unserved_options(attn_mask, dropout_p)
+    return unserved_options(call.attn_mask, call.dropout_p)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moh.attention.triton_kernels.forward import packed_rows, seen_and_bias
+from moh.attention.gpu.forward_kernels import packed_rows, seen_and_bias
 
 
 @triton.jit

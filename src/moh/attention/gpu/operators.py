@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh.attention.triton_kernels.tiles import major_of, padded, tiles
+from moh.attention.gpu.tiles import major_of, padded, tiles
 
 SPLIT_KEYS = 256
 """Decoding cuts the keys into parts of at least this many: shorter ones cost more to combine than they win."""
@@ -77,7 +77,7 @@ def triton_attention_op(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(weighted heads `[B, Nq, H, Dv]`, log2 of each packed row's sum, float32 `[B, Hkv, M]`); int32 rows."""
-    from moh.attention.triton_kernels.forward import LOG2_E, combine_kernel, forward_kernel
+    from moh.attention.gpu.forward_kernels import LOG2_E, combine_kernel, forward_kernel
 
     B, H, Nq, D = q.shape
     Hkv, Nk, Dv = v.shape[1:]
@@ -136,8 +136,8 @@ def triton_attention_backward_op(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q (token-major in memory), k, v and gates, from `grad` with the strides of `out`."""
-    from moh.attention.triton_kernels.backward import backward_keys_kernel, backward_rows_kernel
-    from moh.attention.triton_kernels.forward import LOG2_E
+    from moh.attention.gpu.backward_kernels import backward_keys_kernel, backward_rows_kernel
+    from moh.attention.gpu.forward_kernels import LOG2_E
 
     B, H, Nq, D = q.shape
     Hkv, Nk, Dv = v.shape[1:]

@@ -1,7 +1,7 @@
-"""The projections' Triton kernels as operators of PyTorch, each the other's gradient (`projection_kernels.py`).
+"""The projections' Triton kernels as operators of PyTorch, each the other's gradient, and when they are worth it.
 
 With M `[H * D, C]`: `expand` is `heads[t, h] = M[h] x[t]`, `sum_heads` is `x[t] = sum_h M[h]' heads[t, h]`, both over the
-pairs whose gate is not 0. Not for when they are worth it (`moh.attention.projections`).
+pairs whose gate is not 0 (`projection_kernels.py`). When they are faster than dense products is predicted by counts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh.attention.triton_kernels.projection_tiles import FEW, FEW_32_BITS, ProductTile, product_tile
-from moh.attention.triton_kernels.tiles import major_of, padded
+from moh.attention.gpu.tiles import FEW, FEW_32_BITS, ProductTile, major_of, padded, product_tile, relative_cost
 
 FEW_TOKENS = 16
 """Up to here one program has all tokens of a head and reads its weights once, if any token uses it."""
@@ -22,6 +21,47 @@ PACK_GATES, PACK_WARPS = 8192, 8
 
 SUM_COLUMNS = 64
 ADD_COLUMNS = 128
+
+MAX_COST = 0.7
+"""Use the sparse product up to this part of the dense cost by count; the rest is a margin for Triton being slower than cuBLAS."""
+
+MIN_TILES = 128
+"""Below this many tiles, of active pairs or of the weights' gradient, a large GPU is not full, so skipping work saves no time."""
+
+MIN_BYTES = 2**24
+"""With few tokens: weights that take less time to read than the launch of a kernel are not worth a choice."""
+
+
+def dense_is_faster(
+    *, tokens: int, heads: int, width: int, channels: int, share: float, dtype: torch.dtype, major: int
+) -> str | None:
+    """Why the dense product is expected to be as fast, or None.
+
+    Args:
+        tokens: of all sequences together.
+        heads: H.
+        width: D, of one head.
+        channels: C, of the layer's input or output.
+        share: expected share of (token, head) pairs that are active.
+        dtype: of weights and inputs.
+        major: of the GPU's compute capability.
+    """
+    # No number of tokens in the reason: torch.compile would specialise on it.
+    if dtype.itemsize != 2:
+        return f"its {str(dtype).removeprefix('torch.')} tiles are small and meant for checks"
+    if tokens <= FEW_TOKENS:
+        if heads * width * channels * dtype.itemsize < MIN_BYTES:
+            return f"its weights have less than {MIN_BYTES >> 20} MiB, and reading part of them saves too little"
+        if 1 - (1 - share) ** tokens > MAX_COST:
+            return f"so many tokens are expected to use more than {MAX_COST:.0%} of the heads"
+        return None
+    tile = product_tile(width, dtype.itemsize, major)
+    cost = (share + tile.tall / 2 / tokens) * relative_cost(width, major)  # half a tile per head is empty
+    if cost > MAX_COST:
+        return f"by count it costs more than {MAX_COST} of the dense product"
+    if min(tokens * share, channels) * heads * width < MIN_TILES * tile.tall * tile.wide:
+        return f"it has fewer than {MIN_TILES} tiles of work, which leave a large GPU idle"
+    return None
 
 
 def expand(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
@@ -78,7 +118,7 @@ def _few(x: Tensor) -> ProductTile:
 @torch.library.custom_op("moh::triton_pack", mutates_args=())
 def triton_pack_op(gates: Tensor) -> tuple[Tensor, Tensor]:
     """(each head's tokens, the active ones first, in order, int32 `[H, T]`; how many are active, int32 `[H]`)."""
-    from moh.attention.triton_kernels.projection_kernels import count_kernel, pack_kernel
+    from moh.attention.gpu.projection_kernels import count_kernel, pack_kernel
 
     T, H = gates.shape
     rows, counts = _packed_shapes(gates)
@@ -104,7 +144,7 @@ def _packed_shapes(gates: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("moh::triton_expand", mutates_args=())
 def triton_expand_op(x: Tensor, matrix: Tensor, gates: Tensor, rows: Tensor | None, counts: Tensor | None) -> Tensor:
     """Heads `[T, H, D]`, contiguous; without `rows` and `counts` the kernel finds active pairs by their gates."""
-    from moh.attention.triton_kernels.projection_kernels import expand_kernel
+    from moh.attention.gpu.projection_kernels import expand_kernel
 
     (T, C), H = x.shape, gates.shape[1]
     D = matrix.shape[0] // H
@@ -126,7 +166,7 @@ def triton_expand_op(x: Tensor, matrix: Tensor, gates: Tensor, rows: Tensor | No
 @torch.library.custom_op("moh::triton_sum_heads", mutates_args=())
 def triton_sum_heads_op(heads: Tensor, matrix: Tensor, gates: Tensor, zeroed: bool) -> Tensor:
     """The sum `[T, C]`, contiguous."""
-    from moh.attention.triton_kernels.projection_kernels import add_parts_kernel, sum_heads_kernel
+    from moh.attention.gpu.projection_kernels import add_parts_kernel, sum_heads_kernel
 
     T, H, D = heads.shape
     C = matrix.shape[1]
@@ -150,7 +190,7 @@ def triton_sum_heads_op(heads: Tensor, matrix: Tensor, gates: Tensor, zeroed: bo
 @torch.library.custom_op("moh::triton_outer", mutates_args=())
 def triton_outer_op(heads: Tensor, x: Tensor, gates: Tensor, rows: Tensor, counts: Tensor, columns: bool) -> Tensor:
     """`[H * D, C]`: the sum over each head's active tokens of `heads[t, h] x[t]'`; with `columns`, column-major."""
-    from moh.attention.triton_kernels.projection_kernels import outer_kernel
+    from moh.attention.gpu.projection_kernels import outer_kernel
 
     (T, H, D), C = heads.shape, x.shape[1]
     heads, x = _aligned(heads), _aligned(x)

@@ -13,7 +13,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.layers import MoHAttention
+from moh.layer import MoHAttention
 
 MODULATION_EPS = 1e-6
 """Epsilon of the norms inside diffusers' adaptive norms, of the published models, and of the last norm."""

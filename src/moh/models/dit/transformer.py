@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from moh.config import MoHConfig
-from moh.layers import MoHAttention
+from moh.layer import MoHAttention
 from moh.models.dial import HasActiveHeads
 from moh.models.dit.layers import MODULATION_EPS, MoHDiTBlock, modulate
 from moh.models.heads import layer_configs

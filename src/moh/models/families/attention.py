@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from moh.attention import moh_attention, project_output
-from moh.layers.queries import route_and_project
+from moh.attention import moh_attention, project_output, route_and_project
 from moh.models.families.table import Family, at
 from moh.routing import Router, RoutingInfo
 
@@ -61,7 +60,6 @@ class RoutedAttention(nn.Module):
             scale=core.scaling,
             dropout_p=at(core, family.dropout) if self.training else 0.0,
             heads_per_group=layer.heads_per_group,
-            groups_per_token=layer.groups_per_token,
             backend=backend,
         )  # [B, N, H, D]
         out = project_output(at(self, family.output), heads, routing.gates, layer.share, backend)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moh.attention import cpu
-from moh.attention.plain import is_plain
-from moh.attention.refusals import DTYPES, transforms_are_active
+from moh.attention.call import DTYPES, transforms_are_active
+from moh.attention.projections import is_plain
 from moh.config import MoHConfig
 from moh.models.llama.cache_room import room_for_a_token
 

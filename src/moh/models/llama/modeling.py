@@ -21,9 +21,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from moh.attention import moh_attention, project_output
+from moh.attention import moh_attention, project_output, route_and_project
 from moh.config import MoHConfig
-from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.dial import HasActiveHeads
 from moh.models.llama.configuration import MoHLlamaConfig
@@ -76,7 +75,6 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
             heads_per_group=self.router.config.heads_per_group,
-            groups_per_token=self.router.config.groups_per_token,
             backend=backend,
         )  # [B, N, H, D]
         return project_output(self.o_proj, heads, routing.gates, share, backend), None

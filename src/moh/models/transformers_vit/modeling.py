@@ -19,9 +19,8 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from moh.attention import moh_attention, project_output
+from moh.attention import moh_attention, project_output, route_and_project
 from moh.config import MoHConfig
-from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.dial import HasActiveHeads
 from moh.models.transformers_vit.configuration import MoHViTConfig

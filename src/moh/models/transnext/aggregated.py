@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moh.attention import cpu
-from moh.attention.refusals import unserved_dtype, unserved_options
+from moh.attention.call import unserved_dtype, unserved_options
 from moh.models.transnext.scoring import Scoring, neighbours, reference_attention
 
 BACKENDS = ("cpu", "sdpa", "reference")

@@ -1,0 +1,119 @@
+"""Backend `cpu`: C++ kernels, built and loaded on first use, and the instruction sets that they may use."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+
+import torch
+from torch import Tensor
+
+from moh.attention.call import Call, unserved_dtype, unserved_options
+from moh.attention.cpu.build import BuildError, compile_kernels
+from moh.attention.cpu.operators import register
+
+MAX_WIDTH = 256
+
+_state: dict[str, str | None] = {}  # "reason" once loading was tried: why there are no kernels, None if there are
+_lock = threading.Lock()
+
+
+@torch.compiler.assume_constant_result
+def _load() -> str | None:
+    with _lock:
+        if "reason" not in _state:
+            _state["reason"] = _try_to_load()
+        return _state["reason"]
+
+
+def _try_to_load() -> str | None:
+    if os.environ.get("MOH_CPU_KERNELS", "1") == "0":
+        return "switched off by MOH_CPU_KERNELS=0"
+    try:
+        torch.ops.load_library(compile_kernels())
+    except Exception as error:  # whatever it is, attention still works without the kernels
+        reason = f"the C++ kernels could not be built: {error if isinstance(error, BuildError) else repr(error)}"
+        warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
+        return reason
+    register()
+    chosen = os.environ.get("MOH_CPU_ISA")
+    if chosen:
+        _use(chosen)
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets of the compiled kernels, the most capable first.
+
+    Raises:
+        BuildError: there are no kernels.
+    """
+    _require()
+    names: list[str] = torch.ops.moh.cpu_instruction_sets()
+    return names
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the most capable, unless another was chosen.
+
+    Raises:
+        BuildError: there are no kernels.
+    """
+    _require()
+    name: str = torch.ops.moh.cpu_in_use()
+    return name
+
+
+def use_instruction_set(name: str) -> None:
+    """Use the kernels of another instruction set from now on, to test or to compare (also: `MOH_CPU_ISA=name`).
+
+    Raises:
+        ValueError: this machine's build has no such instruction set.
+        BuildError: there are no kernels.
+    """
+    _require()
+    _use(name)
+
+
+def _use(name: str) -> None:
+    known = torch.ops.moh.cpu_instruction_sets()
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(map(repr, known))} on this machine, got {name!r}")
+    torch.ops.moh.cpu_use_instruction_set(name)
+
+
+def _require() -> None:
+    reason = _load()
+    if reason is not None:
+        raise BuildError(reason)
+
+
+def unavailable() -> str | None:
+    """Why the kernels can't be used on this machine, or None; compiles them if that was not yet tried."""
+    reason: str | None = _load()
+    return reason
+
+
+def why_not(call: Call) -> str | None:
+    """Why the backend can't serve the call, or None; compiles the kernels if nothing else stands against it."""
+    q, v = call.q, call.v
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, not on {q.device.type}"
+    if (reason := unserved_dtype(q)) is not None:
+        return reason
+    if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
+        return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+    if (reason := unserved_options(call.attn_mask, call.dropout_p)) is not None:
+        return reason
+    return unavailable()
+
+
+def attend(call: Call) -> Tensor:
+    """Routed attention by the C++ kernels."""
+    attn_mask = None if call.attn_mask is None else call.attn_mask.detach()
+    # For gradients the operator keeps the log-sum-exp whatever it is told.
+    out: Tensor = torch.ops.moh.cpu_attention(
+        call.q, call.k, call.v, call.gates, attn_mask, call.is_causal, None, call.scale, keep_lse=False
+    )[0]
+    return out
