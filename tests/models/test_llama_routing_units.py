@@ -43,7 +43,7 @@ every_kind = pytest.mark.parametrize("model", KINDS, indirect=True)
 
 
 def choose_grouped(model) -> None:
-    """The backend by name, where it can serve prefill too."""
+    """The backend by name, where it can serve."""
     if model.config.routing_unit == "group_balanced":
         model.config.moh_backend = "grouped"
 
@@ -69,7 +69,7 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(model, tokens, monkeyp
     cache = StaticCache(config=model.config, max_cache_len=16) if backend == "static-cache" else None
     cache = model(tokens[:, :7], past_key_values=cache, use_cache=True).past_key_values
     if backend == "grouped":
-        model.config.moh_backend = "grouped"  # with a single query it serves both units
+        choose_grouped(model)
     if backend == "operator-off":
         monkeypatch.setattr(modeling, "decode", lambda *_: None)
     for t in range(7, 12):
@@ -89,7 +89,7 @@ def test_left_padding_changes_nothing_in_decoding(model, tokens, backend):
         tokens[:, :11], attention_mask=mask[:, :11], position_ids=positions[:, :11], use_cache=True
     ).past_key_values
     if backend == "grouped":
-        model.config.moh_backend = "grouped"
+        choose_grouped(model)
     last = model(tokens[:, 11:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 11:]).logits
     torch.testing.assert_close(last, full[:, 11:], rtol=1e-4, atol=2e-5)
 
