@@ -576,7 +576,7 @@ def test_inductor_compiles_forward_and_backward_into_one_graph(kernels):
 
 
 def test_instruction_sets_without_kernels_is_an_error_with_the_reason(monkeypatch):
-    monkeypatch.setattr(cpu.operators, "_state", {"reason": "no compiler"})
+    monkeypatch.setattr(cpu.backend, "_state", {"reason": "no compiler"})
     for call in (cpu.instruction_sets, lambda: cpu.use_instruction_set("portable")):
         with pytest.raises(BuildError, match="no compiler"):
             call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moh.attention.rows import pack, rows_of, token_major
+from moh.attention.rows import pack, packed_rows_of, rows_of, token_major
 
 SIZES = [
     pytest.param(2, 7, 4, 2, id="H4-kv2"),
@@ -35,6 +35,14 @@ def test_places_bring_rows_back_to_tokens_and_heads(B, N, H, Hkv):
     front = rows_of(x, Hkv).gather(2, packed.rows[..., None].expand(-1, -1, -1, 3))
     back = front.gather(2, packed.places[..., None].expand(-1, -1, -1, 3))
     assert torch.equal(token_major(back, N), x.transpose(1, 2))
+
+
+def test_rows_that_are_not_live_are_0_whatever_they_hold():
+    gates = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]])  # [B, N, H], one key/value head
+    packed = pack(gates, 1)
+    x = torch.arange(6.0).view(1, 2, 3, 1).masked_fill(gates.transpose(1, 2)[..., None] == 0, torch.nan)  # [B, H, N, 1]
+    live = torch.arange(4) < packed.counts[..., None]
+    assert packed_rows_of(x, packed.rows[..., :4], live).flatten().tolist() == [0.0, 5.0, 0.0, 0.0]
 
 
 def test_packing_has_static_shapes_and_asks_the_device_for_no_number():

@@ -130,7 +130,14 @@ def test_operator_is_registered_correctly(kind):
 def test_compiled_attention_is_one_graph_and_equals_eager():
     torch.compiler.reset()
     compiled = torch.compile(moh_attention, backend="aot_eager", fullgraph=True)
-    for kind in ({}, dict(is_causal=True), dict(mask="padding"), dict(activity="none"), dict(Nq=70, activity="uneven")):
+    for kind in (
+        {},
+        dict(is_causal=True),
+        dict(mask="padding"),
+        dict(mask="bool_2d"),
+        dict(activity="none"),
+        dict(Nq=70, activity="uneven"),
+    ):
         inputs = make_inputs(**kind)
         expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
         got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)

@@ -60,7 +60,7 @@ def _print_all() -> None:
     print(f"attention backends on {device}, the first that supports a call serves it; --shape asks for one call")
     q, gates = torch.zeros(1, 2, 4, 16, device=device), torch.zeros(1, 4, 2, device=device)
     for backend in BACKENDS.values():
-        reason = backend.why_not(Call(q, q, q, gates))
+        reason = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
         works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
         print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
 

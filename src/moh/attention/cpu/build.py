@@ -1,7 +1,4 @@
-"""Compiles the C++ sources for this machine, once: a cache directory per sources, compiler, torch and processor.
-
-Not for what the operators compute (`csrc/`) or how they are registered (`operators.py`).
-"""
+"""Compiles the C++ sources for this machine, once: a cache directory per sources, compiler, torch and processor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Triton kernels as operators of PyTorch, `moh::triton_attention` and its backward pass.
 
 Opaque to `torch.compile`, which keeps one graph around them; every shape is static and nothing is asked of the device,
-so that a CUDA graph can record them. Not for the choice of block sizes (`tiles.py`).
+so that a CUDA graph can record them.
 """
 
 from __future__ import annotations
