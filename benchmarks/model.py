@@ -24,7 +24,7 @@ from moh.config import MoHConfig
 from moh.conversion.families import moh_config_fields
 from moh.conversion.language import build
 from moh.models.llama import MoHLlamaConfig
-from moh.models.loading import load_causal_lm
+from moh.models.transformers.loading import load_causal_lm
 from moh.routing import build_router
 
 BASE = Case(

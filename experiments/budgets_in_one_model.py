@@ -33,8 +33,8 @@ from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.budget import set_active_heads
-from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.models.output_budgets import output_projection, routed_attentions
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 

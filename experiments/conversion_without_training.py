@@ -37,7 +37,7 @@ from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.llama import MoHLlamaConfig
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 

@@ -82,7 +82,7 @@ def test_a_model_keeps_the_head_that_it_was_saved_with(
     assert result.code == 0, result.err
     dense, model = (getattr(m, k).from_pretrained(f) for m, k, f in (
         (transformers, kind, source),
-        (pytest.importorskip("moh.models.families"), f"MoH{kind}", tmp_path / "model"),
+        (pytest.importorskip("moh.models.transformers"), f"MoH{kind}", tmp_path / "model"),
     ))  # fmt: skip
     ids = torch.randint(3, 64, (2, 8))
     with torch.no_grad():

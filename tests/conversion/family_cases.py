@@ -1,4 +1,4 @@
-"""A tiny dense model of every family of `moh.models.families`, whose attention matters and whose biases aren't zero."""
+"""A tiny dense model of every family of `moh.models.transformers`, whose attention matters and whose biases aren't zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from moh.models.families.table import FAMILIES, Family
+from moh.models.transformers.families import FAMILIES, Family
 
 TINY = dict(
     vocab_size=64,

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import transformers
 
-import moh.models.families
+import moh.models.transformers
 from moh import convert, record_routing
 
 sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
@@ -153,7 +153,7 @@ def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -
     assert saved["model_type"] == f"moh_{model_type}"
     assert saved["architectures"] == [f"MoH{type(dense).__name__}"]
     loaded, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is type(model) is getattr(moh.models.families, f"MoH{type(dense).__name__}")
+    assert type(loaded) is type(model) is getattr(moh.models.transformers, f"MoH{type(dense).__name__}")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.config.active_heads == [1, 2]
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is type(model.config)

@@ -142,7 +142,7 @@ def test_a_moh_model_of_a_family_is_not_converted_again() -> None:
 
 
 def test_a_configuration_that_the_attention_cannot_serve_is_refused() -> None:
-    from moh.models.families import MoHBertConfig, MoHGemma2Config, MoHGPT2Config
+    from moh.models.transformers import MoHBertConfig, MoHGemma2Config, MoHGPT2Config
 
     assert MoHGemma2Config().attn_logit_softcapping is None
     with pytest.raises(ValueError, match="attn_logit_softcapping must be None, got 30"):
@@ -154,7 +154,7 @@ def test_a_configuration_that_the_attention_cannot_serve_is_refused() -> None:
 
 
 def test_texts_for_an_encoder_stand_between_its_special_tokens(base_dir: Path) -> None:
-    from moh.conversion.family_models import DenseFamilyModel
+    from moh.conversion.transformers import DenseFamilyModel
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir)
     tokenizer.cls_token, tokenizer.sep_token = tokenizer.convert_ids_to_tokens([5, 6])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-from moh.models.llama.head_order import interleave_shared_heads
+from moh.models.transformers.head_order import interleave_shared_heads
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}

@@ -71,8 +71,8 @@ def tensor_parallel(ways: int, **fields):
     from torch.distributed.tensor import DTensor
 
     from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-    from moh.models.llama.head_order import interleave_shared_heads
-    from moh.models.llama.tensor_parallel import split_heads
+    from moh.models.transformers.head_order import interleave_shared_heads
+    from moh.models.transformers.tensor_parallel import split_heads
 
     small = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "active_heads": 2, "router_aux_loss_coef": 0.5}

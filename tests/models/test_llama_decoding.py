@@ -114,7 +114,7 @@ def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypa
     if reason == "float64":
         model.double()
     if reason == "large batch":
-        monkeypatch.setattr("moh.models.llama.decoding.MAX_BATCH", 1)
+        monkeypatch.setattr("moh.models.transformers.decoding.MAX_BATCH", 1)
     cache = prefilled(model, tokens)
     if reason == "static cache":
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -215,7 +215,7 @@ def test_a_cache_of_inference_mode_can_be_gone_on_with_outside_of_it(tiny_model,
 
 @torch.no_grad()
 def test_a_full_cache_is_enlarged(tiny_model, tokens, monkeypatch):
-    monkeypatch.setattr("moh.models.llama.cache_room.MIN_ROOM", 2)
+    monkeypatch.setattr("moh.models.transformers.cache_room.MIN_ROOM", 2)
     model = tiny_model(router="linear")
     full = model(tokens).logits
     cache = prefilled(model, tokens)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moh.models.published_llama import published_heads
+from moh.models.transformers.published import published_heads
 
 _ROPE_THETA = 10_000.0  # Llama's, where config.json leaves it out
 

@@ -93,7 +93,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
     from moh.conversion import convert
     from moh.conversion.convert import is_diffusion_model, load_dense
     from moh.models.budget import head_share, moh_routers
-    from moh.models.loading import default_device
+    from moh.models.transformers.loading import default_device
 
     options = {
         "shared_heads": arguments.shared_heads,
@@ -122,7 +122,7 @@ def _reads_images(dense: Any) -> bool:
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
-    from moh.models.loading import load_tokenizer
+    from moh.models.transformers.loading import load_tokenizer
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")

@@ -18,13 +18,13 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import DenseModel
-from moh.conversion.family_models import DenseFamilyModel
 from moh.conversion.heads import requested_layers
 from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
-from moh.models.families.table import family_of
+from moh.conversion.transformers import DenseFamilyModel
 from moh.models.image_loading import load_image_classifier, saved_config
-from moh.models.loading import load_as, load_causal_lm, load_config, load_tokenizer
+from moh.models.transformers.families import family_of
+from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
@@ -92,7 +92,7 @@ def convert(
         progress: show progress bars.
 
     Returns:
-        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, a class of `moh.models.families`, a `MoHViTModel`,
+        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, a class of `moh.models.transformers`, a `MoHViTModel`,
         `MoHViTForImageClassification` or `MoHDiTTransformer2DModel`, or a timm model of the same class as before
         (`moh.models.vit.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
         original's (nearly, with a fitted two-stage router).

@@ -1,7 +1,7 @@
 """Which transformers models can be converted, what is refused with which advice, and a MoH Llama's configuration.
 
 Llama, Mistral and Qwen2 share one architecture up to biases and the attention window; the other families are in
-`moh.models.families.table`. Weights are not touched here.
+`moh.models.transformers.families`. Weights are not touched here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moh.conversion.dense import DenseAttention
-from moh.models.families.table import FAMILIES, Family, at
+from moh.models.transformers.families import FAMILIES, Family, at
 
 # What described the file that the dense weights came from, or is said anew.
 NOT_CARRIED = frozenset(

@@ -90,7 +90,7 @@ class OutputBudgets(nn.Module):
 
 def output_projection(attention: nn.Module) -> Any:
     """The module that holds a MoH attention layer's W_O; below an adapter, its base."""
-    family = getattr(attention, "family", None)  # of `moh.models.families`, whose table says where it is
+    family = getattr(attention, "family", None)  # of `moh.models.transformers`, whose table says where it is
     module: Any = attention
     for name in (family.output if family is not None else "o_proj").split("."):
         module = getattr(module, name)

@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from moh._import_hooks import when_imported
-from moh.models.families.table import FAMILIES
-from moh.models.published_llama import recognise_published_llama
+from moh.models.transformers.families import FAMILIES
+from moh.models.transformers.published import recognise_published_llama
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _MODEL_TYPES = (
         "MoHViTConfig",
         {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"},
     ),
-    *(_ModelType(f"moh_{f.model_type}", "moh.models.families", f.moh_config, f.moh_models) for f in FAMILIES),
+    *(_ModelType(f"moh_{f.model_type}", "moh.models.transformers", f.moh_config, f.moh_models) for f in FAMILIES),
 )
 _MODEL_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",

@@ -28,8 +28,8 @@ from transformers import (  # noqa: E402
 )
 
 from moh.models.llama import MoHLlamaConfig  # noqa: E402
-from moh.models.loading import load_causal_lm, load_config  # noqa: E402
-from moh.models.loading import load_tokenizer as _load_tokenizer  # noqa: E402
+from moh.models.transformers.loading import load_causal_lm, load_config  # noqa: E402
+from moh.models.transformers.loading import load_tokenizer as _load_tokenizer  # noqa: E402
 
 _MOST_PADDING = 2048
 """Rows of an embedding beyond the tokenizer's ids: more than any model pads to, so it must be another's tokenizer."""

@@ -27,7 +27,7 @@ from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.budget import HasActiveHeads
 from moh.models.llama.configuration import MoHLlamaConfig
-from moh.models.llama.decoding import decode
+from moh.models.transformers.decoding import decode
 from moh.routing import build_router, record_routing
 
 

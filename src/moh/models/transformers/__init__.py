@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
     from moh._extras import require
 
     require("transformers", extra="llm")
-    from moh.models.families.classes import make_class
+    from moh.models.transformers.models import make_class
 
     globals()[name] = made = make_class(name)
     return made

@@ -1,6 +1,6 @@
 """Put the heads of a Llama model in an order in which equal slices of them have equal shares of shared and routed heads.
 
-What the model computes stays the same. For tensor parallelism (`moh.models.llama.tensor_parallel`), which gives every
+What the model computes stays the same. For tensor parallelism (`moh.models.transformers.tensor_parallel`), which gives every
 process a slice of the heads. Not for choosing which heads are shared.
 """
 

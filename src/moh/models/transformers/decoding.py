@@ -16,7 +16,7 @@ from moh.attention import cpu
 from moh.attention.plain import is_plain
 from moh.attention.refusals import DTYPES, transforms_are_active
 from moh.config import MoHConfig
-from moh.models.llama.cache_room import room_for_a_token
+from moh.models.transformers.cache_room import room_for_a_token
 from moh.routing import LinearRouter
 
 if TYPE_CHECKING:

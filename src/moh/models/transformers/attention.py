@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from moh.attention import moh_attention, project_output
 from moh.layers.queries import route_and_project
-from moh.models.families.table import Family, at
+from moh.models.transformers.families import Family, at
 from moh.routing import Router, RoutingInfo
 
 

@@ -1,4 +1,4 @@
-"""The conversion's adapter for the families of `moh.models.families.table`: a dense model -> the same class with MoH attention.
+"""The conversion's adapter for the families of transformers: a dense model -> the same class with MoH attention.
 
 One adapter for all: what differs between them is in the table.
 """
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-import moh.models.families
+import moh.models.transformers
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention
 from moh.conversion.families import NOT_CARRIED, check_model_type, check_projections, check_router
 from moh.conversion.language import SEQ_LEN, DenseTextModel
 from moh.conversion.tokens import are_texts
-from moh.models.families.classes import modeling, refusal
-from moh.models.families.table import at, family_of
 from moh.models.layer_heads import compact_heads
+from moh.models.transformers.families import at, family_of
+from moh.models.transformers.models import modeling, refusal
 from moh.routing import Router
 
 ENCODER_SEQ_LEN = 128
@@ -121,7 +121,7 @@ class DenseFamilyModel(DenseTextModel):
     ) -> PreTrainedModel:
         dense = self.model
         fields = {key: value for key, value in dense.config.to_dict().items() if key not in NOT_CARRIED}
-        config = getattr(moh.models.families, self._family.moh_config)(
+        config = getattr(moh.models.transformers, self._family.moh_config)(
             **fields,
             router=layers[0].router,
             routing_unit=layers[0].routing_unit,
@@ -137,7 +137,7 @@ class DenseFamilyModel(DenseTextModel):
         for attention, weight in zip(self.attentions, output_weights, strict=bool(output_weights)):
             state[f"{names[attention.output]}.weight"] = _as_kept_by(attention.output, weight)
         unusual = {"add_pooling_layer": False} if getattr(dense, "pooler", True) is None else {}
-        made = getattr(moh.models.families, f"MoH{type(dense).__name__}")
+        made = getattr(moh.models.transformers, f"MoH{type(dense).__name__}")
         model = made.from_pretrained(
             None, config=config, state_dict=state, dtype=dense.dtype, attn_implementation="sdpa", **unusual
         )

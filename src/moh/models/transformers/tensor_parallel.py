@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from moh.models.llama.head_order import check_ranks
+from moh.models.transformers.head_order import check_ranks
 from moh.routing import Router, RoutingInfo
 
 

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from moh.models.balance import check_balance_gradient, share_of_batch
-from moh.models.families.attention import RoutedAttention
+from moh.models.transformers.attention import RoutedAttention
 from moh.routing import record_routing
 
 

@@ -1,6 +1,6 @@
 """The classes of a family: transformers' own, in which only the attention is another.
 
-Made from the table when they are asked for (`moh.models.families`). Method: docs/method.md.
+Made from the table when they are asked for (`moh.models.transformers`). Method: docs/method.md.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh.models.budget import HasActiveHeads
-from moh.models.families.attention import RoutedAttention
-from moh.models.families.loss import with_balance_loss
-from moh.models.families.table import FAMILIES, Family, at
 from moh.models.layer_heads import HasLayerHeads
+from moh.models.transformers.attention import RoutedAttention
+from moh.models.transformers.families import FAMILIES, Family, at
+from moh.models.transformers.loss import with_balance_loss
 from moh.routing import build_router
 
-_MODULE = "moh.models.families"
+_MODULE = "moh.models.transformers"
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "router": (str, "two_stage"),
