@@ -215,7 +215,7 @@ def test_a_cache_of_inference_mode_can_be_gone_on_with_outside_of_it(tiny_model,
 
 @torch.no_grad()
 def test_a_full_cache_is_enlarged(tiny_model, tokens, monkeypatch):
-    monkeypatch.setattr("moh.models.transformers.cache_room.MIN_ROOM", 2)
+    monkeypatch.setattr("moh.models.transformers.decoding.MIN_ROOM", 2)
     model = tiny_model(router="linear")
     full = model(tokens).logits
     cache = prefilled(model, tokens)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import DenseModel
+from moh.conversion.families import LLAMAS
 from moh.conversion.heads import requested_layers
 from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
@@ -197,7 +198,7 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
             from moh.conversion.transformers_vit import DenseTransformersViT
 
             return DenseTransformersViT(model)
-        if family_of(model.config.model_type) is not None:
+        if model.config.model_type not in LLAMAS and family_of(model.config.model_type) is not None:
             return DenseFamilyModel(model, router, copied=given)
         return DenseLanguageModel(model, copied=given)
     if any(kind.__module__.startswith(("timm.", "moh.models.transnext")) for kind in type(model).__mro__):

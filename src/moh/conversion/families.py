@@ -25,7 +25,7 @@ _NOT_LLAMAS = frozenset({"layer_types", "use_sliding_window", "max_window_layers
 LLAMAS = ("llama", "mistral", "qwen2")
 """Model types (`config.model_type`) of the Llama family; SmolLM and SmolLM2 are of type llama."""
 
-SUPPORTED = (*LLAMAS, *(family.model_type for family in FAMILIES))
+SUPPORTED = tuple(family.model_type for family in FAMILIES)
 """Model types of models of text that `moh.convert` takes."""
 
 _NEAREST = {

@@ -48,7 +48,11 @@ _MODEL_TYPES = (
         "MoHViTConfig",
         {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"},
     ),
-    *(_ModelType(f"moh_{f.model_type}", "moh.models.transformers", f.moh_config, f.moh_models) for f in FAMILIES),
+    *(
+        _ModelType(f"moh_{f.model_type}", "moh.models.transformers", f.moh_config, f.moh_models)
+        for f in FAMILIES
+        if f.model_type not in ("llama", "vit")
+    ),
 )
 _MODEL_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",

@@ -27,7 +27,9 @@ from moh.layers.queries import route_and_project
 from moh.models.balance import check_balance_gradient, share_of_batch
 from moh.models.budget import HasActiveHeads
 from moh.models.llama.configuration import MoHLlamaConfig
+from moh.models.transformers.attention import parts
 from moh.models.transformers.decoding import decode
+from moh.models.transformers.families import FAMILIES
 from moh.routing import build_router, record_routing
 
 
@@ -80,6 +82,10 @@ class MoHLlamaAttention(LlamaAttention):  # type: ignore[misc]
             backend=backend,
         )  # [B, N, H, D]
         return project_output(self.o_proj, heads, routing.gates, share, backend), None
+
+
+for _name, _part in parts(FAMILIES[0]).items():  # as `decode` finds them
+    setattr(MoHLlamaAttention, _name, _part)
 
 
 class MoHLlamaPreTrainedModel(HasActiveHeads, LlamaPreTrainedModel):  # type: ignore[misc]

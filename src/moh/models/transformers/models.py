@@ -1,6 +1,7 @@
-"""The classes of a family: transformers' own, in which only the attention is another.
+"""The classes of a family: transformers' own, with another attention, and the load-balance loss inside their own loss.
 
-Made from the table when they are asked for (`moh.models.transformers`). Method: docs/method.md.
+Made from the table on first use (`moh.models.transformers`). Method: docs/method.md. Tensor names are the family's; a
+learned router adds `router.*` to its layer's attention.
 """
 
 from __future__ import annotations
@@ -8,20 +9,24 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh.models.budget import HasActiveHeads
 from moh.models.layer_heads import HasLayerHeads
-from moh.models.transformers.attention import RoutedAttention
-from moh.models.transformers.families import FAMILIES, Family, at
-from moh.models.transformers.loss import with_balance_loss
-from moh.routing import build_router
+from moh.models.transformers.attention import RoutedAttention, parts
+from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.routing import build_router, record_routing
 
 _MODULE = "moh.models.transformers"
 
@@ -55,12 +60,44 @@ class RoutedConfig(HasLayerHeads):
             computed for some heads alone; the message names the field and what is allowed.
     """
 
+    model_type: str
+
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.model_type == "moh_llama":
+            _check_not_an_imitation(self, kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         reason = refusal(self)
         if reason is not None:
             raise ValueError(reason)
+        kv_heads = getattr(self, "num_key_value_heads", None)
+        if kv_heads and self.num_attention_heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads = {kv_heads}, got {self.num_attention_heads}"
+            )
         self.check_heads()
+
+
+def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
+    """Take from a Llama's `fields` those that early versions imitated other families with.
+
+    Raises:
+        ValueError: they were used; says what the model is now.
+    """
+    window, out_bias = fields.pop("sliding_window", None), fields.pop("attention_out_bias", None)
+    other_biases = out_bias is not None and out_bias != config.attention_bias
+    if window is None and not other_biases:
+        return
+    found = f"sliding_window = {window}" if window is not None else f"attention_out_bias = {out_bias}"
+    name = "Qwen2" if other_biases else "Mistral"
+    raise ValueError(
+        f"{found} is no longer a field of MoHLlamaConfig: the model was made from a {name} by an early version. Convert "
+        f"the {name} again, which gives a MoH{name}ForCausalLM"
+        + (
+            f"; or write model_type 'moh_{name.lower()}' and architectures ['MoH{name}ForCausalLM'] into the saved config.json"
+            if window is None or not other_biases
+            else ""
+        )
+    )
 
 
 def refusal(config: Any) -> str | None:
@@ -99,8 +136,8 @@ class RoutedModel(HasActiveHeads):
 def route(model: Any) -> None:
     """Give the attention layers of a family's model, built with our configuration, their routers.
 
-    The modules are the family's own and stay so; they become of our classes, which compute the same with a router. A
-    layer that has one already keeps it.
+    The modules stay the family's own, and get our classes, which compute the same with a router. A layer that has a
+    router keeps it.
     """
     family = family_of_config(type(model.config))
     for module in model.modules():
@@ -136,7 +173,9 @@ def modeling(family: Family) -> ModuleType:
 
 def family_of_config(kind: type[PreTrainedConfig]) -> Family:
     """The family of a configuration's class, ours or the dense one."""
-    return next(f for f in FAMILIES if kind.model_type in (f.model_type, f"moh_{f.model_type}"))
+    family = family_of(kind.model_type)
+    assert family is not None
+    return family
 
 
 @functools.cache
@@ -174,5 +213,81 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _routed_attention_class(family: Family) -> type[nn.Module]:
     module = modeling(family)
     rotate = staticmethod(module.apply_rotary_pos_emb) if family.rotary else None
-    namespace = {"__module__": _MODULE, "family": family, "rotate": rotate}
+    namespace = {"__module__": _MODULE, "family": family, "rotate": rotate, **parts(family)}
     return type(f"MoH{family.attention}", (RoutedAttention, getattr(module, family.attention)), namespace)
+
+
+def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `forward` with the load-balance loss in `outputs.loss`, its signature as before.
+
+    Where labels are given and `config.router_aux_loss_coef` is above 0, the balance loss is added with that weight, and
+    is in `outputs.aux_loss` without it.
+    """
+    names = [name for name in inspect.signature(dense_forward).parameters if name != "self"]
+
+    @functools.wraps(dense_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        labels, coefficient = given.get("labels"), self.config.router_aux_loss_coef
+        if labels is None or coefficient == 0:
+            return dense_forward(self, *args, **kwargs | {"return_dict": True})
+        with record_routing(self.base_model) as routing:
+            outputs = dense_forward(self, *args, **kwargs | {"return_dict": True})
+        balance = routing.balance_loss(_token_mask(given))
+        if self.training:
+            _check_balance_gradient(balance, (m for m in self.modules() if isinstance(m, RoutedAttention)))
+        counted = labels[..., 1:] if self.can_generate() else labels
+        weight = coefficient * _share_of_batch(counted, kwargs.get("num_items_in_batch"))
+        outputs.loss = outputs.loss + weight * balance.to(outputs.loss.device)
+        return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)  # type: ignore[arg-type]
+
+    unpacked: Callable[..., Any] = can_return_tuple(forward)
+    return unpacked
+
+
+def _token_mask(given: dict[str, Any]) -> Tensor | None:
+    """The padding mask `[B, N]` if there is one of the inputs' own length."""
+    mask, inputs = given.get("attention_mask"), given.get("input_ids")
+    if inputs is None:
+        inputs = given.get("inputs_embeds")
+    if mask is None or inputs is None or mask.dim() != 2 or mask.shape != inputs.shape[:2]:
+        return None
+    return mask  # type: ignore[no-any-return]
+
+
+def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This call's share of an optimiser step's labels; -100 is not a label.
+
+    With gradient accumulation the Trainer passes the step's number of labels and adds up the losses of its calls. The
+    balance loss has to be averaged over the calls like the loss itself.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels != -100).sum() / num_items_in_batch
+
+
+def _check_balance_gradient(balance: Tensor, attentions: Iterable[RoutedAttention]) -> None:
+    """Refuse a balance loss without a gradient where a router is to be trained by it.
+
+    Raises:
+        RuntimeError: reentrant gradient checkpointing has cut off the gradient.
+    """
+    if torch.is_grad_enabled() and not balance.requires_grad and any(map(_is_trained, attentions)):
+        raise RuntimeError(
+            "the load-balance loss has no gradient: reentrant gradient checkpointing runs the layers without one; "
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
+        )
+
+
+def _is_trained(attention: RoutedAttention) -> bool:
+    """Whether anything that decides the routing of a layer with routed heads is to be trained."""
+    router = attention.router
+    source = attention.query_projection if router.uses_queries else router
+    return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
+
+
+@functools.cache
+def _with_aux_loss(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """The model output `kind` with a field `aux_loss`."""
+    fields = {"__annotations__": {"aux_loss": Tensor | None}, "aux_loss": None, "__module__": __name__}
+    return dataclass(type(f"MoH{kind.__name__}", (kind,), fields))
