@@ -27,9 +27,9 @@ from moh.conversion.allocation import allocate
 from moh.conversion.budgets import OutputChanges, keep, low_rank_change
 from moh.conversion.calibrator import MIN_HEADS, Calibrator, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE
-from moh.conversion.language import DenseLanguageModel
 from moh.conversion.statistics import OutputSums, collect_several_outputs
 from moh.conversion.tokens import evenly_spread
+from moh.conversion.transformers import DenseTextModel
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.budget import set_active_heads
@@ -143,7 +143,7 @@ def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dic
     if file.exists():
         fitted: dict[str, Any] = torch.load(file)
         return fitted
-    adapter = DenseLanguageModel(dense, copied=True)
+    adapter = DenseTextModel(dense, "linear", copied=True)
     h, shared, layers = dense.config.num_attention_heads, options.shared_heads, dense.config.num_hidden_layers
     calibrator = Calibrator(adapter, calibration, 2, progress=False)
     routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers, refitted=True)
@@ -172,7 +172,7 @@ def _model(options: argparse.Namespace, dense: Any, fitted: dict[str, Any]) -> A
         router = LinearRouter(MoHConfig(h, indices, h - len(indices), "linear"), dense.config.hidden_size)
         router.load_state_dict(state)
         routers.append(router)
-    adapter = DenseLanguageModel(dense, copied=True)
+    adapter = DenseTextModel(dense, "linear", copied=True)
     return adapter.build([r.config for r in routers], routers, [], router_aux_loss_coef=0.0)
 
 

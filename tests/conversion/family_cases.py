@@ -1,4 +1,4 @@
-"""A tiny dense model of every family of `moh.models.transformers`, whose attention matters and whose biases aren't zero."""
+"""A tiny dense model of every family of transformers that reads text, whose attention matters and whose biases aren't zero."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from moh.models.transformers.families import FAMILIES as ALL_FAMILIES
-from moh.models.transformers.families import Family
+from moh.models.transformers.families import FAMILIES, Family
 
 TINY = dict(
     vocab_size=64,
@@ -24,6 +23,9 @@ TINY = dict(
 )
 GROUPED = dict(num_key_value_heads=2)
 OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED | dict(attention_bias=True, mlp_bias=True, head_dim=6, tie_word_embeddings=True),
+    "mistral": GROUPED | dict(sliding_window=5),
+    "qwen2": GROUPED | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": GROUPED | dict(head_dim=8),
     "gemma": GROUPED | dict(head_dim=12),
     "gemma2": GROUPED | dict(head_dim=8, query_pre_attn_scalar=24, attn_logit_softcapping=None, sliding_window=5),
@@ -35,10 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
     "bert": dict(),
 }
-FAMILIES = [f for f in ALL_FAMILIES if f.model_type not in ("llama", "mistral", "qwen2", "vit")]
-BY_TYPE = {family.model_type: family for family in FAMILIES}
-DECODERS = [family.model_type for family in FAMILIES if not family.encoder]
-ENCODERS = [family.model_type for family in FAMILIES if family.encoder]
+BY_TYPE = {family.model_type: family for family in FAMILIES if not family.images}
+DECODERS = [name for name, family in BY_TYPE.items() if not family.encoder]
+ENCODERS = [name for name, family in BY_TYPE.items() if family.encoder]
 TRAINED_HEAD = {**dict.fromkeys(DECODERS, "AutoModelForCausalLM"), **dict.fromkeys(ENCODERS, "AutoModelForMaskedLM")}
 
 

@@ -55,6 +55,20 @@ def test_with_all_heads_active_every_head_of_the_family_gives_the_originals_outp
     assert not model.training and model.config.share == 1
 
 
+@pytest.mark.parametrize("model_type", ALL)
+def test_with_all_heads_active_the_gradients_are_the_originals(model_type) -> None:
+    dense = dense_model(model_type)
+    model = convert(dense, router="linear", calibration=token_ids(), progress=False, **ALL_HEADS)
+    inputs = left_padded(token_ids(2, 12))
+    real = inputs["attention_mask"].bool()
+    for m in (model, dense):
+        m(**inputs).logits[real].square().mean().backward()
+    for name, parameter in dense.named_parameters():
+        expected = parameter.grad
+        got = model.get_parameter(name).grad
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 + 1e-5 * float(expected.abs().max()), msg=name)
+
+
 @pytest.mark.parametrize("model_type", DECODERS)
 @torch.no_grad()
 def test_greedy_text_with_a_cache_and_left_padding_is_the_originals(model_type) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moh.checkpoints import load_published
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.models.transformers.published import REPOSITORY, is_published_llama, published_heads
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"

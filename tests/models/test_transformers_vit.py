@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import moh
-from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification, MoHViTModel
+from moh.models.transformers import MoHViTConfig, MoHViTForImageClassification, MoHViTModel
 
 TINY = dict(
     hidden_size=32,

@@ -117,7 +117,12 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
 
 
 def _reads_images(dense: Any) -> bool:
-    return not hasattr(dense, "config") or dense.config.model_type in ("vit", "moh_vit")
+    from moh.models.transformers.families import family_of
+
+    if not hasattr(dense, "config"):
+        return True
+    family = family_of(dense.config.model_type)
+    return family is not None and family.images
 
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:

@@ -1,7 +1,7 @@
 """`moh.convert`: a pretrained dense model -> the same model with MoH attention, calibrated in closed form.
 
 No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours. What
-differs between kinds of models is in one adapter each: `language`, `family_models`, `timm_vit`, `transformers_vit`.
+differs between kinds of models is in one adapter each: `transformers`, `timm_vit`, `dit`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from moh.conversion.budgets import OutputChanges, check_budgets, fit_changes, keep, needed_heads
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import DenseModel
-from moh.conversion.families import LLAMAS
 from moh.conversion.heads import requested_layers
-from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
-from moh.conversion.transformers import DenseFamilyModel
+from moh.conversion.transformers import DenseTextModel, adapter
 from moh.models.image_loading import load_image_classifier, saved_config
 from moh.models.transformers.families import family_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
@@ -31,7 +29,6 @@ ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
 
 _DIFFUSION_MODELS = ("DiTTransformer2DModel", "MoHDiTTransformer2DModel")
-_VITS = ("vit", "moh_vit")
 
 
 def convert(
@@ -93,8 +90,8 @@ def convert(
         progress: show progress bars.
 
     Returns:
-        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, a class of `moh.models.transformers`, a `MoHViTModel`,
-        `MoHViTForImageClassification` or `MoHDiTTransformer2DModel`, or a timm model of the same class as before
+        the MoH model, in evaluation mode: a class of `moh.models.transformers` (`MoHLlamaForCausalLM` from a
+        `LlamaForCausalLM`, ...), a `MoHDiTTransformer2DModel`, or a timm model of the same class as before
         (`moh.models.vit.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
         original's (nearly, with a fitted two-stage router).
 
@@ -194,13 +191,7 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     given = isinstance(model_or_path, nn.Module)
     model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
     if isinstance(model, PreTrainedModel):
-        if model.config.model_type in _VITS:
-            from moh.conversion.transformers_vit import DenseTransformersViT
-
-            return DenseTransformersViT(model)
-        if model.config.model_type not in LLAMAS and family_of(model.config.model_type) is not None:
-            return DenseFamilyModel(model, router, copied=given)
-        return DenseLanguageModel(model, copied=given)
+        return adapter(model, router, copied=given)
     if any(kind.__module__.startswith(("timm.", "moh.models.transnext")) for kind in type(model).__mro__):
         from moh.conversion.timm_vit import DenseTimmViT
 
@@ -229,7 +220,8 @@ def load_dense(path: str | Path) -> Any:
         kind = getattr(transformers, name, None)
         if kind is not None and kind.config_class is type(config):
             return load_as(kind, path)
-    return load_as(AutoModel if config.model_type in _VITS else AutoModelForCausalLM, path)
+    family = family_of(config.model_type)
+    return load_as(AutoModel if family is not None and family.images else AutoModelForCausalLM, path)
 
 
 def _check(

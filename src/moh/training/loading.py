@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from moh.models.llama import MoHLlamaConfig  # noqa: E402
+from moh.models.transformers import MoHLlamaConfig  # noqa: E402
 from moh.models.transformers.loading import load_causal_lm, load_config  # noqa: E402
 from moh.models.transformers.loading import load_tokenizer as _load_tokenizer  # noqa: E402
 

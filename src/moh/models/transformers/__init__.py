@@ -1,7 +1,7 @@
-"""MoH models of further families of transformers, as ordinary transformers models (extra `llm`).
+"""Models of transformers with Mixture-of-Head attention, as ordinary transformers models (extra `llm`).
 
-`MoHQwen3ForCausalLM`, `MoHBertModel` and so on, one for each dense class in `table.FAMILIES`, and their configurations
-`MoHQwen3Config`; each is made when it is first asked for. Importing `moh` is enough for the Auto classes to find them.
+`MoHLlamaForCausalLM`, `MoHViTForImageClassification` and so on, one for each dense class in `families.FAMILIES`, and their
+configurations `MoHLlamaConfig`; each is made on first use. Importing `moh` is enough for the Auto classes to find them.
 """
 
 from __future__ import annotations

@@ -78,26 +78,21 @@ class RoutedConfig(HasLayerHeads):
 
 
 def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
-    """Take from a Llama's `fields` those that early versions imitated other families with.
+    """Take from a Llama's `fields` those by which early versions imitated other families.
 
     Raises:
         ValueError: they were used; says what the model is now.
     """
     window, out_bias = fields.pop("sliding_window", None), fields.pop("attention_out_bias", None)
-    other_biases = out_bias is not None and out_bias != config.attention_bias
-    if window is None and not other_biases:
+    biases_differ = out_bias not in (None, config.attention_bias)
+    if window is None and not biases_differ:
         return
-    found = f"sliding_window = {window}" if window is not None else f"attention_out_bias = {out_bias}"
-    name = "Qwen2" if other_biases else "Mistral"
-    raise ValueError(
-        f"{found} is no longer a field of MoHLlamaConfig: the model was made from a {name} by an early version. Convert "
-        f"the {name} again, which gives a MoH{name}ForCausalLM"
-        + (
-            f"; or write model_type 'moh_{name.lower()}' and architectures ['MoH{name}ForCausalLM'] into the saved config.json"
-            if window is None or not other_biases
-            else ""
-        )
-    )
+    found = f"attention_out_bias = {out_bias}" if window is None else f"sliding_window = {window}"
+    name = "Qwen2" if biases_differ else "Mistral"
+    advice = f"convert the {name} again, which gives a MoH{name}ForCausalLM"
+    if window is None or not biases_differ:  # else the window has other fields too
+        advice += f", or write model_type 'moh_{name.lower()}' and architectures ['MoH{name}ForCausalLM'] into the saved config.json"
+    raise ValueError(f"MoHLlamaConfig no longer has {found}: an early version made the model from a {name}; {advice}")
 
 
 def refusal(config: Any) -> str | None:
@@ -199,7 +194,7 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     family = family_of_config(dense.config_class)
     namespace: dict[str, Any] = {
         "__module__": _MODULE,
-        "__doc__": f"transformers' `{dense.__name__}` with MoH attention; `forward` is its own.",
+        "__doc__": f"transformers' `{dense.__name__}` with MoH attention, and the load-balance loss in its loss if it has one.",
         "config_class": _config_class(family),
     }
     recorded = getattr(dense, "_can_record_outputs", None) or {}
@@ -239,7 +234,7 @@ def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
         counted = labels[..., 1:] if self.can_generate() else labels
         weight = coefficient * _share_of_batch(counted, kwargs.get("num_items_in_batch"))
         outputs.loss = outputs.loss + weight * balance.to(outputs.loss.device)
-        return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)  # type: ignore[arg-type]
+        return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)
 
     unpacked: Callable[..., Any] = can_return_tuple(forward)
     return unpacked
@@ -286,8 +281,13 @@ def _is_trained(attention: RoutedAttention) -> bool:
     return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # it can't trace how a class is made
 def _with_aux_loss(kind: type[ModelOutput]) -> type[ModelOutput]:
-    """The model output `kind` with a field `aux_loss`."""
-    fields = {"__annotations__": {"aux_loss": Tensor | None}, "aux_loss": None, "__module__": __name__}
-    return dataclass(type(f"MoH{kind.__name__}", (kind,), fields))
+    """The model output `kind` with a field `aux_loss`; the same class for each call."""
+    if kind not in _OUTPUTS:
+        fields = {"__annotations__": {"aux_loss": Tensor | None}, "aux_loss": None, "__module__": __name__}
+        _OUTPUTS[kind] = dataclass(type(f"MoH{kind.__name__}", (kind,), fields))
+    return _OUTPUTS[kind]
+
+
+_OUTPUTS: dict[type[ModelOutput], type[ModelOutput]] = {}

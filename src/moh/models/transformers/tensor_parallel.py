@@ -1,22 +1,63 @@
-"""Tensor parallelism of a MoH Llama model: every process holds a slice of the heads, shared and routed ones alike.
+"""Tensor parallelism: every process holds a slice of the heads, shared and routed ones alike.
 
-PyTorch's DTensor splits the projections and the MLP; here is what MoH needs beside it. Every process knows all gates,
-of which it uses those of its slice. Not for reordering the heads (`interleave_shared_heads`), nor for splitting data.
+For families whose attention is plain (Llama, Mistral, Qwen2, Gemma). PyTorch's DTensor splits the projections and the MLP;
+here is what MoH needs besides: heads in an order in which equal slices have equal shares of shared and routed heads, and
+the gates. Every process knows all gates, of which it uses those of its slice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from moh.models.transformers.head_order import check_ranks
-from moh.routing import Router, RoutingInfo
+from moh.config import MoHConfig
+from moh.models.layer_heads import compact_heads
+from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.routing import LinearRouter, Router, RoutingInfo, TwoStageRouter, build_router
+
+
+@torch.no_grad()
+def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
+    """Reorder the heads of every layer, in place, so that each of `ranks` equal slices has its share of shared heads.
+
+    Heads that share keys and values move together, so the shares are equal if the groups allow it: always with
+    `routing_unit="group_balanced"` and, without grouped-query attention, if `ranks` divides the number of shared heads;
+    otherwise as nearly equal as a greedy choice makes them.
+
+    Args:
+        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; its weights and `config.shared_heads` change.
+        ranks: number of slices; it must divide the numbers of heads and of key/value heads.
+
+    Returns:
+        for every layer the number of shared heads of each slice.
+
+    Raises:
+        ValueError: the model is of another kind, the heads can't be divided, or the model has output projections for
+            several budgets.
+    """
+    config, family = model.config, _checked_family(model.config, ranks)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.output_budgets is not None:
+        raise ValueError("model must not have config.output_budgets: their changes to W_O are not reordered")
+    configs, counts = [], []
+    for layer, before in zip(at(model.base_model, family.layers), config.layer_configs(), strict=True):
+        order = _group_order(before, heads // groups, groups, ranks)
+        head_order = [group * (heads // groups) + i for group in order for i in range(heads // groups)]
+        after = _reordered(before, head_order)
+        _move_heads(at(layer, family.attention_of_layer), before, after, head_order, order)
+        configs.append(after)
+        shared = set(after.shared_indices)
+        size = heads // ranks
+        counts.append([len(shared.intersection(range(rank * size, (rank + 1) * size))) for rank in range(ranks)])
+    config.shared_heads = compact_heads(configs)["shared_heads"]
+    return counts
 
 
 def split_heads(model: Any, mesh: DeviceMesh) -> None:
@@ -27,28 +68,116 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
     may then be sharded over a second dimension of the mesh (`torch.distributed.fsdp.fully_shard`).
 
     Args:
-        model: a `MoHLlamaModel` or `MoHLlamaForCausalLM`, the same on every process, best after
+        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; the same on every process, best after
             `interleave_shared_heads(model, mesh.size())`.
         mesh: of one dimension.
 
     Raises:
-        ValueError: the heads can't be divided, or the model routes or projects in a way that can't be split.
+        ValueError: the model is of another kind, its heads can't be divided, or it routes or projects in a way that can't
+            be split.
     """
-    config = model.config
-    check_ranks(config, mesh.size())
+    config, family = model.config, _checked_family(model.config, mesh.size())
     if config.intermediate_size % mesh.size():
         raise ValueError(f"ranks must divide intermediate_size = {config.intermediate_size}, got {mesh.size()}")
     if config.routing_unit == "kv_group":
         raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
     if config.output_budgets is not None:
         raise ValueError("model must not have config.output_budgets: their changes to W_O are not split")
-    for layer in model.base_model.layers:
-        plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-        plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    attention = family.attention_of_layer
+    by_heads = [f"{attention}.{name}" for name in (family.queries, family.keys, family.values)]
+    plan = {name: ColwiseParallel() for name in (*by_heads, "mlp.gate_proj", "mlp.up_proj")}
+    for layer in at(model.base_model, family.layers):
         parallelize_module(
-            layer, mesh, {**plan, "self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+            layer, mesh, {**plan, f"{attention}.{family.output}": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
         )
-        _GatesOfSlice(layer.self_attn.router, mesh)
+        _GatesOfSlice(at(layer, attention).router, mesh)
+
+
+def _checked_family(config: Any, ranks: int) -> Family:
+    """The model's family.
+
+    Raises:
+        ValueError: its attention is not plain, or its heads can't be divided.
+    """
+    family = family_of(config.model_type)
+    if family is None or not family.is_plain:
+        plain = ", ".join(f"moh_{f.model_type}" for f in FAMILIES if f.is_plain)
+        raise ValueError(f"model must be of a type among {plain} to split its heads, got {config.model_type!r}")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if ranks < 1 or getattr(config, name) % ranks:
+            raise ValueError(f"ranks must divide {name} = {getattr(config, name)}, got {ranks}")
+    return family
+
+
+def _group_order(config: MoHConfig, size: int, groups: int, ranks: int) -> list[int]:
+    """The key/value groups in their new order: those with most shared heads first, each to the slice with the fewest."""
+    shared = [sum(head // size == group for head in config.shared_indices) for group in range(groups)]
+    slices: list[list[int]] = [[] for _ in range(ranks)]
+    for group in sorted(range(groups), key=lambda group: -shared[group]):
+        open_slices = [members for members in slices if len(members) < groups // ranks]
+        min(open_slices, key=lambda members: sum(shared[other] for other in members)).append(group)
+    return [group for members in slices for group in sorted(members)]
+
+
+def _reordered(config: MoHConfig, head_order: Sequence[int]) -> MoHConfig:
+    shared = set(config.shared_indices)
+    places = tuple(place for place, head in enumerate(head_order) if head in shared)
+    return MoHConfig(
+        config.num_heads,
+        places,
+        config.active_heads,
+        config.router,
+        config.scale_gates,
+        routing_unit=config.routing_unit,
+        kv_heads=config.kv_heads,
+    )
+
+
+def _move_heads(
+    attention: Any, before: MoHConfig, after: MoHConfig, head_order: Sequence[int], group_order: Sequence[int]
+) -> None:
+    """Move the rows, columns and router's outputs of one layer; head i becomes the former `head_order[i]`."""
+    for linear, order in (
+        (attention.query_projection, head_order),
+        (attention.key_projection, group_order),
+        (attention.value_projection, group_order),
+    ):
+        for tensor in (linear.weight, linear.bias):
+            if tensor is not None:
+                tensor.copy_(_moved(tensor, order))
+    output = attention.output_projection.weight
+    output.copy_(_moved(output.t(), head_order).t())
+
+    old = attention.router
+    router = build_router(after, attention.config.hidden_size, device=output.device, dtype=output.dtype)
+    router.load_state_dict(old.state_dict())
+    router.train(old.training)
+    if isinstance(router, LinearRouter):
+        moves: list[tuple[nn.Linear | None, Sequence[int], Sequence[int]]] = [
+            (router.contribution, range(before.num_heads), head_order)
+        ]
+    elif isinstance(router, TwoStageRouter):
+        moves = [
+            (router.shared, before.shared_indices, [head_order[i] for i in after.shared_indices]),
+            (router.routed, before.routed_indices, [head_order[i] for i in after.routed_indices]),
+        ]
+    else:
+        moves = []
+    for linear, former, heads in moves:
+        if linear is not None:
+            rows = [list(former).index(head) for head in heads]
+            linear.weight.copy_(linear.weight[rows])
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[rows])
+    for parameter, replaced in zip(router.parameters(), old.parameters(), strict=True):
+        parameter.requires_grad_(replaced.requires_grad)
+    attention.router = router
+
+
+def _moved(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """`tensor` with the equal blocks of its first dimension in another order."""
+    moved: Tensor = tensor.unflatten(0, (len(order), -1))[list(order)]
+    return moved.flatten(0, 1)
 
 
 class _GatesOfSlice:
