@@ -89,9 +89,10 @@ def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
         return
     found = f"attention_out_bias = {out_bias}" if window is None else f"sliding_window = {window}"
     name = "Qwen2" if biases_differ else "Mistral"
-    advice = f"convert the {name} again, which gives a MoH{name}ForCausalLM"
+    model = f"MoH{name}ForCausalLM"
+    advice = f"convert the {name} again, which gives a {model}"
     if window is None or not biases_differ:  # else the window has other fields too
-        advice += f", or write model_type 'moh_{name.lower()}' and architectures ['MoH{name}ForCausalLM'] into the saved config.json"
+        advice += f", or write model_type 'moh_{name.lower()}' and architectures ['{model}'] into the saved config.json"
     raise ValueError(f"MoHLlamaConfig no longer has {found}: an early version made the model from a {name}; {advice}")
 
 
