@@ -31,6 +31,16 @@ SERVED = [
     pytest.param(dict(router="linear", family="Mistral", sliding_window=None), id="mistral"),
     pytest.param(dict(router="linear", family="Qwen2"), id="qwen2"),
     pytest.param(dict(router="linear", family="Gemma", head_dim=10), id="gemma"),
+    pytest.param(
+        dict(
+            router="linear",
+            family="Gemma2",
+            head_dim=8,
+            query_pre_attn_scalar=24,
+            layer_types=["full_attention"] * 2,
+        ),
+        id="gemma2",
+    ),
 ]
 
 

@@ -30,7 +30,7 @@ SEQ_LEN = 512
 ENCODER_SEQ_LEN = 128
 """The same for an encoder, which is mostly used on sentences and paragraphs."""
 
-# What described the file that the dense weights came from, or is said again.
+# Fields that describe the file of the dense weights, or that our configuration sets.
 _NOT_CARRIED = frozenset(
     {"model_type", "architectures", "transformers_version", "quantization_config", "auto_map", "_name_or_path"}
 )

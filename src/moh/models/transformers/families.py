@@ -1,6 +1,6 @@
 """The families of transformers models that share one MoH attention, and how each family's own attention is put together.
 
-Data alone: nothing of transformers is imported here. A new family is one more entry.
+Data alone: neither torch nor transformers is imported here. A new family is one more entry.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _as_it_is(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:

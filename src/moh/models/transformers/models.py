@@ -113,7 +113,7 @@ def refusal(config: Any) -> str | None:
 
 
 class RoutedModel(HasActiveHeads):
-    """Mixed into a model class of a family: it is built as ever, then its attention layers get routers."""
+    """Mixed into a model class of a family: it is built as usual, then its attention layers get routers."""
 
     # These compute all heads of all tokens; ours is chosen by config.moh_backend.
     _supports_sdpa = True
@@ -126,7 +126,7 @@ class RoutedModel(HasActiveHeads):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         route(self)
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
-        self.post_init()  # once more, for the routers
+        self.post_init()  # again, for the routers
 
 
 def route(model: Any) -> None:

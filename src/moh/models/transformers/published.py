@@ -1,8 +1,8 @@
 """The published MoH-LLaMA3-8B: recognised though its config.json calls it a Llama, and loaded without its remote code.
 
 The published numbers of heads are constants of that code, not fields of the configuration: the first half of the heads is
-shared, and of the other half each token activates half, by the norms of its queries. Imports nothing of transformers by
-itself.
+shared, and of the other half each token activates half, by the norms of its queries. Imports neither torch nor
+transformers by itself.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 REPOSITORY = "Chat-UniVi/MoH-LLaMA3-8B"
 """Name on the model hub."""
@@ -40,7 +41,7 @@ def published_heads(num_heads: int) -> dict[str, Any]:
     """`router`, `shared_heads` and `active_heads` of the published model; 16 and 8 of its 32 heads.
 
     Raises:
-        ValueError: `num_heads` is no multiple of 4.
+        ValueError: `num_heads` is not a multiple of 4.
     """
     if num_heads % 4:
         raise ValueError(f"num_attention_heads of a published MoH-LLaMA3 must be a multiple of 4, got {num_heads}")
@@ -73,7 +74,7 @@ def is_published_llama(config: Mapping[str, Any], path: str | Path) -> bool:
 def recognise_published_llama() -> None:
     """Let `AutoConfig.from_pretrained`, which the Auto classes of models call, give a `MoHLlamaConfig` for the published one.
 
-    To be called once `transformers.models.auto.configuration_auto` is imported. Every other configuration is returned as
+    Call it once `transformers.models.auto.configuration_auto` is imported. Every other configuration is returned as
     transformers made it. Registering a class for "llama" instead would change what every Llama loads as.
     """
     auto = sys.modules[_AUTO].AutoConfig
@@ -96,7 +97,7 @@ def recognise_published_llama() -> None:
 def _converted(config: Any, asked: Mapping[str, Any]) -> Any:
     """The `MoHLlamaConfig` of the published model, from the `LlamaConfig` that its config.json makes.
 
-    `asked` are the arguments of `from_pretrained`, of which ours knows more than Llama's.
+    `asked` are the arguments of `from_pretrained`, some of which only `MoHLlamaConfig` has.
     """
     from moh.models.transformers import MoHLlamaConfig
 
@@ -150,6 +151,8 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
         config: the sizes under Llama's names, `rope_theta`, `rope` (a rope type, "default" if left out, or its
             parameters), `router` ("query_norm"), `shared_heads` and `routed_active`.
     """
+    import torch
+
     from moh.checkpoints.reading import check_tensors, require_keys
     from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
