@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -21,10 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
 from benchmarks.dense import heads_of, weigh_heads
 from moh.config import MoHConfig
-from moh.conversion.families import moh_config_fields
-from moh.conversion.language import build
-from moh.models.llama import MoHLlamaConfig
-from moh.models.loading import load_causal_lm
+from moh.conversion.transformers import DenseTextModel
+from moh.models.heads import HasLayerHeads
+from moh.models.transformers.families import family_of
+from moh.models.transformers.loading import load_causal_lm
 from moh.routing import build_router
 
 BASE = Case(
@@ -57,7 +58,7 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
 
 def _of_units(case: Case) -> list[Case]:
     """One case per unit that chooses by groups; none without groups or for a MoH model, which has its own unit."""
-    if case.heads == case.kv_heads or (case.model and isinstance(_checkpoint(case.model).config, MoHLlamaConfig)):
+    if case.heads == case.kv_heads or (case.model and isinstance(_checkpoint(case.model).config, HasLayerHeads)):
         return []
     found = []
     for unit in GROUP_UNITS:
@@ -81,14 +82,14 @@ def _base_of(checkpoint: str) -> Case:
         router=getattr(config, "router", "linear"),
         routing_unit=getattr(config, "routing_unit", "head"),
         model=checkpoint,
-        shares=(config.share,) if isinstance(config, MoHLlamaConfig) else (0.25, 0.5, 0.75, 1.0),
+        shares=(config.share,) if isinstance(config, HasLayerHeads) else (0.25, 0.5, 0.75, 1.0),
     )
 
 
 def contenders(case: Case) -> list[Contender]:
     """Dense and, for each share, ours and the ideal; masked at about half of the heads, or at a unit's largest share."""
     disable_progress_bar()
-    if case.model is not None and isinstance(_checkpoint(case.model).config, MoHLlamaConfig):
+    if case.model is not None and isinstance(_checkpoint(case.model).config, HasLayerHeads):
         ours = _checkpoint(case.model)
         ours.config.moh_backend = "cpu"
         models = [("dense", _without_routers(ours), None, None), ("ours", ours, ours.config.share, ours.config.share)]
@@ -144,16 +145,12 @@ def _layer(active: int, case: Case) -> MoHConfig:
 
 def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     """The MoH model on the dense one's own tensors, with random routers."""
-    layer = _layer(active, case)
-    fields = moh_config_fields(dense.config) | {
-        "router": layer.router,
-        "routing_unit": layer.routing_unit,
-        "shared_heads": layer.num_shared,
-        "active_heads": layer.active_heads,
-        "moh_backend": "cpu",
-    }
-    routers = [build_router(layer, dense.config.hidden_size) for _ in range(dense.config.num_hidden_layers)]
-    return build(dense, MoHLlamaConfig(**fields), routers, [], copied=False)
+    layers = [_layer(active, case)] * dense.config.num_hidden_layers
+    routers = [build_router(layer, dense.config.hidden_size) for layer in layers]
+    adapter = DenseTextModel(dense, layers[0].router, copied=False)
+    model = adapter.build(layers, routers, [], router_aux_loss_coef=0.0)
+    model.config.moh_backend = "cpu"
+    return model
 
 
 def _with_heads(dense: PreTrainedModel, heads: int, kv_heads: int) -> PreTrainedModel:
@@ -175,9 +172,12 @@ def _with_heads(dense: PreTrainedModel, heads: int, kv_heads: int) -> PreTrained
 def _without_routers(moh: PreTrainedModel) -> PreTrainedModel:
     """The dense model with a MoH model's weights."""
     state = {name: tensor for name, tensor in moh.state_dict().items() if ".router." not in name}
-    known = LlamaConfig().to_dict()
+    family = family_of(moh.config.model_type)
+    assert family is not None
+    kind = getattr(transformers, family.models["AutoModelForCausalLM"])
+    known = kind.config_class().to_dict()
     fields = {name: value for name, value in moh.config.to_dict().items() if name in known and name != "model_type"}
-    return _from_state(LlamaForCausalLM, LlamaConfig(**fields), state, moh)
+    return _from_state(kind, kind.config_class(**fields), state, moh)
 
 
 def _from_state(

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from moh.conversion.tokens import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens
 
 SEQ_LEN = 512

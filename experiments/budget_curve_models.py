@@ -6,7 +6,7 @@ For a single model use `moh.convert`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ from transformers import PreTrainedModel
 from moh.config import ROUTING_UNITS, MoHConfig
 from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator, hand_out
-from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
-from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.passes import collect_several_outputs
-from moh.models.heads import compact_heads
-from moh.models.llama import MoHLlamaConfig
+from moh.conversion.transformers import DenseTextModel
 from moh.routing import LinearRouter, router_class
 from moh.routing.units import strongest
 
@@ -75,10 +72,10 @@ class Fitted:
     def model(self, dense: PreTrainedModel, variant: Variant, *, refit: bool = True) -> PreTrainedModel:
         """The MoH model of a variant, on the dense model's own tensors."""
         layers, step = dense.config.num_hidden_layers, step_of(dense, variant.unit)
-        fields = moh_config_fields(dense.config) | {"routing_unit": variant.unit}
         if variant.router == QUERY_NORM:
-            heads = compact_heads([_config(dense, variant.unit, variant.heads)])
-            return build(dense, MoHLlamaConfig(**fields, router="query_norm", **heads), (), (), copied=False)
+            config = replace(_config(dense, variant.unit, variant.heads), router="query_norm")
+            adapter = DenseTextModel(dense, "query_norm", copied=False)
+            return adapter.build([config] * layers, (), (), router_aux_loss_coef=0.0)
         used = [variant.heads] * layers
         if variant.router == REFITTED:
             used = hand_out(self.costs[variant.unit], variant.heads * layers, step=step)
@@ -87,8 +84,8 @@ class Fitted:
         if refit and variant.router == REFITTED:
             original = [layer.self_attn.o_proj.weight for layer in dense.model.layers]
             outputs = [self.outputs[variant.unit][i].get(n, original[i]) for i, n in enumerate(used)]
-        config = MoHLlamaConfig(**fields, router="linear", **compact_heads([r.config for r in routers]))
-        return build(dense, config, routers, outputs, copied=False)
+        adapter = DenseTextModel(dense, "linear", copied=False)
+        return adapter.build([r.config for r in routers], routers, outputs, router_aux_loss_coef=0.0)
 
     def router(self, dense: PreTrainedModel, variant: Variant, layer: int, heads: int) -> LinearRouter:
         """The contribution router of a layer that uses `heads` heads."""
@@ -102,7 +99,7 @@ def fit(dense: PreTrainedModel, calibration: Tensor, file: Path) -> Fitted:
     """Calibrate, or read an earlier run's results from `file`."""
     if file.exists():
         return Fitted(**torch.load(file))
-    adapter = DenseLanguageModel(dense, copied=False)
+    adapter = DenseTextModel(dense, "linear", copied=False)
     calibrator = Calibrator(adapter, calibration, 2, progress=False)
     any_layer = MoHConfig(_heads(dense), 0, _heads(dense) - 1, "linear")
     layers = range(dense.config.num_hidden_layers)

@@ -25,14 +25,14 @@ from moh._files import write_text
 from moh.config import MoHConfig
 from moh.conversion.calibrator import MIN_HEADS, Calibrator, dial_costs, hand_out, keep_output_changes, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE, low_rank_change
-from moh.conversion.language import DenseLanguageModel
 from moh.conversion.passes import OutputSums, collect_several_outputs
 from moh.conversion.tokens import evenly_spread
+from moh.conversion.transformers import DenseTextModel
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.dial import set_active_heads
-from moh.models.loading import load_causal_lm, load_tokenizer
 from moh.models.output_changes import output_projection, routed_attentions
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.routing import LinearRouter
 from moh.training import load_corpus, pack_tokens
 
@@ -142,7 +142,7 @@ def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dic
     if file.exists():
         fitted: dict[str, Any] = torch.load(file)
         return fitted
-    adapter = DenseLanguageModel(dense, copied=True)
+    adapter = DenseTextModel(dense, "linear", copied=True)
     h, shared, layers = dense.config.num_attention_heads, options.shared_heads, dense.config.num_hidden_layers
     calibrator = Calibrator(adapter, calibration, 2, progress=False)
     routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers, refitted=True)
@@ -171,7 +171,7 @@ def _model(options: argparse.Namespace, dense: Any, fitted: dict[str, Any]) -> A
         router = LinearRouter(MoHConfig(h, indices, h - len(indices), "linear"), dense.config.hidden_size)
         router.load_state_dict(state)
         routers.append(router)
-    adapter = DenseLanguageModel(dense, copied=True)
+    adapter = DenseTextModel(dense, "linear", copied=True)
     return adapter.build([r.config for r in routers], routers, [], router_aux_loss_coef=0.0)
 
 

@@ -28,15 +28,13 @@ from moh._files import write_text
 from moh.config import MoHConfig
 from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator
-from moh.conversion.families import moh_config_fields
 from moh.conversion.fit import refit_output_projection
-from moh.conversion.language import DenseLanguageModel, build
 from moh.conversion.passes import collect_several_outputs
 from moh.conversion.tokens import evenly_spread
+from moh.conversion.transformers import DenseTextModel
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
-from moh.models.llama import MoHLlamaConfig
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.routing import LinearRouter, router_class
 from moh.training import load_corpus, pack_tokens
 
@@ -83,7 +81,7 @@ class Run:
 
     def calibrator(self, blocks: Tensor, *, refitted: bool) -> tuple[Calibrator, list[LinearRouter]]:
         """A calibrator on `blocks` and its routers, for a model whose W_O will be refitted or not."""
-        calibrator = Calibrator(DenseLanguageModel(self.dense, copied=False), blocks, 2, progress=False)
+        calibrator = Calibrator(DenseTextModel(self.dense, "linear", copied=False), blocks, 2, progress=False)
         h = self.dense.config.num_attention_heads
         layer = MoHConfig(h, self.shared, h - 1 - self.shared, "linear")
         routers: Any = calibrator.fit_routers([layer] * self.dense.config.num_hidden_layers, refitted=refitted)
@@ -203,7 +201,7 @@ def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
         costs = calibrator.costs(routers, refitted=True)
         budgets = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
         of_layers = {layer: of_layer for layer, of_layer in enumerate(zip(*budgets, strict=True))}
-        adapter = DenseLanguageModel(run.dense, copied=False)
+        adapter = DenseTextModel(run.dense, "linear", copied=False)
         sums = collect_several_outputs(adapter, of_layers, calibrator.refit_batches())
         for index, (heads, budget) in enumerate(zip(run.heads, budgets, strict=True)):
             outputs = [
@@ -230,13 +228,8 @@ def _level(costs: Tensor, heads: int) -> Tensor:
 
 def _model(dense: PreTrainedModel, routers: Sequence[LinearRouter], outputs: Sequence[Tensor] = ()) -> PreTrainedModel:
     """The MoH model with these routers, on the dense model's own tensors."""
-    config = MoHLlamaConfig(
-        **moh_config_fields(dense.config),
-        router="linear",
-        shared_heads=[list(r.config.shared_indices) for r in routers],
-        active_heads=[r.config.active_heads for r in routers],
-    )
-    return build(dense, config, routers, outputs, copied=False)
+    adapter = DenseTextModel(dense, "linear", copied=False)
+    return adapter.build([r.config for r in routers], routers, outputs, router_aux_loss_coef=0.0)
 
 
 def _tables(out: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from moh._files import write_text
 from moh.evaluation.sizing import GIB, Gpu, Plan, Size, size
-from moh.models.llama import MoHLlamaConfig
+from moh.models.transformers import MoHLlamaConfig
 
 LLAMA3_8B = dict(
     vocab_size=128_256,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moh.checkpoints import load_published
-from moh.models.llama import MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_a.safetensors"
 PREFIX = "state."

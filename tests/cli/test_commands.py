@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moh as package
 from moh.attention import BACKENDS
 from moh.evaluation import perplexity
-from moh.models.llama import MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens, read_texts
 
 COMMANDS = ["demo", "convert", "train", "eval", "eval fid", "sample", "generate", "inspect", "info"]

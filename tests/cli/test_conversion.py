@@ -73,7 +73,7 @@ def test_settings_are_passed_on_as_given(
     assert [(kw["allocation"], kw["refit_output"]) for kw in seen] == [expected]
 
 
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "GemmaForSequenceClassification"])
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "LlamaForSequenceClassification"])
 def test_a_model_keeps_the_head_that_it_was_saved_with(
     moh, base_dir: Path, text_file: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_model_keeps_the_head_that_it_was_saved_with(
     assert result.code == 0, result.err
     dense, model = (getattr(m, k).from_pretrained(f) for m, k, f in (
         (transformers, kind, source),
-        (pytest.importorskip("moh.models.families"), f"MoH{kind}", tmp_path / "model"),
+        (pytest.importorskip("moh.models.transformers"), f"MoH{kind}", tmp_path / "model"),
     ))  # fmt: skip
     ids = torch.randint(3, 64, (2, 8))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_budgets_are_served_by_the_dial_of_other_commands(moh, base_dir: Path, t
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "BertForPreTraining"])
+@pytest.mark.parametrize("kind", ["LlamaForTokenClassification", "BertForPreTraining"])
 def test_another_head_is_refused_and_not_replaced_by_a_random_one(
     moh, base_dir: Path, text_file: Path, tmp_path: Path, kind: str
 ) -> None:

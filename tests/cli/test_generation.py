@@ -13,7 +13,7 @@ import torch
 
 from moh.cli.chat import Conversation
 from moh.cli.generation import continuations
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 
 @pytest.fixture

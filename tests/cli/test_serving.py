@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moh.cli import serving
-from moh.models.llama import MoHLlamaForCausalLM
-from moh.models.loading import load_tokenizer
+from moh.models.transformers import MoHLlamaForCausalLM
+from moh.models.transformers.loading import load_tokenizer
 
 NAME = "MoHLlamaForCausalLM"
 

@@ -1,4 +1,4 @@
-"""A tiny dense model of every family of `moh.models.families`, whose attention matters and whose biases aren't zero."""
+"""A tiny dense model of every family of transformers, whose attention matters and whose biases aren't zero."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from moh.models.families.table import FAMILIES, Family
+from moh.models.transformers.families import FAMILIES, Family
 
-TINY = dict(
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TEXT = dict(
     vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
     max_position_embeddings=64,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=None,
 )
+TINY = SIZES | TEXT
 GROUPED = dict(num_key_value_heads=2)
 OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED | dict(attention_bias=True, mlp_bias=True, head_dim=6, tie_word_embeddings=True),
+    "mistral": GROUPED | dict(sliding_window=5),
+    "qwen2": GROUPED | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": GROUPED | dict(head_dim=8),
     "gemma": GROUPED | dict(head_dim=12),
     "gemma2": GROUPED | dict(head_dim=8, query_pre_attn_scalar=24, attn_logit_softcapping=None, sliding_window=5),
@@ -33,17 +34,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_inner=48, scale_attn_by_inverse_layer_idx=True),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
     "bert": dict(),
+    "vit": dict(image_size=16, patch_size=4, num_labels=5),
+}
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "opt": dict(dropout=0.0),
+    "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
 }
 BY_TYPE = {family.model_type: family for family in FAMILIES}
-DECODERS = [family.model_type for family in FAMILIES if not family.encoder]
-ENCODERS = [family.model_type for family in FAMILIES if family.encoder]
-TRAINED_HEAD = {**dict.fromkeys(DECODERS, "AutoModelForCausalLM"), **dict.fromkeys(ENCODERS, "AutoModelForMaskedLM")}
+ALL = list(BY_TYPE)
+IMAGES = [name for name, family in BY_TYPE.items() if family.images]
+ENCODERS = [name for name, family in BY_TYPE.items() if family.encoder and not family.images]
+DECODERS = [name for name, family in BY_TYPE.items() if not family.encoder]
+TRAINED_HEAD = {
+    **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
+    **dict.fromkeys(ENCODERS, "AutoModelForMaskedLM"),
+    **dict.fromkeys(IMAGES, "AutoModelForImageClassification"),
+}
 
 
 def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any:
-    """The family's model for an Auto class, by default the one whose head predicts tokens, in evaluation mode."""
+    """The family's model for an Auto class, by default the one with the head that is trained, in evaluation mode."""
     family: Family = BY_TYPE[model_type]
-    fields = TINY | OPTIONS[model_type] | options
+    fields = SIZES | ({} if family.images else TEXT) | OPTIONS[model_type] | options
     if model_type == "gpt2":
         del fields["intermediate_size"]
     config = getattr(transformers, family.config)(**fields)
@@ -51,7 +64,7 @@ def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 or "bias" in name:
+            if parameter.dim() in (2, 4) or "bias" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -65,3 +78,23 @@ def left_padded(ids: Tensor) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     return dict(input_ids=torch.where(mask.bool(), ids, 0), attention_mask=mask)
+
+
+def images(count: int = 24) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def inputs_of(model_type: str, count: int = 3, length: int = 12, *, padded: bool = False) -> dict[str, Tensor]:
+    """What a model of the family reads: images, or token ids."""
+    if model_type in IMAGES:
+        return dict(pixel_values=images(count))
+    ids = token_ids(count, length)
+    return left_padded(ids) if padded else dict(input_ids=ids)
+
+
+def with_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with labels for the head that is trained; padding has none."""
+    if "pixel_values" in inputs:
+        return inputs | dict(labels=torch.arange(len(inputs["pixel_values"])) % 5)
+    ids = inputs["input_ids"]
+    return inputs | dict(labels=ids.masked_fill(inputs.get("attention_mask", torch.ones_like(ids)) == 0, -100))

@@ -14,8 +14,8 @@ from moh import MoHConfig, convert
 from moh.conversion import calibrator as calibrator_module
 from moh.conversion.calibrator import Calibrator, hand_out
 from moh.conversion.fit import error_left_by_refit
-from moh.conversion.language import DenseLanguageModel
 from moh.conversion.passes import OutputSums, layer_costs
+from moh.conversion.transformers import DenseTextModel
 from moh.models.dial import spend
 from moh.routing import LinearRouter
 
@@ -61,7 +61,7 @@ def routers_of(dense: nn.Module) -> list[LinearRouter]:
 
 
 def costs_of(dense: nn.Module, routers: list[LinearRouter], tokens: Tensor) -> Tensor:
-    return layer_costs(DenseLanguageModel(dense, copied=True), routers, iter(tokens.split(3)))
+    return layer_costs(DenseTextModel(dense, "linear", copied=True), routers, iter(tokens.split(3)))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
@@ -92,7 +92,7 @@ def test_costs_are_half_the_mean_squared_effect_of_the_heads_left_out(make_dense
 @torch.no_grad()
 def test_costs_before_a_refit_are_what_it_leaves_of_them(make_dense, tokens, watch) -> None:
     dense = make_dense(num_attention_heads=8)
-    calibrator = Calibrator(DenseLanguageModel(dense, copied=True), tokens, 8, progress=False)
+    calibrator = Calibrator(DenseTextModel(dense, "linear", copied=True), tokens, 8, progress=False)
     routers = calibrator.fit_routers([MoHConfig(8, 2, 4, "linear")] * 2)
     plain, refitted = calibrator.costs(routers), calibrator.costs(routers, refitted=True)
     for index, seen in enumerate(watch(dense, tokens)):
@@ -111,7 +111,7 @@ def test_costs_are_estimated_on_calibration_data_of_every_kind(make_dense, token
     monkeypatch.setattr(calibrator_module, "COST_TOKENS", 4 * 16)
     seen = []
     monkeypatch.setattr(calibrator_module, "layer_costs", lambda dense, routers, batches: seen.extend(batches))
-    Calibrator(DenseLanguageModel(make_dense(), copied=True), tokens, 2, progress=False).costs([])
+    Calibrator(DenseTextModel(make_dense(), "linear", copied=True), tokens, 2, progress=False).costs([])
     assert torch.equal(torch.cat(seen), tokens[[0, 7, 15, 23]])
 
 

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moh import convert, record_routing
-from moh.models.llama import MoHLlamaForCausalLM
 
 FAMILIES = ["Llama", "Mistral", "Qwen2"]
 
@@ -79,15 +78,6 @@ def test_the_passed_model_is_unchanged_and_shares_no_storage(make_dense, tokens,
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
 
-def test_only_attention_gains_parameters(make_dense, tokens) -> None:
-    dense = make_dense("Qwen2")
-    model = convert(dense, shared_heads=1, active_heads=1, calibration=tokens, refit_output=False)
-    old, new = dense.state_dict(), model.state_dict()
-    assert all(torch.equal(old[name], new[name]) for name in old)
-    assert all(".self_attn.router.contribution." in name for name in new.keys() - old.keys())
-    assert len(new) == len(old) + 4
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_dtype_and_the_generation_settings_are_the_originals(make_dense, tokens, dtype) -> None:
     dense = make_dense().to(dtype)
@@ -108,7 +98,7 @@ def test_a_saved_model_loads_with_the_auto_class_and_gives_the_same_logits(
     model = convert(make_dense(family), shared_heads=1, active_heads=[1, 2], router=router, calibration=calibration)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert isinstance(loaded, MoHLlamaForCausalLM)
+    assert type(loaded) is type(model)
     assert loaded.config.active_heads == [1, 2]
     assert torch.equal(loaded(tokens[:3]).logits, model(tokens[:3]).logits)
 

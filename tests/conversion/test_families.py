@@ -1,4 +1,4 @@
-"""Promises of every family: with all heads active it is the original; it is saved, loaded, adapted and trained as one."""
+"""Promises of every family: with all heads active it is the original; it is saved, loaded, adapted and trained like it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,26 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import transformers
 
-import moh.models.families
+import moh.models.transformers
 from moh import convert, record_routing
 
 sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
 
-from family_cases import BY_TYPE, DECODERS, TRAINED_HEAD, dense_model, left_padded, token_ids
+from family_cases import (
+    ALL,
+    BY_TYPE,
+    DECODERS,
+    IMAGES,
+    NO_DROPOUT,
+    TRAINED_HEAD,
+    dense_model,
+    images,
+    inputs_of,
+    left_padded,
+    token_ids,
+    with_labels,
+)
 
-ALL = list(BY_TYPE)
 HEADED = [
     pytest.param(t, auto, id=f"{t}-{auto.removeprefix('AutoModel').removeprefix('For') or 'bare'}")
     for t, family in BY_TYPE.items()
@@ -32,6 +45,17 @@ ALL_HEADS = dict(shared_heads=1, active_heads=3)
 SOME_HEADS = dict(shared_heads=1, active_heads=1)
 
 
+def converted(dense: Any, **options: Any) -> Any:
+    """By the contribution router unless said otherwise, with some or all of its heads."""
+    calibration = images() if dense.config.model_type in IMAGES else token_ids()
+    return convert(dense, **dict(router="linear", calibration=calibration, progress=False) | options)
+
+
+def real_tokens(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The output without that of padding."""
+    return output[inputs["attention_mask"].bool()] if output.dim() == 3 and "attention_mask" in inputs else output
+
+
 def assert_same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -40,26 +64,34 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e
 @torch.no_grad()
 def test_with_all_heads_active_every_head_of_the_family_gives_the_originals_output(model_type, auto) -> None:
     dense = dense_model(model_type, auto)
-    model = convert(dense, router="linear", calibration=token_ids(), progress=False, **ALL_HEADS)
-    padded = left_padded(token_ids(2, 12))
-    real = padded["attention_mask"].bool()
+    model = converted(dense, **ALL_HEADS)
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         if model_type != "gemma2":  # transformers' own knows eager alone
             dense.set_attn_implementation(implementation)
-        for inputs in (dict(input_ids=padded["input_ids"]), padded):
-            got, expected = model(**inputs)[0], dense(**inputs)[0]
-            if got.dim() == 3:
-                got, expected = got[real], expected[real]
-            assert_same(got, expected)
+        for inputs in (inputs_of(model_type), inputs_of(model_type, padded=True)):
+            assert_same(*(real_tokens(m(**inputs)[0], inputs) for m in (model, dense)))
     assert not model.training and model.config.share == 1
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_with_all_heads_active_the_gradients_are_the_originals(model_type) -> None:
+    dense = dense_model(model_type)
+    model = converted(dense, **ALL_HEADS)
+    inputs = inputs_of(model_type, padded=True)
+    for m in (model, dense):
+        real_tokens(m(**inputs).logits, inputs).square().mean().backward()
+    for name, parameter in dense.named_parameters():
+        expected = parameter.grad
+        got = model.get_parameter(name).grad
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 + 1e-5 * float(expected.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
 @torch.no_grad()
 def test_greedy_text_with_a_cache_and_left_padding_is_the_originals(model_type) -> None:
     dense = dense_model(model_type)
-    model = convert(dense, router="linear", calibration=token_ids(), progress=False, **ALL_HEADS)
+    model = converted(dense, **ALL_HEADS)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     inputs = left_padded(token_ids(2, 12))
     assert model.generate(**inputs, **options).tolist() == dense.generate(**inputs, **options).tolist()
@@ -68,7 +100,7 @@ def test_greedy_text_with_a_cache_and_left_padding_is_the_originals(model_type) 
 @pytest.mark.parametrize("model_type", DECODERS)
 @torch.no_grad()
 def test_with_some_heads_the_cache_changes_nothing(model_type) -> None:
-    model = convert(dense_model(model_type), router="linear", calibration=token_ids(), progress=False, **SOME_HEADS)
+    model = converted(dense_model(model_type), **SOME_HEADS)
     inputs = left_padded(token_ids(2, 12)) | dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert model.generate(**inputs, use_cache=True).tolist() == model.generate(**inputs, use_cache=False).tolist()
 
@@ -77,24 +109,25 @@ def test_with_some_heads_the_cache_changes_nothing(model_type) -> None:
 @torch.no_grad()
 def test_some_heads_are_the_definition_and_not_the_original(model_type) -> None:
     dense = dense_model(model_type)
-    model = convert(dense, router="linear", calibration=token_ids(), progress=False, **SOME_HEADS)
-    ids = token_ids(3, 40)  # enough tokens for the products of the active heads alone
+    model = converted(dense, **SOME_HEADS)
+    inputs = inputs_of(model_type, 4, 40)  # enough tokens for the products of the active heads alone
     with record_routing(model) as routing:
-        fast = model(ids).logits
-    assert routing.share() == 0.5 and len(routing) == 2
+        fast = model(**inputs).logits
+    assert routing.share() == 0.5 == model.config.share and len(routing) == 2
     model.set_attn_implementation("eager")
-    assert_same(fast, model(ids).logits)
-    assert not torch.allclose(fast, dense(ids).logits, atol=1e-2)
+    assert_same(fast, model(**inputs).logits)
+    assert not torch.allclose(fast, dense(**inputs).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("model_type", ALL)
 @torch.no_grad()
 def test_a_two_stage_model_with_all_heads_active_starts_near_the_original(model_type) -> None:
     dense = dense_model(model_type)
-    model = convert(dense, router="two_stage", calibration=token_ids(), progress=False, shared_heads=2, active_heads=2)
+    model = converted(dense, router="two_stage", shared_heads=2, active_heads=2)
+    inputs = inputs_of(model_type)
     with record_routing(model) as routing:
-        got = model(token_ids(3)).logits
-    assert_same(got, dense(token_ids(3)).logits, tolerance=0.1)
+        got = model(**inputs).logits
+    assert_same(got, dense(**inputs).logits, tolerance=0.1)
     for _, info in routing:
         assert torch.allclose(info.gates, torch.ones(()), atol=0.05)
         assert not torch.equal(info.gates, torch.ones_like(info.gates))
@@ -105,11 +138,12 @@ def test_a_two_stage_model_with_all_heads_active_starts_near_the_original(model_
 def test_the_query_norm_router_needs_no_calibration(model_type) -> None:
     dense = dense_model(model_type)
     model = convert(dense, router="query_norm", **ALL_HEADS)
-    assert_same(model(token_ids(3)).logits, dense(token_ids(3)).logits)
+    inputs = inputs_of(model_type)
+    assert_same(model(**inputs).logits, dense(**inputs).logits)
     assert model.state_dict().keys() == dense.state_dict().keys()
     model.set_active_heads(1)
     with record_routing(model) as routing:
-        model(token_ids(3))
+        model(**inputs)
     assert routing.share() == 0.5
 
 
@@ -118,20 +152,11 @@ def test_heads_are_shared_out_and_the_output_refitted_from_calibration_and_the_o
     dense = dense_model(model_type).train()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     settings = dense.config.to_dict()
-    model = convert(
-        dense,
-        calibration=token_ids(),
-        allocation="sensitivity",
-        refit_output=True,
-        progress=False,
-        shared_heads=1,
-        active_heads=2,
-    )
-    ids = token_ids(16)
+    model = converted(dense, allocation="sensitivity", refit_output=True, shared_heads=1, active_heads=2)
+    inputs = inputs_of(model_type, 16, 16)
     with torch.no_grad():
-        plain = dict(allocation="even", refit_output=False)
-        kept = convert(dense, calibration=token_ids(), progress=False, shared_heads=1, active_heads=2, **plain)
-        errors = [(m(ids).logits - dense.eval()(ids).logits).square().mean() for m in (model, kept)]
+        kept = converted(dense, allocation="even", refit_output=False, shared_heads=1, active_heads=2)
+        errors = [(m(**inputs).logits - dense.eval()(**inputs).logits).square().mean() for m in (model, kept)]
     assert errors[0] < errors[1]
     assert dense.config.to_dict() == settings
     assert all(p.grad is None and p.requires_grad for p in dense.parameters())
@@ -145,19 +170,17 @@ def test_heads_are_shared_out_and_the_output_refitted_from_calibration_and_the_o
 @torch.no_grad()
 def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -> None:
     dense = dense_model(model_type, auto)
-    model = convert(
-        dense, router="linear", calibration=token_ids(), progress=False, shared_heads=1, active_heads=[1, 2]
-    )
+    model = converted(dense, shared_heads=1, active_heads=[1, 2])
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == f"moh_{model_type}"
     assert saved["architectures"] == [f"MoH{type(dense).__name__}"]
     loaded, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is type(model) is getattr(moh.models.families, f"MoH{type(dense).__name__}")
+    assert type(loaded) is type(model) is getattr(moh.models.transformers, f"MoH{type(dense).__name__}")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.config.active_heads == [1, 2]
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is type(model.config)
-    inputs = left_padded(token_ids(2, 12))
+    inputs = inputs_of(model_type, padded=True)
     assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
 
@@ -169,8 +192,8 @@ def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -
 def test_a_directory_is_converted_like_the_model_that_lies_there(model_type, auto, tmp_path: Path) -> None:
     dense = dense_model(model_type, auto)
     dense.save_pretrained(tmp_path)
-    options = dict(router="linear", calibration=token_ids(), progress=False, **SOME_HEADS)
-    from_directory, expected = convert(tmp_path, **options), convert(dense, **options)
+    expected = converted(dense, **SOME_HEADS)
+    from_directory = convert(tmp_path, router="linear", calibration=token_ids(), progress=False, **SOME_HEADS)
     assert type(from_directory) is type(expected)
     ids = token_ids(2, 12)
     assert torch.equal(from_directory(ids)[0], expected(ids)[0])
@@ -179,7 +202,7 @@ def test_a_directory_is_converted_like_the_model_that_lies_there(model_type, aut
 @pytest.mark.parametrize("model_type", ALL)
 def test_only_routers_are_added_to_the_tensors(model_type) -> None:
     dense = dense_model(model_type)
-    model = convert(dense, calibration=token_ids(), progress=False, refit_output=False, **SOME_HEADS)
+    model = converted(dense, refit_output=False, **SOME_HEADS)
     old, new = dense.state_dict(), model.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert all(".router.contribution." in name for name in new.keys() - old.keys())
@@ -190,18 +213,18 @@ def test_only_routers_are_added_to_the_tensors(model_type) -> None:
 def test_a_lora_starts_as_the_model_and_trains_alone(model_type) -> None:
     peft = pytest.importorskip("peft")
     family = BY_TYPE[model_type]
-    model = convert(dense_model(model_type), calibration=token_ids(), progress=False, **SOME_HEADS)
-    ids = token_ids(4)
+    model = converted(dense_model(model_type), **SOME_HEADS)
+    inputs = with_labels(inputs_of(model_type, 4, 16))
     with torch.no_grad():
-        before = model(ids).logits
+        before = model(**inputs).logits
     names = [family.fused] if family.fused else [family.queries, family.keys, family.values]
     modules = [*names, family.output]
     regex = rf".*[.]{family.attention_of_layer}[.].*({'|'.join(m.replace('.', '[.]') for m in modules)})"
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=regex)).eval()
     with torch.no_grad():
-        assert_same(adapted(ids).logits, before)
+        assert_same(adapted(**inputs).logits, before)
     adapted.train()
-    loss = adapted(ids, labels=ids).loss
+    loss = adapted(**inputs).loss
     loss.backward()
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert len(trained) == 2 * 2 * len(modules) and all("lora_" in name for name in trained)
@@ -209,53 +232,53 @@ def test_a_lora_starts_as_the_model_and_trains_alone(model_type) -> None:
     for _ in range(3):
         optimizer.step()
         optimizer.zero_grad()
-        after = adapted(ids, labels=ids).loss
+        after = adapted(**inputs).loss
         after.backward()
     assert after < loss
     merged = adapted.merge_and_unload().eval()
     with torch.no_grad():
-        assert not torch.allclose(merged(ids).logits, before, atol=1e-4)
+        assert not torch.allclose(merged(**inputs).logits, before, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ALL)
 def test_the_loss_holds_the_balance_term_of_real_tokens_and_trains_the_routers(model_type) -> None:
-    model = convert(
-        dense_model(model_type),
-        router="two_stage",
-        calibration=token_ids(),
-        progress=False,
-        router_aux_loss_coef=0.5,
-        shared_heads=1,
-        active_heads=1,
-    )
-    inputs = left_padded(token_ids(4, 12))
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    model = converted(dense_model(model_type), router="two_stage", router_aux_loss_coef=0.5, **SOME_HEADS)
+    inputs = with_labels(inputs_of(model_type, 4, padded=True))
     with record_routing(model) as routing:
-        outputs = model(**inputs, labels=labels)
-    balance = routing.balance_loss(inputs["attention_mask"])
+        outputs = model(**inputs)
+    balance = routing.balance_loss(inputs.get("attention_mask"))
     assert torch.allclose(outputs.aux_loss, balance) and balance > 0
     model.config.router_aux_loss_coef = 0.0
-    plain = model(**inputs, labels=labels)
+    plain = model(**inputs)
     assert torch.allclose(outputs.loss, plain.loss + 0.5 * balance)
     assert "aux_loss" not in plain
-    assert model(**inputs, labels=labels, return_dict=False)[0] == plain.loss
+    assert model(**inputs, return_dict=False)[0] == plain.loss
     model.config.router_aux_loss_coef = 0.5
-    model.train()(**inputs, labels=labels).loss.backward()
+    model.train()(**inputs).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "router" in n)
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_gradient_checkpointing_changes_neither_the_loss_nor_the_gradients(model_type) -> None:
+    dense = dense_model(model_type, **NO_DROPOUT.get(model_type, {}))
+    model = converted(dense, router="two_stage", router_aux_loss_coef=0.5, **SOME_HEADS).train()
+    inputs = with_labels(inputs_of(model_type, padded=True))
+    runs = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        runs.append((outputs.loss, outputs.aux_loss, {n: p.grad for n, p in model.named_parameters()}))
+        model.zero_grad()
+    torch.testing.assert_close(runs[1], runs[0])
 
 
 @pytest.mark.parametrize("unit", ["group_balanced", "kv_group"])
 @pytest.mark.parametrize("model_type", [t for t in DECODERS if t not in ("gpt2", "opt")])
 @torch.no_grad()
 def test_groups_can_be_what_a_token_chooses(model_type, unit) -> None:
-    model = convert(
-        dense_model(model_type),
-        calibration=token_ids(),
-        progress=False,
-        routing_unit=unit,
-        shared_heads=0,
-        active_heads=2,
-    )
+    model = converted(dense_model(model_type), routing_unit=unit, shared_heads=0, active_heads=2)
     ids = token_ids(2, 12)
     with record_routing(model) as routing:
         got = model(ids).logits

@@ -29,10 +29,6 @@ def neighbour(kind: str, **options: Any) -> Any:
     return getattr(transformers, f"{kind}Model")(config)
 
 
-def llama_without_head() -> Any:
-    return transformers.LlamaModel(transformers.LlamaConfig(**TINY))
-
-
 def with_foreign_attention() -> Any:
     model = dense_model("qwen3")
     attention = model.model.layers[1].self_attn
@@ -103,7 +99,6 @@ CASES = {
         {},
         "got 'qwen3_moe'; the type without experts, qwen3, can be converted",
     ),
-    "llama-without-head": (llama_without_head, {}, "model must be a causal language model .*got LlamaModel"),
     "foreign-attention": (with_foreign_attention, {}, "layer 1's attention must be .*Qwen3Attention, got a Other"),
     "adapter-inside": (with_adapter, {}, r"transformer.h.0.attn.c_attn must be a plain linear layer.*merge an adapter"),
     "llama-adapter-inside": (llama_with_adapter, {}, r"layers.0.self_attn.o_proj must be a plain linear layer"),
@@ -142,7 +137,7 @@ def test_a_moh_model_of_a_family_is_not_converted_again() -> None:
 
 
 def test_a_configuration_that_the_attention_cannot_serve_is_refused() -> None:
-    from moh.models.families import MoHBertConfig, MoHGemma2Config, MoHGPT2Config
+    from moh.models.transformers import MoHBertConfig, MoHGemma2Config, MoHGPT2Config
 
     assert MoHGemma2Config().attn_logit_softcapping is None
     with pytest.raises(ValueError, match="attn_logit_softcapping must be None, got 30"):
@@ -154,11 +149,11 @@ def test_a_configuration_that_the_attention_cannot_serve_is_refused() -> None:
 
 
 def test_texts_for_an_encoder_stand_between_its_special_tokens(base_dir: Path) -> None:
-    from moh.conversion.family_models import DenseFamilyModel
+    from moh.conversion.transformers import DenseTextModel
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir)
     tokenizer.cls_token, tokenizer.sep_token = tokenizer.convert_ids_to_tokens([5, 6])
-    dense = DenseFamilyModel(dense_model("bert", vocab_size=len(tokenizer)), "linear", copied=True)
+    dense = DenseTextModel(dense_model("bert", vocab_size=len(tokenizer)), "linear", copied=True)
     samples = dense.samples(["a text of words " * 80], max_tokens=10_000, tokenizer=tokenizer, seq_len=16)
     assert samples.shape[1] == 16 and len(samples) > 2
     assert set(samples[:, 0].tolist()) == {5} and set(samples[:, -1].tolist()) == {6}

@@ -19,8 +19,8 @@ from moh.conversion.fit import (
     refit_output_projection,
     unique_part,
 )
-from moh.conversion.language import DenseLanguageModel
 from moh.conversion.passes import OutputSums, collect_contributions, head_contributions
+from moh.conversion.transformers import DenseTextModel
 
 FAMILIES = ["Llama", "Mistral", "Qwen2"]
 
@@ -120,7 +120,7 @@ def test_the_contribution_router_is_the_least_squares_fit(make_dense, tokens, wa
 @torch.no_grad()
 def test_the_fit_reports_means_and_explained_variance(make_dense, tokens, watch) -> None:
     dense = make_dense()
-    sums = collect_contributions(DenseLanguageModel(dense, copied=True), iter(tokens.split(7)))
+    sums = collect_contributions(DenseTextModel(dense, "linear", copied=True), iter(tokens.split(7)))
     for layer, layer_sums, seen in zip(
         [layer.self_attn for layer in dense.model.layers], sums, watch(dense, tokens), strict=True
     ):

@@ -72,7 +72,7 @@ def test_a_family_that_keeps_its_weights_transposed_has_budgets_too(tokens: Tens
 def test_an_image_model_of_transformers_has_budgets_too(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
-    from moh.models.transformers_vit import MoHViTForImageClassification
+    from moh.models.transformers import MoHViTForImageClassification
 
     sizes = dict(image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     dense = ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()

@@ -15,7 +15,7 @@ from moh import convert
 from moh.demo import DemoSettings, run_demo
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, perplexity
-from moh.models.llama import MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens
 
 ROWS = {

@@ -23,7 +23,7 @@ ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 DEEPSPEED_TOY = Path(__file__).with_name("deepspeed_toy.json")
 IMPORTED = [  # the server is one for all tests of a process; what is not installed it leaves out
     "moh.training.run",
-    "moh.models.llama.modeling",
+    "moh.models.transformers.models",
     "moh.training.images.run",
     "moh.models.vit",
     "moh.training.diffusion.run",

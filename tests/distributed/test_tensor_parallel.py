@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-from moh.models.llama.head_order import interleave_shared_heads
+from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers.tensor_parallel import interleave_shared_heads
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -59,6 +59,12 @@ def test_reordered_heads_compute_the_same(fields, ranks: int, expected: list[int
     assert again.eval()(tokens).logits.equal(model(tokens).logits)
 
 
+def test_heads_of_a_family_with_another_attention_are_not_split() -> None:
+    config = MoHGPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=4, shared_heads=2, active_heads=1)
+    with pytest.raises(ValueError, match=r"type among moh_llama, moh_mistral, .* to split its heads, got 'moh_gpt2'"):
+        interleave_shared_heads(MoHGPT2LMHeadModel(config), 2)
+
+
 def test_heads_that_can_not_be_divided_are_refused() -> None:
     with pytest.raises(ValueError, match="ranks must divide num_key_value_heads = 4, got 8"):
         interleave_shared_heads(_model(**GROUPED, shared_heads=4, active_heads=2), 8)
@@ -75,9 +81,12 @@ def _compare(team, size: int, fields, **tolerances) -> None:
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("router", ["two_stage", "linear", "query_norm"])
-def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, router: str) -> None:
-    _compare(team, 2, {"router": router, "shared_heads": 4})
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [("Llama", "two_stage"), ("Llama", "linear"), ("Llama", "query_norm"), ("Qwen2", "linear")],
+)
+def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, family: str, router: str) -> None:
+    _compare(team, 2, {"family": family, "router": router, "shared_heads": 4})
 
 
 @pytest.mark.slow

@@ -62,21 +62,21 @@ def balance(router: str, inside: bool, checkpointed: bool):
     return loss.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-def tensor_parallel(ways: int, **fields):
-    """Loss, balance loss and gradients of a Llama whose heads `ways` processes share, on this process's share of a batch.
+def tensor_parallel(ways: int, family: str = "Llama", **fields):
+    """Loss, balance loss and gradients of a model whose heads `ways` processes share, on this process's share of a batch.
 
     With more processes than that, the model is also sharded over the rest of them.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-    from moh.models.llama.head_order import interleave_shared_heads
-    from moh.models.llama.tensor_parallel import split_heads
+    import moh.models.transformers as models
+    from moh.models.transformers.tensor_parallel import interleave_shared_heads, split_heads
 
     small = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "active_heads": 2, "router_aux_loss_coef": 0.5}
-    model = MoHLlamaForCausalLM(MoHLlamaConfig(**small, **heads, **fields)).train()
+    config = getattr(models, f"MoH{family}Config")(**small, **heads, **fields)
+    model = getattr(models, f"MoH{family}ForCausalLM")(config).train()
     interleave_shared_heads(model, 2)
     tokens = torch.randint(30, (4, 70))  # enough for the sparse projections to be chosen, if they were allowed
     group, number = None, 0

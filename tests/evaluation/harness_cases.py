@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import moh
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 WORDS = "head token gate router layer value key query".split()
 

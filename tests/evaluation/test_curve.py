@@ -30,7 +30,7 @@ SIZES = dict(
 
 @pytest.fixture
 def model() -> Any:
-    from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+    from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
     heads = dict(router="linear", shared_heads=1, active_heads=1)
     return MoHLlamaForCausalLM(MoHLlamaConfig(**SIZES, **heads)).eval()

@@ -13,7 +13,7 @@ from harness_cases import save_moh, write_tasks
 
 from moh.cli import main
 from moh.evaluation.harness import HarnessTask, LoadedModel, evaluate_tasks, runner
-from moh.models.loading import load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 TASKS = ["tiny_choice:2", "tiny_last", "tiny_write:1"]
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moh.evaluation.sizing import Gpu, Plan, forward_flops, parameters, size
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
 SHAPES = dict(
     vocab_size=97,

@@ -23,7 +23,7 @@ def converted_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     pytest.importorskip("transformers", reason="the llm extra is not installed")
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+    from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
     dense = LlamaForCausalLM.from_pretrained(base_dir)
     for parameter in dense.parameters():  # far enough from nothing that heads matter

@@ -18,7 +18,7 @@ def test_a_classifier_of_transformers_is_explored_too(tmp_path: Path) -> None:
     from transformers import ViTImageProcessor
 
     from moh.explore.images import read_image
-    from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification
+    from moh.models.transformers import MoHViTConfig, MoHViTForImageClassification
 
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16, image_size=8)
     config = MoHViTConfig(

@@ -1,4 +1,4 @@
-"""Tiny models of the Llama family, and a helper to compare them with transformers' own."""
+"""Tiny language models, a Llama by default, and a helper to compare them with transformers' own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+import moh.models.transformers
 
 sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
 
@@ -43,15 +43,19 @@ def stir(model: nn.Module) -> None:
 
 
 @pytest.fixture
-def tiny_config() -> Callable[..., MoHLlamaConfig]:
-    return lambda **options: MoHLlamaConfig(**TINY | HEADS | options)
+def tiny_config() -> Callable[..., Any]:
+    def make(family: str = "Llama", **options: Any) -> Any:
+        return getattr(moh.models.transformers, f"MoH{family}Config")(**TINY | HEADS | options)
+
+    return make
 
 
 @pytest.fixture
-def tiny_model(tiny_config) -> Callable[..., MoHLlamaForCausalLM]:
-    def make(**options: Any) -> MoHLlamaForCausalLM:
+def tiny_model(tiny_config) -> Callable[..., Any]:
+    def make(family: str = "Llama", **options: Any) -> Any:
         torch.manual_seed(0)
-        model = MoHLlamaForCausalLM(tiny_config(**options)).eval()
+        kind = getattr(moh.models.transformers, f"MoH{family}ForCausalLM")
+        model = kind(tiny_config(family, **options)).eval()
         stir(model)
         return model
 

@@ -17,7 +17,7 @@ IMAGE = dict(img_size=16, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_
 
 
 def llama(**options: Any) -> Any:
-    from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+    from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
     sizes = dict(
         vocab_size=64,
@@ -33,7 +33,7 @@ def llama(**options: Any) -> Any:
 
 
 def transformers_vit() -> Any:
-    from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification
+    from moh.models.transformers import MoHViTConfig, MoHViTForImageClassification
 
     config = MoHViTConfig(
         image_size=16,

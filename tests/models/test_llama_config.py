@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moh import MoHConfig
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,12 @@ def test_round_trip_through_json(tiny_config, tmp_path):
         router="linear",
         router_aux_loss_coef=0.01,
         attention_bias=True,
-        attention_out_bias=False,
-        sliding_window=7,
         moh_backend="reference",
     )
     config.save_pretrained(tmp_path)
     loaded = MoHLlamaConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.layer_configs() == config.layer_configs()
-    assert loaded.attention_out_bias is False
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import moh
 import moh.attention.cpu
-from moh.models.llama import modeling
+from moh.models.transformers import attention
 
 pytestmark = pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
 
@@ -28,6 +28,19 @@ SERVED = [
     ),
     pytest.param(dict(router="linear", routing_unit="kv_group", shared_heads=0, active_heads=2), id="linear-kv-group"),
     pytest.param(dict(router="linear", attention_bias=True, head_dim=6, tie_word_embeddings=True), id="biases"),
+    pytest.param(dict(router="linear", family="Mistral", sliding_window=None), id="mistral"),
+    pytest.param(dict(router="linear", family="Qwen2"), id="qwen2"),
+    pytest.param(dict(router="linear", family="Gemma", head_dim=10), id="gemma"),
+    pytest.param(
+        dict(
+            router="linear",
+            family="Gemma2",
+            head_dim=8,
+            query_pre_attn_scalar=24,
+            layer_types=["full_attention"] * 2,
+        ),
+        id="gemma2",
+    ),
 ]
 
 
@@ -35,14 +48,14 @@ SERVED = [
 def decoded(monkeypatch) -> list[bool]:
     """For each call of an attention layer, whether the operator served it."""
     calls: list[bool] = []
-    original = modeling.decode
+    original = attention.decode
 
     def noted(*args):
         out = original(*args)
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr(modeling, "decode", noted)
+    monkeypatch.setattr(attention, "decode", noted)
     return calls
 
 
@@ -84,6 +97,18 @@ def test_left_padding_is_masked(tiny_model, tokens, decoded):
     assert decoded == [True, True]
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain-cache", "own-cache"])
+@torch.no_grad()
+def test_a_sliding_window_is_a_mask_or_is_not_decoded_by_the_operator(tiny_model, tokens, decoded, plain):
+    model = tiny_model(family="Mistral", router="linear", sliding_window=4)
+    full = model(tokens).logits
+    cache = model(tokens[:, :7], past_key_values=DynamicCache() if plain else None, use_cache=True).past_key_values
+    decoded.clear()
+    for t in range(7, 12):
+        torch.testing.assert_close(step(model, tokens, cache, t), full[:, t : t + 1], rtol=1e-4, atol=2e-5)
+    assert decoded == [plain] * 10
+
+
 class Adapter(nn.Linear):
     pass
 
@@ -114,7 +139,7 @@ def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypa
     if reason == "float64":
         model.double()
     if reason == "large batch":
-        monkeypatch.setattr("moh.models.llama.decoding.MAX_BATCH", 1)
+        monkeypatch.setattr("moh.models.transformers.decoding.MAX_BATCH", 1)
     cache = prefilled(model, tokens)
     if reason == "static cache":
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -197,7 +222,7 @@ def test_changes_of_the_cache_go_on_as_with_transformers_own(tiny_model, tokens,
         return outputs
 
     got = run()
-    monkeypatch.setattr(modeling, "decode", lambda *_: None)
+    monkeypatch.setattr(attention, "decode", lambda *_: None)
     for a, b in zip(got, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
@@ -215,7 +240,7 @@ def test_a_cache_of_inference_mode_can_be_gone_on_with_outside_of_it(tiny_model,
 
 @torch.no_grad()
 def test_a_full_cache_is_enlarged(tiny_model, tokens, monkeypatch):
-    monkeypatch.setattr("moh.models.llama.cache_room.MIN_ROOM", 2)
+    monkeypatch.setattr("moh.models.transformers.decoding.MIN_ROOM", 2)
     model = tiny_model(router="linear")
     full = model(tokens).logits
     cache = prefilled(model, tokens)

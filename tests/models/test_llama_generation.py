@@ -14,7 +14,7 @@ KINDS = [
     pytest.param(dict(router="two_stage"), id="two_stage"),
     pytest.param(dict(router="query_norm"), id="query_norm"),
     pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
-    pytest.param(dict(sliding_window=4), id="sliding-window"),
+    pytest.param(dict(family="Mistral", sliding_window=4), id="sliding-window"),
 ]
 
 

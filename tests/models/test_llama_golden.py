@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"
 

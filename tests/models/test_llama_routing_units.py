@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import moh
-from moh.models.llama import MoHLlamaConfig, modeling
+from moh.models.transformers import MoHLlamaConfig, attention
 
 GROUPS = dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
 KINDS = [
@@ -71,7 +71,7 @@ def test_decoding_with_the_cache_is_the_full_forward_pass(model, tokens, monkeyp
     if backend == "grouped":
         choose_grouped(model)
     if backend == "operator-off":
-        monkeypatch.setattr(modeling, "decode", lambda *_: None)
+        monkeypatch.setattr(attention, "decode", lambda *_: None)
     for t in range(7, 12):
         step = model(tokens[:, t : t + 1], past_key_values=cache).logits
         torch.testing.assert_close(step, full[:, t : t + 1], rtol=1e-4, atol=2e-5)
@@ -144,13 +144,13 @@ def test_a_model_tells_the_attention_what_its_tokens_use(tiny_model, tokens, mon
     model = tiny_model(**GROUPS, routing_unit=unit, shared_heads=0, active_heads=6)
     moh.set_active_heads(model, 3 if unit == "group_balanced" else 2)
     seen = []
-    original = modeling.moh_attention
+    original = attention.moh_attention
 
     def noted(*args, **kwargs):
         seen.append(kwargs["heads_per_group"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(modeling, "moh_attention", noted)
+    monkeypatch.setattr(attention, "moh_attention", noted)
     model(tokens)
     assert seen == [1 if unit == "group_balanced" else None] * 2
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM, MoHLlamaModel
+from moh.models.transformers.loading import load_causal_lm
 
 KINDS = [
     pytest.param(dict(router="two_stage"), id="two_stage"),
     pytest.param(dict(router="query_norm"), id="query_norm"),
     pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
     pytest.param(dict(tie_word_embeddings=True), id="tied-embeddings"),
-    pytest.param(dict(attention_bias=True, attention_out_bias=False, sliding_window=5), id="qwen2-and-mistral"),
+    pytest.param(dict(family="Qwen2"), id="qwen2"),
+    pytest.param(dict(family="Mistral", sliding_window=5), id="mistral"),
 ]
 
 
@@ -31,12 +34,12 @@ def test_saved_model_is_loaded_by_the_auto_classes(tiny_model, tokens, tmp_path,
     assert not list(tmp_path.glob("*.bin"))
 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is MoHLlamaForCausalLM
+    assert type(loaded) is type(model)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is MoHLlamaConfig
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     base = AutoModel.from_pretrained(tmp_path)
-    assert type(base) is MoHLlamaModel
+    assert type(base) is type(model.model)
     assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
 
@@ -63,6 +66,63 @@ def test_config_names_the_model_type(tiny_model, tmp_path):
     assert saved["model_type"] == "moh_llama"
     assert saved["architectures"] == ["MoHLlamaForCausalLM"]
     assert (saved["router"], saved["shared_heads"], saved["active_heads"]) == ("two_stage", 1, 2)
+
+
+def rewrite_config(directory: Path, **fields: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@torch.no_grad()
+def test_a_llama_saved_by_an_early_version_still_loads(tiny_model, tokens, tmp_path):
+    model = tiny_model(attention_bias=True)
+    model.save_pretrained(tmp_path)
+    rewrite_config(tmp_path, attention_out_bias=True, sliding_window=None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert not {"attention_out_bias", "sliding_window"} & loaded.config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "family, was, message",
+    [
+        pytest.param(
+            dict(family="Mistral", sliding_window=5),
+            dict(attention_out_bias=False, sliding_window=5),
+            "no longer has sliding_window = 5: .* convert the Mistral again, which gives a MoHMistralForCausalLM, or "
+            "write model_type 'moh_mistral' and",
+            id="mistral",
+        ),
+        pytest.param(
+            dict(family="Qwen2"),
+            dict(attention_bias=True, attention_out_bias=False, sliding_window=None),
+            "no longer has attention_out_bias = False: .* convert the Qwen2 again, which gives a MoHQwen2ForCausalLM, "
+            "or write model_type 'moh_qwen2' and",
+            id="qwen2",
+        ),
+        pytest.param(
+            dict(family="Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0),
+            dict(attention_bias=True, attention_out_bias=False, sliding_window=5),
+            "convert the Qwen2 again, which gives a MoHQwen2ForCausalLM$",
+            id="qwen2-with-a-window",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_a_llama_that_imitated_another_family_is_refused_with_what_to_do(
+    tiny_model, tokens, tmp_path, family, was, message
+):
+    model = tiny_model(**family)
+    model.save_pretrained(tmp_path)
+    now = json.loads((tmp_path / "config.json").read_text())
+    rewrite_config(tmp_path, model_type="moh_llama", architectures=["MoHLlamaForCausalLM"], **was)
+    for load in (AutoModelForCausalLM.from_pretrained, AutoConfig.from_pretrained, load_causal_lm):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path)
+        assert type(caught.value) is ValueError
+    if "or write" in message:
+        rewrite_config(tmp_path, model_type=now["model_type"], architectures=now["architectures"])
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def test_loss_falls_and_the_router_learns(tiny_model, tokens, router):
 
 
 def test_freshly_made_model_trains(tiny_config, tokens):
-    from moh.models.llama import MoHLlamaForCausalLM
+    from moh.models.transformers import MoHLlamaForCausalLM
 
     model = MoHLlamaForCausalLM(tiny_config(shared_heads=2, active_heads=1, router_aux_loss_coef=0.01))
     loss = model(tokens, labels=tokens).loss
@@ -168,7 +168,7 @@ def test_hidden_states_are_given_when_asked_for(tiny_model, tokens, coefficient)
 
 @pytest.mark.parametrize("keep", [1, 5])
 def test_logits_to_keep_and_embeddings_as_input(tiny_model, tokens, keep):
-    for options in ({}, dict(sliding_window=4)):
+    for options in ({}, dict(family="Mistral", sliding_window=4)):
         model = tiny_model(**options)
         full = model(tokens).logits
         embeddings = model.get_input_embeddings()(tokens)

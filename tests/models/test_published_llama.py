@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moh.checkpoints import load_published
-from moh.models.llama import MoHLlamaConfig, MoHLlamaForCausalLM
-from moh.models.published_llama import REPOSITORY, is_published_llama, published_heads
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers.published import REPOSITORY, is_published_llama, published_heads
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"
 # Would stop the test if it were run; only its text may be looked at

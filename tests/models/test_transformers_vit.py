@@ -1,4 +1,4 @@
-"""Promises of transformers' ViT with MoH attention: ViT's behaviour, Auto classes, the balance loss, saving."""
+"""Promises of transformers' ViT with MoH attention beyond those of every family (tests/conversion/test_families.py)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import moh
-from moh.models.transformers_vit import MoHViTConfig, MoHViTForImageClassification, MoHViTModel
+from moh.models.transformers import MoHViTConfig, MoHViTForImageClassification
 
 TINY = dict(
     hidden_size=32,
@@ -40,15 +39,6 @@ def images(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
-def test_with_gates_of_one_it_is_vit() -> None:
-    model = make(shared_heads=4, active_heads=0, router="query_norm")
-    dense = ViTForImageClassification(ViTConfig(**TINY)).eval()
-    dense.load_state_dict(model.state_dict())
-    expected = dense(images()).logits
-    assert (model(images()).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 @pytest.mark.parametrize("router", ["two_stage", "linear", "query_norm"])
 @torch.no_grad()
 def test_every_backend_gives_what_the_definition_gives(router) -> None:
@@ -59,33 +49,6 @@ def test_every_backend_gives_what_the_definition_gives(router) -> None:
     with moh.record_routing(model) as routing:
         model(images())
     assert routing.share() == pytest.approx(0.75) == model.config.share
-
-
-@torch.no_grad()
-def test_auto_classes_save_and_load_it(tmp_path) -> None:
-    model = make(shared_heads=[[1], 2], active_heads=[1, 2])
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert type(loaded) is MoHViTForImageClassification
-    assert torch.equal(loaded(images()).logits, model(images()).logits)
-    assert loaded.config.shared_heads == [[1], 2]
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), MoHViTConfig)
-    backbone = AutoModel.from_pretrained(tmp_path)
-    assert type(backbone) is MoHViTModel
-    assert torch.equal(backbone(images()).last_hidden_state, model.vit(images()).last_hidden_state)
-
-
-def test_the_loss_holds_the_balance_loss_and_trains_the_routers() -> None:
-    model, labels = make(router_aux_loss_coef=0.5).train(), torch.tensor([0, 3, 4])
-    with moh.record_routing(model) as routing:
-        output = model(images(), labels=labels)
-    task = torch.nn.functional.cross_entropy(output.logits, labels)
-    assert torch.allclose(output.aux_loss, routing.balance_loss())
-    assert torch.allclose(output.loss, task + 0.5 * output.aux_loss)
-    output.loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if ".router." in n)
-    assert model(images(), labels=labels, return_dict=False)[0].shape == ()
-    assert not hasattr(make()(images(), labels=labels), "aux_loss")
 
 
 def test_accumulated_calls_add_up_to_the_balance_loss_of_a_step() -> None:

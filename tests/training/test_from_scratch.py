@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 import moh  # noqa: F401 (makes the Auto classes know our models)
-from moh.models.llama import MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaForCausalLM
 from moh.routing import record_routing
 from moh.training import load_recipe, run, train
 from moh.training.loading import new_config

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh.conversion
-from moh.models.llama import MoHLlamaForCausalLM
+from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import choose_precision, load_recipe, precision, train
 from moh.training.checkpoints import check_writable, replacing_directory
 

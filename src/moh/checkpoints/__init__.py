@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh.checkpoints.published_config import read_published_config
-from moh.checkpoints.reading import read_tensors
+from moh.models.reading import read_tensors
+from moh.models.transformers.published import read_published_config
 
-_FAMILIES = {"moh_llama": "llama", "transnext": "transnext", "dit": "dit"}
-"""config["model"] -> the module here that knows it."""
+_FAMILIES = {
+    "moh_llama": "moh.models.transformers.published",
+    "transnext": "moh.checkpoints.transnext",
+    "dit": "moh.checkpoints.dit",
+}
+"""config["model"] -> the module that knows it."""
 
 
 def load_published(
@@ -32,7 +36,7 @@ def load_published(
         path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
             with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
         config: the published keys: `model`, which names the family, and what its `load` says: "moh_llama"
-            (`moh.checkpoints.llama`), "transnext" (`moh.checkpoints.transnext`) or "dit" (`moh.checkpoints.dit`).
+            (`moh.models.transformers.published`), "transnext" (`moh.checkpoints.transnext`) or "dit" (`moh.checkpoints.dit`).
             None reads the config.json of a directory that is laid out as the published MoH-LLaMA3-8B.
         dtype: of the model; None keeps the checkpoint's.
 
@@ -51,6 +55,6 @@ def load_published(
         raise ValueError("config must have the key 'model'")
     if config["model"] not in _FAMILIES:
         raise ValueError(f"config['model'] must be one of {', '.join(map(repr, _FAMILIES))}, got {config['model']!r}")
-    family = importlib.import_module(f"moh.checkpoints.{_FAMILIES[config['model']]}")
+    family = importlib.import_module(_FAMILIES[config["model"]])
     model: nn.Module = family.load(read_tensors(path_or_state_dict), config, dtype)
     return model

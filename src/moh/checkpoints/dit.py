@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moh._extras import require
-from moh.checkpoints.reading import check_tensors, require_keys
+from moh.models.reading import check_tensors, require_keys
 
 _KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moh._extras import require
-from moh.checkpoints.reading import check_tensors, require_keys
+from moh.models.reading import check_tensors, require_keys
 
 _SAME_NAME = ("img_size", "num_classes", "embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios")
 _OPTIONAL = ("patch_size", "window_size", "qkv_bias", "norm_eps", "in_chans")

@@ -39,7 +39,7 @@ def run_eval(arguments: Namespace) -> None:
         images.run_eval(arguments)
         return
     from moh.evaluation import perplexity
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     if arguments.all_text:

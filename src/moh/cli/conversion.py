@@ -93,7 +93,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
     from moh.conversion import convert
     from moh.conversion.convert import is_diffusion_model, load_dense
     from moh.models.dial import head_share, moh_routers
-    from moh.models.loading import default_device
+    from moh.models.transformers.loading import default_device
 
     options = {
         "shared_heads": arguments.shared_heads,
@@ -117,12 +117,17 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
 
 
 def _reads_images(dense: Any) -> bool:
-    return not hasattr(dense, "config") or dense.config.model_type in ("vit", "moh_vit")
+    from moh.models.transformers.families import family_of
+
+    if not hasattr(dense, "config"):
+        return True
+    family = family_of(dense.config.model_type)
+    return family is not None and family.images
 
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
-    from moh.models.loading import load_tokenizer
+    from moh.models.transformers.loading import load_tokenizer
     from moh.routing import router_class
 
     if arguments.images is not None:

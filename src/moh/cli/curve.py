@@ -50,7 +50,7 @@ def run(arguments: Namespace) -> None:
     if images.is_classifier(arguments):
         from moh.evaluation.curve import image_curve
         from moh.models.image_loading import load_image_classifier
-        from moh.models.loading import default_device
+        from moh.models.transformers.loading import default_device
 
         model = load_image_classifier(arguments.model, device=default_device())
         dense = None if arguments.dense is None else load_image_classifier(arguments.dense, device=default_device())
@@ -70,7 +70,7 @@ def run(arguments: Namespace) -> None:
 def _of_text(arguments: Namespace) -> Curve:
     from moh.cli.commands import _blocks, read_corpus
     from moh.evaluation.curve import text_curve
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
     if arguments.repeats < 0 or arguments.prompt_tokens < 1 or arguments.decode_tokens < 1:
         raise ValueError("--repeats must be at least 0, --prompt-tokens and --decode-tokens at least 1")

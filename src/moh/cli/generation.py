@@ -52,7 +52,7 @@ def load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     import torch
 
     import moh
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")

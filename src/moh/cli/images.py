@@ -62,7 +62,7 @@ def run_eval(arguments: Namespace) -> None:
     """Top-1 and more of a classifier."""
     from moh.evaluation import evaluate_images
     from moh.models.image_loading import load_image_classifier
-    from moh.models.loading import default_device
+    from moh.models.transformers.loading import default_device
 
     model = load_image_classifier(arguments.model, device=default_device())
     images = read_images(arguments)

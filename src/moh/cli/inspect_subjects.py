@@ -67,7 +67,7 @@ class _Texts(Subject):
             raise ValueError("--classes is for image classifiers: give --images too")
 
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+        from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
         super().__init__(arguments)
         self.texts = _read_groups(arguments)
@@ -127,7 +127,7 @@ class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
         from moh.cli.images import read_images
         from moh.models.image_loading import load_image_classifier
-        from moh.models.loading import default_device
+        from moh.models.transformers.loading import default_device
 
         super().__init__(arguments)
         self.model = load_image_classifier(arguments.model, device=default_device())
@@ -163,7 +163,7 @@ class _Diffusion(_OfImages):
 
     def __init__(self, arguments: Namespace) -> None:
         from moh.cli.images import read_images
-        from moh.models.loading import default_device
+        from moh.models.transformers.loading import default_device
         from moh.sampling import load_image_model
 
         super().__init__(arguments)

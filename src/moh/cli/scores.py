@@ -59,7 +59,7 @@ def run(arguments: Namespace) -> None:
         save_features,
         score_images,
     )
-    from moh.models.loading import default_device
+    from moh.models.transformers.loading import default_device
     from moh.training.checkpoints import check_writable
 
     target = None if arguments.save_reference is None else Path(arguments.save_reference)

@@ -46,7 +46,7 @@ def make_servable(model: str, active_heads: int | float | list[int] | None = Non
     """
     import transformers
 
-    from moh.models.loading import load_config
+    from moh.models.transformers.loading import load_config
 
     config = load_config(model)
     kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)

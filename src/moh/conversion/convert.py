@@ -1,7 +1,7 @@
 """`moh.convert`: a pretrained dense model -> the same model with MoH attention, calibrated in closed form.
 
 No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours. What
-differs between kinds of models is in one adapter each: `language`, `family_models`, `timm_vit`, `transformers_vit`.
+differs between kinds of models is in one adapter each: `transformers`, `timm_vit`, `dit`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from moh.config import ROUTERS, MoHConfig
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
 from moh.conversion.dense import DenseModel
-from moh.conversion.family_models import DenseFamilyModel
-from moh.conversion.language import DenseLanguageModel, DenseTextModel
 from moh.conversion.tokens import are_texts
-from moh.models.families.table import family_of
+from moh.conversion.transformers import DenseTextModel, adapter
 from moh.models.image_loading import load_image_classifier, saved_config
-from moh.models.loading import load_as, load_causal_lm, load_config, load_tokenizer
+from moh.models.transformers.families import family_of
+from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
 
 ALLOCATIONS = ("even", "sensitivity")
@@ -33,7 +32,6 @@ RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks
 """Routers that the uneven allocation and the refits of W_O work with, for messages."""
 
 _DIFFUSION_MODELS = ("DiTTransformer2DModel", "MoHDiTTransformer2DModel")
-_VITS = ("vit", "moh_vit")
 
 
 def convert(
@@ -95,8 +93,8 @@ def convert(
         progress: show progress bars.
 
     Returns:
-        the MoH model, in evaluation mode: a `MoHLlamaForCausalLM`, a class of `moh.models.families`, a `MoHViTModel`,
-        `MoHViTForImageClassification` or `MoHDiTTransformer2DModel`, or a timm model of the same class as before
+        the MoH model, in evaluation mode: a class of `moh.models.transformers` (`MoHLlamaForCausalLM` from a
+        `LlamaForCausalLM`, ...), a `MoHDiTTransformer2DModel`, or a timm model of the same class as before
         (`moh.models.vit.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
         original's (nearly, with a fitted two-stage router).
 
@@ -198,13 +196,7 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     given = isinstance(model_or_path, nn.Module)
     model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
     if isinstance(model, PreTrainedModel):
-        if model.config.model_type in _VITS:
-            from moh.conversion.transformers_vit import DenseTransformersViT
-
-            return DenseTransformersViT(model)
-        if family_of(model.config.model_type) is not None:
-            return DenseFamilyModel(model, router, copied=given)
-        return DenseLanguageModel(model, copied=given)
+        return adapter(model, router, copied=given)
     if any(kind.__module__.startswith(("timm.", "moh.models.transnext")) for kind in type(model).__mro__):
         from moh.conversion.timm_vit import DenseTimmViT
 
@@ -268,7 +260,8 @@ def load_dense(path: str | Path) -> Any:
         kind = getattr(transformers, name, None)
         if kind is not None and kind.config_class is type(config):
             return load_as(kind, path)
-    return load_as(AutoModel if config.model_type in _VITS else AutoModelForCausalLM, path)
+    family = family_of(config.model_type)
+    return load_as(AutoModel if family is not None and family.images else AutoModelForCausalLM, path)
 
 
 def _check(

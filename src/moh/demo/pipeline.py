@@ -31,7 +31,7 @@ from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
 from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
-from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 from moh.routing import router_class
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
 from moh.training.checkpoints import check_writable, replacing_directory

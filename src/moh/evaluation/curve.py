@@ -18,7 +18,7 @@ from moh.evaluation.machine import device_name
 from moh.evaluation.perplexity import perplexity
 from moh.evaluation.speed import Rate, measure_speed
 from moh.models.dial import active_heads, allowed_counts, moh_routers, set_active_heads
-from moh.models.families.table import check_positions
+from moh.models.transformers.families import check_positions
 from moh.routing import Router
 
 if TYPE_CHECKING:

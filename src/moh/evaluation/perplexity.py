@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moh.models.families.table import check_positions
+from moh.models.transformers.families import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ require("transformers", extra="llm")
 import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from moh.models.llama import MoHLlamaConfig  # noqa: E402
+from moh.models.transformers import MoHLlamaConfig  # noqa: E402
 
 GIB = 2**30
 _BF16, _FP32 = 2, 4

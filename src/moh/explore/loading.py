@@ -28,7 +28,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
     """Load what `moh explore` shows.
 
     Args:
-        checkpoint: a language model as `moh.models.loading.load_causal_lm` takes it, MoH or dense; or an image
+        checkpoint: a language model as `moh.models.transformers.loading.load_causal_lm` takes it, MoH or dense; or an image
             classifier: a directory in timm's or transformers' format, or "hf-hub:NAME" for one of timm's.
         dense: the dense model to compare with, of the same kind.
 
@@ -48,7 +48,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
 
 def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
     require("transformers", extra="llm")
-    from moh.models.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
     from moh.training.precision import choose_precision
 
     tokenizer = load_tokenizer(checkpoint)
@@ -100,7 +100,7 @@ def _is_classifier(path: str | Path) -> bool:
 
 
 def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes]:
-    from moh.models.loading import default_device
+    from moh.models.transformers.loading import default_device
 
     device = default_device()
     if "architectures" not in saved_config(path):

@@ -90,10 +90,8 @@ class OutputChanges(nn.Module):
 
 def output_projection(attention: nn.Module) -> Any:
     """The module that holds a MoH attention layer's W_O; below an adapter, its base."""
-    family = getattr(attention, "family", None)  # of `moh.models.families`, whose table says where it is
-    module: Any = attention
-    for name in (family.output if family is not None else "o_proj").split("."):
-        module = getattr(module, name)
+    # A family of `moh.models.transformers` has its own name for it
+    module: Any = attention.output_projection if hasattr(attention, "output_projection") else attention.o_proj
     return getattr(module, "base_layer", module)
 
 

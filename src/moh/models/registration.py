@@ -8,48 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from moh._import_hooks import when_imported
-from moh.models.families.table import FAMILIES
-from moh.models.published_llama import recognise_published_llama
+from moh.models.transformers.families import FAMILIES
+from moh.models.transformers.published import recognise_published_llama
 
-
-@dataclass(frozen=True)
-class _ModelType:
-    """One type of model.
-
-    Attributes:
-        name: `config.model_type`.
-        package: where its classes are.
-        config: name of the configuration's class.
-        models: name of the Auto class -> name of the model's class.
-    """
-
-    name: str
-    package: str
-    config: str
-    models: Mapping[str, str]
-
-
-_MODEL_TYPES = (
-    _ModelType(
-        "moh_llama",
-        "moh.models.llama",
-        "MoHLlamaConfig",
-        {"AutoModel": "MoHLlamaModel", "AutoModelForCausalLM": "MoHLlamaForCausalLM"},
-    ),
-    _ModelType(
-        "moh_vit",
-        "moh.models.transformers_vit",
-        "MoHViTConfig",
-        {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"},
-    ),
-    *(_ModelType(f"moh_{f.model_type}", "moh.models.families", f.moh_config, f.moh_models) for f in FAMILIES),
-)
 _MODEL_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -60,19 +25,16 @@ _MODEL_NAMES = {
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
 _AUTO = "transformers.models.auto"
+_PACKAGE = "moh.models.transformers"
 
 
 class _LazyPackage(ModuleType):
-    """Stands where transformers looks for a model type's module, and is our package from the first look on."""
-
-    def __init__(self, name: str, package: str) -> None:
-        super().__init__(name)
-        self._package = package
+    """Stands where transformers looks for a model type's module, and has what our package has."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(self._package), name)
+        return getattr(importlib.import_module(_PACKAGE), name)
 
 
 def register_with_transformers() -> None:
@@ -88,24 +50,24 @@ def register_with_transformers() -> None:
 def _register_classes() -> None:
     auto = importlib.import_module(f"{_AUTO}.modeling_auto")
     mapping = importlib.import_module(f"{_AUTO}.configuration_auto").CONFIG_MAPPING
-    for kind in _MODEL_TYPES:
-        package = importlib.import_module(kind.package)
-        config = getattr(package, kind.config)
-        mapping.register(kind.name, config, exist_ok=True)
-        for auto_class, model in kind.models.items():
+    package = importlib.import_module(_PACKAGE)
+    for family in FAMILIES:
+        config = getattr(package, family.moh_config)
+        mapping.register(config.model_type, config, exist_ok=True)
+        for auto_class, model in family.moh_models.items():
             getattr(auto, auto_class).register(config, getattr(package, model), exist_ok=True)
 
 
 def _add_config_names() -> None:
     names = sys.modules[f"{_AUTO}.configuration_auto"].CONFIG_MAPPING_NAMES
-    for kind in _MODEL_TYPES:
-        module = f"transformers.models.{kind.name}"
-        sys.modules[module] = _LazyPackage(module, kind.package)
-        names[kind.name] = kind.config
+    for family in FAMILIES:
+        module = f"transformers.models.moh_{family.model_type}"
+        sys.modules[module] = _LazyPackage(module)
+        names[f"moh_{family.model_type}"] = family.moh_config
 
 
 def _add_model_names() -> None:
     auto = sys.modules[f"{_AUTO}.modeling_auto"]
-    for kind in _MODEL_TYPES:
-        for auto_class, model in kind.models.items():
-            getattr(auto, _MODEL_NAMES[auto_class])[kind.name] = model
+    for family in FAMILIES:
+        for auto_class, model in family.moh_models.items():
+            getattr(auto, _MODEL_NAMES[auto_class])[f"moh_{family.model_type}"] = model

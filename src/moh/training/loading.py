@@ -27,9 +27,9 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from moh.models.llama import MoHLlamaConfig  # noqa: E402
-from moh.models.loading import load_causal_lm, load_config  # noqa: E402
-from moh.models.loading import load_tokenizer as _load_tokenizer  # noqa: E402
+from moh.models.transformers import MoHLlamaConfig  # noqa: E402
+from moh.models.transformers.loading import load_causal_lm, load_config  # noqa: E402
+from moh.models.transformers.loading import load_tokenizer as _load_tokenizer  # noqa: E402
 from moh.routing import router_class  # noqa: E402
 
 _MOST_PADDING = 2048

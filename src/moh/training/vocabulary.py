@@ -19,7 +19,7 @@ require("transformers", extra="llm")
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
-from moh.models.loading import load_causal_lm, load_tokenizer  # noqa: E402
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)

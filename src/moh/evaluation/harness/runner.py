@@ -30,7 +30,7 @@ from moh.evaluation.harness.results import ModelScores
 from moh.evaluation.harness.scores import TaskScore, read_score
 from moh.evaluation.harness.store import ScoreStore, model_identity
 from moh.evaluation.harness.suites import HarnessTask
-from moh.models.loading import load_causal_lm, load_config, load_tokenizer
+from moh.models.transformers.loading import load_causal_lm, load_config, load_tokenizer
 
 _BOOTSTRAP = 1000
 """Resamples for the few scores whose standard error has no formula; the harness's own number takes minutes."""

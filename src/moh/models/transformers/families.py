@@ -1,16 +1,17 @@
 """The families of transformers models that share one MoH attention, and how each family's own attention is put together.
 
-Data alone: nothing of transformers is imported here. Llama, Mistral and Qwen2 are in `moh.models.llama`, ViT in
-`moh.models.transformers_vit`. A new family of this kind is one more entry.
+Data alone: neither torch nor transformers is imported here. A new family is one more entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _as_it_is(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
@@ -43,11 +44,12 @@ class Family:
         fused: one projection for all three instead, its rows those of queries, keys and values; "" for none.
         output: the output projection W_O.
         query_norm, key_norm: norms of each head's queries and keys, from the core; "" or absent for none.
-        rotary: whether queries and keys are rotated; with `rotary_width` only so many of the first channels are.
-        rotary_width: path of that number; "" for all channels.
+        rotary: whether queries and keys are rotated, first half of the channels against second half.
+        rotary_width: path of how many of the first channels are rotated; "" for all channels.
         dropout: path of the probability of dropping an attention weight, from the core.
         finish: `(attention, W_O's output, input) -> output`, what the attention module does at its end.
         encoder: whether tokens see what comes after them and a head predicts no next token.
+        images: whether the model reads pixels; others read token ids.
         max_positions: the configuration's number of learned positions; "" for none.
         defaults: fields of the configuration whose default can't be served -> ours.
     """
@@ -72,6 +74,7 @@ class Family:
     dropout: str = "attention_dropout"
     finish: Callable[[Any, Tensor, Tensor], Tensor] = _as_it_is
     encoder: bool = False
+    images: bool = False
     max_positions: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,6 +88,15 @@ class Family:
         """Name of an Auto class -> name of our model's class."""
         return {auto: f"MoH{name}" for auto, name in self.models.items()}
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether each attention is three projections, rotary embedding of all channels and W_O, in this order, and no more.
+
+        Such attention decodes a token by one operator (`decoding`) and can be split over processes (`tensor_parallel`).
+        """
+        more = self.core or self.fused or self.query_norm or self.rotary_width or self.finish is not _as_it_is
+        return self.rotary and not more
+
 
 def _decoder(model: str, causal_lm: str, classifier: str = "") -> dict[str, str]:
     names = {"AutoModel": model, "AutoModelForCausalLM": causal_lm}
@@ -92,6 +104,27 @@ def _decoder(model: str, causal_lm: str, classifier: str = "") -> dict[str, str]
 
 
 FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        "llama",
+        "LlamaConfig",
+        "LlamaAttention",
+        _decoder("LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"),
+    ),
+    Family(
+        "mistral",
+        "mistral",
+        "MistralConfig",
+        "MistralAttention",
+        _decoder("MistralModel", "MistralForCausalLM", "MistralForSequenceClassification"),
+    ),
+    Family(
+        "qwen2",
+        "qwen2",
+        "Qwen2Config",
+        "Qwen2Attention",
+        _decoder("Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    ),
     Family(
         "qwen3",
         "qwen3",
@@ -195,6 +228,17 @@ FAMILIES: tuple[Family, ...] = (
         finish=_residual_norm,
         encoder=True,
         max_positions="max_position_embeddings",
+    ),
+    Family(
+        "vit",
+        "vit",
+        "ViTConfig",
+        "ViTAttention",
+        {"AutoModel": "ViTModel", "AutoModelForImageClassification": "ViTForImageClassification"},
+        attention_of_layer="attention",
+        rotary=False,
+        encoder=True,
+        images=True,
     ),
 )  # fmt: skip
 

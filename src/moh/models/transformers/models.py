@@ -1,6 +1,7 @@
-"""The classes of a family: transformers' own, in which only the attention is another.
+"""The classes of a family: transformers' own, with another attention, and the load-balance loss inside their own loss.
 
-Made from the table when they are asked for (`moh.models.families`). Method: docs/method.md.
+Made from the table on first use (`moh.models.transformers`). Method: docs/method.md. Tensor names are the family's; a
+learned router adds `router.*` to its layer's attention.
 """
 
 from __future__ import annotations
@@ -8,22 +9,26 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh.models.dial import HasActiveHeads
-from moh.models.families.attention import RoutedAttention
-from moh.models.families.loss import with_balance_loss
-from moh.models.families.table import FAMILIES, Family, at
 from moh.models.heads import HasLayerHeads
-from moh.routing import build_router
+from moh.models.transformers.attention import RoutedAttention, parts
+from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.routing import build_router, record_routing
 
-_MODULE = "moh.models.families"
+_MODULE = "moh.models.transformers"
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "router": (str, "two_stage"),
@@ -55,12 +60,40 @@ class RoutedConfig(HasLayerHeads):
             computed for some heads alone; the message names the field and what is allowed.
     """
 
+    model_type: str
+
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.model_type == "moh_llama":
+            _check_not_an_imitation(self, kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         reason = refusal(self)
         if reason is not None:
             raise ValueError(reason)
+        kv_heads = getattr(self, "num_key_value_heads", None)
+        if kv_heads and self.num_attention_heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads = {kv_heads}, got {self.num_attention_heads}"
+            )
         self.check_heads()
+
+
+def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
+    """Take from a Llama's `fields` those by which early versions imitated other families.
+
+    Raises:
+        ValueError: they were used; says what the model is now.
+    """
+    window, out_bias = fields.pop("sliding_window", None), fields.pop("attention_out_bias", None)
+    biases_differ = out_bias not in (None, config.attention_bias)
+    if window is None and not biases_differ:
+        return
+    found = f"attention_out_bias = {out_bias}" if window is None else f"sliding_window = {window}"
+    name = "Qwen2" if biases_differ else "Mistral"
+    model = f"MoH{name}ForCausalLM"
+    advice = f"convert the {name} again, which gives a {model}"
+    if window is None or not biases_differ:  # else the window has other fields too
+        advice += f", or write model_type 'moh_{name.lower()}' and architectures ['{model}'] into the saved config.json"
+    raise ValueError(f"MoHLlamaConfig no longer has {found}: an early version made the model from a {name}; {advice}")
 
 
 def refusal(config: Any) -> str | None:
@@ -80,7 +113,7 @@ def refusal(config: Any) -> str | None:
 
 
 class RoutedModel(HasActiveHeads):
-    """Mixed into a model class of a family: it is built as ever, then its attention layers get routers."""
+    """Mixed into a model class of a family: it is built as usual, then its attention layers get routers."""
 
     # These compute all heads of all tokens; ours is chosen by config.moh_backend.
     _supports_sdpa = True
@@ -93,14 +126,14 @@ class RoutedModel(HasActiveHeads):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         route(self)
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
-        self.post_init()  # once more, for the routers
+        self.post_init()  # again, for the routers
 
 
 def route(model: Any) -> None:
     """Give the attention layers of a family's model, built with our configuration, their routers.
 
-    The modules are the family's own and stay so; they become of our classes, which compute the same with a router. A
-    layer that has one already keeps it.
+    The modules stay the family's own, and get our classes, which compute the same with a router. A layer that has a
+    router keeps it.
     """
     family = family_of_config(type(model.config))
     for module in model.modules():
@@ -136,7 +169,9 @@ def modeling(family: Family) -> ModuleType:
 
 def family_of_config(kind: type[PreTrainedConfig]) -> Family:
     """The family of a configuration's class, ours or the dense one."""
-    return next(f for f in FAMILIES if kind.model_type in (f.model_type, f"moh_{f.model_type}"))
+    family = family_of(kind.model_type)
+    assert family is not None
+    return family
 
 
 @functools.cache
@@ -160,7 +195,7 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     family = family_of_config(dense.config_class)
     namespace: dict[str, Any] = {
         "__module__": _MODULE,
-        "__doc__": f"transformers' `{dense.__name__}` with MoH attention; `forward` is its own.",
+        "__doc__": f"transformers' `{dense.__name__}` with MoH attention, and the load-balance loss in its loss if it has one.",
         "config_class": _config_class(family),
     }
     recorded = getattr(dense, "_can_record_outputs", None) or {}
@@ -174,5 +209,86 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _routed_attention_class(family: Family) -> type[nn.Module]:
     module = modeling(family)
     rotate = staticmethod(module.apply_rotary_pos_emb) if family.rotary else None
-    namespace = {"__module__": _MODULE, "family": family, "rotate": rotate}
+    namespace = {"__module__": _MODULE, "family": family, "rotate": rotate, **parts(family)}
     return type(f"MoH{family.attention}", (RoutedAttention, getattr(module, family.attention)), namespace)
+
+
+def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `forward` with the load-balance loss in `outputs.loss`, its signature as before.
+
+    Where labels are given and `config.router_aux_loss_coef` is above 0, the balance loss is added with that weight, and
+    is in `outputs.aux_loss` without it.
+    """
+    names = [name for name in inspect.signature(dense_forward).parameters if name != "self"]
+
+    @functools.wraps(dense_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        labels, coefficient = given.get("labels"), self.config.router_aux_loss_coef
+        if labels is None or coefficient == 0:
+            return dense_forward(self, *args, **kwargs | {"return_dict": True})
+        with record_routing(self.base_model) as routing:
+            outputs = dense_forward(self, *args, **kwargs | {"return_dict": True})
+        balance = routing.balance_loss(_token_mask(given))
+        if self.training:
+            _check_balance_gradient(balance, (m for m in self.modules() if isinstance(m, RoutedAttention)))
+        counted = labels[..., 1:] if self.can_generate() else labels
+        weight = coefficient * _share_of_batch(counted, kwargs.get("num_items_in_batch"))
+        outputs.loss = outputs.loss + weight * balance.to(outputs.loss.device)
+        return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)
+
+    unpacked: Callable[..., Any] = can_return_tuple(forward)
+    return unpacked
+
+
+def _token_mask(given: dict[str, Any]) -> Tensor | None:
+    """The padding mask `[B, N]` if there is one of the inputs' own length."""
+    mask, inputs = given.get("attention_mask"), given.get("input_ids")
+    if inputs is None:
+        inputs = given.get("inputs_embeds")
+    if mask is None or inputs is None or mask.dim() != 2 or mask.shape != inputs.shape[:2]:
+        return None
+    return mask  # type: ignore[no-any-return]
+
+
+def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This call's share of an optimiser step's labels; -100 is not a label.
+
+    With gradient accumulation the Trainer passes the step's number of labels and adds up the losses of its calls. The
+    balance loss has to be averaged over the calls like the loss itself.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels != -100).sum() / num_items_in_batch
+
+
+def _check_balance_gradient(balance: Tensor, attentions: Iterable[RoutedAttention]) -> None:
+    """Refuse a balance loss without a gradient where a router is to be trained by it.
+
+    Raises:
+        RuntimeError: reentrant gradient checkpointing has cut off the gradient.
+    """
+    if torch.is_grad_enabled() and not balance.requires_grad and any(map(_is_trained, attentions)):
+        raise RuntimeError(
+            "the load-balance loss has no gradient: reentrant gradient checkpointing runs the layers without one; "
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
+        )
+
+
+def _is_trained(attention: RoutedAttention) -> bool:
+    """Whether anything that decides the routing of a layer with routed heads is to be trained."""
+    router = attention.router
+    source = attention.query_projection if router.reads_queries else router
+    return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
+
+
+@torch.compiler.assume_constant_result  # it can't trace how a class is made
+def _with_aux_loss(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """The model output `kind` with a field `aux_loss`; the same class for each call."""
+    if kind not in _OUTPUTS:
+        fields = {"__annotations__": {"aux_loss": Tensor | None}, "aux_loss": None, "__module__": __name__}
+        _OUTPUTS[kind] = dataclass(type(f"MoH{kind.__name__}", (kind,), fields))
+    return _OUTPUTS[kind]
+
+
+_OUTPUTS: dict[type[ModelOutput], type[ModelOutput]] = {}

@@ -1,6 +1,6 @@
 """The MoH attention of all families: what each family's attention computes, of the heads that a token chooses.
 
-A family says in `table` where its projections, norms and scale are; rotary embedding is its own function.
+Where its projections, norms and scale are is in `families`; rotary embedding is the family's own function.
 """
 
 from __future__ import annotations
@@ -13,22 +13,38 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from moh.attention import moh_attention, project_output, route_and_project
-from moh.models.families.table import Family, at
+from moh.models.transformers.decoding import decode
+from moh.models.transformers.families import Family
 from moh.routing import Router, RoutingInfo
 
 
 class RoutedAttention(nn.Module):
     """Mixed into a family's own attention class: the same parameters, a router, and each token's choice of heads.
 
+    The parts of the attention are properties of the class that `parts` makes for a family.
+
     Attributes:
         family: where the parts of the attention are.
         rotate: the family's rotary embedding `(q, k, cos, sin) -> (q, k)`; None where it has none.
         router: of this layer.
+        core: what holds the projections, `scaling`, `is_causal` and `config`.
+        query_projection: the projection of the queries, alone or with keys and values.
+        key_projection, value_projection: None where the projection is one for all three.
+        output_projection: W_O.
+        rotated_channels: how many channels are rotated; None for all.
+        dropout_rate: probability of dropping an attention weight in training.
     """
 
     family: ClassVar[Family]
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None]
     router: Router
+    core: Any
+    query_projection: Any
+    key_projection: Any
+    value_projection: Any
+    output_projection: Any
+    rotated_channels: int | None
+    dropout_rate: float
 
     def forward(
         self,
@@ -38,9 +54,13 @@ class RoutedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        family, core, layer = self.family, at(self, self.family.core), self.router.config
+        family, core, layer = self.family, self.core, self.router.config
         # `eager` is the definition
         backend = "reference" if core.config._attn_implementation == "eager" else core.config.moh_backend
+        if family.is_plain:
+            decoded = decode(self, hidden_states, position_embeddings, attention_mask, past_key_values, backend)
+            if decoded is not None:
+                return decoded, None
         routing, q, k, v = self._project(core, hidden_states, backend)  # [B, N, H, D], [B, N, Hkv, D] twice
         if family.query_norm and hasattr(core, family.query_norm):
             q, k = getattr(core, family.query_norm)(q), getattr(core, family.key_norm)(k)
@@ -58,38 +78,55 @@ class RoutedAttention(nn.Module):
             is_causal=bool(core.is_causal) and attention_mask is None and q.shape[2] > 1,
             attn_mask=attention_mask,
             scale=core.scaling,
-            dropout_p=at(core, family.dropout) if self.training else 0.0,
+            dropout_p=self.dropout_rate if self.training else 0.0,
             heads_per_group=layer.heads_per_group,
             backend=backend,
         )  # [B, N, H, D]
-        out = project_output(at(self, family.output), heads, routing.gates, layer.share, backend)
+        out = project_output(self.output_projection, heads, routing.gates, layer.share, backend)
         return family.finish(self, out, hidden_states), None
-
-    @property
-    def query_projection(self) -> nn.Module:
-        """The projection of the queries, alone or with keys and values."""
-        family = self.family
-        projection: nn.Module = at(at(self, family.core), family.fused or family.queries)
-        return projection
 
     def _project(self, core: Any, x: Tensor, backend: str | None) -> tuple[RoutingInfo, Tensor, Tensor, Tensor]:
         """The routing of x `[B, N, C]`, decided by it or by the queries, and queries, keys and values by heads."""
-        family = self.family
-        if not family.fused:
-            routing, q = route_and_project(self.router, at(core, family.queries), x, backend)
-            width = q.shape[-1]
-            return routing, q, *(at(core, p)(x).unflatten(-1, (-1, width)) for p in (family.keys, family.values))
+        if not self.family.fused:
+            routing, q = route_and_project(self.router, self.query_projection, x, backend)
+            k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in (self.key_projection, self.value_projection))
+            return routing, q, k, v
         H = self.router.config.num_heads
         Hkv = getattr(core.config, "num_key_value_heads", H)
-        qkv = at(core, family.fused)(x).unflatten(-1, (H + 2 * Hkv, -1))  # [B, N, H + 2 Hkv, D]
+        qkv = self.query_projection(x).unflatten(-1, (H + 2 * Hkv, -1))  # [B, N, H + 2 Hkv, D]
         q, k, v = qkv.split((H, Hkv, Hkv), dim=2)
         return self.router(q=q) if self.router.reads_queries else self.router(x), q, k, v
 
     def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         rotate = type(self).rotate
         assert rotate is not None
-        width = at(self, self.family.rotary_width) if self.family.rotary_width else q.shape[-1]
-        if width == q.shape[-1]:
+        width = self.rotated_channels
+        if width is None or width == q.shape[-1]:
             return rotate(q, k, cos, sin)
         rotated_q, rotated_k = rotate(q[..., :width], k[..., :width], cos, sin)
         return torch.cat((rotated_q, q[..., width:]), dim=-1), torch.cat((rotated_k, k[..., width:]), dim=-1)
+
+
+def parts(family: Family) -> dict[str, property]:
+    """The properties of a family's `RoutedAttention` that name its parts; paths are taken apart here, not in each call."""
+    return {
+        "core": _at(family.core),
+        "query_projection": _at(family.core, family.fused or family.queries),
+        "key_projection": _at(family.core, family.keys, exists=not family.fused),
+        "value_projection": _at(family.core, family.values, exists=not family.fused),
+        "output_projection": _at(family.output),
+        "rotated_channels": _at(family.rotary_width, exists=bool(family.rotary_width)),
+        "dropout_rate": _at(family.core, family.dropout),
+    }
+
+
+def _at(*paths: str, exists: bool = True) -> property:
+    """What lies at these paths, one from the other; None where it doesn't exist."""
+    names = [name for path in paths for name in path.split(".") if name]
+
+    def follow(attention: Any) -> Any:
+        for name in names:
+            attention = getattr(attention, name)
+        return attention
+
+    return property(follow if exists else lambda _: None)

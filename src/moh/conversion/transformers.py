@@ -1,0 +1,289 @@
+"""The conversion's adapters for models of transformers: a dense model -> its family's class with MoH attention.
+
+What can be converted and how is in `moh.models.transformers.families`; what is refused, and with which advice, is here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+import moh.models.transformers
+from moh.config import MoHConfig
+from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
+from moh.conversion.tokens import are_texts, calibration_blocks
+from moh.models.heads import compact_heads
+from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.models.transformers.models import modeling, refusal
+from moh.routing import Router, build_router, router_class
+
+SEQ_LEN = 512
+"""Tokens of a block of packed texts by default."""
+
+ENCODER_SEQ_LEN = 128
+"""The same for an encoder, which is mostly used on sentences and paragraphs."""
+
+# Fields that describe the file of the dense weights, or that our configuration sets.
+_NOT_CARRIED = frozenset(
+    {"model_type", "architectures", "transformers_version", "quantization_config", "auto_map", "_name_or_path"}
+)
+
+_NEAREST = {
+    "gemma3": "its text part alone can be converted: load it with Gemma3ForCausalLM",
+    "gemma3n": "of Gemma, gemma, gemma2 without capped scores and gemma3_text can be converted",
+    "mixtral": "the type without experts, mistral, can be converted",
+    "qwen2_moe": "the type without experts, qwen2, can be converted",
+    "qwen3_moe": "the type without experts, qwen3, can be converted",
+    "phimoe": "the type without experts, phi3, can be converted",
+    "roberta": "of encoders, those of type bert can be converted",
+    "xlm-roberta": "of encoders, those of type bert can be converted",
+    "distilbert": "of encoders, those of type bert can be converted",
+    "mpnet": "of encoders, those of type bert can be converted",
+    "t5": "encoder-decoder models can't be converted, models of one stack can",
+    "bart": "encoder-decoder models can't be converted, models of one stack can",
+}
+"""Model types that users may expect to work -> the nearest thing that does."""
+
+
+class DenseTransformersModel(DenseModel):
+    """A dense model of one of the families.
+
+    Args:
+        model: an instance of transformers' own class.
+        router: of the conversion.
+        copied: False lets the MoH model have the dense model's own tensors.
+
+    Raises:
+        ValueError: the model is of another family or class, its attention is set up in a way that can't be computed for
+            some heads alone, or `router` makes no sense for it; says what works.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
+        self._family = family = _checked_family(model.config)
+        own = modeling(family)
+        if type(model) not in [getattr(own, name) for name in family.models.values()]:
+            base = type(model.base_model).__name__
+            nearest = f"; its {base}, model.base_model, can be" if base in family.models.values() else ""
+            raise ValueError(
+                f"model must be one of {', '.join(family.models.values())}, got {type(model).__name__}{nearest}"
+            )
+        reason = refusal(model.config)
+        if reason is not None:
+            raise ValueError(reason)
+        layers = [at(layer, family.attention_of_layer) for layer in at(model.base_model, family.layers)]
+        for index, attention in enumerate(layers):
+            if type(attention) is not getattr(own, family.attention):
+                raise ValueError(
+                    f"layer {index}'s attention must be transformers' own {family.attention}, got a "
+                    f"{type(attention).__name__}: convert the model before its attention is replaced"
+                )
+        _check_router(family, layers[0], router)
+        self.model = model
+        self.num_heads = model.config.num_attention_heads
+        self.kv_heads = getattr(model.config, "num_key_value_heads", None)
+        self._copied = copied
+        self.attentions = [
+            DenseAttention(at(at(a, family.core), family.fused or family.queries), at(a, family.output)) for a in layers
+        ]
+        _check_projections(model, self.attentions)
+
+    def build(
+        self,
+        layers: Sequence[MoHConfig],
+        routers: Sequence[Router],
+        output_weights: Sequence[Tensor],
+        *,
+        router_aux_loss_coef: float,
+    ) -> PreTrainedModel:
+        dense = self.model
+        fields = {key: value for key, value in dense.config.to_dict().items() if key not in _NOT_CARRIED}
+        config = getattr(moh.models.transformers, self._family.moh_config)(
+            **fields,
+            router=layers[0].router,
+            routing_unit=layers[0].routing_unit,
+            **compact_heads(layers),
+            router_aux_loss_coef=router_aux_loss_coef,
+        )
+        names = {module: name for name, module in dense.named_modules()}
+        state = {name: tensor.clone() if self._copied else tensor for name, tensor in dense.state_dict().items()}
+        for layer, router in zip(at(dense.base_model, self._family.layers), routers, strict=bool(routers)):
+            prefix = names[at(layer, self._family.attention_of_layer)]
+            for name, tensor in router.state_dict().items():
+                state[f"{prefix}.router.{name}"] = tensor.to(dense.device, dense.dtype)
+        for attention, weight in zip(self.attentions, output_weights, strict=bool(output_weights)):
+            state[f"{names[attention.output]}.weight"] = _as_kept_by(attention.output, weight)
+        made = getattr(moh.models.transformers, f"MoH{type(dense).__name__}")
+        model = made.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dense.dtype,
+            attn_implementation="sdpa",
+            **self._construction(),
+        )
+        if dense.can_generate():
+            model.generation_config = copy.deepcopy(dense.generation_config)
+        result: PreTrainedModel = model.to(dense.device).eval()
+        return result
+
+    def _construction(self) -> dict[str, Any]:
+        """What the model was built with that its configuration does not hold."""
+        return {"add_pooling_layer": False} if getattr(self.model, "pooler", True) is None else {}
+
+
+class DenseTextModel(DenseTransformersModel):
+    """A dense model that reads token ids."""
+
+    def needs_calibration(self, router: str) -> bool:
+        return router_class(router).is_fitted
+
+    def samples(
+        self, calibration: Any, *, max_tokens: int, tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None
+    ) -> Tensor:
+        """Token ids `[n, N]`; for an encoder each block of texts stands between its tokenizer's special tokens.
+
+        Raises:
+            ValueError: as in `calibration_blocks`, or a sequence is longer than the model's learned positions.
+        """
+        config, family = self.model.config, self._family
+        most = getattr(config, family.max_positions) if family.max_positions else None
+        if seq_len is None:
+            seq_len = min(ENCODER_SEQ_LEN if family.encoder else SEQ_LEN, most or SEQ_LEN)
+        start, end = _special_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
+        inside = max(2, seq_len - len(start) - len(end)) if seq_len > 1 else seq_len  # a length of 1 is refused below
+        room = -(-max_tokens * inside // max(1, seq_len))  # rounded up: at least 1, if max_tokens is
+        blocks = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size)
+        ends = [torch.tensor(ids, dtype=torch.long).expand(len(blocks), -1) for ids in (start, end)]
+        blocks = torch.cat([ends[0], blocks, ends[1]], dim=1)
+        if most is not None and blocks.shape[1] > most:
+            raise ValueError(
+                f"seq_len, or the length of calibration's sequences, must be at most the model's {most} positions, got "
+                f"{blocks.shape[1]}"
+            )
+        return blocks
+
+    def tokens_per_sample(self, samples: Tensor) -> int:
+        return samples.shape[1]
+
+    def run(self, samples: Tensor) -> None:
+        self.model.base_model(input_ids=samples, use_cache=False)
+
+    def loss(self, samples: Tensor) -> Tensor:
+        """Next-token cross-entropy; of a model that predicts none, a random projection of each token's last state.
+
+        The projection's squared gradients are, in the mean over its directions, the squared change of that state.
+        """
+        embedded = self.model.get_input_embeddings()(samples).requires_grad_()
+        if self.model.can_generate():
+            logits = self.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), samples[:, 1:].flatten(), reduction="sum")
+        states = self.model.base_model(inputs_embeds=embedded).last_hidden_state  # [B, N, C]
+        directions = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
+        projected: Tensor = (states.float() * directions).sum() / states.shape[-1] ** 0.5
+        return projected
+
+
+class DenseViT(DenseTransformersModel, DenseImageModel):
+    """A dense model that reads images."""
+
+    def logits(self, images: Tensor) -> Tensor | None:
+        output = self.model(pixel_values=images)
+        return getattr(output, "logits", None) if self.model.config.num_labels else None
+
+    def build(
+        self,
+        layers: Sequence[MoHConfig],
+        routers: Sequence[Router],
+        output_weights: Sequence[Tensor],
+        *,
+        router_aux_loss_coef: float,
+    ) -> PreTrainedModel:
+        if not routers:
+            routers = [build_router(layer, self.model.config.hidden_size) for layer in layers]
+            for router in routers:
+                make_undecided(router)
+        return super().build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
+
+    def _construction(self) -> dict[str, Any]:
+        masks = {"use_mask_token": True} if self.model.base_model.embeddings.mask_token is not None else {}
+        return super()._construction() | masks
+
+
+def adapter(model: PreTrainedModel, router: str, *, copied: bool) -> DenseTransformersModel:
+    """The adapter of a model of transformers; arguments and errors as for `DenseTransformersModel`."""
+    kind = DenseViT if _checked_family(model.config).images else DenseTextModel
+    return kind(model, router, copied=copied)
+
+
+def _checked_family(config: PreTrainedConfig) -> Family:
+    """The family of models of this type.
+
+    Raises:
+        ValueError: they are not converted, or the model is a MoH model; names the types that are, and the nearest one.
+    """
+    model_type = config.model_type
+    if model_type.startswith("moh_"):
+        raise ValueError("model is a MoH model already: convert the dense model that it was made from")
+    family = family_of(model_type)
+    if family is None:
+        of_text = ", ".join(f.model_type for f in FAMILIES if not f.images)
+        of_images = " or ".join(f.model_type for f in FAMILIES if f.images)
+        nearest = f"; {_NEAREST[model_type]}" if model_type in _NEAREST else ""
+        raise ValueError(
+            f"model must be of a type among {of_text} (SmolLM is a llama, MiniLM a bert) or {of_images}, or one of "
+            f"timm's vision transformers (DeiT), got {model_type!r}{nearest}"
+        )
+    return family
+
+
+def _check_projections(model: PreTrainedModel, attentions: Sequence[DenseAttention]) -> None:
+    """Check that the attention's projections are plain linear layers, whose weights say all that they do.
+
+    Raises:
+        ValueError: the model is quantised, or holds adapters; says what to do.
+    """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "model is quantised, and its weights can't be calibrated: load it without quantization_config, convert it, and "
+            "quantise the result"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    for attention in attentions:
+        for module in (attention.entry, attention.output):
+            if type(module) not in (nn.Linear, Conv1D):
+                raise ValueError(
+                    f"{names[module]} must be a plain linear layer, got {type(module).__name__}: merge an adapter first "
+                    "(model.merge_and_unload() of peft), or convert the model that it was put on"
+                )
+
+
+def _check_router(family: Family, attention: nn.Module, router: str) -> None:
+    """Check that a router makes sense for the family's attention.
+
+    Raises:
+        ValueError: queries are normalised, so that their norms tell nothing.
+    """
+    normalised = family.query_norm and hasattr(at(attention, family.core), family.query_norm)
+    if normalised and router_class(router).reads_queries:
+        raise ValueError(
+            f"router {router!r} can't serve a model of type {family.model_type!r}: it normalises its queries, so that "
+            "their norms say nothing about which heads matter; use router='linear', which decides by the layer's input"
+        )
+
+
+def _as_kept_by(linear: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
+    """What an encoder's tokenizer puts before and after a text."""
+    ids = (getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None))
+    return tuple([] if i is None else [i] for i in ids)  # type: ignore[return-value]

@@ -1,0 +1,21 @@
+"""Models of transformers with Mixture-of-Head attention, as ordinary transformers models (extra `llm`).
+
+`MoHLlamaForCausalLM`, `MoHViTForImageClassification` and so on, one for each dense class in `families.FAMILIES`, and their
+configurations `MoHLlamaConfig`; each is made on first use. Importing `moh` is enough for the Auto classes to find them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("MoH"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moh._extras import require
+
+    require("transformers", extra="llm")
+    from moh.models.transformers.models import make_class
+
+    globals()[name] = made = make_class(name)
+    return made

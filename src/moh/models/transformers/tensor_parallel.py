@@ -1,0 +1,194 @@
+"""Tensor parallelism: every process holds a slice of the heads, shared and routed ones alike.
+
+For families whose attention is plain (Llama, Mistral, Qwen2, Gemma). PyTorch's DTensor splits the projections and the MLP;
+here is what MoH needs besides: heads in an order in which equal slices have equal shares of shared and routed heads, and
+the gates. Every process knows all gates, of which it uses those of its slice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from moh.config import MoHConfig
+from moh.models.heads import compact_heads
+from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.routing import Router, RoutingInfo
+
+
+@torch.no_grad()
+def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
+    """Reorder the heads of every layer, in place, so that each of `ranks` equal slices has its share of shared heads.
+
+    Heads that share keys and values move together, so the shares are equal if the groups allow it: always with
+    `routing_unit="group_balanced"` and, without grouped-query attention, if `ranks` divides the number of shared heads;
+    otherwise as nearly equal as a greedy choice makes them.
+
+    Args:
+        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; its weights and `config.shared_heads` change.
+        ranks: number of slices; it must divide the numbers of heads and of key/value heads.
+
+    Returns:
+        for every layer the number of shared heads of each slice.
+
+    Raises:
+        ValueError: the model is of another kind, the heads can't be divided, or the model has a W_O for each
+            number of heads.
+    """
+    config, family = model.config, _checked_family(model.config, ranks)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.output_changes is not None:
+        raise ValueError("model must not have config.output_changes: their changes to W_O are not reordered")
+    configs, counts = [], []
+    for layer, before in zip(at(model.base_model, family.layers), config.layer_configs(), strict=True):
+        order = _group_order(before, heads // groups, groups, ranks)
+        head_order = [group * (heads // groups) + i for group in order for i in range(heads // groups)]
+        attention = at(layer, family.attention_of_layer)
+        _move_heads(attention, head_order, order)
+        configs.append(attention.router.config)
+        shared = set(configs[-1].shared_indices)
+        size = heads // ranks
+        counts.append([len(shared.intersection(range(rank * size, (rank + 1) * size))) for rank in range(ranks)])
+    config.shared_heads = compact_heads(configs)["shared_heads"]
+    return counts
+
+
+def split_heads(model: Any, mesh: DeviceMesh) -> None:
+    """Split attention and MLP of every layer over the processes of `mesh`, in place.
+
+    Projections become DTensors, of which each process has its part; norms, routers, embeddings and the language-modelling
+    head stay whole, and get the whole gradient on every process. All processes must be given the same tokens. The model
+    may then be sharded over a second dimension of the mesh (`torch.distributed.fsdp.fully_shard`).
+
+    Args:
+        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; the same on every process, best after
+            `interleave_shared_heads(model, mesh.size())`.
+        mesh: of one dimension.
+
+    Raises:
+        ValueError: the model is of another kind, its heads can't be divided, or it routes or projects in a way that can't
+            be split.
+    """
+    config, family = model.config, _checked_family(model.config, mesh.size())
+    if config.intermediate_size % mesh.size():
+        raise ValueError(f"ranks must divide intermediate_size = {config.intermediate_size}, got {mesh.size()}")
+    if config.routing_unit == "kv_group":
+        raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
+    if config.output_changes is not None:
+        raise ValueError("model must not have config.output_changes: their changes to W_O are not split")
+    attention = family.attention_of_layer
+    by_heads = [f"{attention}.{name}" for name in (family.queries, family.keys, family.values)]
+    plan = {name: ColwiseParallel() for name in (*by_heads, "mlp.gate_proj", "mlp.up_proj")}
+    for layer in at(model.base_model, family.layers):
+        parallelize_module(
+            layer, mesh, {**plan, f"{attention}.{family.output}": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        )
+        _GatesOfSlice(at(layer, attention).router, mesh)
+
+
+def _checked_family(config: Any, ranks: int) -> Family:
+    """The model's family.
+
+    Raises:
+        ValueError: its attention is not plain, or its heads can't be divided.
+    """
+    family = family_of(config.model_type)
+    if family is None or not family.is_plain:
+        plain = ", ".join(f"moh_{f.model_type}" for f in FAMILIES if f.is_plain)
+        raise ValueError(f"model must be of a type among {plain} to split its heads, got {config.model_type!r}")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if ranks < 1 or getattr(config, name) % ranks:
+            raise ValueError(f"ranks must divide {name} = {getattr(config, name)}, got {ranks}")
+    return family
+
+
+def _group_order(config: MoHConfig, size: int, groups: int, ranks: int) -> list[int]:
+    """The key/value groups in their new order: those with most shared heads first, each to the slice with the fewest."""
+    shared = [sum(head // size == group for head in config.shared_indices) for group in range(groups)]
+    slices: list[list[int]] = [[] for _ in range(ranks)]
+    for group in sorted(range(groups), key=lambda group: -shared[group]):
+        open_slices = [members for members in slices if len(members) < groups // ranks]
+        min(open_slices, key=lambda members: sum(shared[other] for other in members)).append(group)
+    return [group for members in slices for group in sorted(members)]
+
+
+def _move_heads(attention: Any, head_order: Sequence[int], group_order: Sequence[int]) -> None:
+    """Move the rows, columns and router's outputs of one layer; head i becomes the former `head_order[i]`."""
+    for linear, order in (
+        (attention.query_projection, head_order),
+        (attention.key_projection, group_order),
+        (attention.value_projection, group_order),
+    ):
+        for tensor in (linear.weight, linear.bias):
+            if tensor is not None:
+                tensor.copy_(_moved(tensor, order))
+    output = attention.output_projection.weight
+    output.copy_(_moved(output.t(), head_order).t())
+    attention.router.reorder(head_order)
+
+
+def _moved(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """`tensor` with the equal blocks of its first dimension in another order."""
+    moved: Tensor = tensor.unflatten(0, (len(order), -1))[list(order)]
+    return moved.flatten(0, 1)
+
+
+class _GatesOfSlice:
+    """Lets a router see all heads and its layer the gates of this process's slice alone; recorders get all gates."""
+
+    def __init__(self, router: Router, mesh: DeviceMesh) -> None:
+        self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
+        router.heads_here = router.config.num_heads // mesh.size()
+        if router.reads_queries:
+            router.register_forward_pre_hook(self.gather_norms, with_kwargs=True)
+        router.register_forward_hook(self.slice_gates)
+        self.dtype: torch.dtype | None = None
+
+    def gather_norms(self, router: Router, args: Any, kwargs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Give the router a number for every query that has the query's norm, in place of the queries."""
+        q = kwargs["q"]  # [B, N, H / ranks, D]
+        self.dtype = q.dtype
+        return args, {"q": _Gathered.apply(q.float().norm(dim=-1), self.group)[..., None]}  # [B, N, H, 1]
+
+    def slice_gates(self, router: Router, args: Any, info: RoutingInfo) -> RoutingInfo:
+        gates = _WholeGradient.apply(info.gates, self.group).narrow(
+            -1, self.rank * router.heads_here, router.heads_here
+        )
+        return dataclasses.replace(info, gates=gates.to(self.dtype or gates.dtype))
+
+
+class _Gathered(torch.autograd.Function):
+    """All processes' parts of a tensor, joined along the last dimension. Its gradient is the same on all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        ctx.rank, ctx.width = group.rank(), x.shape[-1]
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.narrow(-1, ctx.rank * ctx.width, ctx.width), None
+
+
+class _WholeGradient(torch.autograd.Function):
+    """A tensor that is the same on all processes, and used by each in part: the gradients of the parts are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
