@@ -117,7 +117,7 @@ def test_a_split_of_a_data_set_is_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"text": ', r"a\.jsonl, byte 14: is no line of JSON"),
+        ('{"text": "a"}\n{"text": ', r"a\.jsonl, byte 14: not a line of JSON"),
         ('{"words": "a", "id": 1}\n', r"byte 0: no text_field 'text'; there is 'words', 'id'"),
         ('{"text": 3}\n', r"byte 0: 'text' must hold text, got int"),
         ("[1]\n", "byte 0: must hold an object, got list"),
@@ -135,7 +135,7 @@ def test_a_damaged_parquet_file_and_a_missing_column_are_named(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"a\.parquet: no text_field 'content'; there is 'id', 'text'"):
         list(open_source(SourceRecipe(str(tmp_path), text_field="content"), name="x").documents())
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"b\.parquet is no Parquet file that can be read"):
+    with pytest.raises(ValueError, match=r"b\.parquet is not a readable Parquet file"):
         list(open_source(SourceRecipe(str(tmp_path)), name="x").documents())
 
 

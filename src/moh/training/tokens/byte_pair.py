@@ -1,7 +1,7 @@
-"""A tokenizer made from the training text itself: byte-level BPE, for models from scratch that bring none.
+"""A tokenizer made from the training text itself: byte-level BPE, for models from scratch without one.
 
-Kept beside the token stores; the same text and size give the same tokenizer. Not for large corpora's last percent: it looks at
-the first characters of every source.
+Cached next to the token stores; the same text and size give the same tokenizer. It learns from the beginning of every
+source only.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257
-"""Tokens of the smallest vocabulary: the bytes and the end of text."""
+"""Size of the smallest vocabulary: the bytes and the end of text."""
 
-_CHARACTERS = 200_000_000  # in all; more changes next to nothing and takes long
+_CHARACTERS = 200_000_000  # in total; more takes long and changes next to nothing
 
 
 def byte_pair_tokenizer(sources: Sequence[Source], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of these sources, made now if it was not made before.
+    """The tokenizer of these sources, cached or made now.
 
     Args:
-        sources: their documents are learned from, the same number of characters of each.
-        vocab_size: tokens, the 256 bytes and the end of text among them.
+        sources: the documents to learn from, up to the same number of characters of each source.
+        vocab_size: tokens, including the 256 bytes and the end of text.
         cache_dir: tokenizers are kept in `tokenizers` below it.
 
     Raises:
-        ValueError: `vocab_size` below `SMALLEST`, or too little text for so many tokens.
+        ValueError: `vocab_size` is below `SMALLEST`, or too large for the text.
     """
     if vocab_size < SMALLEST:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Several token stores as the one row of sequences that a run reads, and where in it the run is.
+"""Several token stores mixed into the sequences of a run.
 
-The i-th item is the i-th sequence of the run: reading starts anywhere without reading what is before. The Trainer has to read it
-in order (`SequentialSampler`), over as many processes as it likes.
+Item i is the run's i-th sequence, so reading can start anywhere. The Trainer must read it in order (`SequentialSampler`),
+with any number of processes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class StoredMixture(Dataset[dict[str, Tensor]]):
     Args:
         sources: the blocks of each source.
         weights: one per source.
-        seed: of the order within the sources.
-        length: sequences of the whole run; a source that is read to its end begins anew, in another order.
+        seed: for the order within the sources.
+        length: sequences of the whole run; a source that is used up starts again in another order.
     """
 
     def __init__(self, sources: Sequence[StoredBlocks], weights: Sequence[float], *, seed: int, length: int) -> None:

@@ -1,7 +1,7 @@
 """The order of a run's sequences, as a function of their number: nothing is stored, so a run resumes anywhere at once.
 
-Sources are interleaved by their weights; each is read in an order of its own, another in every epoch. Integer arithmetic
-alone: the same on every machine and with every release of anything. Not for what the sequences hold.
+Sources are interleaved by their weights; each has its own order, a new one in every epoch. Integer arithmetic only: the
+same on every machine and with every release of anything.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUND = 10_000
-"""Sequences after which the interleaving of the sources repeats: weights are served to one part in so many."""
+"""Sequences after which the interleaving of the sources repeats: weights are met to one part in this many."""
 
 _ROUNDS = 6  # of the Feistel network; four already pass for random, two more for very small domains
 _MASK = (1 << 64) - 1
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """The place of `index` in a permutation of `range(size)` that `key` chooses.
+    """The place of `index` in a permutation of `range(size)` chosen by `key`.
 
-    A Feistel network over the next even number of bits; what falls outside is sent through again.
+    A Feistel network over the next even number of bits; results outside of the range go through again. The network is a
+    bijection, so that this ends and no two indices share a place.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -44,7 +45,7 @@ def make_key(*numbers: int) -> int:
 
 
 def _mixed(value: int) -> int:
-    """The finaliser of splitmix64: every bit of the value moves every bit of the result."""
+    """The finaliser of splitmix64: every bit of the value affects every bit of the result."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
@@ -53,7 +54,7 @@ def _mixed(value: int) -> int:
 
 @dataclass(frozen=True)
 class Interleaving:
-    """Which source the i-th sequence of a run comes from, and how many came from there before it.
+    """Which source the i-th sequence of a run comes from, and how many of that source came before.
 
     In a round of `ROUND` sequences every source has its exact share, evenly spread.
 
@@ -70,7 +71,7 @@ class Interleaving:
         quotas = _quotas(self.weights)
         rank = np.concatenate([np.arange(quota) for quota in quotas])
         source = np.repeat(np.arange(len(quotas)), quotas)
-        # (2 rank + 1) / (2 quota) is when a source's turn comes; compared as integers, over a common denominator
+        # a source's turns come at (2 rank + 1) / (2 quota) of the round; compared as integers, times 2^41
         turn = (2 * rank + 1) * (np.int64(2) ** 40 // np.array(quotas)[source])
         order = np.lexsort((source, turn))
         object.__setattr__(self, "quotas", quotas)
@@ -85,17 +86,17 @@ class Interleaving:
 
 
 def _quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """`ROUND` in whole parts, in the ratio of the weights, by largest remainders; at least 1 each."""
+    """`ROUND` split into whole parts in the ratio of the weights, by largest remainders; at least 1 each."""
     exact = [weight / sum(weights) * ROUND for weight in weights]
     quotas = [max(1, int(part)) for part in exact]
     by_need = sorted(range(len(weights)), key=lambda s: (quotas[s] - exact[s], s))
     for source in by_need[: max(0, ROUND - sum(quotas))]:
         quotas[source] += 1
-    quotas[quotas.index(max(quotas))] += ROUND - sum(quotas)  # not 0 only where rounding raised a quota to 1
+    quotas[quotas.index(max(quotas))] += ROUND - sum(quotas)  # 0 unless a quota was raised to 1
     return tuple(quotas)
 
 
 def shuffled_block(draw: int, blocks: int, *, seed: int, source: int) -> int:
-    """Which of a source's `blocks` its `draw`-th sequence is: every block once an epoch, in another order each time."""
+    """Which of a source's `blocks` its `draw`-th sequence is: every block once per epoch, in a new order each time."""
     epoch, index = divmod(draw, blocks)
     return permuted(index, blocks, make_key(seed, source, epoch))

@@ -1,6 +1,6 @@
 """From a recipe's data to what the Trainer reads: the sequences of the whole run, the held-out ones, a sample to calibrate on.
 
-Serves both kinds of recipes: a corpus in memory (`moh.training.data`), and sources with weights, stored or streamed.
+Handles both kinds of recipes: a corpus in memory (`moh.training.data`), and sources with weights, stored or streamed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TrainingText:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def sample(self, tokens: int, seq_len: int) -> Tensor:
-        """The first sequences with at least so many tokens, `[n, seq_len]`, to calibrate a conversion on."""
+        """The first sequences, with at least `tokens` tokens if there are as many, to calibrate on: `[n, seq_len]`."""
         count = -(-tokens // seq_len)
         if isinstance(self.train, TokenBlocks):
             return self.train.blocks
@@ -56,15 +56,15 @@ class TrainingText:
 
 
 def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments) -> TrainingText:
-    """Read, fetch or tokenise what a recipe's data section names; under torchrun one process does the work.
+    """Read, fetch or tokenise the data of a recipe; under torchrun one process does the work.
 
     Args:
         recipe: the run.
-        tokenizer: of the model.
-        arguments: of the Trainer; its batch and accumulation tell how many sequences the run reads.
+        tokenizer: the model's.
+        arguments: the Trainer's; batch and accumulation determine how many sequences the run reads.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: a source isn't there, holds too little or can't be read or fetched.
+        FileNotFoundError, ValueError, RuntimeError: a source is missing, too short, or can't be read or fetched.
     """
     data = recipe.data
     if not data.sources:
@@ -77,7 +77,7 @@ def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: 
     cache_dir = cache_directory(data)
     documents = DocumentTokenizer(tokenizer)
     show = arguments.process_index == 0
-    with arguments.main_process_first(desc="opening the text"):  # fetches what isn't there
+    with arguments.main_process_first(desc="opening the text"):  # fetches what is missing
         sources = open_sources(data)
         heldout = open_sources(data, heldout=True)
     held = [StoredBlocks(open_store(s, documents, cache_dir, progress=show), data.seq_len) for s in heldout]
@@ -102,7 +102,7 @@ def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: 
 
 
 def open_sources(data: DataRecipe, *, heldout: bool = False) -> list[Source]:
-    """The sources of a recipe; of one without, its corpus as a source."""
+    """The sources of a recipe; if it has none, its corpus as a source."""
     if not data.sources:
         corpus = load_text(data)
         return [Source(SourceRecipe(corpus.name, kind="corpus"), [Texts(corpus.heldout if heldout else corpus.train)])]
@@ -116,7 +116,7 @@ def open_sources(data: DataRecipe, *, heldout: bool = False) -> list[Source]:
 
 
 def load_text(data: DataRecipe) -> Corpus:
-    """The corpus that a recipe without sources names, split."""
+    """The corpus of a recipe without sources, split."""
     if data.files:
         return corpus_from_files(data.files, data.heldout_files)
     return load_corpus(data.corpus, data.cache_dir)

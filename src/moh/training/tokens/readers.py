@@ -1,7 +1,4 @@
-"""Readers of one file each, or of one data set: texts in order, from any place on.
-
-What a source is made of is the business of `moh.training.tokens.sources`.
-"""
+"""Readers of one file or one data set each: texts in order, from any place on."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from moh._extras import require
 from moh.training.text import read_texts
 from moh.training.tokens.recipe import SourceRecipe
 
-_HEAD = 1 << 16  # bytes of a file that are hashed: with size and time enough to notice a change, at any size
+_HEAD = 1 << 16  # bytes of a file that are hashed: enough, with size and time, to notice a change
 _ROWS = 256  # rows of a table in memory at a time
 
 
 class Part(Protocol):
-    """A file, or what stands for one."""
+    """A file, a data set or texts in memory."""
 
     def identity(self) -> list[str]:
         """Strings that change when the texts do."""
@@ -65,7 +62,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One JSON object a line, perhaps compressed with gzip; a place is a byte of the text."""
+    """One JSON object per line, perhaps gzipped; a place is a byte of the uncompressed text."""
 
     path: Path
     text_field: str
@@ -88,7 +85,7 @@ class JsonLines:
         try:
             row = json.loads(line)
         except ValueError as error:  # bad JSON, or not UTF-8
-            raise ValueError(f"{self.path}, byte {place}: is no line of JSON: {error}") from None
+            raise ValueError(f"{self.path}, byte {place}: not a line of JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, byte {place}: must hold an object, got {type(row).__name__}")
         return _checked(row, self.text_field, f"{self.path}, byte {place}")
@@ -96,7 +93,7 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class Parquet:
-    """One text a row; a place is a row. Only the text's column is read, some rows at a time."""
+    """One text per row; a place is a row. Only the text's column is read, a few rows at a time."""
 
     path: Path
     text_field: str
@@ -113,6 +110,7 @@ class Parquet:
                 if self.text_field not in names:
                     raise _no_field(self.text_field, names, str(self.path))
                 row, groups = 0, list(range(file.num_row_groups))
+                # row groups that end before the place are not read
                 while groups and row + file.metadata.row_group(groups[0]).num_rows <= place:
                     row += file.metadata.row_group(groups.pop(0)).num_rows
                 for batch in file.iter_batches(_ROWS, row_groups=groups, columns=[self.text_field]):
@@ -121,7 +119,7 @@ class Parquet:
                             yield row, _string(text, self.text_field, f"{self.path}, row {row}")
                         row += 1
         except (arrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.path} is no Parquet file that can be read: {error}") from None
+            raise ValueError(f"{self.path} is not a readable Parquet file: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,8 @@ class DataSet:
                 row = next(rows, None)
             except Exception as error:  # every network library below raises its own
                 raise RuntimeError(
-                    f"{self.path}: reading stopped before the end ({' '.join(str(error).split())}): start again; a run goes "
-                    "on from its last checkpoint"
+                    f"{self.path}: reading stopped before the end ({' '.join(str(error).split())}): start again; a run "
+                    "resumes from its last checkpoint"
                 ) from error
             if row is None:
                 return
@@ -157,7 +155,7 @@ def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSe
 
     Raises:
         ValueError: there is no such data set, configuration, split or column; the message names the field.
-        RuntimeError: it can't be downloaded.
+        RuntimeError: the download fails.
     """
     datasets = require("datasets", extra="llm")
     path, split = Path(recipe.path), recipe.split or "train"
@@ -166,7 +164,7 @@ def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSe
             rows = datasets.load_from_disk(str(path))[split]
         elif (path / "state.json").is_file():
             if recipe.split is not None:
-                raise ValueError(f"holds one split alone: split must be null, got {recipe.split!r}")
+                raise ValueError(f"holds only one split: split must be null, got {recipe.split!r}")
             rows = datasets.load_from_disk(str(path))
         else:
             rows = datasets.load_dataset(recipe.path, recipe.subset, split=split, streaming=streaming)
@@ -175,8 +173,8 @@ def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSe
         raise ValueError(f"{name}.path {recipe.path}: {' '.join(message.split())}") from None
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise RuntimeError(
-            f"{name}.path {recipe.path} can't be downloaded ({' '.join(str(error).split())}): start again; what has "
-            "come is kept and not downloaded again"
+            f"{name}.path {recipe.path} can't be downloaded ({' '.join(str(error).split())}): start again; what "
+            "was downloaded is kept"
         ) from error
     columns = rows.column_names
     if columns is not None:
@@ -187,7 +185,7 @@ def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSe
 
 
 def file_identity(path: Path) -> list[str]:
-    """Path, size, time of the last change and a hash of the beginning: it changes when the file does."""
+    """Path, size, modification time and a hash of the beginning: changes when the file does."""
     about = path.stat()
     with open(path, "rb") as file:
         head = hashlib.sha256(file.read(_HEAD)).hexdigest()

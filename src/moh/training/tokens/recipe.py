@@ -1,7 +1,4 @@
-"""One source of text in a recipe, as data: where it is, of what kind, and how much of it a run reads.
-
-Not for reading it (`moh.training.tokens.sources`).
-"""
+"""One source of text in a recipe, as data: its place, its kind, and how much of it a run reads."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Literal
 Kind = Literal["auto", "text", "jsonl", "parquet", "dataset", "corpus"]
 
 SMALLEST_SHARE = 1e-4
-"""Of a source in a mixture: sources are interleaved in rounds of 10,000 sequences."""
+"""Smallest share of a source in a mixture: sources are interleaved in rounds of 10,000 sequences."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +18,15 @@ class SourceRecipe:
     """One source of documents.
 
     Args:
-        path: a file; a directory, of which every file of one kind is read in the order of their names; a Hugging Face data
+        path: a file; a directory, whose files of one kind are read in the order of their names; a Hugging Face data
             set (a name on the hub, or a directory made by `save_to_disk`); or the name of a built-in corpus.
-        kind: "text" (.txt, .md, .html: one document a file), "jsonl" (one a line; .gz too), "parquet" (one a row),
-            "dataset" (Hugging Face), "corpus" (built in), or "auto": by what is there.
-        weight: of all the sequences of a run, the share that comes from here, relative to the other sources' weights.
-        text_field: the field or column that holds the text, of JSONL, Parquet and data sets.
+        kind: "text" (.txt, .md, .html: one document per file), "jsonl" (one per line; .gz too), "parquet" (one per row),
+            "dataset" (Hugging Face), "corpus" (built in), or "auto" to detect it.
+        weight: share of the run's sequences that come from this source, relative to the other sources' weights.
+        text_field: field or column of the text in JSONL, Parquet and data sets.
         subset: configuration of a Hugging Face data set.
-        split: of a data set, its split (default train). Of anything else: "train" leaves out every tenth document,
-            "heldout" reads those alone, null reads all.
+        split: the data set's (default train). For other kinds, "train" leaves out every tenth document, "heldout" reads only
+            those, null reads all.
     """
 
     path: str
@@ -41,10 +38,10 @@ class SourceRecipe:
 
 
 def check_sources(sources: Sequence[SourceRecipe], *, name: str) -> None:
-    """Check what can be told without looking at the files; `name` begins the messages.
+    """Check what needs no look at the files; messages begin with `name`.
 
     Raises:
-        ValueError: a path is empty, or a weight is not above 0 or too small beside the others.
+        ValueError: a path is empty, or a weight is not above 0 or too small compared with the others.
     """
     for index, source in enumerate(sources):
         if not source.path:

@@ -1,7 +1,6 @@
-"""Sources of text as documents one after the other, each with the place to go on from.
+"""Sources of text as a series of documents, each with the position to resume from.
 
-`open_source` looks at what a `SourceRecipe` names; readers of each format are in `moh.training.tokens.readers`. Not for
-tokenising.
+`open_source` finds out what a `SourceRecipe` names; the readers of the formats are in `moh.training.tokens.readers`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class Position(NamedTuple):
 
     Attributes:
         part: index of the file.
-        place: within it: a byte (JSONL), a row (Parquet, data sets) or the number of the text.
-        ordinal: documents of the source before it, those that a split leaves out included.
+        place: within it: a byte (JSONL), a row (Parquet, data sets) or the index of a text.
+        ordinal: documents of the source before it, including those that a split leaves out.
     """
 
     part: int = 0
@@ -45,8 +44,8 @@ class Source:
 
     Attributes:
         recipe: what it was opened from.
-        parts: files, or what stands for one.
-        split: "train" or "heldout" leave documents out, None reads all that the parts hold.
+        parts: its files, its data set or its texts.
+        split: "train" or "heldout" leave documents out, None reads all.
     """
 
     recipe: SourceRecipe
@@ -60,13 +59,13 @@ class Source:
 
     @property
     def key(self) -> list[str]:
-        """What tells this source from others, whatever it holds now."""
+        """Identifies this source among others, whatever it holds now."""
         path = Path(self.recipe.path)
         named = replace(self.recipe, path=str(path.resolve()) if path.exists() else self.recipe.path, weight=1.0)
         return [str(value) for value in astuple(named)]
 
     def identity(self) -> list[list[str]]:
-        """What changes whenever the documents do: one entry a part."""
+        """Changes whenever the documents do: one entry per part."""
         return [part.identity() for part in self.parts]
 
     def documents(self, start: Position = Position()) -> Iterator[tuple[Position, str]]:  # noqa: B008 (immutable)
@@ -92,17 +91,17 @@ class Source:
 def open_source(
     recipe: SourceRecipe, *, name: str, cache_dir: str | Path | None = None, streaming: bool = False
 ) -> Source:
-    """Find out what a recipe's source is, and get it ready to be read.
+    """Find out what a recipe's source is, and open it for reading.
 
     Args:
         recipe: the source.
-        name: of the recipe's field, to begin messages.
+        name: the recipe's field, which begins messages.
         cache_dir: where built-in corpora are kept.
         streaming: read a Hugging Face data set as it is downloaded.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a directory holds files of several kinds, or a split that isn't known.
+        FileNotFoundError: there is no such file, or none of the kind in the directory.
+        ValueError: a directory holds files of several kinds, or `split` or `subset` does not suit the kind.
         RuntimeError: a corpus or a data set can't be fetched.
     """
     kind = recipe.kind if recipe.kind != "auto" else _kind(recipe, name)
@@ -130,7 +129,7 @@ def open_source(
 
 @lru_cache(maxsize=8)
 def _corpus(name: str, cache_dir: str | Path | None) -> Corpus:
-    """Read once: its parts, and a tokenizer made from it, are separate sources."""
+    """Read only once: its parts, and a tokenizer made from it, are separate sources."""
     return load_corpus(name, cache_dir)
 
 

@@ -1,7 +1,7 @@
-"""Token stores: a source tokenised once, on disk, mapped into memory; made anew when the source or tokenizer changes.
+"""Token stores: a source tokenised once, on disk, mapped into memory; made again when the source or tokenizer changes.
 
 A directory with `tokens.bin` (ids of all documents in a row, uint16 or uint32, little-endian), `documents.npy` (where each
-begins, and the end) and `store.json` (what it was made of). Not for the order in which a run reads it.
+begins, and the end) and `store.json` (what it was made of).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _logger = logging.getLogger(__name__)
 
 
 class TokenStore:
-    """A store on disk, open for reading. Cheap to make and to send to other processes: it is mapped, not loaded.
+    """A store on disk, open for reading. Cheap to open and to send to other processes: it is mapped, not loaded.
 
     Args:
         directory: as `open_store` makes it.
 
     Attributes:
-        name: of the source, for messages.
+        name: the source's, for messages.
         digest: hash of the tokens and of the documents' places.
     """
 
@@ -70,10 +70,10 @@ class TokenStore:
 
 
 class StoredBlocks(Dataset[dict[str, Tensor]]):
-    """The blocks of `seq_len` tokens of a store, in order; what is left at the end, less than a block, is dropped.
+    """The blocks of `seq_len` tokens of a store, in order; an incomplete last block is dropped.
 
     Raises:
-        ValueError: the store has not enough tokens for one block.
+        ValueError: the store has too few tokens for one block.
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
@@ -96,13 +96,13 @@ class StoredBlocks(Dataset[dict[str, Tensor]]):
 
 
 def open_store(source: Source, tokenizer: DocumentTokenizer, cache_dir: Path, *, progress: bool = True) -> TokenStore:
-    """The store of a source, made now if there is none or if the source or the tokenizer is no longer the same.
+    """The store of a source, made now if it is missing or if the source or the tokenizer has changed.
 
     Several processes may call it at once: one makes the store, the others wait for it.
 
     Args:
         source: the documents.
-        tokenizer: for their ids.
+        tokenizer: for the token ids.
         cache_dir: stores are kept in `tokens` below it.
         progress: show a progress bar (only on a terminal).
 
@@ -137,7 +137,7 @@ def _made_of(directory: Path) -> Any:
 
 
 def _write(source: Source, tokenizer: DocumentTokenizer, directory: Path, progress: bool) -> dict[str, str]:
-    """Write tokens and places of the documents; returns what `store.json` tells of them."""
+    """Write tokens and the places of the documents; returns their entries for `store.json`."""
     from tqdm.auto import tqdm
 
     offsets, digest = array("q", [0]), hashlib.sha256()

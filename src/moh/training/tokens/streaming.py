@@ -1,8 +1,7 @@
-"""Sources tokenised as they are read, for what does not fit on the disk: the same blocks, mixture and promises as stores.
+"""Sources tokenised while they are read, for text that does not fit on the disk: the same blocks and mixture as stores.
 
-A bounded number of blocks is read ahead and shuffled. Each sequence carries the places at which its sources go on after
-it, so that a run resumes at the exact sequence, whatever was read ahead. Not for several loader processes: each would
-read everything.
+A bounded number of blocks is read ahead and shuffled. Each sequence carries the positions of all sources after it, so that
+a run resumes at the exact sequence, whatever was read ahead. With several loader processes each would read everything.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from moh.training.tokens.sources import Position, Source
 from moh.training.tokens.tokenising import DocumentTokenizer
 
 STREAM_KEY = "stream_state"
-"""Of the item that says where the stream goes on: int64, `(i + 1, then the cursor of each source)` for sequence i."""
+"""Key of the resume state in an item: int64 `(i + 1, cursor of each source ...)` of sequence i."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a source goes on: a chunk of blocks begins at `position` and `offset`, and `taken` of them are used.
+    """Where to resume a source: a chunk of blocks begins at a `Position` and `offset`, and `taken` of them are used.
 
     Attributes:
-        chunk: number of the chunk, which chooses its order.
+        chunk: number of the chunk, which determines its order.
         part, place, ordinal: `Position` of the document in which the chunk begins.
         offset: tokens of that document before the chunk.
         taken: blocks of the chunk that were read.
@@ -50,18 +49,18 @@ _CURSOR = len(astuple(Cursor()))
 
 
 class SourceStream:
-    """Endless blocks of one source: read in chunks, each in a shuffled order; at the end it begins anew.
+    """Endless blocks of one source, read in chunks that are shuffled; starts again at the end.
 
     Args:
         source: the documents.
-        tokenizer: for their ids.
-        seq_len: tokens of a block.
-        buffer: blocks of a chunk.
-        key: of the order.
+        tokenizer: for the token ids.
+        seq_len: tokens per block.
+        buffer: blocks per chunk.
+        key: for the order.
         cursor: where to begin.
 
     Attributes:
-        cursor: where to go on after the last block that was given.
+        cursor: where to resume after the last block.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class SourceStream:
             self.cursor = Cursor(chunk=chunk.chunk + 1)
 
     def _chunks(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[_Block]]]:
-        """The chunks from the cursor's own to the end of the source, each with the cursor of its beginning."""
+        """The chunks from the cursor's to the end of the source, each with the cursor of its beginning."""
         size = self.buffer * self.seq_len
         first, skipped = Position(cursor.part, cursor.place, cursor.ordinal), cursor.offset
         filled, pieces, starts = 0, [], []
@@ -110,10 +109,10 @@ class StreamedMixture(IterableDataset[dict[str, Tensor]]):
     Args:
         sources: the documents of each source.
         weights: one per source.
-        tokenizer: for their ids.
-        seq_len: tokens of a sequence.
+        tokenizer: for the token ids.
+        seq_len: tokens per sequence.
         buffer: sequences of each source that are read ahead and shuffled.
-        seed: of the order.
+        seed: for the order.
     """
 
     def __init__(
@@ -132,11 +131,11 @@ class StreamedMixture(IterableDataset[dict[str, Tensor]]):
         self._skipped = 0
 
     def resume(self, state: Sequence[int], sequence: int) -> None:
-        """Begin at the number `sequence`.
+        """Start at sequence number `sequence`.
 
         Args:
-            state: what `STREAM_KEY` said at, or somewhat before, the sequence before that.
-            sequence: number of the first sequence to give.
+            state: `STREAM_KEY` of the sequence before, or of an earlier one.
+            sequence: number of the first sequence to return.
         """
         if len(state) != len(self._state) or state[0] > sequence:
             raise ValueError(
@@ -169,7 +168,7 @@ class StreamedMixture(IterableDataset[dict[str, Tensor]]):
 
 
 def _blocks(pieces: Sequence[NDArray[Any]], document_starts: Sequence[int], seq_len: int) -> list[_Block]:
-    """Full blocks of the joined pieces, each with the places in it at which documents start."""
+    """Full blocks of the joined pieces, each with the indices at which its documents start."""
     row, starts = np.concatenate(pieces), np.array(document_starts, dtype=np.int64)
     found = []
     for begin in range(0, len(row) - seq_len + 1, seq_len):

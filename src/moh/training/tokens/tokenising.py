@@ -1,6 +1,6 @@
-"""From documents to token ids as training reads them: the start token if the tokenizer has one, the text, the end token.
+"""From documents to token ids for training: the start token if the tokenizer adds one, the text, the end token.
 
-Not for special tokens within a text: text that looks like one is tokenised as the tokenizer would.
+Text that looks like a special token is tokenised as the tokenizer would.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _DOCUMENTS = 64
 
 
 class DocumentTokenizer:
-    """A transformers tokenizer, and how documents begin and end with it.
+    """A transformers tokenizer, with the tokens that begin and end documents.
 
     Args:
         tokenizer: any transformers tokenizer.
 
     Attributes:
-        largest_id: of the vocabulary.
-        dtype: of the ids: uint16 where every id fits, else uint32.
+        largest_id: the vocabulary's.
+        dtype: of the ids: uint16 if every id fits, else uint32.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,7 +45,7 @@ class DocumentTokenizer:
 
     @property
     def identity(self) -> str:
-        """A hash that changes when the ids of a text could."""
+        """A hash that changes when the ids of a text could change."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             rules = {"class": type(self._tokenizer).__name__, "vocabulary": self._tokenizer.get_vocab()}
@@ -58,7 +58,7 @@ class DocumentTokenizer:
     def tokenise(self, documents: Iterable[tuple[Position, str]]) -> Iterator[tuple[Position, NDArray[Any]]]:
         """`(position, ids)` of every document, in order; some are read ahead."""
         for batch in _batches(iter(documents)):
-            # verbose=False: a text longer than the model's context is what we expect here
+            # verbose=False: texts longer than the model's context are expected here
             rows = self._tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
             for (position, _), ids in zip(batch, rows, strict=True):
                 yield position, np.array([*self._before, *ids, *self._after], dtype=self.dtype)
