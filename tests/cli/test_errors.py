@@ -172,5 +172,7 @@ def test_the_dense_model_and_other_files_are_not_overwritten(
         moh("convert", base_dir, base_dir, *HEADS, *text), "convert", "must not be the directory of the dense model"
     )
     (tmp_path / "letter.txt").write_text("keep me")
-    assert_one_line(moh("convert", base_dir, tmp_path, *HEADS, *text), "convert", "it holds other files, which stay")
+    assert_one_line(
+        moh("convert", base_dir, tmp_path, *HEADS, *text), "convert", "it holds other files, which are kept"
+    )
     assert (base_dir / "model.safetensors").exists() and (tmp_path / "letter.txt").read_text() == "keep me"

@@ -43,7 +43,7 @@ def test_the_last_good_checkpoint_survives_and_the_run_goes_on_from_it(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fails_at_step_four)
         with pytest.raises(
-            RuntimeError, match=r"checkpoint-4 can't be written .*checkpoint-2 is complete: a new start"
+            RuntimeError, match=r"checkpoint-4 can't be written .*checkpoint-2 is complete: a restart resumes"
         ):
             train(load_recipe(None, options))
     assert last_complete_checkpoint(out) == out / "checkpoint-2"

@@ -93,7 +93,7 @@ def test_a_checkpoint_of_deepspeed_is_gone_on_from_with_deepspeed_alone(finished
     (out / "checkpoint-4" / "global_step4").mkdir()
     (out / "checkpoint-4" / "latest").write_text("global_step4")
     here = f"--training.output_dir={out}"
-    with pytest.raises(ValueError, match=r"checkpoint-4 were written by DeepSpeed: go on with it, or choose another"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 were written by DeepSpeed: resume with it, or choose another"):
         train(load_recipe(finished / "recipe.yaml", [here, "--training.max_steps=6"]))
     result = train(load_recipe(finished / "recipe.yaml", [here]))  # needs no optimiser
     assert len(result.losses) == 4
@@ -121,7 +121,7 @@ def test_losses_are_still_the_checkpoint_state(finished: Path) -> None:
 def test_another_number_of_samples_per_step_is_refused(options: list[str], tmp_path: Path) -> None:
     options += ["--training.save_steps=2", "--training.max_steps=4"]
     train(load_recipe(None, options))
-    with pytest.raises(ValueError, match=r"began with 2 samples per optimiser step.*it needs as many, got 3"):
+    with pytest.raises(ValueError, match=r"began with 2 samples per optimiser step.*resuming needs as many, got 3"):
         train(load_recipe(None, [*options, "--training.max_steps=6", "--training.per_device_train_batch_size=3"]))
     same = ["--training.per_device_train_batch_size=1", "--training.gradient_accumulation_steps=2"]
     result = train(load_recipe(None, [*options, "--training.max_steps=6", *same]))

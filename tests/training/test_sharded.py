@@ -61,7 +61,7 @@ def test_shards_are_read_into_a_whole_model_or_refused(dense, tmp_path: Path) ->
     load_sharded_weights(dense, tmp_path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in dense.state_dict().items())
     dense.resize_token_embeddings(7)
-    with pytest.raises(ValueError, match="do not fit the model"):
+    with pytest.raises(ValueError, match="do not match the model"):
         load_sharded_weights(dense, tmp_path)
 
 

@@ -112,4 +112,4 @@ def test_what_does_not_fit_is_said(old, new, tmp_path: Path, capsys) -> None:
         extend_vocabulary(_model(tied=True), old, new, multiple_of=0)
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["extend-vocabulary", "nowhere/at/all", "nowhere", str(tmp_path)]) == 2
-    assert "holds other files, which stay" in capsys.readouterr().err
+    assert "holds other files, which are kept" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Training: recipes, data, and runs on the transformers Trainer (extra `llm`), for every family of models.
 
-Not for evaluation (`moh.evaluation`). Importing this imports no extra; what needs one is loaded when first used.
+Importing this needs no extra: modules that need one are imported on first use.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ _RUNS = {
     "image_classification": "moh.training.images.run",
     "diffusion": "moh.training.diffusion.run",
 }
-"""task of a recipe -> the module whose `train` runs it."""
+"""A recipe's task -> the module whose `train` runs it."""
 
 
 def train(recipe: Any, **overrides: Any) -> Any:
-    """Run a recipe of any family; if its `output_dir` holds a complete checkpoint of the same recipe, go on from there.
+    """Run a recipe of any family; resumes if its `output_dir` holds a complete checkpoint of the same recipe.
 
     Args:
         recipe: as `load_recipe` reads it.
-        overrides: objects in place of what the recipe names: see the `train` of its family (`moh.training.run`).
+        overrides: objects to use instead of the recipe's: see the `train` of its family (`moh.training.run`).
 
     Returns:
-        what the family's `train` returns; `model_dir`, `losses` and `precision` are common to all.
+        the result of the family's `train`; all have `model_dir`, `losses` and `precision`.
 
     Raises:
-        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+        ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     return importlib.import_module(_RUNS[recipe.task]).train(recipe, **overrides)
 

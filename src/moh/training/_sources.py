@@ -1,6 +1,6 @@
-"""Where data comes from: texts in source releases through pip and in Debian packages, and how both are fetched.
+"""The built-in texts, from source releases (pip) and Debian packages, and how both are fetched.
 
-Each function takes the cache directory and returns the documents and their source. Not for splitting or tokenising.
+The function of a text takes the cache directory and returns the documents and a description of their source.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def django_docs(cache_dir: Path) -> tuple[list[str], str]:
 def botchan(cache_dir: Path) -> tuple[list[str], str]:
     """Natsume Soseki's novel Botchan in English (Project Gutenberg 8868), one document per chapter.
 
-    SentencePiece's source release has it among its tests, with hard line ends and no mark where a paragraph ends.
+    It is test data in SentencePiece's source release: hard-wrapped lines, with nothing between paragraphs.
     """
     archive = _release("sentencepiece", _SENTENCEPIECE, _SENTENCEPIECE_SHA256, cache_dir)
     member = f"sentencepiece-{_SENTENCEPIECE}/test/botchan.txt"
     with tarfile.open(archive) as tar:
         file = tar.extractfile(member)
-        assert file is not None  # the digest says what is inside
+        assert file is not None  # the digest is checked, so the member exists
         text = decode_utf8(file.read(), name=f"{archive}:{member}").replace("\r\n", "\n")
     novel = text.partition("--(THE END)--")[0]
     chapters = re.split(r"\nCHAPTER [IVX]+\.?\n", novel)[1:]  # before the first: title and notes
@@ -105,7 +105,7 @@ def rst_paragraphs(text: str) -> list[str]:
 
 
 def _wrapped_paragraphs(text: str) -> list[str]:
-    """Paragraphs of hard-wrapped text without blank lines: one ends where a sentence leaves a line unfilled."""
+    """Paragraphs of hard-wrapped text without blank lines: one ends where a sentence ends on a short line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     width = max(map(len, lines), default=0)
     found: list[list[str]] = [[]]
@@ -134,7 +134,7 @@ def _document(found: list[str]) -> str:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Long, or ending as a sentence does: titles, menus and captions are neither."""
+    """Long, or ending like a sentence: titles, menus and captions are neither."""
     ends = paragraph.rstrip("\"')]\u201d\u2019").endswith((".", "!", "?", ":", ";", "\u2026"))
     return len(paragraph) >= 200 or (ends and len(paragraph) >= 40)
 
@@ -142,7 +142,7 @@ def _is_prose(paragraph: str) -> bool:
 def _debian_pages(
     package: str, folder: str, cache_dir: Path, pattern: str = "*.html", *, without: str | None = None
 ) -> tuple[list[str], str]:
-    """The pages of a package, but those below a folder named `without`."""
+    """The pages of a package, except those below a folder named `without`."""
     below = Path("usr/share/doc") / package / folder
     root = Path("/")
     if not (root / below).is_dir():  # not installed, or installed without its documentation
@@ -158,9 +158,9 @@ def _debian_pages(
 
 
 def _release(name: str, version: str, sha256: str, cache_dir: Path) -> Path:
-    """The source release of a package: as fetched before, or through pip.
+    """The source release of a package, cached or fetched with pip.
 
-    pip checks its digest and, to learn its name, asks its build backend (setuptools).
+    pip checks the digest and runs the package's build backend (setuptools) to learn its name.
     """
     archive = cache_dir / f"{name}-{version}.tar.gz"
     if not archive.exists():
@@ -172,13 +172,13 @@ def _release(name: str, version: str, sha256: str, cache_dir: Path) -> Path:
 
 
 def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = False) -> None:
-    """Fetch one release with pip, which checks the digest before it looks inside; moved into place at the end.
+    """Fetch one release with pip, which checks the digest before opening it; the file is moved into place at the end.
 
     Args:
         requirement: name==version.
-        sha256: of the file.
-        target: where it goes, under the name that the index gives it.
-        wheel: fetch the wheel, not the source release.
+        sha256: digest of the file.
+        target: path of the file, with the index's file name.
+        wheel: fetch the wheel instead of the source release.
 
     Raises:
         RuntimeError: pip could not fetch it.
@@ -203,11 +203,11 @@ def apt_download(package: str, target: Path, *, advice: str) -> None:
 
     Args:
         package: its name.
-        target: where its files go, replaced if it exists.
-        advice: what to do instead, for the message.
+        target: directory for its files, replaced if it exists.
+        advice: what to do instead, for error messages.
 
     Raises:
-        RuntimeError: this is no Debian system, or its registry can't be reached.
+        RuntimeError: this is not a Debian system, or its package archive can't be reached.
     """
     failure = f"the Debian package {package} is not installed (apt-get install {package}) and can't be fetched"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -216,7 +216,7 @@ def apt_download(package: str, target: Path, *, advice: str) -> None:
         _run(["apt-get", "download", package], scratch, failure, advice)
         (archive,) = scratch.glob("*.deb")
         _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure, advice)
-        if target.exists():  # perhaps of another process that fetches the same
+        if target.exists():  # another process may have fetched it meanwhile
             os.replace(target, scratch / "old")
         os.replace(scratch / "unpacked", target)
 

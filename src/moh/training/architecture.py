@@ -1,7 +1,4 @@
-"""A language model to train from scratch, as data: sizes, heads and tokenizer; validated when the recipe is made.
-
-Not for building it (`moh.training.loading`).
-"""
+"""A language model to train from scratch, as data: sizes, heads and tokenizer; validated with the recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ class HeadsRecipe:
     """The heads of each layer.
 
     Args:
-        shared_heads: heads that every token uses: a number, or a list with one per layer.
+        shared_heads: heads that every token uses: one number, or one per layer.
         active_heads: routed heads that each token chooses, likewise.
         router: "two_stage" (the paper's), "single_stage" (its ablation) or "query_norm".
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
@@ -38,10 +35,10 @@ class FromScratchRecipe:
         intermediate_size: width of the feed-forward layers.
         num_attention_heads: h, each of width C / h.
         num_key_value_heads: heads of keys and values; null means h.
-        max_position_embeddings: the longest sequence that the model is made for.
-        vocab_size: rows of the embedding; null means the tokenizer's. Without a tokenizer, the size of the one to make.
+        max_position_embeddings: the longest sequence that the model supports.
+        vocab_size: rows of the embedding; null means the tokenizer's. Without a tokenizer, the size of the new one.
         tokenizer: directory or hub name; null makes a byte-level BPE tokenizer from the training text.
-        tie_word_embeddings: use the embedding as output layer, too.
+        tie_word_embeddings: use the embedding as the output layer too.
         moh: the heads of each layer; null makes a dense model.
         extra: more arguments of `transformers.LlamaConfig`, by name.
     """
@@ -59,10 +56,10 @@ class FromScratchRecipe:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Check what can be told without transformers; called by the recipe, as the parser hides what parts raise.
+        """Check what needs no transformers; called by the recipe, because the parser hides errors of its parts.
 
         Raises:
-            ValueError: a number is out of its range; the message names the field.
+            ValueError: a number is out of range; names the field.
         """
         name = "model.from_scratch"
         for number in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):

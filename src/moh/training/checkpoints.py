@@ -1,7 +1,6 @@
-"""Checkpoints and results on disk: which checkpoint is complete, whether a directory can be written, moving into place.
+"""Checkpoints and results on disk: which checkpoints are complete, which directories writable, replacing them whole.
 
-The transformers Trainer writes a checkpoint file by file; a killed run leaves half of one, which must not be resumed.
-Not for reading weights: the Trainer does that.
+The transformers Trainer writes a checkpoint file by file; a killed run leaves part of one, which must not be resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _DEEPSPEED = "latest"  # the last file that DeepSpeed writes; names the director
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The `checkpoint-N` of the highest step that is complete, or None; warns of each newer one that is not."""
+    """The complete `checkpoint-N` of the highest step, or None; warns about each newer incomplete one."""
     for checkpoint in _checkpoints(Path(output_dir)):
         problem = checkpoint_problem(checkpoint)
         if problem is None:
@@ -35,9 +34,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def checkpoint_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint can't be resumed from, or None.
 
-    The Trainer writes weights, optimiser, scheduler, random state and, last, `trainer_state.json`. A readable state
-    thus says that the rest was written; the rest is looked at as well, because a deletion that was cut short, or a power
-    failure, leaves other gaps.
+    The Trainer writes weights, optimiser, scheduler, random state and, last, `trainer_state.json`, so a readable
+    state means that the rest was written. The rest is checked too, because an interrupted deletion or a power failure
+    leaves other gaps.
     """
     try:
         trainer_state(checkpoint)
@@ -66,7 +65,7 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def is_of_deepspeed(checkpoint: Path) -> bool:
-    """Whether DeepSpeed wrote the optimiser's states, which nothing else reads."""
+    """Whether DeepSpeed wrote the optimiser's states, which nothing else can read."""
     return any(checkpoint.glob("global_step*"))
 
 
@@ -74,7 +73,7 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint: `global_step`, `log_history`, ...
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: it isn't there, isn't JSON, or isn't a state.
+        FileNotFoundError, ValueError, KeyError: the file is missing, not JSON, or not a Trainer's state.
     """
     state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     state["global_step"], state["log_history"]
@@ -83,40 +82,42 @@ def trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def writing_checkpoint(checkpoint: Path, *, writes: bool = True) -> Iterator[None]:
-    """Write a checkpoint in the block; if the disk can't take it, delete the half that was written and say what is left.
+    """Write a checkpoint in the block; if the disk fails, delete the partial one and report what is left.
 
     Args:
-        checkpoint: its directory, beside which the earlier ones lie.
+        checkpoint: its directory, next to the earlier ones.
         writes: False on the processes of a distributed run that delete nothing.
 
     Raises:
-        RuntimeError: it can't be written; names the last complete checkpoint.
+        RuntimeError: the checkpoint can't be written; names the last complete one.
     """
     try:
         yield
-    except BaseException as error:  # those of torch.distributed.checkpoint are no Exception
-        if not _is_of_disk(error) or checkpoint_problem(checkpoint) is None:  # perhaps an old one can't be deleted
+    except BaseException as error:  # torch.distributed.checkpoint's are not `Exception`s
+        if (
+            not _is_of_disk(error) or checkpoint_problem(checkpoint) is None
+        ):  # complete: perhaps an old one can't be deleted
             raise
         if writes:
             shutil.rmtree(checkpoint, ignore_errors=True)
         last = last_complete_checkpoint(checkpoint.parent)
-        left = "there is no earlier one" if last is None else f"{last} is complete: a new start goes on from there"
+        left = "there is no earlier one" if last is None else f"{last} is complete: a restart resumes from it"
         raise RuntimeError(
             f"the checkpoint {checkpoint} can't be written ({' '.join(str(error).split())}); is the disk full? {left}"
         ) from error
 
 
 def _is_of_disk(error: BaseException) -> bool:
-    """Whether an error comes from writing; safetensors and torch raise their own, the latter often without a reason."""
+    """Whether an error comes from writing; safetensors and torch raise their own errors, torch often without a reason."""
     signs = ("I/O error", "inline_container", "PytorchStream", "No space left")
     return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 
 
 def check_writable(directory: str | Path, *, name: str) -> None:
-    """Check that files can be made in `directory`, or in the nearest directory above it that exists; leaves nothing.
+    """Check that files can be created in `directory` or its nearest existing parent; leaves nothing behind.
 
     Raises:
-        ValueError: it can't be written; the message begins with `name`.
+        ValueError: the directory can't be written; the message begins with `name`.
     """
     existing = Path(directory).absolute()
     try:
@@ -129,29 +130,29 @@ def check_writable(directory: str | Path, *, name: str) -> None:
 
 
 def check_replaceable(directory: str | Path, *, name: str, holding: str = "config.json") -> None:
-    """Check that `directory` may be made, or replaced: it does not exist, is empty, or holds a model (or file `holding`).
+    """Check that `directory` may be created or replaced: it is missing, empty, or holds a model (the file `holding`).
 
     Raises:
-        ValueError: it holds something else, or can't be written; the message begins with `name`.
+        ValueError: the directory holds something else, or can't be written; the message begins with `name`.
     """
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} {directory} must be a directory, but it is a file")
     if target.is_dir() and any(target.iterdir()) and not (target / holding).is_file():
         raise ValueError(
-            f"{name} {directory} must be new, empty or a model's directory; it holds other files, which stay"
+            f"{name} {directory} must be new, empty or a model's directory; it holds other files, which are kept"
         )
     check_writable(target.parent if target.exists() else target, name=name)
 
 
 @contextmanager
 def replacing_directory(target: Path, *, writes: bool = True, holding: str = "config.json") -> Iterator[Path]:
-    """Yield a directory beside `target` that takes its place if the block ends well, and vanishes if it does not.
+    """Yield a directory next to `target` that replaces it if the block succeeds, and is deleted if it fails.
 
     Args:
-        target: the directory to make or to replace.
+        target: the directory to create or replace.
         writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
-        holding: the file by which a directory that may be replaced is known.
+        holding: the file that marks a directory as replaceable.
     """
     target = target.resolve()
     if writes:

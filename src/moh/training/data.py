@@ -1,6 +1,6 @@
 """From texts to blocks of tokens: tokenise once, join, cut into blocks of one length.
 
-Not for padding or masking: every block is full, so neither is needed. Not for reading files (`moh.training.text`).
+Every block is full, so there is no padding or masking.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ def pack_tokens(
 ) -> Tensor:
     """Tokenise texts, end each with the end-of-text token, join them in order and cut the row into blocks.
 
-    A block may hold the end of one text and the start of the next. What is left at the end, less than a block, is
-    dropped.
+    A block may hold the end of one text and the start of the next. An incomplete last block is dropped.
 
     Args:
-        texts: documents, in the order in which they will be read.
+        texts: documents, in reading order.
         tokenizer: any transformers tokenizer; no other special tokens are added.
         seq_len: tokens per block.
-        eos_token_id: the token after each text; None takes the tokenizer's, and no token if it has none.
+        eos_token_id: the token after each text; None takes the tokenizer's, if it has one.
         progress: show a progress bar (only on a terminal).
 
     Returns:
@@ -53,7 +52,7 @@ def pack_tokens(
     starts = range(0, len(texts), _TEXTS_PER_CALL)
     for start in tqdm(starts, desc="tokenising", unit="batch", disable=None if progress else True, leave=False):
         batch = list(texts[start : start + _TEXTS_PER_CALL])
-        # verbose=False: a text longer than the model's context is what we expect here
+        # verbose=False: texts longer than the model's context are expected here
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             pieces.append(torch.tensor([*ids, eos] if eos is not None else ids, dtype=torch.long))
     row = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)

@@ -1,7 +1,4 @@
-"""The distillation loss: how far a model's next-token distribution is from a frozen teacher's.
-
-Not for mixing it with other losses: `moh.training.trainer` does that.
-"""
+"""The distillation loss: how far a model's next-token distribution is from a frozen teacher's."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ def distillation_loss(
 ) -> Tensor:
     """`T^2 * sum over predicted tokens of KL(softmax(teacher / T) || softmax(student / T))`, a float32 scalar.
 
-    As in next-token prediction, the logits at position n are those for the label at n + 1; a position whose label is
-    -100 does not count. The sum is left to be divided by the caller, who knows how many tokens a step has. It is computed in
-    chunks that are recomputed in the backward pass, so that no float32 copy of all logits is ever held.
+    As in next-token prediction, the logits at position n are those for the label at n + 1; labels of -100 do not count.
+    The caller divides the sum by the number of tokens in the step. Chunks are recomputed in the backward pass, so that
+    no float32 copy of all logits is ever held.
 
     Args:
         student_logits: `[B, N, V]`, with gradient.
@@ -29,7 +26,7 @@ def distillation_loss(
         temperature: T, above 0.
 
     Raises:
-        ValueError: the two models have different vocabularies.
+        ValueError: the logits differ in shape, as those of different vocabularies do.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -45,7 +42,7 @@ def distillation_loss(
         total = total + checkpoint(
             _summed_kl, student[part], teacher[part], counts[part], temperature, use_reentrant=False
         )
-    return total * temperature**2
+    return total * temperature**2  # the gradient would otherwise shrink as 1 / T^2 (arXiv 1503.02531)
 
 
 def _summed_kl(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:

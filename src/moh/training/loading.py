@@ -1,7 +1,4 @@
-"""The model that a recipe names, in float32: loaded and converted, or new; and whether text and model fit each other.
-
-Not for the conversion itself (`moh.conversion`) nor for published MoH checkpoints (`moh.checkpoints`).
-"""
+"""A recipe's model, in float32, loaded and converted or new; and the check that text and model match."""
 
 from __future__ import annotations
 
@@ -33,14 +30,14 @@ from moh.models.transformers.loading import load_tokenizer as _load_tokenizer  #
 from moh.routing import router_class  # noqa: E402
 
 _MOST_PADDING = 2048
-"""Rows of an embedding beyond the tokenizer's ids: more than any model pads to, so it must be another's tokenizer."""
+"""Most rows of an embedding beyond the tokenizer's ids: no model pads more, so the tokenizer would be another's."""
 
 
 def load_dense(path: str) -> PreTrainedModel:
     """Load the pretrained model of a recipe in float32 (autocast, not the weights, makes training cheaper).
 
     Raises:
-        ValueError: transformers can't load it.
+        ValueError: transformers can't load the model.
     """
     try:
         return load_causal_lm(path, dtype=torch.float32)
@@ -52,7 +49,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe's model, pretrained or new.
 
     Raises:
-        ValueError: transformers can't load it, or it can't be made from the text.
+        ValueError: transformers can't load the tokenizer, or it can't be made from the text.
     """
     new = recipe.model.from_scratch
     if new is not None and new.tokenizer is None:
@@ -70,7 +67,7 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """The configuration of the recipe's model, without its weights.
 
     Raises:
-        ValueError: transformers can't load it, or the sizes of a new model don't fit each other.
+        ValueError: transformers can't load it, or the sizes of a new model don't match.
     """
     if recipe.model.from_scratch is not None:
         return new_config(recipe.model.from_scratch, tokenizer)
@@ -85,7 +82,7 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
     """The configuration of a new model: Llama's, or `MoHLlamaConfig` where the recipe has MoH heads.
 
     Raises:
-        ValueError: heads that don't add up, or an argument that the configuration doesn't have.
+        ValueError: the heads don't add up, or `extra` has an argument that the configuration lacks.
     """
     names = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
     names += " max_position_embeddings tie_word_embeddings"
@@ -98,7 +95,7 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
     kind = LlamaConfig if recipe.moh is None else MoHLlamaConfig
     for name in recipe.extra:
         if name in fields:
-            raise ValueError(f"model.from_scratch.extra must not set {name}: it has a field of its own")
+            raise ValueError(f"model.from_scratch.extra must not set {name}: it has its own field")
         if not hasattr(kind(), name):
             raise ValueError(f"model.from_scratch.extra: {kind.__name__} has no argument {name!r}")
     try:
@@ -108,7 +105,7 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
-    """Check that the model knows the tokenizer's ids and is made for sequences so long.
+    """Check that the model has rows for the tokenizer's ids and supports `seq_len`.
 
     Raises:
         ValueError: the vocabularies differ, or `seq_len` is above the model's positions.
@@ -127,7 +124,7 @@ def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token id; with gaps in the vocabulary it is more than the number of tokens."""
+    """The largest token id, which with gaps in the vocabulary exceeds the number of tokens."""
     return int(max(tokenizer.get_vocab().values()))
 
 
@@ -139,11 +136,11 @@ def build_model(
     *,
     going_on: bool = False,
 ) -> PreTrainedModel:
-    """Load the recipe's model and convert it if the recipe says so, or make a new one.
+    """Load the recipe's model, converted if the recipe has a conversion, or make a new one.
 
     Under torchrun one process converts and the others load its result, so that all have the same heads. A new model's
-    weights depend on the seed alone. `going_on`, with a run whose sharded checkpoint holds weights but no configuration, the
-    model that was converted when it began is taken again.
+    weights depend only on the seed. `going_on` is for a run resumed from a sharded checkpoint, which holds weights but
+    no configuration: it uses the model that was converted at the run's start.
     """
     if recipe.model.from_scratch is not None:
         torch.manual_seed(recipe.training.seed)

@@ -1,6 +1,6 @@
 """Which number format to train in: bfloat16 autocast where the machine is faster with it, float32 elsewhere.
 
-Not for mixed-precision itself: the transformers Trainer does that; here it only ends with the training.
+The transformers Trainer does the mixed precision itself; `without_autocast` ends it after training.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import nn
 
 Precision = Literal["bf16", "fp32"]
 
-_SIZE = 384  # of the square matrices: some milliseconds where bfloat16 is emulated, and still a fair sample
+_SIZE = 384  # of the square matrices: a few milliseconds even where bfloat16 is emulated, and a fair sample
 _WORTH = 1.2  # bfloat16 has to be this much faster: the casts around a matrix product take time too
 
 
 def choose_precision(device: torch.device | None = None) -> Precision:
     """ "bf16" or "fp32", for `device` (None: the GPU if there is one).
 
-    On a GPU, bfloat16 if it is supported. On a CPU it is measured in a few milliseconds, because some CPUs have
-    instructions for bfloat16 and others emulate it, ten times slower than float32.
+    On a GPU, bfloat16 if supported. On a CPU both are timed, in a few milliseconds: some CPUs have bfloat16
+    instructions, others emulate it, ten times slower than float32.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,21 +33,21 @@ def choose_precision(device: torch.device | None = None) -> Precision:
 
 
 def without_autocast(model: nn.Module) -> nn.Module:
-    """`model` with its own forward again, in place of the autocast that accelerate wraps around it.
+    """`model` with its own `forward` again, without the autocast that accelerate wraps around it.
 
-    A trained model then computes as one that was saved and loaded does. accelerate's own `keep_fp32_wrapper=False` takes
-    off the decorators of transformers' models as well, and binds what is left twice (1.15).
+    A trained model then computes like one that was saved and loaded. accelerate's own `keep_fp32_wrapper=False` also
+    removes the decorators of transformers' models, and binds what is left twice (1.15).
     """
     original = model.__dict__.pop("_original_forward", None)
     if original is not None:
         del model.forward
         if getattr(original, "__func__", None) is not type(model).forward:
-            model.forward = original  # it was one of its own before
+            model.forward = original  # the instance had its own `forward` before
     return model
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Best of five times of a matrix product on the CPU."""
+    """Shortest of five timings of a matrix product on the CPU."""
     a = torch.ones(_SIZE, _SIZE, dtype=dtype)
     times = []
     for _ in range(6):

@@ -1,7 +1,4 @@
-"""A training run of a language model as data: frozen dataclasses, every field validated once, at construction.
-
-Not for reading files (`moh.training.recipe_file`) nor for running anything (`moh.training.train`).
-"""
+"""A training run of a language model as data: frozen dataclasses, every field validated once, at construction."""
 
 from __future__ import annotations
 
@@ -20,17 +17,17 @@ class ModelRecipe:
 
     Args:
         path: a local directory, a name on the model hub, or a .gguf file (which holds weights and tokenizer).
-        from_scratch: sizes, heads and tokenizer of a new model, in place of `path`.
+        from_scratch: sizes, heads and tokenizer of a new model, instead of `path`.
     """
 
     path: str | None = None
     from_scratch: FromScratchRecipe | None = None
 
     def check(self) -> None:
-        """Check the choice; called by the recipe, as the parser hides what parts raise.
+        """Check the choice; called by the recipe, because the parser hides errors of its parts.
 
         Raises:
-            ValueError: neither or both are given, or a size is out of its range.
+            ValueError: neither or both are given, or a size is out of range.
         """
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError(
@@ -42,7 +39,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class ConversionRecipe:
-    """How the dense model becomes a MoH model before training: the arguments of `moh.convert`, with defaults of their own.
+    """How the dense model becomes a MoH model before training: arguments of `moh.convert`, with their own defaults.
 
     Args:
         shared_heads: heads per layer that every token uses.
@@ -50,7 +47,7 @@ class ConversionRecipe:
         router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
             "two_stage" (the paper's learned one).
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
-        calibration_tokens: tokens of the training text that the conversion looks at; "query_norm" needs none.
+        calibration_tokens: tokens of the training text that the conversion reads; "query_norm" needs none.
         allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
         refit_output: refit the output projections so that the active heads make up for the others.
     """
@@ -72,10 +69,10 @@ class DataRecipe:
         corpus: a built-in corpus (`moh.training.corpus.CORPORA`); not used if `files` are given.
         files: your own text files or directories (.txt, .md, .html, UTF-8).
         heldout_files: text files to hold out; without them a fixed tenth of `files` is held out.
-        sources: text from any mix of files, data sets and corpora, in place of `corpus` and `files`: tokenised once, kept in
+        sources: text from any mix of files, data sets and corpora, instead of `corpus` and `files`: tokenised once, kept in
             `cache_dir`, and packed so that no document sees another.
         heldout_sources: likewise, to evaluate on if `training.extra` sets an `eval_strategy`.
-        streaming: tokenise `sources` while they are read and keep nothing.
+        streaming: tokenise `sources` while reading and store nothing.
         stream_buffer: sequences of each source that streaming reads ahead and shuffles.
         seq_len: tokens per training sequence.
         cache_dir: where fetched corpora and tokens are kept (default ~/.cache/moh).
@@ -111,12 +108,12 @@ class TrainingRecipe(TrainingSettings):
     """How to train a language model: `TrainingSettings`, and distillation from the dense original.
 
     Args:
-        lr_scheduler_kwargs: of the schedule: `{min_lr_rate: 0.1}` for "cosine_with_min_lr" ends at 10 % of the peak.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
+        lr_scheduler_kwargs: options of the schedule: `{min_lr_rate: 0.1}` for "cosine_with_min_lr" ends at 10 % of the peak.
+        adam_beta1: AdamW's.
+        adam_beta2: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
-        tokens_per_batch: tokens per optimiser step; `gradient_accumulation_steps` then follows from it, from the length of
-            the sequences and from the number of processes.
+        tokens_per_batch: tokens per optimiser step; `gradient_accumulation_steps` is then computed from it, the length of the
+            sequences, the batch size and the number of processes.
         distillation_weight: w in (1 - w) next-token loss + w T^2 KL(dense original || model).
         distillation_temperature: T of the distillation.
     """
@@ -137,7 +134,7 @@ class TrainingRecipe(TrainingSettings):
         at_least("training.max_grad_norm", self.max_grad_norm, 0)
         if self.tokens_per_batch is not None and self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "training.gradient_accumulation_steps must be 1 with training.tokens_per_batch: it follows"
+                "training.gradient_accumulation_steps must be 1 with training.tokens_per_batch, which sets it"
             )
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"training.distillation_weight must be between 0 and 1, got {self.distillation_weight}")
@@ -153,8 +150,8 @@ class Recipe:
         model: the model to start from.
         training: how to train.
         data: the text.
-        conversion: how to make a MoH model of it first; null trains the model as it is (the dense control).
-        task: tells recipes of language models from others.
+        conversion: how to convert it first; null trains the model as it is (the dense control).
+        task: distinguishes recipes of language models from others.
     """
 
     model: ModelRecipe
@@ -166,6 +163,6 @@ class Recipe:
     def __post_init__(self) -> None:
         self.model.check()
         if self.conversion is not None and self.model.from_scratch is not None:
-            raise ValueError("conversion is for pretrained models: give model.from_scratch.moh in its place")
-        if self.conversion is not None:  # here, because the parser hides what an optional part raises
+            raise ValueError("conversion is for pretrained models: give model.from_scratch.moh instead")
+        if self.conversion is not None:  # here, because the parser hides errors of optional parts
             at_least("conversion.calibration_tokens", self.conversion.calibration_tokens, 1)

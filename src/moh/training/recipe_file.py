@@ -1,7 +1,4 @@
-"""Recipes as YAML files with overrides from the command line; a file's `task` says whose recipe it is.
-
-Not for what the fields mean: each family has dataclasses of its own.
-"""
+"""Recipes as YAML files with overrides from the command line; `task` names the family, whose dataclasses define the fields."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ TASKS = {
     "image_classification": ("moh.training.images.recipe", "ImageRecipe"),
     "diffusion": ("moh.training.diffusion.recipe", "DiffusionRecipe"),
 }
-"""task -> (module, dataclass) of its recipes. A recipe without `task` is one of a language model."""
+"""task -> (module, dataclass) of its recipes. A recipe without `task` is a language model's."""
 
 
 def recipe_parser(recipe_class: type, prog: str | None = None) -> ArgumentParser:
@@ -42,11 +39,11 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a recipe from a YAML file and apply overrides.
 
     Args:
-        path: the YAML file; None if the overrides say everything.
+        path: the YAML file; None if the overrides give everything.
         overrides: as on a command line: `["--training.max_steps", "10", "--conversion", "null"]`.
 
     Returns:
-        the recipe, of the class that belongs to its `task` (`TASKS`).
+        the recipe, of its task's class (`TASKS`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -73,14 +70,14 @@ def dump_recipe(recipe: Any) -> str:
 
 
 def _task(path: str | Path | None, overrides: Sequence[str]) -> str:
-    """The task that the overrides name (`--task=NAME` or `--task NAME`), else the file, else "language"."""
+    """The task from the overrides (`--task=NAME` or `--task NAME`), else from the file, else "language"."""
     yaml = require("yaml", extra="llm")
     task: object = "language"
     if path is not None:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: is no YAML file: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
         task = content.get("task", task) if isinstance(content, dict) else task
     for index, override in enumerate(overrides):
         if override.startswith("--task="):
@@ -93,7 +90,7 @@ def _task(path: str | Path | None, overrides: Sequence[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The parser's message, without its account of every alternative that an optional part could have been."""
+    """The parser's message, without its report on every alternative of an optional part."""
     noise = (
         "Does not validate",
         "Subtypes:",

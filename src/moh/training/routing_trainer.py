@@ -1,6 +1,6 @@
 """The transformers Trainer with a log of the routing, for models of any family.
 
-A model without MoH layers just has no routing to log. What is trained on what is the business of the subclasses.
+A model without MoH layers has no routing to log. Losses and data are left to subclasses.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from transformers import Trainer  # noqa: E402
 class RoutingTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` whose log has `active_share`, the mean share of heads that a token used, and `balance_loss`.
 
-    The history, also on disk (`trainer_state.json`), has `routed_load` beside them: each layer's list of its routed heads'
-    loads. All are those of the last batch before each entry, where routing happens.
+    The history, also on disk (`trainer_state.json`), also has `routed_load`: for each layer, the list of its routed heads'
+    loads. All are of the last batch before the entry.
 
     Args:
         args: all arguments of `transformers.Trainer`.
-        balance_loss_scope: "process" or "global": the balance loss in training, whoever adds it to the loss, and that in
-            the log, are of each process's tokens or of those of all processes (`moh.balance_over_processes`).
+        balance_loss_scope: "process" or "global": take the balance loss, in training and in the log, over each process's
+            tokens or over those of all processes (`moh.balance_over_processes`).
         kwargs: all arguments of `transformers.Trainer`.
     """
 
     can_be_sharded = True
-    """Whether what it saves and averages is right where each process holds a part of the weights alone."""
+    """Whether saving and averaging are right if each process holds only part of the weights."""
 
     def __init__(self, *args: Any, balance_loss_scope: Literal["process", "global"] = "process", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,10 +46,10 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         self._routed_load: list[list[float]] = []
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer does, with FSDP2 also on processes of the CPU.
+        """As the Trainer does, with FSDP2 also on CPU processes.
 
         Raises:
-            ValueError: FSDP or DeepSpeed's ZeRO-3 is asked for, and `can_be_sharded` is False.
+            ValueError: FSDP or DeepSpeed's ZeRO-3 is requested, but `can_be_sharded` is False.
         """
         super().create_accelerator_and_postprocess()
         plugin = self.args.fsdp_plugin_args
@@ -58,31 +58,31 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         if not self.can_be_sharded and (self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)):
             raise ValueError(
-                "FSDP and DeepSpeed's ZeRO-3 serve language models alone; this model must be whole on every process, as with "
+                "FSDP and DeepSpeed's ZeRO-3 are for language models only; this model must be whole on every process, as with "
                 "recipes/accelerate/ddp.yaml"
             )
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """As the Trainer's, with the balance losses of a training step over all processes if that is asked for."""
+        """As the Trainer's; with scope "global", balance losses in training are taken over all processes."""
         stack: ExitStack = super().compute_loss_context_manager()
         if self.balance_loss_scope == "global" and self.model.training:
             stack.enter_context(balance_over_processes())
         return stack
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with the routing beside the training loss."""
+        """Log as the Trainer does, with the routing next to the training loss."""
         if "loss" in logs:
             logs.update(self._routing_log)
             self._routing_log = {}
         super().log(logs, start_time)
-        if "loss" in logs and self._routed_load:  # not for loggers such as TensorBoard, which take numbers alone
+        if "loss" in logs and self._routed_load:  # after logging: loggers such as TensorBoard take only numbers
             self.state.log_history[-1]["routed_load"] = self._routed_load
             self._routed_load = []
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer does; with DeepSpeed also where no step was left, before which it would have made its engine."""
+        """As the Trainer does; with DeepSpeed also if no step was left, so its engine was never made."""
         if self.is_deepspeed_enabled and self.deepspeed is None:
-            self._save(output_dir)  # the model is a whole one still
+            self._save(output_dir)  # the model is still whole
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -99,11 +99,11 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def recording(self, model: nn.Module, *, always: bool = False) -> Iterator[RoutingRecord | None]:
-        """Record the routing of a forward pass, and keep its figures if it belongs to a step that is logged.
+        """Record the routing of a forward pass, and keep its figures if its step is logged.
 
         Args:
             model: as the Trainer passes it, perhaps wrapped for several processes.
-            always: record every forward pass, for a loss that needs the routing; else only those that are logged.
+            always: record every forward pass, for a loss that needs the routing; else only logged ones.
         """
         logged = self.logs_step(model)
         if not (logged or always):
@@ -122,5 +122,5 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
             ]
 
     def logs_step(self, model: nn.Module) -> bool:
-        """Whether the forward pass of `model` that is being made belongs to a training step that is logged."""
+        """Whether the current forward pass of `model` belongs to a training step that is logged."""
         return model.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0

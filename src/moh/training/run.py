@@ -1,6 +1,6 @@
 """One training run of a language model, from a recipe to a saved model: text, conversion, Trainer.
 
-Everything that happens within a step is the transformers Trainer's (`moh.training.trainer`). Runs under `torchrun` as it is.
+The steps themselves are the transformers Trainer's (`moh.training.trainer`). Also runs under `torchrun`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moh.training.trainer import MoHTrainer, stream_position
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult(RunResult):
-    """What a run leaves, beside what `RunResult` names.
+    """The result of a run; adds model and tokenizer to `RunResult`.
 
     Attributes:
         model: the trained model, in evaluation mode.
@@ -55,19 +55,19 @@ def train(
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Run a recipe; if `output_dir` holds a complete checkpoint of the same recipe, go on from the last one.
+    """Run a recipe; if `output_dir` holds complete checkpoints of the same recipe, resume from the last one.
 
     Args:
         recipe: the run.
-        model: a model to train in place of the one that the recipe names and converts.
-        tokenizer: in place of the recipe's.
-        train_blocks: `[n, seq_len]` token ids, in place of the recipe's text.
+        model: a model to train instead of the recipe's, which is then not converted.
+        tokenizer: instead of the recipe's.
+        train_blocks: `[n, seq_len]` token ids, instead of the recipe's text.
         heldout_blocks: `[m, seq_len]`, evaluated if `training.extra` sets an `eval_strategy`.
-        teacher: the dense original for distillation, in place of the recipe's model.
+        teacher: the dense original for distillation, instead of the recipe's model.
         callbacks: more callbacks of the transformers Trainer.
 
     Raises:
-        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+        ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     session = open_session(recipe)
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
@@ -76,9 +76,7 @@ def train(
     if tokenizer is None:
         with arguments.main_process_first(desc="making the tokenizer"):  # fetches the text that it is made from
             tokenizer = load_tokenizer(recipe)
-    if (
-        settings.distillation_weight and is_fsdp_enabled()
-    ):  # of transformers: weights are read by the first process alone
+    if settings.distillation_weight and is_fsdp_enabled():  # transformers then reads weights in the first process only
         raise ValueError(
             "training.distillation_weight must be 0 with fsdp_cpu_ram_efficient_loading: the dense original would be empty "
             "on all processes but the first"
@@ -108,7 +106,7 @@ def train(
     elif model is None:
         model = build_model(recipe, tokenizer, text, arguments, going_on=checkpoint is not None)
     if checkpoint is not None and session.finished and has_sharded_weights(checkpoint):
-        load_sharded_weights(model, checkpoint)  # there is no step left before which the Trainer would read them
+        load_sharded_weights(model, checkpoint)  # the Trainer reads them only before a step, and none is left
     if settings.balance_loss_coef and hasattr(model.config, "router_aux_loss_coef"):
         model.config.router_aux_loss_coef = settings.balance_loss_coef
     if settings.distillation_weight and teacher is None and recipe.model.path is not None:
@@ -144,7 +142,7 @@ def train(
 
 
 def _accumulation(recipe: Recipe, arguments: TrainingArguments) -> int:
-    """Forward passes of one optimiser step that reads `training.tokens_per_batch` tokens."""
+    """Forward passes per optimiser step of `training.tokens_per_batch` tokens."""
     wanted = recipe.training.tokens_per_batch
     once = recipe.data.seq_len * arguments.per_device_train_batch_size * arguments.world_size
     assert wanted is not None
@@ -158,7 +156,7 @@ def _accumulation(recipe: Recipe, arguments: TrainingArguments) -> int:
 
 
 def _check_enough(text: TrainingText, arguments: TrainingArguments) -> None:
-    """A corpus in memory has to fill a forward pass; other data begins anew where it ends."""
+    """Check that a corpus in memory fills a forward pass; other data starts again at its end."""
     needed = arguments.per_device_train_batch_size * arguments.world_size
     if isinstance(text.train, TokenBlocks) and len(text.train) < needed:
         blocks = text.train.blocks
@@ -169,8 +167,8 @@ def _check_enough(text: TrainingText, arguments: TrainingArguments) -> None:
 
 
 def _open_stream(stream: StreamedMixture, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """Let the stream, not the Trainer, find the sequence at which a run goes on."""
-    arguments.remove_unused_columns = False  # the stream's state is no input of the model
+    """Let the stream, not the Trainer, find the sequence to resume at."""
+    arguments.remove_unused_columns = False  # the stream's state is not an input of the model
     if checkpoint is not None:
         arguments.ignore_data_skip = True
         batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
@@ -182,4 +180,4 @@ def _save(trainer: MoHTrainer, target: Path) -> None:
     with saving(trainer, target) as scratch:
         trainer.save_model(str(scratch), _internal_call=True)
         if trainer.args.should_save:
-            (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml tells more
+            (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has more

@@ -1,6 +1,6 @@
 """What a training run of any family needs around the Trainer: arguments, precision, resumption, saving.
 
-Not for what is trained on which data: each family has a `run` of its own. Works as it is under `torchrun`.
+Each family's `run` adds its model and data. Also works under `torchrun`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _BATCH_FILE = "batch.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a training run of any family leaves.
+    """The result of a training run of any family.
 
     Attributes:
         model_dir: where the model is saved.
-        log_history: every logged entry, those before an interruption included.
+        log_history: every logged entry, including those before an interruption.
         precision: "bf16" or "fp32", as used.
-        resumed_from: the checkpoint from which the run went on, or None.
+        resumed_from: the checkpoint that the run resumed from, or None.
     """
 
     model_dir: Path
@@ -65,12 +65,12 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Session:
-    """One run of a recipe, new or gone on with.
+    """One run of a recipe, new or resumed.
 
     Attributes:
         recipe: the run.
-        arguments: of the Trainer.
-        checkpoint: the complete checkpoint to go on from, or None.
+        arguments: the Trainer's.
+        checkpoint: the complete checkpoint to resume from, or None.
     """
 
     recipe: Any
@@ -93,24 +93,24 @@ class Session:
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of an optimiser step, over all processes."""
+        """Samples per optimiser step, over all processes."""
         arguments = self.arguments
         return int(arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size)
 
     def write_recipe(self) -> None:
-        """Write the recipe, with the precision that was chosen, and the batch beside the checkpoints; the first process does.
+        """Write the recipe, with the chosen precision, and the batch next to the checkpoints, in the first process only.
 
         Raises:
-            ValueError: the run that is gone on with had another number of samples per step. It is found again by steps, so
-                samples would be skipped, or seen twice.
+            ValueError: the interrupted run used a different number of samples per step. Its position is counted in steps,
+                so resuming would skip or repeat samples.
         """
         file = self.output_dir / _BATCH_FILE
         if self.checkpoint is not None and file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))["samples_per_step"]
             if before != self.samples_per_step:
                 raise ValueError(
-                    f"the run in {self.output_dir} began with {before} samples per optimiser step, over all processes; to go "
-                    f"on it needs as many, got {self.samples_per_step}: change per_device_train_batch_size or "
+                    f"the run in {self.output_dir} began with {before} samples per optimiser step, over all processes; "
+                    f"resuming needs as many, got {self.samples_per_step}: change per_device_train_batch_size or "
                     "gradient_accumulation_steps with the number of processes, or set training.tokens_per_batch"
                 )
         if not self.arguments.should_save:
@@ -121,14 +121,14 @@ class Session:
         write_text(file, json.dumps({"samples_per_step": self.samples_per_step}) + "\n")
 
     def check_unchanged(self, identity: Mapping[str, Any], changed: str) -> None:
-        """Check that a run that is gone on with began with the same data, by what `write_identity` left.
+        """Check that a resumed run began with the same data, as recorded by `write_identity`.
 
         Args:
-            identity: of each part of the data; nothing is compared if it is empty.
-            changed: the message, in which {name} stands for the part that is another one.
+            identity: by part of the data; if empty, nothing is compared.
+            changed: the message, in which {name} stands for the part that has changed.
 
         Raises:
-            ValueError: going on would mix two runs.
+            ValueError: the data differs, so resuming would mix two runs.
         """
         file = self.output_dir / _IDENTITY_FILE
         if self.checkpoint is None or not identity or not file.exists():
@@ -137,28 +137,28 @@ class Session:
             if identity.get(name) != before:
                 raise ValueError(
                     f"{changed.format(name=name)} since the run in {self.output_dir} began: choose another "
-                    "training.output_dir, or delete it to start anew"
+                    "training.output_dir, or delete it to start over"
                 )
 
     def write_identity(self, identity: Mapping[str, Any]) -> None:
-        """Leave what `check_unchanged` compares with, if there is anything; only the first process does."""
+        """Record what `check_unchanged` compares with, in the first process only."""
         if identity and self.arguments.should_save:
             write_text(self.output_dir / _IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
     def run(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """Train to the recipe's last step; returns the log, entries from before an interruption included.
+        """Train to the recipe's last step; returns the log, including entries from before an interruption.
 
         Raises:
-            ValueError: one of the checkpoint and this run is of DeepSpeed, and the other is not.
+            ValueError: only one of the checkpoint and this run uses DeepSpeed.
         """
         checkpoint = self.checkpoint
         if checkpoint is not None and self.finished:
             history: list[dict[str, Any]] = trainer_state(checkpoint)["log_history"]
-            return history  # the Trainer would train one step more
+            return history  # the Trainer would train one more step
         if checkpoint is not None and (wrote := is_of_deepspeed(checkpoint)) != trainer.is_deepspeed_enabled:
-            # Unsaid, the Trainer would begin with a new optimiser where DeepSpeed is missing.
+            # Without this check the Trainer would start with a new optimiser where DeepSpeed is missing.
             raise ValueError(
-                f"the optimiser's states in {checkpoint} were written {'by' if wrote else 'without'} DeepSpeed: go on "
+                f"the optimiser's states in {checkpoint} were written {'by' if wrote else 'without'} DeepSpeed: resume "
                 f"{'with' if wrote else 'without'} it, or choose another training.output_dir"
             )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -166,10 +166,10 @@ class Session:
 
 
 def open_session(recipe: Any) -> Session:
-    """Look at the recipe's `training.output_dir` and prepare to start, or to go on from its last complete checkpoint.
+    """Inspect the recipe's `training.output_dir` and prepare to start, or to resume from its last complete checkpoint.
 
     Raises:
-        ValueError: the directory can't be written or holds another recipe's checkpoints, or the settings don't fit.
+        ValueError: the directory can't be written or holds another recipe's checkpoints, or a setting is wrong.
     """
     settings: TrainingSettings = recipe.training
     output_dir = Path(settings.output_dir)
@@ -195,7 +195,7 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
     same = {name: getattr(settings, name) for name in own & known - {"gradient_checkpointing"} if name != "bf16"}
     defaults = {
         "bf16": precision == "bf16",
-        "use_cpu": not torch.accelerator.is_available(),  # unsaid, torchrun on CPUs trains one model per process
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise torchrun on CPUs trains one model per process
         "data_seed": settings.seed,  # the order of the data, the same on every process
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_drop_last": True,  # every step reads full batches, however many processes share them
@@ -208,21 +208,21 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         word = "activation" if "activation_checkpointing" in known else "gradient"
         defaults |= {f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
     try:
-        # Else what `accelerate launch` was configured with would overrule a recipe in fp32
+        # Otherwise the configuration of `accelerate launch` would override a recipe in fp32
         with patch_environment(ACCELERATE_MIXED_PRECISION="no"):
             arguments = TrainingArguments(**{**defaults, **same, **settings.extra})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one GPU per process: several are for torchrun, not for nn.DataParallel
-    # With ZeRO-3 transformers would make every model in shards, by all processes together, whatever accelerate's
-    # zero3_init_flag says; here whole models are read, and converted by one process. The Trainer sets it again.
+        arguments._n_gpu = 1  # one GPU per process: torchrun, not nn.DataParallel, uses several
+    # With ZeRO-3 transformers would create every model sharded over all processes, whatever accelerate's
+    # zero3_init_flag; here models are loaded whole, and one process converts. The Trainer sets it again.
     unset_hf_deepspeed_config()
     return arguments
 
 
 def _precision(settings: TrainingSettings, before: Any) -> str:
-    """As asked; else as the interrupted run had it; else measured, on the first process for all of them."""
+    """As requested; else as in the interrupted run; else measured by the first process for all."""
     if settings.precision != "auto":
         return settings.precision
     if before is not None:
@@ -234,10 +234,10 @@ def _precision(settings: TrainingSettings, before: Any) -> str:
 
 
 def _earlier_recipe(recipe: Any, output_dir: Path) -> Any:
-    """The recipe whose checkpoints lie in `output_dir`.
+    """The recipe whose checkpoints are in `output_dir`, None if it was not recorded.
 
     Raises:
-        ValueError: it differs in anything but how to train, so that going on from there would mix two runs.
+        ValueError: it differs in more than `training`, so resuming would mix two runs.
     """
     file = output_dir / _RECIPE_FILE
     if not file.exists():
@@ -248,17 +248,17 @@ def _earlier_recipe(recipe: Any, output_dir: Path) -> Any:
         if old != new:
             raise ValueError(
                 f"training.output_dir {output_dir} holds checkpoints of another recipe ({section} was {old}, is {new}): "
-                "choose another directory, or delete it to start anew"
+                "choose another directory, or delete it to start over"
             )
     return before
 
 
 @contextmanager
 def saving(trainer: Trainer, target: Path, *, holding: str = "config.json") -> Iterator[Path]:
-    """Yield a temporary directory to save the trained model in, moved to `target` if all ends well.
+    """Yield a temporary directory to save the trained model in; it is moved to `target` if the block succeeds.
 
-    Every process takes part, because a sharded model is gathered by all; only the first one's files count.
-    `holding` is the file by which an earlier result, which may be replaced, is known.
+    Every process takes part, because gathering a sharded model needs all; only the first one's files count. `holding` is
+    the file that marks an earlier result as replaceable.
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -1,7 +1,4 @@
-"""How to train, whatever is trained: the settings that recipes of all families share.
-
-Validated once, at construction. The names are those of `transformers.TrainingArguments` where it has the same.
-"""
+"""How to train: the settings that recipes of all families share, validated once, at construction."""
 
 from __future__ import annotations
 
@@ -11,25 +8,25 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the names are those of `transformers.TrainingArguments` where it has the same.
+    """How to train; named as in `transformers.TrainingArguments` where it has the same setting.
 
     Args:
         output_dir: checkpoints, TensorBoard logs and, in model/, the result; an interrupted run resumes from here.
         max_steps: optimiser steps.
-        learning_rate: its peak, after the warm-up.
+        learning_rate: peak, after the warm-up.
         warmup_steps: steps of linear warm-up; below 1, a share of `max_steps`.
         lr_scheduler_type: "cosine", "linear", "constant_with_warmup" and so on.
-        weight_decay: of AdamW.
+        weight_decay: AdamW's.
         per_device_train_batch_size: samples per process and forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
-        seed: of the order of the data, of augmentation and of dropout.
+        seed: for the order of the data, augmentation and dropout.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 where this machine is faster with it.
-        logging_steps: steps between two entries of the loss.
+        logging_steps: steps between two log entries.
         save_steps: steps between two checkpoints, a multiple of `logging_steps` so that a resumed run logs the same.
         save_total_limit: checkpoints to keep.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         balance_loss_coef: weight beta of the load-balance loss (0.01 in the paper).
-        balance_loss_scope: the tokens of a forward pass that have to be balanced: "process", those of each process, or
+        balance_loss_scope: over which tokens of a forward pass heads are balanced: "process", each process's own, or
             "global", those of all processes together.
         extra: more arguments of `transformers.TrainingArguments`, by name.
     """
@@ -71,7 +68,7 @@ class TrainingSettings:
             )
 
     def _check_length(self) -> None:
-        """How long to train; a family that counts in epochs has another rule."""
+        """Check how long to train; families that count in epochs override it."""
         at_least("training.max_steps", self.max_steps, 1)
 
 

@@ -1,6 +1,6 @@
 """Read the weights of a sharded checkpoint (`torch.distributed.checkpoint`) into a model that is not sharded.
 
-Not for going on with training: the Trainer reads weights and optimiser into the shards of each process.
+To resume training, the Trainer itself reads weights and optimiser into each process's shards.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ def has_sharded_weights(checkpoint: Path) -> bool:
 
 
 def load_sharded_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Read all weights into `model`, in place; each process for itself.
+    """Read all weights into `model`, in place; each process reads them on its own.
 
     Raises:
-        ValueError: a tensor is missing or of another shape.
+        ValueError: a tensor is missing or has a different shape.
     """
     weights = {"model": model.state_dict()}
     try:
         load(weights, storage_reader=FileSystemReader(checkpoint / _WEIGHTS), no_dist=True)
     except (CheckpointException, RuntimeError) as error:
-        raise ValueError(f"the weights in {checkpoint} do not fit the model: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"the weights in {checkpoint} do not match the model: {' '.join(str(error).split())}"
+        ) from None
     model.load_state_dict(weights["model"])

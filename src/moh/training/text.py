@@ -1,7 +1,4 @@
-"""Reading text files: plain text, Markdown and HTML, strictly UTF-8, one string per file with paragraphs apart.
-
-Not for tokenising (`moh.training.data`) nor for the built-in corpora (`moh.training.corpus`).
-"""
+"""Reading text files: plain text, Markdown and HTML, strictly UTF-8, one string per file, blank lines between paragraphs."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 SUFFIXES = (".txt", ".md", ".html", ".htm")
-"""The files of a directory that are read."""
+"""Endings of the files that are read from a directory."""
 
 # A paragraph ends where one of these starts or ends; every other element is part of the running text.
 _BLOCKS = frozenset(
     "address article aside blockquote body caption center dd div dl dt fieldset figcaption figure footer form h1 h2 h3 "
     "h4 h5 h6 header hr li main ol p section table tbody td tfoot th thead tr ul".split()
 )
-# Not prose: what is never shown, menus, and text set verbatim such as code listings.
+# Not prose: invisible elements, menus, and verbatim text such as code listings.
 _SKIPPED = frozenset("head script style nav pre template".split())
 
 
@@ -26,19 +23,19 @@ def read_texts(paths: Iterable[str | Path]) -> list[str]:
     """Read text files, or all the text files below directories, as one string per file.
 
     Args:
-        paths: files of any suffix, or directories of which every file that ends in `SUFFIXES` is read, in the order
-            of their names. Files ending in .html or .htm are reduced to their paragraphs.
+        paths: files of any suffix, or directories, whose files ending in `SUFFIXES` are read in the order of their
+            names. Files ending in .html or .htm are reduced to their paragraphs.
 
     Raises:
         FileNotFoundError: a path does not exist, or a directory holds no text file.
-        ValueError: a file is not UTF-8 (the message tells the byte) or holds no text.
+        ValueError: a file is not UTF-8 (names the byte) or holds no text.
     """
     files = [file for path in paths for file in _files(Path(path))]
     return [_read_file(file) for file in files]
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of a text: what blank lines separate, stripped, without the empty ones."""
+    """The non-empty paragraphs of a text, separated by blank lines, stripped."""
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
@@ -89,7 +86,7 @@ class _ParagraphParser(HTMLParser):
         super().__init__(convert_charrefs=True)
         self._paragraphs: list[str] = []
         self._current: list[str] = []
-        self._skipping: list[str] = []  # the open elements that are left out
+        self._skipping: list[str] = []  # open elements whose text is left out
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _SKIPPED:

@@ -1,7 +1,4 @@
-"""The transformers Trainer for causal language models: distillation from a dense teacher, mixtures of text in their order.
-
-Not for recipes or data: see `moh.training.run`.
-"""
+"""The transformers Trainer for causal language models: distillation from a dense teacher, text mixtures in order."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ from transformers.trainer_callback import ExportableState  # noqa: E402
 
 
 class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps the state of a stream beside the Trainer's own, in `trainer_state.json`, the last file of a checkpoint.
+    """Keeps the state of a stream with the Trainer's own, in `trainer_state.json`, the last file of a checkpoint.
 
     Args:
-        values: of `STREAM_KEY`, of the last sequence that was trained on.
+        values: `STREAM_KEY` of the last sequence trained on.
     """
 
     def __init__(self, values: list[int] | None = None) -> None:
@@ -39,16 +36,16 @@ class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {"values": self.values}, "attributes": {}}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The Trainer counts from the place at which it began to read
+        # The Trainer would count from where it began to read
         state.epoch = state.global_step / state.max_steps
 
 
 def stream_position(checkpoint: Path, batch: int) -> tuple[list[int], int]:
-    """A stream's state in a checkpoint, and the number of the first sequence that was not trained on.
+    """A stream's state in a checkpoint, and the number of the first sequence not trained on.
 
     Args:
-        checkpoint: complete, of a run that streams.
-        batch: sequences of an optimiser step.
+        checkpoint: a complete one, of a streaming run.
+        batch: sequences per optimiser step.
     """
     state = trainer_state(checkpoint)
     values: list[int] = state["stateful_callbacks"][StreamPosition.__name__]["args"]["values"]
@@ -62,7 +59,7 @@ class MoHTrainer(RoutingTrainer):
     `distillation_weight`, T the temperature, both means over all predicted tokens of the step; the load-balance term
     (`config.router_aux_loss_coef` times the loss) keeps its weight.
 
-    A `StoredMixture` is read in its own order; the place in a `StreamedMixture` is kept in checkpoints.
+    A `StoredMixture` is read in its own order; checkpoints keep the position in a `StreamedMixture`.
 
     Args:
         args: all arguments of `transformers.Trainer`.
@@ -102,7 +99,7 @@ class MoHTrainer(RoutingTrainer):
         return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's batches of a step, without the stream's state, which is kept."""
+        """The Trainer's batches of a step; the stream's state is taken out of them and kept."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             if (states := batch.pop(STREAM_KEY, None)) is not None:
@@ -144,6 +141,6 @@ class MoHTrainer(RoutingTrainer):
             loss = loss + coefficient * balance * here  # the call's share of the step, as in the model's own loss
         if num_items_in_batch is None:
             return self.distillation_weight * loss / here
-        # Every process divides by the tokens of all of them, and DDP averages: hence their number
+        # Every process divides by the tokens of all, and DDP averages: times their number undoes the average
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self.distillation_weight * loss / num_items_in_batch * processes

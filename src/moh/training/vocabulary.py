@@ -1,7 +1,6 @@
 """Give a language model, dense or MoH, the vocabulary of another tokenizer: what the paper does between its two stages.
 
-A token that both tokenizers have keeps its row; a new one begins as the mean of the rows of the pieces that it was spelled
-with before. Not for making tokenizers (`moh.training.tokens.byte_pair` makes small ones).
+A token that both tokenizers have keeps its row; a new one starts as the mean of the rows of its old pieces.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from moh.models.transformers.loading import load_causal_lm, load_tokenizer  # no
 
 @dataclass(frozen=True)
 class ExtendedVocabulary:
-    """What became of the rows.
+    """Where the new rows came from.
 
     Attributes:
         kept: tokens that both tokenizers have.
-        averaged: new tokens that begin as the mean of their pieces' rows.
-        unspelled: new tokens that the old tokenizer can't spell (special ones, for example); they begin as the mean of all
+        averaged: new tokens that start as the mean of their pieces' rows.
+        unspelled: new tokens that the old tokenizer can't spell (such as special ones); they start as the mean of all
             rows.
     """
 
@@ -46,9 +45,9 @@ def extend_vocabulary(
 
     Args:
         model: made for `old`; its rows beyond the old ids (padding) are dropped.
-        old: tokenizer of the model.
-        new: the tokenizer to use from now on; its ids need not be the old ones.
-        multiple_of: round the number of rows up to a multiple; what is beyond the new ids is the mean of all rows.
+        old: the model's tokenizer.
+        new: the tokenizer to use from now on; its ids may differ.
+        multiple_of: round the number of rows up to a multiple; rows beyond the new ids are the mean of all rows.
 
     Raises:
         ValueError: the model has fewer rows than `old` has ids, or `multiple_of` is below 1.
@@ -93,13 +92,13 @@ def extend_vocabulary_files(
     """`extend_vocabulary` from files to files: `output` gets model and new tokenizer, whole or not at all.
 
     Args:
-        model: directory or hub name of a model with its own tokenizer, in whose dtype the result is saved.
+        model: directory or hub name of a model with its tokenizer; the result keeps its dtype.
         tokenizer: directory or hub name of the new tokenizer.
         output: a new or empty directory, or one that holds a model, which is replaced.
         multiple_of: as in `extend_vocabulary`.
 
     Raises:
-        ValueError: something can't be loaded or written, or does not fit.
+        ValueError: a model or tokenizer can't be loaded or written, or they don't match.
     """
     with replacing_directory(Path(output)) as scratch:
         loaded, new = load_causal_lm(model), load_tokenizer(tokenizer)
@@ -112,7 +111,7 @@ def extend_vocabulary_files(
 def _pieces(
     old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, old_ids: dict[str, int], new_ids: dict[str, int]
 ) -> tuple[dict[int, list[int]], ExtendedVocabulary]:
-    """New id -> old ids whose mean it begins as, for those that have any; and how many there are of each kind."""
+    """New id -> old ids whose mean it starts as, for those that have any; and the number of each kind."""
     pieces: dict[int, list[int]] = {}
     kept = averaged = 0
     special = set(new.all_special_ids)
@@ -127,7 +126,7 @@ def _pieces(
 
 
 def _spelled(old: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The old ids of a new token's text; none if a part of it is unknown or it is no whole character."""
+    """The old ids of a new token's text; none if a part of it is unknown or not a whole character."""
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         return []
     ids: list[int] = old(text, add_special_tokens=False)["input_ids"]

@@ -37,4 +37,4 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
 
 def test_sharded_weights_which_would_not_be_averaged_are_refused(team, options: list[str]) -> None:
     for message in team("refusal", 2, options=options, accelerate="fsdp2.yaml"):
-        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 serve language models alone")
+        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 are for language models only")

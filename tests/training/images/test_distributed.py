@@ -53,7 +53,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(team, options
 )
 def test_sharded_weights_which_would_not_be_saved_are_refused(team, options: list[str], engine: str) -> None:
     for message in team("refusal", 2, options=options, accelerate=engine):
-        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 serve language models alone")
+        assert message.startswith("FSDP and DeepSpeed's ZeRO-3 are for language models only")
 
 
 def top1(folder: Path) -> list[float]:
