@@ -120,7 +120,7 @@ def test_a_layer_made_from_a_dense_one_has_its_modules_and_numbers() -> None:
     layer = MoHViTAttention.from_dense(dense, moh.MoHConfig(H, 1, 3, "linear"))
     assert layer.qkv is dense.qkv and layer.proj is dense.proj
     assert (layer.scale, layer.attn_drop.p, layer.proj_drop.p) == (0.5, 0.1, 0.2)
-    with pytest.raises(ValueError, match="config must have num_heads = 4 as the attention, got 2"):
+    with pytest.raises(ValueError, match="config must have the attention's num_heads = 4, got 2"):
         MoHViTAttention.from_dense(dense, moh.MoHConfig(2, 1, 1))
 
 

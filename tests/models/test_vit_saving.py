@@ -71,9 +71,7 @@ def test_a_base_made_with_other_arguments_is_noticed(tmp_path) -> None:
     model = converted()
     model.moh_arguments = {"base": "vit_tiny_patch16_224", **SMALL}  # as if nobody had recorded qk_norm
     model._model_args = {}
-    with pytest.raises(
-        ValueError, match=r"make another model than this one; give those that are missing as model_args"
-    ):
+    with pytest.raises(ValueError, match=r"make a different model; give those that are missing as model_args"):
         save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())
     save_pretrained(model, tmp_path, model_args={"qk_norm": True})
@@ -83,7 +81,7 @@ def test_a_base_made_with_other_arguments_is_noticed(tmp_path) -> None:
 def test_an_argument_without_weights_is_noticed_by_the_output(tmp_path) -> None:
     model = of_a_base()
     model.blocks[0].mlp.act = nn.ReLU()
-    with pytest.raises(ValueError, match="the same weights and another output"):
+    with pytest.raises(ValueError, match="the same weights but a different output"):
         save_pretrained(model, tmp_path)
 
 

@@ -7,15 +7,15 @@ from moh._extras import require
 
 require("diffusers", extra="diffusion")
 
-# A saved pipeline loads a class by a base class that it looks up in the same place.
+# A saved pipeline looks up a class's base class in the same module.
 from diffusers import ModelMixin as ModelMixin  # noqa: E402
 
 from moh.models.dit.guidance import guided_output  # noqa: E402
 from moh.models.dit.presets import DIT_NAMES, create_dit  # noqa: E402
 from moh.models.dit.transformer import MoHDiTTransformer2DModel  # noqa: E402
 
-# diffusers' pipelines save the module of a class to import it from there again. One that ends in `.dit.<file>` they take
-# for their own pipeline package `dit`.
+# diffusers' pipelines save a class's module to import it again, but take one that ends in `.dit.<file>` for their own
+# pipeline package `dit`.
 MoHDiTTransformer2DModel.__module__ = __name__
 
 __all__ = ["DIT_NAMES", "MoHDiTTransformer2DModel", "create_dit", "guided_output"]

@@ -1,6 +1,6 @@
 """Classifier-free guidance of one denoising step: two passes of the model, joined.
 
-Not for whole sampling loops. diffusers' `DiTPipeline` joins the passes itself, over all noise channels.
+diffusers' `DiTPipeline` joins the passes itself, over all noise channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def guided_output(
     null_class: int,
     guided_channels: int | None = None,
 ) -> Tensor:
-    """What the model predicts for `x`, guided: `uncond + guidance * (cond - uncond)` in the guided channels.
+    """The model's guided prediction for `x`: `uncond + guidance * (cond - uncond)` in the guided channels.
 
     All other channels are those of the conditional pass. With `guidance` 1 there is no second pass.
 
@@ -30,14 +30,14 @@ def guided_output(
         classes: `[B]` class ids.
         guidance: at least 0; 0 is unconditional, 1 conditional.
         null_class: the id of "no class".
-        guided_channels: how many channels, from the first, are guided; None guides the noise, all C. The published
+        guided_channels: number of guided channels, from the first; None guides the noise, all C. The published
             samples of DiT and MoH-DiT guide the first 3 of 4.
 
     Returns:
         `[B, C or 2C, h, w]` float32.
 
     Raises:
-        ValueError: guidance below 0, or a number of channels that is not from 1 to C.
+        ValueError: `guidance` is below 0, or `guided_channels` is not from 1 to C.
     """
     if not guidance >= 0:
         raise ValueError(f"guidance must be at least 0, got {guidance}")

@@ -1,6 +1,6 @@
 """The parts of a diffusion transformer: the block (adaLN-Zero, arXiv 2212.09748, section 3.2) and its two attentions.
 
-MoH attention is `moh.MoHAttention`; the dense one beside it is the control's. Whole models are in `transformer.py`.
+MoH attention is `moh.MoHAttention`; the dense one here is the control's. Whole models are in `transformer.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Named sizes of diffusion transformers: the published MoH-DiT, their dense controls, and small ones for small images.
 
-The number at the end is the share of active heads in per cent, over all layers; before it stands the patch size.
+The number at the end is the share of active heads in per cent, over all layers; the one before it is the patch size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _THIRDS_L = (8, 8, 8)
 
 
 def _stages(counts: tuple[int, ...], values: tuple[int, ...]) -> list[int]:
-    """One value a layer, from one a stage."""
+    """One value per layer, from one per stage."""
     return [value for count, value in zip(counts, values, strict=True) for _ in range(count)]
 
 
@@ -83,7 +83,7 @@ def create_dit(name: str, **overrides: Any) -> MoHDiTTransformer2DModel:
         overrides: arguments of `MoHDiTTransformer2DModel`, such as `sample_size`, `in_channels` and `num_classes`.
 
     Raises:
-        ValueError: an unknown name, or sizes that don't fit each other.
+        ValueError: the name is unknown, or sizes don't match.
 
     Examples:
         >>> model = create_dit("moh_dit_micro_4_75", sample_size=28, in_channels=1)

@@ -1,6 +1,6 @@
 """`MoHDiTTransformer2DModel`: the diffusion transformer (arXiv 2212.09748) with Mixture-of-Head attention.
 
-A diffusers model (`save_pretrained`, `from_pretrained`, `DiTPipeline`). Not for schedulers, losses or sampling loops.
+A diffusers model (`save_pretrained`, `from_pretrained`, `DiTPipeline`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moh.models.dit.layers import MODULATION_EPS, MoHDiTBlock, modulate
 from moh.models.heads import layer_configs
 
 TIME_CHANNELS = 256
-"""Sines and cosines that a time step is first turned into."""
+"""Sines and cosines that first encode a time step."""
 
 
 class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -33,7 +33,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
     Args:
         num_attention_heads: h, one number or one per layer.
         attention_head_dim: D, the width of one head; `h * D` may differ from `hidden_size`.
-        hidden_size: C; None means `num_attention_heads * attention_head_dim`, for a number that all layers share.
+        hidden_size: C; None means `num_attention_heads * attention_head_dim`, if all layers have the same number.
         in_channels: channels of the latents or images.
         out_channels: None means `2 * in_channels` (noise and variance); `in_channels` predicts the noise alone.
         num_layers: blocks.
@@ -46,12 +46,12 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
         router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
         class_dropout_prob: in training, share of labels that are replaced by "no class".
         norm_eps: epsilon of the norm before each MLP; that of all others is 1e-6, as in diffusers' DiT.
-        freq_shift: of the time step's frequencies `10000 ** (-i / (128 - freq_shift))`: 0 in the published models, 1 in
+        freq_shift: shift in the time step's frequencies `10000 ** (-i / (128 - freq_shift))`: 0 in the published models, 1 in
             diffusers' `DiTTransformer2DModel`.
         moh_backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
 
     Raises:
-        ValueError: sizes that are out of range or don't fit each other; the message names the argument.
+        ValueError: a size is out of range or does not match another; names the argument.
     """
 
     _supports_gradient_checkpointing = True
@@ -126,7 +126,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """As the paper of DiT says: blocks start as the identity and the output as 0."""
+        """As in the DiT paper: blocks start as the identity and the output as 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -159,7 +159,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
 
         Args:
             hidden_states: `[B, in_channels, sample_size, sample_size]`.
-            timestep: `[B]` or a scalar, of the diffusion's steps (integers or fractions of them).
+            timestep: `[B]` or a scalar: diffusion steps, integer or fractional.
             class_labels: `[B]` int64 from 0 to `num_classes`, which is "no class".
             return_dict: False returns a tuple.
 
@@ -167,7 +167,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
             `.sample` `[B, out_channels, sample_size, sample_size]`: noise, then the variance's interpolation.
 
         Raises:
-            ValueError: a shape or a class id is not what is allowed.
+            ValueError: a shape or a class id is invalid.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
         x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self.pos_embed  # [B, N, C]

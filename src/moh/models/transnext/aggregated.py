@@ -1,7 +1,7 @@
-"""TransNeXt's attention for active (token, head) pairs: the C++ operator where it can serve, else PyTorch's operators.
+"""TransNeXt's attention for active (token, head) pairs: the C++ operator if it supports the call, else PyTorch's.
 
-The definition is in `scoring.py`. PyTorch computes every head: packing the active pairs with its gathers was measured
-and is hardly faster at half of the heads, slower above (docs/kernel.md).
+The definition is in `scoring.py`. PyTorch computes every head: gathering the active pairs was measured, and is hardly
+faster at half of the heads and slower above (docs/kernel.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moh.attention.call import unserved_dtype, unserved_options
 from moh.models.transnext.scoring import Scoring, neighbours, reference_attention
 
 BACKENDS = ("cpu", "sdpa", "reference")
-"""The names that `moh.moh_attention` knows: C++, PyTorch (here every head, then weighted), the definition."""
+"""Named as for `moh.moh_attention`: C++, PyTorch (here every head, then weighted), the definition."""
 
 
 def aggregated_attention(
@@ -41,14 +41,14 @@ def aggregated_attention(
         gates: `[B, N, H]`, each head's weight for each token; exactly 0 means inactive.
         scoring: the layer's parameters.
         dropout_p: probability of dropping a weight of the softmax.
-        backend: one of `BACKENDS`, None for C++ where it can serve and PyTorch elsewhere.
+        backend: one of `BACKENDS`; None takes C++ if it supports the call, else PyTorch.
 
     Returns:
         `[B, N, H, D]` in q's dtype, weighted by the gates, 0 where inactive. Differentiable in all tensors but
         `scoring.length`; the gradient of a gate that is 0 is defined as 0.
 
     Raises:
-        ValueError: an unknown backend, or one that can't serve the call; says why.
+        ValueError: the backend is unknown, or does not support the call; names the reason.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -66,7 +66,7 @@ def aggregated_attention(
 
 
 def _unsupported(q: Tensor, scoring: Scoring, dropout_p: float) -> str | None:
-    """Why the C++ operator can't serve the call, or None."""
+    """Why the C++ operator can't handle the call, or None."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
     if (reason := unserved_dtype(q)) is not None:
@@ -74,7 +74,7 @@ def _unsupported(q: Tensor, scoring: Scoring, dropout_p: float) -> str | None:
     if (reason := unserved_options(None, dropout_p)) is not None:
         return reason
     if scoring.window > cpu.MAX_WINDOW:
-        return f"it has local windows of at most {cpu.MAX_WINDOW} x {cpu.MAX_WINDOW}, not of {scoring.window}"
+        return f"it supports local windows up to {cpu.MAX_WINDOW} x {cpu.MAX_WINDOW}, not {scoring.window}"
     return cpu.unavailable()
 
 

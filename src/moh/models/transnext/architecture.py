@@ -1,6 +1,6 @@
 """The sizes of a TransNeXt with MoH attention: widths, heads, depths, strides, and which images they allow.
 
-Plain data without torch, validated once, when it is made. Named sizes are in `presets.py`.
+Plain data without torch, validated once, at construction. Named sizes are in `presets.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of the stages; sequences have one entry a stage.
+    """Sizes of the stages; sequences have one entry per stage.
 
     A stage whose entry in `sr_ratios` is 1 has plain attention, the others aggregated attention: a window of
     neighbours together with keys that are each pooled from `ratio x ratio` tokens.
@@ -35,10 +35,10 @@ class Architecture:
         active_heads: k, routed heads active per token; None together with `shared_heads`.
         window_size: width of the local window, odd.
         qkv_bias: biases of the query, key and value projections.
-        norm_eps: of the norms of blocks and stages.
+        norm_eps: epsilon of the norms of blocks and stages.
 
     Raises:
-        ValueError: fields that are out of range or don't fit each other; the message names the field.
+        ValueError: a field is out of range or does not match another; names it.
     """
 
     img_size: int | Sequence[int] = 224
@@ -79,7 +79,7 @@ class Architecture:
 
     @property
     def stages(self) -> int:
-        """How many stages there are."""
+        """Number of stages."""
         return len(self.embed_dims)
 
     @property
@@ -102,7 +102,7 @@ class Architecture:
         return self.img_size[0], self.img_size[1]
 
     def layer_config(self, stage: int) -> MoHConfig | None:
-        """Heads and routing of the layers of a stage, None in a dense model."""
+        """Heads and routing of a stage's layers, None in a dense model."""
         if self.shared_heads is None or self.active_heads is None:
             return None
         return MoHConfig(self.num_heads[stage], self.shared_heads[stage], self.active_heads[stage])
@@ -111,7 +111,7 @@ class Architecture:
         """Check that the strides and pools divide an image of this height and width.
 
         Raises:
-            ValueError: they don't; says what is allowed.
+            ValueError: the size is not a multiple of strides times pooling; names the multiple.
         """
         multiple = self.size_multiple
         if any(length < multiple or length % multiple for length in size):

@@ -1,8 +1,8 @@
 """TransNeXt's two kinds of attention with Mixture-of-Head routing (arXiv 2311.17132, section 3; arXiv 2410.11842).
 
 Both normalise queries and keys, learn a temperature and a query embedding, and scale scores by the logarithm of how
-many keys a query sees. The modules and their parameters; what they compute with them is in `aggregated.py`. Query and
-output projections are dense: with heads of width 24 those of active heads alone are no faster (docs/kernel.md).
+many keys a query sees. The modules and their parameters are here, the computation is in `aggregated.py`. Query and output
+projections are dense: at head width 24, projecting only active heads is not faster (docs/kernel.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moh.models.transnext.scoring import Scoring
 from moh.routing import build_router
 
 START_TEMPERATURE = 1 / 0.24
-"""What softplus(temperature) is before training."""
+"""softplus(temperature) before training."""
 
 
 class CosineAttention(nn.Module):
@@ -32,8 +32,8 @@ class CosineAttention(nn.Module):
         dim: C, width of input and output.
         num_heads: h.
         config: heads and routing; None uses every head of every token, without a router.
-        ratio: tokens along each axis that one of the keys stands for to which the position bias belongs.
-        trained_size: height and width, in tokens, of the images that are trained on.
+        ratio: tokens along each axis per key that has a position bias.
+        trained_size: height and width of the training images, in tokens.
         attn_drop: dropout of attention weights, in training only.
         proj_drop: dropout of the output, in training only.
         backend: one of `moh.models.transnext.aggregated.BACKENDS`, None for the fastest that supports the call.
@@ -68,8 +68,8 @@ class CosineAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def init_weights(self) -> None:
-        """Fill the parameters that belong to no other module."""
-        nn.init.constant_(self.temperature, math.log(math.expm1(START_TEMPERATURE)))
+        """Initialise the parameters that are not in a submodule."""
+        nn.init.constant_(self.temperature, math.log(math.expm1(START_TEMPERATURE)))  # the inverse of softplus
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
 
     def gates(self, x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class PlainAttention(CosineAttention):
 
     Args:
         qkv_bias: biases of the query, key and value projections.
-        options: those of `CosineAttention` but for `ratio`.
+        options: those of `CosineAttention` except `ratio`.
     """
 
     def __init__(self, dim: int, *, qkv_bias: bool = True, **options: Any) -> None:

@@ -20,7 +20,7 @@ class ConvolutionalGLU(nn.Module):
 
     Args:
         dim: C, width of input and output.
-        hidden: width that a plain MLP would have; the gated one gets two thirds of it, for about the same parameters.
+        hidden: width that a plain MLP would have; the gated one gets two thirds of it, for about as many parameters.
         drop: dropout of the hidden layer and of the output.
     """
 

@@ -34,7 +34,7 @@ class MoHTransNeXt(nn.Module):
         architecture: the fields of `Architecture`.
 
     Raises:
-        ValueError: sizes that are out of range or don't fit each other; the message names the argument.
+        ValueError: a size is out of range or does not match another; names the argument.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MoHTransNeXt(nn.Module):
         """Images `[B, in_chans, H, W]` -> normed features of the last stage `[B, C, H / stride, W / stride]`.
 
         Raises:
-            ValueError: the strides don't divide the image, or it has other channels.
+            ValueError: the image has a size that strides and pools don't divide, or not `in_chans` channels.
         """
         self._check(x)
         for stage in self.stages:
@@ -136,13 +136,13 @@ class MoHTransNeXt(nn.Module):
         Args:
             x: images `[B, in_chans, H, W]`.
             indices: the last n stages if a number, those of a list, None for all.
-            norm: taken for timm's sake; every stage ends with its norm in any case.
-            stop_early: leave out the stages after the last one asked for.
+            norm: ignored, as every stage ends with its norm anyway.
+            stop_early: skip the stages after the last requested one.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
-            features of the last stage that ran, and the list `[B, C_i, H / stride_i, W / stride_i]`; or that alone.
+            features of the last stage that ran, and the list of `[B, C_i, H / stride_i, W / stride_i]`; or only the list.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -183,7 +183,7 @@ class MoHTransNeXt(nn.Module):
         self.head.apply(_init_weights).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        """Keep only the blocks' inputs for the backward pass, and recompute the rest."""
         for stage in self.stages.children():
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
@@ -202,10 +202,10 @@ class MoHTransNeXt(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters whose value has a meaning of its own, which a pull towards 0 would change.
+        """Parameters for which a pull towards 0 makes no sense.
 
-        The temperature (0 is no neutral value of it), the query embedding and everything that adds up to position
-        biases. `learnable_tokens` are weights of a linear map of the query and decay as those do.
+        The temperature (0 is not neutral for it), the query embedding and all parts of position biases.
+        `learnable_tokens` are weights of a linear map of the query and decay like others.
         """
         kinds = ("temperature", "query_embedding", "relative_pos_bias_local", "learnable_bias", "position_bias")
         return {name for name, _ in self.named_parameters() if any(kind in name.split(".") for kind in kinds)}

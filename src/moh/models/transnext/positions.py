@@ -1,7 +1,7 @@
 """Where tokens are in an image: how many neighbours a window holds, and the continuous position bias.
 
 TransNeXt, arXiv 2311.17132, section 3. Everything is computed for the size at hand, so that images of other sizes than
-trained on work. No attention here.
+in training work.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from moh.models.transnext.architecture import Size
 
 COORDINATE_RANGE = 8.0
-"""The offset across the whole image that was trained on; the logarithm then maps it to about 1."""
+"""The offset across a whole training image; the logarithm maps it to about 1."""
 
 
 def visible_neighbours(size: Size, window: int, device: torch.device) -> Tensor:
-    """How many tokens of its window each token sees, `[N]` float32: fewer at the edges, for padding is not counted."""
+    """How many tokens of its window each token sees, `[N]` float32: fewer at the edges, as padding does not count."""
     rows, columns = (_visible_along(length, window, device) for length in size)
     return (rows[:, None] * columns).flatten()
 
@@ -38,15 +38,15 @@ class PositionBias(nn.Module):
     """Position bias of every head for every (query, pooled key), from a small network on log-spaced relative coordinates.
 
     `bias = W_2 relu(W_1 c + b_1) + b_2` with `c = sign(d) log2(1 + |d|) / log2(8)` and d the offset from the key's
-    centre to the query, in units in which the image that was trained on is 8 wide.
+    centre to the query, in units in which a training image is 8 wide.
 
     Args:
         num_heads: H.
         ratio: tokens that one pooled key stands for, along each axis.
-        trained_size: height and width, in tokens, of the images that are trained on; the unit of the coordinates.
+        trained_size: height and width of the training images, in tokens; the unit of the coordinates.
         hidden: width of the network.
 
-    In evaluation without gradients the bias of the last size is kept until the weights change; it is no part of the
+    In evaluation without gradients the bias of the last size is cached until the weights change; the cache is not in the
     state dict.
     """
 
@@ -79,7 +79,7 @@ class PositionBias(nn.Module):
         return self._kept[1]
 
     def _may_keep(self) -> bool:
-        """Kept only where nobody trains the weights, and where a version counter tells of their change."""
+        """Whether the bias may be cached: the weights are not being trained, and a version counter shows their changes."""
         return not (
             self.training
             or torch.is_grad_enabled()
@@ -91,7 +91,7 @@ class PositionBias(nn.Module):
         return [(p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters()]
 
     def train(self, mode: bool = True) -> Self:
-        self._kept = None  # likewise: what was kept may be older than the last step
+        self._kept = None  # what is cached may be older than the last step
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -118,6 +118,7 @@ class PositionBias(nn.Module):
         """Along one axis: the coordinate of every entry of the table, ascending."""
         pooled = length // self.ratio
         first = -self.ratio * (pooled - 1)
+        # a key's centre is (ratio - 1) / 2 beyond the first of its tokens
         offset = torch.arange(first, length, device=device, dtype=torch.float32) - (self.ratio - 1) / 2
         distance = offset * (COORDINATE_RANGE / max(trained - 1, 1))
         return distance.sign() * (distance.abs() + 1).log2() / math.log2(COORDINATE_RANGE)

@@ -1,7 +1,7 @@
-"""What besides queries, keys and values decides TransNeXt's attention weights; the definition of its attention.
+"""The parameters of TransNeXt's attention weights, and the definition of its attention.
 
-Aggregated attention (arXiv 2311.17132, section 3), dense and weighted by the gates afterwards: slow, and what every
-faster way is compared with. Not for use in models.
+Aggregated attention (arXiv 2311.17132, section 3), dense and weighted by the gates afterwards: slow, the
+reference for every faster way.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Scoring:
         size: height and width in tokens; N = height * width.
         embedding: `[H, D]`, added to the normalised query.
         temperature: `[H]`, positive, factor of the scores.
-        length: `[N]`, factor of each query's scores, the logarithm of how many keys it sees; without gradient.
+        length: `[N]`, factor of each query's scores, the logarithm of the number of keys that it sees; without gradient.
         pooled_bias: `[H, N, P]`, added to the scores of the pooled keys.
         tokens: `[H, D, W]` for a local window of W = window^2 places; `normalised query @ tokens + token_bias` is added
-            to the weights of the neighbours after the softmax. W = 0 is no local window, and so plain attention.
+            to the weights of the neighbours after the softmax. W = 0 means no local window: plain attention.
         token_bias: `[H, W]`.
         local_bias: `[H, W]`, added to the scores of the neighbours, row by row.
     """
@@ -47,7 +47,7 @@ class Scoring:
         return math.isqrt(self.local_bias.shape[1])
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q `[B, N, H, D]` -> normalised, and what is multiplied with the keys."""
+        """q `[B, N, H, D]` -> normalised, and shifted and scaled for the product with the keys."""
         unit = F.normalize(q, dim=-1)
         scale = self.length[:, None] * self.temperature  # [N, H]
         return unit, (unit + self.embedding) * scale[..., None]

@@ -1,6 +1,6 @@
 """timm's attention in which each token chooses its heads: the same parameters under the same names, and a router.
 
-It serves wherever `timm.layers.Attention` does. Not for rotary or relative positions, which other classes of timm have.
+Replaces `timm.layers.Attention`, but not timm's classes with rotary or relative positions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moh.config import MoHConfig
 from moh.routing import build_router, router_class
 
 ROUTER_STD = 0.02
-"""Standard deviation of a new router's weights: that of timm's other linear maps."""
+"""Standard deviation of a new router's weights, as in timm's other linear maps."""
 
 
 class MoHViTAttention(Attention):
-    """Mixture-of-Head attention in the place of `timm.layers.Attention`.
+    """Mixture-of-Head attention in place of `timm.layers.Attention`.
 
     Args:
         dim: C, the width of the input.
@@ -36,7 +36,7 @@ class MoHViTAttention(Attention):
     Parameters: those of timm's attention (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`) and `router.*`.
 
     Raises:
-        ValueError: sizes that don't fit each other, or the query-norm router with normalised queries.
+        ValueError: sizes don't match, or the query-norm router is given normalised queries.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class MoHViTAttention(Attention):
 
     @classmethod
     def from_dense(cls, dense: Attention, config: MoHConfig, *, backend: str | None = None) -> Self:
-        """A MoH attention that has the modules of `dense` itself, not copies, and a new router.
+        """A MoH attention with the modules of `dense` (not copies) and a new router.
 
         Raises:
-            ValueError: `config` has another number of heads, or the query-norm router meets normalised queries.
+            ValueError: `config` has a different number of heads, or the query-norm router is given normalised queries.
         """
         if config.num_heads != dense.num_heads:
-            raise ValueError(f"config must have num_heads = {dense.num_heads} as the attention, got {config.num_heads}")
+            raise ValueError(f"config must have the attention's num_heads = {dense.num_heads}, got {config.num_heads}")
         moh = cls.__new__(cls)
         nn.Module.__init__(moh)
-        for name, value in vars(dense).items():  # numbers: which ones depends on timm's version
+        for name, value in vars(dense).items():  # plain values: which ones depends on timm's version
             if not name.startswith("_"):
                 setattr(moh, name, value)
         for name, child in dense.named_children():
@@ -76,8 +76,8 @@ class MoHViTAttention(Attention):
     def _add_router(self, config: MoHConfig, backend: str | None) -> None:
         if router_class(config.router).reads_queries and not isinstance(self.q_norm, nn.Identity):
             raise ValueError(
-                f"router must not be {config.router!r} where queries are normalised (qk_norm): all of them have about the same "
-                "norm, which tells nothing; 'linear' and 'two_stage' decide by the layer's input"
+                f"router must not be {config.router!r} where queries are normalised (qk_norm): all have about the same norm, "
+                "which carries no information; 'linear' and 'two_stage' read the layer's input"
             )
         weight = self.qkv.weight
         self.backend = backend
@@ -130,5 +130,5 @@ class MoHViTAttention(Attention):
 
 
 def changes_heads(attention: Attention) -> bool:
-    """Whether something stands between the heads and the output projection (timm's `scale_norm` and `gated`)."""
+    """Whether the heads are changed before the output projection (timm's `scale_norm` and `gated`)."""
     return not isinstance(attention.norm, nn.Identity) or getattr(attention, "gate", None) is not None

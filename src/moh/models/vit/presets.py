@@ -1,6 +1,6 @@
 """Named vision transformers with MoH attention, registered with timm: sizes for 224 pixels, and small ones for a CPU.
 
-The number at the end is the share of active heads in per cent, over all layers. `moh_vit` makes any other one.
+The number at the end is the share of active heads in per cent, over all layers. `moh_vit` makes all others.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _NOT_OF_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_mod
 def heads_of_budget(budget: int, num_heads: int, depth: int) -> tuple[int, list[int]]:
     """Shared heads, and active routed heads of each layer, that use about `budget` per cent of all heads.
 
-    A quarter of a layer's heads, rounded down, is shared, at most what the smallest layer uses. The rest of the budget
-    is spread over the layers as evenly as whole heads allow:
+    A quarter of a layer's heads, rounded down, is shared, but no more than the smallest layer uses. The rest is spread
+    over the layers as evenly as whole heads allow:
 
     | heads | 50 % | 75 % | 90 % |
     | --- | --- | --- | --- |
@@ -56,6 +56,7 @@ def heads_of_budget(budget: int, num_heads: int, depth: int) -> tuple[int, list[
     | 12 | 6, of them 3 shared | 9 | 10 or 11 |
     """
     total = round(budget * num_heads * depth / 100)
+    # differences of rounded running totals: they add up to `total` and differ by at most 1
     per_layer = [(i + 1) * total // depth - i * total // depth for i in range(depth)]
     shared = min(num_heads // 4, min(per_layer))
     return shared, [heads - shared for heads in per_layer]
@@ -71,7 +72,7 @@ def _with_heads(
     backend: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The model that `make(**options)` gives, with MoH attention; a budget fills in what is not given."""
+    """`make(**options)` with MoH attention; `budget` (a share, in per cent) sets the heads that are not given."""
     model = make(**options)
     attentions = dense_attentions(model)
     depth, num_heads = len(attentions), attentions[0].num_heads
@@ -92,7 +93,7 @@ def _with_heads(
 def _create(
     make: Callable[..., nn.Module], variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str, Any]
 ) -> VisionTransformer:
-    """The model of `sizes` and `kwargs`, which remembers the latter in `moh_arguments` (`moh.models.vit.saving`)."""
+    """The model of `sizes` and `kwargs`, which keeps the latter in `moh_arguments` (`moh.models.vit.saving`)."""
     out_indices = kwargs.pop("out_indices", 3)
     model: Any = build_model_with_cfg(
         make,
@@ -157,18 +158,18 @@ for _name, _model_sizes in _MICRO_SIZES.items():
 
 @register_model
 def moh_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> VisionTransformer:
-    """Any of timm's models of class `VisionTransformer`, by its name `base`, with MoH attention.
+    """Any `VisionTransformer` of timm, by its name `base`, with MoH attention.
 
     Args:
         base: "vit_base_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", ...
         kwargs: `active_heads` (needed), `shared_heads`, `router`, `backend`, and what `base` itself takes.
 
     Raises:
-        ValueError: the model is of another class, or the heads don't add up.
+        ValueError: the model is not a `VisionTransformer`, or the heads don't add up.
     """
     if kwargs.get("pretrained_cfg") is None:
         found = get_pretrained_cfg(base)
-        if found is not None:  # its images, not its weights, which have no routers
+        if found is not None:  # takes its image settings, not its weights, which have no routers
             kwargs["pretrained_cfg"] = described_as_moh(found.to_dict())  # type: ignore[no-untyped-call]
     return _create(partial(_with_heads, _dense, None), "moh_vit", pretrained, {}, {"base": base, **kwargs})
 
@@ -178,7 +179,7 @@ def _dense(*, base: str, **kwargs: Any) -> nn.Module:
 
 
 def described_as_moh(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-    """A dense model's `pretrained_cfg` for the MoH model made of it: without its name and where its weights are."""
+    """A dense model's `pretrained_cfg` for the MoH model made of it: without its name and the place of its weights."""
     sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "custom_load", "tag")
     kept = {name: value for name, value in pretrained_cfg.items() if name not in sources}
     return kept | {"architecture": "moh_vit", "url": ""}

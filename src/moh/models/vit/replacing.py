@@ -1,6 +1,6 @@
 """Put Mixture-of-Head attention into a timm `VisionTransformer`, which stays one: only its attention layers change.
 
-Whatever timm does with the model (features, new classifiers, checkpointing, saving) goes on working.
+All that timm does with the model (features, new classifiers, checkpointing, saving) still works.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def dense_attentions(model: nn.Module) -> list[Attention]:
     """The attention layers of a dense `VisionTransformer`, in the order of its blocks.
 
     Raises:
-        ValueError: the model can't have its attention replaced; says why and what can.
+        ValueError: the model's attention can't be replaced; names the reason and the supported models.
     """
     if not isinstance(model, VisionTransformer):
         raise ValueError(
@@ -52,7 +52,7 @@ def dense_attentions(model: nn.Module) -> list[Attention]:
 
 
 def moh_attentions(model: nn.Module) -> list[MoHViTAttention]:
-    """The MoH attention layers of a model, in its order; empty for a dense one."""
+    """The MoH attention layers of a model, in order; empty for a dense one."""
     return [module for module in model.modules() if isinstance(module, MoHViTAttention)]
 
 
@@ -70,7 +70,7 @@ def replace_attention(
         the new layers, in the order of the blocks.
 
     Raises:
-        ValueError: as `dense_attentions`, or `layers` does not fit; the model is as it was.
+        ValueError: as in `dense_attentions`, or `layers` has the wrong length; the model is unchanged.
     """
     dense = dense_attentions(model)
     if len(layers) != len(dense):

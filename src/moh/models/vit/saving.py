@@ -19,22 +19,22 @@ from moh.models.image_loading import load_image_classifier, save_image_classifie
 from moh.models.vit.replacing import moh_attentions
 
 TOLERANCE = 1e-5
-"""How far, relative to its largest value, the output of a model read back may be from the saved one's."""
+"""Largest difference between the outputs of a model and of its saved copy, relative to the largest value."""
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, *, model_args: Mapping[str, Any] | None = None) -> None:
     """Write a MoH model so that `from_pretrained` and timm ("local-dir:PATH", pretrained=True) read it.
 
-    What was written is read back and has to give the model's output on a random image before it is moved into place.
+    The files are read back and must reproduce the model's output on a random image before they are moved into place.
 
     Args:
-        model: made by one of our presets, or by `moh.convert` of a model that `timm.create_model` made.
+        model: one of our presets, or converted by `moh.convert` from a model of `timm.create_model`.
         directory: made if it does not exist.
-        model_args: arguments of `timm.create_model` for the dense model, beyond those that are found out: the image's
-            size and channels, classes and pooling, and with timm 1.0.31 or later all that it was made with.
+        model_args: arguments of `timm.create_model` for the dense model, beyond those that are detected: the image's size and
+            channels, classes and pooling, and with timm 1.0.31 or later all that it was made with.
 
     Raises:
-        ValueError: the model has no MoH attention, or name and arguments don't make the same model; nothing is left.
+        ValueError: the model has no MoH attention, or name and arguments don't make the same model; no file is left.
     """
     arguments = rebuild_arguments(model) | dict(model_args or {})
     directory = Path(directory)
@@ -46,7 +46,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, model_args: Mapp
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{_unlike(arguments)}: {' '.join(str(error).split())}") from None
         if not same:
-            raise ValueError(f"{_unlike(arguments)}: it has the same weights and another output")
+            raise ValueError(f"{_unlike(arguments)}: it has the same weights but a different output")
         for file in Path(scratch).iterdir():
             os.replace(file, directory / file.name)
 
@@ -55,7 +55,7 @@ def from_pretrained(directory: str | Path, *, device: torch.device | None = None
     """The model that `save_pretrained` wrote, in evaluation mode.
 
     Raises:
-        ValueError: there is no such model, or it is damaged.
+        ValueError: the model is missing or damaged.
     """
     return load_image_classifier(Path(directory), device=device)
 
@@ -72,7 +72,7 @@ def rebuild_arguments(model: Any) -> dict[str, Any]:
     if not getattr(model, "pretrained_cfg", None) or not hasattr(model, "moh_arguments"):
         raise ValueError(
             "model can't be saved in timm's format, which rebuilds models by name: it must come from timm.create_model, "
-            "or be converted from one that does; its state_dict() can be saved in any case"
+            "or be converted from one that does; its state_dict() can always be saved"
         )
     layers = [attention.router.config for attention in attentions]
     current: dict[str, Any] = {
@@ -93,8 +93,8 @@ def _of_the_run(name: str) -> bool:
 
 def _unlike(arguments: Mapping[str, Any]) -> str:
     return (
-        f"model can't be saved: the arguments {dict(arguments)} make another model than this one; give those that are "
-        "missing as model_args"
+        f"model can't be saved: the arguments {dict(arguments)} make a different model; give those that are missing as "
+        "model_args"
     )
 
 
