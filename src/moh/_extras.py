@@ -1,6 +1,6 @@
-"""Optional dependencies: one function that imports them or says which extra to install.
+"""Optional dependencies: one function that imports them or names the extra to install.
 
-Not for version checks; lower bounds live in pyproject.toml.
+Lower bounds of their versions are in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module` or raise an ImportError that names the extra which brings it.
+    """Import `module` or raise an ImportError that names its extra.
 
     Raises:
         ImportError: the module, or the package it belongs to, is not installed.
@@ -20,7 +20,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there, but something that it needs itself is missing
+            raise  # the package is installed, but a dependency of its own is missing
         raise ImportError(
             f"this needs {package}, which is not installed: pip install 'mixture-of-heads[{extra}]'"
         ) from error

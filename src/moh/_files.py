@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Not for directories (`moh.training.checkpoints`)."""
+"""Files that appear whole or not at all; for directories see `moh.training.checkpoints`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file that the block writes there is moved into place if it ends well."""
+    """Yield a temporary path next to `path`; the file written there replaces `path` if the block succeeds."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         file = Path(scratch) / path.name
         yield file
@@ -19,6 +19,6 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name beside `path`, then move it into place."""
+    """Write UTF-8 under a temporary name next to `path`, then move it into place."""
     with replacing_file(path) as file:
         file.write_text(text, encoding="utf-8")

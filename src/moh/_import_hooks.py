@@ -1,7 +1,6 @@
 """Run a function once another package's module has been imported, whichever of the two comes first.
 
-This is how `import moh` makes the Auto classes of transformers know our models without importing transformers.
-Not a general plug-in system.
+With it, `import moh` registers our models with the Auto classes of transformers without importing transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class _CallbackLoader(Loader):
         self._loader.exec_module(module)
         self._callback()
 
-    def __getattr__(self, name: str) -> object:  # get_source, get_filename, ...: what tracebacks ask for
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename, ...: tracebacks need them
         return getattr(self._loader, name)
 
 
@@ -53,7 +52,7 @@ class _Finder(MetaPathFinder):
         return spec
 
     def _imported(self) -> None:
-        if self in sys.meta_path:  # once is enough, and only now: whoever found the module need not have imported it
+        if self in sys.meta_path:  # once, and only now: a module that was found need not be imported
             sys.meta_path.remove(self)
             self._callback()
 

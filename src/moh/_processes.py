@@ -1,7 +1,4 @@
-"""The processes of `torchrun` or `accelerate launch`, where there are several, for work that is shared without training.
-
-A training run has its Trainer for that.
-"""
+"""The processes of `torchrun` or `accelerate launch`, for work that they share outside of training."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Load checkpoints that the authors of the paper published, into our models, exactly.
 
-One module a family; our own checkpoints need only `from_pretrained` or timm's loaders.
+One module per family; our own checkpoints need only `from_pretrained` or timm's loaders.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def load_published(
     Args:
         path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
             with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
-        config: the published keys: `model`, which names the family, and what its `load` says: "moh_llama"
+        config: the published keys: `model`, which names the family, and those of its `load`: "moh_llama"
             (`moh.models.transformers.published`), "transnext" (`moh.checkpoints.transnext`) or "dit" (`moh.checkpoints.dit`).
-            None reads the config.json of a directory that is laid out as the published MoH-LLaMA3-8B.
+            None reads the config.json of a directory that is laid out like the published MoH-LLaMA3-8B.
         dtype: of the model; None keeps the checkpoint's.
 
     Returns:
         the model in evaluation mode.
 
     Raises:
-        ValueError: an unknown model, no configuration, a key missing from `config`, a file that isn't there, or tensors
-            that are missing, left over or of another shape than the configuration says; the message names them.
+        ValueError: the model is unknown, there is no configuration, a key or a file is missing, or tensors are missing,
+            unexpected or of the wrong shape; names them.
     """
     if config is None:
         if isinstance(path_or_state_dict, Mapping):
-            raise ValueError("config must be given with a state dict: only a directory can tell its own")
+            raise ValueError("config must be given with a state dict: only a directory has its own")
         config = read_published_config(path_or_state_dict)
     if "model" not in config:
         raise ValueError("config must have the key 'model'")

@@ -69,7 +69,7 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
 
 
 def published_names(model: nn.Module) -> dict[str, str]:
-    """Our tensor names -> those of the published checkpoints; queries, keys and values of a layer have one in common."""
+    """Our tensor names -> those of the published checkpoints; queries, keys and values of a layer share one."""
     return {name: _published(name) for name in model.state_dict()}
 
 

@@ -1,4 +1,4 @@
-"""The published MoH-ViT: TransNeXt's tensor names, and the two-stage router's three matrices beside them."""
+"""The published MoH-ViT: TransNeXt's tensor names, and the two-stage router's three matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moh.models.reading import check_tensors, require_keys
 _SAME_NAME = ("img_size", "num_classes", "embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios")
 _OPTIONAL = ("patch_size", "window_size", "qkv_bias", "norm_eps", "in_chans")
 
-# (pattern of our names, what replaces it). Ours has one module a stage, numbered from 0; theirs are numbered from 1.
+# Our stages are modules numbered from 0, theirs are numbers in names, from 1.
 _STAGE = re.compile(r"^stages\.(\d+)\.(patch_embed|blocks|norm)\.")
 _STAGE_NAMES = {"patch_embed": "patch_embed{}.", "blocks": "block{}.", "norm": "norm{}."}
 _PARTS = {

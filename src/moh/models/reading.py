@@ -1,6 +1,6 @@
-"""Published files -> tensors by name, and the check that they are the ones that a configuration says.
+"""Published files -> tensors by name, and the check that they are those of a configuration.
 
-Never unpickles arbitrary objects. What the names mean is the business of the module of each family.
+Never unpickles arbitrary objects.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[
     """The tensors of a state dict (copied), a `.safetensors` or PyTorch file, or a directory.
 
     Raises:
-        ValueError: there is no such file, or it holds no tensors.
+        ValueError: the file is missing, or holds no tensors.
     """
     if isinstance(path_or_state_dict, Mapping):
-        return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # training must not change theirs
+        return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # the caller's must not change
     SafetensorError = require("safetensors", extra="llm").SafetensorError
     path = Path(path_or_state_dict)
     try:
@@ -37,7 +37,7 @@ def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[
 
 
 def require_keys(config: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    """Check that a published configuration says what a model needs.
+    """Check that a published configuration has the keys that a model needs.
 
     Raises:
         ValueError: a key is missing; names it.
@@ -47,10 +47,10 @@ def require_keys(config: Mapping[str, Any], needed: tuple[str, ...]) -> None:
 
 
 def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Check that `state` has just the expected names and shapes.
+    """Check that `state` has exactly the expected names and shapes.
 
     Raises:
-        ValueError: tensors are missing, left over or of another shape; names them.
+        ValueError: tensors are missing, unexpected or of the wrong shape; names them.
     """
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
@@ -61,7 +61,7 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size
         if state[name].shape != expected[name]:
             problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name])}")
     if problems:
-        raise ValueError("the checkpoint does not fit the configuration: " + "; ".join(problems[:8]))
+        raise ValueError("the checkpoint does not match the configuration: " + "; ".join(problems[:8]))
 
 
 def _some(names: list[str]) -> str:
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return dict(safetensors.load_file(path))
     with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # Of a training checkpoint the averaged weights, which are what its authors evaluate
+    # A training checkpoint's averaged weights are those that its authors evaluate
     state = loaded.get("ema", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"path_or_state_dict: {path} holds no state dict")
