@@ -1,4 +1,4 @@
-"""The demo's pretrained model: SmolLM2-135M, from a Python package where there is no model hub.
+"""The demo's pretrained model: SmolLM2-135M, from a Python package, so that no model hub is needed.
 
 135M parameters, Llama architecture, 30 layers, 9 query and 3 key/value heads, Apache-2.0; 4-bit weights, dequantised.
 """

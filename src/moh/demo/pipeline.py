@@ -1,6 +1,6 @@
 """The demo's steps in order: base model, text, conversion two ways, tuning with a dense control, measurements, report.
 
-Every step is a public function of a lower room; this file only joins them and keeps the time.
+Every step is a public function of a lower room; this file only joins and times them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from moh.training.corpus import DEFAULT_CORPUS
 from moh.training.recipe import ModelRecipe, Recipe, TrainingRecipe
 
 MAX_STEPS = 120
-"""Steps of a run whose number of steps is not given, on a machine that can do as many in the time."""
+"""Most steps of a run whose number of steps is not given."""
 
 PROMPTS = ("A database index is", "The first thing to do when a server does not answer is")
 
@@ -52,17 +52,17 @@ class DemoSettings:
         output_dir: where the report, the pictures and the models go.
         base: directory, hub name or .gguf file of a dense model; None fetches SmolLM2-135M.
         corpus: a built-in text (`moh.training.CORPORA`); not used if `files` are given.
-        files: the user's own text files.
-        shared_heads: heads that every token uses; None means 2 in 9, and half of them with the paper's router.
+        files: text files to use instead.
+        shared_heads: heads that every token uses; None means 2 in 9, or 1 in 2 with the paper's router.
         active_heads: routed heads per token; None fills up to 7 in 9.
-        steps: optimiser steps of each run; None as many as fit `minutes`, at most 120.
-        minutes: for the tuning of all runs together, if `steps` is None.
+        steps: optimiser steps of each run; None means as many as fit `minutes`, up to 120.
+        minutes: for tuning all runs together, if `steps` is None.
         batch_size: sequences per step.
         seq_len: tokens per sequence.
         learning_rate: peak, with warm-up and cosine decay.
-        calibration_tokens: tokens that the conversion looks at.
+        calibration_tokens: tokens that the conversion reads.
         heldout_tokens: tokens that perplexity is measured on.
-        distillation_weight: of the dense original's predictions in the MoH model's loss; 0 is next-token loss alone.
+        distillation_weight: weight of the dense original's predictions in the MoH model's loss; 0 is next-token loss only.
         full: also tune the model that was converted the paper's way, and convert without touching a weight.
         seed: order of the training text.
     """
@@ -148,7 +148,7 @@ class _Demo:
                 plain = self._convert(dense, blocks, shared, active, refined=False)
             self._measure("MoH, contribution router alone, untuned", plain, heldout, dense_row, dense_result)
             del plain
-        with self._step("converting our way (contribution router, uneven allocation, refitted W_O)"):
+        with self._step("converting our way (contribution router, uneven shares, refitted W_O)"):
             ours = self._convert(dense, blocks, shared, active, refined=True)
         self._measure("MoH, ours, untuned", ours, heldout, dense_row, dense_result)
 
@@ -211,12 +211,12 @@ class _Demo:
             sample=sample,
         )
         report.save(self.output_dir)
-        shutil.rmtree(self.output_dir / "training")  # gigabytes of optimiser state that nothing needs any more
+        shutil.rmtree(self.output_dir / "training")  # gigabytes of optimiser state, no longer needed
         self._print(report)
         return report
 
     def _heads(self, num_heads: int, shared_by_default: int) -> tuple[int, int]:
-        """Shared and active heads as asked for, or as many as fill up to 7 in 9."""
+        """Shared and active heads as requested, or as many as fill up to 7 in 9."""
         shared = self.settings.shared_heads
         shared = shared_by_default if shared is None else shared
         active = self.settings.active_heads
@@ -251,13 +251,13 @@ class _Demo:
         return row
 
     def _work_dir(self) -> Path:
-        """Where these settings' runs keep their checkpoints, so that other settings never go on from them."""
+        """Where these settings' runs keep their checkpoints, so that other settings never resume from them."""
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "output_dir"}
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.output_dir / "training" / key
 
     def _steps(self, dense: PreTrainedModel, blocks: Tensor, precision: str, runs: int) -> int:
-        """As asked for, or as an interrupted demo with these settings had it, or as many as fit the time."""
+        """As requested, or as in an interrupted demo with these settings, or as many as fit the time."""
         if self.settings.steps is not None:
             return self.settings.steps
         file = self._work_dir() / "steps.json"
@@ -272,7 +272,7 @@ class _Demo:
         """Steps for which `runs` runs fit the time, from one timed forward and backward pass of each batch's size."""
         batch = blocks[: self.settings.batch_size].to(dense.device)
         seconds = 0.0
-        for _ in range(2):  # the first also pays for the memory
+        for _ in range(2):  # the first also allocates the memory
             start = time.perf_counter()
             with torch.autocast(dense.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 dense(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -303,7 +303,7 @@ class _Demo:
                 per_device_train_batch_size=s.batch_size,
                 seed=s.seed,
                 precision=precision,  # type: ignore[arg-type]
-                save_steps=steps // 2 + 1,  # one checkpoint on the way: a run that is cut short goes on from there
+                save_steps=steps // 2 + 1,  # one checkpoint on the way, for an interrupted run to resume from
                 save_total_limit=1,
                 distillation_weight=s.distillation_weight if teacher is not None else 0.0,
             ),

@@ -74,7 +74,7 @@ class DemoReport:
     sample: dict[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The report as a page; it names the pictures that lie beside it."""
+        """The report as a page; it refers to the pictures next to it."""
         lines = [
             "# A pretrained language model with Mixture-of-Head attention",
             "",
@@ -110,6 +110,7 @@ class DemoReport:
         for row in self.rows:
             against = "–"
             if row.compared_with is not None:
+                # to first order: the derivative of exp(loss_rise) times its error
                 error = 100 * math.exp(row.loss_rise) * row.rise_stderr
                 against = f"{row.compared_with}: {row.above:+.1f} % ± {error:.1f}"
             lines.append(f"| {row.name} | {100 * row.share:.0f} % | {row.perplexity:.2f} | {against} |")

