@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moh._extras import require
+from transformers import LlamaConfig
+
 from moh.config import MoHConfig
-
-require("transformers", extra="llm")
-
-from transformers import LlamaConfig  # noqa: E402
-
-from moh.models.llama import MoHLlamaConfig  # noqa: E402
+from moh.models.llama import MoHLlamaConfig
 
 GIB = 2**30
 _BF16, _FP32 = 2, 4
