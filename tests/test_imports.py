@@ -54,6 +54,18 @@ def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path
     in_new_interpreter(textwrap.dedent(code) + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
 
 
+def test_torch_is_imported_when_a_name_is_first_used():
+    code = """
+    import sys
+    import moh
+    assert "torch" not in sys.modules and {*moh.__all__, "attention", "routing"} <= set(dir(moh))
+    from moh import MoHAttention, moh_attention
+    assert "torch" in sys.modules and moh.attention.moh_attention is moh_attention is vars(moh)["moh_attention"]
+    assert moh.MoHAttention is MoHAttention and moh.routing.record_routing is moh.record_routing
+    """
+    in_new_interpreter(code)
+
+
 @needs_transformers
 @pytest.mark.parametrize(
     "first",

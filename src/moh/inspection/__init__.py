@@ -6,9 +6,9 @@ Groups of images need the extra `vision`, of a diffusion model `diffusion`; pict
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moh._lazy import lazy
 from moh.inspection.ablation import HeadAblation, ablate_heads
 from moh.inspection.batches import GroupBatch, GroupedInputs
 from moh.inspection.groups import inspect_groups
@@ -50,10 +50,6 @@ __all__ = [
     "unusual_heads",
 ]
 
-_WITH_EXTRAS = {"diffusion_groups": "diffusion", "image_groups": "images"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WITH_EXTRAS:
-        return getattr(importlib.import_module(f"moh.inspection.{_WITH_EXTRAS[name]}"), name)
-    raise AttributeError(f"module 'moh.inspection' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__, {"diffusion_groups": "moh.inspection.diffusion", "image_groups": "moh.inspection.images"}
+)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # `import moh` reads the table, and does not load torch for it
+    from torch import Tensor
 
 
 def _as_it_is(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from moh.models.image_loading import (
     image_input,
     load_image_classifier,
     save_image_classifier,
-    saved_config,
 )
+from moh.models.kinds import saved_config
 from moh.training.checkpoints import replacing_directory
 from moh.training.images.batches import SKIPPED, ImageBatches
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
