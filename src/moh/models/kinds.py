@@ -75,8 +75,7 @@ def saved_config(directory: str | Path) -> dict[str, Any]:
 
 def looks_local(path: str | Path) -> bool:
     """Whether a path that is not there can't be a hub name."""
-    name = str(path)
-    return isinstance(path, Path) or name.startswith((".", "/", "~")) or (name.count("/") > 1 and ":" not in name)
+    return isinstance(path, Path) or path.startswith((".", "/", "~"))
 
 
 def _of_config(config: Mapping[str, Any], where: str) -> Kind:
