@@ -5,12 +5,12 @@ One mechanism for texts, images and diffusion models, MoH and dense. Single toke
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from moh.data.seeds import make_key
 from moh.inspection.batches import GroupBatch, GroupedInputs
 from moh.inspection.trace import LayerTrace, trace
 from moh.inspection.use import HeadUse, InputSample, LayerHeads
@@ -99,7 +99,7 @@ class _Sums:
 class _Unit:
     """One unit's sums: active tokens of all layers' heads, one after the other, then tokens of each layer."""
 
-    priority: float
+    priority: int
     numbers: Tensor
 
 
@@ -121,7 +121,7 @@ class _Kept:
             if unit in units:
                 units[unit].numbers += row
                 continue
-            priority = random.Random(f"{self.seed} {unit}").random()
+            priority = make_key(self.seed, unit)
             if len(units) == self.most:
                 last = max(units, key=lambda number: units[number].priority)
                 if units[last].priority < priority:

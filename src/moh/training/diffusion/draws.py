@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moh.sampling.noise import seed_of
+from moh.data.seeds import generator_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ def draw(
     noise = torch.empty(count, 2 if latents else 1, *shape)
     uniform = torch.empty(count, 2)
     t = torch.empty(count, dtype=torch.int64)
-    generator = torch.Generator()
     for row, index in enumerate(indices.tolist()):
-        generator.manual_seed(seed_of(seed, step, index))
+        generator = generator_of(seed, step, index)
         t[row].random_(train_steps, generator=generator)
         uniform[row].uniform_(generator=generator)
         noise[row].normal_(generator=generator)

@@ -12,7 +12,6 @@ from pathlib import Path
 from moh._extras import require
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
-from moh.training.checkpoints import trainer_state
 from moh.training.diffusion.data import PixelDataset, as_batch, load_source
 from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
@@ -103,9 +102,9 @@ def train(
         balance_loss_scope=settings.balance_loss_scope,
     )
     if checkpoint is not None:
-        trainer.load_average(checkpoint, trainer_state(checkpoint)["global_step"])
+        trainer.load_average(checkpoint)
     history = session.run(trainer)
-    trainer.ema.copy_to(transformer.parameters())
+    transformer.load_state_dict(trainer.average.module.state_dict())
     model_dir = session.output_dir / "model"
     with saving(trainer, model_dir, holding="model_index.json") as scratch:
         if arguments.should_save:

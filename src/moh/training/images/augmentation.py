@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moh._extras import require
+from moh.data.seeds import generator_of, generators_kept, seed_all
 from moh.models.image_loading import ImageInput
 from moh.training.images.augmentation_recipe import AugmentationRecipe
-from moh.training.images.seeds import generators_kept, seed_all
 from moh.training.images.sources import TensorImages
 
 require("torchvision", extra="vision")
@@ -152,7 +152,7 @@ class PixelTransform:
         """What happens to each image in an epoch, drawn for all of them at once."""
         if epoch != self._epoch:
             assert self.recipe is not None
-            generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
+            generator = generator_of(self.seed, epoch)
             n, sides = len(self.pixels), 2 * self.recipe.crop_padding + 1
             self._drawn = {
                 "top": torch.randint(sides, (n,), generator=generator),
