@@ -84,6 +84,28 @@ def test_missing_extra_is_named():
         require("not_there_at_all.sub", extra="llm")
 
 
+@pytest.mark.parametrize(
+    ("missing", "statement", "extra"),
+    [
+        ("diffusers", "import moh.sampling", "diffusion"),
+        ("timm", "import moh.training.images.run", "vision"),
+        ("timm", "from moh.evaluation import evaluate_images", "vision"),
+        ("transformers", "from moh.training import MoHTrainer", "llm"),
+    ],
+)
+def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
+    code = f"""
+    import sys
+    sys.modules["{missing}"] = None
+    try:
+        {statement}
+    except ImportError as error:
+        print(error)
+    """
+    assert f"this needs {missing}, which is not installed" in (told := in_new_interpreter(code))
+    assert f"pip install 'mixture-of-heads[{extra}]'" in told
+
+
 def test_present_module_is_returned_without_talk_of_extras():
     assert require("json.decoder", extra="llm") is sys.modules["json.decoder"]
 

@@ -8,20 +8,29 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from moh._extras import require
 
-def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+
+def lazy(
+    package: str, homes: Mapping[str, str], *, extras: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package.
 
     Args:
         package: its name, which is also how it is found in `sys.modules`.
         homes: name -> the module that defines it, or that it is (the submodule `package.name`).
+        extras: such a module -> the package that it needs and the extra that brings that.
     """
 
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if homes[name] in extras:
+            needed, extra = extras[homes[name]]
+            require(needed, extra=extra)
         module = importlib.import_module(homes[name])
         value = module if homes[name] == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)  # the next look-up is an ordinary one

@@ -94,7 +94,10 @@ def add_explore(sub: Commands) -> None:
 def run_explore(arguments: Namespace) -> None:
     if arguments.port is not None and not 0 < arguments.port < 65_536:
         raise ValueError(f"--port must be between 1 and 65535, got {arguments.port}")
-    from moh.explore.interface import build, serve  # first: without Gradio no model has to be loaded
+    from moh._extras import require
+
+    require("gradio", extra="app")  # before a model is loaded
+    from moh.explore.interface import build, serve
     from moh.explore.loading import load_subject
 
     app = build(load_subject(arguments.checkpoint, dense=arguments.dense))

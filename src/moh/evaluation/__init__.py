@@ -30,5 +30,7 @@ __all__ = [
 ]
 
 __getattr__, __dir__ = lazy(
-    __name__, {"ImageEvaluation": "moh.evaluation.images", "evaluate_images": "moh.evaluation.images"}
+    __name__,
+    {"ImageEvaluation": "moh.evaluation.images", "evaluate_images": "moh.evaluation.images"},
+    extras={"moh.evaluation.images": ("timm", "vision")},
 )

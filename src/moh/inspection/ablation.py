@@ -112,7 +112,7 @@ def ablate_heads(
 @contextmanager
 def _without(layer: AttentionLayer, head: int) -> Iterator[None]:
     """Without one head, as if its gate were 0 for every token."""
-    width = layer.projection.in_features // layer.num_heads
+    width = layer.weight.shape[1] // layer.num_heads
 
     def remove(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         heads = given[0].clone()  # [B, N, H * D]

@@ -12,15 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moh._extras import require
 from moh.data.seeds import generator_of
 from moh.inspection.batches import GroupBatch, GroupedInputs
 from moh.sampling.checkpoint import ImageModel
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.loss import add_noise, hybrid_loss
 from moh.training.images.sources import ImageSource, with_classes
-
-require("diffusers", extra="diffusion")
 
 By = Literal["timestep", "class"]
 

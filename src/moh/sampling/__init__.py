@@ -3,6 +3,11 @@
 Not for models (`moh.models.dit`), training (`moh.training`) or scores (`moh.evaluation`).
 """
 
+from moh._extras import require
+
+require("diffusers", extra="diffusion")
+require("torchvision", extra="diffusion")
+
 from moh.sampling.checkpoint import ImageModel, load_image_model, load_vae, save_image_model
 from moh.sampling.denoising import sample
 from moh.sampling.files import sample_to_files

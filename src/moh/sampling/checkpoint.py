@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, SchedulerMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moh._extras import require
 from moh._files import write_text
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
-
-require("diffusers", extra="diffusion")
-
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, SchedulerMixin  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-
-from moh.sampling.schedulers import diffusion_scheduler, read_scheduler  # noqa: E402
+from moh.sampling.schedulers import diffusion_scheduler, read_scheduler
 
 _INDEX = "model_index.json"
 

@@ -14,21 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from moh._extras import require
 from moh._files import replacing_file
 from moh.sampling.checkpoint import ImageModel
 from moh.sampling.denoising import sample_batches
 from moh.sampling.images import image_grid, write_npz, write_png
 from moh.sampling.schedulers import SamplingSettings
-
-require("accelerate", extra="diffusion")
-
-from accelerate import PartialState  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 _GRID = 100  # images in the grid, at most
 _OWN = re.compile(r"(\d{5}|[1-9]\d{5,})-\w*\.png")  # the names of the images

@@ -12,14 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
-from moh._extras import require
 from moh._files import replacing_file
-
-require("torchvision", extra="diffusion")
-
-from torchvision.transforms.functional import to_pil_image  # noqa: E402
-from torchvision.utils import make_grid  # noqa: E402
 
 
 def write_png(path: Path, image: Tensor) -> None:

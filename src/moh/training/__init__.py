@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moh._extras import require
 from moh._lazy import lazy
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS, Corpus, corpus_from_files, load_corpus
 from moh.training.recipe import Recipe
@@ -61,6 +62,8 @@ def train(recipe: Any, **overrides: Any) -> Any:
     Raises:
         ValueError: something in the recipe can't be served (the message names the field); raised before training.
     """
+    for package in ("transformers", "accelerate", "tensorboard"):
+        require(package, extra="llm")
     return importlib.import_module(_RUNS[recipe.task]).train(recipe, **overrides)
 
 
@@ -73,5 +76,9 @@ __getattr__, __dir__ = lazy(
         "choose_precision": "moh.training.precision",
         "distillation_loss": "moh.training.distillation",
         "pack_tokens": "moh.training.data",
+    },
+    extras={
+        "moh.training.run": ("transformers", "llm"),
+        "moh.training.trainer": ("transformers", "llm"),
     },
 )

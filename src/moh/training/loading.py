@@ -8,17 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
-from moh._extras import require
-from moh.training.architecture import FromScratchRecipe
-from moh.training.checkpoints import replacing_directory
-from moh.training.recipe import Recipe
-from moh.training.tokens.byte_pair import byte_pair_tokenizer
-from moh.training.tokens.prepare import TrainingText, cache_directory, open_sources
-
-require("transformers", extra="llm")
-
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
@@ -27,9 +17,14 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from moh.models.llama import MoHLlamaConfig  # noqa: E402
-from moh.models.loading import load_causal_lm, load_config  # noqa: E402
-from moh.models.loading import load_tokenizer as _load_tokenizer  # noqa: E402
+from moh.models.llama import MoHLlamaConfig
+from moh.models.loading import load_causal_lm, load_config
+from moh.models.loading import load_tokenizer as _load_tokenizer
+from moh.training.architecture import FromScratchRecipe
+from moh.training.checkpoints import replacing_directory
+from moh.training.recipe import Recipe
+from moh.training.tokens.byte_pair import byte_pair_tokenizer
+from moh.training.tokens.prepare import TrainingText, cache_directory, open_sources
 
 _MOST_PADDING = 2048
 """Rows of an embedding beyond the tokenizer's ids: more than any model pads to, so it must be another's tokenizer."""

@@ -8,11 +8,11 @@ from moh._extras import require
 require("diffusers", extra="diffusion")
 
 # A saved pipeline loads a class by a base class that it looks up in the same place.
-from diffusers import ModelMixin as ModelMixin  # noqa: E402
+from diffusers import ModelMixin as ModelMixin
 
-from moh.models.dit.guidance import guided_output  # noqa: E402
-from moh.models.dit.presets import DIT_NAMES, create_dit  # noqa: E402
-from moh.models.dit.transformer import MoHDiTTransformer2DModel  # noqa: E402
+from moh.models.dit.guidance import guided_output
+from moh.models.dit.presets import DIT_NAMES, create_dit
+from moh.models.dit.transformer import MoHDiTTransformer2DModel
 
 # diffusers' pipelines save the module of a class to import it from there again. One that ends in `.dit.<file>` they take
 # for their own pipeline package `dit`.

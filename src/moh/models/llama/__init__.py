@@ -7,7 +7,7 @@ from moh._extras import require
 
 require("transformers", extra="llm")
 
-from moh.models.llama.configuration import MoHLlamaConfig  # noqa: E402
-from moh.models.llama.modeling import MoHLlamaForCausalLM, MoHLlamaModel, MoHLlamaPreTrainedModel  # noqa: E402
+from moh.models.llama.configuration import MoHLlamaConfig
+from moh.models.llama.modeling import MoHLlamaForCausalLM, MoHLlamaModel, MoHLlamaPreTrainedModel
 
 __all__ = ["MoHLlamaConfig", "MoHLlamaForCausalLM", "MoHLlamaModel", "MoHLlamaPreTrainedModel"]

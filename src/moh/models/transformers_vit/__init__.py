@@ -8,8 +8,8 @@ from moh._extras import require
 
 require("transformers", extra="llm")
 
-from moh.models.transformers_vit.configuration import MoHViTConfig  # noqa: E402
-from moh.models.transformers_vit.modeling import (  # noqa: E402
+from moh.models.transformers_vit.configuration import MoHViTConfig
+from moh.models.transformers_vit.modeling import (
     MoHImageClassifierOutput,
     MoHViTForImageClassification,
     MoHViTModel,

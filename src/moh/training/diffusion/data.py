@@ -15,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
-from moh._extras import require
 from moh.training.diffusion.recipe import DiffusionDataRecipe
 from moh.training.images.datasets import load_training_images
 from moh.training.images.folders import FolderImages
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage
-
-require("torchvision", extra="diffusion")
-
-from torchvision.transforms import InterpolationMode  # noqa: E402
-from torchvision.transforms import functional as F  # noqa: E402
 
 Batch = dict[str, Tensor]
 _TRIES = 100  # damaged images in a row

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moh._extras import require
+from diffusers import AutoencoderKL
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
 from moh.training.diffusion.data import PixelDataset, as_batch, load_source
@@ -18,12 +20,6 @@ from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
 from moh.training.images.sources import ImageSource
 from moh.training.session import RunResult, open_session, saving
-
-require("transformers", extra="llm")
-require("diffusers", extra="diffusion")
-
-from diffusers import AutoencoderKL  # noqa: E402
-from transformers import TrainerCallback, TrainingArguments, set_seed  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

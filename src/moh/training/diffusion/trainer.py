@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
-from moh._extras import require
 from moh.sampling import ImageModel, image_grid, sample, save_image_model, write_png
 from moh.sampling.schedulers import SamplingSettings
 from moh.training.average import Averaging, MovingAverage
@@ -21,13 +23,6 @@ from moh.training.diffusion.draws import Draws, draw
 from moh.training.diffusion.loss import add_noise, hybrid_loss
 from moh.training.diffusion.recipe import DiffusionTrainingRecipe
 from moh.training.routing_trainer import RoutingTrainer
-
-require("transformers", extra="llm")
-require("diffusers", extra="diffusion")
-
-from safetensors import SafetensorError  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-from transformers.integrations import TensorBoardCallback  # noqa: E402
 
 
 class Denoiser(nn.Module):

@@ -10,19 +10,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from moh._extras import require
 from moh.data.seeds import generators_kept, seed_all
 from moh.models.image_loading import ImageInput, class_names, image_input
 from moh.training.images.augmentation import PixelTransform, eval_transform, train_transform
 from moh.training.images.augmentation_recipe import AugmentationRecipe
 from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage, with_classes
-
-require("timm", extra="vision")
-
-from timm.data.mixup import Mixup  # noqa: E402
 
 SKIPPED = -100
 """Label of an image that could not be read."""

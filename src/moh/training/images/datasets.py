@@ -8,15 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh._extras import require
+from moh.training.images.fashion_mnist import NAME as FASHION_MNIST
+from moh.training.images.fashion_mnist import has_idx_files, load_fashion_mnist, read_idx_folder
+from moh.training.images.folders import FolderImages
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import HELDOUT_NAMES, ImageSource, hold_out, with_classes
-
-require("torchvision", extra="vision")
-
-from moh.training.images.fashion_mnist import NAME as FASHION_MNIST  # noqa: E402
-from moh.training.images.fashion_mnist import has_idx_files, load_fashion_mnist, read_idx_folder  # noqa: E402
-from moh.training.images.folders import FolderImages  # noqa: E402
 
 
 def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:

@@ -13,15 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.datasets import FashionMNIST
 
-from moh._extras import require
 from moh.training._sources import apt_download
 from moh.training.corpus import default_cache_dir
 from moh.training.images.sources import TensorImages
-
-require("torchvision", extra="vision")
-
-from torchvision.datasets import FashionMNIST  # noqa: E402
 
 NAME = "fashion-mnist"
 CLASSES = tuple(FashionMNIST.classes)

@@ -9,14 +9,10 @@ import io
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from moh._extras import require
 from moh.training.images.sources import UnreadableImage
-
-require("torchvision", extra="vision")
-
-from PIL import Image  # noqa: E402
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset  # noqa: E402
 
 
 class FolderImages:

@@ -8,17 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 
-from moh._extras import require
 from moh.training.images.folders import decode
 from moh.training.images.sources import HELDOUT_NAMES, UnreadableImage
-
-require("datasets", extra="vision")
-
-import datasets  # noqa: E402
-from PIL import Image  # noqa: E402
 
 
 class HubImages:

@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from moh._extras import require
 from moh.training.corpus import HELDOUT_EVERY
-
-require("PIL", extra="vision")
-
-from PIL import Image  # noqa: E402
 
 HELDOUT_NAMES = ("validation", "val", "valid", "test")
 """What the held-out part of a data set is called, the preferred name first."""
