@@ -188,7 +188,8 @@ def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
     """Batches of images; of any classes, as only what the heads contribute is looked at."""
     from torch.utils.data import DataLoader
 
-    from moh.training.images.batches import ImageBatches, readable_batches, take
+    from moh.training.images.batches import ImageBatches, readable_batches
+    from moh.training.images.sources import take
 
     batches: Any = ImageBatches(read_images(arguments), wanted)
     keep: Any = take  # a dataset that makes whole batches, of which DataLoader's types know nothing

@@ -16,7 +16,7 @@ from moh.explore import markup
 from moh.explore.images import ImageComparison, read_image, shaded_picture, time_image
 from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
 from moh.explore.subjects import ImageSubject
-from moh.training.images.folders import decode
+from moh.training.images.formats import decode
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ require("torchvision", extra="diffusion")
 
 from moh.sampling.checkpoint import ImageModel, load_image_model, load_vae, save_image_model
 from moh.sampling.denoising import sample
-from moh.sampling.files import sample_to_files
-from moh.sampling.images import image_grid, write_npz, write_png
+from moh.sampling.files import image_grid, sample_to_files, write_npz, write_png
 from moh.sampling.schedulers import SAMPLERS, SamplingSettings, diffusion_scheduler
 
 __all__ = [

@@ -14,11 +14,11 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
-from moh.training.diffusion.data import PixelDataset, as_batch, load_source
+from moh.training.diffusion.data import PixelDataset, load_source
 from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
-from moh.training.images.sources import ImageSource
+from moh.training.images.sources import ImageSource, take
 from moh.training.session import RunResult, open_session, saving
 
 
@@ -90,7 +90,7 @@ def train(
         model=Denoiser(transformer),
         args=_fitting(arguments, transformer, settings.workers),
         train_dataset=dataset,
-        data_collator=as_batch,
+        data_collator=take,
         callbacks=list(callbacks),
         image_model=model,
         settings=settings,

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from moh.data.seeds import generator_of, generators_kept, seed_all
 from moh.models.image_loading import ImageInput
-from moh.training.images.augmentation_recipe import AugmentationRecipe
+from moh.training.images.recipe import AugmentationRecipe
 from moh.training.images.sources import TensorImages
 
 ImageTransform = Callable[[Image.Image], Tensor]

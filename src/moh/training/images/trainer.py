@@ -19,7 +19,8 @@ from transformers import EvalPrediction, TrainerCallback
 
 from moh.models.image_loading import save_image_classifier
 from moh.training.average import Averaging, MovingAverage
-from moh.training.images.batches import SKIPPED, take
+from moh.training.images.batches import SKIPPED
+from moh.training.images.sources import take
 from moh.training.precision import without_autocast
 from moh.training.routing_trainer import RoutingTrainer
 
