@@ -82,9 +82,9 @@ def run(arguments: Namespace) -> None:
 
 def _write(subject: Subject) -> None:
     from moh.inspection import ablate_heads, inspect_groups
+    from moh.inspection.plots import find_history, training_rows
     from moh.inspection.report import report
     from moh.inspection.statistics import choosing_layers
-    from moh.inspection.training_plots import find_history, training_rows
 
     arguments = subject.arguments
     use = inspect_groups(subject.model, subject.inputs(), seed=arguments.seed)

@@ -13,9 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moh.evaluation.speed import device_clock
-from moh.explore.observing import observed
+from moh.explore.observing import median_seconds, observed
 from moh.explore.subjects import Eyes, ImageSubject
-from moh.explore.timing import median_seconds
 from moh.inspection.page.samples import patch_grid, picture
 from moh.inspection.trace import LayerTrace
 

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from moh.explore import markup
+from moh.explore.observing import REPEATS
 from moh.explore.subjects import Subject
-from moh.explore.timing import REPEATS
 
 TIME_ROW = f"time (median of {REPEATS})"
 

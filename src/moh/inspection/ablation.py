@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moh.inspection.batches import GroupBatch, GroupedInputs
-from moh.inspection.tables import save_rows
+from moh.inspection.groups import LayerHeads, stack_layers
+from moh.inspection.inputs import GroupBatch, GroupedInputs
+from moh.inspection.tables import Row, save_rows
 from moh.inspection.trace import AttentionLayer, attention_layers
-from moh.inspection.use import LayerHeads, Row, stack_layers
 
 
 @dataclass(frozen=True)

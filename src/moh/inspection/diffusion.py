@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moh.data.seeds import generator_of
-from moh.inspection.batches import GroupBatch, GroupedInputs
+from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.sampling.checkpoint import ImageModel
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.loss import add_noise, hybrid_loss

@@ -1,11 +1,13 @@
 """The transformers Trainer for diffusion models: noise, hybrid loss, balance loss, averaged weights, sample grids.
 
-Not for recipes or data (`moh.training.diffusion.run`), nor for the loss's terms (`moh.training.diffusion.loss`).
+A step's random numbers are drawn for each image from the run's seed, the step and the image's number: a resumed run repeats
+those of an uninterrupted one, and several processes draw those of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from moh.data.seeds import generator_of
 from moh.sampling import ImageModel, image_grid, sample, save_image_model, write_png
 from moh.sampling.schedulers import SamplingSettings
 from moh.training.average import Averaging, MovingAverage
 from moh.training.diffusion.data import to_float
-from moh.training.diffusion.draws import Draws, draw
 from moh.training.diffusion.loss import add_noise, hybrid_loss
 from moh.training.diffusion.recipe import DiffusionTrainingRecipe
 from moh.training.routing_trainer import RoutingTrainer
@@ -174,3 +176,58 @@ def _clean(inputs: dict[str, Tensor], drawn: Draws) -> Tensor:
     mean, std = (inputs[name][rows, drawn.mirrored.long()].float() for name in ("mean", "std"))
     assert drawn.latent is not None
     return mean + std * drawn.latent
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for B images.
+
+    Attributes:
+        t: `[B]` int64, the time steps.
+        noise: `[B, C, h, w]` float32, what is added to the images.
+        mirrored: `[B]` bool.
+        uniform: `[B]` float32 in 0..1, for dropping labels.
+        latent: `[B, C, h, w]` float32, to draw latents of; None for pixels.
+    """
+
+    t: Tensor
+    noise: Tensor
+    mirrored: Tensor
+    uniform: Tensor
+    latent: Tensor | None
+
+
+def draw(
+    indices: Tensor,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    step: int,
+    train_steps: int,
+    mirror: bool,
+    latents: bool,
+    device: torch.device,
+) -> Draws:
+    """Draw for the images `indices` `[B]` of one step.
+
+    Args:
+        indices: the images' numbers in the data set.
+        shape: (C, h, w).
+        seed: of the run.
+        step: the optimiser step.
+        train_steps: steps of the diffusion.
+        mirror: mirror half of the images; False mirrors none.
+        latents: draw noise for latents too.
+        device: where the tensors go.
+    """
+    count = len(indices)
+    noise = torch.empty(count, 2 if latents else 1, *shape)
+    uniform = torch.empty(count, 2)
+    t = torch.empty(count, dtype=torch.int64)
+    for row, index in enumerate(indices.tolist()):
+        generator = generator_of(seed, step, index)
+        t[row].random_(train_steps, generator=generator)
+        uniform[row].uniform_(generator=generator)
+        noise[row].normal_(generator=generator)
+    noise, uniform, t = (value.to(device, non_blocking=True) for value in (noise, uniform, t))
+    return Draws(t, noise[:, 0], (uniform[:, 0] < 0.5) & mirror, uniform[:, 1], noise[:, 1] if latents else None)

@@ -141,7 +141,7 @@ def image_loader(
             f"the images must have the {model.num_classes} classes of the model, but have {len(dataset.classes)}"
         )
     batches = ImageBatches(dataset, image_input(model) if wanted is None else wanted)
-    return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)
 
 
 def readable_batches(

@@ -118,7 +118,7 @@ class ImageTrainer(RoutingTrainer):
             dataset,
             batch_size=self.args.eval_batch_size,
             sampler=self._get_eval_sampler(dataset),
-            collate_fn=take,  # type: ignore[arg-type]
+            collate_fn=take,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
