@@ -15,7 +15,7 @@ import torch
 from moh._extras import require
 from moh.inspection.ablation import HeadAblation
 from moh.inspection.groups import HeadUse, LayerHeads
-from moh.inspection.plots import COLOURS
+from moh.inspection.plots import COLOURS, new_figure
 from moh.inspection.statistics import choosing_layers, load_distance
 from moh.inspection.tables import Row
 
@@ -50,7 +50,6 @@ def plot_group_load(
     Raises:
         ValueError: a group or a layer is unknown.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
     total = len(use.groups)
     chosen = tuple(groups) if groups is not None else use.groups
     if groups is None and total > MAX_GROUPS:
@@ -62,7 +61,7 @@ def plot_group_load(
     columns = math.ceil(len(places) / rows)
     labels = 0.085 * max(map(len, chosen))
     size = (max(5.0, labels + columns * width + 1.1), 1.0 + rows * (_CELL * len(chosen) + 0.62))
-    figure: Figure = figure_module.Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     for panel, place in enumerate(places):
@@ -207,9 +206,8 @@ def plot_ablation(ablation: HeadAblation, *, title: str = "Loss without the head
     """Layers x heads: how much the loss rises without each head; a dot where it is beyond two standard errors."""
     increase = ablation.map()
     count, heads = increase.shape
-    figure_module = require("matplotlib.figure", extra="llm")
     height = max(3.4, 1.4 + 0.2 * count)
-    figure: Figure = figure_module.Figure(figsize=(max(4.8, 2.0 + 0.42 * heads), height), layout="constrained")
+    figure = new_figure(max(4.8, 2.0 + 0.42 * heads), height)
     axes = figure.subplots()
     # A few early heads are worth far more than all others: beyond this the colour says no more
     most = float(increase[~increase.isnan()].abs().quantile(0.98)) or 1e-12
@@ -249,8 +247,7 @@ def _plot_tests(axes: Any, tests: Sequence[Row]) -> None:
 
 
 def _figure(*, columns: int, width: float, height: float, ratios: list[float] | None = None) -> tuple[Figure, Any]:
-    figure_module = require("matplotlib.figure", extra="llm")
-    figure: Figure = figure_module.Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
 
 

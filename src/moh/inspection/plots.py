@@ -27,6 +27,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 DASHES = ("-", "--", "-.", ":")
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches."""
+    figure: Figure = require("matplotlib.figure", extra="llm").Figure(figsize=(width, height), layout="constrained")
+    return figure
+
+
 def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: str = "Head load") -> Figure:
     """Layers x heads, the share of tokens that activate each head; shared heads are marked S, those of dense layers D.
 
@@ -35,10 +41,9 @@ def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: s
         layers: heads and routing of each layer; None for a dense one.
         title: of the figure.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
     count, heads = load.shape
     height = max(4.4, 1.4 + 0.2 * count)  # at least the length of the colour bar's label
-    figure: Figure = figure_module.Figure(figsize=(1.6 + 0.42 * heads, height), layout="constrained")
+    figure = new_figure(1.6 + 0.42 * heads, height)
     axes = figure.subplots()
     image = axes.imshow(load.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for layer, config in enumerate(layers):
@@ -57,8 +62,7 @@ def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: s
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str = "Training loss") -> Figure:
     """One line per name, each a list of (step, loss)."""
-    figure_module = require("matplotlib.figure", extra="llm")
-    figure: Figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    figure = new_figure(6.4, 4)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True) if points else ((), ())
@@ -142,11 +146,10 @@ def plot_training(rows: Sequence[Row]) -> Figure:
     """
     if not rows:
         raise ValueError("the log has no entries with routing: was the model trained with MoH layers?")
-    figure_module = require("matplotlib.figure", extra="llm")
     whole = [row for row in rows if row["layer"] == "all"]
     loads = [row for row in whole if row["lowest"] != ""]
     columns = 2 if loads else 1
-    figure: Figure = figure_module.Figure(figsize=(5.0 * columns, 3.6), layout="constrained")
+    figure = new_figure(5.0 * columns, 3.6)
     panels = figure.subplots(1, columns, squeeze=False)[0]
     steps = [row["step"] for row in whole]
     panels[0].plot(steps, [row["balance_loss"] for row in whole], "-o", color=COLOURS[0], markersize=2.5)
