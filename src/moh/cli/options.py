@@ -1,6 +1,6 @@
-"""What commands share: how a parser is added, the options that name texts, images and active heads, and what they name.
+"""What commands share: adding a parser, and the options for texts, images and active heads with what reads them.
 
-Reading imports what it needs when it is called.
+The readers import what they need when they are called.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Command(argparse.ArgumentParser):
-    """The parser of a command, which hands over where the next word makes it a longer one, such as `moh eval fid`.
+    """The parser of a command, which hands over if the next word makes it a longer one, such as `moh eval fid`.
 
-    Sub-parsers of argparse would take any first word for one of their names: `moh eval MODEL` could not be.
+    With argparse's own sub-parsers the first word must be one of their names, which rules out `moh eval MODEL`.
     """
 
     longer: Mapping[str, Command] = {}
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def add_command(sub: Commands, name: str, about: str, run: Callable[[Namespace], None]) -> Command:
-    """Add a command that `run` serves to those of `sub`."""
+    """Add a command to `sub`; `run` carries it out."""
     parser = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
     parser.set_defaults(run=run, command=name)
     return parser
@@ -58,7 +58,7 @@ def add_files(parser: Any) -> None:
 
 
 def read_corpus(arguments: Namespace) -> Corpus:
-    """The text that a command line names."""
+    """The text given on the command line."""
     from moh.training import corpus_from_files, load_corpus
 
     return corpus_from_files(arguments.files) if arguments.files else load_corpus(arguments.corpus)
@@ -68,7 +68,7 @@ def token_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, seq_le
     """`[n, seq_len]` int64, the first blocks of the texts, of at most `max_tokens` in all.
 
     Raises:
-        ValueError: not even one block of two tokens is wanted.
+        ValueError: `seq_len` is below 2 or `max_tokens` below `seq_len`.
     """
     from moh.training import pack_tokens
 
@@ -80,7 +80,7 @@ def token_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, seq_le
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The options that say on which images, and how; `read_images` reads them."""
+    """The options of image classifiers; `read_images` reads the images."""
     group = parser.add_argument_group("image classifiers")
     group.add_argument(
         "--images", metavar="DATASET",
@@ -95,7 +95,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def reads_images(arguments: Namespace) -> bool:
-    """Whether the command is about an image classifier: a directory says so itself, a hub name by `--images`.
+    """Whether the model is an image classifier: read from a directory; a hub name is one if `--images` is given.
 
     Raises:
         ValueError: a classifier without images, images for another model, images and text, or a model that is neither a
@@ -118,7 +118,7 @@ def reads_images(arguments: Namespace) -> bool:
 
 
 def read_images(arguments: Namespace) -> ImageSource:
-    """The images that a command line names."""
+    """The images given on the command line."""
     from moh.training.images.datasets import load_evaluation_images
     from moh.training.images.sources import every_nth
 

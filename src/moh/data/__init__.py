@@ -1,1 +1,1 @@
-"""Data: the ground on which models stand. It knows texts, tokens, pixels and random numbers, and no network."""
+"""Data: texts, tokens, pixels and random numbers. Below the models: nothing here knows a network."""

@@ -1,6 +1,6 @@
-"""Random numbers as a function of where a run is (the seed, the step, the image), not of a generator that has been running.
+"""Random numbers as a function of where a run is (its seed, the step, the image), not of a generator's past.
 
-An interrupted run, one on several processes or one with another number of loading processes so draws what any other draws.
+A resumed run, or one with a different number of processes, therefore draws the same numbers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _MASK = (1 << 64) - 1
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed of 32 bits, as torch's CPU generators use no more.
+    """A seed of 32 bits, which is all that torch's CPU generators use.
 
-    Two lists that differ in one number alone, by less than 2^32, have different seeds.
+    Lists that differ in a single number, by less than 2^32, have different seeds.
     """
     return zlib.crc32(struct.pack(f"<{len(numbers)}q", *numbers))
 
 
 def generator_of(*numbers: int) -> torch.Generator:
-    """A CPU generator that belongs to `numbers`: a run's seed and the number of an image, for example."""
+    """A CPU generator seeded by `numbers`, such as a run's seed and an image's number."""
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
@@ -51,7 +51,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def make_key(*numbers: int) -> int:
-    """A key of 64 bits for a permutation, where 32 would soon repeat; the same on every machine and with every release."""
+    """A key of 64 bits, for permutations; the same on every machine and with every release."""
     key = 0
     for number in numbers:
         key = mixed(key ^ (number & _MASK))

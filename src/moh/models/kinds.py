@@ -1,6 +1,6 @@
 """What is at a path: a language, image or diffusion model, ours or not, in the format of transformers, timm or diffusers.
 
-Reads the JSON files that these libraries write; imports none of them, nor torch, and asks no hub.
+Reads the JSON files that these libraries write: no torch, no library, no network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Kind:
         task: "language" (encoders of text too), "images" (it reads them) or "diffusion" (it draws them).
         library: whose format it is in: "transformers", "timm" or "diffusers".
         name: what the library calls it: a model type, an architecture or the class of the denoising model; "" for a hub
-            name, which nobody has looked up, and for a .gguf file.
+            name, which is not looked up, and for a .gguf file.
     """
 
     task: Task
@@ -36,7 +36,7 @@ class Kind:
 
     @property
     def is_ours(self) -> bool:
-        """Whether its class is one of this package, which may be dense all the same."""
+        """Whether its class belongs to this package; it may still be dense."""
         return self.name.lower().startswith("moh")
 
 
@@ -46,10 +46,10 @@ def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") 
     Args:
         model: a directory of a model or of a diffusers pipeline, a .gguf file, a hub name ("hf-hub:NAME" for timm's); or the
             configuration of a model, as its config.json has it.
-        named: what a hub name is taken for.
+        named: the task to assume for a hub name.
 
     Raises:
-        ValueError: there is nothing at the path, or no configuration that can be read; names the path.
+        ValueError: there is nothing at the path, or no readable configuration; the message names the path.
     """
     if isinstance(model, Mapping):
         return _of_config(model, "the configuration")
@@ -74,7 +74,7 @@ def saved_config(directory: str | Path) -> dict[str, Any]:
 
 
 def looks_local(path: str | Path) -> bool:
-    """Whether a path that is not there can't be a hub name."""
+    """Whether a path can only be local: not a hub name, even if nothing is there."""
     return isinstance(path, Path) or path.startswith((".", "/", "~"))
 
 

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which is often better than the weights of the last step."""
+"""The exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import TrainerCallback
 class MovingAverage:
     """A copy of a model whose weights follow the model's: `average += (1 - decay) * (weights - average)` after each step.
 
-    After the first step it is the model itself, so that the first weights, which are random, leave no trace. All that a
-    resumed run needs is `module`'s state: the decay is a function of the step.
+    The first step copies the weights, so the initial, random ones leave no trace. The decay is a function of the step, so a
+    resumed run needs only the state of `module`.
 
     Args:
         model: what is trained.
         decay: of the average.
-        ramp: `steps since the first -> ` the most that the decay is then, so that a short run is not held back; None for
-            `decay` from the second step on.
+        ramp: steps since the first -> upper bound of the decay, so that a short run is not held back; None uses `decay`
+            from the second step on.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, ramp: Callable[[int], float] | None = None) -> None:
