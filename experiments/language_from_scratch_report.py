@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
+from variant_plots import plot_over_layers, plot_scores
 
 from moh._files import write_text
 from moh.config import MoHConfig
 from moh.evaluation import cpu_name
 from moh.inspection.plots import plot_head_load, save
-from moh.inspection.variant_plots import plot_over_layers, plot_scores
 from moh.routing import record_routing
 from moh.training.tokens.blocks import IGNORED
 from moh.training.tokens.store import StoredBlocks

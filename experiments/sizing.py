@@ -3,7 +3,7 @@
     python experiments/sizing.py --out docs/results
 
 Writes `sizing.json` and `sizing.md`. The shapes are the published ones; the assumptions on the GPU are options of
-`moh.evaluation.sizing.Gpu` and listed on the page.
+`sizing_estimates.Gpu` and listed on the page.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from sizing_estimates import GIB, Gpu, Plan, Size, size
 from transformers import LlamaConfig
 
 from moh._files import write_text
-from moh.evaluation.sizing import GIB, Gpu, Plan, Size, size
 from moh.models.transformers import MoHLlamaConfig
 
 LLAMA3_8B = dict(

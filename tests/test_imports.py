@@ -54,6 +54,18 @@ def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path
     in_new_interpreter(textwrap.dedent(code) + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
 
 
+def test_torch_is_imported_when_a_name_is_first_used():
+    code = """
+    import sys
+    import moh
+    assert "torch" not in sys.modules and {*moh.__all__, "attention", "routing"} <= set(dir(moh))
+    from moh import MoHAttention, moh_attention
+    assert "torch" in sys.modules and moh.attention.moh_attention is moh_attention is vars(moh)["moh_attention"]
+    assert moh.MoHAttention is MoHAttention and moh.routing.record_routing is moh.record_routing
+    """
+    in_new_interpreter(code)
+
+
 @needs_transformers
 @pytest.mark.parametrize(
     "first",
@@ -70,6 +82,28 @@ def test_transformers_first_is_registered_with_at_once(tmp_path, first):
 def test_missing_extra_is_named():
     with pytest.raises(ImportError, match=r"needs not_there_at_all.*pip install 'mixture-of-heads\[llm\]'"):
         require("not_there_at_all.sub", extra="llm")
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "extra"),
+    [
+        ("diffusers", "import moh.sampling", "diffusion"),
+        ("timm", "import moh.training.images.run", "vision"),
+        ("timm", "from moh.evaluation import evaluate_images", "vision"),
+        ("transformers", "from moh.training import MoHTrainer", "llm"),
+    ],
+)
+def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
+    code = f"""
+    import sys
+    sys.modules["{missing}"] = None
+    try:
+        {statement}
+    except ImportError as error:
+        print(error)
+    """
+    assert f"this needs {missing}, which is not installed" in (told := in_new_interpreter(code))
+    assert f"pip install 'mixture-of-heads[{extra}]'" in told
 
 
 def test_present_module_is_returned_without_talk_of_extras():

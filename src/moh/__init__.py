@@ -1,23 +1,26 @@
 """Mixture-of-Heads: transformers whose attention heads are experts (arXiv 2410.11842).
 
-`import moh` needs torch alone. What needs an extra is loaded when it is first used; the Auto classes of transformers
-and timm's `create_model` know our models as soon as both packages are imported, in either order.
+`import moh` needs torch alone, and loads it when one of the names below is first used; what needs an extra likewise. The
+Auto classes of transformers and timm's `create_model` know our models as soon as both packages are imported, in either order.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moh.attention import moh_attention
+from moh._lazy import lazy
 from moh.config import MoHConfig
-from moh.layer import MoHAttention
-from moh.models.dial import active_heads, set_active_heads
 from moh.models.registration import register_with_transformers
 from moh.models.timm_registration import register_with_timm
-from moh.routing import RoutingInfo, balance_over_processes, record_routing
 
 if TYPE_CHECKING:
+    from moh import attention as attention
+    from moh import routing as routing
+    from moh.attention import moh_attention
     from moh.conversion import convert
+    from moh.layer import MoHAttention
+    from moh.models.dial import active_heads, set_active_heads
+    from moh.routing import RoutingInfo, balance_over_processes, record_routing
 
 __version__ = "0.1.0"
 
@@ -33,14 +36,21 @@ __all__ = [
     "set_active_heads",
 ]
 
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "MoHAttention": "moh.layer",
+        "RoutingInfo": "moh.routing",
+        "active_heads": "moh.models.dial",
+        "attention": "moh.attention",
+        "balance_over_processes": "moh.routing",
+        "convert": "moh.conversion",
+        "moh_attention": "moh.attention",
+        "record_routing": "moh.routing",
+        "routing": "moh.routing",
+        "set_active_heads": "moh.models.dial",
+    },
+)
 
 register_with_transformers()
 register_with_timm()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "convert":
-        from moh.conversion import convert
-
-        return convert
-    raise AttributeError(f"module 'moh' has no attribute {name!r}")

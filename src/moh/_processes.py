@@ -6,12 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from moh._extras import require
-
-require("accelerate", extra="llm")
-
-from accelerate import PartialState  # noqa: E402
+from accelerate import PartialState
 
 
 @contextmanager

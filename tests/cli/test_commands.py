@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh as package
 from moh.attention import BACKENDS
+from moh.cli.main import build_parser
 from moh.evaluation import perplexity
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens, read_texts
 
-COMMANDS = ["demo", "convert", "train", "eval", "eval fid", "sample", "generate", "inspect", "info"]
+COMMANDS = list(build_parser()._subparsers._group_actions[0].choices)
+HEAVY = "torch transformers timm diffusers numpy matplotlib"
 
 
 def test_info_tells_versions_and_every_attention_backend(moh) -> None:
@@ -149,6 +153,26 @@ def test_every_command_explains_itself(moh, command) -> None:
     result = moh(*command.split(), "--help")
     assert result.code == 0 and not result.err
     assert result.out[0].startswith(f"usage: moh {command}")
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", *(f"{command} --help" for command in COMMANDS)])
+def test_help_and_version_import_nothing_heavy(words) -> None:
+    code = f"""
+import sys
+from moh.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    loaded = [name for name in "{HEAVY}".split() if name in sys.modules]
+    assert not loaded, f"also imported {{loaded}}"
+"""
+    command = [sys.executable, "-c", code, *words.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0 and result.stdout and not result.stderr, result.stderr
+
+
+def test_version_is_the_packages(moh) -> None:
+    assert moh("--version").out == [f"moh {package.__version__}"]
 
 
 def test_the_overview_names_every_command(moh) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from moh.evaluation import evaluate_images
 from moh.models.image_loading import load_image_classifier
-from moh.training.images.folders import FolderImages
+from moh.training.images.formats import FolderImages
 
 
 @pytest.mark.parametrize("kind", ["75", "dense"])

@@ -15,7 +15,7 @@ from moh.evaluation.curve import text_curve
 from moh.inspection import image_groups, inspect_groups, text_groups
 from moh.models.image_loading import load_image_classifier
 from moh.training import pack_tokens
-from moh.training.images.folders import FolderImages
+from moh.training.images.formats import FolderImages
 
 TABLES = {"heads.csv", "heads.parquet", "layers.csv", "summary.md"}
 TESTED = {"tests.csv", "specialised.csv"}

@@ -10,7 +10,7 @@ import torch
 from generation_cases import random_images, save_tiny_classifier, write_npz, write_pngs
 
 from moh.cli import main
-from moh.cli.scores import join_command
+from moh.cli.main import build_parser
 from moh.evaluation.generation import load_classifier, score_images
 from moh.training.images import datasets
 from moh.training.images.sources import TensorImages
@@ -133,16 +133,16 @@ def test_what_the_parser_does_not_know_ends_with_code_2(capsys, argv: list[str])
 
 
 @pytest.mark.parametrize(
-    ("argv", "joined"),
+    ("argv", "command", "named"),
     [
-        ("eval fid a", ["eval fid", "a"]),
-        ("--debug eval fid a", ["--debug", "eval fid", "a"]),
-        ("eval ./fid", ["eval", "./fid"]),
-        ("eval --json fid", ["eval", "--json", "fid"]),
-        ("generate eval fid", ["generate", "eval", "fid"]),
-        ("--debug", ["--debug"]),
-        ("", []),
+        ("eval fid a --reference b", "eval fid", {"samples": "a"}),
+        ("--debug eval fid a --reference b", "eval fid", {"samples": "a", "debug": True}),
+        ("eval lm a --suite b", "eval lm", {"checkpoint": ["a"]}),
+        ("eval ./fid", "eval", {"model": "./fid"}),
+        ("eval --json fid", "eval", {"model": "fid", "json": True}),
+        ("generate eval fid", "generate", {"model": "eval", "prompt": "fid"}),
     ],
 )
-def test_only_the_command_itself_is_joined(argv: str, joined: list[str]) -> None:
-    assert join_command(argv.split()) == joined
+def test_only_the_first_word_makes_a_longer_command(argv: str, command: str, named: dict[str, object]) -> None:
+    read = vars(build_parser().parse_args(argv.split()))
+    assert read["command"] == command and named.items() <= read.items()

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from moh.cli import main
-from moh.evaluation.harness import SUITES, evaluate, make_local_tasks
-from moh.evaluation.harness.local import make, wordnet
-from moh.evaluation.harness.local.questions import definitions, kinds, last_words, next_sentences, opposites
-from moh.evaluation.harness.local.wordnet import read_synsets
+from moh.evaluation.harness import SUITES, evaluate, local, make_local_tasks, questions
+from moh.evaluation.harness.questions import definitions, kinds, last_words, next_sentences, opposites, read_synsets
 
 SAMPLE = Path(__file__).parent / "wordnet_sample"
 DOCUMENT = "\n\n".join(
@@ -27,11 +25,11 @@ DOCUMENT = "\n\n".join(
 
 
 @pytest.fixture(scope="module")
-def nouns() -> list[wordnet.Synset]:
+def nouns() -> list[questions.Synset]:
     return read_synsets(SAMPLE, "noun")
 
 
-def test_synsets_are_read_with_all_that_belongs_to_them(nouns: list[wordnet.Synset]) -> None:
+def test_synsets_are_read_with_all_that_belongs_to_them(nouns: list[questions.Synset]) -> None:
     by_word = {synset.words[0]: synset for synset in nouns}
     male = by_word["male"]
     assert male.definition == "an animal that produces gametes (spermatozoa) that can fertilize female gametes (ova)"
@@ -39,7 +37,7 @@ def test_synsets_are_read_with_all_that_belongs_to_them(nouns: list[wordnet.Syns
     assert by_word["natural object"].broader == (by_word["whole"].offset,)
 
 
-def test_a_definition_is_that_of_the_word_and_the_wrong_ones_are_of_its_field(nouns: list[wordnet.Synset]) -> None:
+def test_a_definition_is_that_of_the_word_and_the_wrong_ones_are_of_its_field(nouns: list[questions.Synset]) -> None:
     asked = definitions(nouns, count=20)
     assert len(asked) == 20
     for question in asked:
@@ -51,7 +49,7 @@ def test_a_definition_is_that_of_the_word_and_the_wrong_ones_are_of_its_field(no
         assert fields & {synset.field for synset in right}
 
 
-def test_no_wrong_kind_is_a_broader_term_of_the_word(nouns: list[wordnet.Synset]) -> None:
+def test_no_wrong_kind_is_a_broader_term_of_the_word(nouns: list[questions.Synset]) -> None:
     by_offset = {synset.offset: synset for synset in nouns}
     asked = kinds(nouns, count=20)
     assert asked
@@ -131,9 +129,9 @@ def test_the_suite_runs_from_making_its_tasks_to_the_table(
 
 def test_tasks_that_are_made_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(make, "load_corpus", lambda *a: type("Corpus", (), {"heldout": [DOCUMENT]}))
-    monkeypatch.setattr(make, "wordnet_directory", lambda cache: made.append(cache) or SAMPLE)
-    assert make.local_tasks(tmp_path) == make.local_tasks(tmp_path)
+    monkeypatch.setattr(local, "load_corpus", lambda *a: type("Corpus", (), {"heldout": [DOCUMENT]}))
+    monkeypatch.setattr(local, "wordnet_directory", lambda cache: made.append(cache) or SAMPLE)
+    assert local.local_tasks(tmp_path) == local.local_tasks(tmp_path)
     assert made == [tmp_path]
 
 
@@ -152,10 +150,10 @@ def test_a_damaged_dictionary_names_the_line(tmp_path: Path) -> None:
 
 
 def test_without_the_dictionary_or_its_registry_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wordnet, "_INSTALLED", Path("nowhere/at/all"))
+    monkeypatch.setattr(questions, "_INSTALLED", Path("nowhere/at/all"))
     monkeypatch.setattr("moh.training._sources.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"wordnet-base is not installed .* this is not a Debian or Ubuntu system"):
-        wordnet.wordnet_directory(tmp_path)
+        questions.wordnet_directory(tmp_path)
 
 
 def test_the_suite_is_looked_for_only_if_it_is_asked_for(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

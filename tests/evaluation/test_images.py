@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import moh  # noqa: F401  registers its models with timm
 from moh.evaluation import evaluate_images
 from moh.models.image_loading import ImageInput, describe
-from moh.training.images.folders import FolderImages
+from moh.training.images.formats import FolderImages
 from moh.training.images.sources import TensorImages
 
 CLASSES = ("ant", "bee", "cow", "doe", "elk", "fox", "gnu")

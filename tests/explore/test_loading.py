@@ -42,8 +42,9 @@ def test_a_classifier_of_transformers_is_explored_too(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_of_another_vocabulary_is_refused(converted_dir: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    AutoConfig.from_pretrained(converted_dir).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(converted_dir)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(tmp_path)

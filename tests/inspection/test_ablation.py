@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moh import convert
 from moh.inspection import ablate_heads, diffusion_groups, image_groups, text_groups, token_groups
+from moh.inspection.group_plots import plot_ablation
 from moh.inspection.plots import save_with_data
-from moh.inspection.use_plots import plot_ablation
 from moh.routing import RoutingInfo
 
 LABELS = [0, 1, 2, 1, 0]

@@ -19,7 +19,7 @@ from moh.inspection import (
     specialised_heads,
     unusual_heads,
 )
-from moh.inspection.permutation import holm
+from moh.inspection.statistics import holm
 
 
 def noisy(mean: list[float], count: int, seed: int, spread: float = 0.02) -> list[list[float]]:

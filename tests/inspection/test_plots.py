@@ -13,10 +13,23 @@ from group_cases import made_up, random_use
 
 from moh import MoHConfig
 from moh.inspection import permutation_test
-from moh.inspection.group_plots import MAX_GROUPS, MAX_LAYERS, plot_group_load
-from moh.inspection.plots import plot_head_load, plot_losses, save, save_with_data
-from moh.inspection.training_plots import find_history, plot_training, training_rows
-from moh.inspection.use_plots import plot_distances, plot_shared_and_routed, shared_and_routed_rows
+from moh.inspection.group_plots import (
+    MAX_GROUPS,
+    MAX_LAYERS,
+    plot_distances,
+    plot_group_load,
+    plot_shared_and_routed,
+    shared_and_routed_rows,
+)
+from moh.inspection.plots import (
+    find_history,
+    plot_head_load,
+    plot_losses,
+    plot_training,
+    save,
+    save_with_data,
+    training_rows,
+)
 
 CURVES = {"dense": [(1, 3.0), (2, 2.0)], "MoH": [(1, 3.5)], "none": []}
 ROUTED = MoHConfig(4, 1, 1)

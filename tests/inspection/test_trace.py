@@ -10,6 +10,7 @@ import moh
 from moh import MoHAttention
 from moh.conversion.passes import head_contributions
 from moh.inspection.trace import trace
+from moh.models.transformers.families import FAMILIES
 
 
 def explicit(layer: MoHAttention, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +62,28 @@ def test_a_dense_language_model_uses_every_head(base_dir) -> None:
         assert layer.config is None
         assert layer.gates.shape == layer.contributions.shape == (1, 6, model.config.num_attention_heads)
         assert (layer.gates == 1).all() and (layer.contributions > 0).all()
+
+
+@pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES])
+@pytest.mark.parametrize("kind", ["dense", "MoH"])
+def test_every_family_is_traced(model_type: str, kind: str) -> None:
+    from family_cases import IMAGES, SIZES, dense_model, images, inputs_of, token_ids
+
+    dense = dense_model(model_type)
+    heads = SIZES["num_attention_heads"]
+    model = dense
+    if kind == "MoH":
+        calibration = images() if model_type in IMAGES else token_ids()
+        how = dict(shared_heads=heads // 2, active_heads=1, calibration=calibration, allocation="even")
+        model = moh.convert(dense, refit_output=False, progress=False, **how)
+    inputs = inputs_of(model_type, count=2)
+    tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 17  # 4 x 4 patches and the class token
+    layers = trace(model, lambda: model(**inputs))
+    assert len(layers) == SIZES["num_hidden_layers"]
+    for layer in layers:
+        assert layer.contributions.shape == (2, tokens, heads)
+        assert torch.equal(layer.contributions > 0, layer.gates > 0)
+        assert layer.gates.sum(-1).unique().tolist() == [heads if kind == "dense" else heads // 2 + 1]
 
 
 def test_contributions_are_lengths_of_each_heads_part() -> None:

@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_told(tiny, vae, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint must be a directory, but there is no '/nowhere'"):
         load_image_model("/nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no configuration that can be read"):
+    with pytest.raises(ValueError, match="empty' has no configuration that can be read"):
         load_image_model(tmp_path / "empty")
     with pytest.raises(ValueError, match=f"vae '{tmp_path}/empty' can't be loaded"):
         tiny().transformer.save_pretrained(tmp_path / "model")

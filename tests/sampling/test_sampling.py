@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from torch import Tensor, nn
 
+from moh.data.seeds import seed_of
 from moh.sampling import SAMPLERS, ImageModel, SamplingSettings, diffusion_scheduler, sample
-from moh.sampling.noise import seed_of
 from moh.sampling.schedulers import make_scheduler
 from moh.training.diffusion.loss import predict
 

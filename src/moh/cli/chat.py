@@ -11,22 +11,24 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moh.cli import dial, generation
+from moh.cli import generation
+from moh.cli.options import active_heads, add_active_heads, add_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moh.cli.options import Commands
+
 _HELP = "Talk with a model: /heads K turns the dial, /reset forgets the conversation, /quit ends it."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `chat` to the commands."""
-    parser = sub.add_parser("chat", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "chat", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     generation.add_sampling(parser, max_new_tokens=256, temperature=0.7)
-    dial.add_option(parser)
+    add_active_heads(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -95,7 +97,7 @@ class Conversation:
         """
         import moh
 
-        return moh.set_active_heads(self.model, dial.active_heads(text))
+        return moh.set_active_heads(self.model, active_heads(text))
 
     def say(self, text: str) -> str:
         """Add the user's turn; print the model's answer as it is written, add and return it.

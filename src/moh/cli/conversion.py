@@ -5,30 +5,29 @@ Each kind of model has its own calibration data and its own files; the conversio
 
 from __future__ import annotations
 
-import argparse
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moh.cli.options import add_command, add_files, add_images, read_corpus, read_images
 from moh.config import ROUTERS, ROUTING_UNITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from moh.cli.options import Commands
     from moh.models.image_loading import ImageInput
 
 _HELP = "Turn a pretrained dense model of text, of images or of diffusion into a MoH model, without training."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `convert` to the commands."""
-    from moh.cli import images
     from moh.training.corpus import CALIBRATION_CORPORA, CORPORA
 
-    parser = sub.add_parser("convert", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "convert", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; hf-hub:NAME for a timm model")
     parser.add_argument("output", help="directory for the MoH model")
     parser.add_argument(
@@ -49,8 +48,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         default=list(CALIBRATION_CORPORA),
         help=f"text to calibrate on, equal parts of several (default: {' '.join(CALIBRATION_CORPORA)})",
     )
-    text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
-    images.add_options(parser)
+    add_files(text)
+    add_images(parser)
     parser.add_argument(
         "--calibration-tokens", type=int, default=12_288,
         help="tokens, or patches of images, to fit on (default: %(default)s)",
@@ -91,8 +90,9 @@ def run(arguments: Namespace) -> None:
 def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path], object]]:
     """The MoH model, the share of its heads that a token uses, and what writes it with all that belongs to it."""
     from moh.conversion import convert
-    from moh.conversion.convert import is_diffusion_model, load_dense
+    from moh.conversion.convert import load_dense
     from moh.models.dial import head_share, moh_routers
+    from moh.models.kinds import kind_of
     from moh.models.transformers.loading import default_device
 
     options = {
@@ -103,7 +103,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
         "refit_output": arguments.refit_output,
         "shares": arguments.shares,
     }
-    if is_diffusion_model(arguments.model):
+    if kind_of(arguments.model).task == "diffusion":
         if arguments.images is not None or arguments.files:
             raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
         model = convert(arguments.model, router=arguments.router or "two_stage", **options)
@@ -111,18 +111,11 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
     else:
         dense = load_dense(arguments.model).to(default_device())
         options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
-        of_kind = _of_images if _reads_images(dense) else _of_text
+        # a loaded model of timm has no config; another says what it is, which a hub name does not
+        reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
+        of_kind = _of_images if reads_images else _of_text
         model, save = of_kind(arguments, dense, options)
     return model, head_share([router.config for router in moh_routers(model)]), save
-
-
-def _reads_images(dense: Any) -> bool:
-    from moh.models.transformers.families import family_of
-
-    if not hasattr(dense, "config"):
-        return True
-    family = family_of(dense.config.model_type)
-    return family is not None and family.images
 
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
@@ -140,7 +133,6 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
 
 def _texts(arguments: Namespace) -> list[str]:
     """What the command line names to calibrate on."""
-    from moh.cli.commands import read_corpus
     from moh.training import load_corpus
     from moh.training.corpus import equal_parts
 
@@ -198,8 +190,8 @@ def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
     """Batches of images; of any classes, as only what the heads contribute is looked at."""
     from torch.utils.data import DataLoader
 
-    from moh.cli.images import read_images
-    from moh.training.images.batches import ImageBatches, readable_batches, take
+    from moh.training.images.batches import ImageBatches, readable_batches
+    from moh.training.images.sources import take
 
     batches: Any = ImageBatches(read_images(arguments), wanted)
     keep: Any = take  # a dataset that makes whole batches, of which DataLoader's types know nothing

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moh.cli.options import add_command, add_images, add_text, read_corpus, read_images, reads_images, token_blocks
+
 if TYPE_CHECKING:
+    from moh.cli.options import Commands
     from moh.evaluation.curve_points import Curve
 
 _HELP = "Quality and speed of a MoH model against the share of heads that its tokens use: picture, table, JSON."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `curve` to the commands."""
-    from moh.cli import images
-    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
-
-    parser = sub.add_parser("curve", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "curve", _HELP, run)
     parser.add_argument("model", metavar="CHECKPOINT", help="directory or hub name of a MoH model")
     parser.add_argument(
         "--dense", metavar="CHECKPOINT", help="dense model to measure beside it, such as the one that was converted"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="for curve.png, .svg, .csv and .json")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text (default: %(default)s)")
-    text.add_argument("--files", nargs="+", metavar="PATH", default=[], help="your own text files or directories")
-    images.add_options(parser)
+    add_text(parser)
+    add_images(parser)
     parser.add_argument(
         "--shares", nargs="+", type=float, metavar="SHARE", help="of all heads, like 0.6 0.75 1 (default: up to nine)"
     )
@@ -42,12 +38,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(arguments: Namespace) -> None:
     from moh._extras import require
-    from moh.cli import images
     from moh.training.checkpoints import check_writable
 
     require("matplotlib", extra="llm")  # before minutes of measuring
     check_writable(arguments.out, name="--out")
-    if images.is_classifier(arguments):
+    if reads_images(arguments):
         from moh.evaluation.curve import image_curve
         from moh.models.image_loading import load_image_classifier
         from moh.models.transformers.loading import default_device
@@ -56,7 +51,7 @@ def run(arguments: Namespace) -> None:
         dense = None if arguments.dense is None else load_image_classifier(arguments.dense, device=default_device())
         curve = image_curve(
             model,
-            images.read_images(arguments),
+            read_images(arguments),
             dense=dense,
             shares=arguments.shares,
             batch_size=arguments.batch_size,
@@ -68,7 +63,6 @@ def run(arguments: Namespace) -> None:
 
 
 def _of_text(arguments: Namespace) -> Curve:
-    from moh.cli.commands import _blocks, read_corpus
     from moh.evaluation.curve import text_curve
     from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
@@ -81,7 +75,9 @@ def _of_text(arguments: Namespace) -> Curve:
     tokenizer = load_tokenizer(arguments.model)
     return text_curve(
         model,
-        _blocks(read_corpus(arguments).heldout, tokenizer, arguments.seq_len, arguments.max_tokens),
+        token_blocks(
+            read_corpus(arguments).heldout, tokenizer, seq_len=arguments.seq_len, max_tokens=arguments.max_tokens
+        ),
         dense=dense,
         shares=arguments.shares,
         prompt_tokens=arguments.prompt_tokens,

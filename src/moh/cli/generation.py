@@ -11,26 +11,27 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moh.cli import dial
+from moh.cli.options import add_active_heads, add_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moh.cli.options import Commands
+
 _HELP = "Write text with a model: one prompt token by token, or the lines of a file in batches."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `generate` to the commands."""
-    parser = sub.add_parser("generate", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "generate", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument("prompt", nargs="?", help="the beginning of the text")
     parser.add_argument("--prompts", metavar="FILE", help="one prompt a line instead; prints a JSON object for each")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add_sampling(parser, max_new_tokens=100, temperature=0.0)
-    dial.add_option(parser)
+    add_active_heads(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:

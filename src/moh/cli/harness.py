@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from moh.cli.options import add_command
+
+if TYPE_CHECKING:
+    from moh.cli.options import Command, Commands
 
 _COMMAND = "eval lm"
 _HELP = "Language models, dense and MoH side by side, on the tasks of lm-evaluation-harness."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> Command:
     """Add `eval lm` to the commands."""
-    parser = sub.add_parser(_COMMAND, help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, _COMMAND, _HELP, run)
     parser.add_argument("checkpoint", nargs="+", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument(
         "--dense",
@@ -39,6 +43,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--output", metavar="DIR", help="for results.json, table.md and table.csv; what is there is not computed again"
     )
+    return parser
 
 
 def run(arguments: Namespace) -> None:

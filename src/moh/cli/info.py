@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from moh.cli.options import add_command
+
+if TYPE_CHECKING:
+    from moh.cli.options import Commands
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def add_parser(sub: Any) -> None:
+def add_parser(sub: Commands) -> None:
     """Add the command to the parser of all commands."""
     text = "Versions, devices, and which attention backends work here."
-    parser = sub.add_parser("info", help=text, description=text, allow_abbrev=False)
+    parser = add_command(sub, "info", text, run)
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("B", "H", "HKV", "N", "D"),
         help="sequences, query heads, key/value heads, tokens, width of a head: which backend would serve such a call",
@@ -27,7 +32,6 @@ def add_parser(sub: Any) -> None:
         metavar="A",
         help="of heads in use: what would project such a layer's queries and output too",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moh.cli.options import add_command, add_images
+
 if TYPE_CHECKING:
     from moh.cli.inspect_subjects import Subject
+    from moh.cli.options import Commands
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `inspect` to the commands."""
-    from moh.cli import images
     from moh.training.corpus import CORPORA, DEFAULT_CORPUS
 
     about = (
         "Which heads do what, for each kind of text, class of images or range of time steps: tables, figures, a page."
     )
-    parser = sub.add_parser("inspect", help=about, description=about, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "inspect", about, run)
     parser.add_argument("model", help="directory or hub name of a language model, image classifier or diffusion model")
     parser.add_argument("--out", metavar="DIR", help="directory for tables, figures and a summary")
     parser.add_argument("--html", metavar="FILE", help="one page to explore tokens or patches and their heads")
@@ -38,7 +38,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )  # fmt: skip
     texts.add_argument("--seq-len", type=int, default=512, help="tokens of a passage (default: %(default)s)")
     texts.add_argument("--max-tokens", type=int, default=8_192, help="tokens of a group (default: %(default)s)")
-    images.add_options(parser)
+    add_images(parser)
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="groups of images to show in the figure and the page"
     )
@@ -70,9 +70,9 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(arguments: Namespace) -> None:
     from moh.cli.inspect_subjects import family_of
 
+    _check_targets(arguments)
     family = family_of(arguments)
     family.check(arguments)
-    _check_targets(arguments)
     subject = family(arguments)
     if arguments.html is not None:
         subject.write_page()
@@ -82,9 +82,9 @@ def run(arguments: Namespace) -> None:
 
 def _write(subject: Subject) -> None:
     from moh.inspection import ablate_heads, inspect_groups
+    from moh.inspection.plots import find_history, training_rows
     from moh.inspection.report import report
     from moh.inspection.statistics import choosing_layers
-    from moh.inspection.training_plots import find_history, training_rows
 
     arguments = subject.arguments
     use = inspect_groups(subject.model, subject.inputs(), seed=arguments.seed)

@@ -5,17 +5,30 @@ The command itself is in `moh.cli.inspect`.
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moh.cli.options import read_images, reads_images
+from moh.models.kinds import kind_of
+
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moh.evaluation.curve_points import Curve
     from moh.inspection import GroupedInputs
     from moh.training.images.sources import ImageSource
+
+
+_TEXTS = 3  # of each group, on a page
+_IMAGES_PER_CLASS = 2
+_MOST_CLASSES = 10
 
 
 def family_of(arguments: Namespace) -> type[Subject]:
@@ -24,11 +37,9 @@ def family_of(arguments: Namespace) -> type[Subject]:
     Raises:
         ValueError: images are named for a language model, or none for a classifier.
     """
-    from moh.cli.images import is_classifier
-
-    if _is_diffusion(arguments.model):
+    if kind_of(arguments.model).task == "diffusion":
         return _Diffusion
-    return _Images if is_classifier(arguments) else _Texts
+    return _Images if reads_images(arguments) else _Texts
 
 
 class Subject:
@@ -101,9 +112,7 @@ class _Texts(Subject):
         return text_curve(self.model, blocks[:: -(-len(blocks) // most)], repeats=0)
 
     def write_page(self) -> None:
-        from moh.cli.pages import write_text_page
-
-        write_text_page(self.arguments, self.model, self.tokenizer, self.texts)
+        _write_text_page(self.arguments, self.model, self.tokenizer, self.texts)
 
 
 class _OfImages(Subject):
@@ -125,7 +134,6 @@ class _OfImages(Subject):
 
 class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
-        from moh.cli.images import read_images
         from moh.models.image_loading import load_image_classifier
         from moh.models.transformers.loading import default_device
 
@@ -146,9 +154,7 @@ class _Images(_OfImages):
         return image_curve(self.model, self.images, **options)
 
     def write_page(self) -> None:
-        from moh.cli.pages import write_image_page
-
-        write_image_page(self.arguments, self.model, self.images)
+        _write_image_page(self.arguments, self.model, self.images)
 
 
 class _Diffusion(_OfImages):
@@ -162,7 +168,6 @@ class _Diffusion(_OfImages):
             raise ValueError("--curve measures perplexity or accuracy, which a diffusion model does not have")
 
     def __init__(self, arguments: Namespace) -> None:
-        from moh.cli.images import read_images
         from moh.models.transformers.loading import default_device
         from moh.sampling import load_image_model
 
@@ -176,15 +181,6 @@ class _Diffusion(_OfImages):
 
         options = {name: getattr(self.arguments, name) for name in ("by", "bins", "seed", "batch_size")}
         return diffusion_groups(self.diffusion, images, **options)
-
-
-def _is_diffusion(model: str) -> bool:
-    """Whether a directory holds a diffusion model: a pipeline, or its transformer alone."""
-    from moh.models.image_loading import saved_config
-
-    path = Path(model).expanduser()
-    kind = str(saved_config(path).get("_class_name", ""))
-    return (path / "model_index.json").is_file() or kind.endswith("Transformer2DModel")
 
 
 def _read_groups(arguments: Namespace) -> dict[str, list[str]]:
@@ -217,3 +213,56 @@ def _read(source: str) -> list[str]:
     if not files:
         raise ValueError(f"--group: no file matches {source!r}")
     return read_texts(files)
+
+
+def _write_text_page(
+    arguments: Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]],
+) -> None:
+    """A page of the first texts of each group."""
+    from moh.inspection.page import head_page, text_sample
+
+    limit = min(2_000, arguments.max_tokens)
+    shown = [(group, text) for group, members in texts.items() for text in members[:_TEXTS]]
+    samples = [
+        text_sample(model, tokenizer, text, name=f"{number}: {group}", group=group, max_tokens=limit)
+        for number, (group, text) in enumerate(shown, 1)
+    ]
+    page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
+    page.save(arguments.html)
+    print(f"{arguments.html}: {len(samples)} texts, {len(page.html.encode()) / 1e6:.1f} MB")
+
+
+def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource) -> None:
+    """A page of the first images of each class, of at most ten classes unless some are named; each class is a group."""
+    from moh.inspection.page import head_page, image_sample
+    from moh.models.image_loading import image_input
+    from moh.training.images.augmentation import eval_transform
+
+    chosen = arguments.classes or list(images.classes)[:_MOST_CLASSES]
+    if unknown := [name for name in chosen if name not in images.classes]:
+        raise ValueError(f"--classes must be among {', '.join(images.classes)}, got {', '.join(unknown)}")
+    wanted = image_input(model)
+    transform = eval_transform(wanted)
+    samples = []
+    for name in chosen:
+        label = images.classes.index(name)
+        readable = _readable(images, (images.labels == label).nonzero().flatten().tolist())
+        for index, image in islice(readable, _IMAGES_PER_CLASS):
+            samples.append(image_sample(model, image, transform, name=f"{name}, {images.name(index)}", group=name))
+    page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
+    page.save(arguments.html)
+    print(f"{arguments.html}: {len(samples)} images, {len(page.html.encode()) / 1e6:.1f} MB")
+
+
+def _readable(images: ImageSource, indices: list[int]) -> Iterator[tuple[int, Image]]:
+    """The images that can be read, with their indices; says which can't."""
+    from moh.training.images.sources import UnreadableImage
+
+    for index in indices:
+        try:
+            yield index, images.image(index)
+        except UnreadableImage as error:
+            print(f"skipped: {error}", file=sys.stderr)

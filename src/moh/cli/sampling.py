@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moh.cli.options import add_command
+
+if TYPE_CHECKING:
+    from moh.cli.options import Commands
 
 _HELP = "Draw images of given classes with a diffusion model; under torchrun the processes share the work."
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> None:
     """Add `sample` to the commands."""
-    parser = sub.add_parser("sample", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, "sample", _HELP, run)
     parser.add_argument("checkpoint", help="directory: model/ of a run, one of its checkpoints, or a diffusers model")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
     parser.add_argument("--num", type=int, help="images in all, of the classes in turn (default: one of each class)")

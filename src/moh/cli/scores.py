@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from moh.cli.options import add_command
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from moh.cli.options import Command, Commands
     from moh.training.images.sources import ImageSource
 
 _COMMAND = "eval fid"
-_TWO_WORDS = (_COMMAND, "eval lm")
 _HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
 
 
-def join_command(argv: Sequence[str]) -> list[str]:
-    """`argv` with a command of two words in one piece, as the parser knows it; `eval ./fid` is a model of that name."""
-    joined = list(argv)
-    first = next((i for i, word in enumerate(joined) if not word.startswith("-")), len(joined))
-    if (command := " ".join(joined[first : first + 2])) in _TWO_WORDS:
-        joined[first : first + 2] = [command]
-    return joined
-
-
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(sub: Commands) -> Command:
     """Add `eval fid` to the commands."""
-    parser = sub.add_parser(_COMMAND, help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser = add_command(sub, _COMMAND, _HELP, run)
     parser.add_argument("samples", help="generated images: a directory, or an .npz file with arr_0")
     parser.add_argument(
         "--reference", required=True, metavar="PATH",
@@ -48,6 +38,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def run(arguments: Namespace) -> None:

@@ -1,29 +1,34 @@
-"""`moh serve`: hand a MoH model to `transformers serve`, an HTTP server with OpenAI's interface.
+"""`moh serve`: hand a MoH model to `transformers serve`, an HTTP server with OpenAI's interface. `moh explore`: the application.
 
-The server looks for a model's class among transformers' own; this command puts ours there, in this process, and hands over.
+`transformers serve` looks for a model's class among transformers' own; ours is put there, in this process.
 """
 
 from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moh.cli import dial
+from moh.cli.options import add_active_heads, add_command
 
-_HELP = "Serve a model over HTTP by `transformers serve`, whose options (--port, --host, ...) follow the model."
+if TYPE_CHECKING:
+    from moh.cli.options import Commands
+
+_SERVE = "Serve a model over HTTP by `transformers serve`, whose options (--port, --host, ...) follow the model."
+_EXPLORE = (
+    "Open an application: a text or an image, a dial for the active heads, and what it costs beside the dense model."
+)
 
 
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_serve(sub: Commands) -> None:
     """Add `serve` to the commands."""
-    parser = sub.add_parser("serve", help=_HELP, description=_HELP, allow_abbrev=False)
-    parser.set_defaults(run=run)
-    dial.add_option(parser)
+    parser = add_command(sub, "serve", _SERVE, run_serve)
+    add_active_heads(parser)
     parser.add_argument("model", help="directory or hub name; dense or MoH")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of `transformers serve`")
 
 
-def run(arguments: Namespace) -> None:
+def run_serve(arguments: Namespace) -> None:
     from moh._extras import require
 
     for module in ("uvicorn", "fastapi"):
@@ -71,3 +76,29 @@ class _Dialled:
         model = self._kind.from_pretrained(*args, **kwargs)
         moh.set_active_heads(model, self._active_heads)
         return model
+
+
+def add_explore(sub: Commands) -> None:
+    """Add `explore` to the commands."""
+    parser = add_command(sub, "explore", _EXPLORE, run_explore)
+    parser.add_argument("checkpoint", help="language model or image classifier: directory, hub name or .gguf file")
+    parser.add_argument(
+        "--dense", metavar="CHECKPOINT", help="dense model to compare with (default: all heads, where that is dense)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="also open a public address, through Gradio's servers")
+    parser.add_argument("--no-browser", action="store_true", help="don't open it in the browser")
+
+
+def run_explore(arguments: Namespace) -> None:
+    if arguments.port is not None and not 0 < arguments.port < 65_536:
+        raise ValueError(f"--port must be between 1 and 65535, got {arguments.port}")
+    from moh._extras import require
+
+    require("gradio", extra="app")  # before a model is loaded
+    from moh.explore.interface import build, serve
+    from moh.explore.loading import load_subject
+
+    app = build(load_subject(arguments.checkpoint, dense=arguments.dense))
+    serve(app, host=arguments.host, port=arguments.port, share=arguments.share, browser=not arguments.no_browser)

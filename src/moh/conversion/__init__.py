@@ -4,6 +4,6 @@ from moh._extras import require
 
 require("transformers", extra="llm")
 
-from moh.conversion.convert import convert  # noqa: E402
+from moh.conversion.convert import convert
 
 __all__ = ["convert"]

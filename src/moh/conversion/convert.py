@@ -6,7 +6,6 @@ differs between kinds of models is in one adapter each: `transformers`, `timm_vi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_change
 from moh.conversion.dense import DenseModel
 from moh.conversion.tokens import are_texts
 from moh.conversion.transformers import DenseTextModel, adapter
-from moh.models.image_loading import load_image_classifier, saved_config
-from moh.models.transformers.families import family_of
+from moh.models.image_loading import load_image_classifier
+from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
 
@@ -30,8 +29,6 @@ ALLOCATIONS = ("even", "sensitivity")
 
 RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks_heads)
 """Routers that the uneven allocation and the refits of W_O work with, for messages."""
-
-_DIFFUSION_MODELS = ("DiTTransformer2DModel", "MoHDiTTransformer2DModel")
 
 
 def convert(
@@ -107,7 +104,7 @@ def convert(
         >>> dense = timm.create_model("deit3_small_patch16_224", pretrained=True)  # doctest: +SKIP
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
-    if is_diffusion_model(model_or_path):
+    if _is_diffusion(model_or_path):
         if calibration is not None or allocation == "sensitivity" or refit_output or shares or router_aux_loss_coef:
             raise ValueError(
                 "calibration, allocation, refit_output, shares and router_aux_loss_coef must be left out for a diffusion model: "
@@ -173,18 +170,10 @@ def convert(
     return model
 
 
-def is_diffusion_model(model_or_path: nn.Module | str | Path) -> bool:
-    """Whether it is a diffusion transformer, or a directory of one or of a pipeline with one."""
+def _is_diffusion(model_or_path: nn.Module | str | Path) -> bool:
     if isinstance(model_or_path, nn.Module):
-        return type(model_or_path).__name__ in _DIFFUSION_MODELS
-    folder = Path(model_or_path).expanduser()
-    for file in (folder / "config.json", folder / "transformer" / "config.json"):
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return isinstance(config, dict) and config.get("_class_name") in _DIFFUSION_MODELS
-    return False
+        return type(model_or_path).__name__ in DIFFUSION_TRANSFORMERS
+    return kind_of(model_or_path).task == "diffusion"
 
 
 def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseModel:
@@ -249,19 +238,19 @@ def load_dense(path: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it can't be read.
     """
-    local = Path(path).expanduser()
-    if str(path).startswith("hf-hub:") or "architecture" in saved_config(local):
-        return load_image_classifier(str(path) if str(path).startswith("hf-hub:") else local)
-    if local.suffix == ".gguf":
+    kind = kind_of(path)
+    if kind.library == "timm":
+        return load_image_classifier(path)
+    if Path(path).suffix == ".gguf":
         return load_causal_lm(path)
     config = load_config(path)
     for name in config.architectures or ():
         # By an Auto class a classifier of text, say, would come as a language model whose head is new and random
-        kind = getattr(transformers, name, None)
-        if kind is not None and kind.config_class is type(config):
-            return load_as(kind, path)
-    family = family_of(config.model_type)
-    return load_as(AutoModel if family is not None and family.images else AutoModelForCausalLM, path)
+        found = getattr(transformers, name, None)
+        if found is not None and found.config_class is type(config):
+            return load_as(found, path)
+    # the configuration, because a hub name says nothing of the kind
+    return load_as(AutoModel if kind_of(config.to_dict()).task == "images" else AutoModelForCausalLM, path)
 
 
 def _check(

@@ -5,8 +5,9 @@ Works for MoH and dense models alike. Not for training (`moh.training`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moh._lazy import lazy
 from moh.evaluation.machine import cpu_name, device_name
 from moh.evaluation.perplexity import PerplexityResult, perplexity, perplexity_rise
 from moh.evaluation.speed import ModelSpeed, Rate, SpeedReport, measure_speed
@@ -28,10 +29,8 @@ __all__ = [
     "perplexity_rise",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("ImageEvaluation", "evaluate_images"):
-        from moh.evaluation import images
-
-        return getattr(images, name)
-    raise AttributeError(f"module 'moh.evaluation' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {"ImageEvaluation": "moh.evaluation.images", "evaluate_images": "moh.evaluation.images"},
+    extras={"moh.evaluation.images": ("timm", "vision")},
+)

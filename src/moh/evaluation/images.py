@@ -9,19 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.utils.metrics import accuracy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from moh._extras import require
 from moh.evaluation.speed import device_clock
 from moh.models.image_loading import ImageInput
 from moh.routing import record_routing
 from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
 from moh.training.images.sources import ImageSource
-
-require("timm", extra="vision")
-
-from timm.utils.metrics import accuracy  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
 
 @dataclass(frozen=True)

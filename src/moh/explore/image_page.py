@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moh._extras import require
+import gradio as gr
+
 from moh.explore import markup
 from moh.explore.images import ImageComparison, read_image, shaded_picture, time_image
 from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
 from moh.explore.subjects import ImageSubject
-from moh.training.images.folders import decode
-
-require("gradio", extra="app")
-
-import gradio as gr  # noqa: E402
+from moh.training.images.formats import decode
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from moh._extras import require
 from moh.evaluation.speed import device_clock
-from moh.explore.observing import observed
+from moh.explore.observing import median_seconds, observed
 from moh.explore.subjects import Eyes, ImageSubject
-from moh.explore.timing import median_seconds
 from moh.inspection.page.samples import patch_grid, picture
 from moh.inspection.trace import LayerTrace
-
-require("PIL", extra="vision")
-
-from PIL import Image, ImageOps  # noqa: E402
 
 TOP_CLASSES = 5
 _SIDE = 448  # pixels of the shaded picture's longer side, at least

@@ -8,13 +8,10 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from moh._extras import require
+import gradio as gr
+
 from moh.explore import markup
 from moh.explore.subjects import ImageSubject, TextSubject
-
-require("gradio", extra="app")
-
-import gradio as gr  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moh._extras import require
 from moh.explore.dial import Dial
 from moh.explore.subjects import Eyes, ImageSubject, Reference, TextSubject
-from moh.models.image_loading import saved_config
+from moh.models.kinds import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,15 +35,16 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
     Raises:
         ValueError: there is no such model, or the dense one has other classes or another vocabulary.
     """
-    for path in (checkpoint, dense):
-        if path is not None and "_class_name" in saved_config(path):
+    kinds = {path: kind_of(path).task for path in (checkpoint, dense) if path is not None}
+    for path, task in kinds.items():
+        if task == "diffusion":
             raise ValueError(f"moh explore shows language models and image classifiers, and {path} is neither")
-    name = Path(checkpoint).name or str(checkpoint)
-    if _is_classifier(checkpoint):
-        return _image_subject(name, checkpoint, dense)
-    if dense is not None and _is_classifier(dense):
-        raise ValueError(f"--dense must be a language model like {checkpoint}, but {dense} is an image classifier")
-    return _text_subject(name, checkpoint, dense)
+    reads_images = kinds[checkpoint] == "images"
+    if dense is not None and kinds[dense] != kinds[checkpoint]:
+        wanted, other = ("an image classifier", "none") if reads_images else ("a language model", "an image classifier")
+        raise ValueError(f"--dense must be {wanted} like {checkpoint}, but {dense} is {other}")
+    load = _image_subject if reads_images else _text_subject
+    return load(Path(checkpoint).name or str(checkpoint), checkpoint, dense)
 
 
 def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
@@ -72,8 +73,6 @@ def _image_subject(name: str, checkpoint: str | Path, dense: str | Path | None) 
     dial = Dial(model)
     if dense is None:
         return ImageSubject(name, model, dial, _reference(model, dial, None, None), classes, eyes, eyes)
-    if not _is_classifier(dense):
-        raise ValueError(f"--dense must be an image classifier like {checkpoint}, but {dense} is none")
     other, other_classes, other_eyes = _load_classifier(dense)
     if other_classes != classes:
         raise ValueError(f"--dense must have the {len(classes)} classes of {checkpoint}, but {dense} has others")
@@ -93,17 +92,11 @@ def _reference(model: nn.Module, dial: Dial, dense: nn.Module | None, path: str 
     return Reference("all heads active", note, model, dial.values[-1])
 
 
-def _is_classifier(path: str | Path) -> bool:
-    config = saved_config(path)
-    kinds = config.get("architectures") or ()
-    return "architecture" in config or str(path).startswith("hf-hub:") or any("ImageClass" in kind for kind in kinds)
-
-
 def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes]:
     from moh.models.transformers.loading import default_device
 
     device = default_device()
-    if "architectures" not in saved_config(path):
+    if kind_of(path).library == "timm":
         from moh.models.image_loading import class_names, image_input, load_image_classifier
         from moh.training.images.augmentation import eval_transform
 

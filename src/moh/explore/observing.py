@@ -1,11 +1,12 @@
-"""A forward pass with what every head did in it, for models of which nothing is known beforehand, dense ones too.
+"""A forward pass with what every head did in it, for any model, and how long a few runs take on a machine that others use too.
 
-Over `moh.inspection.trace`, which refuses attention that it does not know.
+`trace` refuses attention that it does not know; `evaluation.speed` measures many rounds, with their spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,3 +27,26 @@ def observed(model: nn.Module, forward: Callable[[], Output]) -> tuple[Output, l
     outputs: list[Output] = []
     layers = trace(model, lambda: outputs.append(forward()))
     return outputs[0], layers
+
+
+REPEATS = 3
+
+
+def median_seconds(runs: Sequence[Callable[[], float]], *, repeats: int = REPEATS) -> list[float]:
+    """Time some runs.
+
+    Args:
+        runs: each does its work once and returns the seconds that it took.
+        repeats: rounds that count, after one that does not.
+
+    Returns:
+        the median of each.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(-1, repeats):
+        for place in range(len(runs)):
+            index = (place + max(turn, 0)) % len(runs)  # another goes first in each round
+            taken = runs[index]()
+            if turn >= 0:
+                seconds[index].append(taken)
+    return [statistics.median(values) for values in seconds]

@@ -5,14 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from moh._extras import require
+import gradio as gr
+
 from moh.explore import markup
+from moh.explore.observing import REPEATS
 from moh.explore.subjects import Subject
-from moh.explore.timing import REPEATS
-
-require("gradio", extra="app")
-
-import gradio as gr  # noqa: E402
 
 TIME_ROW = f"time (median of {REPEATS})"
 

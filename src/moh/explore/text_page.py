@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moh._extras import require
+import gradio as gr
+
 from moh.explore import markup
 from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
 from moh.explore.subjects import TextSubject
 from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
 from moh.inspection.tables import to_pandas
-
-require("gradio", extra="app")
-
-import gradio as gr  # noqa: E402
 
 EXAMPLE = (
     "The lighthouse keeper climbed the stairs every evening to light the lamp. From the top he could see the whole "

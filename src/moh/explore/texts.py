@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moh.evaluation.speed import device_clock
-from moh.explore.observing import observed
+from moh.explore.observing import median_seconds, observed
 from moh.explore.subjects import TextSubject
-from moh.explore.timing import median_seconds
 from moh.inspection.page.samples import tokenise
 from moh.inspection.trace import LayerTrace
 

@@ -1,27 +1,27 @@
 """Inspection: which head did what, for any model, MoH or dense, and any groups of inputs: tables, tests, ablation.
 
-Groups of images need the extra `vision`, of a diffusion model `diffusion`; pictures (`plots`, `group_plots`, `use_plots`,
-`training_plots`) the extra `llm`.
+Groups of images need the extra `vision`, of a diffusion model `diffusion`; pictures (`plots`, `group_plots`)
+the extra `llm`.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moh._lazy import lazy
 from moh.inspection.ablation import HeadAblation, ablate_heads
-from moh.inspection.batches import GroupBatch, GroupedInputs
-from moh.inspection.groups import inspect_groups
-from moh.inspection.permutation import pair_tests, permutation_test, specialised_heads
+from moh.inspection.groups import HeadUse, InputSample, LayerHeads, inspect_groups
+from moh.inspection.inputs import GroupBatch, GroupedInputs, text_groups, token_groups
 from moh.inspection.statistics import (
     distance_rows,
     layer_rows,
     load_distance,
     load_entropy,
+    pair_tests,
+    permutation_test,
+    specialised_heads,
     unusual_heads,
 )
-from moh.inspection.texts import text_groups, token_groups
-from moh.inspection.use import HeadUse, InputSample, LayerHeads
 
 if TYPE_CHECKING:
     from moh.inspection.diffusion import diffusion_groups
@@ -50,10 +50,6 @@ __all__ = [
     "unusual_heads",
 ]
 
-_WITH_EXTRAS = {"diffusion_groups": "diffusion", "image_groups": "images"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WITH_EXTRAS:
-        return getattr(importlib.import_module(f"moh.inspection.{_WITH_EXTRAS[name]}"), name)
-    raise AttributeError(f"module 'moh.inspection' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__, {"diffusion_groups": "moh.inspection.diffusion", "image_groups": "moh.inspection.images"}
+)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moh.inspection.batches import GroupBatch, GroupedInputs
-from moh.inspection.tables import save_rows
+from moh.inspection.groups import LayerHeads, stack_layers
+from moh.inspection.inputs import GroupBatch, GroupedInputs
+from moh.inspection.tables import Row, save_rows
 from moh.inspection.trace import AttentionLayer, attention_layers
-from moh.inspection.use import LayerHeads, Row, stack_layers
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def ablate_heads(
 @contextmanager
 def _without(layer: AttentionLayer, head: int) -> Iterator[None]:
     """Without one head, as if its gate were 0 for every token."""
-    width = layer.projection.in_features // layer.num_heads
+    width = layer.weight.shape[1] // layer.num_heads
 
     def remove(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         heads = given[0].clone()  # [B, N, H * D]

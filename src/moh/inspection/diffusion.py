@@ -12,15 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moh._extras import require
-from moh.inspection.batches import GroupBatch, GroupedInputs
+from moh.data.seeds import generator_of
+from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.sampling.checkpoint import ImageModel
-from moh.sampling.noise import seed_of
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.loss import add_noise, hybrid_loss
 from moh.training.images.sources import ImageSource, with_classes
-
-require("diffusers", extra="diffusion")
 
 By = Literal["timestep", "class"]
 
@@ -117,9 +114,8 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Noise `[B, C, h, w]` and time steps `[B]` within each image's range."""
     noise, t = torch.empty(len(indices), *model.sample_shape), torch.empty(len(indices), dtype=torch.int64)
-    generator = torch.Generator()
     for row, (index, place) in enumerate(zip(indices, ranges, strict=True)):
-        generator.manual_seed(seed_of(seed, 0, index))
+        generator = generator_of(seed, 0, index)
         t[row].random_(edges[place], edges[place + 1], generator=generator)
         noise[row].normal_(generator=generator)
     return noise.to(model.device), t.to(model.device)

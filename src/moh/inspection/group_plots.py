@@ -1,6 +1,7 @@
-"""The picture of head load per group: one heat map per layer, groups x heads (the paper's figure "head load per class").
+"""Pictures of how groups of inputs use heads: loads per group (the paper's figure "head load per class"), shared against routed
+heads, distances of groups, what each head is worth.
 
-Needs the extra `llm` (matplotlib); `moh.inspection.plots.save` writes the figure.
+Each of the latter comes with the rows that it shows. Needs the extra `llm` (matplotlib); `plots` writes them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moh._extras import require
-from moh.inspection.statistics import choosing_layers
-from moh.inspection.use import HeadUse, LayerHeads
+from moh.inspection.ablation import HeadAblation
+from moh.inspection.groups import HeadUse, LayerHeads
+from moh.inspection.plots import COLOURS, new_figure
+from moh.inspection.statistics import choosing_layers, load_distance
+from moh.inspection.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 MAX_GROUPS = 12
 """So many groups are shown unless some are asked for: those whose loads differ most from the mean."""
@@ -43,7 +50,6 @@ def plot_group_load(
     Raises:
         ValueError: a group or a layer is unknown.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
     total = len(use.groups)
     chosen = tuple(groups) if groups is not None else use.groups
     if groups is None and total > MAX_GROUPS:
@@ -55,7 +61,7 @@ def plot_group_load(
     columns = math.ceil(len(places) / rows)
     labels = 0.085 * max(map(len, chosen))
     size = (max(5.0, labels + columns * width + 1.1), 1.0 + rows * (_CELL * len(chosen) + 0.62))
-    figure: Figure = figure_module.Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     for panel, place in enumerate(places):
@@ -101,3 +107,151 @@ def _head_ticks(axes: Any, layer: LayerHeads) -> None:
     labels = [marks.get(layer.kind(head)) or (str(head) if head % step == 0 else "") for head in heads]
     axes.set_xticks(heads, labels, fontsize=7)
     axes.tick_params(length=2)
+
+
+_MARKS = {"shared": "s", "routed": "o", "dense": "D"}
+
+
+def shared_and_routed_rows(use: HeadUse) -> list[Row]:
+    """One row per layer and kind of head ("shared", "routed", "dense"), means over groups with inputs.
+
+    Columns: layer, kind, heads, load (mean of the heads), contribution (of one head to a token that uses it, mean) and
+    part (the kind's part of the layer's sum of contributions).
+    """
+    present = use.inputs > 0
+    rows: list[Row] = []
+    for place, layer in enumerate(use.layers):
+        load, contribution = (x[place][present].mean(0) for x in (use.load, use.contribution))  # [H]
+        for kind in _MARKS:
+            heads = [head for head in range(layer.num_heads) if layer.kind(head) == kind]
+            if not heads:
+                continue
+            rows.append({
+                "layer": place,
+                "kind": kind,
+                "heads": len(heads),
+                "load": float(load[heads].mean()),
+                "contribution": float(contribution[heads].sum() / load[heads].sum()),
+                "part": float(contribution[heads].sum() / contribution.sum()),
+            })  # fmt: skip
+    return rows
+
+
+def plot_shared_and_routed(rows: Sequence[Row]) -> Figure:
+    """Over the layers: what an active head of each kind adds, and each kind's part of all that is added."""
+    figure, (left, right) = _figure(columns=2, width=10.0, height=3.8)
+    for number, (kind, mark) in enumerate(_MARKS.items()):
+        own = [row for row in rows if row["kind"] == kind]
+        if not own:
+            continue
+        layers = [row["layer"] for row in own]
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": mark, "markersize": 4, "label": kind}
+        left.plot(layers, [row["contribution"] for row in own], **style)
+        right.plot(layers, [row["part"] for row in own], linestyle="--", **style)
+    left.set(xlabel="layer", ylabel="contribution of one head", title="A head's contribution where it is active")
+    right.set(xlabel="layer", ylabel="part of all contributions", title="Part of the layer's contributions")
+    right.set_ylim(0, 1.03)
+    for axes in (left, right):
+        _finish(axes)
+    return figure
+
+
+def plot_distances(use: HeadUse, tests: Sequence[Row] = ()) -> Figure:
+    """How far groups are apart: the mean distance of each pair over the layers, and each layer's divergence.
+
+    Args:
+        use: at least two groups with inputs, in whose layers tokens choose.
+        tests: of `permutation_test`: each layer's divergence beside what chance gives; without them the second panel is
+            left out.
+
+    Raises:
+        ValueError: there are no two groups, or nothing to choose.
+    """
+    names = [name for name, inputs in zip(use.groups, use.inputs.tolist(), strict=True) if inputs]
+    layers = choosing_layers(use)
+    if len(names) < 2 or not layers:
+        raise ValueError("distances need at least two groups with inputs and a layer in which tokens choose")
+    shown = use.select(names)
+    distance = torch.stack(
+        [
+            load_distance(shown.load[place][:, None, routed], shown.load[place][None][:, :, routed])
+            for place, routed in layers
+        ]
+    ).mean(0)  # [G, G]
+    size = max(3.4, 1.8 + 0.42 * len(names))
+    columns = 2 if tests else 1
+    figure, panels = _figure(
+        columns=columns, width=size + 1.2 + 5.2 * (columns - 1), height=size, ratios=[size, 5][:columns]
+    )
+    matrix = panels[0]
+    image = matrix.imshow(distance.numpy(), cmap="cividis", vmin=0, interpolation="nearest")
+    matrix.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    matrix.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 12:
+        middle = float(distance.max()) / 2
+        for a in range(len(names)):
+            for b in range(len(names)):
+                value = float(distance[a, b])
+                colour = "white" if value < middle else "black"
+                text = f"{value:.2f}".removeprefix("0") if a != b else ""
+                matrix.text(b, a, text, ha="center", va="center", fontsize=7, color=colour)
+    matrix.set_title("Jensen-Shannon distance of loads,\nmean over layers", fontsize=10)
+    figure.colorbar(image, ax=matrix, shrink=0.8)
+    if tests:
+        _plot_tests(panels[1], tests)
+    return figure
+
+
+def plot_ablation(ablation: HeadAblation, *, title: str = "Loss without the head, minus loss") -> Figure:
+    """Layers x heads: how much the loss rises without each head; a dot where it is beyond two standard errors."""
+    increase = ablation.map()
+    count, heads = increase.shape
+    height = max(3.4, 1.4 + 0.2 * count)
+    figure = new_figure(max(4.8, 2.0 + 0.42 * heads), height)
+    axes = figure.subplots()
+    # A few early heads are worth far more than all others: beyond this the colour says no more
+    most = float(increase[~increase.isnan()].abs().quantile(0.98)) or 1e-12
+    image = axes.imshow(increase.numpy(), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    for layer, (means, errors) in enumerate(zip(ablation.increase, ablation.stderr, strict=True)):
+        for head, (mean, error) in enumerate(zip(means.tolist(), errors.tolist(), strict=True)):
+            if not math.isnan(error) and abs(mean) > 2 * error:
+                axes.plot(head, layer, ".", color="white" if abs(mean) > 0.6 * most else "black", markersize=3)
+    axes.set(
+        xlabel="head", ylabel="layer", title=title, xticks=range(heads), yticks=range(0, count, max(1, count // 15))
+    )
+    axes.set_facecolor("#dddddd")
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    bar.set_label("nats (dot: beyond two standard errors)" if height > 3.6 else "nats")
+    return figure
+
+
+def _plot_tests(axes: Any, tests: Sequence[Row]) -> None:
+    own = [row for row in tests if row["layer"] != "all"]
+    layers = [row["layer"] for row in own]
+    axes.plot(layers, [row["divergence"] for row in own], "-o", color=COLOURS[0], markersize=4, label="groups")
+    axes.plot(layers, [row["by_chance"] for row in own], "--", color=COLOURS[1], label="exchanged labels, mean")
+    clear = [row for row in own if float(row["p_holm"]) <= 0.05]
+    axes.plot(
+        [row["layer"] for row in clear],
+        [row["divergence"] for row in clear],
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        color="#000000",
+        label="p ≤ 0.05 (Holm)",
+    )
+    axes.set(xlabel="layer", ylabel="divergence between groups (bits)", title="More than chance?")
+    axes.margins(y=0.3)  # room for the legend
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+
+
+def _figure(*, columns: int, width: float, height: float, ratios: list[float] | None = None) -> tuple[Figure, Any]:
+    figure = new_figure(width, height)
+    return figure, figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+
+
+def _finish(axes: Any) -> None:
+    axes.xaxis.set_major_locator(require("matplotlib.ticker", extra="llm").MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

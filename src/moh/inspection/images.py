@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moh.inspection.batches import GroupBatch, GroupedInputs
+from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.models.image_loading import ImageInput
 from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
 from moh.training.images.sources import ImageSource

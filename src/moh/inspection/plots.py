@@ -1,6 +1,7 @@
-"""Pictures of all heads of a model, and loss curves (extra `llm`, matplotlib). Each returns a figure; `save` writes it.
+"""Pictures of all heads of a model and of their loads over training, and loss curves (extra `llm`, matplotlib).
 
-Colours are told apart in print and by colour-blind readers. No display is needed.
+Each function returns a figure; `save` writes it. Colours are told apart in print and by colour-blind readers. No display
+is needed.
 """
 
 from __future__ import annotations
@@ -8,20 +9,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from moh._extras import require
 from moh.config import MoHConfig
-from moh.inspection.tables import save_rows
+from moh.inspection.tables import Row, save_rows
+from moh.training.checkpoints import last_complete_checkpoint, trainer_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's palette."""
 DASHES = ("-", "--", "-.", ":")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches."""
+    figure: Figure = require("matplotlib.figure", extra="llm").Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: str = "Head load") -> Figure:
@@ -32,10 +41,9 @@ def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: s
         layers: heads and routing of each layer; None for a dense one.
         title: of the figure.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
     count, heads = load.shape
     height = max(4.4, 1.4 + 0.2 * count)  # at least the length of the colour bar's label
-    figure: Figure = figure_module.Figure(figsize=(1.6 + 0.42 * heads, height), layout="constrained")
+    figure = new_figure(1.6 + 0.42 * heads, height)
     axes = figure.subplots()
     image = axes.imshow(load.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for layer, config in enumerate(layers):
@@ -54,8 +62,7 @@ def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: s
 
 def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str = "Training loss") -> Figure:
     """One line per name, each a list of (step, loss)."""
-    figure_module = require("matplotlib.figure", extra="llm")
-    figure: Figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    figure = new_figure(6.4, 4)
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True) if points else ((), ())
@@ -83,3 +90,78 @@ def save_with_data(figure: Figure, rows: Sequence[Mapping[str, object]], stem: s
     save_rows(stem.with_name(f"{stem.name}.csv"), rows)
     for suffix in ("png", "svg"):
         save(figure, stem.with_name(f"{stem.name}.{suffix}"))
+
+
+LOAD_KEY = "routed_load"
+"""In an entry of the log: layer by layer, the routed heads' loads."""
+
+
+def find_history(model_dir: str | Path) -> list[dict[str, Any]] | None:
+    """What the trainer logged of a model, or None: of the directory itself, a checkpoint, or the last one beside it.
+
+    Args:
+        model_dir: as training leaves it (`OUTPUT_DIR/model`), a checkpoint, or the output directory.
+    """
+    path = Path(model_dir).expanduser()
+    for found in (path, last_complete_checkpoint(path), last_complete_checkpoint(path.absolute().parent)):
+        try:
+            if found is not None:
+                history: list[dict[str, Any]] = trainer_state(found)["log_history"]
+                return history
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def training_rows(history: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per logged entry that has routing, and routed layer: step, layer ("all" for what is of all layers),
+    balance_loss, active_share, lowest and highest load of a routed head (of one layer, or the mean over them)."""
+    rows: list[Row] = []
+    for entry in history:
+        if "balance_loss" not in entry:
+            continue
+        loads = [load for load in entry.get(LOAD_KEY, []) if load]
+        spread: dict[str, Any] = {"lowest": "", "highest": ""}
+        if loads:
+            spread = {"lowest": sum(map(min, loads)) / len(loads), "highest": sum(map(max, loads)) / len(loads)}
+        common = {name: entry.get(name, "") for name in ("balance_loss", "active_share")}
+        rows.append({"step": int(entry["step"]), "layer": "all", **common, **spread})
+        for layer, load in enumerate(entry.get(LOAD_KEY, [])):
+            if load:
+                rows.append({
+                    "step": int(entry["step"]), "layer": layer, "balance_loss": "", "active_share": "",
+                    "lowest": min(load), "highest": max(load),
+                })  # fmt: skip
+    return rows
+
+
+def plot_training(rows: Sequence[Row]) -> Figure:
+    """Over the steps: the balance loss, and the lowest and the highest load of a routed head, mean over the layers.
+
+    Args:
+        rows: of `training_rows`. Logs of older runs have no loads: then the balance loss is shown alone.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not rows:
+        raise ValueError("the log has no entries with routing: was the model trained with MoH layers?")
+    whole = [row for row in rows if row["layer"] == "all"]
+    loads = [row for row in whole if row["lowest"] != ""]
+    columns = 2 if loads else 1
+    figure = new_figure(5.0 * columns, 3.6)
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    steps = [row["step"] for row in whole]
+    panels[0].plot(steps, [row["balance_loss"] for row in whole], "-o", color=COLOURS[0], markersize=2.5)
+    panels[0].set(xlabel="optimiser step", ylabel="load-balance loss", title="Balance loss, mean over layers")
+    if loads:
+        steps = [row["step"] for row in loads]
+        for number, (name, mark) in enumerate((("highest", "-o"), ("lowest", "--s"))):
+            values = [row[name] for row in loads]
+            panels[1].plot(steps, values, mark, color=COLOURS[number], markersize=2.5, label=f"{name} of a layer")
+        panels[1].set(xlabel="optimiser step", ylabel="load of a routed head", title="Loads, mean over layers")
+        panels[1].set_ylim(0, 1.03)
+        panels[1].legend(fontsize=8)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure

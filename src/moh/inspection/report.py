@@ -12,14 +12,25 @@ from pathlib import Path
 
 from moh._files import write_text
 from moh.inspection.ablation import HeadAblation
-from moh.inspection.group_plots import plot_group_load
-from moh.inspection.permutation import pair_tests, permutation_test, specialised_heads
-from moh.inspection.plots import plot_head_load, save_with_data
-from moh.inspection.statistics import choosing_layers, distance_rows, layer_rows, unusual_heads
-from moh.inspection.tables import save_rows
-from moh.inspection.training_plots import plot_training
-from moh.inspection.use import HeadUse, Row
-from moh.inspection.use_plots import plot_ablation, plot_distances, plot_shared_and_routed, shared_and_routed_rows
+from moh.inspection.group_plots import (
+    plot_ablation,
+    plot_distances,
+    plot_group_load,
+    plot_shared_and_routed,
+    shared_and_routed_rows,
+)
+from moh.inspection.groups import HeadUse
+from moh.inspection.plots import plot_head_load, plot_training, save_with_data
+from moh.inspection.statistics import (
+    choosing_layers,
+    distance_rows,
+    layer_rows,
+    pair_tests,
+    permutation_test,
+    specialised_heads,
+    unusual_heads,
+)
+from moh.inspection.tables import Row, save_rows
 
 MAX_PAIR_GROUPS = 12
 """With more groups, pairs are not tested one by one: there would be too many for any to stand out."""

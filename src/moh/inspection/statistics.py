@@ -1,17 +1,22 @@
-"""What the loads of groups say: how evenly they spread, how far groups are apart, which heads are dead or overloaded.
+"""What the loads of groups say: how evenly they spread, how far groups are apart, which heads are dead or overloaded, and
+whether groups differ by more than chance.
 
-Of routed heads alone: shared heads and dense layers are used by every token of every group. Whether differences are more
-than chance is the question of `permutation`.
+Of routed heads alone: shared heads and dense layers are used by every token of every group. The permutation tests exchange
+labels between inputs (texts, images), never between tokens: tokens of one text are alike, and a test that took them for
+independent would find differences between any two texts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from moh.inspection.use import HeadUse, Row
+from moh.inspection.groups import HeadUse
+from moh.inspection.tables import Row
 
 
 def load_entropy(load: Tensor) -> Tensor:
@@ -120,3 +125,162 @@ def choosing_layers(use: HeadUse) -> list[tuple[int, list[int]]]:
 def _distribution(load: Tensor) -> Tensor:
     load = load.double()
     return load / load.sum(-1, keepdim=True)
+
+
+def permutation_test(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
+    """Do the groups differ? One test per layer in which tokens choose, and one over all of them.
+
+    The statistic of a layer is the Jensen-Shannon divergence of the groups' loads over its routed heads, in bits, each
+    group weighted by its active tokens: 0 if all are the same. That over all layers is the mean. It is compared with those
+    of the same inputs under exchanged labels; `p = (1 + those at least as large) / (1 + permutations)`. Works on
+    `use.sample`, at most `keep` inputs of each group; memory does not grow with `permutations`.
+
+    Args:
+        use: at least two groups with inputs, one of them with at least two.
+        permutations: at least 1; the smallest p that can come out is `1 / (1 + permutations)`.
+        seed: of the exchanges.
+
+    Returns:
+        layer ("all" in the last row), divergence, by_chance (its mean under exchanged labels), p, and p_holm (adjusted over
+        the layers by Holm's method; in the last row the same as p, for it is one test).
+
+    Raises:
+        ValueError: `permutations` is below 1, or the groups can't be told apart by any exchange of labels.
+    """
+    layers, observed, counts = _prepare(use, permutations)
+    sums, larger = torch.zeros_like(observed), torch.zeros_like(observed)
+    for labels in _exchanged(use.sample.groups, permutations, seed):
+        divergence = _divergences(counts, labels, len(use.groups))
+        sums += divergence
+        larger += divergence >= observed - 1e-12
+    p = ((1 + larger) / (1 + permutations)).tolist()
+    adjusted = [*holm(p[:-1]), p[-1]]
+    names: list[int | str] = [*(place for place, _ in layers), "all"]
+    by_chance = (sums / permutations).tolist()
+    columns = zip(names, observed.tolist(), by_chance, p, adjusted, strict=True)
+    return [
+        {"layer": name, "divergence": divergence, "by_chance": chance, "p": own, "p_holm": of_all}
+        for name, divergence, chance, own, of_all in columns
+    ]
+
+
+def pair_tests(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
+    """Which groups differ? The test over all layers for each pair of groups with inputs.
+
+    Args as in `permutation_test`.
+
+    Returns:
+        group, other, divergence, by_chance, p, p_holm (adjusted over the pairs).
+
+    Raises:
+        ValueError: as `permutation_test`, where it holds for a pair.
+    """
+    present = [name for name, inputs in zip(use.groups, use.inputs.tolist(), strict=True) if inputs]
+    rows: list[Row] = []
+    for a, b in combinations(present, 2):
+        overall = permutation_test(use.select([a, b]), permutations=permutations, seed=seed)[-1]
+        rows.append({"group": a, "other": b, **{name: overall[name] for name in ("divergence", "by_chance", "p")}})
+    for row, adjusted in zip(rows, holm([float(row["p"]) for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
+    """Which heads does a group use more, or less, than all others? Every routed head and group, tested together.
+
+    The statistic is the group's load minus that of all other inputs, over its standard deviation under exchanged labels. p
+    is adjusted for all heads and groups at once: the share of exchanges whose largest statistic of all is at least as large.
+
+    Args as in `permutation_test`.
+
+    Returns:
+        by rising p, then by falling statistic: group, layer, head, load (of the kept inputs), elsewhere, difference, z, p.
+
+    Raises:
+        ValueError: as `permutation_test`.
+    """
+    layers, _, _ = _prepare(use, permutations)
+    sample, groups = use.sample, len(use.groups)
+    active = torch.cat([sample.active[place][:, routed].double() for place, routed in layers], dim=1)  # [m, X]
+    tokens = torch.cat([sample.tokens[:, [place] * len(routed)].double() for place, routed in layers], dim=1)
+    observed, load, elsewhere = _against_others(active, tokens, sample.groups, groups)  # [G, X]
+    squares = torch.zeros_like(observed)
+    for labels in _exchanged(sample.groups, permutations, seed):
+        squares += _against_others(active, tokens, labels, groups)[0].nan_to_num().square()
+    spread = (squares / permutations).sqrt().clamp_min(1e-12)
+    z = observed / spread
+    larger = torch.zeros_like(z)
+    for labels in _exchanged(sample.groups, permutations, seed):  # again the same: nothing had to be kept
+        largest = (_against_others(active, tokens, labels, groups)[0].nan_to_num() / spread).abs().max()
+        larger += largest >= z.abs() - 1e-12
+    p = (1 + larger) / (1 + permutations)
+    heads = [(place, head) for place, routed in layers for head in routed]
+    rows: list[Row] = [
+        {
+            "group": use.groups[group],
+            "layer": place,
+            "head": head,
+            "load": float(load[group, column]),
+            "elsewhere": float(elsewhere[group, column]),
+            "difference": float(observed[group, column]),
+            "z": float(z[group, column]),
+            "p": float(p[group, column]),
+        }
+        for group in sample.groups.unique().tolist()
+        for column, (place, head) in enumerate(heads)
+    ]
+    return sorted(rows, key=lambda row: (row["p"], -abs(float(row["z"]))))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted by Holm's method, which keeps the chance of any false alarm among all of them below each."""
+    adjusted = [0.0] * len(p)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def _prepare(use: HeadUse, permutations: int) -> tuple[list[tuple[int, list[int]]], Tensor, list[Tensor]]:
+    """The layers, their statistics and the mean of them `[L + 1]`, and each layer's counts `[m, h_r]`.
+
+    Raises:
+        ValueError: there is nothing to test.
+    """
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    layers = choosing_layers(use)
+    if not layers:
+        raise ValueError("groups can't differ in their heads: in no layer do tokens choose among routed heads")
+    sizes = use.sample.groups.bincount(minlength=len(use.groups))
+    if (sizes > 0).sum() < 2:
+        raise ValueError(f"at least 2 groups with inputs are needed, got {int((sizes > 0).sum())}")
+    if sizes.max() < 2:
+        raise ValueError("each group has a single input (text or image): exchanging labels tells nothing; give more")
+    counts = [use.sample.active[place][:, routed].double() for place, routed in layers]
+    return layers, _divergences(counts, use.sample.groups, len(use.groups)), counts
+
+
+def _exchanged(groups: Tensor, permutations: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(permutations):
+        yield groups[torch.randperm(len(groups), generator=generator)]
+
+
+def _divergences(counts: list[Tensor], labels: Tensor, groups: int) -> Tensor:
+    """Each layer's divergence between groups, and the mean of all, `[L + 1]`."""
+    found = []
+    for of_layer in counts:  # [m, h_r]
+        sums = of_layer.new_zeros(groups, of_layer.shape[1]).index_add_(0, labels, of_layer)
+        weight = sums.sum(1) / sums.sum()
+        within = (weight * load_entropy(sums).nan_to_num()).sum()  # a group without inputs weighs nothing
+        found.append((load_entropy(sums.sum(0)) - within).clamp_min(0))
+    return torch.stack([*found, torch.stack(found).mean()])
+
+
+def _against_others(active: Tensor, tokens: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Load of each group minus that of all others, and both, `[G, X]`."""
+    ours, length = (x.new_zeros(groups, x.shape[1]).index_add_(0, labels, x) for x in (active, tokens))
+    load, elsewhere = ours / length, (ours.sum(0) - ours) / (length.sum(0) - length)
+    return load - elsewhere, load, elsewhere

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+Row = dict[str, int | float | str]
+
+
 def save_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows with the same columns as CSV, whole or not at all.
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from moh.config import MoHConfig
 from moh.conversion.passes import head_contributions
+from moh.models.transformers.families import FAMILIES, at
 from moh.routing import Router, record_routing
 
-_PROJECTIONS = ("o_proj", "proj", "out_proj", "to_out.0")
-"""Where the output projection of an attention module is found: transformers, timm and ours, diffusers."""
+_FAMILIES = {family.attention: family for family in FAMILIES}
+"""Name of a family's attention class, which ours derives from -> where its parts are."""
+_USUAL_OUTPUTS = ("o_proj", "proj", "out_proj", "to_out.0")
+"""Where the output projection of any other attention module is found: transformers, timm and ours, diffusers."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,28 @@ class AttentionLayer:
     Attributes:
         name: of the module in the model.
         projection: W_O; what it reads is the heads, weighted and concatenated, `[B, N, H * D]`.
+        weight: of the projection, `[C, H * D]`.
         num_heads: H.
         config: heads and routing; None for a dense layer.
     """
 
-    def __init__(self, name: str, projection: nn.Linear, num_heads: int, config: MoHConfig | None) -> None:
+    def __init__(self, name: str, projection: nn.Module, num_heads: int, config: MoHConfig | None) -> None:
         self.name = name
         self.projection = projection
         self.num_heads = num_heads
         self.config = config
         self.contributions: list[Tensor] = []
 
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.projection.weight  # type: ignore[assignment]
+        return (
+            weight if isinstance(self.projection, nn.Linear) else weight.T
+        )  # transformers' Conv1D has it the other way
+
     def before_projection(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0]  # [B, N, H * D], weighted by the gates
-        found = head_contributions(heads.flatten(0, -2), self.projection.weight, self.num_heads)
+        found = head_contributions(heads.flatten(0, -2), self.weight, self.num_heads)
         self.contributions.append(found.view(*heads.shape[:-1], self.num_heads))
 
     def trace(self, gates: list[Tensor]) -> LayerTrace:
@@ -106,37 +117,41 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """
     layers = list(_find(model))
     if not layers:
-        raise ValueError("model has no attention layers with an output projection named " + ", ".join(_PROJECTIONS))
+        raise ValueError("model has no attention layers with an output projection named " + ", ".join(_USUAL_OUTPUTS))
     return layers
 
 
 def _find(model: nn.Module) -> Iterator[AttentionLayer]:
     for name, module in model.named_modules():
-        projection = _projection(module)
+        core, projection = _parts(module)
         if projection is None:
             continue
         router = getattr(module, "router", None)
         if isinstance(router, Router):
             yield AttentionLayer(name, projection, router.config.num_heads, router.config)
-        elif (num_heads := _dense_heads(module, projection)) is not None:
+        elif (num_heads := _dense_heads(core, projection)) is not None:
             yield AttentionLayer(name, projection, num_heads, None)
 
 
-def _projection(module: nn.Module) -> nn.Linear | None:
-    for name in _PROJECTIONS:
+def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """What holds a module's number of heads, and its output projection; None if it is no attention module."""
+    for kind in type(module).__mro__:
+        if (family := _FAMILIES.get(kind.__name__)) is not None:
+            return at(module, family.core), at(module, family.output)
+    for name in _USUAL_OUTPUTS:
         try:
             found = module.get_submodule(name)
         except AttributeError:
             continue
         if isinstance(found, nn.Linear):
-            return found
-    return None
+            return module, found
+    return module, None
 
 
-def _dense_heads(module: nn.Module, projection: nn.Linear) -> int | None:
+def _dense_heads(module: nn.Module, projection: nn.Module) -> int | None:
     """How many heads a dense attention module has; None if it is no attention module."""
     for name in ("num_heads", "heads", "num_attention_heads"):
         if isinstance(heads := getattr(module, name, None), int):
             return heads
     head_dim = getattr(module, "head_dim", None)
-    return projection.in_features // head_dim if isinstance(head_dim, int) else None
+    return int(projection.in_features) // head_dim if isinstance(head_dim, int) else None  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ The names of the classes and what the model wants to see are part of it (`model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from moh._extras import require
+from moh.models.kinds import kind_of, looks_local
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
         ValueError: there is no such directory or name, or what is there is no image classifier or damaged.
     """
     name, local = str(path_or_name), Path(path_or_name).expanduser()
-    looks_local = isinstance(path_or_name, Path) or name.startswith((".", "/", "~"))
     if local.is_dir():
-        if not is_image_classifier(local):
+        if kind_of(local).library != "timm":
             raise ValueError(f"model {name!r} is no image classifier: its config.json names no architecture of timm")
         name = f"local-dir:{local}"
-    elif looks_local:
+    elif looks_local(path_or_name):
         raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
     timm = require("timm", extra="vision")  # not at the top: its import registers our models, some of which import this
     from safetensors import SafetensorError
@@ -66,20 +65,6 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model {str(path_or_name)!r} can't be loaded: {' '.join(str(error).split())}") from None
     return (model if device is None else model.to(device)).eval()
-
-
-def is_image_classifier(directory: str | Path) -> bool:
-    """Whether a directory holds a model in timm's format."""
-    return "architecture" in saved_config(directory)
-
-
-def saved_config(directory: str | Path) -> dict[str, Any]:
-    """A directory's config.json; empty if it has none that can be read. `label_names`: the classes; `model_args`."""
-    try:
-        config = json.loads((Path(directory).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args: Mapping[str, Any]) -> None:

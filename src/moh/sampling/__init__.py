@@ -3,10 +3,14 @@
 Not for models (`moh.models.dit`), training (`moh.training`) or scores (`moh.evaluation`).
 """
 
+from moh._extras import require
+
+require("diffusers", extra="diffusion")
+require("torchvision", extra="diffusion")
+
 from moh.sampling.checkpoint import ImageModel, load_image_model, load_vae, save_image_model
 from moh.sampling.denoising import sample
-from moh.sampling.files import sample_to_files
-from moh.sampling.images import image_grid, write_npz, write_png
+from moh.sampling.files import image_grid, sample_to_files, write_npz, write_png
 from moh.sampling.schedulers import SAMPLERS, SamplingSettings, diffusion_scheduler
 
 __all__ = [

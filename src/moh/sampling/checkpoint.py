@@ -13,20 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, SchedulerMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moh._extras import require
 from moh._files import write_text
+from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
+from moh.sampling.schedulers import diffusion_scheduler, read_scheduler
 
-require("diffusers", extra="diffusion")
-
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, SchedulerMixin  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-
-from moh.sampling.schedulers import diffusion_scheduler, read_scheduler  # noqa: E402
-
-_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.dit", "DiTTransformer2DModel": "diffusers"}
-"""Class in a config.json -> the package to import it from."""
 _INDEX = "model_index.json"
 
 
@@ -189,7 +183,7 @@ def save_image_model(model: ImageModel, target: Path, *, with_vae: bool = True) 
         "_diffusers_version": importlib.import_module("diffusers").__version__,
         "id2label": {str(i): label for i, label in enumerate(model.class_names)} or None,
         "scheduler": ["diffusers", type(model.scheduler).__name__],
-        "transformer": [_TRANSFORMERS[name], name],
+        "transformer": [DIFFUSION_TRANSFORMERS[name], name],
         "vae": ["diffusers", "AutoencoderKL"] if vae is not None else [None, None],
     }
     write_text(target / _INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
@@ -211,14 +205,11 @@ def _config_text(part: ConfigMixin) -> str:
 
 
 def _load_transformer(folder: Path) -> ModelMixin:
+    name = kind_of(folder).name
+    if name not in DIFFUSION_TRANSFORMERS:
+        raise ValueError(f"checkpoint {folder} must hold one of {', '.join(DIFFUSION_TRANSFORMERS)}, got {name!r}")
     try:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder} has no configuration that can be read: {error}") from None
-    if name not in _TRANSFORMERS:
-        raise ValueError(f"checkpoint {folder} must hold one of {', '.join(_TRANSFORMERS)}, got {name!r}")
-    try:
-        kind = getattr(importlib.import_module(_TRANSFORMERS[name]), name)
+        kind = getattr(importlib.import_module(DIFFUSION_TRANSFORMERS[name]), name)
         transformer = kind.from_pretrained(folder, torch_dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} can't be loaded: {' '.join(str(error).split())}") from None

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from moh.data.seeds import generator_of
 from moh.models.dit import guided_output
 from moh.sampling.checkpoint import ImageModel
-from moh.sampling.noise import draw_noise, image_generators
 from moh.sampling.schedulers import SamplingSettings, make_scheduler, takes_variance
 
 
@@ -72,9 +72,10 @@ def sample_batches(
 def _denoise(model: ImageModel, labels: Sequence[int], settings: SamplingSettings, indices: Sequence[int]) -> Tensor:
     """`[B, C, h, w]` float32, what the model draws for images `indices`."""
     scheduler = make_scheduler(settings, model.scheduler.config, learned_variance=model.learns_variance)
-    generators = image_generators(settings.seed, indices)
+    generators = [generator_of(settings.seed, index) for index in indices]  # as diffusers' schedulers take them
     classes = torch.tensor(labels, device=model.device)
-    x = draw_noise(generators, model.sample_shape).to(model.device)  # [B, C, h, w]
+    x = torch.stack([torch.randn(model.sample_shape, generator=each) for each in generators])  # [B, C, h, w]
+    x = x.to(model.device)
     for step, t in enumerate(scheduler.timesteps):
         output = guided_output(
             model.transformer,

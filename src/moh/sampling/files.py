@@ -9,26 +9,25 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
 
-from moh._extras import require
 from moh._files import replacing_file
 from moh.sampling.checkpoint import ImageModel
 from moh.sampling.denoising import sample_batches
-from moh.sampling.images import image_grid, write_npz, write_png
 from moh.sampling.schedulers import SamplingSettings
-
-require("accelerate", extra="diffusion")
-
-from accelerate import PartialState  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 _GRID = 100  # images in the grid, at most
 _OWN = re.compile(r"(\d{5}|[1-9]\d{5,})-\w*\.png")  # the names of the images
@@ -193,3 +192,53 @@ def _file_name(label: int, class_names: Sequence[str]) -> str:
     """The class as part of a file's name."""
     name = class_names[label].split(",")[0] if label < len(class_names) else str(label)
     return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write an image, `[1 or 3, H, W]` uint8."""
+    with replacing_file(path) as file:
+        to_pil_image(image).save(file)
+
+
+def image_grid(images: Tensor, *, columns: int | None = None) -> Tensor:
+    """One picture of `[B, C, H, W]` uint8 images, row by row, `[3, H', W']` uint8.
+
+    Args:
+        images: the images; grey ones become coloured.
+        columns: images in a row; None makes the grid about square.
+    """
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    grid: Tensor = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    return grid
+
+
+def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], *, count: int, shape: tuple[int, int, int]) -> None:
+    """Write images and labels as ADM's evaluation suite reads them, one batch in memory at a time.
+
+    `arr_0` is `[count, H, W, 3]` uint8 (grey images become coloured: the suite's network wants three channels), `arr_1`
+    the labels, `[count]` int64.
+
+    Args:
+        path: the .npz file.
+        batches: (images `[B, C, H, W]` uint8, labels `[B]`), read once.
+        count: images in all batches together.
+        shape: (C, H, W).
+
+    Raises:
+        ValueError: the batches hold another number of images.
+    """
+    _, height, width = shape
+    labels: list[Tensor] = []
+    with replacing_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for images, classes in batches:
+                coloured = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # [B, H, W, 3]
+                stream.write(coloured.contiguous().numpy().tobytes())
+                labels.append(classes)
+        written = sum(map(len, labels))
+        if written != count:
+            raise ValueError(f"count must be the number of images, {written}, got {count}")
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, torch.cat(labels).to(torch.int64).numpy())

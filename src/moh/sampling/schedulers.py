@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moh._extras import require
-
-require("diffusers", extra="diffusion")
-
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin  # noqa: E402
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     # The published evaluation: ancestral steps with the learned variance, evenly spaced over all training steps

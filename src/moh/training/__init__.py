@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moh._extras import require
+from moh._lazy import lazy
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS, Corpus, corpus_from_files, load_corpus
-from moh.training.data import TokenBlocks, pack_tokens
-from moh.training.distillation import distillation_loss
-from moh.training.precision import choose_precision
 from moh.training.recipe import Recipe
 from moh.training.recipe_file import load_recipe
 from moh.training.text import read_texts
 
 if TYPE_CHECKING:
+    from moh.training.data import TokenBlocks, pack_tokens
+    from moh.training.distillation import distillation_loss
+    from moh.training.precision import choose_precision
     from moh.training.run import TrainResult
     from moh.training.trainer import MoHTrainer
 
@@ -60,16 +62,23 @@ def train(recipe: Any, **overrides: Any) -> Any:
     Raises:
         ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
+    for package in ("transformers", "accelerate", "tensorboard"):
+        require(package, extra="llm")
     return importlib.import_module(_RUNS[recipe.task]).train(recipe, **overrides)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "TrainResult":
-        from moh.training.run import TrainResult
-
-        return TrainResult
-    if name == "MoHTrainer":
-        from moh.training.trainer import MoHTrainer
-
-        return MoHTrainer
-    raise AttributeError(f"module 'moh.training' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "MoHTrainer": "moh.training.trainer",
+        "TokenBlocks": "moh.training.data",
+        "TrainResult": "moh.training.run",
+        "choose_precision": "moh.training.precision",
+        "distillation_loss": "moh.training.distillation",
+        "pack_tokens": "moh.training.data",
+    },
+    extras={
+        "moh.training.run": ("transformers", "llm"),
+        "moh.training.trainer": ("transformers", "llm"),
+    },
+)

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import os
 
-from moh._extras import require
-
-require("accelerate", extra="llm")
-
-from accelerate import Accelerator, PartialState  # noqa: E402
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> bool:

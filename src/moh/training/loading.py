@@ -5,17 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
-from moh._extras import require
-from moh.training.architecture import FromScratchRecipe
-from moh.training.checkpoints import replacing_directory
-from moh.training.recipe import Recipe
-from moh.training.tokens.byte_pair import byte_pair_tokenizer
-from moh.training.tokens.prepare import TrainingText, cache_directory, open_sources
-
-require("transformers", extra="llm")
-
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
@@ -24,10 +14,15 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from moh.models.transformers import MoHLlamaConfig  # noqa: E402
-from moh.models.transformers.loading import load_causal_lm, load_config  # noqa: E402
-from moh.models.transformers.loading import load_tokenizer as _load_tokenizer  # noqa: E402
-from moh.routing import router_class  # noqa: E402
+from moh.models.transformers import MoHLlamaConfig
+from moh.models.transformers.loading import load_causal_lm, load_config
+from moh.models.transformers.loading import load_tokenizer as _load_tokenizer
+from moh.routing import router_class
+from moh.training.architecture import FromScratchRecipe
+from moh.training.checkpoints import replacing_directory
+from moh.training.recipe import Recipe
+from moh.training.tokens.byte_pair import byte_pair_tokenizer
+from moh.training.tokens.prepare import TrainingText, cache_directory, open_sources
 
 _MOST_PADDING = 2048
 """Most rows of an embedding beyond the tokenizer's ids: no model pads more, so the tokenizer would be another's."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moh.training.architecture import FromScratchRecipe
 from moh.training.corpus import CORPORA, DEFAULT_CORPUS
-from moh.training.settings import TrainingSettings, at_least
+from moh.training.settings import ConversionSettings, TrainingSettings, at_least
 from moh.training.tokens.recipe import SourceRecipe, check_sources
 
 
@@ -38,27 +38,16 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class ConversionRecipe:
-    """How the dense model becomes a MoH model before training: arguments of `moh.convert`, with their own defaults.
+class ConversionRecipe(ConversionSettings):
+    """How the dense model becomes a MoH model before training: `ConversionSettings`, and what follows.
 
     Args:
-        shared_heads: heads per layer that every token uses.
-        active_heads: routed heads per layer that each token chooses.
-        router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
-            "two_stage" (the paper's learned one).
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
         calibration_tokens: tokens of the training text that the conversion reads; "query_norm" needs none.
-        allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
-        refit_output: refit the output projections so that the active heads make up for the others.
     """
 
-    shared_heads: int
-    active_heads: int
-    router: str = "linear"
     routing_unit: str = "head"
     calibration_tokens: int = 12_288
-    allocation: Literal["even", "sensitivity"] = "even"
-    refit_output: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from transformers import Trainer
 
-from moh._extras import require
 from moh.routing import RoutingRecord, balance_over_processes, record_routing
 from moh.training.checkpoints import writing_checkpoint
 from moh.training.cpu_sharding import shard_on_cpus
-
-require("transformers", extra="llm")
-
-from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402
-from transformers import Trainer  # noqa: E402
 
 
 class RoutingTrainer(Trainer):  # type: ignore[misc]

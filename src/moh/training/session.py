@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
-from moh._extras import require
 from moh._files import write_text
 from moh.training.checkpoints import (
     check_writable,
@@ -27,14 +29,6 @@ from moh.training.checkpoints import (
 from moh.training.precision import Precision, choose_precision
 from moh.training.recipe_file import dump_recipe, load_recipe
 from moh.training.settings import TrainingSettings
-
-require("transformers", extra="llm")
-require("accelerate", extra="llm")
-require("tensorboard", extra="llm")
-
-from accelerate.utils import patch_environment  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
-from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 _RECIPE_FILE = "recipe.yaml"
 _IDENTITY_FILE = "data.json"

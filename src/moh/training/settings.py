@@ -72,6 +72,51 @@ class TrainingSettings:
         at_least("training.max_steps", self.max_steps, 1)
 
 
+@dataclass(frozen=True)
+class ImageTrainingSettings(TrainingSettings):
+    """How to train what reads or draws images: `TrainingSettings`, and what follows.
+
+    Args:
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        ema_decay: of the moving average of the weights, which is then what is evaluated, draws images and is saved.
+        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it.
+        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
+            number: what a model sees does not depend on it.
+    """
+
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    ema_warmup: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_grad_norm", "workers"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with defaults of their own.
+
+    Args:
+        shared_heads: heads per layer that every token uses.
+        active_heads: routed heads per layer that each token chooses.
+        router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
+            "two_stage" (the paper's learned one).
+        allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
+        refit_output: refit the output projections so that the active heads make up for the others.
+    """
+
+    shared_heads: int
+    active_heads: int
+    router: str = "linear"
+    allocation: Literal["even", "sensitivity"] = "even"
+    refit_output: bool = False
+
+
 def at_least(name: str, value: float, low: float) -> None:
     """Check a number of a recipe.
 

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from moh._extras import require
 from moh.training.checkpoints import trainer_state
 from moh.training.distillation import distillation_loss
 from moh.training.routing_trainer import RoutingTrainer
 from moh.training.tokens.mixture import StoredMixture
 from moh.training.tokens.streaming import STREAM_KEY, StreamedMixture
-
-require("transformers", extra="llm")
-
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
-from transformers.trainer_callback import ExportableState  # noqa: E402
 
 
 class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]

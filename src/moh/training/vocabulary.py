@@ -10,15 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moh._extras import require
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training.checkpoints import replacing_directory
-
-require("transformers", extra="llm")
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
-
-from moh.models.transformers.loading import load_causal_lm, load_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)

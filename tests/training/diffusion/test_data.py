@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from moh.training.diffusion.data import PixelDataset, load_source, to_float
-from moh.training.diffusion.draws import draw
 from moh.training.diffusion.recipe import DiffusionDataRecipe
+from moh.training.diffusion.trainer import draw
 from moh.training.images.sources import TensorImages, UnreadableImage
 
 CPU = torch.device("cpu")

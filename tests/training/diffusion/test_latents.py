@@ -13,7 +13,7 @@ from moh.sampling import load_vae
 from moh.training.diffusion import latents
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.latents import encode_latents
-from moh.training.images.folders import FolderImages
+from moh.training.images.formats import FolderImages
 from moh.training.images.sources import TensorImages
 
 

@@ -11,12 +11,12 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from moh.data.seeds import generators_kept, seed_all
 from moh.models.image_loading import ImageInput
 from moh.training.images.augmentation import PixelTransform
-from moh.training.images.augmentation_recipe import AugmentationRecipe
 from moh.training.images.batches import SKIPPED, ImageBatches, report_damaged, take
-from moh.training.images.folders import FolderImages
-from moh.training.images.seeds import generators_kept, seed_all
+from moh.training.images.formats import FolderImages
+from moh.training.images.recipe import AugmentationRecipe
 from moh.training.images.sources import TensorImages
 
 GREY = ImageInput((1, 8, 8), (0.5,), (0.25,))

@@ -12,9 +12,9 @@ from image_cases import CLASSES, pictures, write_folders, write_idx
 from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
-from moh.training.images import fashion_mnist
+from moh.training.images import formats
 from moh.training.images.datasets import load_evaluation_images, load_images, load_training_images
-from moh.training.images.folders import decode
+from moh.training.images.formats import decode
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
 
@@ -34,15 +34,15 @@ def test_idx_files_are_read(tmp_path: Path, compressed: bool) -> None:
 
 @pytest.mark.parametrize("where", ["installed", "cache", "torchvision"])
 def test_a_local_copy_of_fashion_mnist_is_looked_for_first(tmp_path: Path, monkeypatch, where: str) -> None:
-    monkeypatch.setattr(fashion_mnist, "apt_download", None)
-    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("share/fashion-mnist"))
+    monkeypatch.setattr(formats, "apt_download", None)
+    monkeypatch.setattr(formats, "_BELOW", Path("share/fashion-mnist"))
     folder = {
         "installed": tmp_path / "root",
         "cache": tmp_path / "dataset-fashion-mnist" / "share" / "fashion-mnist",
         "torchvision": tmp_path / "FashionMNIST" / "raw",
     }[where]
     if where == "installed":
-        monkeypatch.setattr(fashion_mnist, "_BELOW", folder.relative_to("/"))
+        monkeypatch.setattr(formats, "_BELOW", folder.relative_to("/"))
     write_idx(folder, train=10)
     assert len(load("fashion-mnist", cache_dir=str(tmp_path))[0].labels) == 10
 
@@ -54,8 +54,8 @@ def test_fashion_mnist_that_is_not_here_is_fetched_from_debian(tmp_path: Path, m
         fetched.append(package)
         write_idx(target / "share", train=10)
 
-    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("share"))
-    monkeypatch.setattr(fashion_mnist, "apt_download", apt_download)
+    monkeypatch.setattr(formats, "_BELOW", Path("share"))
+    monkeypatch.setattr(formats, "apt_download", apt_download)
     for _ in range(2):
         assert len(load("fashion-mnist", cache_dir=str(tmp_path))[0].labels) == 10
     assert fetched == ["dataset-fashion-mnist"]
@@ -65,9 +65,9 @@ def test_fashion_mnist_that_cannot_be_had_names_all_that_was_tried(tmp_path: Pat
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(fashion_mnist, "_BELOW", Path("nowhere"))
-    monkeypatch.setattr(fashion_mnist, "apt_download", fail)
-    monkeypatch.setattr(fashion_mnist, "FashionMNIST", fail)
+    monkeypatch.setattr(formats, "_BELOW", Path("nowhere"))
+    monkeypatch.setattr(formats, "apt_download", fail)
+    monkeypatch.setattr(formats, "FashionMNIST", fail)
     with pytest.raises(
         RuntimeError, match=f"neither in /nowhere nor in {tmp_path}; no network; torchvision: no network"
     ):

@@ -12,24 +12,24 @@ from moh._extras import require
 require("timm", extra="diffusion")
 require("torch_fidelity", extra="diffusion")
 
-from moh.evaluation.generation.classifier import ClassifierFeatures, load_classifier  # noqa: E402
-from moh.evaluation.generation.features import (  # noqa: E402
+from moh.evaluation.generation.classifier import ClassifierFeatures, load_classifier
+from moh.evaluation.generation.features import (
     Extracted,
     FeatureExtractor,
     ImageFeatures,
     extract_features,
 )
-from moh.evaluation.generation.frechet import Gaussian, frechet_distance, gaussian_frechet_distance  # noqa: E402
-from moh.evaluation.generation.images import Images, open_images  # noqa: E402
-from moh.evaluation.generation.inception import InceptionFeatures  # noqa: E402
-from moh.evaluation.generation.scores import (  # noqa: E402
+from moh.evaluation.generation.frechet import Gaussian, frechet_distance, gaussian_frechet_distance
+from moh.evaluation.generation.images import Images, open_images
+from moh.evaluation.generation.inception import InceptionFeatures
+from moh.evaluation.generation.scores import (
     GenerationScores,
     compare,
     inception_score,
     precision_recall,
     score_images,
 )
-from moh.evaluation.generation.statistics import load_features, reference_features, save_features  # noqa: E402
+from moh.evaluation.generation.statistics import load_features, reference_features, save_features
 
 __all__ = [
     "ClassifierFeatures",

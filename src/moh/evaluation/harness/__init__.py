@@ -11,13 +11,13 @@ from moh._extras import require
 require("transformers", extra="eval")
 require("lm_eval", extra="eval")
 
-from moh._processes import processes  # noqa: E402
-from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks  # noqa: E402
-from moh.evaluation.harness.local import local_tasks, make_local_tasks  # noqa: E402
-from moh.evaluation.harness.results import ModelScores, TaskEvaluation  # noqa: E402
-from moh.evaluation.harness.runner import LoadedModel  # noqa: E402
-from moh.evaluation.harness.scores import Estimate, Part, TaskScore  # noqa: E402
-from moh.evaluation.harness.suites import SUITES, HarnessTask, parse_task, suite  # noqa: E402
+from moh._processes import processes
+from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks
+from moh.evaluation.harness.local import local_tasks, make_local_tasks
+from moh.evaluation.harness.results import ModelScores, TaskEvaluation
+from moh.evaluation.harness.runner import LoadedModel
+from moh.evaluation.harness.scores import Estimate, Part, TaskScore
+from moh.evaluation.harness.suites import SUITES, HarnessTask, parse_task, suite
 
 __all__ = [
     "DTYPES",

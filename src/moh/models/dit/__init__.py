@@ -8,11 +8,11 @@ from moh._extras import require
 require("diffusers", extra="diffusion")
 
 # A saved pipeline looks up a class's base class in the same module.
-from diffusers import ModelMixin as ModelMixin  # noqa: E402
+from diffusers import ModelMixin as ModelMixin
 
-from moh.models.dit.guidance import guided_output  # noqa: E402
-from moh.models.dit.presets import DIT_NAMES, create_dit  # noqa: E402
-from moh.models.dit.transformer import MoHDiTTransformer2DModel  # noqa: E402
+from moh.models.dit.guidance import guided_output
+from moh.models.dit.presets import DIT_NAMES, create_dit
+from moh.models.dit.transformer import MoHDiTTransformer2DModel
 
 # diffusers' pipelines save a class's module to import it again, but take one that ends in `.dit.<file>` for their own
 # pipeline package `dit`.

@@ -7,9 +7,9 @@ from moh._extras import require
 
 require("timm", extra="vision")
 
-from moh.models.transnext import presets  # noqa: E402
-from moh.models.transnext.architecture import Architecture  # noqa: E402
-from moh.models.transnext.attention import AggregatedAttention, PlainAttention  # noqa: E402
-from moh.models.transnext.model import MoHTransNeXt  # noqa: E402
+from moh.models.transnext import presets
+from moh.models.transnext.architecture import Architecture
+from moh.models.transnext.attention import AggregatedAttention, PlainAttention
+from moh.models.transnext.model import MoHTransNeXt
 
 __all__ = ["AggregatedAttention", "Architecture", "MoHTransNeXt", "PlainAttention", "presets"]

@@ -7,10 +7,10 @@ from moh._extras import require
 
 require("timm", extra="vision")
 
-from moh.models.vit import presets  # noqa: E402
-from moh.models.vit.attention import MoHViTAttention  # noqa: E402
-from moh.models.vit.replacing import dense_attentions, replace_attention  # noqa: E402
-from moh.models.vit.saving import from_pretrained, save_pretrained  # noqa: E402
+from moh.models.vit import presets
+from moh.models.vit.attention import MoHViTAttention
+from moh.models.vit.replacing import dense_attentions, replace_attention
+from moh.models.vit.saving import from_pretrained, save_pretrained
 
 __all__ = [
     "MoHViTAttention",

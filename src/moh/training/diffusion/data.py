@@ -10,26 +10,21 @@ import json
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
-from moh._extras import require
 from moh.training.diffusion.recipe import DiffusionDataRecipe
 from moh.training.images.datasets import load_training_images
-from moh.training.images.folders import FolderImages
+from moh.training.images.formats import FolderImages
 from moh.training.images.recipe import ImageDataRecipe
-from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage
-
-require("torchvision", extra="diffusion")
-
-from torchvision.transforms import InterpolationMode  # noqa: E402
-from torchvision.transforms import functional as F  # noqa: E402
+from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
 
 Batch = dict[str, Tensor]
-_TRIES = 100  # damaged images in a row
 
 
 class PixelDataset(Dataset[Batch]):
@@ -64,7 +59,7 @@ class PixelDataset(Dataset[Batch]):
         """
         if self._pixels is not None:
             return self._pixels[indices]
-        return torch.stack([self._read(index) for index in indices])
+        return torch.stack([self._fitted(self.source.image(index)) for index in indices])
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -83,8 +78,8 @@ class PixelDataset(Dataset[Batch]):
         if self._pixels is not None:
             pixels, places = self._pixels[indices], indices
         else:
-            read = [self._next_readable(index) for index in indices]
-            pixels, places = torch.stack([image for image, _ in read]), [place for _, place in read]
+            read = [next_readable(self.source, index, self._note) for index in indices]
+            pixels, places = torch.stack([self._fitted(image) for image, _ in read]), [place for _, place in read]
         return {"pixels": pixels, "labels": self.labels[places], "indices": torch.tensor(indices)}
 
     @cached_property
@@ -102,26 +97,18 @@ class PixelDataset(Dataset[Batch]):
             digest.update(json.dumps([name.parts[-2:], size]).encode())
         for index in range(0, len(self), max(1, len(self) // 8)):
             try:
-                digest.update(self._read(index).numpy().tobytes())
+                digest.update(self._fitted(self.source.image(index)).numpy().tobytes())
             except UnreadableImage:
                 digest.update(b"damaged")
         return digest.hexdigest()[:16]
 
-    def _next_readable(self, index: int) -> tuple[Tensor, int]:
-        """Pixels of the image at `index`, or of the next one that can be read, and where it is."""
-        tries = min(_TRIES, len(self))
-        for place in ((index + offset) % len(self) for offset in range(tries)):
-            try:
-                return self._read(place), place
-            except UnreadableImage as error:
-                if not self._damaged[place]:
-                    self._damaged[place] = True
-                    warnings.warn(f"replaced by the next image: {error}", stacklevel=2)
-        raise RuntimeError(f"{tries} training images in a row can't be read, from {self.source.name(index)} on")
+    def _note(self, place: int, error: UnreadableImage) -> None:
+        if not self._damaged[place]:
+            self._damaged[place] = True
+            warnings.warn(f"replaced by the next image: {error}", stacklevel=2)
 
-    def _read(self, index: int) -> Tensor:
-        image = self.source.image(index).convert("RGB")
-        image = F.resize(image, self.image_size, interpolation=InterpolationMode.BICUBIC)
+    def _fitted(self, image: Image.Image) -> Tensor:
+        image = F.resize(image.convert("RGB"), self.image_size, interpolation=InterpolationMode.BICUBIC)
         pixels: Tensor = F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
         return pixels
 
@@ -139,11 +126,6 @@ def load_source(data: DiffusionDataRecipe) -> ImageSource:
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 pixels as float32 in -1..1."""
     return pixels.float() / 127.5 - 1
-
-
-def as_batch(batch: Any) -> Any:
-    """The collate function of data sets that give whole batches."""
-    return batch
 
 
 def _file_size(file: Path) -> int:

@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from moh._extras import require
 from moh._files import replacing_file
 from moh.sampling.checkpoint import weights_digest
 from moh.training.corpus import default_cache_dir
 from moh.training.diffusion.data import Batch, PixelDataset, to_float
 from moh.training.images.sources import UnreadableImage
-
-require("diffusers", extra="diffusion")
-require("accelerate", extra="diffusion")
-
-from accelerate import PartialState  # noqa: E402
-from diffusers import AutoencoderKL  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 _SHARD = 4096  # images in a file: one lost to an interruption is minutes of work, and ImageNet has 300 of them
 _BATCH = 16  # images encoded at a time

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moh.training.settings import TrainingSettings, at_least
+from moh.training.settings import ImageTrainingSettings, at_least
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class SampleGridRecipe:
 
 
 @dataclass(frozen=True)
-class DiffusionTrainingRecipe(TrainingSettings):
-    """How to train a diffusion model: `TrainingSettings`, with the paper's defaults, and what follows.
+class DiffusionTrainingRecipe(ImageTrainingSettings):
+    """How to train a diffusion model: `ImageTrainingSettings`, with the paper's defaults, and what follows.
 
     Args:
         warmup_steps: the paper has none.
@@ -137,11 +137,7 @@ class DiffusionTrainingRecipe(TrainingSettings):
         save_steps: steps between two checkpoints, a multiple of `logging_steps`.
         balance_loss_coef: weight beta of the load-balance loss.
         max_grad_norm: gradients are clipped to this norm; 0, as in the paper, does not clip.
-        ema_decay: of the moving average of the weights, which is what draws images and is saved as the model.
-        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it: at step s
-            the decay is at most (1 + s) / (10 + s).
-        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
-            number: what a model sees does not depend on it.
+        ema_warmup: at step s the decay of the average is at most (1 + s) / (10 + s).
         samples: pictures during training.
     """
 
@@ -153,16 +149,7 @@ class DiffusionTrainingRecipe(TrainingSettings):
     balance_loss_coef: float = 0.01
     max_grad_norm: float = 0.0
     ema_decay: float = 0.9999
-    ema_warmup: bool = False
-    workers: int = 0
     samples: SampleGridRecipe = field(default_factory=SampleGridRecipe)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_grad_norm", "workers"):
-            at_least(f"training.{name}", getattr(self, name), 0)
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
 
 
 @dataclass(frozen=True)

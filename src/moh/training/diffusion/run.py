@@ -9,22 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moh._extras import require
+from diffusers import AutoencoderKL
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
 from moh.models.dit import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
-from moh.training.checkpoints import trainer_state
-from moh.training.diffusion.data import PixelDataset, as_batch, load_source
+from moh.training.diffusion.data import PixelDataset, load_source
 from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
-from moh.training.images.sources import ImageSource
+from moh.training.images.sources import ImageSource, take
 from moh.training.session import RunResult, open_session, saving
-
-require("transformers", extra="llm")
-require("diffusers", extra="diffusion")
-
-from diffusers import AutoencoderKL  # noqa: E402
-from transformers import TrainerCallback, TrainingArguments, set_seed  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +90,7 @@ def train(
         model=Denoiser(transformer),
         args=_fitting(arguments, transformer, settings.workers),
         train_dataset=dataset,
-        data_collator=as_batch,
+        data_collator=take,
         callbacks=list(callbacks),
         image_model=model,
         settings=settings,
@@ -103,9 +98,9 @@ def train(
         balance_loss_scope=settings.balance_loss_scope,
     )
     if checkpoint is not None:
-        trainer.load_average(checkpoint, trainer_state(checkpoint)["global_step"])
+        trainer.load_average(checkpoint)
     history = session.run(trainer)
-    trainer.ema.copy_to(transformer.parameters())
+    transformer.load_state_dict(trainer.average.module.state_dict())
     model_dir = session.output_dir / "model"
     with saving(trainer, model_dir, holding="model_index.json") as scratch:
         if arguments.should_save:

@@ -1,34 +1,30 @@
 """The transformers Trainer for diffusion models: noise, hybrid loss, balance loss, averaged weights, sample grids.
 
-Not for recipes or data (`moh.training.diffusion.run`), nor for the loss's terms (`moh.training.diffusion.loss`).
+A step's random numbers are drawn for each image from the run's seed, the step and the image's number: a resumed run repeats
+those of an uninterrupted one, and several processes draw those of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
-from moh._extras import require
+from moh.data.seeds import generator_of
 from moh.sampling import ImageModel, image_grid, sample, save_image_model, write_png
 from moh.sampling.schedulers import SamplingSettings
+from moh.training.average import Averaging, MovingAverage
 from moh.training.diffusion.data import to_float
-from moh.training.diffusion.draws import Draws, draw
 from moh.training.diffusion.loss import add_noise, hybrid_loss
 from moh.training.diffusion.recipe import DiffusionTrainingRecipe
 from moh.training.routing_trainer import RoutingTrainer
-
-require("transformers", extra="llm")
-require("diffusers", extra="diffusion")
-
-from diffusers.training_utils import EMAModel  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-from transformers.integrations import TensorBoardCallback  # noqa: E402
 
 
 class Denoiser(nn.Module):
@@ -61,7 +57,8 @@ class DiffusionTrainer(RoutingTrainer):
 
     Args:
         args: all arguments of `transformers.Trainer`; `model` is a `Denoiser`, the data sets give whole batches.
-        image_model: the model with its scheduler, VAE and class names; the transformer is the one to train.
+        image_model: the model with its scheduler, VAE and class names; the transformer is the one to train. The same with
+            the averaged weights is `averaged_model`.
         settings: the recipe's balance loss, averaged weights and pictures.
         flip: mirror half of the images.
         kwargs: all arguments of `transformers.Trainer`.
@@ -83,14 +80,11 @@ class DiffusionTrainer(RoutingTrainer):
         self.settings = settings
         self.flip = flip
         self.scheduler = image_model.scheduler
-        # without min_decay diffusers lets every average warm up
-        self.ema = EMAModel(
-            image_model.transformer.parameters(),
-            decay=settings.ema_decay,
-            min_decay=0.0 if settings.ema_warmup else settings.ema_decay,
-            foreach=True,
-        )
-        self.add_callback(_AfterStep(self))
+        ramp = (lambda steps: (1 + steps) / (10 + steps)) if settings.ema_warmup else None  # as diffusers' EMAModel
+        self.average = MovingAverage(image_model.transformer, settings.ema_decay, ramp=ramp)
+        self.averaged_model = dataclasses.replace(image_model, transformer=self.average.module)
+        self.add_callback(Averaging(self.average))
+        self.add_callback(_Grids(self))
 
     def compute_loss(
         self,
@@ -127,18 +121,7 @@ class DiffusionTrainer(RoutingTrainer):
             device=self.args.device,
         )
 
-    @contextmanager
-    def averaged(self) -> Iterator[ImageModel]:
-        """The model with the averaged weights while the block runs."""
-        parameters = list(self.image_model.transformer.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            yield self.image_model
-        finally:
-            self.ema.restore(parameters)
-
-    def load_average(self, checkpoint: Path, step: int) -> None:
+    def load_average(self, checkpoint: Path) -> None:
         """Take the averaged weights of a checkpoint.
 
         Raises:
@@ -149,16 +132,14 @@ class DiffusionTrainer(RoutingTrainer):
             saved = kind.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"the averaged weights of {checkpoint} can't be read: {error}") from None
-        self.ema.shadow_params = [p.detach().to(self.args.device) for p in saved.parameters()]
-        self.ema.optimization_step = step
+        self.average.module.load_state_dict(saved.state_dict())
 
     def draw_grid(self) -> None:
         """Draw the grid of this step with the averaged weights: a PNG in samples/, and a picture in TensorBoard."""
         grid = self.settings.samples
         classes = grid.classes or list(range(min(8, self.image_model.num_classes)))
         settings = SamplingSettings(scheduler=grid.scheduler, steps=grid.steps, guidance=grid.guidance, seed=grid.seed)
-        with self.averaged() as model:
-            picture = image_grid(sample(model, classes * grid.rows, settings), columns=len(classes))
+        picture = image_grid(sample(self.averaged_model, classes * grid.rows, settings), columns=len(classes))
         step = self.state.global_step
         folder = Path(self.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,18 +152,16 @@ class DiffusionTrainer(RoutingTrainer):
         """Write what the Trainer resumes from and, beside it, the averaged model."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            with self.averaged() as model:
-                save_image_model(model, Path(output_dir or self.args.output_dir), with_vae=False)
+            save_image_model(self.averaged_model, Path(output_dir or self.args.output_dir), with_vae=False)
 
 
-class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """Follows the weights with their average after every optimiser step, and draws the grids that are due."""
+class _Grids(TrainerCallback):  # type: ignore[misc]
+    """Draws the grids that are due."""
 
     def __init__(self, trainer: DiffusionTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.ema.step(self.trainer.image_model.transformer.parameters())
         every = self.trainer.settings.samples.every
         if every and state.global_step % every == 0 and state.is_world_process_zero:
             self.trainer.draw_grid()
@@ -197,3 +176,58 @@ def _clean(inputs: dict[str, Tensor], drawn: Draws) -> Tensor:
     mean, std = (inputs[name][rows, drawn.mirrored.long()].float() for name in ("mean", "std"))
     assert drawn.latent is not None
     return mean + std * drawn.latent
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for B images.
+
+    Attributes:
+        t: `[B]` int64, the time steps.
+        noise: `[B, C, h, w]` float32, what is added to the images.
+        mirrored: `[B]` bool.
+        uniform: `[B]` float32 in 0..1, for dropping labels.
+        latent: `[B, C, h, w]` float32, to draw latents of; None for pixels.
+    """
+
+    t: Tensor
+    noise: Tensor
+    mirrored: Tensor
+    uniform: Tensor
+    latent: Tensor | None
+
+
+def draw(
+    indices: Tensor,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    step: int,
+    train_steps: int,
+    mirror: bool,
+    latents: bool,
+    device: torch.device,
+) -> Draws:
+    """Draw for the images `indices` `[B]` of one step.
+
+    Args:
+        indices: the images' numbers in the data set.
+        shape: (C, h, w).
+        seed: of the run.
+        step: the optimiser step.
+        train_steps: steps of the diffusion.
+        mirror: mirror half of the images; False mirrors none.
+        latents: draw noise for latents too.
+        device: where the tensors go.
+    """
+    count = len(indices)
+    noise = torch.empty(count, 2 if latents else 1, *shape)
+    uniform = torch.empty(count, 2)
+    t = torch.empty(count, dtype=torch.int64)
+    for row, index in enumerate(indices.tolist()):
+        generator = generator_of(seed, step, index)
+        t[row].random_(train_steps, generator=generator)
+        uniform[row].uniform_(generator=generator)
+        noise[row].normal_(generator=generator)
+    noise, uniform, t = (value.to(device, non_blocking=True) for value in (noise, uniform, t))
+    return Draws(t, noise[:, 0], (uniform[:, 0] < 0.5) & mirror, uniform[:, 1], noise[:, 1] if latents else None)

@@ -1,7 +1,12 @@
 """Training image classifiers: recipes, data sets, augmentation, the run (extra `vision`).
 
-Importing this imports no extra. `moh.training.train` runs a recipe; `run` holds what it returns.
+`moh.training.train` runs a recipe; `run` holds what it returns.
 """
+
+from moh._extras import require
+
+require("torchvision", extra="vision")
+require("timm", extra="vision")
 
 from moh.training.images.recipe import ImageRecipe
 

@@ -9,24 +9,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import AugmentOp
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision import transforms
 
-from moh._extras import require
+from moh.data.seeds import generator_of, generators_kept, seed_all
 from moh.models.image_loading import ImageInput
-from moh.training.images.augmentation_recipe import AugmentationRecipe
-from moh.training.images.seeds import generators_kept, seed_all
+from moh.training.images.recipe import AugmentationRecipe
 from moh.training.images.sources import TensorImages
-
-require("torchvision", extra="vision")
-require("timm", extra="vision")
-
-from PIL import Image, ImageOps  # noqa: E402
-from timm.data.auto_augment import AugmentOp  # noqa: E402
-from timm.data.random_erasing import RandomErasing  # noqa: E402
-from timm.data.transforms import str_to_interp_mode  # noqa: E402
-from timm.data.transforms_factory import create_transform  # noqa: E402
-from torchvision import transforms  # noqa: E402
 
 ImageTransform = Callable[[Image.Image], Tensor]
 """PIL image -> `[C, H, W]` float32, normalised."""
@@ -152,7 +147,7 @@ class PixelTransform:
         """What happens to each image in an epoch, drawn for all of them at once."""
         if epoch != self._epoch:
             assert self.recipe is not None
-            generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
+            generator = generator_of(self.seed, epoch)
             n, sides = len(self.pixels), 2 * self.recipe.crop_padding + 1
             self._drawn = {
                 "top": torch.randint(sides, (n,), generator=generator),

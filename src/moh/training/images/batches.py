@@ -10,23 +10,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from moh._extras import require
+from moh.data.seeds import generators_kept, seed_all
 from moh.models.image_loading import ImageInput, class_names, image_input
 from moh.training.images.augmentation import PixelTransform, eval_transform, train_transform
-from moh.training.images.augmentation_recipe import AugmentationRecipe
-from moh.training.images.seeds import generators_kept, seed_all
-from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage, with_classes
-
-require("timm", extra="vision")
-
-from timm.data.mixup import Mixup  # noqa: E402
+from moh.training.images.recipe import AugmentationRecipe
+from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable, take, with_classes
 
 SKIPPED = -100
 """Label of an image that could not be read."""
-_TRIES = 100  # damaged images in a row
 
 
 class ImageBatches(Dataset):  # type: ignore[type-arg]
@@ -107,26 +102,18 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
     def _one(self, index: int, epoch: int) -> tuple[Tensor, int]:
-        for offset in range(min(_TRIES, len(self)) if self.training else 1):
-            place = (index + offset) % len(self)
-            try:
-                image = self.source.image(place)
-            except UnreadableImage:
-                self._damaged[place] = True
-                continue
-            if not self.training:
-                return self.transform(image), int(self.source.labels[place])
+        if self.training:
+            image, place = next_readable(self.source, index, self._note)
             seed_all(self.seed, epoch, index)
             return self.transform(image), int(self.source.labels[place])
-        if self.training:
-            first = self.source.name(index)
-            raise RuntimeError(f"{min(_TRIES, len(self))} training images in a row can't be read, from {first} on")
-        return torch.zeros(self.wanted.size), SKIPPED
+        try:
+            return self.transform(self.source.image(index)), int(self.source.labels[index])
+        except UnreadableImage as error:
+            self._note(index, error)
+            return torch.zeros(self.wanted.size), SKIPPED
 
-
-def take(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The collate function of `ImageBatches`, which makes whole batches itself."""
-    return batch
+    def _note(self, place: int, error: UnreadableImage) -> None:
+        self._damaged[place] = True
 
 
 def image_loader(
@@ -154,7 +141,7 @@ def image_loader(
             f"the images must have the {model.num_classes} classes of the model, but have {len(dataset.classes)}"
         )
     batches = ImageBatches(dataset, image_input(model) if wanted is None else wanted)
-    return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)
 
 
 def readable_batches(

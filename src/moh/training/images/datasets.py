@@ -8,15 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moh._extras import require
+from moh.training.images.formats import (
+    FASHION_MNIST,
+    FolderImages,
+    HubImages,
+    has_idx_files,
+    load_fashion_mnist,
+    load_splits,
+    read_idx_folder,
+)
 from moh.training.images.recipe import ImageDataRecipe
 from moh.training.images.sources import HELDOUT_NAMES, ImageSource, hold_out, with_classes
-
-require("torchvision", extra="vision")
-
-from moh.training.images.fashion_mnist import NAME as FASHION_MNIST  # noqa: E402
-from moh.training.images.fashion_mnist import has_idx_files, load_fashion_mnist, read_idx_folder  # noqa: E402
-from moh.training.images.folders import FolderImages  # noqa: E402
 
 
 def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
@@ -74,8 +76,6 @@ def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, Im
     if folder.is_dir() and not _is_hub_directory(folder):
         return _folders(folder, with_heldout=with_heldout)
     _check_name(data.dataset)
-    from moh.training.images.hub import HubImages, load_splits
-
     columns = {"image_column": data.image_column, "label_column": data.label_column}
     rows, heldout_rows = load_splits(data.dataset, data.train_split, data.eval_split)
     heldout = HubImages(heldout_rows, **columns) if with_heldout and heldout_rows is not None else None

@@ -10,31 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
 from torch import nn
+from transformers import TrainingArguments
 
 import moh  # noqa: F401  registers our models with timm
-from moh._extras import require
 from moh.models.image_loading import (
     ImageInput,
     describe,
     image_input,
     load_image_classifier,
     save_image_classifier,
-    saved_config,
 )
+from moh.models.kinds import saved_config
 from moh.routing import router_class
 from moh.training.checkpoints import replacing_directory
 from moh.training.images.batches import SKIPPED, ImageBatches
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
 from moh.training.images.sources import ImageSource, TensorImages, every_nth
-
-require("timm", extra="vision")
-
-import timm  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from timm.models import load_state_dict  # noqa: E402
-from transformers import TrainingArguments  # noqa: E402
 
 _ALL = 2**31  # tokens: as many as the calibration images have
 

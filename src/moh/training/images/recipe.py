@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moh.training.images.augmentation_recipe import AugmentationRecipe
-from moh.training.settings import TrainingSettings, at_least
+from moh.training.settings import ConversionSettings, ImageTrainingSettings, at_least
 
 
 @dataclass(frozen=True)
@@ -44,25 +43,14 @@ class ImageModelRecipe:
 
 
 @dataclass(frozen=True)
-class ImageConversionRecipe:
-    """How the dense model becomes a MoH model before training: the arguments of `moh.convert`.
+class ImageConversionRecipe(ConversionSettings):
+    """How the dense model becomes a MoH model before training: `ConversionSettings`, and what follows.
 
     Args:
-        shared_heads: heads per layer that every token uses.
-        active_heads: routed heads per layer that each token chooses.
-        router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
-            "two_stage" (the paper's learned one).
         calibration_images: training images that the conversion looks at; "query_norm" needs none.
-        allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
-        refit_output: refit the output projections so that the active heads make up for the others.
     """
 
-    shared_heads: int
-    active_heads: int
-    router: str = "linear"
     calibration_images: int = 256
-    allocation: Literal["even", "sensitivity"] = "even"
-    refit_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +99,8 @@ class ImageDataRecipe:
 
 
 @dataclass(frozen=True)
-class ImageTrainingRecipe(TrainingSettings):
-    """How to train an image classifier: `TrainingSettings`, with other defaults, and what follows.
+class ImageTrainingRecipe(ImageTrainingSettings):
+    """How to train an image classifier: `ImageTrainingSettings`, with other defaults, and what follows.
 
     Args:
         max_steps: optimiser steps; 0 if `epochs` says it.
@@ -120,13 +108,9 @@ class ImageTrainingRecipe(TrainingSettings):
         warmup_epochs: passes with a rising learning rate, instead of `warmup_steps`.
         warmup_lr: learning rate of the first step.
         min_lr: learning rate of the last step.
-        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        ema_decay: of the moving average of the weights, which is then what is evaluated and saved; 0 keeps none.
-        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it.
+        ema_decay: 0 keeps no average.
         eval_steps: steps between two evaluations; 0 evaluates once per epoch.
         per_device_eval_batch_size: images per process and evaluated batch.
-        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
-            number: what a model sees does not depend on it.
     """
 
     max_steps: int = 0
@@ -141,20 +125,14 @@ class ImageTrainingRecipe(TrainingSettings):
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    ema_warmup: bool = False
     eval_steps: int = 0
     per_device_eval_batch_size: int = 256
-    workers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "max_grad_norm", "eval_steps", "workers"):
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "eval_steps"):
             at_least(f"training.{name}", getattr(self, name), 0)
         at_least("training.per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("training.warmup_epochs and training.warmup_steps must not both be set")
         for name in ("warmup_lr", "min_lr"):
@@ -171,6 +149,62 @@ class ImageTrainingRecipe(TrainingSettings):
             raise ValueError(
                 f"one of training.max_steps and training.epochs must be above 0, got {self.max_steps} and {self.epochs}"
             )
+
+
+@dataclass(frozen=True)
+class AugmentationRecipe:
+    """What is done to training images; timm does it.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a random crop shows, such as [0.08, 1.0];
+            [] shows the whole image.
+        crop_padding: pixels of black around the image, of which a random window of its size is shown; small images
+            are cropped this way, instead of with `crop_scale`.
+        hflip: probability of mirroring.
+        color_jitter: strength of changes of brightness, contrast and saturation; timm leaves them out with `auto_augment`.
+        auto_augment: timm's name of a policy, such as "rand-m9-mstd0.5-inc1".
+        random_erasing: probability of erasing a rectangle.
+        erasing_mode: what it is filled with: "pixel" (noise), "rand" (one random colour) or "const" (the mean).
+        mixup: alpha of Mixup; 0 does none.
+        cutmix: alpha of CutMix; 0 does none. With both, each batch takes one of them.
+        mix_prob: probability of mixing a batch.
+        mix_switch_prob: probability of CutMix where there are both.
+        label_smoothing: weight of the uniform distribution in the targets.
+    """
+
+    crop_scale: list[float] = field(default_factory=list)
+    crop_padding: int = 0
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    erasing_mode: Literal["pixel", "rand", "const"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "color_jitter", "mixup", "cutmix"):
+            at_least(f"augmentation.{name}", getattr(self, name), 0)
+        for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation.{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"augmentation.label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
+        scale = self.crop_scale
+        if scale and (len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1):
+            raise ValueError(
+                f"augmentation.crop_scale must be [] or two rising numbers above 0 and at most 1, got {scale}"
+            )
+        if scale and self.crop_padding:
+            raise ValueError("augmentation.crop_scale and augmentation.crop_padding must not both be set")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)

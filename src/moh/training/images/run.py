@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from moh.models.image_loading import load_image_classifier, save_image_classifier, saved_config
+from moh.models.image_loading import load_image_classifier, save_image_classifier
+from moh.models.kinds import saved_config
 from moh.training.images.batches import ImageBatches, report_damaged
 from moh.training.images.datasets import load_images
 from moh.training.images.model import build_model, convert_model, prepare, resolve_input, saved_arguments

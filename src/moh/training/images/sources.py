@@ -5,21 +5,26 @@ Not for changing images (`augmentation`) nor for batches (`batches`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from moh._extras import require
 from moh.training.corpus import HELDOUT_EVERY
 
-require("PIL", extra="vision")
-
-from PIL import Image  # noqa: E402
-
+_TRIES = 100  # damaged images in a row
 HELDOUT_NAMES = ("validation", "val", "valid", "test")
 """What the held-out part of a data set is called, the preferred name first."""
+
+
+_Batch = TypeVar("_Batch")
+
+
+def take(batch: _Batch) -> _Batch:
+    """The collate function of data sets that make whole batches themselves."""
+    return batch
 
 
 class ImageSource(Protocol):
@@ -42,6 +47,28 @@ class ImageSource(Protocol):
 
 class UnreadableImage(ValueError):
     """An image that is damaged or missing."""
+
+
+def next_readable(
+    source: ImageSource, index: int, damaged: Callable[[int, UnreadableImage], object]
+) -> tuple[Image.Image, int]:
+    """The image at `index`, or the next one that can be read, and where it is.
+
+    Args:
+        source: training images, in a circle.
+        index: the first to try.
+        damaged: called with the place of each image that can't be read, and why.
+
+    Raises:
+        RuntimeError: a hundred images in a row can't be read, or all of them.
+    """
+    tries = min(_TRIES, len(source.labels))
+    for place in ((index + offset) % len(source.labels) for offset in range(tries)):
+        try:
+            return source.image(place), place
+        except UnreadableImage as error:
+            damaged(place, error)
+    raise RuntimeError(f"{tries} training images in a row can't be read, from {source.name(index)} on")
 
 
 class TensorImages:

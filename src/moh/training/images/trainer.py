@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import EvalPrediction, TrainerCallback
 
-from moh._extras import require
 from moh.models.image_loading import save_image_classifier
-from moh.training.images.batches import SKIPPED, take
+from moh.training.average import Averaging, MovingAverage
+from moh.training.images.batches import SKIPPED
+from moh.training.images.sources import take
 from moh.training.precision import without_autocast
 from moh.training.routing_trainer import RoutingTrainer
-
-require("timm", extra="vision")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-from timm.utils.model_ema import ModelEmaV3  # noqa: E402
-from transformers import EvalPrediction, TrainerCallback  # noqa: E402
 
 _EMA_FILE = "ema.safetensors"
 
@@ -70,18 +67,18 @@ class ImageTrainer(RoutingTrainer):
         self.model_args = dict(model_args)
         self.balance_loss_coef = balance_loss_coef
         self.label_smoothing = label_smoothing
-        self.ema: ModelEmaV3 | None = None
+        self.average: MovingAverage | None = None
         if ema_decay:
-            self.ema = ModelEmaV3(self.model, decay=ema_decay, use_warmup=ema_warmup)
-            self.add_callback(_Averaging(self.ema))
+            ramp = (lambda steps: 1 - (1 + steps) ** (-2 / 3)) if ema_warmup else None  # as timm's ModelEmaV3
+            self.average = MovingAverage(self.model, ema_decay, ramp=ramp)
+            self.add_callback(Averaging(self.average))
         self.add_callback(_Epochs())
 
     @property
     def final_model(self) -> nn.Module:
         """What is evaluated and saved: the moving average where there is one, else the model, without the Trainer's autocast."""
-        if self.ema is not None:
-            averaged: nn.Module = self.ema.module
-            return averaged
+        if self.average is not None:
+            return self.average.module
         return without_autocast(self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
@@ -121,7 +118,7 @@ class ImageTrainer(RoutingTrainer):
             dataset,
             batch_size=self.args.eval_batch_size,
             sampler=self._get_eval_sampler(dataset),
-            collate_fn=take,  # type: ignore[arg-type]
+            collate_fn=take,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -138,8 +135,8 @@ class ImageTrainer(RoutingTrainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         save_image_classifier(self.accelerator.unwrap_model(self.model), directory, model_args=self.model_args)
-        if self.ema is not None:
-            save_file(self.ema.module.state_dict(), directory / _EMA_FILE)
+        if self.average is not None:
+            save_file(self.average.module.state_dict(), directory / _EMA_FILE)
 
     def restore(self, checkpoint: str | Path) -> None:
         """Read what `save_model` wrote.
@@ -149,39 +146,29 @@ class ImageTrainer(RoutingTrainer):
         """
         directory = Path(checkpoint)
         self.accelerator.unwrap_model(self.model).load_state_dict(load_file(directory / "model.safetensors"))
-        if self.ema is not None:
+        if self.average is not None:
             if not (directory / _EMA_FILE).is_file():
                 raise ValueError(
                     f"training.ema_decay needs the moving average of the interrupted run, but {directory} has none: "
                     "set it to 0, or start anew in another directory"
                 )
-            self.ema.module.load_state_dict(load_file(directory / _EMA_FILE))
+            self.average.module.load_state_dict(load_file(directory / _EMA_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.restore(resume_from_checkpoint)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
+        if self.average is None:
             yield
             return
         model = self.accelerator.unwrap_model(self.model)
         trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(self.ema.module.state_dict())
+        model.load_state_dict(self.average.module.state_dict())
         try:
             yield
         finally:
             model.load_state_dict(trained)
-
-
-class _Averaging(TrainerCallback):  # type: ignore[misc]
-    """Moves the average after every step of the optimiser."""
-
-    def __init__(self, ema: ModelEmaV3) -> None:
-        self.ema = ema
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ema.update(kwargs["model"], step=state.global_step + 1)
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]

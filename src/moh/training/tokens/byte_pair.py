@@ -11,15 +11,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moh._extras import require
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 from moh.training.checkpoints import replacing_directory
 from moh.training.tokens.sources import Source
-
-require("transformers", extra="llm")
-
-from filelock import FileLock  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257

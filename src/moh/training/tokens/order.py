@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from moh.data.seeds import make_key, mixed
+
 ROUND = 10_000
 """Sequences after which the interleaving of the sources repeats: weights are met to one part in this many."""
 
 _ROUNDS = 6  # of the Feistel network; four already pass for random, two more for very small domains
-_MASK = (1 << 64) - 1
 
 
 def permuted(index: int, size: int, key: int) -> int:
@@ -30,26 +31,10 @@ def permuted(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for step in range(_ROUNDS):
-            left, right = right, left ^ (_mixed(key + step * 0x9E3779B97F4A7C15 + right) & mask)
+            left, right = right, left ^ (mixed(key + step * 0x9E3779B97F4A7C15 + right) & mask)
         index = left << half | right
         if index < size:
             return index
-
-
-def make_key(*numbers: int) -> int:
-    """One key of 64 bits from several numbers."""
-    key = 0
-    for number in numbers:
-        key = _mixed(key ^ (number & _MASK))
-    return key
-
-
-def _mixed(value: int) -> int:
-    """The finaliser of splitmix64: every bit of the value affects every bit of the result."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
-    return value ^ value >> 31
 
 
 @dataclass(frozen=True)

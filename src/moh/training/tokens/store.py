@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moh._extras import require
 from moh._files import write_text
 from moh.training.checkpoints import replacing_directory
 from moh.training.tokens.blocks import packed_block
 from moh.training.tokens.sources import Source
 from moh.training.tokens.tokenising import DocumentTokenizer
-
-require("filelock", extra="llm")
-
-from filelock import FileLock  # noqa: E402
 
 _FORMAT = 1
 _logger = logging.getLogger(__name__)

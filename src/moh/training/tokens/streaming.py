@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from moh.data.seeds import make_key
 from moh.training.tokens.blocks import packed_block
-from moh.training.tokens.order import Interleaving, make_key, permuted
+from moh.training.tokens.order import Interleaving, permuted
 from moh.training.tokens.sources import Position, Source
 from moh.training.tokens.tokenising import DocumentTokenizer
 

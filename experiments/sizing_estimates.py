@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moh._extras import require
+import torch
+from transformers import LlamaConfig
+
 from moh.config import MoHConfig
+from moh.models.transformers import MoHLlamaConfig
 from moh.routing import build_router, router_class
-
-require("transformers", extra="llm")
-
-import torch  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
-
-from moh.models.transformers import MoHLlamaConfig  # noqa: E402
 
 GIB = 2**30
 _BF16, _FP32 = 2, 4

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from variant_plots import plot_over_layers, plot_scores
+
 from moh.inspection.plots import save
-from moh.inspection.variant_plots import plot_over_layers, plot_scores
 
 SCORES = {"dense": [3.0, 5.0], "MoH, 75 %": [2.0, 2.5, 4.5]}
 

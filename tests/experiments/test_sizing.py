@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sizing_estimates import Gpu, Plan, forward_flops, parameters, size
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moh.evaluation.sizing import Gpu, Plan, forward_flops, parameters, size
 from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
 SHAPES = dict(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moh.evaluation.harness.local import questions
-from moh.evaluation.harness.local.wordnet import read_synsets, wordnet_directory
+from moh.evaluation.harness import questions
+from moh.evaluation.harness.questions import read_synsets, wordnet_directory
 from moh.training.checkpoints import replacing_directory
 from moh.training.corpus import DEFAULT_CORPUS, default_cache_dir, load_corpus
 

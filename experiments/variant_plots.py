@@ -1,18 +1,15 @@
 """Pictures that compare variants of a model: one figure of each per seed, and one of each per layer.
 
-Needs the extra `llm` (matplotlib); `moh.inspection.plots.save` writes the figure. Colours and marks as in `plots`.
+`moh.inspection.plots.save` writes the figure. Colours and marks as in `plots`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
-from moh._extras import require
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito's palette
 _MARKS = "os^Dv<>"
@@ -26,8 +23,7 @@ def plot_scores(scores: Mapping[str, Sequence[float]], *, quantity: str, title: 
         quantity: label of the axis.
         title: of the figure.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
-    figure: Figure = figure_module.Figure(figsize=(6.4, 1.3 + 0.42 * len(scores)), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.3 + 0.42 * len(scores)), layout="constrained")
     axes = figure.subplots()
     for row, values in enumerate(scores.values()):
         colour = _COLOURS[row % len(_COLOURS)]
@@ -55,8 +51,7 @@ def plot_over_layers(
         title: of the figure.
         level: name and height of a level to draw, such as the best that is possible.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
-    figure: Figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for index, (name, seeds) in enumerate(curves.items()):
         if not seeds:
@@ -70,7 +65,7 @@ def plot_over_layers(
     if level is not None:
         axes.axhline(level[1], color="#666666", linestyle=":", label=level[0])
     axes.set(xlabel="layer", ylabel=quantity, title=title)
-    axes.xaxis.set_major_locator(require("matplotlib.ticker", extra="llm").MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

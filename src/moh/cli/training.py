@@ -1,0 +1,94 @@
+"""`moh demo`, `moh train` and `moh extend-vocabulary`. Imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from moh.cli.options import add_command, add_text
+
+if TYPE_CHECKING:
+    from moh.cli.options import Commands
+
+
+def add_demo(sub: Commands) -> None:
+    """Add `demo` to the commands."""
+    demo = add_command(
+        sub,
+        "demo",
+        "Convert a pretrained language model, tune it beside a dense control, report what it costs.",
+        run_demo,
+    )
+    demo.add_argument("--output-dir", default="moh-demo", help="where everything goes (default: %(default)s)")
+    demo.add_argument("--base", help="dense model: directory, hub name or .gguf file (default: SmolLM2-135M, fetched)")
+    add_text(demo)
+    demo.add_argument("--shared-heads", type=int, help="heads that every token uses (default: 2 in 9)")
+    demo.add_argument("--active-heads", type=int, help="routed heads per token (default: up to 7 in 9 with the shared)")
+    demo.add_argument("--steps", type=int, help="tuning steps per model (default: what fits --minutes, at most 120)")
+    demo.add_argument("--minutes", type=float, default=7.0, help="for all tuning together (default: %(default)s)")
+    demo.add_argument("--batch-size", type=int, default=2, help="sequences per step (default: %(default)s)")
+    demo.add_argument("--learning-rate", type=float, default=1e-4, help="peak (default: %(default)s)")
+    demo.add_argument("--distillation-weight", type=float, default=0.0, help="weight of the dense model's predictions")
+    demo.add_argument("--full", action="store_true", help="also tune the model converted the paper's way")
+    demo.add_argument("--seed", type=int, default=0, help="order of the training text (default: %(default)s)")
+
+
+def add_train(sub: Commands) -> None:
+    """Add `train` to the commands."""
+    train = add_command(
+        sub,
+        "train",
+        "Train by a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes by itself.",
+        run_train,
+    )
+    train.add_argument(
+        "recipe", help="YAML file; every field can be overridden, for example --training.learning_rate 5e-5"
+    )
+
+
+def add_extension(sub: Commands) -> None:
+    """Add `extend-vocabulary` to the commands."""
+    about = (
+        "Give a language model the vocabulary of another tokenizer; new tokens begin as the mean of their old pieces."
+    )
+    parser = add_command(sub, "extend-vocabulary", about, run_extension)
+    parser.add_argument("model", help="directory or hub name, with its own tokenizer")
+    parser.add_argument("tokenizer", help="directory or hub name of the new tokenizer")
+    parser.add_argument("output", help="directory for the model and its new tokenizer")
+    parser.add_argument(
+        "--multiple-of", type=int, default=1, metavar="N", help="round the number of rows up (default: %(default)s)"
+    )
+
+
+def run_demo(arguments: Namespace) -> None:
+    from moh._extras import require
+
+    for module in ("transformers", "rich", "matplotlib", "gguf"):
+        require(module, extra="llm")
+    from moh.demo import DemoSettings, run_demo
+
+    names = "output_dir base corpus shared_heads active_heads steps minutes batch_size"
+    names += " learning_rate distillation_weight full seed"
+    run_demo(DemoSettings(files=tuple(arguments.files), **{name: getattr(arguments, name) for name in names.split()}))
+
+
+def run_train(arguments: Namespace) -> None:
+    from moh.training import load_recipe, train
+
+    result = train(load_recipe(arguments.recipe, arguments.overrides))
+    step, loss = result.losses[-1] if result.losses else (0, float("nan"))
+    print(f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}")
+
+
+def run_extension(arguments: Namespace) -> None:
+    from moh.training.checkpoints import check_replaceable
+    from moh.training.vocabulary import extend_vocabulary_files
+
+    check_replaceable(arguments.output, name="output")
+    counts = extend_vocabulary_files(
+        arguments.model, arguments.tokenizer, arguments.output, multiple_of=arguments.multiple_of
+    )
+    print(
+        f"{counts.kept:,} tokens kept, {counts.averaged:,} new ones are the mean of their pieces, {counts.unspelled:,} the "
+        f"mean of all; saved in {arguments.output}"
+    )

@@ -1,0 +1,101 @@
+"""What is at a path: a language, image or diffusion model, ours or not, in the format of transformers, timm or diffusers.
+
+Reads the JSON files that these libraries write: no torch, no library, no network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moh.models.transformers.families import family_of
+
+Task = Literal["language", "images", "diffusion"]
+
+DIFFUSION_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.dit", "DiTTransformer2DModel": "diffusers"}
+"""Classes of diffusion models that we know -> the package to import them from."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model is.
+
+    Attributes:
+        task: "language" (encoders of text too), "images" (it reads them) or "diffusion" (it draws them).
+        library: whose format it is in: "transformers", "timm" or "diffusers".
+        name: what the library calls it: a model type, an architecture or the class of the denoising model; "" for a hub
+            name, which is not looked up, and for a .gguf file.
+    """
+
+    task: Task
+    library: Literal["transformers", "timm", "diffusers"]
+    name: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its class belongs to this package; it may still be dense."""
+        return self.name.lower().startswith("moh")
+
+
+def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") -> Kind:
+    """What a model is.
+
+    Args:
+        model: a directory of a model or of a diffusers pipeline, a .gguf file, a hub name ("hf-hub:NAME" for timm's); or the
+            configuration of a model, as its config.json has it.
+        named: the task to assume for a hub name.
+
+    Raises:
+        ValueError: there is nothing at the path, or no readable configuration; the message names the path.
+    """
+    if isinstance(model, Mapping):
+        return _of_config(model, "the configuration")
+    name, folder = str(model), Path(model).expanduser()
+    if name.startswith("hf-hub:"):
+        return Kind("images", "timm")
+    if folder.suffix == ".gguf":
+        return Kind("language", "transformers")
+    if folder.is_dir():
+        config = saved_config(folder) or saved_config(folder / "transformer") or _read(folder / "model_index.json")
+        if not config:
+            raise ValueError(f"model {name!r} has no configuration that can be read: no config.json, or a damaged one")
+        return _of_config(config, f"the config.json of model {name!r}")
+    if looks_local(model):
+        raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {name!r}")
+    return Kind(named, {"language": "transformers", "images": "timm", "diffusion": "diffusers"}[named])  # type: ignore[arg-type]
+
+
+def saved_config(directory: str | Path) -> dict[str, Any]:
+    """A directory's config.json; empty if it has none that can be read."""
+    return _read(Path(directory).expanduser() / "config.json")
+
+
+def looks_local(path: str | Path) -> bool:
+    """Whether a path can only be local: not a hub name, even if nothing is there."""
+    return isinstance(path, Path) or path.startswith((".", "/", "~"))
+
+
+def _of_config(config: Mapping[str, Any], where: str) -> Kind:
+    if "_class_name" in config:
+        return Kind("diffusion", "diffusers", str(config["_class_name"]))
+    if "architecture" in config:
+        return Kind("images", "timm", str(config["architecture"]))
+    model_type, classes = str(config.get("model_type", "")), config.get("architectures") or ()
+    if not model_type and not classes:
+        raise ValueError(
+            f"{where} names no model type of transformers, no architecture of timm and no class of diffusers"
+        )
+    family = family_of(model_type)
+    reads_images = (family is not None and family.images) or any("ImageClassification" in name for name in classes)
+    return Kind("images" if reads_images else "language", "transformers", model_type)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
