@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import moh  # noqa: F401  (registers our models with timm)
 from benchmarks.cases import Case, Contender
 from benchmarks.dense import weigh_heads
-from moh.models.dit import create_dit
+from moh.models.diffusers import create_dit
 
 Make = Callable[..., nn.Module]
 

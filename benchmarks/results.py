@@ -16,7 +16,7 @@ from benchmarks.cases import Case
 from benchmarks.timing import Row
 from moh._files import write_text
 from moh.attention import cpu
-from moh.evaluation.machine import cpu_name
+from moh.evaluation.speed import cpu_name
 
 
 @dataclass(frozen=True)

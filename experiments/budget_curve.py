@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from moh.conversion.tokens import evenly_spread
+from moh.data.text.blocks import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer

@@ -26,8 +26,8 @@ from moh.config import MoHConfig
 from moh.conversion.calibrator import MIN_HEADS, Calibrator, dial_costs, hand_out, keep_output_changes, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE, low_rank_change
 from moh.conversion.passes import OutputSums, collect_several_outputs
-from moh.conversion.tokens import evenly_spread
 from moh.conversion.transformers import DenseTextModel
+from moh.data.text.blocks import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name, perplexity, perplexity_rise
 from moh.models.dial import set_active_heads

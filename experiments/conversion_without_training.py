@@ -30,8 +30,8 @@ from moh.conversion import convert
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.fit import refit_output_projection
 from moh.conversion.passes import collect_several_outputs
-from moh.conversion.tokens import evenly_spread
 from moh.conversion.transformers import DenseTextModel
+from moh.data.text.blocks import evenly_spread
 from moh.demo.base_model import default_base_model
 from moh.evaluation import PerplexityResult, cpu_name, perplexity, perplexity_rise
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer

@@ -21,8 +21,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from moh._files import write_text
-from moh.training.images.datasets import load_images
-from moh.training.images.recipe import ImageDataRecipe
+from moh.data.images.datasets import load_images
+from moh.data.images.recipe import ImageDataRecipe
 
 NAME = "fashion_mnist_classification"
 HEADS, DEPTH = 10, 4
@@ -80,16 +80,11 @@ def run_one(variant: str, seed: int, epochs: float, runs: Path) -> None:
     """Train one model, evaluate it and write its figures."""
     import torch
 
+    from moh.data.images.datasets import load_images
+    from moh.data.images.recipe import AugmentationRecipe, ImageDataRecipe
     from moh.evaluation.images import evaluate_images
     from moh.training import train
-    from moh.training.images.datasets import load_images
-    from moh.training.images.recipe import (
-        AugmentationRecipe,
-        ImageDataRecipe,
-        ImageModelRecipe,
-        ImageRecipe,
-        ImageTrainingRecipe,
-    )
+    from moh.training.images.recipe import ImageModelRecipe, ImageRecipe, ImageTrainingRecipe
 
     torch.set_num_threads(1)
     _, router, shared, active = VARIANTS[variant]
@@ -250,11 +245,11 @@ def picture(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def head_picture(model_dir: Path, path: Path) -> None:
     """Head load per class and layer of one of the models."""
+    from moh.data.images.datasets import load_evaluation_images
     from moh.inspection import image_groups, inspect_groups
     from moh.inspection.group_plots import plot_group_load
     from moh.inspection.plots import save
-    from moh.models.image_loading import load_image_classifier
-    from moh.training.images.datasets import load_evaluation_images
+    from moh.models.timm.loading import load_image_classifier
 
     model = load_image_classifier(model_dir)
     use = inspect_groups(model, image_groups(model, load_evaluation_images("fashion-mnist")))

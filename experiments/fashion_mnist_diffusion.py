@@ -83,14 +83,9 @@ def result_file(runs: Path, variant: str, seed: int) -> Path:
 
 def train_classifier(runs: Path) -> None:
     """The classifier whose features the distance is taken on: a small dense vision transformer."""
+    from moh.data.images.recipe import AugmentationRecipe, ImageDataRecipe
     from moh.training import train
-    from moh.training.images.recipe import (
-        AugmentationRecipe,
-        ImageDataRecipe,
-        ImageModelRecipe,
-        ImageRecipe,
-        ImageTrainingRecipe,
-    )
+    from moh.training.images.recipe import ImageModelRecipe, ImageRecipe, ImageTrainingRecipe
 
     train(
         ImageRecipe(
@@ -114,6 +109,7 @@ def run_one(variant: str, seed: int, options: argparse.Namespace) -> None:
     """Train one model, draw images with it, score them and write the figures."""
     import torch
 
+    from moh.data.images.datasets import load_evaluation_images
     from moh.evaluation.generation import load_classifier, reference_features, score_images
     from moh.sampling import SamplingSettings, image_grid, sample, write_png
     from moh.training import train
@@ -124,7 +120,6 @@ def run_one(variant: str, seed: int, options: argparse.Namespace) -> None:
         DiffusionRecipe,
         DiffusionTrainingRecipe,
     )
-    from moh.training.images.datasets import load_evaluation_images
 
     torch.set_num_threads(1)
     _, preset, heads = VARIANTS[variant]

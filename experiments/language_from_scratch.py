@@ -138,9 +138,15 @@ def planned_steps(options: argparse.Namespace) -> int:
 
 def recipe_of(variant: str, seed: int, steps: int, options: argparse.Namespace) -> Any:
     """The variant's recipe: everything except the heads is the same."""
-    from moh.training.architecture import FromScratchRecipe, HeadsRecipe
-    from moh.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainingRecipe
-    from moh.training.tokens.recipe import SourceRecipe
+    from moh.data.text.readers import SourceRecipe
+    from moh.training.language.recipe import (
+        DataRecipe,
+        FromScratchRecipe,
+        HeadsRecipe,
+        ModelRecipe,
+        Recipe,
+        TrainingRecipe,
+    )
 
     _, router, shared, active = VARIANTS[variant]
     folder = options.runs / "text"
@@ -189,10 +195,10 @@ def run_one(variant: str, seed: int, steps: int, options: argparse.Namespace) ->
     from language_from_scratch_report import measure
     from transformers.utils.logging import set_verbosity_error
 
+    from moh.data.text.store import StoredBlocks, open_store
+    from moh.data.text.tokenising import DocumentTokenizer
     from moh.training import train
-    from moh.training.tokens.prepare import open_sources
-    from moh.training.tokens.store import StoredBlocks, open_store
-    from moh.training.tokens.tokenising import DocumentTokenizer
+    from moh.training.language.data import open_sources
 
     set_verbosity_error()
     recipe = recipe_of(variant, seed, steps, options)

@@ -17,11 +17,11 @@ from variant_plots import plot_over_layers, plot_scores
 
 from moh._files import write_text
 from moh.config import MoHConfig
+from moh.data.text.blocks import IGNORED
+from moh.data.text.store import StoredBlocks
 from moh.evaluation import cpu_name
 from moh.inspection.plots import plot_head_load, save
 from moh.routing import record_routing
-from moh.training.tokens.blocks import IGNORED
-from moh.training.tokens.store import StoredBlocks
 
 _BATCH = 8
 

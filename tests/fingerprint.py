@@ -73,7 +73,7 @@ def models() -> dict[str, Any]:
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    from moh.models.dit import DIT_NAMES, create_dit
+    from moh.models.diffusers import DIT_NAMES, create_dit
 
     found: dict[str, Any] = {}
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def helps() -> dict[str, str]:
 
 def recipes() -> dict[str, str]:
     """Recipe -> what `load_recipe` makes of it, as `dump_recipe` writes it."""
-    from moh.training.recipe_file import dump_recipe, load_recipe
+    from moh.training.recipes import dump_recipe, load_recipe
 
     found = {}
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):

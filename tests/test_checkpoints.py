@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moh.checkpoints import load_published
+from moh.models.published import load_published
 from moh.models.transformers import MoHLlamaForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_a.safetensors"

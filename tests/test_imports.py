@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from moh._extras import require
-from moh._import_hooks import when_imported
+from moh.models.registration import when_imported
 
 TINY = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
 

@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 # From the ground up; a room may import what comes before it. docs/architecture.md says what each is for.
 ROOMS = (
-    "_extras _lazy _files _import_hooks _processes config routing attention layer data models checkpoints conversion sampling training "
-    "evaluation inspection explore demo cli __init__ __main__"
+    "_extras _lazy _checks _files _processes config routing attention layer data models checkpoints conversion sampling "
+    "training evaluation inspection explore demo cli __init__ __main__"
 ).split()
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from moh._lazy import lazy
 from moh.config import MoHConfig
-from moh.models.registration import register_with_transformers
-from moh.models.timm_registration import register_with_timm
+from moh.models.registration import register_with_timm, register_with_transformers
 
 if TYPE_CHECKING:
     from moh import attention as attention

@@ -63,7 +63,8 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     timm = pytest.importorskip("timm")
     import torch
 
-    from moh.models.image_loading import ImageInput, describe, save_image_classifier
+    from moh.data.images.recipe import ImageInput
+    from moh.models.timm.loading import describe, save_image_classifier
 
     found = {}
     torch.manual_seed(0)

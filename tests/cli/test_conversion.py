@@ -130,7 +130,8 @@ def test_a_vit_of_transformers_is_calibrated_on_images(moh, folder: Path, tmp_pa
 
 def test_a_classifier_of_timm_is_calibrated_on_images(moh, folder: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    from moh.models.image_loading import ImageInput, describe, load_image_classifier, save_image_classifier
+    from moh.data.images.recipe import ImageInput
+    from moh.models.timm.loading import describe, load_image_classifier, save_image_classifier
 
     arguments = dict(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=4)
     model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=2, **arguments)
@@ -144,7 +145,7 @@ def test_a_classifier_of_timm_is_calibrated_on_images(moh, folder: Path, tmp_pat
 
 def test_a_diffusion_model_needs_no_data_and_has_a_learned_router(moh, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
 
     sizes = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=4, in_channels=4)
     dense = diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=5, out_channels=8)

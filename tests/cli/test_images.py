@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from moh.data.images.formats import FolderImages
 from moh.evaluation import evaluate_images
-from moh.models.image_loading import load_image_classifier
-from moh.training.images.formats import FolderImages
+from moh.models.timm.loading import load_image_classifier
 
 
 @pytest.mark.parametrize("kind", ["75", "dense"])

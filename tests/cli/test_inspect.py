@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moh.data.images.formats import FolderImages
 from moh.evaluation.curve import text_curve
 from moh.inspection import image_groups, inspect_groups, text_groups
-from moh.models.image_loading import load_image_classifier
+from moh.models.timm.loading import load_image_classifier
 from moh.training import pack_tokens
-from moh.training.images.formats import FolderImages
 
 TABLES = {"heads.csv", "heads.parquet", "layers.csv", "summary.md"}
 TESTED = {"tests.csv", "specialised.csv"}
@@ -120,7 +120,7 @@ def test_classes_of_images_become_tables_and_figures(moh, classifiers, folder: P
 @pytest.mark.parametrize("by", ["timestep", "class"])
 def test_a_diffusion_models_time_steps_and_classes_are_groups(moh, folder: Path, tmp_path: Path, by) -> None:
     pytest.importorskip("diffusers")
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
     from moh.sampling import ImageModel, diffusion_scheduler, save_image_model
 
     model = MoHDiTTransformer2DModel(

@@ -12,10 +12,10 @@ from diffusers import DiTTransformer2DModel
 
 import moh
 from moh import record_routing
-from moh.checkpoints import load_published
-from moh.checkpoints.dit import published_state
-from moh.conversion.dit import UNFITTED, convert_dit
-from moh.models.dit import MoHDiTTransformer2DModel
+from moh.conversion.diffusers import UNFITTED, convert_dit
+from moh.models.diffusers import MoHDiTTransformer2DModel
+from moh.models.diffusers.published import published_state
+from moh.models.published import load_published
 
 SIZES = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8)
 PUBLISHED = dict(model="dit", patch_size=2, input_size=8, depth=2, hidden_size=32, num_heads=4, num_classes=5)

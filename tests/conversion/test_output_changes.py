@@ -320,7 +320,7 @@ def saved_and_loaded(model: Any, directory: Path) -> Any:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(directory)
         return type(model).from_pretrained(directory).eval()
-    from moh.models.vit import from_pretrained, save_pretrained
+    from moh.models.timm import from_pretrained, save_pretrained
 
     save_pretrained(model, directory)
     return from_pretrained(directory)

@@ -20,8 +20,8 @@ from moh import convert, record_routing
 from moh.conversion.dense import make_undecided
 from moh.conversion.fit import ROUTER_RIDGE
 from moh.conversion.passes import collect_contributions, layer_costs
-from moh.conversion.timm_vit import DenseTimmViT
-from moh.models.vit import MoHViTAttention
+from moh.conversion.timm import DenseTimmViT
+from moh.models.timm import MoHViTAttention
 from moh.routing import LinearRouter, Router
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=4, img_size=32, patch_size=8, num_classes=5)

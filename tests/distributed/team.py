@@ -22,10 +22,10 @@ WORKERS = Path(__file__).with_name("workers.py")
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 DEEPSPEED_TOY = Path(__file__).with_name("deepspeed_toy.json")
 IMPORTED = [  # the server is one for all tests of a process; what is not installed it leaves out
-    "moh.training.run",
+    "moh.training.language.run",
     "moh.models.transformers.models",
     "moh.training.images.run",
-    "moh.models.vit",
+    "moh.models.timm",
     "moh.training.diffusion.run",
     "jsonargparse",
     "tokenizers",

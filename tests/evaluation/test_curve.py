@@ -116,7 +116,7 @@ def test_the_dense_model_is_a_horizontal_line_in_both_pictures(model: Any, with_
 
 @pytest.fixture
 def images() -> Any:
-    from moh.training.images.sources import TensorImages
+    from moh.data.images.sources import TensorImages
 
     pixels = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
     return TensorImages(pixels, torch.arange(60) % 3, ("ant", "bee", "cow"))
@@ -125,7 +125,8 @@ def images() -> Any:
 def classifier(name: str = "moh_vit", **options: Any) -> Any:
     import timm
 
-    from moh.models.image_loading import ImageInput, describe
+    from moh.data.images.recipe import ImageInput
+    from moh.models.timm.loading import describe
 
     tiny = dict(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=4, num_classes=3)
     made = timm.create_model(name, **tiny, **options).eval()

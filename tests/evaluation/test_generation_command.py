@@ -11,9 +11,9 @@ from generation_cases import random_images, save_tiny_classifier, write_npz, wri
 
 from moh.cli import main
 from moh.cli.main import build_parser
+from moh.data.images import datasets
+from moh.data.images.sources import TensorImages
 from moh.evaluation.generation import load_classifier, score_images
-from moh.training.images import datasets
-from moh.training.images.sources import TensorImages
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import torch
 from generation_cases import random_images, save_tiny_classifier, tiny_classifier
 from torch_fidelity import FeatureExtractorInceptionV3
 
+from moh.data.images.recipe import ImageInput
 from moh.evaluation.generation import ClassifierFeatures, InceptionFeatures, load_classifier
-from moh.evaluation.generation import inception as module
-from moh.models.image_loading import ImageInput
+from moh.evaluation.generation import classifier as module
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_a_damaged_dictionary_names_the_line(tmp_path: Path) -> None:
 
 def test_without_the_dictionary_or_its_registry_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "_INSTALLED", Path("nowhere/at/all"))
-    monkeypatch.setattr("moh.training._sources.shutil.which", lambda name: None)
+    monkeypatch.setattr("moh.data.fetch.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"wordnet-base is not installed .* this is not a Debian or Ubuntu system"):
         questions.wordnet_directory(tmp_path)
 

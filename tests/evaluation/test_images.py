@@ -11,10 +11,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 import moh  # noqa: F401  registers its models with timm
+from moh.data.images.formats import FolderImages
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import TensorImages
 from moh.evaluation import evaluate_images
-from moh.models.image_loading import ImageInput, describe
-from moh.training.images.formats import FolderImages
-from moh.training.images.sources import TensorImages
+from moh.models.timm.loading import describe
 
 CLASSES = ("ant", "bee", "cow", "doe", "elk", "fox", "gnu")
 SEEN = ImageInput((1, 8, 8), (0.5,), (0.25,))

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moh
-from moh.evaluation import cpu_name, machine, measure_speed
+from moh.evaluation import cpu_name, measure_speed
+from moh.evaluation import speed as machine
 
 
 @pytest.fixture(scope="module")

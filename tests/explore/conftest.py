@@ -11,8 +11,11 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "inspection"))  # has the browser
 
-from moh.explore.loading import load_subject  # noqa: E402
-from moh.explore.subjects import ImageSubject, TextSubject  # noqa: E402
+from moh.explore.subjects import (  # noqa: E402
+    ImageSubject,
+    TextSubject,
+    load_subject,
+)
 
 CLASSES = ("ant", "<b>bee</b>", "cow", "dog", "emu", "fly")
 
@@ -57,7 +60,8 @@ def classifier_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     """A MoH classifier with learned routers and a dense one of the same classes, 16 patches in images of 8 x 8."""
     timm = pytest.importorskip("timm", reason="the vision extra is not installed")
 
-    from moh.models.image_loading import ImageInput, describe, save_image_classifier
+    from moh.data.images.recipe import ImageInput
+    from moh.models.timm.loading import describe, save_image_classifier
 
     arguments = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 20, "depth": 2, "num_heads": 5}
     found = {}

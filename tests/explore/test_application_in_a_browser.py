@@ -16,8 +16,7 @@ pytest.importorskip("gradio", reason="the app extra is not installed")
 from page_cases import browser_page
 
 from moh.explore.interface import build, serve
-from moh.explore.loading import load_subject
-from moh.explore.subjects import ImageSubject, TextSubject
+from moh.explore.subjects import ImageSubject, TextSubject, load_subject
 
 SIZES = pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)], ids=["desktop", "phone"])
 

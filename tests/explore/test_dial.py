@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import moh
-from moh.explore.dial import Dial
+from moh.explore.subjects import Dial
 
 
 def layers(*heads: tuple[int, int, int], router: str = "query_norm") -> nn.ModuleList:

@@ -14,8 +14,7 @@ from PIL import Image
 
 import moh
 from moh.explore.images import read_image, shaded_picture, time_image
-from moh.explore.loading import load_subject
-from moh.explore.subjects import ImageSubject
+from moh.explore.subjects import ImageSubject, load_subject
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Image.Image:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moh.explore.loading import load_subject
-from moh.explore.subjects import ImageSubject
+from moh.explore.subjects import ImageSubject, load_subject
 
 
 def test_a_classifier_of_transformers_is_explored_too(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import moh
 from moh.evaluation import perplexity
-from moh.explore.loading import load_subject
-from moh.explore.subjects import TextSubject
+from moh.explore.subjects import TextSubject, load_subject
 from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
 
 TEXT = "the router sees a token and picks value or key . the gate weighs a head"

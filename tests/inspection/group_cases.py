@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moh import MoHConfig
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import TensorImages
 from moh.inspection import HeadUse, InputSample, LayerHeads
-from moh.models.image_loading import ImageInput
-from moh.training.images.sources import TensorImages
 
 CLASSES = ("ant", "bee", "cow")
 SEEN = ImageInput((1, 8, 8), (0.5,), (0.25,))
@@ -38,7 +38,7 @@ def normalised(source: TensorImages) -> Tensor:
 
 
 def diffusion_model(*, dense: bool = False) -> Any:
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
     from moh.sampling import ImageModel, diffusion_scheduler
 
     heads = {} if dense else dict(shared_heads=[4, 1], active_heads=[0, 2])

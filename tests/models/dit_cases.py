@@ -26,7 +26,7 @@ def stir(model: nn.Module) -> nn.Module:
 
 
 def tiny_model(*, dense: bool = False, **options: Any) -> nn.Module:
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
 
     torch.manual_seed(0)
     return stir(MoHDiTTransformer2DModel(**TINY | ({} if dense else ROUTED) | options)).eval()

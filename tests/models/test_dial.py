@@ -56,7 +56,7 @@ def timm_vit() -> Any:
 
 
 def dit() -> Any:
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
 
     model = MoHDiTTransformer2DModel(
         num_attention_heads=4,
@@ -74,7 +74,7 @@ def dit() -> Any:
 
 
 def transnext() -> Any:
-    from moh.models.transnext import MoHTransNeXt
+    from moh.models.timm.transnext import MoHTransNeXt
 
     sizes = dict(embed_dims=(24, 48), num_heads=(2, 4), depths=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
     return MoHTransNeXt(img_size=32, num_classes=5, shared_heads=(2, 1), active_heads=(0, 1), **sizes).eval()
@@ -226,7 +226,7 @@ def test_a_saved_model_comes_back_at_the_same_budget(family: str, k: Any, tmp_pa
     expected = run(family, model)
     loaded: Any
     if family == "timm_vit":
-        from moh.models.vit import from_pretrained, save_pretrained
+        from moh.models.timm import from_pretrained, save_pretrained
 
         save_pretrained(model, tmp_path)
         loaded = from_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_a_saved_model_comes_back_at_the_same_budget(family: str, k: Any, tmp_pa
 def test_transnext_keeps_a_setting_that_is_given_to_timm_as_an_argument(tmp_path: Path) -> None:
     import timm
 
-    from moh.models.image_loading import load_image_classifier, save_image_classifier
+    from moh.models.timm.loading import load_image_classifier, save_image_classifier
 
     sizes = dict(img_size=32, num_classes=5, embed_dims=(24, 48), num_heads=(2, 4), depths=(1, 2), mlp_ratios=(2, 2))
     sizes |= dict(sr_ratios=(2, 1), shared_heads=(2, 1), active_heads=(0, 1))
@@ -266,7 +266,7 @@ def test_a_model_of_diffusers_writes_its_setting_into_its_configuration_alone(tm
 
 def test_models_beside_each_other_keep_configurations_of_their_own() -> None:
     """A student and its teacher, or a model of images and one of text."""
-    from moh.models.dit import MoHDiTTransformer2DModel
+    from moh.models.diffusers import MoHDiTTransformer2DModel
 
     text, images, drawing = llama(), transformers_vit(), dit()
     teacher = MoHDiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, num_layers=3, sample_size=8)

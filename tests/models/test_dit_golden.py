@@ -10,8 +10,8 @@ pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 from dit_cases import assert_close, golden, published_state
 
 from moh import record_routing
-from moh.checkpoints import load_published
-from moh.models.dit import guided_output
+from moh.models.diffusers import guided_output
+from moh.models.published import load_published
 
 
 @pytest.fixture(params=["dit_a", "dit_b"])

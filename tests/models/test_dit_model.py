@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 from dit_cases import assert_close, tiny_inputs, tiny_model
 
 from moh import MoHAttention, record_routing
-from moh.models.dit import MoHDiTTransformer2DModel, guided_output
+from moh.models.diffusers import MoHDiTTransformer2DModel, guided_output
 
 KINDS = pytest.mark.parametrize("dense", [False, True], ids=["moh", "dense"])
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 
-from moh.models.dit import DIT_NAMES, create_dit
+from moh.models.diffusers import DIT_NAMES, create_dit
 
 ROUTED = [name for name in DIT_NAMES if name.startswith("moh_")]
 SIZES = sorted({re.sub(r"^moh_|_(90|75)$", "", name) for name in ROUTED})

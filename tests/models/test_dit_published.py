@@ -12,9 +12,9 @@ pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 
 from dit_cases import GOLDEN, assert_close, golden, published_state, tiny_inputs, tiny_model
 
-from moh.checkpoints import dit as dit_checkpoints
-from moh.checkpoints import load_published
-from moh.models.dit import create_dit
+from moh.models.diffusers import create_dit
+from moh.models.diffusers import published as dit_checkpoints
+from moh.models.published import load_published
 
 LAYOUT = json.loads((GOLDEN / "layout_dit.json").read_text(encoding="utf-8"))
 PARAMETERS = {

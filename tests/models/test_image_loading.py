@@ -9,14 +9,8 @@ import pytest
 import timm
 import torch
 
-from moh.models.image_loading import (
-    ImageInput,
-    class_names,
-    describe,
-    image_input,
-    load_image_classifier,
-    save_image_classifier,
-)
+from moh.data.images.recipe import ImageInput
+from moh.models.timm.loading import class_names, describe, image_input, load_image_classifier, save_image_classifier
 
 TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4}
 SEEN = ImageInput((1, 8, 8), (0.4,), (0.3,), 0.9, "bilinear")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moh.checkpoints import load_published
+from moh.models.published import load_published
 from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.models.transformers.published import REPOSITORY, is_published_llama, published_heads
 

@@ -14,8 +14,7 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 from transnext_cases import assert_close
 
 from moh.attention import cpu
-from moh.models.transnext.aggregated import aggregated_attention
-from moh.models.transnext.scoring import Scoring, neighbours
+from moh.models.timm.transnext.aggregated import Scoring, aggregated_attention, neighbours
 
 SHAPES = [
     pytest.param(dict(B=2, size=(4, 4), H=4, D=8, P=4, window=3), id="B2-4x4-H4-D8-P4"),

@@ -10,8 +10,8 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 from transnext_cases import assert_close, golden, published_state
 
 import moh
-from moh.checkpoints import load_published
-from moh.checkpoints.transnext import published_names
+from moh.models.published import load_published
+from moh.models.timm.transnext.published import published_names
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 

@@ -12,8 +12,8 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 import timm
 from transnext_cases import GOLDEN, golden, published_state
 
-from moh.checkpoints import load_published
-from moh.checkpoints.transnext import published_names
+from moh.models.published import load_published
+from moh.models.timm.transnext.published import published_names
 
 PARAMETERS = {
     "moh_transnext_small_75": 49_910_548,

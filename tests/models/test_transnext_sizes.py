@@ -11,8 +11,8 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 
 from transnext_cases import tiny_model
 
-from moh.models.transnext import Architecture, MoHTransNeXt
-from moh.models.transnext.positions import PositionBias, visible_neighbours
+from moh.models.timm.transnext import Architecture, MoHTransNeXt
+from moh.models.timm.transnext.architecture import PositionBias, visible_neighbours
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (16, 40), (64, 24)], ids=lambda s: f"{s[0]}x{s[1]}")

@@ -28,7 +28,7 @@ def test_all_sizes_are_registered_under_names_of_their_own():
     assert len(MICRO) == 8
 
 
-ORDERS = ["import moh, timm", "import timm, moh", "from moh.models.transnext import MoHTransNeXt; import timm"]
+ORDERS = ["import moh, timm", "import timm, moh", "from moh.models.timm.transnext import MoHTransNeXt; import timm"]
 # Each in a fork of an interpreter that has imported neither, but PyTorch, on which most of the time would go
 IN_FORKS = """
 import os, sys

@@ -14,7 +14,7 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 from timm.layers.attention import Attention
 
 import moh
-from moh.models.vit import MoHViTAttention
+from moh.models.timm import MoHViTAttention
 
 H, D = 4, 8
 TAKES = inspect.signature(Attention.__init__).parameters

@@ -18,8 +18,8 @@ from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import moh
-from moh.models.vit import MoHViTAttention, replace_attention
-from moh.models.vit.presets import heads_of_budget
+from moh.models.timm import MoHViTAttention, replace_attention
+from moh.models.timm.vit_presets import heads_of_budget
 from moh.routing import Router
 
 SIZES = [f"moh_vit_{size}_patch16_224_{budget}" for size in ("tiny", "small", "base") for budget in (50, 75, 90)]
@@ -49,7 +49,7 @@ def test_all_sizes_are_registered() -> None:
 
 
 def test_the_package_can_be_imported_before_timm() -> None:
-    code = "import moh.models.vit, timm\nassert timm.is_model('moh_vit_base_patch16_224_50'), timm.list_models('moh*')"
+    code = "import moh.models.timm, timm\nassert timm.is_model('moh_vit_base_patch16_224_50'), timm.list_models('moh*')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
 

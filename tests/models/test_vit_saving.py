@@ -16,7 +16,7 @@ import timm
 from timm.models import VisionTransformer
 
 import moh
-from moh.models.vit import from_pretrained, save_pretrained
+from moh.models.timm import from_pretrained, save_pretrained
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=4, img_size=32, patch_size=8, num_classes=5)
 

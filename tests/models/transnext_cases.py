@@ -35,7 +35,7 @@ def stir(model: nn.Module) -> nn.Module:
 
 
 def tiny_model(*, dense: bool = False, **options: Any) -> nn.Module:
-    from moh.models.transnext import MoHTransNeXt
+    from moh.models.timm.transnext import MoHTransNeXt
 
     torch.manual_seed(0)
     return stir(MoHTransNeXt(**TINY | ({} if dense else ROUTED) | options)).eval()

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 
 from diffusers import AutoencoderKL
 
-from moh.models.dit import MoHDiTTransformer2DModel
+from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.sampling import ImageModel, diffusion_scheduler
 
 SIZES: dict[str, Any] = dict(

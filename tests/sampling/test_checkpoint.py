@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from moh.models.dit import MoHDiTTransformer2DModel
+from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.sampling import SamplingSettings, load_image_model, sample, save_image_model
 
 SETTINGS = SamplingSettings(steps=3, guidance=1.5)

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from moh.training import load_recipe, train
-from moh.training.trainer import MoHTrainer
+from moh.training.language.trainer import MoHTrainer
 
 torch.set_num_threads(1)
 gc.freeze()  # what the server imported is not collected again and again
@@ -36,7 +36,7 @@ class _Logging(MoHTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-import moh.training.run  # noqa: E402
+import moh.training.language.run  # noqa: E402
 
-moh.training.run.MoHTrainer = _Logging
+moh.training.language.run.MoHTrainer = _Logging
 train(load_recipe(None, options), callbacks=[_Watch()])  # noqa: F821

@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moh.training import _sources
-from moh.training.corpus import (
-    CORPORA,
-    DEFAULT_CORPUS,
-    corpus_from_files,
-    equal_parts,
-    load_corpus,
-    split_documents,
-)
+from moh.data import fetch as _sources
+from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS, corpus_from_files, equal_parts, load_corpus, split_documents
 
 
 def test_every_tenth_document_is_held_out_and_none_is_in_both_parts() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from moh.checkpoints import load_published
+from moh.models.published import load_published
 from moh.training.diffusion.loss import add_noise, hybrid_loss, posterior, predict
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 from transformers import default_data_collator
 
-from moh.training import TokenBlocks, distillation, distillation_loss
-from moh.training.recipe import TrainingRecipe
+from moh.training import TokenBlocks, distillation_loss
+from moh.training.language import trainer as distillation
+from moh.training.language.recipe import TrainingRecipe
+from moh.training.language.trainer import MoHTrainer
 from moh.training.session import training_arguments
-from moh.training.trainer import MoHTrainer
 
 
 def _definition(student, teacher, labels, temperature):

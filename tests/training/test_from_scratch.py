@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import moh  # noqa: F401 (makes the Auto classes know our models)
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.routing import record_routing
-from moh.training import load_recipe, run, train
-from moh.training.loading import new_config
+from moh.training import load_recipe, train
+from moh.training.language import run
+from moh.training.language.model import new_config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "llm"
 SIZES = ["num_hidden_layers=2", "hidden_size=32", "intermediate_size=48", "num_attention_heads=4"]

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moh import convert
+from moh.data.text.blocks import TokenBlocks
 from moh.routing import record_routing
-from moh.training.data import TokenBlocks
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moh.attention
-from moh.training.tokens.blocks import IGNORED, packed_block
+from moh.data.text.blocks import IGNORED, packed_block
 
 LENGTHS = [(5, 1, 7, 3), (16,), (1, 1, 14), (8, 8)]
 IDS = ["_".join(map(str, lengths)) for lengths in LENGTHS]

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from moh.training.tokens.mixture import StoredMixture
-from moh.training.tokens.recipe import SourceRecipe
-from moh.training.tokens.sources import open_source
-from moh.training.tokens.store import StoredBlocks, open_store
-from moh.training.tokens.streaming import STREAM_KEY, StreamedMixture
-from moh.training.tokens.tokenising import DocumentTokenizer
+from moh.data.text.order import StoredMixture
+from moh.data.text.readers import SourceRecipe
+from moh.data.text.sources import open_source
+from moh.data.text.store import StoredBlocks, open_store
+from moh.data.text.streaming import STREAM_KEY, StreamedMixture
+from moh.data.text.tokenising import DocumentTokenizer
 
 STEP, WEIGHTS, SEED = 24, [3, 1], 5
 

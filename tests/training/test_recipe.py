@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moh.training.recipe import ConversionRecipe
-from moh.training.recipe_file import dump_recipe, load_recipe
+from moh.training.language.recipe import ConversionRecipe
+from moh.training.recipes import dump_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "llm"
 YAML = """

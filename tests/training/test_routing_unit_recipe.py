@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
-from moh.training.architecture import FromScratchRecipe, HeadsRecipe
-from moh.training.loading import new_config
-from moh.training.recipe import ConversionRecipe
+from moh.training.language.model import new_config
+from moh.training.language.recipe import ConversionRecipe, FromScratchRecipe, HeadsRecipe
 
 SIZES = dict(num_hidden_layers=2, hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=3)
 TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=0, pad_token_id=0)

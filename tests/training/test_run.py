@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh.conversion
+from moh._files import check_writable, replacing_directory
 from moh.models.transformers import MoHLlamaForCausalLM
-from moh.training import choose_precision, load_recipe, precision, train
-from moh.training.checkpoints import check_writable, replacing_directory
+from moh.training import choose_precision, load_recipe, train
+from moh.training import session as precision
 
 CONVERSION = ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"]
 

@@ -13,9 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from moh.training.checkpoints import checkpoint_problem
-from moh.training.cpu_sharding import shard_on_cpus
-from moh.training.sharded_weights import has_sharded_weights, load_sharded_weights
+from moh.training.checkpoints import checkpoint_problem, has_sharded_weights, load_sharded_weights, shard_on_cpus
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moh.training.tokens.recipe import SourceRecipe
-from moh.training.tokens.sources import open_source
-from moh.training.tokens.store import StoredBlocks, open_store
-from moh.training.tokens.streaming import STREAM_KEY, StreamedMixture
-from moh.training.tokens.tokenising import DocumentTokenizer
+from moh.data.text.readers import SourceRecipe
+from moh.data.text.sources import open_source
+from moh.data.text.store import StoredBlocks, open_store
+from moh.data.text.streaming import STREAM_KEY, StreamedMixture
+from moh.data.text.tokenising import DocumentTokenizer
 
 SEQ_LEN = 5
 

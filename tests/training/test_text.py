@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moh.training.text import html_paragraphs, paragraphs, read_texts
+from moh.data.text.files import html_paragraphs, paragraphs, read_texts
 
 
 def test_directories_are_read_in_the_order_of_their_file_names(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from moh.data.seeds import make_key
-from moh.training.tokens.order import ROUND, Interleaving, permuted, shuffled_block
+from moh.data.text.order import ROUND, Interleaving, permuted, shuffled_block
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000])

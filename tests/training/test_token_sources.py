@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moh.training.tokens.recipe import SourceRecipe, check_sources
-from moh.training.tokens.sources import open_source
+from moh.data.text.readers import SourceRecipe, check_sources
+from moh.data.text.sources import open_source
 
 TEXTS = [f"text number {i}, with ünicode" for i in range(23)]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moh.training.tokens import store as store_module
-from moh.training.tokens.mixture import StoredMixture
-from moh.training.tokens.recipe import SourceRecipe
-from moh.training.tokens.sources import Source, open_source
-from moh.training.tokens.store import StoredBlocks, open_store
-from moh.training.tokens.tokenising import DocumentTokenizer
+from moh.data.text import store as store_module
+from moh.data.text.order import StoredMixture
+from moh.data.text.readers import SourceRecipe
+from moh.data.text.sources import Source, open_source
+from moh.data.text.store import StoredBlocks, open_store
+from moh.data.text.tokenising import DocumentTokenizer
 
 TEXTS = ["the head reads .", "a token", "the value of the router", "or"]
 

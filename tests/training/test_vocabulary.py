@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from moh import convert
 from moh.cli.main import main
-from moh.training.vocabulary import ExtendedVocabulary, extend_vocabulary
+from moh.training.language.vocabulary import ExtendedVocabulary, extend_vocabulary
 
 OLD = ["<eos>", "a", "b", "c", "ab", "d"]
 NEW = ["<eos>", "<pad>", "c", "b", "a", "ab", "abc", "bb", "cab", "z"]  # other ids, "d" is gone, "z" can't be spelled

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moh.cli.options import Commands
-    from moh.models.image_loading import ImageInput
+    from moh.data.images.recipe import ImageInput
 
 _HELP = "Turn a pretrained dense model of text, of images or of diffusion into a MoH model, without training."
 
 
 def add_parser(sub: Commands) -> None:
     """Add `convert` to the commands."""
-    from moh.training.corpus import CALIBRATION_CORPORA, CORPORA
+    from moh.data.text.corpora import CALIBRATION_CORPORA, CORPORA
 
     parser = add_command(sub, "convert", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; hf-hub:NAME for a timm model")
@@ -74,7 +74,7 @@ def add_parser(sub: Commands) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from moh.training.checkpoints import check_replaceable, replacing_directory
+    from moh._files import check_replaceable, replacing_directory
 
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
@@ -133,8 +133,8 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
 
 def _texts(arguments: Namespace) -> list[str]:
     """What the command line names to calibrate on."""
+    from moh.data.text.corpora import equal_parts
     from moh.training import load_corpus
-    from moh.training.corpus import equal_parts
 
     if arguments.files:
         texts: list[str] = read_corpus(arguments).train
@@ -156,8 +156,8 @@ def _of_images(
             "needs none: query_norm, or a learned one to be trained)"
         )
     if not hasattr(dense, "config"):
-        from moh.models.image_loading import image_input
-        from moh.models.vit import save_pretrained
+        from moh.models.timm import save_pretrained
+        from moh.models.timm.loading import image_input
 
         calibration = None if arguments.images is None else _images(arguments, image_input(dense))
         model = convert(dense, calibration=calibration, **options)
@@ -177,7 +177,7 @@ def _save_all(parts: tuple[Any, ...], directory: Path) -> None:
 
 def _input_of(dense: Any, processor: Any) -> ImageInput:
     """What a ViT of transformers wants to see."""
-    from moh.models.image_loading import ImageInput
+    from moh.data.images.recipe import ImageInput
 
     size, channels = dense.config.image_size, dense.config.num_channels
     mean, std = (
@@ -190,8 +190,8 @@ def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
     """Batches of images; of any classes, as only what the heads contribute is looked at."""
     from torch.utils.data import DataLoader
 
-    from moh.training.images.batches import ImageBatches, readable_batches
-    from moh.training.images.sources import take
+    from moh.data.images.batches import ImageBatches, readable_batches
+    from moh.data.images.sources import take
 
     batches: Any = ImageBatches(read_images(arguments), wanted)
     keep: Any = take  # a dataset that makes whole batches, of which DataLoader's types know nothing

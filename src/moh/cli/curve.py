@@ -11,7 +11,7 @@ from moh.cli.options import add_command, add_images, add_text, read_corpus, read
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
-    from moh.evaluation.curve_points import Curve
+    from moh.evaluation.curve import Curve
 
 _HELP = "Quality and speed of a MoH model against the share of heads that its tokens use: picture, table, JSON."
 
@@ -38,13 +38,13 @@ def add_parser(sub: Commands) -> None:
 
 def run(arguments: Namespace) -> None:
     from moh._extras import require
-    from moh.training.checkpoints import check_writable
+    from moh._files import check_writable
 
     require("matplotlib", extra="llm")  # before minutes of measuring
     check_writable(arguments.out, name="--out")
     if reads_images(arguments):
         from moh.evaluation.curve import image_curve
-        from moh.models.image_loading import load_image_classifier
+        from moh.models.timm.loading import load_image_classifier
         from moh.models.transformers.loading import default_device
 
         model = load_image_classifier(arguments.model, device=default_device())

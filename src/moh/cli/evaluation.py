@@ -11,15 +11,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from moh.cli import harness, scores
-from moh.cli.options import (
-    add_command,
-    add_images,
-    add_text,
-    read_corpus,
-    read_images,
-    reads_images,
-    token_blocks,
-)
+from moh.cli.options import add_command, add_images, add_text, read_corpus, read_images, reads_images, token_blocks
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -79,7 +71,7 @@ def _run_text(arguments: Namespace) -> None:
 def _run_images(arguments: Namespace) -> None:
     """Top-1 and more of a classifier."""
     from moh.evaluation import evaluate_images
-    from moh.models.image_loading import load_image_classifier
+    from moh.models.timm.loading import load_image_classifier
     from moh.models.transformers.loading import default_device
 
     model = load_image_classifier(arguments.model, device=default_device())

@@ -51,7 +51,7 @@ def _print_all() -> None:
 
     import moh
     from moh.attention import BACKENDS, Call
-    from moh.evaluation.machine import cpu_name
+    from moh.evaluation.speed import cpu_name
 
     print(f"moh {moh.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in ("torch", "triton", "transformers", "accelerate", "timm", "diffusers"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_parser(sub: Commands) -> None:
     """Add `inspect` to the commands."""
-    from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+    from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS
 
     about = (
         "Which heads do what, for each kind of text, class of images or range of time steps: tables, figures, a page."
@@ -122,7 +122,7 @@ def _write(subject: Subject) -> None:
 
 def _check_targets(arguments: Namespace) -> None:
     """Check, before anything is computed, that something is to be written and can be."""
-    from moh.training.checkpoints import check_writable
+    from moh._files import check_writable
 
     if arguments.out is None and arguments.html is None:
         raise ValueError("--out DIR or --html FILE must say where the result goes")

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moh.evaluation.curve_points import Curve
+    from moh.data.images.sources import ImageSource
+    from moh.evaluation.curve import Curve
     from moh.inspection import GroupedInputs
-    from moh.training.images.sources import ImageSource
 
 
 _TEXTS = 3  # of each group, on a page
@@ -124,7 +124,7 @@ class _OfImages(Subject):
         return self._groups(self.images)
 
     def few(self, count: int) -> GroupedInputs:
-        from moh.training.images.sources import every_nth
+        from moh.data.images.sources import every_nth
 
         return self._groups(every_nth(self.images, count))
 
@@ -134,7 +134,7 @@ class _OfImages(Subject):
 
 class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.image_loading import load_image_classifier
+        from moh.models.timm.loading import load_image_classifier
         from moh.models.transformers.loading import default_device
 
         super().__init__(arguments)
@@ -202,8 +202,8 @@ def _read_groups(arguments: Namespace) -> dict[str, list[str]]:
 
 def _read(source: str) -> list[str]:
     """A corpus's held-out documents, or the files that a path or pattern names."""
+    from moh.data.text.corpora import CORPORA
     from moh.training import load_corpus, read_texts
-    from moh.training.corpus import CORPORA
 
     if source in CORPORA and not Path(source).exists():
         return load_corpus(source).heldout
@@ -237,9 +237,9 @@ def _write_text_page(
 
 def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource) -> None:
     """A page of the first images of each class, of at most ten classes unless some are named; each class is a group."""
+    from moh.data.images.augmentation import eval_transform
     from moh.inspection.page import head_page, image_sample
-    from moh.models.image_loading import image_input
-    from moh.training.images.augmentation import eval_transform
+    from moh.models.timm.loading import image_input
 
     chosen = arguments.classes or list(images.classes)[:_MOST_CLASSES]
     if unknown := [name for name in chosen if name not in images.classes]:
@@ -259,7 +259,7 @@ def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSourc
 
 def _readable(images: ImageSource, indices: list[int]) -> Iterator[tuple[int, Image]]:
     """The images that can be read, with their indices; says which can't."""
-    from moh.training.images.sources import UnreadableImage
+    from moh.data.images.sources import UnreadableImage
 
     for index in indices:
         try:

@@ -12,18 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import moh
-from moh.cli import (
-    chat,
-    conversion,
-    curve,
-    evaluation,
-    generation,
-    info,
-    inspect,
-    sampling,
-    serving,
-    training,
-)
+from moh.cli import chat, conversion, curve, evaluation, generation, info, inspect, sampling, serving, training
 from moh.cli.options import Command
 
 _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers whose attention heads are experts."

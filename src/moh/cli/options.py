@@ -10,14 +10,14 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moh.training.corpus import CORPORA, DEFAULT_CORPUS
+from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from moh.data.images.sources import ImageSource
     from moh.training import Corpus
-    from moh.training.images.sources import ImageSource
 
 
 class Command(argparse.ArgumentParser):
@@ -119,8 +119,8 @@ def reads_images(arguments: Namespace) -> bool:
 
 def read_images(arguments: Namespace) -> ImageSource:
     """The images given on the command line."""
-    from moh.training.images.datasets import load_evaluation_images
-    from moh.training.images.sources import every_nth
+    from moh.data.images.datasets import load_evaluation_images
+    from moh.data.images.sources import every_nth
 
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     images = load_evaluation_images(arguments.images, eval_split=arguments.split, **columns)

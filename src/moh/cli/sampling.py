@@ -50,7 +50,7 @@ def add_parser(sub: Commands) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from moh.training.checkpoints import check_writable
+    from moh._files import check_writable
 
     out = None if arguments.out is None else Path(arguments.out)
     npz = None if arguments.npz is None else Path(arguments.npz)

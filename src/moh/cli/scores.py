@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from moh.cli.options import Command, Commands
-    from moh.training.images.sources import ImageSource
+    from moh.data.images.sources import ImageSource
 
 _COMMAND = "eval fid"
 _HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
@@ -42,6 +42,7 @@ def add_parser(sub: Commands) -> Command:
 
 
 def run(arguments: Namespace) -> None:
+    from moh._files import check_writable
     from moh.evaluation.generation import (
         InceptionFeatures,
         load_classifier,
@@ -51,7 +52,6 @@ def run(arguments: Namespace) -> None:
         score_images,
     )
     from moh.models.transformers.loading import default_device
-    from moh.training.checkpoints import check_writable
 
     target = None if arguments.save_reference is None else Path(arguments.save_reference)
     if target is not None:
@@ -94,7 +94,7 @@ def _named_images(reference: str) -> _Pictures | None:
     """The held-out images of the data set of that name; None for a file or a directory."""
     if Path(reference).exists() or Path(reference).suffix in (".npz", ".safetensors"):
         return None
-    from moh.training.images.datasets import load_evaluation_images
+    from moh.data.images.datasets import load_evaluation_images
 
     try:
         return _Pictures(load_evaluation_images(reference))

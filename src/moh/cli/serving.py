@@ -98,7 +98,7 @@ def run_explore(arguments: Namespace) -> None:
 
     require("gradio", extra="app")  # before a model is loaded
     from moh.explore.interface import build, serve
-    from moh.explore.loading import load_subject
+    from moh.explore.subjects import load_subject
 
     app = build(load_subject(arguments.checkpoint, dense=arguments.dense))
     serve(app, host=arguments.host, port=arguments.port, share=arguments.share, browser=not arguments.no_browser)

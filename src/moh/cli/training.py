@@ -81,8 +81,8 @@ def run_train(arguments: Namespace) -> None:
 
 
 def run_extension(arguments: Namespace) -> None:
-    from moh.training.checkpoints import check_replaceable
-    from moh.training.vocabulary import extend_vocabulary_files
+    from moh._files import check_replaceable
+    from moh.training.language.vocabulary import extend_vocabulary_files
 
     check_replaceable(arguments.output, name="output")
     counts = extend_vocabulary_files(

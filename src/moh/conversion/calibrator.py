@@ -36,7 +36,7 @@ from moh.conversion.passes import (
     layer_costs,
     layer_groups,
 )
-from moh.conversion.tokens import evenly_spread
+from moh.data.text.blocks import evenly_spread
 from moh.models.dial import allowed_counts, spend
 from moh.models.output_changes import add_output_changes, output_projection, routed_attentions, used_heads
 from moh.routing import Router, build_router

@@ -17,10 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 from moh.config import ROUTERS, MoHConfig
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
 from moh.conversion.dense import DenseModel
-from moh.conversion.tokens import are_texts
 from moh.conversion.transformers import DenseTextModel, adapter
-from moh.models.image_loading import load_image_classifier
+from moh.data.text.blocks import are_texts
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
+from moh.models.timm.loading import load_image_classifier
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
 
@@ -57,7 +57,7 @@ def convert(
             (vit_*, deit_*, deit3_*, ..., distilled ones too); or a directory to load one from, a hub name or .gguf file
             of a language model, or "hf-hub:NAME" of a timm model. Or a diffusers `DiTTransformer2DModel`, a dense DiT of
             ours, or a directory of one or of a pipeline with one; these are converted without calibration
-            (`moh.conversion.dit`). A model that is passed stays as it is: its weights are copied.
+            (`moh.conversion.diffusers`). A model that is passed stays as it is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
             with the paper's router half of them (`Router.shared_share`); for a diffusion model it must be given.
@@ -92,7 +92,7 @@ def convert(
     Returns:
         the MoH model, in evaluation mode: a class of `moh.models.transformers` (`MoHLlamaForCausalLM` from a
         `LlamaForCausalLM`, ...), a `MoHDiTTransformer2DModel`, or a timm model of the same class as before
-        (`moh.models.vit.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
+        (`moh.models.timm.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
         original's (nearly, with a fitted two-stage router).
 
     Raises:
@@ -119,7 +119,7 @@ def convert(
             raise ValueError(
                 "shared_heads must be given for a diffusion model: the default was measured with fitted routers"
             )
-        from moh.conversion.dit import convert_dit
+        from moh.conversion.diffusers import convert_dit
 
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
@@ -186,14 +186,14 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
     if isinstance(model, PreTrainedModel):
         return adapter(model, router, copied=given)
-    if any(kind.__module__.startswith(("timm.", "moh.models.transnext")) for kind in type(model).__mro__):
-        from moh.conversion.timm_vit import DenseTimmViT
+    if any(kind.__module__.startswith(("timm.", "moh.models.timm.transnext")) for kind in type(model).__mro__):
+        from moh.conversion.timm import DenseTimmViT
 
         return DenseTimmViT(model)
     raise ValueError(
         "model must be a language model, an encoder or a ViT of transformers, or a timm VisionTransformer, got "
         f"{type(model).__name__} (of peft take model.merge_and_unload(); for diffusion transformers there is "
-        "moh.conversion.dit.convert_dit)"
+        "moh.conversion.diffusers.convert_dit)"
     )
 
 

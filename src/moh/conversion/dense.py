@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moh.config import MoHConfig
-from moh.conversion.tokens import evenly_spread
+from moh.data.text.blocks import evenly_spread
 from moh.routing import Router, router_class
 
 UNDECIDED = 1e-6

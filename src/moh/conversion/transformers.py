@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
-from moh.conversion.tokens import are_texts, calibration_blocks
+from moh.data.text.blocks import are_texts, calibration_blocks
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
 from moh.models.transformers.models import modeling, refusal

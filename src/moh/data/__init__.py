@@ -1,1 +1,1 @@
-"""Data: texts, tokens, pixels and random numbers. Below the models: nothing here knows a network."""
+"""Data on the ground floor: texts, tokens and pixels, with nothing of a network."""

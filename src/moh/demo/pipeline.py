@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moh._files import write_text
+from moh._files import check_writable, replacing_directory, write_text
 from moh.conversion import convert
-from moh.conversion.tokens import evenly_spread
+from moh.data.text.blocks import evenly_spread
+from moh.data.text.corpora import DEFAULT_CORPUS
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
@@ -34,9 +35,7 @@ from moh.inspection.plots import plot_head_load, plot_losses, save
 from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 from moh.routing import router_class
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
-from moh.training.checkpoints import check_writable, replacing_directory
-from moh.training.corpus import DEFAULT_CORPUS
-from moh.training.recipe import ModelRecipe, Recipe, TrainingRecipe
+from moh.training.language.recipe import ModelRecipe, Recipe, TrainingRecipe
 
 MAX_STEPS = 120
 """Most steps of a run whose number of steps is not given."""

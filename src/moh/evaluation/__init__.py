@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moh._lazy import lazy
-from moh.evaluation.machine import cpu_name, device_name
 from moh.evaluation.perplexity import PerplexityResult, perplexity, perplexity_rise
-from moh.evaluation.speed import ModelSpeed, Rate, SpeedReport, measure_speed
+from moh.evaluation.speed import ModelSpeed, Rate, SpeedReport, cpu_name, device_name, measure_speed
 
 if TYPE_CHECKING:
     from moh.evaluation.images import ImageEvaluation, evaluate_images

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moh._extras import require
-from moh.evaluation.curve_points import Curve, Speed
+from moh.evaluation.curve import Curve, Speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

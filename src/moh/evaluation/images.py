@@ -12,12 +12,14 @@ import torch
 from timm.utils.metrics import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from moh.data.images.batches import ImageBatches, readable_batches, report_damaged
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import ImageSource, take, with_classes
 from moh.evaluation.speed import device_clock
-from moh.models.image_loading import ImageInput
+from moh.models.timm.loading import class_names, image_input
 from moh.routing import record_routing
-from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
-from moh.training.images.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def evaluate_images(
     Args:
         model: a timm model; used in evaluation mode and left in its own.
         dataset: labelled images, with the model's classes in any order.
-        wanted: what the model wants to see; None takes what it says itself (`moh.models.image_loading.image_input`).
+        wanted: what the model wants to see; None takes what it says itself (`moh.models.timm.loading.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
         progress: show a progress bar (only on a terminal).
@@ -121,3 +123,31 @@ def _rate(times: list[tuple[int, float]]) -> float:
     """Images per second; the first pass, which prepares the kernels, counts only if it is the only one."""
     timed = times[1:] or times
     return sum(images for images, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9)
+
+
+def image_loader(
+    model: nn.Module,
+    dataset: ImageSource,
+    *,
+    wanted: ImageInput | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> DataLoader[dict[str, Tensor]]:
+    """All images in their order, as the model wants them, with its numbering of the classes.
+
+    Raises:
+        ValueError: the images have other classes than the model, or there are none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not len(dataset.labels):
+        raise ValueError("dataset must hold at least one image, got none")
+    names = class_names(model)
+    if names is not None:
+        dataset = with_classes(dataset, names, what="the images", than="the model")
+    elif model.num_classes != len(dataset.classes):
+        raise ValueError(
+            f"the images must have the {model.num_classes} classes of the model, but have {len(dataset.classes)}"
+        )
+    batches = ImageBatches(dataset, image_input(model) if wanted is None else wanted)
+    return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)

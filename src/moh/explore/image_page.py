@@ -12,11 +12,11 @@ from typing import Any
 
 import gradio as gr
 
+from moh.data.images.formats import decode
 from moh.explore import markup
 from moh.explore.images import ImageComparison, read_image, shaded_picture, time_image
-from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.markup import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
 from moh.explore.subjects import ImageSubject
-from moh.training.images.formats import decode
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,19 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
+import gradio as gr
 from torch import Tensor
 
+from moh.explore.observing import REPEATS
+from moh.explore.subjects import Subject
 from moh.inspection.trace import LayerTrace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
 
 _LOSS_OF_FULL_SHADE = 10.0  # nats
 _DIFFERENCE_OF_FULL_SHADE = 2.0
@@ -188,3 +193,69 @@ def _visible(text: str) -> str:
 def _shown(token: str) -> str:
     """A token in a running text; the marks are no part of what is copied."""
     return escape(token.replace("\r", "")).replace("\n", '<i aria-hidden="true">↵</i>\n') or "<i>∅</i>"
+
+
+TIME_ROW = f"time (median of {REPEATS})"
+
+
+def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
+    """The slider over the dial, and the box for a budget that the slider can't show; hidden where they say nothing."""
+    dial = subject.dial
+    values = dial.values or (0, 1)
+    uneven = bool(dial.values) and dial.own is None
+    label = "Routed heads active per token"
+    shared = {router.config.num_shared for router in dial.routers}
+    if len(shared) == 1:
+        label += f", beside {shared.pop()} shared"
+    if dial.by_cost:
+        label += " (on average over the layers)"
+    slider = gr.Slider(
+        values[0],
+        values[-1],
+        value=dial.own if dial.own is not None else values[-1],
+        step=values[1] - values[0],
+        label=label,
+        visible=bool(dial.values),
+        elem_id="budget",
+        buttons=[],
+    )
+    counts = dial.counts() or [0]
+    own = gr.Checkbox(
+        uneven,
+        label=f"As saved: {min(counts)} to {max(counts)}, layer by layer",
+        visible=uneven,
+        elem_id="own-budget",
+    )
+    if subject.reference is not None and subject.reference.note:
+        gr.HTML(note(subject.reference.note))
+    elif subject.reference is None:
+        gr.HTML(note("Nothing to compare with: give a dense model by --dense."))
+    return slider, own
+
+
+def budget_of(subject: Subject, value: float, own: bool) -> int | None:
+    """What the controls ask for: a value of the dial, or None for the model's own budget."""
+    return None if own or not subject.dial.values else int(value)
+
+
+def budget_label(subject: Subject, share: float) -> str:
+    """The explored model at a budget, as a heading."""
+    return f"this model, {100 * share:.0f} % of the heads" if subject.dial.routers else "this model, dense"
+
+
+def chooser(elem_id: str) -> Any:
+    """HTML that sends `select` with data-token, or data-layer and data-head, of what is clicked in it."""
+    script = (files(__package__) / "chooser.js").read_text(encoding="utf-8")
+    return gr.HTML("", elem_id=elem_id, js_on_load=script)
+
+
+def whole_number(data: gr.EventData, name: str, limit: int) -> int:
+    """A number that the browser sent.
+
+    Raises:
+        ValueError: it is none, or not between 0 and `limit` - 1.
+    """
+    value = (data._data or {}).get(name)
+    if not isinstance(value, int) or not 0 <= value < limit:
+        raise ValueError(f"{name} must be between 0 and {limit - 1}, got {value!r}")
+    return value

@@ -1,6 +1,6 @@
-"""What is explored: a model, its dial, what it is compared with, and the lock under which one user at a time runs them.
+"""One number for the budget of a whole model: which values the slider takes, and the model at one of them.
 
-Read from checkpoints in `loading`; what is done with them is in `texts` and `images`.
+Over `moh.models.dial`, which sets each layer. Not locked: `moh.explore.subjects` sees to one user at a time.
 """
 
 from __future__ import annotations
@@ -9,15 +9,91 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from moh.explore.dial import Dial
+from moh._extras import require
+from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
+from moh.models.kinds import kind_of
+from moh.routing import Router
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Dial:
+    """Routed heads active per token, as one number for all layers of a model.
+
+    In a layer that has fewer choices than others (fewer heads, or routing by groups) the number stands for the choice
+    in proportion. Where the conversion has saved what each layer's heads are worth (`config.head_costs`), the number is
+    the mean over the layers, handed out by those costs.
+
+    Args:
+        model: MoH or dense.
+
+    Attributes:
+        values: what the dial can be set to, ascending; empty for a dense model and one whose layers leave no choice.
+        own: the value that gives the model's own budget; None if none does, as where layers were set one by one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.routers = moh_routers(model) if any(isinstance(m, Router) for m in model.modules()) else []
+        self._choices = [allowed_counts(router) for router in self.routers]
+        longest: list[int] = max(self._choices, key=len, default=[])
+        self.values = tuple(longest) if len(longest) > 1 else ()
+        self.by_cost = any(getattr(getattr(m, "config", None), "head_costs", None) for m in model.modules())
+        own = self.counts()
+        self.own = next((value for value in self.values if self._counts_at(value) == own), None)
+
+    def counts(self) -> list[int]:
+        """Routed heads active per token in each MoH layer, as the model is set now."""
+        return [router.config.active_heads for router in self.routers]
+
+    @property
+    def uses_all(self) -> bool:
+        """Whether the dial's last value makes every token use every head, each with the weight 1."""
+        hard = all(router.is_hard for router in self.routers)
+        most = [choices[-1] for choices in self._choices]
+        return hard and bool(self.values) and most == [router.config.num_routed for router in self.routers]
+
+    @contextmanager
+    def at(self, value: int | None) -> Iterator[float]:
+        """Inside the block the model has this budget.
+
+        Args:
+            value: one of `values`; None leaves the model's own.
+
+        Yields:
+            share of the heads that a token uses, over all MoH layers; 1 for a dense model.
+
+        Raises:
+            ValueError: `value` is none of `values`.
+        """
+        if value is None:
+            yield head_share([router.config for router in self.routers]) if self.routers else 1.0
+            return
+        with active_heads(self.model, self._setting(value)) as share:
+            yield share
+
+    def _setting(self, value: int) -> list[int] | float:
+        if value not in self.values:
+            allowed = f"one of {', '.join(map(str, self.values))}" if self.values else "left out for this model"
+            raise ValueError(f"active heads must be {allowed}, got {value}")
+        place, last = self.values.index(value), len(self.values) - 1
+        counts = [choices[round(place * (len(choices) - 1) / last)] for choices in self._choices]
+        if not self.by_cost:
+            return counts
+        used = sum(router.config.num_shared + n for router, n in zip(self.routers, counts, strict=True))
+        return used / sum(router.config.num_heads for router in self.routers)
+
+    def _counts_at(self, value: int) -> list[int]:
+        with self.at(value):
+            return self.counts()
 
 
 @dataclass(frozen=True)
@@ -119,3 +195,109 @@ class ImageSubject(Subject):
 
 def _range(numbers: list[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+MOST_TOKENS = 1_024
+"""A longer text is cut, so that an answer on a CPU does not take minutes."""
+
+
+def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> TextSubject | ImageSubject:
+    """Load what `moh explore` shows.
+
+    Args:
+        checkpoint: a language model as `moh.models.transformers.loading.load_causal_lm` takes it, MoH or dense; or an image
+            classifier: a directory in timm's or transformers' format, or "hf-hub:NAME" for one of timm's.
+        dense: the dense model to compare with, of the same kind.
+
+    Raises:
+        ValueError: there is no such model, or the dense one has other classes or another vocabulary.
+    """
+    kinds = {path: kind_of(path).task for path in (checkpoint, dense) if path is not None}
+    for path, task in kinds.items():
+        if task == "diffusion":
+            raise ValueError(f"moh explore shows language models and image classifiers, and {path} is neither")
+    reads_images = kinds[checkpoint] == "images"
+    if dense is not None and kinds[dense] != kinds[checkpoint]:
+        wanted, other = ("an image classifier", "none") if reads_images else ("a language model", "an image classifier")
+        raise ValueError(f"--dense must be {wanted} like {checkpoint}, but {dense} is {other}")
+    load = _image_subject if reads_images else _text_subject
+    return load(Path(checkpoint).name or str(checkpoint), checkpoint, dense)
+
+
+def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
+    require("transformers", extra="llm")
+    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.training.session import choose_precision
+
+    tokenizer = load_tokenizer(checkpoint)
+    if dense is not None and load_tokenizer(dense).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--dense must have the vocabulary of {checkpoint}, but {dense} has another")
+    device = default_device()
+    # some CPUs emulate bfloat16, many times slower than float32
+    dtype = torch.float32 if choose_precision(device) == "fp32" else "auto"
+    model = load_causal_lm(checkpoint, dtype=dtype, device=device).eval()
+    other = None if dense is None else load_causal_lm(dense, dtype=dtype, device=device).eval()
+    dial = Dial(model)
+    longest = getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS
+    if other is not None:
+        longest = min(longest, getattr(other.config, "max_position_embeddings", None) or longest)
+    reference = _reference(model, dial, other, dense)
+    return TextSubject(name, model, dial, reference, tokenizer, min(MOST_TOKENS, longest))
+
+
+def _image_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> ImageSubject:
+    model, classes, eyes = _load_classifier(checkpoint)
+    dial = Dial(model)
+    if dense is None:
+        return ImageSubject(name, model, dial, _reference(model, dial, None, None), classes, eyes, eyes)
+    other, other_classes, other_eyes = _load_classifier(dense)
+    if other_classes != classes:
+        raise ValueError(f"--dense must have the {len(classes)} classes of {checkpoint}, but {dense} has others")
+    return ImageSubject(name, model, dial, _reference(model, dial, other, dense), classes, eyes, other_eyes)
+
+
+def _reference(model: nn.Module, dial: Dial, dense: nn.Module | None, path: str | Path | None) -> Reference | None:
+    if dense is not None:
+        kind = "dense" if not Dial(dense).routers else "a MoH model, given as --dense"
+        return Reference(f"{Path(str(path)).name} ({kind})", "", dense)
+    if not dial.uses_all:
+        return None
+    note = (
+        "Compared with the same model with all heads active. That is the dense original if the model was converted "
+        "without a refit of its output weights and not tuned since; otherwise give the original by --dense."
+    )
+    return Reference("all heads active", note, model, dial.values[-1])
+
+
+def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes]:
+    from moh.models.transformers.loading import default_device
+
+    device = default_device()
+    if kind_of(path).library == "timm":
+        from moh.data.images.augmentation import eval_transform
+        from moh.models.timm.loading import class_names, image_input, load_image_classifier
+
+        timm_model: Any = load_image_classifier(path, device=device)
+        names = class_names(timm_model) or tuple(f"class {index}" for index in range(timm_model.num_classes))
+        return timm_model, names, Eyes(eval_transform(image_input(timm_model)), _on(device, timm_model))
+    require("transformers", extra="llm")
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True).to(device).eval()
+    processor = AutoImageProcessor.from_pretrained(path)
+
+    def transform(image: Image) -> Tensor:
+        pixels: Tensor = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    labels = model.config.id2label
+    return model, tuple(labels[i] for i in range(len(labels))), Eyes(transform, _on(device, model))
+
+
+def _on(device: torch.device, model: Any) -> Callable[[Tensor], Tensor]:
+    def logits(pixels: Tensor) -> Tensor:
+        outputs = model(pixels[None].to(device))
+        found: Tensor = getattr(outputs, "logits", outputs)
+        return found[0].float()
+
+    return logits

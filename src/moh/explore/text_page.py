@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from moh.explore import markup
-from moh.explore.parts import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.markup import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
 from moh.explore.subjects import TextSubject
 from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
 from moh.inspection.tables import to_pandas

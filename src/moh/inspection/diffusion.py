@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moh.data.images.sources import ImageSource, with_classes
 from moh.data.seeds import generator_of
 from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.sampling.checkpoint import ImageModel
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.loss import add_noise, hybrid_loss
-from moh.training.images.sources import ImageSource, with_classes
 
 By = Literal["timestep", "class"]
 

@@ -1,6 +1,6 @@
 """Groups of images for a classifier: one group per class. Extra `vision`.
 
-Not for finding images (`moh.training.images.datasets`).
+Not for finding images (`moh.data.images.datasets`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moh.data.images.batches import ImageBatches, readable_batches, report_damaged
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import ImageSource
+from moh.evaluation.images import image_loader
 from moh.inspection.inputs import GroupBatch, GroupedInputs
-from moh.models.image_loading import ImageInput
-from moh.training.images.batches import ImageBatches, image_loader, readable_batches, report_damaged
-from moh.training.images.sources import ImageSource
 
 
 def image_groups(
@@ -30,7 +31,7 @@ def image_groups(
     Args:
         model: a timm model, MoH or dense.
         dataset: labelled images, with the model's classes in any order.
-        wanted: what the model wants to see; None takes what it says itself (`moh.models.image_loading.image_input`).
+        wanted: what the model wants to see; None takes what it says itself (`moh.models.timm.loading.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
 

@@ -15,7 +15,7 @@ from moh.models.transformers.families import family_of
 
 Task = Literal["language", "images", "diffusion"]
 
-DIFFUSION_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.dit", "DiTTransformer2DModel": "diffusers"}
+DIFFUSION_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.diffusers", "DiTTransformer2DModel": "diffusers"}
 """Classes of diffusion models that we know -> the package to import them from."""
 
 

@@ -1,19 +1,77 @@
-"""Make transformers' Auto classes know our models without importing either before it is needed.
+"""Make transformers' Auto classes and timm know our models, whichever package is imported first.
 
-transformers keeps its own models as names and imports them on first use; while it is still being imported ours are
-added the same way. Once it is imported, its public `register` does it. Imports nothing of transformers by itself.
+transformers keeps its own models as names and imports them on first use; while it is still being imported ours are added
+the same way. Once it is imported, its public `register` does it. Each package of ours for timm registers its models with
+timm's own decorator when it is imported; this only decides when that is. Imports nothing of transformers or timm by itself.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from moh._import_hooks import when_imported
 from moh.models.transformers.families import FAMILIES
 from moh.models.transformers.published import recognise_published_llama
+
+
+class _CallbackLoader(Loader):
+    """Loads as the original loader does, then calls back."""
+
+    def __init__(self, loader: Loader, callback: Callable[[], None]) -> None:
+        self._loader = loader
+        self._callback = callback
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._callback()
+
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename, ...: tracebacks need them
+        return getattr(self._loader, name)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self._name = name
+        self._callback = callback
+        self._searching = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name or self._searching:
+            return None
+        self._searching = True  # the search below must not come back here
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _CallbackLoader(spec.loader, self._imported)
+        return spec
+
+    def _imported(self) -> None:
+        if self in sys.meta_path:  # once, and only now: a module that was found need not be imported
+            sys.meta_path.remove(self)
+            self._callback()
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call `callback()` right after the module `name` is imported; now, if it already is."""
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Finder(name, callback))
+
 
 _MODEL_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -71,3 +129,22 @@ def _add_model_names() -> None:
     for family in FAMILIES:
         for auto_class, model in family.moh_models.items():
             getattr(auto, _MODEL_NAMES[auto_class])[f"moh_{family.model_type}"] = model
+
+
+_PACKAGES = ("moh.models.timm.transnext", "moh.models.timm")
+"""Packages whose import registers models."""
+
+
+def register_with_timm() -> None:
+    """Register now if timm's models are imported, else as soon as they are."""
+    when_imported("timm.models", _import_packages)
+
+
+def _import_packages() -> None:
+    for package in _PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:  # an older timm than ours needs: it should still serve its own models
+            warnings.warn(
+                f"the models of {package} are not registered with timm: {error}", RuntimeWarning, stacklevel=2
+            )

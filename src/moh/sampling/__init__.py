@@ -1,6 +1,6 @@
 """Drawing images with diffusion models: samplers, guidance, several processes, files (extra `diffusion`).
 
-Not for models (`moh.models.dit`), training (`moh.training`) or scores (`moh.evaluation`).
+Not for models (`moh.models.diffusers`), training (`moh.training`) or scores (`moh.evaluation`).
 """
 
 from moh._extras import require

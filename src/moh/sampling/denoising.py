@@ -1,6 +1,6 @@
 """From noise to images: the loop over a scheduler's steps, and what is checked on the way.
 
-Not for guidance (`moh.models.dit.guidance`), nor for files or several processes (`moh.sampling.files`).
+Not for guidance (`moh.models.diffusers.guidance`), nor for files or several processes (`moh.sampling.files`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moh.data.seeds import generator_of
-from moh.models.dit import guided_output
+from moh.models.diffusers import guided_output
 from moh.sampling.checkpoint import ImageModel
 from moh.sampling.schedulers import SamplingSettings, make_scheduler, takes_variance
 

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from moh._extras import require
 from moh._lazy import lazy
-from moh.training.corpus import CORPORA, DEFAULT_CORPUS, Corpus, corpus_from_files, load_corpus
-from moh.training.recipe import Recipe
-from moh.training.recipe_file import load_recipe
-from moh.training.text import read_texts
+from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS, Corpus, corpus_from_files, load_corpus
+from moh.data.text.files import read_texts
+from moh.training.language.recipe import Recipe
+from moh.training.recipes import load_recipe
 
 if TYPE_CHECKING:
-    from moh.training.data import TokenBlocks, pack_tokens
-    from moh.training.distillation import distillation_loss
-    from moh.training.precision import choose_precision
-    from moh.training.run import TrainResult
-    from moh.training.trainer import MoHTrainer
+    from moh.data.text.blocks import TokenBlocks, pack_tokens
+    from moh.training.language.run import TrainResult
+    from moh.training.language.trainer import MoHTrainer, distillation_loss
+    from moh.training.session import choose_precision
 
 __all__ = [
     "CORPORA",
@@ -42,7 +41,7 @@ __all__ = [
 
 
 _RUNS = {
-    "language": "moh.training.run",
+    "language": "moh.training.language.run",
     "image_classification": "moh.training.images.run",
     "diffusion": "moh.training.diffusion.run",
 }
@@ -54,7 +53,7 @@ def train(recipe: Any, **overrides: Any) -> Any:
 
     Args:
         recipe: as `load_recipe` reads it.
-        overrides: objects to use instead of the recipe's: see the `train` of its family (`moh.training.run`).
+        overrides: objects to use instead of the recipe's: see the `train` of its family (`moh.training.language.run`).
 
     Returns:
         the result of the family's `train`; all have `model_dir`, `losses` and `precision`.
@@ -70,15 +69,15 @@ def train(recipe: Any, **overrides: Any) -> Any:
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "MoHTrainer": "moh.training.trainer",
-        "TokenBlocks": "moh.training.data",
-        "TrainResult": "moh.training.run",
-        "choose_precision": "moh.training.precision",
-        "distillation_loss": "moh.training.distillation",
-        "pack_tokens": "moh.training.data",
+        "MoHTrainer": "moh.training.language.trainer",
+        "TokenBlocks": "moh.data.text.blocks",
+        "TrainResult": "moh.training.language.run",
+        "choose_precision": "moh.training.session",
+        "distillation_loss": "moh.training.language.trainer",
+        "pack_tokens": "moh.data.text.blocks",
     },
     extras={
-        "moh.training.run": ("transformers", "llm"),
-        "moh.training.trainer": ("transformers", "llm"),
+        "moh.training.language.run": ("transformers", "llm"),
+        "moh.training.language.trainer": ("transformers", "llm"),
     },
 )

@@ -8,13 +8,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 _STATE = "trainer_state.json"
 _SHARDS = ".metadata"  # the last file that torch.distributed.checkpoint writes
@@ -113,72 +119,6 @@ def _is_of_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 
 
-def check_writable(directory: str | Path, *, name: str) -> None:
-    """Check that files can be created in `directory` or its nearest existing parent; leaves nothing behind.
-
-    Raises:
-        ValueError: the directory can't be written; the message begins with `name`.
-    """
-    existing = Path(directory).absolute()
-    try:
-        while not existing.exists():
-            existing = existing.parent
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
-
-
-def check_replaceable(directory: str | Path, *, name: str, holding: str = "config.json") -> None:
-    """Check that `directory` may be created or replaced: it is missing, empty, or holds a model (the file `holding`).
-
-    Raises:
-        ValueError: the directory holds something else, or can't be written; the message begins with `name`.
-    """
-    target = Path(directory).resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{name} {directory} must be a directory, but it is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / holding).is_file():
-        raise ValueError(
-            f"{name} {directory} must be new, empty or a model's directory; it holds other files, which are kept"
-        )
-    check_writable(target.parent if target.exists() else target, name=name)
-
-
-@contextmanager
-def replacing_directory(target: Path, *, writes: bool = True, holding: str = "config.json") -> Iterator[Path]:
-    """Yield a directory next to `target` that replaces it if the block succeeds, and is deleted if it fails.
-
-    Args:
-        target: the directory to create or replace.
-        writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
-        holding: the file that marks a directory as replaceable.
-    """
-    target = target.resolve()
-    if writes:
-        check_replaceable(target, name="output directory", holding=holding)
-    scratch = target.with_name(f".{target.name}.partial")  # the same name on every process
-    if writes:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    except BaseException:
-        if writes:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if not writes:
-        return
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(scratch, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(scratch, target)
-
-
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint directories, newest step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
@@ -193,3 +133,52 @@ def _is_safetensors(file: Path) -> bool:
             return True
     except (SafetensorError, OSError):
         return False
+
+
+_WEIGHTS = "pytorch_model_fsdp_0"
+
+
+def has_sharded_weights(checkpoint: Path) -> bool:
+    """Whether a checkpoint of the Trainer holds its weights in shards."""
+    return (checkpoint / _WEIGHTS).is_dir()
+
+
+def load_sharded_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Read all weights into `model`, in place; each process reads them on its own.
+
+    Raises:
+        ValueError: a tensor is missing or has a different shape.
+    """
+    weights = {"model": model.state_dict()}
+    try:
+        load(weights, storage_reader=FileSystemReader(checkpoint / _WEIGHTS), no_dist=True)
+    except (CheckpointException, RuntimeError) as error:
+        raise ValueError(
+            f"the weights in {checkpoint} do not match the model: {' '.join(str(error).split())}"
+        ) from None
+    model.load_state_dict(weights["model"])
+
+
+def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> bool:
+    """Turn on the requested FSDP if the processes are on CPUs; returns whether it did.
+
+    Args:
+        accelerator: the Trainer's, before it has prepared anything.
+        plugin: how to shard; None reads what `accelerate launch` left in the environment.
+
+    Raises:
+        ValueError: FSDP1 is requested, which needs GPUs.
+    """
+    asked = plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    plugin = FullyShardedDataParallelPlugin() if plugin is None else plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP on CPUs must be version 2, got {plugin.fsdp_version}: set fsdp_version: 2")
+    state = accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin = plugin
+    for shared in (PartialState(), state):  # each lookup of the latter copies the former's value
+        shared.distributed_type = DistributedType.FSDP
+    return True

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from moh.routing import RoutingRecord, balance_over_processes, record_routing
-from moh.training.checkpoints import writing_checkpoint
-from moh.training.cpu_sharding import shard_on_cpus
+from moh.training.checkpoints import shard_on_cpus, writing_checkpoint
 
 
 class RoutingTrainer(Trainer):  # type: ignore[misc]

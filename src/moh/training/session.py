@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import patch_environment
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from moh._files import write_text
-from moh.training.checkpoints import (
-    check_writable,
-    is_of_deepspeed,
-    last_complete_checkpoint,
-    replacing_directory,
-    trainer_state,
-)
-from moh.training.precision import Precision, choose_precision
-from moh.training.recipe_file import dump_recipe, load_recipe
-from moh.training.settings import TrainingSettings
+from moh._files import check_writable, replacing_directory, write_text
+from moh.training.checkpoints import is_of_deepspeed, last_complete_checkpoint, trainer_state
+from moh.training.recipes import TrainingSettings, dump_recipe, load_recipe
 
 _RECIPE_FILE = "recipe.yaml"
 _IDENTITY_FILE = "data.json"
@@ -261,3 +255,49 @@ def saving(trainer: Trainer, target: Path, *, holding: str = "config.json") -> I
         yield scratch
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.wait_for_everyone()
+
+
+Precision = Literal["bf16", "fp32"]
+
+_SIZE = 384  # of the square matrices: a few milliseconds even where bfloat16 is emulated, and a fair sample
+_WORTH = 1.2  # bfloat16 has to be this much faster: the casts around a matrix product take time too
+
+
+def choose_precision(device: torch.device | None = None) -> Precision:
+    """ "bf16" or "fp32", for `device` (None: the GPU if there is one).
+
+    On a GPU, bfloat16 if supported. On a CPU both are timed, in a few milliseconds: some CPUs have bfloat16
+    instructions, others emulate it, ten times slower than float32.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    return "bf16" if _seconds(torch.bfloat16) * _WORTH < _seconds(torch.float32) else "fp32"
+
+
+def without_autocast(model: nn.Module) -> nn.Module:
+    """`model` with its own `forward` again, without the autocast that accelerate wraps around it.
+
+    A trained model then computes like one that was saved and loaded. accelerate's own `keep_fp32_wrapper=False` also
+    removes the decorators of transformers' models, and binds what is left twice (1.15).
+    """
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original  # the instance had its own `forward` before
+    return model
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Shortest of five timings of a matrix product on the CPU."""
+    a = torch.ones(_SIZE, _SIZE, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])  # the first one prepares the kernel

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from moh.data.images.sources import TensorImages, UnreadableImage
 from moh.training.diffusion.data import PixelDataset, load_source, to_float
 from moh.training.diffusion.recipe import DiffusionDataRecipe
 from moh.training.diffusion.trainer import draw
-from moh.training.images.sources import TensorImages, UnreadableImage
 
 CPU = torch.device("cpu")
 

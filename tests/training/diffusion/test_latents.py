@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from moh.data.images.formats import FolderImages
+from moh.data.images.sources import TensorImages
 from moh.sampling import load_vae
 from moh.training.diffusion import latents
 from moh.training.diffusion.data import PixelDataset, to_float
 from moh.training.diffusion.latents import encode_latents
-from moh.training.images.formats import FolderImages
-from moh.training.images.sources import TensorImages
 
 
 @pytest.fixture

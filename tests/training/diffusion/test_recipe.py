@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moh.models.dit import DIT_NAMES
+from moh.models.diffusers import DIT_NAMES
 from moh.training.diffusion.recipe import DiffusionRecipe, SampleGridRecipe
-from moh.training.recipe_file import dump_recipe, load_recipe
+from moh.training.recipes import dump_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "dit").glob("*.yaml"))
 YAML = """

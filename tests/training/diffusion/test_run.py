@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moh.models.dit import MoHDiTTransformer2DModel
+from moh.data.images.sources import TensorImages
+from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.sampling import SamplingSettings, load_image_model, sample
 from moh.training import load_recipe, train
 from moh.training.diffusion import run
-from moh.training.images.sources import TensorImages
 
 GRIDS = ["--training.samples.every=3", "--training.samples.steps=2", "--training.samples.rows=3"]
 

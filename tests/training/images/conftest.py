@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moh.training.images.sources import TensorImages
+from moh.data.images.sources import TensorImages
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -11,13 +11,12 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from moh.data.images.augmentation import PixelTransform
+from moh.data.images.batches import SKIPPED, ImageBatches, report_damaged, take
+from moh.data.images.formats import FolderImages
+from moh.data.images.recipe import AugmentationRecipe, ImageInput
+from moh.data.images.sources import TensorImages
 from moh.data.seeds import generators_kept, seed_all
-from moh.models.image_loading import ImageInput
-from moh.training.images.augmentation import PixelTransform
-from moh.training.images.batches import SKIPPED, ImageBatches, report_damaged, take
-from moh.training.images.formats import FolderImages
-from moh.training.images.recipe import AugmentationRecipe
-from moh.training.images.sources import TensorImages
 
 GREY = ImageInput((1, 8, 8), (0.5,), (0.25,))
 COLOUR = ImageInput((3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

@@ -12,11 +12,11 @@ from image_cases import CLASSES, pictures, write_folders, write_idx
 from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
-from moh.training.images import formats
-from moh.training.images.datasets import load_evaluation_images, load_images, load_training_images
-from moh.training.images.formats import decode
-from moh.training.images.recipe import ImageDataRecipe
-from moh.training.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
+from moh.data.images import formats
+from moh.data.images.datasets import load_evaluation_images, load_images, load_training_images
+from moh.data.images.formats import decode
+from moh.data.images.recipe import ImageDataRecipe
+from moh.data.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
 
 
 def load(dataset: object, **fields: object):

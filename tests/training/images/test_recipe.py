@@ -8,7 +8,7 @@ import pytest
 
 from moh.training import load_recipe
 from moh.training.images import ImageRecipe
-from moh.training.recipe_file import dump_recipe
+from moh.training.recipes import dump_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "vit").glob("*.yaml"))
 

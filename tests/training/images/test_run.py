@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import FashionMNIST
 
-from moh.models.image_loading import ImageInput, class_names, image_input, load_image_classifier
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import TensorImages
+from moh.models.timm.loading import class_names, image_input, load_image_classifier
 from moh.training import load_recipe, train
 from moh.training.images.model import build_model
 from moh.training.images.recipe import ImageModelRecipe
-from moh.training.images.sources import TensorImages
 
 MOH = [
     "--model.name=moh_vit_micro_patch4_28_75",
@@ -78,7 +79,7 @@ def test_all_held_out_images_are_evaluated(options: list[str], tensors: TensorIm
 
 
 def test_a_moh_model_logs_its_routing_and_pays_for_imbalance(options: list[str]) -> None:
-    pytest.importorskip("moh.models.vit")
+    pytest.importorskip("moh.models.timm")
     result = run(options, *MOH)
     entry = next(entry for entry in result.log_history if "loss" in entry)
     assert 0.6 <= entry["active_share"] <= 0.9 and entry["balance_loss"] > 0
@@ -93,7 +94,7 @@ def test_a_moh_model_logs_its_routing_and_pays_for_imbalance(options: list[str])
 def test_a_pretrained_model_is_converted_trained_and_not_converted_again(
     options: list[str], router, monkeypatch
 ) -> None:
-    pytest.importorskip("moh.models.vit")
+    pytest.importorskip("moh.models.timm")
     dense = run(options)
     extra = [f"--model.name=local-dir:{dense.model_dir}", "--model.pretrained=true", "--model.kwargs={}"]
     extra += [f"--conversion={{'shared_heads': 1, 'active_heads': 2, 'router': '{router}', 'calibration_images': 20}}"]

@@ -7,8 +7,8 @@ Projections of active (token, head) pairs alone (`projection.h`), with M `[H * D
 gate is not 0. Each is the other's gradient, and `cpu_outer(heads, x, gates)` is M's. Gates only say which pairs are
 active; they get no gradient here.
 
-Aggregated attention (`aggregated.h`) is float32 alone: `moh.models.transnext.aggregated` calls it, and
-`moh.models.transnext.scoring` says what its arguments mean.
+Aggregated attention (`aggregated.h`) is float32 alone: `moh.models.timm.transnext.aggregated` calls it, and
+`moh.models.timm.transnext.aggregated` says what its arguments mean.
 """
 
 from __future__ import annotations

@@ -12,23 +12,11 @@ from moh._extras import require
 require("timm", extra="diffusion")
 require("torch_fidelity", extra="diffusion")
 
-from moh.evaluation.generation.classifier import ClassifierFeatures, load_classifier
-from moh.evaluation.generation.features import (
-    Extracted,
-    FeatureExtractor,
-    ImageFeatures,
-    extract_features,
-)
+from moh.evaluation.generation.classifier import ClassifierFeatures, InceptionFeatures, load_classifier
+from moh.evaluation.generation.features import Extracted, FeatureExtractor, ImageFeatures, extract_features
 from moh.evaluation.generation.frechet import Gaussian, frechet_distance, gaussian_frechet_distance
 from moh.evaluation.generation.images import Images, open_images
-from moh.evaluation.generation.inception import InceptionFeatures
-from moh.evaluation.generation.scores import (
-    GenerationScores,
-    compare,
-    inception_score,
-    precision_recall,
-    score_images,
-)
+from moh.evaluation.generation.scores import GenerationScores, compare, inception_score, precision_recall, score_images
 from moh.evaluation.generation.statistics import load_features, reference_features, save_features
 
 __all__ = [

@@ -1,22 +1,111 @@
-"""Features of a classifier that the user names, where FID's Inception network can't be had or does not fit the images.
-
-A Frechet distance on them is not comparable with FID, nor with one on another classifier.
-"""
+"""Features that images are scored on: the Inception network's, or those of a classifier that the user names."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from moh.data.images.recipe import ImageInput
 from moh.evaluation.generation.features import Extracted, weights_fingerprint
-from moh.models.image_loading import ImageInput, image_input, load_image_classifier
+from moh.models.timm.loading import image_input, load_image_classifier
 
 _SPATIAL_CHANNELS = 7
+"""sFID looks at the first 7 channels of a 17 x 17 map: 2,023 numbers, about as many as the 2,048 of FID."""
+
+
+class InceptionFeatures:
+    """FID's network: 2,048 pooled features, 2,023 spatial ones (`mixed_6/conv`, as in the ADM suite), logits without bias.
+
+    Images of any size are resized to 299 x 299 as TensorFlow 1 did it.
+
+    Args:
+        weights: file of the weights; None looks in `torch.hub`'s folder and downloads them to it if they aren't there.
+        device: where it computes.
+
+    Attributes:
+        is_fid: whether the weights are those that published FID values come from, by the file's SHA-256.
+
+    Raises:
+        FileNotFoundError: the weights are not in the file or folder, and could not be downloaded.
+        ValueError: the file holds something else.
+    """
+
+    channels = 3
+
+    def __init__(self, weights: str | Path | None = None, *, device: torch.device | None = None) -> None:
+        path = _find_weights() if weights is None else Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file of Inception weights at {path}")
+        self.is_fid = _sha256(path).startswith(_hash_prefix())
+        self.name = "Inception-v3" if self.is_fid else f"Inception-v3 with the weights of {path.name}"
+        self.device = device or torch.device("cpu")
+        self._model = _load(path).to(self.device)
+        self.fingerprint = weights_fingerprint(self._model)
+        # TensorFlow's mixed_6/conv: the 1x1 branch, after its ReLU
+        self._model.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+        self._map: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Extracted:
+        """Features of uint8 images `[B, 3, H, W]`: `[B, 2048]`, `[B, 2023]`, `[B, 1008]`, float32."""
+        features, logits = self._model(images)
+        assert self._map is not None
+        channels_last = self._map[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7], TensorFlow's order
+        self._map = None
+        return Extracted(features, channels_last.flatten(1), logits)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._map = output  # [B, 192, 17, 17]
+
+
+def _find_weights() -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(urlparse(URL_INCEPTION_V3).path).name
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_hash_prefix())
+    except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+        raise FileNotFoundError(
+            f"the Inception weights that FID needs are not at {path}, and downloading them from {URL_INCEPTION_V3} failed "
+            f"({error}); put the file there, name one with --inception (weights=...), or name a classifier with "
+            "--features, whose Frechet distance is no FID"
+        ) from None
+    return path
+
+
+def _load(path: Path) -> nn.Module:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # the library's own loading would run code in the file
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception network: {reason}") from None
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _hash_prefix() -> str:
+    """The file's name ends with the beginning of its SHA-256."""
+    return Path(urlparse(URL_INCEPTION_V3).path).stem.rpartition("-")[2]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_MOST_SPATIAL_CHANNELS = 7
 """As many channels of the feature map as sFID takes of Inception's."""
 
 
@@ -81,9 +170,9 @@ class ClassifierFeatures:
 
     def _spatial(self, maps: Tensor) -> Tensor | None:
         if maps.ndim == 4 and getattr(self._model, "output_fmt", "NCHW") == "NCHW":
-            return maps[:, :_SPATIAL_CHANNELS].flatten(1)  # [B, 7 * H * W]
+            return maps[:, :_MOST_SPATIAL_CHANNELS].flatten(1)  # [B, 7 * H * W]
         if maps.ndim in (3, 4):
-            return maps[..., :_SPATIAL_CHANNELS].flatten(1)  # [B, tokens, C] or [B, H, W, C]
+            return maps[..., :_MOST_SPATIAL_CHANNELS].flatten(1)  # [B, tokens, C] or [B, H, W, C]
         return None
 
 

@@ -14,10 +14,10 @@ require("lm_eval", extra="eval")
 from moh._processes import processes
 from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks
 from moh.evaluation.harness.local import local_tasks, make_local_tasks
+from moh.evaluation.harness.registry import SUITES, HarnessTask, parse_task, suite
 from moh.evaluation.harness.results import ModelScores, TaskEvaluation
 from moh.evaluation.harness.runner import LoadedModel
 from moh.evaluation.harness.scores import Estimate, Part, TaskScore
-from moh.evaluation.harness.suites import SUITES, HarnessTask, parse_task, suite
 
 __all__ = [
     "DTYPES",

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from moh._files import check_writable
 from moh.evaluation.harness.local import local_tasks
-from moh.evaluation.harness.registry import TaskRegistry
-from moh.evaluation.harness.results import TaskEvaluation
+from moh.evaluation.harness.registry import LOCAL_SUITE, HarnessTask, TaskRegistry, parse_task, suite
+from moh.evaluation.harness.results import ScoreStore, TaskEvaluation
 from moh.evaluation.harness.runner import LoadedModel, Options, Runner
-from moh.evaluation.harness.store import ScoreStore
-from moh.evaluation.harness.suites import LOCAL_SUITE, HarnessTask, parse_task, suite
-from moh.evaluation.machine import device_name
-from moh.training.checkpoints import check_writable
+from moh.evaluation.speed import device_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

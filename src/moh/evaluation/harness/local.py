@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moh._files import replacing_directory
+from moh.data.text.corpora import DEFAULT_CORPUS, default_cache_dir, load_corpus
 from moh.evaluation.harness import questions
 from moh.evaluation.harness.questions import read_synsets, wordnet_directory
-from moh.training.checkpoints import replacing_directory
-from moh.training.corpus import DEFAULT_CORPUS, default_cache_dir, load_corpus
 
 _FOLDER = "local-tasks-1"  # the number changes with the questions
 _COMPLETE = "moh_next_sentences.yaml"  # written last

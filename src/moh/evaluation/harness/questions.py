@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moh.training._sources import apt_download
-from moh.training.text import decode_utf8
+from moh.data.fetch import apt_download
+from moh.data.text.files import decode_utf8
 
 Question = dict[str, Any]
 

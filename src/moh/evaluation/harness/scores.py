@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Any
 
-from moh.evaluation.harness.suites import PREFERRED_METRICS, HarnessTask
+from moh.evaluation.harness.registry import PREFERRED_METRICS, HarnessTask
 
 _TOLERANCE = 1e-6
 
@@ -43,7 +43,7 @@ class TaskScore:
         shots: solved examples before each question; None where the tasks of a group differ.
         metric: which score it is, as the harness calls it.
         filter: how the answer was cut from what the model wrote; "none" where it wrote nothing.
-        value: the score; a share of 1 where `moh.evaluation.harness.suites.is_percent` says so of `metric`.
+        value: the score; a share of 1 where `moh.evaluation.harness.registry.is_percent` says so of `metric`.
         stderr: the harness's standard error of `value`; NaN if it has none.
         questions: how many were asked.
         truncated: requests whose beginning was cut off, as they were longer than the model's positions.

@@ -153,7 +153,7 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
     """
     import torch
 
-    from moh.models.reading import check_tensors, require_keys
+    from moh.models.published import check_tensors, require_keys
     from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
     require_keys(config, (*_LLAMA_FIELDS, "rope_theta", "router", "shared_heads", "routed_active"))

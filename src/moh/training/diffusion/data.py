@@ -1,6 +1,6 @@
 """Training images as tensors of one size, a batch at a time, each with its number, from which its noise is drawn.
 
-Not for finding images (`moh.training.images.datasets`), nor for latents (`moh.training.diffusion.latents`).
+Not for finding images (`moh.data.images.datasets`), nor for latents (`moh.training.diffusion.latents`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from moh.data.images.datasets import load_training_images
+from moh.data.images.formats import FolderImages
+from moh.data.images.recipe import ImageDataRecipe
+from moh.data.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
 from moh.training.diffusion.recipe import DiffusionDataRecipe
-from moh.training.images.datasets import load_training_images
-from moh.training.images.formats import FolderImages
-from moh.training.images.recipe import ImageDataRecipe
-from moh.training.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
 
 Batch = dict[str, Tensor]
 
@@ -117,7 +117,7 @@ def load_source(data: DiffusionDataRecipe) -> ImageSource:
     """The training images of a recipe.
 
     Raises:
-        ValueError, RuntimeError: as `moh.training.images.datasets.load_training_images`.
+        ValueError, RuntimeError: as `moh.data.images.datasets.load_training_images`.
     """
     fields = ("dataset", "train_split", "image_column", "label_column", "cache_dir")
     return load_training_images(ImageDataRecipe(**{name: getattr(data, name) for name in fields}))

@@ -22,10 +22,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from moh._files import replacing_file
+from moh.data.images.sources import UnreadableImage
+from moh.data.text.corpora import default_cache_dir
 from moh.sampling.checkpoint import weights_digest
-from moh.training.corpus import default_cache_dir
 from moh.training.diffusion.data import Batch, PixelDataset, to_float
-from moh.training.images.sources import UnreadableImage
 
 _SHARD = 4096  # images in a file: one lost to an interruption is minutes of work, and ImageNet has 300 of them
 _BATCH = 16  # images encoded at a time

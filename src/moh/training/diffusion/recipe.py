@@ -1,6 +1,6 @@
 """A training run of a diffusion model as data: frozen dataclasses, every field validated once, at construction.
 
-Not for reading files (`moh.training.recipe_file`) nor for running anything (`moh.training.diffusion.run`).
+Not for reading files (`moh.training.recipes`) nor for running anything (`moh.training.diffusion.run`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moh.training.settings import ImageTrainingSettings, at_least
+from moh._checks import at_least
+from moh.training.recipes import ImageTrainingSettings
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class DiffusionModelRecipe:
     """The model to train.
 
     Args:
-        preset: a preset of `moh.models.dit.create_dit`, such as "moh_dit_s_2_90".
+        preset: a preset of `moh.models.diffusers.create_dit`, such as "moh_dit_s_2_90".
         overrides: more arguments of `create_dit`. Classes, channels and size come from the data.
     """
 

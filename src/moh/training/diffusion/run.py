@@ -12,13 +12,13 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from moh.models.dit import MoHDiTTransformer2DModel, create_dit
+from moh.data.images.sources import ImageSource, take
+from moh.models.diffusers import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
 from moh.training.diffusion.data import PixelDataset, load_source
 from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
-from moh.training.images.sources import ImageSource, take
 from moh.training.session import RunResult, open_session, saving
 
 

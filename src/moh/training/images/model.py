@@ -18,19 +18,14 @@ from torch import nn
 from transformers import TrainingArguments
 
 import moh  # noqa: F401  registers our models with timm
-from moh.models.image_loading import (
-    ImageInput,
-    describe,
-    image_input,
-    load_image_classifier,
-    save_image_classifier,
-)
+from moh._files import replacing_directory
+from moh.data.images.batches import SKIPPED, ImageBatches
+from moh.data.images.recipe import ImageInput
+from moh.data.images.sources import ImageSource, TensorImages, every_nth
 from moh.models.kinds import saved_config
+from moh.models.timm.loading import describe, image_input, load_image_classifier, save_image_classifier
 from moh.routing import router_class
-from moh.training.checkpoints import replacing_directory
-from moh.training.images.batches import SKIPPED, ImageBatches
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
-from moh.training.images.sources import ImageSource, TensorImages, every_nth
 
 _ALL = 2**31  # tokens: as many as the calibration images have
 
@@ -41,8 +36,8 @@ def saved_arguments(recipe: ImageModelRecipe, model: nn.Module) -> dict[str, Any
     saved = saved_config(start).get("model_args", {}) if start else {}
     own = {name: value for name, value in saved.items() if name != "num_classes"} | recipe.kwargs
     if hasattr(model, "moh_arguments"):  # one of our ViTs, perhaps a converted one; its dense control needs no more
-        from moh.models.vit.replacing import moh_attentions
-        from moh.models.vit.saving import rebuild_arguments
+        from moh.models.timm.saving import rebuild_arguments
+        from moh.models.timm.vit import moh_attentions
 
         if moh_attentions(model):
             own = rebuild_arguments(model)
@@ -93,7 +88,7 @@ def _check_weights(file: str, model: nn.Module) -> None:
     if missing:
         raise ValueError(
             f"model.weights {file} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])} ...; weights of a "
-            "dense model become those of a MoH model by `conversion`, published ones by moh.checkpoints.load_published"
+            "dense model become those of a MoH model by `conversion`, published ones by moh.models.published.load_published"
         )
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from moh.models.image_loading import load_image_classifier, save_image_classifier
+from moh.data.images.batches import ImageBatches, report_damaged
+from moh.data.images.datasets import load_images
+from moh.data.images.sources import ImageSource, with_classes
 from moh.models.kinds import saved_config
-from moh.training.images.batches import ImageBatches, report_damaged
-from moh.training.images.datasets import load_images
+from moh.models.timm.loading import load_image_classifier, save_image_classifier
 from moh.training.images.model import build_model, convert_model, prepare, resolve_input, saved_arguments
 from moh.training.images.recipe import ImageRecipe, ImageTrainingRecipe
-from moh.training.images.sources import ImageSource, with_classes
 from moh.training.images.trainer import ImageTrainer
 from moh.training.session import RunResult, Session, open_session, saving, training_arguments
 

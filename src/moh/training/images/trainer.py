@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 
-from moh.models.image_loading import save_image_classifier
+from moh.data.images.batches import SKIPPED
+from moh.data.images.sources import take
+from moh.models.timm.loading import save_image_classifier
 from moh.training.average import Averaging, MovingAverage
-from moh.training.images.batches import SKIPPED
-from moh.training.images.sources import take
-from moh.training.precision import without_autocast
 from moh.training.routing_trainer import RoutingTrainer
+from moh.training.session import without_autocast
 
 _EMA_FILE = "ema.safetensors"
 

@@ -1,0 +1,171 @@
+"""A pretrained dense diffusion transformer -> the same model with MoH attention, without calibration.
+
+Takes diffusers' `DiTTransformer2DModel`, or a dense model of ours (`moh.models.published.load_published` makes one of the
+published DiT). Routers are those that need no fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from moh.config import ROUTERS
+from moh.models.diffusers import MoHDiTTransformer2DModel
+from moh.routing import router_class
+
+UNFITTED = tuple(name for name in ROUTERS if not router_class(name).needs_fit)
+"""Routers that need no calibration."""
+
+OURS = MoHDiTTransformer2DModel.__name__
+
+UNDECIDED = 1e-6
+"""Standard deviation of a new router's logits: tokens differ in the heads they choose, and every gate is 1 up to this."""
+
+# diffusers' names -> ours, parts of names. Each of its blocks has a copy of the embeddings.
+_EMBEDDING = re.compile(r"^transformer_blocks\.\d+\.norm1\.emb\.")
+_PARTS = {
+    "pos_embed.proj.": "x_embedder.",
+    "timestep_embedder.": "time_embedder.",
+    "class_embedder.embedding_table.": "class_embedder.",
+    ".attn1.to_q.": ".attn.q_proj.",
+    ".attn1.to_k.": ".attn.k_proj.",
+    ".attn1.to_v.": ".attn.v_proj.",
+    ".attn1.to_out.0.": ".attn.proj.",
+    "proj_out_1.": "modulation_out.",
+    "proj_out_2.": "proj_out.",
+}
+
+
+def convert_dit(
+    model_or_path: DiTTransformer2DModel | MoHDiTTransformer2DModel | str | Path,
+    *,
+    shared_heads: int | Sequence[int | Sequence[int]],
+    active_heads: int | Sequence[int],
+    router: str = "two_stage",
+) -> MoHDiTTransformer2DModel:
+    """Turn a pretrained dense diffusion transformer into a MoH model with the same weights.
+
+    Args:
+        model_or_path: the dense model, or a directory or hub name of one or of a pipeline with one. A model that is
+            passed stays as it is: its weights are copied.
+        shared_heads: h_s, a number (the first heads) or one entry per layer: a number or that layer's shared heads.
+        active_heads: k, routed heads that each token activates; a number, or one per layer.
+        router: "two_stage" or "single_stage" (learned; new weights that let every active head weigh 1 and choose the
+            routed heads almost at random, to be trained) or "query_norm" (no parameters).
+
+    Returns:
+        the MoH model, in evaluation mode. With all heads active its outputs are the original's.
+
+    Raises:
+        ValueError: the model can't be converted, or an argument is out of range; nothing was changed.
+    """
+    if router not in UNFITTED:
+        raise ValueError(
+            f"router must be one of {', '.join(map(repr, UNFITTED))} for a diffusion model, got {router!r}"
+        )
+    model = load_dit(model_or_path) if isinstance(model_or_path, str | Path) else model_or_path
+    if isinstance(model, MoHDiTTransformer2DModel):
+        fields, state = _of_ours(model), dict(model.state_dict())
+    elif isinstance(model, DiTTransformer2DModel):
+        fields, state = _of_diffusers(model), _state_of_diffusers(model)
+    else:
+        raise ValueError(f"model must be a DiTTransformer2DModel or a dense model of ours, got {type(model).__name__}")
+    routing = dict(shared_heads=_plain(shared_heads), active_heads=_plain(active_heads), router=router)
+    with torch.device("meta"):
+        moh = MoHDiTTransformer2DModel(**fields | routing)
+    moh = moh.to_empty(device=model.device)
+    for tensor in (*moh.parameters(), *moh.buffers()):
+        tensor.data = tensor.data.to(model.dtype)
+    missing, unexpected = moh.load_state_dict(state, strict=False)
+    if unexpected or any(".router." not in name for name in missing):
+        raise ValueError(f"model has tensors that are not a DiT's: {', '.join(unexpected)}; without {missing}")
+    _undecided(moh)
+    return moh.eval()  # type: ignore[no-any-return]
+
+
+def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DModel:
+    """Load a diffusion transformer, dense or MoH, in float32 and evaluation mode.
+
+    Args:
+        path: a directory or hub name of a transformer, or of a pipeline, whose `transformer` it takes.
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    local = Path(path).expanduser()
+    where: dict[str, Any] = {}
+    if (local / "transformer").is_dir() or not local.is_dir():
+        where = {"subfolder": "transformer"}
+    source = local if local.is_dir() else path
+    try:
+        config = MoHDiTTransformer2DModel.load_config(source, **where)
+        kind = MoHDiTTransformer2DModel if config["_class_name"] == OURS else DiTTransformer2DModel
+        return kind.from_pretrained(source, **where).eval()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"model {str(path)!r} can't be loaded: {' '.join(str(error).split())}") from None
+
+
+def _undecided(model: nn.Module) -> None:
+    """Set new routers so that their softmaxes are uniform up to `UNDECIDED`."""
+    for name, parameter in model.named_parameters():
+        if ".router." in name:  # [heads, C]; the layer's input has about unit mean square
+            nn.init.normal_(parameter, std=UNDECIDED / parameter.shape[1] ** 0.5)
+
+
+def _of_ours(model: MoHDiTTransformer2DModel) -> dict[str, Any]:
+    """The configuration of a dense model of ours."""
+    if model.config.shared_heads is not None:
+        raise ValueError("model is a MoH model already: convert the dense model that it was made from")
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def _of_diffusers(model: DiTTransformer2DModel) -> dict[str, Any]:
+    """The configuration that describes the same dense model."""
+    c = model.config
+    for name, value in (
+        ("activation_fn", "gelu-approximate"),
+        ("attention_bias", True),
+        ("dropout", 0.0),
+        ("norm_elementwise_affine", False),
+    ):
+        if c[name] != value:
+            raise ValueError(f"model.config.{name} must be {value!r}, as in the published models, got {c[name]!r}")
+    return dict(
+        num_attention_heads=c.num_attention_heads,
+        attention_head_dim=c.attention_head_dim,
+        in_channels=c.in_channels,
+        out_channels=model.out_channels,
+        num_layers=c.num_layers,
+        sample_size=c.sample_size,
+        patch_size=c.patch_size,
+        num_classes=c.num_embeds_ada_norm,
+        norm_eps=c.norm_eps,
+        freq_shift=1,
+    )
+
+
+def _state_of_diffusers(model: DiTTransformer2DModel) -> dict[str, Tensor]:
+    """Its tensors by our names."""
+    state: dict[str, Tensor] = {"pos_embed": model.pos_embed.pos_embed}
+    for name, tensor in model.state_dict().items():
+        ours = _EMBEDDING.sub("", name)
+        for theirs, part in _PARTS.items():
+            ours = ours.replace(theirs, part)
+        if ours in state and not torch.equal(state[ours], tensor):
+            raise ValueError(
+                f"model's blocks must share one embedding of time steps and classes, but {name} differs from the first"
+            )
+        state.setdefault(ours, tensor)
+    return state
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of other sequences, as a configuration file has them."""
+    return [_plain(entry) for entry in value] if isinstance(value, Sequence) else value

@@ -1,0 +1,93 @@
+"""The conversion's adapter for timm's `VisionTransformer` (ViT, DeiT and what else is of that class), extra `vision`.
+
+The converted model is a copy of the same class; only its attention layers are others (`moh.models.timm`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh.config import MoHConfig
+from moh.conversion.dense import DenseAttention, DenseImageModel, make_undecided
+from moh.models.timm import dense_attentions, replace_attention
+from moh.models.timm.vit import changes_heads
+from moh.models.timm.vit_presets import described_as_moh
+from moh.routing import Router, router_class
+
+
+class DenseTimmViT(DenseImageModel):
+    """A dense timm vision transformer.
+
+    Raises:
+        ValueError: it is of another class, or its attention can't be replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        attentions = dense_attentions(model)
+        scales = _layer_scales(model)
+        self.model = model
+        self.num_heads = attentions[0].num_heads
+        self.attentions = [DenseAttention(a.qkv, a.proj, scales.get(a)) for a in attentions]
+        self._normalises_queries = not isinstance(attentions[0].q_norm, nn.Identity)
+        self._changes_heads = any(map(changes_heads, attentions))
+
+    def refusal(self, *, router: str, refit_output: bool, router_aux_loss_coef: float) -> str | None:
+        if router_class(router).reads_queries and self._normalises_queries:
+            return (
+                f"router {router!r} can't serve a model that normalises its queries (qk_norm): all norms are about the "
+                "same and tell nothing; use router='linear', which decides by the layer's input"
+            )
+        if refit_output and self._changes_heads:
+            return (
+                "refit_output must be False for a model that normalises or gates its heads before the output projection "
+                "(scale_attn_norm, gated): what the projection reads is then no sum over heads"
+            )
+        if router_aux_loss_coef:
+            return (
+                "router_aux_loss_coef must be 0 for a timm model, whose loss is the training loop's: add "
+                f"{router_aux_loss_coef} * routing.balance_loss() there (moh.record_routing)"
+            )
+        return None
+
+    def logits(self, images: Tensor) -> Tensor | None:
+        logits: Tensor = self.model(images)
+        return logits if self.model.num_classes else None
+
+    def build(
+        self,
+        layers: Sequence[MoHConfig],
+        routers: Sequence[Router],
+        output_weights: Sequence[Tensor],
+        *,
+        router_aux_loss_coef: float,
+    ) -> nn.Module:
+        model: Any = copy.deepcopy(self.model)
+        attentions = replace_attention(model, layers)
+        for attention in attentions:
+            make_undecided(attention.router)
+        for attention, router in zip(attentions, routers, strict=bool(routers)):
+            attention.router.load_state_dict(router.state_dict())
+        with torch.no_grad():
+            for attention, weight in zip(attentions, output_weights, strict=bool(output_weights)):
+                attention.proj.weight.copy_(weight)
+        described: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        if described.get("architecture"):  # else timm did not make it and can't make it again
+            model.pretrained_cfg = model.default_cfg = described_as_moh(described)
+            recorded = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "pretrained_cfg"}
+            model.moh_arguments = {**recorded, "base": described["architecture"]}
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def _layer_scales(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """Attention layer -> the layer scale that follows it, in the blocks that have one."""
+    scales = {}
+    for block in model.modules():
+        gamma = getattr(getattr(block, "ls1", None), "gamma", None)
+        if gamma is not None:
+            scales[block.attn] = gamma
+    return scales  # type: ignore[return-value]

@@ -1,0 +1,167 @@
+"""What is done to images before a model sees them: timm's transforms, and the same faster for small images in memory.
+
+Not for reading them nor for mixing (`batches`). Randomness comes from outside: a seed per image and epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import AugmentOp
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import transforms
+
+from moh.data.images.recipe import AugmentationRecipe, ImageInput
+from moh.data.images.sources import TensorImages
+from moh.data.seeds import generator_of, generators_kept, seed_all
+
+ImageTransform = Callable[[Image.Image], Tensor]
+"""PIL image -> `[C, H, W]` float32, normalised."""
+
+
+def eval_transform(wanted: ImageInput) -> ImageTransform:
+    """Resize, middle crop, normalise."""
+    transform = create_transform(
+        wanted.size, mean=wanted.mean, std=wanted.std, crop_pct=wanted.crop_pct, interpolation=wanted.interpolation
+    )
+    return _with_mode(wanted, transform)
+
+
+def train_transform(wanted: ImageInput, recipe: AugmentationRecipe) -> ImageTransform:
+    """Crop, mirror, policy or colours, normalise, erase; it draws from the global generators of Python, NumPy and torch.
+
+    Raises:
+        ValueError: timm does not know `recipe.auto_augment`.
+    """
+    try:
+        transform = create_transform(
+            wanted.size,
+            is_training=True,
+            scale=(recipe.crop_scale[0], recipe.crop_scale[1]) if recipe.crop_scale else None,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            interpolation="random" if recipe.crop_scale else wanted.interpolation,
+            mean=wanted.mean,
+            std=wanted.std,
+            re_prob=recipe.random_erasing,
+            re_mode=recipe.erasing_mode,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"augmentation.auto_augment {recipe.auto_augment!r} is none of timm's: {error}") from None
+    for operation in _operations(transform):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    if not recipe.crop_scale:  # in place of timm's first step, which is a random crop
+        steps = [transforms.Resize(wanted.size[1:], str_to_interp_mode(wanted.interpolation))]  # type: ignore[no-untyped-call]
+        if recipe.crop_padding:
+            steps.append(transforms.RandomCrop(wanted.size[1:], padding=recipe.crop_padding))
+        transform = transforms.Compose([*steps, *transform.transforms[1:]])
+    return _with_mode(wanted, transform)
+
+
+def _operations(transform: transforms.Compose) -> Iterator[AugmentOp]:
+    """The operations of timm's policies, of any kind."""
+    for step in transform.transforms:
+        yield from getattr(step, "ops", ())
+        for part in getattr(step, "policy", ()):
+            yield from part
+
+
+def _posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
+    """As timm's: the strongest posterising keeps no bit. Pillow 13 refuses that; before, it made the image black."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def _with_mode(wanted: ImageInput, transform: Callable[[Image.Image], Tensor]) -> ImageTransform:
+    return partial(_convert_and, transform, "L" if wanted.size[0] == 1 else "RGB")
+
+
+def _convert_and(transform: Callable[[Image.Image], Tensor], mode: str, image: Image.Image) -> Tensor:
+    return transform(image.convert(mode))
+
+
+class PixelTransform:
+    """Images in memory -> a batch, `[B, C, H, W]` float32, normalised; with a recipe augmented, all at once.
+
+    Args:
+        source: images of the size and number of channels that the model wants (`fits`).
+        wanted: the model's input.
+        recipe: random window, mirroring and erasing; None changes nothing.
+        seed: of the random numbers, with the epoch and the image.
+    """
+
+    def __init__(self, source: TensorImages, wanted: ImageInput, recipe: AugmentationRecipe | None, seed: int) -> None:
+        self.pixels = source.pixels
+        self.recipe = recipe
+        self.seed = seed
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
+        self.erasing = None
+        if recipe is not None and recipe.random_erasing:
+            self.erasing = RandomErasing(1.0, mode=recipe.erasing_mode, max_count=1, device="cpu")  # type: ignore[no-untyped-call]
+        self._epoch = -1
+        self._drawn: dict[str, Tensor] = {}
+
+    @staticmethod
+    def fits(source: object, wanted: ImageInput, recipe: AugmentationRecipe | None) -> bool:
+        """Whether this can serve the images, and is all that the recipe asks for."""
+        if not isinstance(source, TensorImages) or tuple(source.pixels.shape[1:]) != tuple(wanted.size):
+            return False
+        if recipe is None:
+            return wanted.crop_pct == 1
+        return not (recipe.crop_scale or recipe.auto_augment or recipe.color_jitter)
+
+    def __call__(self, indices: list[int], epoch: int) -> Tensor:
+        places = torch.tensor(indices)
+        pixels = self.pixels[places]  # [B, C, H, W]
+        recipe = self.recipe
+        if recipe is None:
+            return self._normalised(pixels)
+        drawn = {name: values[places] for name, values in self._draws(epoch).items()}
+        if recipe.crop_padding:
+            pixels = _windows(pixels, drawn["top"], drawn["left"], recipe.crop_padding)
+        if recipe.hflip:
+            pixels = torch.where(drawn["flip"].view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        images = self._normalised(pixels)
+        if self.erasing is not None:
+            with generators_kept():
+                for row in drawn["erase"].nonzero().flatten().tolist():
+                    seed_all(self.seed, epoch, indices[row])
+                    self.erasing(images[row])
+        return images
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def _draws(self, epoch: int) -> dict[str, Tensor]:
+        """What happens to each image in an epoch, drawn for all of them at once."""
+        if epoch != self._epoch:
+            assert self.recipe is not None
+            generator = generator_of(self.seed, epoch)
+            n, sides = len(self.pixels), 2 * self.recipe.crop_padding + 1
+            self._drawn = {
+                "top": torch.randint(sides, (n,), generator=generator),
+                "left": torch.randint(sides, (n,), generator=generator),
+                "flip": torch.rand(n, generator=generator) < self.recipe.hflip,
+                "erase": torch.rand(n, generator=generator) < self.recipe.random_erasing,
+            }
+            self._epoch = epoch
+        return self._drawn
+
+
+def _windows(pixels: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
+    """Of each image `[C, H, W]` in black padding, the window of its size at (top, left)."""
+    b, c, h, w = pixels.shape
+    padded = F.pad(pixels, (padding,) * 4)
+    rows = (top.view(-1, 1) + torch.arange(h)).view(b, 1, h, 1)
+    columns = (left.view(-1, 1) + torch.arange(w)).view(b, 1, 1, w)
+    return padded[torch.arange(b).view(b, 1, 1, 1), torch.arange(c).view(1, c, 1, 1), rows, columns]

@@ -1,0 +1,145 @@
+"""Batches of images for a DataLoader: read, transformed, mixed; damaged images counted.
+
+A damaged image of a training set is replaced by the next one that can be read, so that batches and their order stay the
+same; one of an evaluation set is left out of the count (label -100). Both are found when they are read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from timm.data.mixup import Mixup
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moh.data.images.augmentation import PixelTransform, eval_transform, train_transform
+from moh.data.images.recipe import AugmentationRecipe, ImageInput
+from moh.data.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
+from moh.data.seeds import generators_kept, seed_all
+
+SKIPPED = -100
+"""Label of an image that could not be read."""
+
+
+class ImageBatches(Dataset):  # type: ignore[type-arg]
+    """A source's images as a model wants them, read a batch at a time.
+
+    Give it to a DataLoader with `collate_fn=take`: a batch is a dictionary of `images` `[B, C, H, W]` float32 and
+    `labels`, `[B]` int64, or `[B, K]` float32 where images are mixed.
+
+    Args:
+        source: the images.
+        wanted: the model's input.
+        augmentation: for training; None for evaluation.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        wanted: ImageInput,
+        *,
+        augmentation: AugmentationRecipe | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source = source
+        self.training = augmentation is not None
+        self.seed = seed
+        self.wanted = wanted
+        self.pixels: PixelTransform | None = None
+        if isinstance(source, TensorImages) and PixelTransform.fits(source, wanted, augmentation):
+            self.pixels = PixelTransform(source, wanted, augmentation, seed)
+        self.transform = eval_transform(wanted) if augmentation is None else train_transform(wanted, augmentation)
+        self.mixup = None
+        if augmentation is not None and augmentation.mixes:
+            self.mixup = Mixup(  # type: ignore[no-untyped-call]
+                mixup_alpha=augmentation.mixup,
+                cutmix_alpha=augmentation.cutmix,
+                prob=augmentation.mix_prob,
+                switch_prob=augmentation.mix_switch_prob,
+                label_smoothing=augmentation.label_smoothing,
+                num_classes=len(source.classes),
+            )
+        # Shared with the loading processes
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._damaged: Tensor = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each pass, so that every one is augmented anew."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def damaged(self) -> Tensor:
+        """`[n]` bool: which images could not be read so far."""
+        return self._damaged
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One image and its label, not mixed."""
+        images, labels = self._read([index])
+        return {"images": images[0], "labels": labels[0]}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A whole batch, as the DataLoader asks for it where it can."""
+        images, labels = self._read(list(indices))
+        if self.mixup is not None:
+            with generators_kept():
+                seed_all(self.seed, int(self._epoch), -1 - indices[0])  # other numbers than any image has
+                images, labels = self.mixup(images, labels)
+        return {"images": images, "labels": labels}
+
+    def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        epoch = int(self._epoch)
+        if self.pixels is not None:
+            return self.pixels(indices, epoch), self.source.labels[indices]
+        with generators_kept():
+            pairs = [self._one(index, epoch) for index in indices]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def _one(self, index: int, epoch: int) -> tuple[Tensor, int]:
+        if self.training:
+            image, place = next_readable(self.source, index, self._note)
+            seed_all(self.seed, epoch, index)
+            return self.transform(image), int(self.source.labels[place])
+        try:
+            return self.transform(self.source.image(index)), int(self.source.labels[index])
+        except UnreadableImage as error:
+            self._note(index, error)
+            return torch.zeros(self.wanted.size), SKIPPED
+
+    def _note(self, place: int, error: UnreadableImage) -> None:
+        self._damaged[place] = True
+
+
+def readable_batches(
+    loader: DataLoader[dict[str, Tensor]], *, desc: str, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(images, labels)` of each batch of `image_loader`, without those that could not be read, under a progress bar."""
+    from tqdm.auto import tqdm
+
+    for batch in tqdm(loader, desc=desc, unit="batch", disable=None if progress else True, leave=False):
+        readable = batch["labels"] != SKIPPED
+        if readable.any():
+            yield batch["images"][readable], batch["labels"][readable]
+
+
+def report_damaged(source: ImageSource, damaged: Tensor, *, what: str) -> tuple[str, ...]:
+    """The names of the damaged images, after a warning that counts them and names five.
+
+    Args:
+        source: the images.
+        damaged: `[n]` bool.
+        what: was done with them, for the message: "skipped", for example.
+    """
+    names = tuple(source.name(index) for index in damaged.nonzero().flatten().tolist())
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(
+            f"{len(names)} of {len(damaged)} images can't be read and were {what}: {', '.join(names[:5])}{more}",
+            stacklevel=2,
+        )
+    return names

@@ -1,0 +1,115 @@
+"""Which images a recipe or a command line means: Fashion-MNIST, a directory, or a Hugging Face data set.
+
+Not for what becomes of them: see `augmentation` and `batches`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moh.data.images.formats import (
+    FASHION_MNIST,
+    FolderImages,
+    HubImages,
+    has_idx_files,
+    load_fashion_mnist,
+    load_splits,
+    read_idx_folder,
+)
+from moh.data.images.recipe import ImageDataRecipe
+from moh.data.images.sources import HELDOUT_NAMES, ImageSource, hold_out, with_classes
+
+
+def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
+    """`(train, heldout)` images of a recipe, with the same classes.
+
+    A directory either has train/ and val/ (or validation/, valid/, test/) with one folder per class in each, or class
+    folders alone, of which every tenth image is held out (`moh.data.images.sources.hold_out`); so is every tenth
+    of a Hugging Face data set without such a split.
+
+    Raises:
+        ValueError: there are no such images, or the two parts have different classes.
+        RuntimeError: Fashion-MNIST can be had neither from this machine nor from where it is published.
+    """
+    train, heldout = _open(data, with_heldout=True)
+    if heldout is None:
+        return hold_out(train)
+    return train, with_classes(heldout, train.classes, what="the held-out images", than="the training images")
+
+
+def load_training_images(data: ImageDataRecipe) -> ImageSource:
+    """The images of a recipe that evaluates on none: as `load_images`, but nothing is held out of them or read beside them.
+
+    Raises:
+        ValueError: there are no such images.
+        RuntimeError: as `load_images`.
+    """
+    return _open(data, with_heldout=False)[0]
+
+
+def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns: Any) -> ImageSource:
+    """The images that `moh eval` and `moh inspect` mean: the held-out part, or all of a directory of class folders.
+
+    Args:
+        dataset: as `ImageDataRecipe.dataset`.
+        cache_dir: as there.
+        columns: `eval_split`, `image_column` and `label_column` of a Hugging Face data set, as there.
+
+    Raises:
+        ValueError, RuntimeError: as `load_images`.
+    """
+    folder = Path(dataset).expanduser()
+    if folder.is_dir() and not has_idx_files(folder) and not _is_hub_directory(folder):
+        heldout = [name for name in _parts(folder) if name != "train"]
+        return FolderImages(folder / heldout[0] if heldout else folder)
+    return load_images(ImageDataRecipe(dataset, cache_dir=cache_dir, **columns))[1]
+
+
+def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and, if they are wanted and have a part of their own, the held-out ones."""
+    folder = Path(data.dataset).expanduser()
+    if data.dataset == FASHION_MNIST:
+        return load_fashion_mnist(data.cache_dir)
+    if folder.is_dir() and has_idx_files(folder):
+        return read_idx_folder(folder)
+    if folder.is_dir() and not _is_hub_directory(folder):
+        return _folders(folder, with_heldout=with_heldout)
+    _check_name(data.dataset)
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    rows, heldout_rows = load_splits(data.dataset, data.train_split, data.eval_split)
+    heldout = HubImages(heldout_rows, **columns) if with_heldout and heldout_rows is not None else None
+    return HubImages(rows, **columns), heldout
+
+
+def _folders(folder: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
+    parts = _parts(folder)
+    if not parts:
+        return FolderImages(folder), None
+    if "train" not in parts:
+        raise ValueError(f"data.dataset {folder} has no train/ beside {', '.join(f'{name}/' for name in parts)}")
+    heldout = next((name for name in parts if name != "train" and with_heldout), None)
+    return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
+
+
+def _parts(folder: Path) -> list[str]:
+    """The subfolders of a directory that is split into train/, val/ and so on; none if they are class folders."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = [name for name in ("train", *HELDOUT_NAMES) if name in names]
+    split = names <= {"train", *HELDOUT_NAMES} or (
+        "train" in found and len(found) > 1
+    )  # else classes may have such names
+    return found if split else []
+
+
+def _is_hub_directory(folder: Path) -> bool:
+    names = ("dataset_dict.json", "dataset_info.json", "*.parquet", "data/*.parquet")
+    return any(any(folder.glob(name)) for name in names)
+
+
+def _check_name(dataset: str) -> None:
+    looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
+    if looks_local and not Path(dataset).expanduser().is_dir():
+        raise ValueError(
+            f"data.dataset must be {FASHION_MNIST!r}, a directory or a data set's name, but there is no {dataset!r}"
+        )

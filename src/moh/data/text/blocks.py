@@ -1,0 +1,176 @@
+"""Texts as blocks of tokens of one length: packed once, with documents that don't see each other, or to calibrate on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+_TEXTS_PER_CALL = 8  # small enough for a progress bar that moves, large enough for the tokenizer's own threads
+
+
+def pack_tokens(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    eos_token_id: int | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Tokenise texts, end each with the end-of-text token, join them in order and cut the row into blocks.
+
+    A block may hold the end of one text and the start of the next. An incomplete last block is dropped.
+
+    Args:
+        texts: documents, in reading order.
+        tokenizer: any transformers tokenizer; no other special tokens are added.
+        seq_len: tokens per block.
+        eos_token_id: the token after each text; None takes the tokenizer's, if it has one.
+        progress: show a progress bar (only on a terminal).
+
+    Returns:
+        `[n, seq_len]` int64.
+
+    Raises:
+        ValueError: `seq_len` below 2, or texts too short for one block.
+    """
+    from tqdm.auto import tqdm
+
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    pieces: list[Tensor] = []
+    starts = range(0, len(texts), _TEXTS_PER_CALL)
+    for start in tqdm(starts, desc="tokenising", unit="batch", disable=None if progress else True, leave=False):
+        batch = list(texts[start : start + _TEXTS_PER_CALL])
+        # verbose=False: texts longer than the model's context are expected here
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            pieces.append(torch.tensor([*ids, eos] if eos is not None else ids, dtype=torch.long))
+    row = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+    blocks = len(row) // seq_len
+    if blocks == 0:
+        raise ValueError(f"the texts hold {len(row)} tokens, too few for one block of seq_len = {seq_len}")
+    return row[: blocks * seq_len].view(blocks, seq_len)
+
+
+class TokenBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks of tokens as a map-style data set for causal language models: `input_ids` and equal `labels` `[seq_len]`."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        if blocks.ndim != 2 or blocks.dtype != torch.long:
+            raise ValueError(f"blocks must be int64 of shape [n, seq_len], got {blocks.dtype} {tuple(blocks.shape)}")
+        self.blocks = blocks  # [n, seq_len]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index]
+        return {"input_ids": block, "labels": block}
+
+
+IGNORED = -100
+"""The label that losses ignore."""
+
+
+def packed_block(ids: NDArray[np.integer], starts: NDArray[np.integer]) -> dict[str, Tensor]:
+    """One block.
+
+    Args:
+        ids: `[seq_len]` token ids of one or several documents; the first and the last may be cut.
+        starts: ascending indices in `ids` at which documents start.
+
+    Returns:
+        int64 tensors `[seq_len]`: `input_ids`; `position_ids`, from 0 in every document and at the block's start;
+        `labels`, the ids, but `IGNORED` for the first of each document, which nothing predicts.
+    """
+    places = np.arange(len(ids))
+    begins = np.zeros(len(ids), dtype=np.int64)
+    begins[starts] = starts
+    labels = ids.astype(np.int64)
+    labels[starts] = IGNORED
+    return {
+        "input_ids": torch.from_numpy(ids.astype(np.int64)),
+        # the running maximum is the start of each token's document
+        "position_ids": torch.from_numpy(places - np.maximum.accumulate(begins)),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def calibration_blocks(
+    calibration: Sequence[str] | Sequence[Sequence[int]] | Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int,
+    seq_len: int,
+    vocab_size: int,
+) -> Tensor:
+    """Token ids `[n, N]`, int64, at most `max_tokens` of them, spread evenly over the calibration text.
+
+    Args:
+        calibration: texts, sequences of token ids, or token ids `[n, N]` (used as they are, up to `max_tokens`).
+        tokenizer: for texts; its end-of-text token, if any, goes between them.
+        max_tokens: upper bound, at least one block.
+        seq_len: N, for texts and sequences, which are joined and cut into blocks.
+        vocab_size: of the model, to check ids against.
+
+    Raises:
+        ValueError: nothing usable in it, no tokenizer for texts, or an id outside the vocabulary.
+    """
+    if max_tokens < 1 or seq_len < 2:
+        raise ValueError(f"calibration_tokens must be at least 1 and seq_len at least 2, got {max_tokens}, {seq_len}")
+    if isinstance(calibration, str) or len(calibration) == 0:
+        raise ValueError("calibration must be a non-empty list of texts, a list of token id lists, or ids [n, N]")
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.shape[1] == 0 or calibration.is_floating_point():
+            raise ValueError(
+                f"calibration must be integer token ids [n, N], got {calibration.dtype} {tuple(calibration.shape)}"
+            )
+        blocks = calibration.long()
+    else:
+        blocks = _pack(calibration, tokenizer, seq_len)
+    count = max(1, max_tokens // blocks.shape[1])
+    blocks = evenly_spread(blocks, count)
+    if not 0 <= int(blocks.min()) <= int(blocks.max()) < vocab_size:
+        raise ValueError(
+            f"calibration must hold token ids from 0 to {vocab_size - 1}, got {int(blocks.min())} to "
+            f"{int(blocks.max())}: does the tokenizer belong to the model?"
+        )
+    return blocks
+
+
+def are_texts(calibration: object) -> bool:
+    """Whether calibration is a list of texts, for which a tokenizer is needed."""
+    return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
+
+
+def _pack(
+    sequences: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int
+) -> Tensor:
+    """The sequences, tokenised if they are texts and joined, as `[n, seq_len]`; a single shorter block if too few."""
+    ids: list[int] = []
+    for sequence in sequences:
+        if isinstance(sequence, str):
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given when calibration is texts and the model is an object")
+            ids.extend(tokenizer(sequence, add_special_tokens=False).input_ids)
+            if tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+        else:
+            ids.extend(int(i) for i in sequence)
+    if len(ids) < 2:
+        raise ValueError(f"calibration must hold at least 2 tokens, got {len(ids)}")
+    seq_len = min(seq_len, len(ids))
+    usable = len(ids) // seq_len * seq_len
+    return torch.tensor(ids[:usable]).view(-1, seq_len)
+
+
+def evenly_spread(samples: Tensor, count: int) -> Tensor:
+    """So many of the samples, from the first to the last of them; all where there are no more."""
+    if count >= len(samples):
+        return samples
+    return samples[torch.linspace(0, len(samples) - 1, count).long()]

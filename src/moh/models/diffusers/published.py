@@ -1,0 +1,112 @@
+"""The published MoH-DiT and DiT: their tensor names, with queries, keys and values in one matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh._extras import require
+from moh.models.published import check_tensors, require_keys
+
+_KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
+
+# Ours -> theirs, parts of names.
+_PARTS = {
+    "x_embedder.": "x_embedder.proj.",
+    "time_embedder.linear_1.": "t_embedder.mlp.0.",
+    "time_embedder.linear_2.": "t_embedder.mlp.2.",
+    "class_embedder.": "y_embedder.embedding_table.",
+    "transformer_blocks.": "blocks.",
+    ".norm1.linear.": ".adaLN_modulation.1.",
+    ".attn.router.shared.": ".attn.wg_1.",
+    ".attn.router.routed.": ".attn.wg.",
+    ".attn.router.stage.": ".attn.wg_0.",
+    ".ff.net.0.proj.": ".mlp.fc1.",
+    ".ff.net.2.": ".mlp.fc2.",
+    "modulation_out.": "final_layer.adaLN_modulation.1.",
+    "proj_out.": "final_layer.linear.",
+}
+_QKV = re.compile(r"\.attn\.[qkv]_proj\.")
+
+
+def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """A `moh.models.diffusers.MoHDiTTransformer2DModel` of the published sizes with the published weights.
+
+    Args:
+        config: `patch_size`, `input_size`, `depth`, `hidden_size`, `num_heads` (a number or one per layer) and
+            `num_classes`; `shared_head` (h_s) and `routed_head` (k), or neither for a dense DiT. May have `head_dim`
+            (default: `hidden_size / num_heads`), `in_channels` (4), `learn_sigma` (True) and `norm_eps` (1e-6).
+    """
+    require("diffusers", extra="diffusion")
+    from moh.models.diffusers import MoHDiTTransformer2DModel
+
+    require_keys(config, _KEYS)
+    in_channels = config.get("in_channels", 4)
+    if config.get("norm_eps", 1e-6) != 1e-6:
+        raise ValueError(f"config['norm_eps'] must be 1e-6, got {config['norm_eps']}")
+    with torch.device("meta"):
+        model = MoHDiTTransformer2DModel(
+            num_attention_heads=config["num_heads"],
+            attention_head_dim=_head_dim(config),
+            hidden_size=config["hidden_size"],
+            in_channels=in_channels,
+            out_channels=in_channels * (2 if config.get("learn_sigma", True) else 1),
+            num_layers=config["depth"],
+            sample_size=config["input_size"],
+            patch_size=config["patch_size"],
+            num_classes=config["num_classes"],
+            shared_heads=config.get("shared_head"),
+            active_heads=config.get("routed_head"),
+        )
+    check_tensors(state, {name: tensor.shape for name, tensor in published_state(model).items()})
+    dtype = dtype if dtype is not None else state["x_embedder.proj.weight"].dtype
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in _split(state, model).items()}, assign=True)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def published_names(model: nn.Module) -> dict[str, str]:
+    """Our tensor names -> those of the published checkpoints; queries, keys and values of a layer share one."""
+    return {name: _published(name) for name in model.state_dict()}
+
+
+def published_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a `MoHDiTTransformer2DModel` as a published checkpoint has them."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():  # q_proj, k_proj and v_proj come in this order
+        parts.setdefault(_published(name), []).append(tensor)
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _split(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published tensors by our names."""
+    ours = {}
+    for name, published in published_names(model).items():
+        tensor = state[published]
+        if match := _QKV.search(name):
+            tensor = tensor.chunk(3)["qkv".index(match[0][len(".attn.")])].clone()
+        ours[name] = tensor
+    return ours
+
+
+def _published(name: str) -> str:
+    name = _QKV.sub(".attn.qkv.", name)
+    for ours, theirs in _PARTS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    if "head_dim" in config:
+        return int(config["head_dim"])
+    heads = config["num_heads"]
+    if not isinstance(heads, int):
+        raise ValueError("config must have the key head_dim where num_heads is a list")
+    if config["hidden_size"] % heads:
+        raise ValueError(
+            f"config['hidden_size'] must be a multiple of num_heads = {heads}, got {config['hidden_size']}"
+        )
+    return int(config["hidden_size"] // heads)

@@ -1,0 +1,143 @@
+"""Load checkpoints that the authors of the paper published, into our models, exactly.
+
+One module per family; our own checkpoints need only `from_pretrained` or timm's loaders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh._extras import require
+from moh.models.transformers.published import read_published_config
+
+_FAMILIES = {
+    "moh_llama": "moh.models.transformers.published",
+    "transnext": "moh.models.timm.transnext.published",
+    "dit": "moh.models.diffusers.published",
+}
+"""config["model"] -> the module that knows it."""
+
+
+def load_published(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build our model from a published checkpoint.
+
+    Args:
+        path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
+            with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
+        config: the published keys: `model`, which names the family, and those of its `load`: "moh_llama"
+            (`moh.models.transformers.published`), "transnext" (`moh.models.timm.transnext.published`) or "dit"
+            (`moh.models.diffusers.published`).
+            None reads the config.json of a directory that is laid out like the published MoH-LLaMA3-8B.
+        dtype: of the model; None keeps the checkpoint's.
+
+    Returns:
+        the model in evaluation mode.
+
+    Raises:
+        ValueError: the model is unknown, there is no configuration, a key or a file is missing, or tensors are missing,
+            unexpected or of the wrong shape; names them.
+    """
+    if config is None:
+        if isinstance(path_or_state_dict, Mapping):
+            raise ValueError("config must be given with a state dict: only a directory has its own")
+        config = read_published_config(path_or_state_dict)
+    if "model" not in config:
+        raise ValueError("config must have the key 'model'")
+    if config["model"] not in _FAMILIES:
+        raise ValueError(f"config['model'] must be one of {', '.join(map(repr, _FAMILIES))}, got {config['model']!r}")
+    family = importlib.import_module(_FAMILIES[config["model"]])
+    model: nn.Module = family.load(read_tensors(path_or_state_dict), config, dtype)
+    return model
+
+
+def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict (copied), a `.safetensors` or PyTorch file, or a directory.
+
+    Raises:
+        ValueError: the file is missing, or holds no tensors.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # the caller's must not change
+    SafetensorError = require("safetensors", extra="llm").SafetensorError
+    path = Path(path_or_state_dict)
+    try:
+        return _read(path)
+    except (SafetensorError, pickle.UnpicklingError, KeyError, json.JSONDecodeError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"path_or_state_dict: {path} can't be read as tensors: {' '.join(str(error).split())}"
+        ) from None
+
+
+def require_keys(config: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    """Check that a published configuration has the keys that a model needs.
+
+    Raises:
+        ValueError: a key is missing; names it.
+    """
+    if missing := [key for key in needed if key not in config]:
+        raise ValueError(f"config must have the keys {', '.join(needed)}; missing: {', '.join(missing)}")
+
+
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Check that `state` has exactly the expected names and shapes.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of the wrong shape; names them.
+    """
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"missing tensors: {_some(missing)}")
+    if extra := sorted(state.keys() - expected.keys()):
+        problems.append(f"unexpected tensors: {_some(extra)}")
+    for name in sorted(expected.keys() & state.keys()):
+        if state[name].shape != expected[name]:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name])}")
+    if problems:
+        raise ValueError("the checkpoint does not match the configuration: " + "; ".join(problems[:8]))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file or directory; never by unpickling arbitrary objects."""
+    safetensors = require("safetensors.torch", extra="llm")
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / name for name in shards]
+        else:
+            files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"path_or_state_dict: the directory {path} holds no .safetensors file")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= _read(file)
+        return tensors
+    if not path.is_file():
+        raise ValueError(f"path_or_state_dict: there is no file or directory {path}")
+    if path.suffix == ".safetensors":
+        return dict(safetensors.load_file(path))
+    with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # A training checkpoint's averaged weights are those that its authors evaluate
+    state = loaded.get("ema", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"path_or_state_dict: {path} holds no state dict")
+    return state

@@ -1,0 +1,105 @@
+"""Load and save image classifiers in timm's format: a directory with config.json and model.safetensors, or a hub name.
+
+The names of the classes and what the model wants to see are part of it (`model.pretrained_cfg`). Extra `vision`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moh._extras import require
+from moh.data.images.recipe import ImageInput
+from moh.models.kinds import kind_of, looks_local
+
+
+def load_image_classifier(path_or_name: str | Path, *, device: torch.device | None = None) -> nn.Module:
+    """Load a classifier with its weights, in evaluation mode.
+
+    Args:
+        path_or_name: a directory as `save_image_classifier` and timm write it, a name on the hub ("hf-hub:NAME"), or one
+            of timm's models that has published weights.
+        device: where the model goes; None leaves it on the CPU.
+
+    Returns:
+        a timm model; `class_names(model)` and `image_input(model)` tell the rest.
+
+    Raises:
+        ValueError: there is no such directory or name, or what is there is no image classifier or damaged.
+    """
+    name, local = str(path_or_name), Path(path_or_name).expanduser()
+    if local.is_dir():
+        if kind_of(local).library != "timm":
+            raise ValueError(f"model {name!r} is no image classifier: its config.json names no architecture of timm")
+        name = f"local-dir:{local}"
+    elif looks_local(path_or_name):
+        raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
+    timm = require("timm", extra="vision")  # not at the top: its import registers our models, some of which import this
+    from safetensors import SafetensorError
+
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError, SafetensorError) as error:
+        raise ValueError(f"model {str(path_or_name)!r} can't be loaded: {' '.join(str(error).split())}") from None
+    return (model if device is None else model.to(device)).eval()
+
+
+def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args: Mapping[str, Any]) -> None:
+    """Write config.json and model.safetensors, readable by `load_image_classifier` and by timm ("local-dir:PATH").
+
+    Args:
+        model: made by `timm.create_model` or `moh.convert`.
+        directory: made if it does not exist; the files are written into it as they are.
+        model_args: arguments with which `timm.create_model` makes the model again, without the number of classes.
+    """
+    names = class_names(model)
+    require("timm.models", extra="vision").save_for_hf(
+        model,
+        str(directory),
+        model_config={} if names is None else {"label_names": list(names)},
+        model_args={**model_args},
+        safe_serialization=True,
+    )
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the model's classes in the order of its logits; None if it does not know them."""
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if not names or len(names) != model.num_classes:
+        return None
+    return tuple(names.values() if isinstance(names, Mapping) else names)
+
+
+def image_input(model: nn.Module) -> ImageInput:
+    """What the model wants to see."""
+    config = require("timm.data", extra="vision").resolve_data_config({}, model=model)
+    size = tuple(config["input_size"])
+    mean, std = (_per_channel(config[name], size[0]) for name in ("mean", "std"))
+    return ImageInput(size, mean, std, float(config["crop_pct"]), str(config["interpolation"]))
+
+
+def describe(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> None:
+    """Set what `image_input` and `class_names` say of a model, and what is saved with it."""
+    described: dict[str, Any] = {
+        **cast(dict[str, Any], model.pretrained_cfg),
+        "input_size": wanted.size,
+        "mean": wanted.mean,
+        "std": wanted.std,
+        "crop_pct": wanted.crop_pct,
+        "interpolation": wanted.interpolation,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+    }
+    for name in ("test_input_size", "test_crop_pct", "label_descriptions"):  # of the weights that it started from
+        described.pop(name, None)
+    model.pretrained_cfg = described  # type: ignore[assignment]
+
+
+def _per_channel(values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
+    """As many numbers as channels: a grey image gets the mean of the colours, a colour image of grey weights the same."""
+    numbers = tuple(values) if isinstance(values, Sequence) else (float(values),)
+    return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels

@@ -1,0 +1,177 @@
+"""A recipe's model, in float32, loaded and converted or new; and the check that text and model match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from moh._files import replacing_directory
+from moh.data.text.tokenising import byte_pair_tokenizer
+from moh.models.transformers import MoHLlamaConfig
+from moh.models.transformers.loading import load_causal_lm, load_config
+from moh.models.transformers.loading import load_tokenizer as _load_tokenizer
+from moh.routing import router_class
+from moh.training.language.data import TrainingText, cache_directory, open_sources
+from moh.training.language.recipe import FromScratchRecipe, Recipe
+
+_MOST_PADDING = 2048
+"""Most rows of an embedding beyond the tokenizer's ids: no model pads more, so the tokenizer would be another's."""
+
+
+def load_dense(path: str) -> PreTrainedModel:
+    """Load the pretrained model of a recipe in float32 (autocast, not the weights, makes training cheaper).
+
+    Raises:
+        ValueError: transformers can't load the model.
+    """
+    try:
+        return load_causal_lm(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise _unloadable("model.path", path, error) from None
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model, pretrained or new.
+
+    Raises:
+        ValueError: transformers can't load the tokenizer, or it can't be made from the text.
+    """
+    new = recipe.model.from_scratch
+    if new is not None and new.tokenizer is None:
+        assert new.vocab_size is not None
+        return byte_pair_tokenizer(open_sources(recipe.data), new.vocab_size, cache_directory(recipe.data))
+    path = recipe.model.path if new is None else new.tokenizer
+    assert path is not None
+    try:
+        return _load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise _unloadable("model.path" if new is None else "model.from_scratch.tokenizer", path, error) from None
+
+
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the recipe's model, without its weights.
+
+    Raises:
+        ValueError: transformers can't load it, or the sizes of a new model don't match.
+    """
+    if recipe.model.from_scratch is not None:
+        return new_config(recipe.model.from_scratch, tokenizer)
+    assert recipe.model.path is not None
+    try:
+        return load_config(recipe.model.path)
+    except (OSError, ValueError) as error:
+        raise _unloadable("model.path", recipe.model.path, error) from None
+
+
+def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The configuration of a new model: Llama's, or `MoHLlamaConfig` where the recipe has MoH heads.
+
+    Raises:
+        ValueError: the heads don't add up, or `extra` has an argument that the configuration lacks.
+    """
+    names = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
+    names += " max_position_embeddings tie_word_embeddings"
+    fields = {name: getattr(recipe, name) for name in names.split()}
+    fields |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    fields["vocab_size"] = recipe.vocab_size or largest_id(tokenizer) + 1
+    if recipe.moh is not None:
+        names = "shared_heads active_heads router routing_unit"
+        fields |= {name: getattr(recipe.moh, name) for name in names.split()}
+    kind = LlamaConfig if recipe.moh is None else MoHLlamaConfig
+    for name in recipe.extra:
+        if name in fields:
+            raise ValueError(f"model.from_scratch.extra must not set {name}: it has its own field")
+        if not hasattr(kind(), name):
+            raise ValueError(f"model.from_scratch.extra: {kind.__name__} has no argument {name!r}")
+    try:
+        return kind(**fields, **recipe.extra)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.from_scratch: {' '.join(str(error).split())}") from None
+
+
+def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+    """Check that the model has rows for the tokenizer's ids and supports `seq_len`.
+
+    Raises:
+        ValueError: the vocabularies differ, or `seq_len` is above the model's positions.
+    """
+    tokens, rows = largest_id(tokenizer) + 1, config.get_text_config().vocab_size
+    if not tokens <= rows <= tokens + _MOST_PADDING:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model a vocabulary of {rows}: the model must have as many, or up "
+            f"to {_MOST_PADDING} more for padding"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(
+            f"data.seq_len must be at most the model's max_position_embeddings = {positions}, got {seq_len}"
+        )
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id, which with gaps in the vocabulary exceeds the number of tokens."""
+    return int(max(tokenizer.get_vocab().values()))
+
+
+def build_model(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TrainingText,
+    arguments: TrainingArguments,
+    *,
+    going_on: bool = False,
+) -> PreTrainedModel:
+    """Load the recipe's model, converted if the recipe has a conversion, or make a new one.
+
+    Under torchrun one process converts and the others load its result, so that all have the same heads. A new model's
+    weights depend only on the seed. `going_on` is for a run resumed from a sharded checkpoint, which holds weights but
+    no configuration: it uses the model that was converted at the run's start.
+    """
+    if recipe.model.from_scratch is not None:
+        torch.manual_seed(recipe.training.seed)
+        return AutoModelForCausalLM.from_config(new_config(recipe.model.from_scratch, tokenizer), dtype=torch.float32)
+    assert recipe.model.path is not None
+    if recipe.conversion is None:
+        return load_dense(recipe.model.path)
+    if arguments.world_size == 1:
+        return _convert(recipe, text)
+    target = Path(arguments.output_dir) / "converted"
+    if going_on and (target / "config.json").exists():
+        return load_causal_lm(target, dtype=torch.float32)
+    with arguments.main_process_first(local=False, desc="converting the model"):
+        if arguments.process_index == 0:
+            with replacing_directory(target) as scratch:
+                _convert(recipe, text).save_pretrained(scratch)
+    return load_causal_lm(target, dtype=torch.float32)
+
+
+def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
+    from moh.conversion import convert
+
+    assert recipe.conversion is not None and recipe.model.path is not None
+    settings = recipe.conversion
+    needs_text = router_class(settings.router).is_fitted
+    return convert(
+        load_dense(recipe.model.path),
+        shared_heads=settings.shared_heads,
+        active_heads=settings.active_heads,
+        router=settings.router,
+        routing_unit=settings.routing_unit,
+        calibration=text.sample(settings.calibration_tokens, recipe.data.seq_len) if needs_text else None,
+        calibration_tokens=settings.calibration_tokens,
+        allocation=settings.allocation,
+        refit_output=settings.refit_output,
+    )
+
+
+def _unloadable(name: str, path: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} {path!r} can't be loaded: {' '.join(str(error).split())}")

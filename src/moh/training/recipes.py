@@ -1,0 +1,217 @@
+"""Recipes as YAML files with overrides from the command line; `task` names the family, whose dataclasses define the fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moh._checks import at_least
+from moh._extras import require
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+TASKS = {
+    "language": ("moh.training.language.recipe", "Recipe"),
+    "image_classification": ("moh.training.images.recipe", "ImageRecipe"),
+    "diffusion": ("moh.training.diffusion.recipe", "DiffusionRecipe"),
+}
+"""task -> (module, dataclass) of its recipes. A recipe without `task` is a language model's."""
+
+
+def recipe_parser(recipe_class: type, prog: str | None = None) -> ArgumentParser:
+    """The parser of recipes: `--config FILE` and one option for every field, such as `--training.max_steps 10`."""
+    jsonargparse = require("jsonargparse", extra="llm")
+    parser: ArgumentParser = jsonargparse.ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Options override the recipe in the YAML file.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with a recipe; may be given more than once")
+    parser.add_class_arguments(recipe_class)
+    return parser
+
+
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """Read a recipe from a YAML file and apply overrides.
+
+    Args:
+        path: the YAML file; None if the overrides give everything.
+        overrides: as on a command line: `["--training.max_steps", "10", "--conversion", "null"]`.
+
+    Returns:
+        the recipe, of its task's class (`TASKS`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown, missing or wrong field; one line that names it.
+    """
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"no such recipe: {path}")
+    jsonargparse = require("jsonargparse", extra="llm")
+    module, name = TASKS[_task(path, overrides)]
+    recipe_class = getattr(importlib.import_module(module), name)
+    parser = recipe_parser(recipe_class)
+    arguments = ([] if path is None else ["--config", str(path)]) + list(overrides)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+        return recipe_class(**{f.name: parsed[f.name] for f in dataclasses.fields(recipe_class)})
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise ValueError(f"{path or 'recipe'}: {_one_line(str(error))}") from None
+
+
+def dump_recipe(recipe: Any) -> str:
+    """The recipe as YAML that `load_recipe` reads."""
+    yaml = require("yaml", extra="llm")
+    return str(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def _task(path: str | Path | None, overrides: Sequence[str]) -> str:
+    """The task from the overrides (`--task=NAME` or `--task NAME`), else from the file, else "language"."""
+    yaml = require("yaml", extra="llm")
+    task: object = "language"
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+        task = content.get("task", task) if isinstance(content, dict) else task
+    for index, override in enumerate(overrides):
+        if override.startswith("--task="):
+            task = override.removeprefix("--task=")
+        elif override == "--task" and index + 1 < len(overrides):
+            task = overrides[index + 1]
+    if task not in TASKS:
+        raise ValueError(f"{path or 'recipe'}: task must be one of {', '.join(TASKS)}, got {task!r}")
+    return str(task)
+
+
+def _one_line(text: str) -> str:
+    """The parser's message, without its report on every alternative of an optional part."""
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "- Problem with",
+        "- Expected a <class 'NoneType'>",
+        "Given value",
+    )
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(" ".join(line for line in lines if not line.startswith(noise)).split())
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train; named as in `transformers.TrainingArguments` where it has the same setting.
+
+    Args:
+        output_dir: checkpoints, TensorBoard logs and, in model/, the result; an interrupted run resumes from here.
+        max_steps: optimiser steps.
+        learning_rate: peak, after the warm-up.
+        warmup_steps: steps of linear warm-up; below 1, a share of `max_steps`.
+        lr_scheduler_type: "cosine", "linear", "constant_with_warmup" and so on.
+        weight_decay: AdamW's.
+        per_device_train_batch_size: samples per process and forward pass.
+        gradient_accumulation_steps: forward passes per optimiser step.
+        seed: for the order of the data, augmentation and dropout.
+        precision: "bf16" (autocast), "fp32", or "auto": bf16 where this machine is faster with it.
+        logging_steps: steps between two log entries.
+        save_steps: steps between two checkpoints, a multiple of `logging_steps` so that a resumed run logs the same.
+        save_total_limit: checkpoints to keep.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        balance_loss_coef: weight beta of the load-balance loss (0.01 in the paper).
+        balance_loss_scope: over which tokens of a forward pass heads are balanced: "process", each process's own, or
+            "global", those of all processes together.
+        extra: more arguments of `transformers.TrainingArguments`, by name.
+    """
+
+    output_dir: str
+    max_steps: int
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.1
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    logging_steps: int = 1
+    save_steps: int = 50
+    save_total_limit: int = 2
+    gradient_checkpointing: bool = False
+    balance_loss_coef: float = 0.0
+    balance_loss_scope: Literal["process", "global"] = "process"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_length()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("logging_steps", "save_steps", "save_total_limit"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "balance_loss_coef"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        if self.balance_loss_scope not in ("process", "global"):
+            raise ValueError(
+                f'training.balance_loss_scope must be "process" or "global", got {self.balance_loss_scope!r}'
+            )
+        if self.save_steps % self.logging_steps:
+            raise ValueError(
+                f"training.save_steps must be a multiple of training.logging_steps = {self.logging_steps}, "
+                f"got {self.save_steps}"
+            )
+
+    def _check_length(self) -> None:
+        """Check how long to train; families that count in epochs override it."""
+        at_least("training.max_steps", self.max_steps, 1)
+
+
+@dataclass(frozen=True)
+class ImageTrainingSettings(TrainingSettings):
+    """How to train what reads or draws images: `TrainingSettings`, and what follows.
+
+    Args:
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        ema_decay: of the moving average of the weights, which is then what is evaluated, draws images and is saved.
+        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it.
+        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
+            number: what a model sees does not depend on it.
+    """
+
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    ema_warmup: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_grad_norm", "workers"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with defaults of their own.
+
+    Args:
+        shared_heads: heads per layer that every token uses.
+        active_heads: routed heads per layer that each token chooses.
+        router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
+            "two_stage" (the paper's learned one).
+        allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
+        refit_output: refit the output projections so that the active heads make up for the others.
+    """
+
+    shared_heads: int
+    active_heads: int
+    router: str = "linear"
+    allocation: Literal["even", "sensitivity"] = "even"
+    refit_output: bool = False
