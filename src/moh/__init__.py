@@ -14,11 +14,13 @@ from moh.models.registration import register_with_timm, register_with_transforme
 
 if TYPE_CHECKING:
     from moh import attention as attention
+    from moh import checkpoints as checkpoints
     from moh import routing as routing
     from moh.attention import moh_attention
     from moh.conversion import convert
     from moh.layer import MoHAttention
     from moh.models.dial import active_heads, set_active_heads
+    from moh.models.published import load_published
     from moh.routing import RoutingInfo, balance_over_processes, record_routing
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __all__ = [
     "active_heads",
     "balance_over_processes",
     "convert",
+    "load_published",
     "moh_attention",
     "record_routing",
     "set_active_heads",
@@ -43,7 +46,9 @@ __getattr__, __dir__ = lazy(
         "active_heads": "moh.models.dial",
         "attention": "moh.attention",
         "balance_over_processes": "moh.routing",
+        "checkpoints": "moh.checkpoints",
         "convert": "moh.conversion",
+        "load_published": "moh.models.published",
         "moh_attention": "moh.attention",
         "record_routing": "moh.routing",
         "routing": "moh.routing",

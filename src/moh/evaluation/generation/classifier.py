@@ -105,10 +105,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_MOST_SPATIAL_CHANNELS = 7
-"""As many channels of the feature map as sFID takes of Inception's."""
-
-
 class ClassifierFeatures:
     """Features of an image classifier with timm's interface.
 
@@ -170,9 +166,9 @@ class ClassifierFeatures:
 
     def _spatial(self, maps: Tensor) -> Tensor | None:
         if maps.ndim == 4 and getattr(self._model, "output_fmt", "NCHW") == "NCHW":
-            return maps[:, :_MOST_SPATIAL_CHANNELS].flatten(1)  # [B, 7 * H * W]
+            return maps[:, :_SPATIAL_CHANNELS].flatten(1)  # [B, 7 * H * W]
         if maps.ndim in (3, 4):
-            return maps[..., :_MOST_SPATIAL_CHANNELS].flatten(1)  # [B, tokens, C] or [B, H, W, C]
+            return maps[..., :_SPATIAL_CHANNELS].flatten(1)  # [B, tokens, C] or [B, H, W, C]
         return None
 
 
