@@ -12,10 +12,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from moh.data.images.augmentation import PixelTransform
-from moh.data.images.batches import SKIPPED, ImageBatches, report_damaged, take
+from moh.data.images.batches import SKIPPED, ImageBatches, report_damaged
 from moh.data.images.formats import FolderImages
 from moh.data.images.recipe import AugmentationRecipe, ImageInput
-from moh.data.images.sources import TensorImages
+from moh.data.images.sources import TensorImages, take
 from moh.data.seeds import generators_kept, seed_all
 
 GREY = ImageInput((1, 8, 8), (0.5,), (0.25,))
