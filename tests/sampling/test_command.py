@@ -108,5 +108,5 @@ def test_nan_ends_with_one_line(moh, checkpoint: Path, tiny, tmp_path: Path) -> 
     code, _, err = moh("sample", checkpoint, "--steps", 3, "--out", tmp_path / "out")
     assert code == 2 and len(err) == 1
     assert err[0].startswith(
-        "moh sample: the model gave NaN or infinity in step 1 of 3 (t = 999), for image 0, 1, 2, 3, 4"
+        "moh sample: the model returned NaN or infinity in step 1 of 3 (t = 999), for image 0, 1, 2, 3, 4"
     )

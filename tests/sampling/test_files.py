@@ -43,7 +43,7 @@ def test_pictures_of_the_user_are_kept(tiny, tmp_path: Path) -> None:
     mine = tmp_path / "images" / "00000-mine.png"
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"images holds files and no grid\.png lies beside it"):
+    with pytest.raises(ValueError, match=r"images holds files and there is no grid\.png next to it"):
         sample_to_files(tiny(), [1], SETTINGS, out=tmp_path)
     assert [p.name for p in tmp_path.rglob("*.*")] == ["00000-mine.png"]
     mine.unlink()
@@ -180,7 +180,7 @@ def test_a_grid_has_the_columns_that_are_asked_for() -> None:
 
 
 def test_wrong_targets_are_told(tiny, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="out or npz must say where to write the images, got neither"):
+    with pytest.raises(ValueError, match="out or npz must be given, got neither"):
         sample_to_files(tiny(), [0], SETTINGS)
     with pytest.raises(ValueError, match=r"npz must be a file that ends in \.npz"):
         sample_to_files(tiny(), [0], SETTINGS, npz=tmp_path / "images")

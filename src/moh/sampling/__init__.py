@@ -1,7 +1,4 @@
-"""Drawing images with diffusion models: samplers, guidance, several processes, files (extra `diffusion`).
-
-Not for models (`moh.models.diffusers`), training (`moh.training`) or scores (`moh.evaluation`).
-"""
+"""Drawing images with diffusion models: samplers, guidance, several processes, files (extra `diffusion`)."""
 
 from moh._extras import require
 

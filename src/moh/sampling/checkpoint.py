@@ -1,7 +1,4 @@
-"""Image models on disk: transformer, scheduler, VAE and class names, in the layout of diffusers' pipelines.
-
-Not for drawing images (`moh.sampling.denoising`).
-"""
+"""Image models on disk: transformer, scheduler, VAE and class names, in the layout of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -26,13 +23,13 @@ _INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A class-conditional diffusion model and what it takes to draw images with it.
+    """A class-conditional diffusion model and all that drawing images with it needs.
 
     Attributes:
         transformer: predicts noise (and variance); called as `transformer(x, timestep=t, class_labels=y).sample`.
-        scheduler: says what diffusion it was trained on.
+        scheduler: describes the diffusion it was trained on.
         vae: between images and latents; None if the model works on pixels.
-        class_names: one name for each class; may be empty.
+        class_names: one per class; may be empty.
     """
 
     transformer: ModelMixin
@@ -47,7 +44,7 @@ class ImageModel:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; the number itself is the id of "no class" in guidance."""
+        """Number of classes; also the id of "no class" in guidance."""
         config = self.transformer.config
         return int(config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"])
 
@@ -59,12 +56,12 @@ class ImageModel:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the transformer predicts variances beside the noise."""
+        """Whether the transformer predicts variances as well as the noise."""
         config = self.transformer.config
         return bool(config["out_channels"] == 2 * config["in_channels"])
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images, about -1..1, from what was denoised, `[B, C, h, w]`."""
+        """Images, about -1..1, from denoised pixels or latents `[B, C, h, w]`."""
         if self.vae is None:
             return x
         shift = self.vae.config.shift_factor or 0.0
@@ -72,16 +69,16 @@ class ImageModel:
         return images
 
     def check_classes(self, classes: Sequence[int]) -> None:
-        """Raise a ValueError that names the first class id that is not one of the model's."""
+        """Raise a ValueError that names the first class id out of range."""
         for label in classes:
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"class must be between 0 and {self.num_classes - 1}, got {label}")
 
     def class_ids(self, classes: Sequence[str]) -> list[int]:
-        """Class ids from names or ids, as a user types them; a name that is a number comes before an id.
+        """Class ids from names or ids, as a user types them; a number that is a class's name is taken as the name.
 
         Raises:
-            ValueError: neither an id nor a name of the model.
+            ValueError: a class is neither an id nor a name of the model.
         """
         known: dict[str, int] = {}
         for number, label in enumerate(self.class_names):
@@ -101,14 +98,14 @@ class ImageModel:
         return ids
 
     def to(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ImageModel:
-        """Move the model; `dtype` is the transformer's alone: the sampler and the VAE stay in float32."""
-        nn.Module.to(self.transformer, device=device, dtype=dtype)  # diffusers' own warns about layers that ours lack
+        """Move the model; `dtype` is for the transformer only: the sampler and the VAE stay in float32."""
+        nn.Module.to(self.transformer, device=device, dtype=dtype)  # diffusers' own warns about layers we don't have
         if self.vae is not None:
             self.vae.to(device=device)
         return self
 
     def digest(self) -> str:
-        """What identifies the model: a hash of the weights of its parts and of the diffusion."""
+        """Identifies the model: a hash of its parts' weights and of the diffusion."""
         parts = [weights_digest(self.transformer), _config_text(self.scheduler)]
         parts += [] if self.vae is None else [weights_digest(self.vae)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -118,12 +115,12 @@ def load_image_model(path: str | Path, *, vae: str | Path | None = None) -> Imag
     """Load a model for sampling, in evaluation mode.
 
     Args:
-        path: a directory of a pipeline (`model_index.json`), as training writes it, also in its checkpoints; or of a
-            transformer alone, MoH or dense, which is then taken to be trained on 1,000 steps of linear betas.
-        vae: directory of an `AutoencoderKL`, in place of the pipeline's.
+        path: directory of a pipeline (`model_index.json`), as training and its checkpoints write it; or of a
+            transformer alone, MoH or dense, assumed to be trained on 1,000 steps of linear betas.
+        vae: directory of an `AutoencoderKL` to use instead of the pipeline's.
 
     Raises:
-        ValueError: no such model there, or one that can't be read; or one that works on latents without a VAE.
+        ValueError: there is no such model, it can't be read, or it works on latents and has no VAE.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -134,9 +131,10 @@ def load_image_model(path: str | Path, *, vae: str | Path | None = None) -> Imag
     own = root / "vae"
     autoencoder = load_vae(vae) if vae is not None else load_vae(own) if own.is_dir() else None
     channels = int(transformer.config["in_channels"])
-    clip = None if autoencoder is None else False  # latents are not clipped, whatever the file says
+    clip = None if autoencoder is None else False  # latents must not be clipped, whatever the file states
     scheduler = read_scheduler(root / "scheduler", clip=clip) if pipeline else diffusion_scheduler(clip=clip is None)
-    if autoencoder is None and (channels not in (1, 3) or not scheduler.config.clip_sample):  # pixels are clipped
+    # Only pixels are clipped: a model that clips nothing works on latents, even with 1 or 3 channels
+    if autoencoder is None and (channels not in (1, 3) or not scheduler.config.clip_sample):
         raise ValueError(f"the model in {path} works on latents of {channels} channels: name the VAE that decodes them")
     if autoencoder is not None and channels != autoencoder.config.latent_channels:
         raise ValueError(
@@ -162,7 +160,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
 
 
 def save_image_model(model: ImageModel, target: Path, *, with_vae: bool = True) -> None:
-    """Write a model into the existing directory `target`, as a pipeline's directory.
+    """Write a model as a pipeline's directory.
 
     diffusers' `DiTPipeline.from_pretrained` reads it if it holds a VAE; the transformer alone is read with
     `from_pretrained(target, subfolder="transformer")`.
@@ -170,7 +168,7 @@ def save_image_model(model: ImageModel, target: Path, *, with_vae: bool = True) 
     Args:
         model: the model.
         target: an existing directory.
-        with_vae: False leaves the VAE out: it then has to be named when sampling.
+        with_vae: False leaves the VAE out: sampling then needs it as an argument.
     """
     name = type(model.transformer).__name__
     model.transformer.save_pretrained(target / "transformer")
@@ -190,7 +188,7 @@ def save_image_model(model: ImageModel, target: Path, *, with_vae: bool = True) 
 
 
 def weights_digest(module: ModelMixin) -> str:
-    """What identifies a module: a hash of its configuration, and of names, types, shapes and bytes of its tensors."""
+    """Identifies a module: a hash of its configuration and of its tensors' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256(_config_text(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -199,7 +197,7 @@ def weights_digest(module: ModelMixin) -> str:
 
 
 def _config_text(part: ConfigMixin) -> str:
-    """The configuration of a part, without what diffusers notes on where it came from."""
+    """The configuration of a part, without diffusers' notes on its origin."""
     config = {key: value for key, value in part.config.items() if not key.startswith("_")}
     return json.dumps(config, sort_keys=True, default=str)
 

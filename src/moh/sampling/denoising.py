@@ -1,7 +1,4 @@
-"""From noise to images: the loop over a scheduler's steps, and what is checked on the way.
-
-Not for guidance (`moh.models.diffusers.guidance`), nor for files or several processes (`moh.sampling.files`).
-"""
+"""From noise to images: the loop over a scheduler's steps, with checks for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -30,16 +27,15 @@ def sample(
         model: as `load_image_model` reads it.
         labels: the class of each image.
         settings: how to draw; None takes the defaults.
-        indices: the images' numbers: image i of a seed has the same noise whatever is drawn beside it; None counts
-            from 0.
+        indices: the images' numbers; image i of a seed has the same noise whatever else is drawn. None counts from 0.
         batch_size: images at a time.
 
     Returns:
         `[len(labels), channels, height, width]` uint8 on the CPU.
 
     Raises:
-        ValueError: a wrong class, setting or batch size.
-        RuntimeError: the model gave NaN or infinity; says in which step and for which images.
+        ValueError: a class, a setting or the batch size is out of range.
+        RuntimeError: the model returned NaN or infinity; names the step and the images.
     """
     indices = range(len(labels)) if indices is None else indices
     if len(indices) != len(labels):
@@ -70,9 +66,10 @@ def sample_batches(
 
 
 def _denoise(model: ImageModel, labels: Sequence[int], settings: SamplingSettings, indices: Sequence[int]) -> Tensor:
-    """`[B, C, h, w]` float32, what the model draws for images `indices`."""
+    """The model's `[B, C, h, w]` float32 for images `indices`."""
     scheduler = make_scheduler(settings, model.scheduler.config, learned_variance=model.learns_variance)
-    generators = [generator_of(settings.seed, index) for index in indices]  # as diffusers' schedulers take them
+    # One per image, as diffusers' schedulers take them
+    generators = [generator_of(settings.seed, index) for index in indices]
     classes = torch.tensor(labels, device=model.device)
     x = torch.stack([torch.randn(model.sample_shape, generator=each) for each in generators])  # [B, C, h, w]
     x = x.to(model.device)
@@ -86,7 +83,7 @@ def _denoise(model: ImageModel, labels: Sequence[int], settings: SamplingSetting
             null_class=model.num_classes,
             guided_channels=settings.guided_channels,
         )
-        # Looked at here, because clipping would hide an infinity
+        # Checked before the step, because clipping would hide an infinity
         _finite(output, f"in step {step + 1} of {settings.steps} (t = {int(t)})", indices)
         if not takes_variance(scheduler):
             output = output[:, : x.shape[1]]
@@ -100,14 +97,10 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor, where: str, indices: Sequence[int]) -> Tensor:
-    """`x`, if all of it is finite.
-
-    Raises:
-        RuntimeError: it is not.
-    """
+    """Return `x`; raise a RuntimeError that names the images if it holds NaN or infinity."""
     bad = ~torch.isfinite(x).flatten(1).all(1)
     if bad.any():
         images = [indices[i] for i in bad.nonzero().flatten().tolist()]
         shown = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
-        raise RuntimeError(f"the model gave NaN or infinity {where}, for image {shown}")
+        raise RuntimeError(f"the model returned NaN or infinity {where}, for image {shown}")
     return x

@@ -1,6 +1,6 @@
-"""Many images on disk: several processes share the work, and an interrupted run goes on where it stopped.
+"""Many images on disk: several processes share the work, and an interrupted run resumes where it stopped.
 
-Every batch is written as a part; when all are there the first process makes PNGs, a grid and an array file of them.
+Every batch is written as a part; from all parts the first process makes PNGs, a grid and an array file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moh.sampling.checkpoint import ImageModel
 from moh.sampling.denoising import sample_batches
 from moh.sampling.schedulers import SamplingSettings
 
-_GRID = 100  # images in the grid, at most
+_GRID = 100  # most images in the grid
 _OWN = re.compile(r"(\d{5}|[1-9]\d{5,})-\w*\.png")  # the names of the images
 
 
@@ -44,22 +44,22 @@ def sample_to_files(
 ) -> None:
     """Draw image i of class `labels[i]` for every i and write them; under `torchrun` the processes share the work.
 
-    Until all is done the batches lie in a directory `.moh-parts` in `out`, or beside `npz`, from which the same call
-    goes on after an interruption, with any batch size and number of processes.
+    Until all is done the batches are kept in a directory `.moh-parts` in `out`, or next to `npz`, from which the same
+    call resumes after an interruption, with any batch size and number of processes.
 
     Args:
         model: as `load_image_model` reads it.
         labels: the class of each image.
         settings: how to draw.
-        out: directory, made if it isn't there, for `grid.png` with the first hundred and, in images/, a PNG of each, in
-            place of those of an earlier call, which is known by its `grid.png`.
+        out: directory, created if missing, for `grid.png` with the first hundred and a PNG of each in images/; these
+            replace the images of an earlier call, which is recognised by its `grid.png`.
         npz: file for all images as arrays (`write_npz`).
-        batch_size: images at a time and process.
+        batch_size: images at a time per process.
 
     Raises:
-        ValueError: neither `out` nor `npz`, no labels, wrong classes, or in the way parts of other images or, in images/,
-            files of something else.
-        RuntimeError: the model gave NaN or infinity.
+        ValueError: neither `out` nor `npz` is given, there are no labels, a class is out of range, or there are parts
+            of another run or, in images/, foreign files.
+        RuntimeError: the model returned NaN or infinity.
     """
     if npz is not None and npz.suffix != ".npz":
         raise ValueError(f"npz must be a file that ends in .npz, got {npz}")
@@ -68,7 +68,7 @@ def sample_to_files(
     elif npz is not None:
         folder = npz.with_name(f".{npz.name}.moh-parts")
     else:
-        raise ValueError("out or npz must say where to write the images, got neither")
+        raise ValueError("out or npz must be given, got neither")
     if not labels:
         raise ValueError("labels must have at least one entry")
     model.check_classes(labels)
@@ -78,7 +78,7 @@ def sample_to_files(
     dtype = next(model.transformer.parameters()).dtype
     parts = _Parts(folder, [model.digest(), str(dtype), list(labels), asdict(settings)])
     todo = parts.missing(len(labels))
-    state.wait_for_everyone()  # everyone has looked before anyone writes
+    state.wait_for_everyone()  # all have read the parts before one writes its own
     mine = _share(todo, batch_size, state.process_index, state.num_processes)
     total = sum(map(len, mine))
     with tqdm(total=total, desc="images", unit="image", disable=None if state.is_main_process else True) as bar:
@@ -94,7 +94,7 @@ def sample_to_files(
 
 
 class _Parts:
-    """The batches that are done, as safetensors files named by their first and last image."""
+    """The finished batches, as safetensors files named by their first image and the one after their last."""
 
     def __init__(self, folder: Path, identity: list[object]) -> None:
         self.folder = folder
@@ -109,7 +109,7 @@ class _Parts:
         """The images of `range(count)` that no part holds, in order.
 
         Raises:
-            ValueError: a part of other images lies here.
+            ValueError: a part can't be read or is of another run.
         """
         done: set[int] = set()
         for file, indices in self._files():
@@ -127,7 +127,7 @@ class _Parts:
         return [i for i in range(count) if i not in done]
 
     def read(self, stop: int | None = None) -> Iterator[tuple[range, Tensor]]:
-        """(indices, images) of every part, or of those that begin before image `stop`, in order."""
+        """Yields (indices, images) of every part, or of those that begin before image `stop`, in order."""
         for file, indices in self._files():
             if stop is not None and indices.start >= stop:
                 return
@@ -143,10 +143,10 @@ class _Parts:
 
 
 def _share(todo: list[int], batch_size: int, process: int, processes: int) -> list[range]:
-    """The batches of one process: runs of neighbouring images, so spread that all processes have about as many."""
+    """The batches of one process: runs of consecutive images, about the same number for every process."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    size = min(batch_size, max(1, -(-len(todo) // processes)))
+    size = min(batch_size, max(1, -(-len(todo) // processes)))  # few images are divided among all processes
     batches: list[range] = []
     for i in todo:
         if batches and batches[-1].stop == i and len(batches[-1]) < size:
@@ -159,7 +159,7 @@ def _share(todo: list[int], batch_size: int, process: int, processes: int) -> li
 def _finish(
     parts: _Parts, labels: Sequence[int], out: Path | None, npz: Path | None, class_names: Sequence[str]
 ) -> None:
-    """Make the files of the parts, then delete the parts."""
+    """Make the files from the parts, then delete the parts."""
     if npz is not None:
         npz.parent.mkdir(parents=True, exist_ok=True)
         shape = tuple(next(parts.read())[1].shape[1:])
@@ -167,7 +167,7 @@ def _finish(
         write_npz(npz, batches, count=len(labels), shape=shape)  # type: ignore[arg-type]
     if out is not None:
         first = [images for _, images in parts.read(stop=_GRID)]
-        write_png(out / "grid.png", image_grid(torch.cat(first)[:_GRID]))  # the first of all: it makes images/ known
+        write_png(out / "grid.png", image_grid(torch.cat(first)[:_GRID]))  # written first: it marks images/ as ours
         (out / "images").mkdir(exist_ok=True)
         for earlier in (out / "images").iterdir():
             if _OWN.fullmatch(earlier.name):
@@ -179,17 +179,17 @@ def _finish(
 
 
 def _check_own(out: Path) -> None:
-    """Raise a ValueError if `out / "images"` holds files and no earlier call has left its grid beside it."""
+    """Raise a ValueError if `out / "images"` holds files, but no earlier call left its grid in `out`."""
     images = out / "images"
     if not (out / "grid.png").exists() and images.is_dir() and any(images.iterdir()):
         raise ValueError(
-            f"out must be a new directory or that of an earlier call, but {images} holds files and no grid.png lies "
-            "beside it"
+            f"out must be a new directory or that of an earlier call, but {images} holds files and there is no "
+            "grid.png next to it"
         )
 
 
 def _file_name(label: int, class_names: Sequence[str]) -> str:
-    """The class as part of a file's name."""
+    """File name part for the class."""
     name = class_names[label].split(",")[0] if label < len(class_names) else str(label)
     return "".join(c if c.isalnum() else "_" for c in name)
 
@@ -204,8 +204,8 @@ def image_grid(images: Tensor, *, columns: int | None = None) -> Tensor:
     """One picture of `[B, C, H, W]` uint8 images, row by row, `[3, H', W']` uint8.
 
     Args:
-        images: the images; grey ones become coloured.
-        columns: images in a row; None makes the grid about square.
+        images: grey ones become coloured.
+        columns: images per row; None makes the grid about square.
     """
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     grid: Tensor = make_grid(images, nrow=columns, padding=2, pad_value=255)
@@ -215,7 +215,7 @@ def image_grid(images: Tensor, *, columns: int | None = None) -> Tensor:
 def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], *, count: int, shape: tuple[int, int, int]) -> None:
     """Write images and labels as ADM's evaluation suite reads them, one batch in memory at a time.
 
-    `arr_0` is `[count, H, W, 3]` uint8 (grey images become coloured: the suite's network wants three channels), `arr_1`
+    `arr_0` is `[count, H, W, 3]` uint8 (grey images become coloured: the suite's network takes three channels), `arr_1`
     the labels, `[count]` int64.
 
     Args:
@@ -225,7 +225,7 @@ def write_npz(path: Path, batches: Iterable[tuple[Tensor, Tensor]], *, count: in
         shape: (C, H, W).
 
     Raises:
-        ValueError: the batches hold another number of images.
+        ValueError: the batches do not hold `count` images.
     """
     _, height, width = shape
     labels: list[Tensor] = []

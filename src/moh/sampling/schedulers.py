@@ -1,7 +1,4 @@
-"""Which samplers there are, and how to sample with them: diffusers' schedulers, set up for models that learn variances.
-
-Not for the loop over the steps (`moh.sampling.denoising`).
-"""
+"""The samplers and their settings: diffusers' schedulers, set up for models that learn variances."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     # The published evaluation: ancestral steps with the learned variance, evenly spaced over all training steps
     "ddpm": (DDPMScheduler, {"variance_type": "learned_range", "timestep_spacing": "linspace"}),
     "ddim": (DDIMScheduler, {"timestep_spacing": "trailing", "set_alpha_to_one": True}),
-    # Steps even in the logarithm of signal to noise: ten are then as good as a hundred that are even in time
+    # Steps even in the logarithm of signal to noise: ten are as good as a hundred that are even in time
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "use_lu_lambdas": True}),
 }
 """name -> (diffusers' scheduler, its settings). "ddim" and "dpm++" don't use the learned variance."""
@@ -30,11 +27,11 @@ class SamplingSettings:
 
     Args:
         scheduler: "ddim", "dpm++" (both deterministic after the first noise) or "ddpm" (new noise in every step).
-        steps: denoising steps, at least 1 and at most those of training.
+        steps: denoising steps, from 1 (2 for "ddpm") to those of training.
         guidance: scale of classifier-free guidance, at least 0; 1 is off and costs one forward pass per step, not two.
         seed: image i of a seed is the same whatever the batch size and the number of processes.
-        guided_channels: how many channels, from the first, are guided; None guides all. The published samples guide the
-            first 3 of their latents' 4.
+        guided_channels: number of guided channels, from the first; None guides all. The published samples guide 3 of
+            their latents' 4.
     """
 
     scheduler: str = "ddim"
@@ -65,9 +62,9 @@ def diffusion_scheduler(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
 ) -> DDIMScheduler:
-    """The scheduler that is saved beside a model: it says what diffusion the model was trained on.
+    """The scheduler to save with a model: it describes the diffusion that the model was trained on.
 
-    A DDIM one, because diffusers' `DiTPipeline` drops the learned variance, which a DDPM one would need.
+    A DDIM scheduler, because diffusers' `DiTPipeline` drops the learned variance, which DDPM would need.
 
     Args:
         clip: clip predicted images to -1..1 in each step: right for pixels, wrong for latents.
@@ -85,14 +82,14 @@ def diffusion_scheduler(
 
 
 def read_scheduler(folder: Path, *, clip: bool | None = None) -> DDIMScheduler:
-    """The diffusion that a saved scheduler of any kind describes, as `diffusion_scheduler` has it.
+    """The diffusion that a saved scheduler of any kind describes, as from `diffusion_scheduler`.
 
     Args:
         folder: where it is saved.
-        clip: as for `diffusion_scheduler`; None leaves it to the file.
+        clip: as for `diffusion_scheduler`; None takes it from the file.
 
     Raises:
-        ValueError: it can't be read, or belongs to a model that does not predict the noise.
+        ValueError: it can't be read, or its model does not predict the noise.
     """
     try:
         config = DDIMScheduler.load_config(folder)
@@ -110,16 +107,16 @@ def read_scheduler(folder: Path, *, clip: bool | None = None) -> DDIMScheduler:
 def make_scheduler(
     settings: SamplingSettings, diffusion: Mapping[str, Any], *, learned_variance: bool = True
 ) -> SchedulerMixin:
-    """The scheduler of `settings`, its time steps set.
+    """The scheduler of `settings`, with its time steps set.
 
     Args:
         settings: the sampler and its steps.
-        diffusion: configuration of the scheduler that was saved with the model; only what it says of the diffusion
-            itself counts (`num_train_timesteps`, the betas, `clip_sample`).
+        diffusion: configuration of the scheduler saved with the model; only the diffusion itself is read
+            (`num_train_timesteps`, the betas, `clip_sample`).
         learned_variance: whether the model predicts the variance; if not, "ddpm" takes its lower bound.
 
     Raises:
-        ValueError: more steps than the diffusion has.
+        ValueError: `settings` has more steps than the diffusion.
     """
     kind, own = SAMPLERS[settings.scheduler]
     about = {name: diffusion[name] for name in _DIFFUSION if name in diffusion}
