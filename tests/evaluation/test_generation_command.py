@@ -104,7 +104,7 @@ def test_the_weights_that_are_missing_are_told_in_one_line(capsys, files, tmp_pa
     ("options", "message"),
     [
         (["--features", "nowhere/at/all"], "model 'nowhere/at/all' can't be loaded"),
-        (["--inception", "nowhere.pth"], "there is no file of Inception weights at nowhere.pth"),
+        (["--inception", "nowhere.pth"], "there is no file with Inception weights at nowhere.pth"),
         (["--save-reference", "statistics.npz"], "--save-reference must be a file that ends in .safetensors"),
         (["--size", "0"], "size must be at least 1, got 0"),
     ],

@@ -95,9 +95,9 @@ def test_weights_that_cannot_be_had_are_told_with_every_way_out(
     with pytest.raises(FileNotFoundError) as caught:
         InceptionFeatures()
     place = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    for part in (f"not at {place}", "https://", "no network", "--inception", "--features", "no FID"):
+    for part in (f"not at {place}", "https://", "no network", "--inception", "--features", "not FID"):
         assert part in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"there is no file of Inception weights at .*nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file with Inception weights at .*nowhere\.pth"):
         InceptionFeatures(tmp_path / "nowhere.pth")
 
 
@@ -194,7 +194,7 @@ def test_a_classifier_that_is_not_there_is_told(tmp_path: Path, name: str, monke
 
 
 def test_models_that_do_not_serve_are_told() -> None:
-    with pytest.raises(ValueError, match="must have timm's forward_features and forward_head, Linear has not"):
+    with pytest.raises(ValueError, match="must have timm's forward_features and forward_head, Linear does not"):
         ClassifierFeatures(torch.nn.Linear(2, 2), name="mine")
     with pytest.raises(ValueError, match="images of 1 or 3 channels, mine takes 4"):
         ClassifierFeatures(tiny_classifier(channels=4), name="mine")

@@ -228,11 +228,11 @@ def test_statistics_of_another_model_are_refused(sets, tmp_path: Path) -> None:
     file = tmp_path / "reference.safetensors"
     extractor = TinyExtractor()
     save_features(file, reference_features(sets[1], extractor, progress=False), extractor)
-    with pytest.raises(ValueError, match="holds features of other weights of it, but"):
+    with pytest.raises(ValueError, match="holds features of the same model with other weights, but"):
         load_features(file, Retrained())
     other = Inception()
     other.fingerprint = "e" * 16
-    with pytest.raises(ValueError, match="features of tiny, but the samples are looked at with Inception-v3"):
+    with pytest.raises(ValueError, match="features of tiny, but the samples are compared with Inception-v3"):
         load_features(file, other)
     with pytest.raises(ValueError, match=r"ends in .safetensors, got .*reference.npz"):
         save_features(tmp_path / "reference.npz", load_features(file, extractor), extractor)
@@ -244,7 +244,7 @@ def test_a_safetensors_file_of_other_things_is_told(tmp_path: Path, content: str
 
     file = tmp_path / "a.safetensors"
     save_file({"mu": torch.zeros(2)}, file) if content == "weights" else file.write_text("hello")
-    with pytest.raises(ValueError, match=r"a.safetensors (is no file of image statistics|can't be read)"):
+    with pytest.raises(ValueError, match=r"a.safetensors (is not a file of image statistics|can't be read)"):
         load_features(file, TinyExtractor())
 
 
@@ -280,9 +280,11 @@ def test_a_reference_of_statistics_alone_gives_the_distance_alone(sets, tmp_path
     assert scores.spatial_frechet_distance is None and scores.precision is None and scores.recall is None
     assert scores.notes == (
         "no spatial distance: the reference has no spatial statistics",
-        "no precision and recall: of the reference only statistics are known",
+        "no precision and recall: the reference has only statistics",
     )
-    with pytest.raises(ValueError, match="statistics of Inception features alone, which say nothing about features of"):
+    with pytest.raises(
+        ValueError, match="only statistics of Inception features, which can't be compared with features of"
+    ):
         score_images(sets[0], tmp_path / "stats.npz", TinyExtractor(), progress=False)
 
 
@@ -318,5 +320,5 @@ def test_options_out_of_range_and_too_few_images_are_told(sets) -> None:
         score_images(sets[0][:1], sets[1], TinyExtractor(), progress=False)
     reference = reference_features(sets[1], TinyExtractor(), progress=False)
     without = type(reference)(reference.name, reference.gaussian, None, None, None, None)
-    with pytest.raises(ValueError, match="samples must be images, but of Tensor only statistics are known"):
+    with pytest.raises(ValueError, match="samples must be images, but Tensor holds only statistics"):
         compare(without, reference, TinyExtractor())

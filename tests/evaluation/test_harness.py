@@ -167,15 +167,15 @@ class TestCommand:
             (["--tasks", "tiny_choise"], "there is no task 'tiny_choise'; did you mean tiny_choice"),
             (["--tasks", "tiny_choice:x"], "tasks must be NAME or NAME:SHOTS with shots of at least 0, got 'tiny_choice:x'"),
             (["--tasks", "tiny_fixed:3"], "task 'tiny_fixed' has no place for solved examples"),
-            (["--tasks", "tiny_last:0", "tiny_last:2"], "tasks must name each task once, but tiny_last comes with"),
+            (["--tasks", "tiny_last:0", "tiny_last:2"], "tasks must name each task once, but tiny_last is given with"),
             (["--suite", "paper41"], "suite must be one of paper14, scratch6, local, got 'paper41'"),
             (["--tasks", "tiny_last", "--limit", "0"], "limit must be at least 1, got 0"),
             (["--tasks", "tiny_last", "--batch-size", "x"], "--batch-size must be a number or auto, got 'x'"),
-            (["--tasks", "tiny_last", "--batch-size", "auto"], "batch_size 'auto' looks for what fits a GPU's memory"),
+            (["--tasks", "tiny_last", "--batch-size", "auto"], "batch_size 'auto' fits requests to a GPU's memory"),
             (["--tasks", "tiny_last", "--dtype", "int8"], "dtype must be one of auto, float32, bfloat16, float16"),
             (["--tasks", "tiny_last", "--max-length", "65"], "max_length must be at most the model's 64 positions, got 65"),
             (["--tasks", "tiny_choice:9"], "task 'tiny_choice': a request has "),
-            (["--tasks", "tiny_glued"], "no token is left of the answer 's' after "),
+            (["--tasks", "tiny_glued"], "the answer 's' has no token of its own after "),
             (["--tasks", "tiny_last", "--include-path", "nowhere"], "there is no 'nowhere'"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -212,7 +212,7 @@ def test_contexts_that_are_too_long_are_cut_and_counted_if_one_allows_it(base_di
         [base_dir], ["tiny_choice:9", "tiny_write:11", "tiny_last"], truncate=True, max_length=30, **options
     )
     assert [score.truncated for score in result.models[0].scores] == [9, 3, 0]
-    assert "cut off requests of tiny_choice, tiny_write:" in result.to_markdown()
+    assert "were cut at the beginning: tiny_choice, tiny_write." in result.to_markdown()
     with pytest.raises(ValueError, match="a request has 7 tokens, 4 of them its answer, but the model takes 3"):
         evaluate_tasks([base_dir], ["tiny_write"], truncate=True, max_length=3, **options)
 
@@ -229,7 +229,7 @@ def test_data_that_cannot_be_had_is_told_for_all_tasks_before_any_question(base_
     asked = []
     monkeypatch.setattr(runner.Runner, "_ask", lambda *a: asked.append(a))
     with pytest.raises(
-        RuntimeError, match=r"the data of 2 of 2 tasks can't be had: sciq \(.*\); piqa \(.*--suite local"
+        RuntimeError, match=r"the data of 2 of 2 tasks is not available: sciq \(.*\); piqa \(.*--suite local"
     ):
         evaluate_tasks([base_dir], ["sciq", "piqa"])
     assert not asked
@@ -242,5 +242,5 @@ def test_an_interrupted_download_names_its_task(base_dir: Path, tasks_dir: Path,
         raise ConnectionError("Connection broken: IncompleteRead(12 bytes read, 88 more expected)")
 
     monkeypatch.setattr(datasets, "load_dataset", cut)
-    with pytest.raises(RuntimeError, match=r"the data of the task can't be had: tiny_last .*IncompleteRead"):
+    with pytest.raises(RuntimeError, match=r"the data of the task is not available: tiny_last .*IncompleteRead"):
         evaluate_tasks([base_dir], ["tiny_last"], include_paths=[tasks_dir])

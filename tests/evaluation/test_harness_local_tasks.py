@@ -136,7 +136,7 @@ def test_tasks_that_are_made_are_used_again(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_texts_without_questions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the texts are too short: they give no question of the task moh_last_words"):
+    with pytest.raises(ValueError, match="the texts are too short: they give no question for the task moh_last_words"):
         make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=["Too short."])
     assert not (tmp_path / "tasks").exists()
 
@@ -145,7 +145,7 @@ def test_a_damaged_dictionary_names_the_line(tmp_path: Path) -> None:
     for file in SAMPLE.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "data.adj").write_text("  licence\n00001 00 a zz broken | gloss\n")
-    with pytest.raises(ValueError, match=r"data\.adj, line 2: no synset: '00001 00 a zz"):
+    with pytest.raises(ValueError, match=r"data\.adj, line 2 is not a synset: '00001 00 a zz"):
         read_synsets(tmp_path, "adj")
 
 

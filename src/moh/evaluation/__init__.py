@@ -1,6 +1,6 @@
 """Evaluating models: perplexity and speed of language models, accuracy of image classifiers (extra `vision`).
 
-Works for MoH and dense models alike. Not for training (`moh.training`).
+Works for MoH and dense models alike.
 """
 
 from __future__ import annotations

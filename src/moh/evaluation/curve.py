@@ -1,4 +1,4 @@
-"""What a trade-off curve consists of: a point for each budget, and the dense model's. Plain data; `curve` measures it."""
+"""Trade-off curves: quality and speed of a MoH model at each share of heads, and of a dense model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Speed:
-    """A rate's median over the repeats and its quartiles, per second."""
+    """A rate per second: median and quartiles over the repeats."""
 
     median: float
     low: float
@@ -32,14 +32,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Point:
-    """One budget.
+    """One share of heads.
 
     Attributes:
-        share: of all heads that a token uses.
-        active_heads: routed heads active per token, of each layer.
+        share: share of all heads that a token uses.
+        active_heads: routed heads active per token, one number per layer.
         perplexity: on the text; None for an image classifier.
-        stderr: standard error of its logarithm.
-        top1: percent of the images that are recognised; None for a language model.
+        stderr: standard error of the perplexity's logarithm.
+        top1: percent of images classified correctly; None for a language model.
         prefill, decode: tokens per second; None if not measured.
         images: images per second; None for a language model.
     """
@@ -56,12 +56,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points by rising share, and what they were measured with.
+    """Points by rising share, and the conditions of the measurement.
 
     Attributes:
-        points: one per budget.
-        measured: sizes of the measurement, the machine and the software, as they are printed.
-        dense: the same of a dense model (share 1, no `active_heads`); None if none was given.
+        points: one per share.
+        measured: sizes of the measurement, machine and software, as printed.
+        dense: the dense model's point (share 1, no `active_heads`); None without a dense model.
     """
 
     points: tuple[Point, ...]
@@ -69,7 +69,7 @@ class Curve:
     dense: Point | None = None
 
     def rows(self) -> list[dict[str, object]]:
-        """One flat row per point, without what was not measured; the dense model's last, its `active_heads` "dense"."""
+        """One flat row per point, measured columns only; the dense model's is last, with `active_heads` "dense"."""
         rows = []
         for point in (*self.points, *((self.dense,) if self.dense else ())):
             row: dict[str, object] = {}
@@ -90,11 +90,11 @@ class Curve:
 
 
 MAX_POINTS = 9
-"""Shares of a curve for which none are named, at most."""
+"""Most shares of a curve if none are given."""
 
 
 def budgets(model: nn.Module, *, points: int = MAX_POINTS) -> list[float]:
-    """Shares from the fewest heads that the model can use to all that it can, evenly, by whole heads per layer.
+    """Evenly spaced shares, from the fewest to the most heads that the model can use, no finer than one head per layer.
 
     Raises:
         ValueError: the model has no MoH layer, or `points` is below 1.
@@ -126,15 +126,15 @@ def text_curve(
     Args:
         model: a MoH language model; left as it was.
         blocks: `[n, seq_len]` token ids of held-out text.
-        dense: a dense model of the same vocabulary and dtype, on the same device, to be measured beside it.
-        shares: of all heads, each above 0 and at most 1; None means `budgets(model)`.
+        dense: a dense model with the same vocabulary, dtype and device, to measure as well.
+        shares: shares of all heads, each above 0 and at most 1; None means `budgets(model)`.
         batch_size: blocks per forward pass.
-        prompt_tokens, decode_tokens, repeats: as `measure_speed` takes them; the budgets take turns. No repeats
-            measure no speed.
+        prompt_tokens, decode_tokens, repeats: as in `measure_speed`; the shares take turns. With 0 repeats no speed is
+            measured.
 
     Raises:
-        ValueError: the model has no MoH layer, `dense` has one or does not fit it, or what `moh.set_active_heads`,
-            `perplexity` or `measure_speed` refuse.
+        ValueError: the model has no MoH layer, `dense` has one or does not match it, or `moh.set_active_heads`,
+            `perplexity` or `measure_speed` raises it.
     """
     wanted = _wanted(model, shares)
     if dense is not None:
@@ -195,14 +195,14 @@ def image_curve(
     Args:
         model: a MoH model of timm; left as it was.
         images: labelled images, as `evaluate_images` takes them.
-        dense: a dense model of the same dtype, on the same device, to be measured beside it.
-        shares: of all heads, each above 0 and at most 1; None means `budgets(model)`.
+        dense: a dense model with the same dtype and device, to measure as well.
+        shares: shares of all heads, each above 0 and at most 1; None means `budgets(model)`.
         batch_size: images per forward pass.
         workers: processes that load images.
 
     Raises:
-        ValueError: a model is not one of timm, the model has no MoH layer, `dense` has one or does not fit it, or what
-            `moh.set_active_heads` or `evaluate_images` refuse.
+        ValueError: a model is not a timm classifier, `model` has no MoH layer, `dense` has one or does not match it, or
+            `moh.set_active_heads` or `evaluate_images` raises it.
     """
     from moh.evaluation.images import evaluate_images
 
@@ -234,7 +234,7 @@ def _wanted(model: nn.Module, shares: Sequence[float] | None) -> list[float]:
         raise ValueError("shares must name at least one share of heads, got none")
     for share in wanted:
         with active_heads(model, share):
-            pass  # refused now and not after minutes of measuring
+            pass  # a share out of range fails now, not after minutes of measuring
     return wanted
 
 
@@ -250,7 +250,7 @@ def _check_dense(model: nn.Module, dense: nn.Module) -> None:
 
 
 def _curve(points: Sequence[Point], budgets: int, measured: dict[str, Any]) -> Curve:
-    """The points of the budgets, and after them at most the dense model's."""
+    """A curve from points whose first `budgets` are the MoH model's; one more is the dense model's."""
     return Curve(tuple(points[:budgets]), measured, dense=next(iter(points[budgets:]), None))
 
 

@@ -1,6 +1,6 @@
 """Pictures of a trade-off curve (`moh.evaluation.curve`): quality above, speed below, share of heads along both.
 
-No display is needed; needs matplotlib (extra `llm`).
+Needs matplotlib (extra `llm`), but no display.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, told apart by colour-blind readers
+_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, safe for colour-blind readers
 _REFERENCE: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 
 
 def plot_curve(curve: Curve, *, title: str = "Quality and speed against the share of heads") -> Figure:
-    """Perplexity or accuracy, and speed, against the share of heads in per cent; the dense model's as a horizontal line.
+    """Perplexity or accuracy, and speed, against the share of heads in per cent; the dense model is a horizontal line.
 
-    Speed is relative to the dense model where it was measured, else to the largest share.
+    Speed is relative to the dense model if it was measured, else to the largest share.
     """
     figure_module = require("matplotlib.figure", extra="llm")
     points, dense = curve.points, curve.dense
@@ -48,7 +48,7 @@ def plot_curve(curve: Curve, *, title: str = "Quality and speed against the shar
         _plot_speed(axes[1], curve, shares)
     for axis in axes:
         axis.grid(alpha=0.3)
-    if text:  # a logarithmic axis without labels of its own where the range is small
+    if text:  # over a small range a logarithmic axis has no labels by default
         from matplotlib.ticker import ScalarFormatter
 
         for formatter in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):

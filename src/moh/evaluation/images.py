@@ -1,6 +1,6 @@
 """Top-1, top-5 and per-class accuracy of an image classifier, its images per second and the share of heads it uses.
 
-Works for any timm model, MoH or dense. Not for reading images (`moh.training.images`).
+Works for any timm model, MoH or dense.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class ImageEvaluation:
     """How well a model classifies images.
 
     Attributes:
-        top1: percent of the images whose label is the likeliest class.
-        top5: percent of the images whose label is among the five likeliest classes.
+        top1: percent of images whose label is the likeliest class.
+        top5: percent of images whose label is among the five likeliest classes.
         loss: mean cross-entropy, in nats.
-        per_class: class -> percent of its images that are recognised (top-1); None for a class without images.
-        images: evaluated images.
-        skipped: names of the images that could not be read; they are not counted.
+        per_class: class -> top-1 in percent; None for a class without images.
+        images: number of evaluated images.
+        skipped: names of images that could not be read; they are not counted.
         images_per_second: of the model's forward passes alone, without reading the images.
         share: mean share of heads that a token used, over the MoH layers; None for a dense model.
     """
@@ -62,13 +62,13 @@ def evaluate_images(
     Args:
         model: a timm model; used in evaluation mode and left in its own.
         dataset: labelled images, with the model's classes in any order.
-        wanted: what the model wants to see; None takes what it says itself (`moh.models.timm.loading.image_input`).
+        wanted: the model's expected input; None takes it from the model (`moh.models.timm.loading.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: the images have other classes than the model, none can be read, or `batch_size` is below 1.
+        ValueError: the images' classes are not the model's, no image can be read, or `batch_size` is below 1.
     """
     loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
     batches: ImageBatches = loader.dataset  # type: ignore[assignment]
@@ -120,7 +120,7 @@ def _per_class(classes: Sequence[str], right: Tensor, counted: Tensor) -> dict[s
 
 
 def _rate(times: list[tuple[int, float]]) -> float:
-    """Images per second; the first pass, which prepares the kernels, counts only if it is the only one."""
+    """Images per second; the first pass, which prepares the kernels, is left out unless it is the only one."""
     timed = times[1:] or times
     return sum(images for images, _ in timed) / max(sum(seconds for _, seconds in timed), 1e-9)
 
@@ -133,10 +133,10 @@ def image_loader(
     batch_size: int = 64,
     workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
-    """All images in their order, as the model wants them, with its numbering of the classes.
+    """All images in their order, as the model expects them, with its numbering of the classes.
 
     Raises:
-        ValueError: the images have other classes than the model, or there are none.
+        ValueError: the images' classes are not the model's, there are no images, or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,6 +1,6 @@
 """Perplexity of a causal language model on blocks of tokens, with its standard error.
 
-Not for tokenising (`moh.training.pack_tokens`). Each block is read on its own: its first token is not predicted.
+Each block is read on its own: its first token is not predicted.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def perplexity(
     """Measure `exp(mean of -log p(token | those before it in its block))`.
 
     Args:
-        model: any transformers causal language model; used in evaluation mode and left in its own.
+        model: any transformers causal language model; run in evaluation mode, its own mode is restored.
         blocks: `[n, seq_len]` token ids, as `moh.training.pack_tokens` makes them.
         batch_size: blocks per forward pass.
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: no block, blocks too short to predict anything or too long for the model, or `batch_size` below 1.
+        ValueError: there is no block, blocks have fewer than 2 tokens or more than the model takes, or `batch_size` is
+            below 1.
     """
     from tqdm.auto import tqdm
 
@@ -69,7 +70,7 @@ def perplexity(
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True, leave=False):
             batch = batch.to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits  # [B, N, V]
-            # block by block: one block's logits in float32 are large enough
+            # one block at a time: the whole batch's logits in float32 would take too much memory
             losses += [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, batch, strict=True)]
     finally:
         model.train(training)
@@ -80,11 +81,11 @@ def perplexity(
 
 
 def perplexity_rise(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """How far one model's perplexity lies above another's on the same blocks: (percent, its standard error).
+    """How far one model's perplexity is above another's on the same blocks: (percent, its standard error).
 
     Args:
         losses: `block_losses` of the model.
-        base: of the other one.
+        base: `block_losses` of the other model.
     """
-    rises = torch.tensor(losses) - torch.tensor(base)
+    rises = torch.tensor(losses) - torch.tensor(base)  # paired: the blocks' own difficulty cancels
     return 100 * math.expm1(float(rises.mean())), 100 * float(rises.std() / math.sqrt(len(rises)))

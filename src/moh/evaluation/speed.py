@@ -1,7 +1,4 @@
-"""What a measurement ran on: the CPU's name, and the GPU's.
-
-Not for choosing anything by it.
-"""
+"""Speed of language models (prefill, decoding, training step), and the name of the processor it was measured on."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def cpu_name() -> str:
-    """The processor's name, such as "AMD EPYC 9B45"; with family, model and stepping where a virtual machine hides it."""
+    """The processor's name, such as "AMD EPYC 9B45"; with family, model and stepping if a virtual machine hides it."""
     fields = _cpuinfo()
     name = fields.get("model name") or platform.processor() or platform.machine()
     if fields.get("vendor_id") and not any(character.isdigit() for character in name):
@@ -50,10 +47,10 @@ class Rate:
     """Tokens per second over some repeats.
 
     Attributes:
-        median: of the repeats.
+        median: over the repeats.
         low: lower quartile.
         high: upper quartile.
-        values: every repeat, in the order measured.
+        values: one per repeat, in the order measured.
     """
 
     median: float
@@ -79,15 +76,15 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Speeds measured in one process, and on what.
+    """Speeds measured in one process, and the conditions.
 
     Attributes:
         models: name -> speed.
         device: the processor's name.
-        threads: of torch, on the CPU.
+        threads: torch's CPU threads.
         torch_version: as `torch.__version__`.
         dtype: of the first model's weights.
-        batch_size, prompt_tokens, decode_tokens, repeats: as asked for.
+        batch_size, prompt_tokens, decode_tokens, repeats: as requested.
     """
 
     models: dict[str, ModelSpeed]
@@ -113,22 +110,22 @@ def measure_speed(
     before: Callable[[str], object] | None = None,
     progress: bool = True,
 ) -> SpeedReport:
-    """Time each model's prefill of a prompt and its decoding after it, `repeats` times in turns, after one warm-up.
+    """Time each model's prefill of a prompt and decoding after it, in turns, `repeats` times after one warm-up.
 
     Args:
-        models: name -> model, on one device; used in evaluation mode and left in their own.
-        prompt: `[batch_size, prompt_tokens]` token ids; None draws random ones (a router sees odd text then).
+        models: name -> model, on one device; run in evaluation mode, their own modes are restored.
+        prompt: `[batch_size, prompt_tokens]` token ids; None draws random ones (unusual text for a router).
         prompt_tokens: length of a drawn prompt.
         decode_tokens: tokens decoded after the prompt, greedily.
         batch_size: sequences of a drawn prompt.
         repeats: timed rounds.
-        training: also time the loss and its gradients on the prompt, as a training step has them (no optimiser step).
-        before: called with a model's name whenever its turn comes, outside of the measured time: one model may stand
-            under several names and be set up by it (`moh.evaluation.curve` turns its dial).
+        training: also time the loss and its gradients on the prompt (a training step without the optimiser's).
+        before: called with a model's name at the start of its turn, outside the measured time; it can set up one model
+            under several names (`moh.evaluation.curve` sets its dial).
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: no model, or a number below 1.
+        ValueError: there is no model, or a number is below 1.
     """
     from tqdm.auto import tqdm
 
@@ -192,7 +189,7 @@ def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tu
     """Seconds for the prompt, and for decoding after it."""
     clock = device_clock(prompt.device)
     start = clock()
-    # As `generate` does it: the vocabulary's logits are computed for the last token alone
+    # As in `generate`: logits are computed for the last token only
     outputs = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     middle = clock()
     for _ in range(decode_tokens):
@@ -202,7 +199,7 @@ def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tu
 
 
 def _time_training(model: PreTrainedModel, prompt: Tensor) -> float:
-    """Seconds for the loss of the prompt and its gradients, which are dropped again."""
+    """Seconds for the loss of the prompt and its gradients, which are discarded."""
     clock = device_clock(prompt.device)
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     start = clock()

@@ -4,7 +4,7 @@
     scores = score_images("samples.npz", "reference-images", extractor)
     print("\\n".join(scores.lines()))
 
-`frechet_distance(features_a, features_b)` takes features of any origin. Not for making images (`moh.sampling`).
+`frechet_distance(features_a, features_b)` takes features of any origin.
 """
 
 from moh._extras import require

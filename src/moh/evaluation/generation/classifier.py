@@ -1,4 +1,4 @@
-"""Features that images are scored on: the Inception network's, or those of a classifier that the user names."""
+"""Features for scoring images: the Inception network's, or those of a given classifier."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from moh.evaluation.generation.features import Extracted, weights_fingerprint
 from moh.models.timm.loading import image_input, load_image_classifier
 
 _SPATIAL_CHANNELS = 7
-"""sFID looks at the first 7 channels of a 17 x 17 map: 2,023 numbers, about as many as the 2,048 of FID."""
+"""sFID uses the first 7 channels of a 17 x 17 map: 2,023 numbers, about as many as the 2,048 of FID."""
 
 
 class InceptionFeatures:
     """FID's network: 2,048 pooled features, 2,023 spatial ones (`mixed_6/conv`, as in the ADM suite), logits without bias.
 
-    Images of any size are resized to 299 x 299 as TensorFlow 1 did it.
+    Images of any size are resized to 299 x 299 as in TensorFlow 1.
 
     Args:
-        weights: file of the weights; None looks in `torch.hub`'s folder and downloads them to it if they aren't there.
+        weights: file of the weights; None looks in `torch.hub`'s folder, and downloads them if they are missing.
         device: where it computes.
 
     Attributes:
-        is_fid: whether the weights are those that published FID values come from, by the file's SHA-256.
+        is_fid: whether the weights are those behind published FID values, by the file's SHA-256.
 
     Raises:
         FileNotFoundError: the weights are not in the file or folder, and could not be downloaded.
-        ValueError: the file holds something else.
+        ValueError: the file does not hold the network's weights.
     """
 
     channels = 3
@@ -44,7 +44,7 @@ class InceptionFeatures:
     def __init__(self, weights: str | Path | None = None, *, device: torch.device | None = None) -> None:
         path = _find_weights() if weights is None else Path(weights)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no file of Inception weights at {path}")
+            raise FileNotFoundError(f"there is no file with Inception weights at {path}")
         self.is_fid = _sha256(path).startswith(_hash_prefix())
         self.name = "Inception-v3" if self.is_fid else f"Inception-v3 with the weights of {path.name}"
         self.device = device or torch.device("cpu")
@@ -75,11 +75,11 @@ def _find_weights() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_hash_prefix())
-    except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+    except (OSError, RuntimeError) as error:  # RuntimeError: the download has the wrong hash
         raise FileNotFoundError(
             f"the Inception weights that FID needs are not at {path}, and downloading them from {URL_INCEPTION_V3} failed "
-            f"({error}); put the file there, name one with --inception (weights=...), or name a classifier with "
-            "--features, whose Frechet distance is no FID"
+            f"({error}); put the file there, give one with --inception (weights=...), or give a classifier with "
+            "--features, whose Frechet distance is not FID"
         ) from None
     return path
 
@@ -108,18 +108,19 @@ def _sha256(path: Path) -> str:
 class ClassifierFeatures:
     """Features of an image classifier with timm's interface.
 
-    features: what goes into the last layer. spatial: the first 7 channels of the last feature map (or of the tokens).
-    logits: its output, None for a model without classes. Images are resized, whole, to the size of the model's input, and
-    normalised as the model wants it.
+    features: the last layer's input. spatial: the first 7 channels of the last feature map (or of the tokens).
+    logits: the output, None for a model without classes. Whole images are resized to the model's input size and
+    normalised for the model.
 
     Args:
         model: any timm model, or one with `forward_features`, `forward_head(x, pre_logits)`; set to evaluation mode.
-        name: what every output calls it.
-        wanted: size, mean, std and interpolation of the model's input; None asks the model.
-        device: where the model goes and computes.
+        name: its name in every output.
+        wanted: size, mean, std and interpolation of the model's input; None takes them from the model.
+        device: moves the model there and computes there.
 
     Raises:
-        ValueError: the model has no such interface, neither 1 nor 3 input channels, or a mean or std of other length.
+        ValueError: the model lacks this interface, does not take 1 or 3 channels, or the length of mean or std is not
+            their number.
     """
 
     is_fid = False
@@ -134,7 +135,7 @@ class ClassifierFeatures:
     ) -> None:
         if not (callable(getattr(model, "forward_features", None)) and callable(getattr(model, "forward_head", None))):
             raise ValueError(
-                f"the classifier must have timm's forward_features and forward_head, {type(model).__name__} has not"
+                f"the classifier must have timm's forward_features and forward_head, {type(model).__name__} does not"
             )
         wanted = image_input(model) if wanted is None else wanted
         channels, height, width = wanted.size
@@ -173,11 +174,11 @@ class ClassifierFeatures:
 
 
 def load_classifier(path_or_name: str | Path, *, device: torch.device | None = None) -> ClassifierFeatures:
-    """The classifier that `--features` names, with its trained weights.
+    """The classifier for `--features`, with its trained weights.
 
     Args:
-        path_or_name: as `load_image_classifier` takes it: a directory as we and timm save classifiers, or a name of timm's.
-        device: where the model goes and computes.
+        path_or_name: as for `load_image_classifier`: a directory of a classifier saved by us or timm, or a timm name.
+        device: moves the model there and computes there.
 
     Raises:
         ValueError: there is no such model, or it can't be read or downloaded.

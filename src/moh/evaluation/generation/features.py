@@ -1,7 +1,4 @@
-"""Run a feature extractor over images, batch by batch, and keep what the scores need.
-
-Extractors: `inception.py` (FID proper), `classifier.py` (a classifier that the user names). Not for the scores themselves.
-"""
+"""Run a feature extractor (`classifier.py`) over images, batch by batch, and keep what the scores need."""
 
 from __future__ import annotations
 
@@ -18,10 +15,10 @@ from moh.evaluation.generation.images import Images
 
 
 class Extracted(NamedTuple):
-    """What an extractor gives for a batch.
+    """An extractor's output for a batch.
 
     Attributes:
-        features: `[B, d]` float, one vector for each image.
+        features: `[B, d]` float, one vector per image.
         spatial: `[B, s]` float, a few channels of a feature map, flattened; None if the model has no map.
         logits: `[B, classes]` float; None if the model has no classes.
     """
@@ -35,10 +32,10 @@ class FeatureExtractor(Protocol):
     """Turns images into features.
 
     Attributes:
-        name: of the model, for people.
+        name: the model's, for people.
         fingerprint: of its weights, see `weights_fingerprint`.
-        is_fid: whether it is the network that FID is defined on, with the published weights.
-        channels: 3 or 1, what its images must have.
+        is_fid: whether it is the network that defines FID, with the published weights.
+        channels: channels of its images, 3 or 1.
         device: where it computes.
     """
 
@@ -55,12 +52,12 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What is known of a set of images. `None`: not known, as in a file that holds statistics alone.
+    """Features and statistics of a set of images. `None`: unknown, as in a file that holds only statistics.
 
     Attributes:
         name: where the images came from.
         gaussian: mean and covariance of the features.
-        spatial: the same of the spatial features.
+        spatial: mean and covariance of the spatial features.
         features: `[n, d]` float32 on the CPU, in the order of the images.
         logits: `[n, classes]` float32 on the CPU.
         image_size: (height, width) of the images.
@@ -83,12 +80,12 @@ def extract_features(
     Args:
         images: as `open_images` opens them, with `extractor.channels`.
         extractor: `InceptionFeatures` or `ClassifierFeatures`.
-        batch_size: images per forward pass; changes results by rounding alone.
+        batch_size: images per forward pass; affects results only by rounding.
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: `batch_size` below 1, fewer than 2 images, an image that can't be read, sizes that differ, or features
-            that are not finite.
+        ValueError: `batch_size` is below 1, there are fewer than 2 images, an image can't be read, sizes differ, or
+            features are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,6 +1,6 @@
 """Frechet distance between the Gaussians of two sets of features (Heusel et al. 2017, equation 6), in float64.
 
-d^2 = |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)). Not for extracting features (`features.py`).
+d^2 = |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _NEGATIVE = 1e-4
-"""A matrix with an eigenvalue below -_NEGATIVE times the largest is no covariance; float32 files reach about 1e-7."""
+"""Most negative eigenvalue of a covariance, as a share of the largest; float32 files reach about 1e-7."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Gaussian:
     Attributes:
         mean: `[d]`, float64, on the CPU.
         covariance: `[d, d]`, float64, on the CPU; unbiased.
-        count: how many features it was made of, or None where a file does not tell.
+        count: number of features it was computed from; None if a file does not state it.
     """
 
     mean: Tensor
@@ -39,7 +39,7 @@ class Gaussian:
 
 
 class GaussianAccumulator:
-    """Mean and covariance of features that come batch by batch, however many; none of them is kept."""
+    """Mean and covariance of features that arrive in batches; the features are not kept."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -50,7 +50,7 @@ class GaussianAccumulator:
         """Add `features` `[n, d]`, of any floating dtype and device.
 
         Raises:
-            ValueError: not `[n, d]` with the d of the earlier ones, or not finite.
+            ValueError: `features` is not `[n, d]` with the d of earlier ones, or not finite.
         """
         d = self._mean.shape[0] if self._count else features.shape[-1]
         if features.ndim != 2 or features.shape[1] != d:
@@ -73,10 +73,10 @@ class GaussianAccumulator:
         self._count += n
 
     def result(self) -> Gaussian:
-        """The Gaussian of what came so far.
+        """The Gaussian of all features so far.
 
         Raises:
-            ValueError: fewer than 2 features came.
+            ValueError: there were fewer than 2 features.
         """
         if self._count < 2:
             raise ValueError(f"a covariance needs at least 2 features, got {self._count}")
@@ -84,7 +84,7 @@ class GaussianAccumulator:
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Frechet distance (the squared one, as FID is) between Gaussians fitted to two sets of features.
+    """Squared Frechet distance, as FID is, between Gaussians fitted to two sets of features.
 
     Args:
         features_a: `[n, d]`, of any floating dtype and device, such as the penultimate features of a classifier.
@@ -94,7 +94,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         UserWarning: a set is too small for its d; see `small_sample_note`.
 
     Raises:
-        ValueError: not `[n, d]` and `[m, d]`, not finite, or fewer than 2 in a set.
+        ValueError: the shapes are not `[n, d]` and `[m, d]`, a feature is not finite, or a set has fewer than 2.
     """
     gaussians = []
     for name, features in (("features_a", features_a), ("features_b", features_b)):
@@ -112,27 +112,27 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 @torch.no_grad()
 def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Frechet distance (squared) between two Gaussians of the same d.
+    """Squared Frechet distance between two Gaussians of the same d.
 
     With C_a = A A^T and C_b = B B^T, tr((C_a C_b)^(1/2)) is the sum of the singular values of A^T B. It is real, symmetric
-    in a and b, and exact for singular covariances, where the square root of the product C_a C_b is neither.
+    in a and b, and exact for singular covariances; the square root of the product C_a C_b is none of these.
 
     Raises:
-        ValueError: they differ in d, or a covariance has clearly negative eigenvalues.
+        ValueError: their d differs, or a covariance has clearly negative eigenvalues.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"the features must have the same size, got {a.mean.numel()} and {b.mean.numel()}")
     cross = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(0.0, float(distance))  # below 0 by rounding alone
+    return max(0.0, float(distance))  # below 0 only by rounding
 
 
 def small_sample_note(count: int, size: int, what: str) -> str | None:
-    """What to know about a Frechet distance of `count` features of `size` numbers, or None if they are many."""
+    """A warning about a Frechet distance from `count` features of `size` numbers; None if they are enough."""
     if count <= size:
         return (
             f"{what}: {count} images give a singular covariance of {size} features; the distance is biased upwards "
-            "and says little"
+            "and means little"
         )
     if count < 5 * size:
         return (

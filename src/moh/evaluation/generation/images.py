@@ -1,6 +1,6 @@
 """Images to score, from a directory, an `.npz` file or a torch Dataset: one at a time, as uint8, never all in memory.
 
-Not for training data: nothing is augmented or normalised here.
+Nothing is augmented or normalised here.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class ImageDataset(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """A source of images that can be read again and again, in the same order.
+    """A source of images that can be read repeatedly, in the same order.
 
     Attributes:
         name: the source, for messages.
-        count: how many there are.
+        count: number of images.
         read: starts reading; yields (name of the image, uint8 `[C, H, W]`).
     """
 
@@ -46,7 +46,7 @@ class Images:
         """uint8 `[B, C, H, W]` of at most `size` images each.
 
         Raises:
-            ValueError: an image can't be read, or differs from the first one in height or width.
+            ValueError: an image can't be read, or differs from the first in height or width.
         """
         batch: list[Tensor] = []
         first: tuple[str, torch.Size] | None = None
@@ -69,14 +69,14 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
     """Open a source of images.
 
     Args:
-        source: a directory (with its subdirectories, in order of the files' paths; `grid.png`, which `moh sample` writes
-            beside its images, is left out), an `.npz` file with `arr_0` `[n, H, W, C]` or `[n, H, W]` uint8 as the ADM
-            evaluation suite reads it, or a Dataset of PIL images or uint8 tensors `[C, H, W]`, alone or first in a tuple.
-        channels: 3 or 1; grey images become colour ones and the other way round.
-        size: crop the middle square of each image and resize it to size x size; None leaves them as they are.
+        source: a directory (with its subdirectories, in order of the files' paths, without the `grid.png` that
+            `moh sample` writes), an `.npz` file with `arr_0` `[n, H, W, C]` or `[n, H, W]` uint8 as the ADM evaluation
+            suite reads it, or a Dataset of PIL images or uint8 tensors `[C, H, W]`, alone or first in a tuple.
+        channels: 3 or 1; grey images are converted to colour and vice versa.
+        size: crop the middle square of each image and resize it to size x size; None leaves them unchanged.
 
     Raises:
-        ValueError: nothing is there, it holds no images, or images of another kind.
+        ValueError: the source does not exist, holds no images, or images of another dtype or shape.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
@@ -136,7 +136,7 @@ def _npz(path: Path, channels: int, size: int | None) -> Iterator[tuple[str, Ten
 
 
 def _npz_shape(path: Path) -> tuple[int, int, int, int]:
-    """(n, H, W, C) of `arr_0`, read from the header alone."""
+    """(n, H, W, C) of `arr_0`, from the header only."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             shape, fortran_order, dtype = _npy_header(file)

@@ -1,4 +1,4 @@
-"""The scores of generated images: Frechet distances, inception score, precision and recall, under names that are true.
+"""The scores of generated images: Frechet distances, inception score, precision and recall, named for what they are.
 
 Inception score: Salimans et al. 2016; precision and recall: Kynkaanniemi et al. 2019, both as torch-fidelity computes them.
 """
@@ -21,27 +21,27 @@ from moh.evaluation.generation.images import ImageDataset, open_images
 from moh.evaluation.generation.statistics import reference_features
 
 _SPLIT = 5000
-"""Images per part of which the inception score is averaged, as in the ADM suite."""
+"""Images per part; the inception score is the mean over parts, as in the ADM suite."""
 
 _NEIGHBOURS = 3
 _DISTANCE_BATCH = 1000
-"""Rows of the distance matrix at a time: 50,000 samples then take 0.4 GB."""
+"""Rows of the distance matrix at a time: 0.4 GB for 50,000 samples."""
 
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """How close generated images are to reference images. `None`: could not be computed; `notes` says why.
+    """How close generated images are to reference images. `None`: could not be computed; `notes` gives the reason.
 
     Attributes:
         extractor: name of the model whose features were compared.
         is_fid: whether `frechet_distance` is FID, `spatial_frechet_distance` sFID and `class_score` the inception score;
-            if not they are the same statistics on another model's features and not comparable with these.
+            if not, they are the same statistics of another model's features and not comparable.
         frechet_distance, spatial_frechet_distance: lower is better.
         class_score: exp of the mean information that an image gives about its class; higher is better.
-        class_score_std: spread over parts of 5,000 images; NaN for a single part.
-        precision: share of samples that lie among the reference images.
-        recall: share of reference images that lie among the samples.
-        samples, reference: how many images; None for statistics that do not tell.
+        class_score_std: standard deviation over parts of 5,000 images; NaN for a single part.
+        precision: share of samples inside the manifold of the reference images.
+        recall: share of reference images inside the manifold of the samples.
+        samples, reference: number of images; None for statistics that do not state it.
         notes: what a reader of the numbers must know.
     """
 
@@ -59,11 +59,11 @@ class GenerationScores:
 
     @property
     def label(self) -> str:
-        """What `frechet_distance` is called; it says that the distance is not comparable with FID where it is not."""
+        """Name of `frechet_distance`; states if it is not comparable with FID."""
         return "FID" if self.is_fid else f"Frechet distance on features of {self.extractor}, not comparable with FID"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the names differ where the scores are not the published ones, and NaN is None."""
+        """For JSON: scores other than the published ones have other names, and NaN is None."""
         names = (
             ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")
             if self.is_fid
@@ -79,7 +79,7 @@ class GenerationScores:
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        """For people: one line a score, then the notes."""
+        """For people: one line per score, then the notes."""
         other = "" if self.is_fid else f" on features of {self.extractor}"
         rows = [
             (self.label, self.frechet_distance, ".5g"),
@@ -107,15 +107,15 @@ def score_images(
     """Score generated images against reference images.
 
     Args:
-        samples: a directory, an `.npz` file or a Dataset, as `open_images` takes them.
-        reference: the same; or statistics, as `reference_features` reads them or has read them.
+        samples: a directory, an `.npz` file or a Dataset, as for `open_images`.
+        reference: the same; or statistics, as for or from `reference_features`.
         extractor: `InceptionFeatures` for FID and the other published scores, or `ClassifierFeatures`.
-        size: crop the middle square of each image and resize it; None: as they are.
+        size: crop the middle square of each image and resize it; None leaves them unchanged.
         batch_size: images per forward pass.
         progress: show progress bars (only on a terminal).
 
     Raises:
-        ValueError: what `open_images`, `extract_features` and `reference_features` raise; 3 images or fewer on a side.
+        ValueError: as from `open_images`, `extract_features` and `reference_features`; or 3 images or fewer on a side.
     """
     if not isinstance(reference, ImageFeatures):
         reference = reference_features(reference, extractor, size=size, batch_size=batch_size, progress=progress)
@@ -124,13 +124,13 @@ def score_images(
 
 
 def compare(samples: ImageFeatures, reference: ImageFeatures, extractor: FeatureExtractor) -> GenerationScores:
-    """The scores of features that `extractor` gave; `samples` must hold the features themselves, not statistics alone.
+    """The scores from `extractor`'s features; `samples` must hold the features themselves, not only statistics.
 
     Raises:
-        ValueError: `samples` holds none, a set has 3 images or fewer, or the two are features of different size.
+        ValueError: `samples` holds no features, a set has 3 images or fewer, or the features' sizes differ.
     """
     if samples.features is None:
-        raise ValueError(f"samples must be images, but of {samples.name} only statistics are known")
+        raise ValueError(f"samples must be images, but {samples.name} holds only statistics")
     notes = _size_notes(samples, reference)
     spatial = score = spread = precision = recall = None
     if samples.spatial is None:
@@ -144,7 +144,7 @@ def compare(samples: ImageFeatures, reference: ImageFeatures, extractor: Feature
     else:
         score, spread = inception_score(samples.logits)
     if reference.features is None:
-        notes.append("no precision and recall: of the reference only statistics are known")
+        notes.append("no precision and recall: the reference has only statistics")
     else:
         device = extractor.device if extractor.device.type == "cuda" else "cpu"  # others lack float64
         precision, recall = precision_recall(samples.features.to(device), reference.features.to(device))
@@ -178,16 +178,16 @@ def _size_notes(samples: ImageFeatures, reference: ImageFeatures) -> list[str]:
 def inception_score(logits: Tensor) -> tuple[float, float]:
     """(mean, standard deviation) over parts of 5,000 images of exp(E[KL(p(class | image) || p(class))]).
 
-    The images are put in a fixed random order first: a part of images sorted by class would know few classes.
+    The images are shuffled first, in a fixed order: a part of images sorted by class would hold few classes.
 
     Args:
-        logits: `[n, classes]`, of any floating dtype; logarithms of probabilities serve as well.
+        logits: `[n, classes]`, of any floating dtype; log probabilities work too.
 
     Returns:
-        The mean, between 1 and the number of classes, and the spread, NaN for a single part.
+        The mean, between 1 and the number of classes, and the standard deviation, NaN for a single part.
 
     Raises:
-        ValueError: not `[n, classes]` with n >= 1, or not finite.
+        ValueError: `logits` is not `[n, classes]` with n >= 1, or not finite.
     """
     if logits.ndim != 2 or 0 in logits.shape or not logits.isfinite().all():
         raise ValueError(f"logits must be finite and [n, classes] with n >= 1, got {tuple(logits.shape)}")
@@ -199,19 +199,21 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """(precision, recall): the share of one set inside the other's manifold, the balls up to the third neighbour.
+    """(precision, recall): the share of one set inside the other's manifold.
+
+    The manifold of a set is the union of the balls around its points, each up to the point's third neighbour.
 
     Args:
         samples: `[n, d]` features of generated images.
         reference: `[m, d]`, on the same device.
 
     Raises:
-        ValueError: not `[n, d]` and `[m, d]` with n and m above 3.
+        ValueError: the shapes are not `[n, d]` and `[m, d]` with n and m above 3.
     """
     for name, features in (("samples", samples), ("reference", reference)):
         if features.ndim != 2 or len(features) <= _NEIGHBOURS or features.shape[1] != samples.shape[1]:
             raise ValueError(
-                f"{name} must be [n, d] with n at least {_NEIGHBOURS + 1} and one d for both, got {tuple(features.shape)}"
+                f"{name} must be [n, d] with n at least {_NEIGHBOURS + 1} and the same d, got {tuple(features.shape)}"
             )
     precision, recall = calculate_precision_recall_part(
         samples.double(), reference.double(), neighborhood=_NEIGHBOURS, batch_size=_DISTANCE_BATCH

@@ -1,6 +1,6 @@
 """Reference statistics on disk: our safetensors files, and the `.npz` files of the ADM suite and others.
 
-With a file of its statistics the reference images need not be read again. Not for the samples, whose images are needed.
+With a file of statistics the reference images need not be read again. Samples always need their images.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def reference_features(
     batch_size: int = 50,
     progress: bool = True,
 ) -> ImageFeatures:
-    """Features or statistics of the reference, whatever it is.
+    """Features or statistics of the reference.
 
     Args:
-        source: images, as `open_images` takes them; a `.safetensors` file of `save_features`; or an `.npz` file with `mu` and
-            `sigma`, of Inception features (`mu_s`, `sigma_s`: spatial ones). If it also has `arr_0`, its mean and covariance
-            are taken from `mu` and `sigma`, as the ADM suite does, and the features of the single images from `arr_0`.
+        source: images, as for `open_images`; a `.safetensors` file of `save_features`; or an `.npz` file with `mu` and
+            `sigma` of Inception features (`mu_s`, `sigma_s`: spatial ones). If it also has `arr_0`, mean and covariance
+            are `mu` and `sigma`, as in the ADM suite, and the features of single images come from `arr_0`.
         extractor: `InceptionFeatures` or `ClassifierFeatures`.
         size, batch_size, progress: as for `open_images` and `extract_features`.
 
     Raises:
-        ValueError: nothing usable is there, or statistics of another model.
+        ValueError: `source` can't be used, or holds statistics of another model.
     """
     path = Path(source) if isinstance(source, str | Path) else None
     if path is not None and path.is_file() and path.suffix == ".safetensors":
@@ -51,7 +51,7 @@ def reference_features(
     if stored is None or not extractor.is_fid:
         if stored is not None and not stored.has_images:
             raise ValueError(
-                f"{path} holds statistics of Inception features alone, which say nothing about features of "
+                f"{path} holds only statistics of Inception features, which can't be compared with features of "
                 f"{extractor.name}; give images as the reference"
             )
         images = open_images(source, channels=extractor.channels, size=size)
@@ -65,7 +65,7 @@ def reference_features(
 
 
 def save_features(path: str | Path, features: ImageFeatures, extractor: FeatureExtractor) -> None:
-    """Write what is known of a set of images, but not its logits, with the model that it is from.
+    """Write features and statistics of a set of images, without its logits, and the model that they are from.
 
     Raises:
         ValueError: `path` does not end in `.safetensors`.
@@ -93,20 +93,20 @@ def load_features(path: str | Path, extractor: FeatureExtractor) -> ImageFeature
     """Read a file of `save_features`.
 
     Raises:
-        ValueError: it is no such file, or was made with another model, or other weights, than `extractor`.
+        ValueError: it is not such a file, or was made with another model, or other weights, than `extractor`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dictionary
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} can't be read as a file of statistics: {error}") from None
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no file of image statistics as --save-reference writes them")
+        raise ValueError(f"{path} is not a file of image statistics as written by --save-reference")
     about = json.loads(metadata["about"])
     if about["fingerprint"] != extractor.fingerprint:
-        other = "other weights of it" if about["extractor"] == extractor.name else f"{about['extractor']}"
-        raise ValueError(f"{path} holds features of {other}, but the samples are looked at with {extractor.name}")
+        other = "the same model with other weights" if about["extractor"] == extractor.name else f"{about['extractor']}"
+        raise ValueError(f"{path} holds features of {other}, but the samples are compared with {extractor.name}")
     count, spatial_count = about["counts"]
     size = about["image_size"]
     return ImageFeatures(
@@ -135,7 +135,7 @@ class _NpzStatistics:
 def _npz_statistics(path: Path) -> _NpzStatistics | None:
     """The statistics in a file, or None if it has none."""
     try:
-        with np.load(path, allow_pickle=False) as file:  # arrays are read when they are asked for
+        with np.load(path, allow_pickle=False) as file:  # arrays are read on access
             if "mu" not in file:
                 return None
             names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file]

@@ -3,7 +3,7 @@
     result = evaluate_tasks({"dense": "base", "MoH": "converted"}, "paper14", batch_size=8, output_dir="scores")
     print(result.to_markdown())
 
-Not for perplexity (`moh.evaluation.perplexity`) nor for images.
+"paper14" is one of the suites in `SUITES`.
 """
 
 from moh._extras import require

@@ -1,7 +1,4 @@
-"""Language models on tasks of lm-evaluation-harness: one call, from names to a table.
-
-Not for the harness's registry (`registry`), asking models (`runner`) or tables (`results`).
-"""
+"""Language models on tasks of lm-evaluation-harness: one call, from names to a table."""
 
 from __future__ import annotations
 
@@ -42,25 +39,25 @@ def evaluate_tasks(
     Under `accelerate launch` or torchrun the processes share each task's questions; all return the same.
 
     Args:
-        models: what to call each model -> directory, hub name, .gguf file or a loaded model; or paths alone. The first is
-            the one that the others are compared with.
+        models: label -> directory, hub name, .gguf file or a loaded model; or only paths. The first is what the
+            others are compared with.
         tasks: name of a suite (`SUITES`), or the tasks, each as "NAME", "NAME:SHOTS" or a `HarnessTask`.
-        include_paths: directories with task files of one's own in the harness's format.
-        limit: ask at most so many questions a task (each task of a group), the first; None asks all.
-        batch_size: requests per forward pass, or "auto" for what fits a GPU's memory.
+        include_paths: directories with your own task files in the harness's format.
+        limit: most questions per task (of each task in a group), taken from its beginning; None asks all.
+        batch_size: requests per forward pass, or "auto" for as many as fit a GPU's memory.
         dtype: of the weights, one of `DTYPES`; "auto" keeps the checkpoint's.
         device: where models run; None takes the accelerator if there is one.
-        seed: of the choice of solved examples, and all else that is drawn.
+        seed: for drawing solved examples and everything else random.
         max_length: tokens of the longest request; None allows each model's positions.
-        truncate: cut the beginning off contexts that are longer; else they are an error.
-        output_dir: where results.json, table.md and table.csv go, and the scores that are kept between calls: what is
-            there for the same model, task and settings isn't computed again. None writes nothing.
+        truncate: cut off the beginning of contexts that are longer; otherwise they are an error.
+        output_dir: where results.json, table.md and table.csv go, and a cache of scores, so that those of the same
+            model, task and settings aren't computed again. None writes nothing.
         progress: show progress bars (only on a terminal).
 
     Raises:
-        ValueError: a task, a suite or an option that isn't known, a model that can't be loaded or whose tokenizer is
-            another's, or requests longer than its positions.
-        RuntimeError: the data of some tasks can't be had.
+        ValueError: a task, a suite or an option is unknown, a model can't be loaded or does not match its tokenizer, or
+            a request is longer than its positions.
+        RuntimeError: the data of some tasks is not available.
     """
     named = _named(models)
     specs = (
@@ -74,7 +71,7 @@ def evaluate_tasks(
         limit, batch_size, dtype, _device(device, state), seed, max_length, truncate, progress and state.is_main_process
     )
     if batch_size == "auto" and options.device.type == "cpu":
-        raise ValueError("batch_size 'auto' looks for what fits a GPU's memory: on the CPU give a number")
+        raise ValueError("batch_size 'auto' fits requests to a GPU's memory: on the CPU give a number")
     directory = None if output_dir is None else Path(output_dir)
     if directory is not None:
         check_writable(directory, name="output_dir")
@@ -100,7 +97,7 @@ def _local_tasks(state: PartialState) -> Path:
 def _named(
     models: Mapping[str, str | Path | LoadedModel] | Sequence[str | Path],
 ) -> dict[str, str | Path | LoadedModel]:
-    """Label -> model; paths alone are called by their last part, or in full where two have the same."""
+    """Label -> model; the label of a path is its last part, or all of it if two have the same last part."""
     if isinstance(models, Mapping):
         return dict(models)
     if isinstance(models, (str, Path)):

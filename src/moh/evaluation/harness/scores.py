@@ -1,7 +1,4 @@
-"""The score of a model on a task, read from what the harness returns, and the paired difference of two such scores.
-
-Not for tables of several tasks (`moh.evaluation.harness.results`).
-"""
+"""The score of a model on a task, read from the harness's results, and the paired difference of two such scores."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error; NaN where there is none."""
+    """A number and its standard error; NaN if there is none."""
 
     value: float
     stderr: float
@@ -26,7 +23,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Part:
-    """What one of the tasks of a score adds to it: `weight` times the mean of `values`, one a question, in their order."""
+    """One task's part of a score: `weight` times the mean of `values`, one per question, in their order."""
 
     task: str
     weight: float
@@ -39,16 +36,16 @@ class TaskScore:
 
     Attributes:
         task: its name in the harness.
-        label: what tables call it.
-        shots: solved examples before each question; None where the tasks of a group differ.
-        metric: which score it is, as the harness calls it.
-        filter: how the answer was cut from what the model wrote; "none" where it wrote nothing.
-        value: the score; a share of 1 where `moh.evaluation.harness.registry.is_percent` says so of `metric`.
+        label: its name in tables.
+        shots: solved examples before each question; None if the tasks of a group differ.
+        metric: the harness's name of the score.
+        filter: how the answer was cut from what the model wrote; "none" if it wrote nothing.
+        value: the score; a share of 1 if `moh.evaluation.harness.registry.is_percent(metric)`.
         stderr: the harness's standard error of `value`; NaN if it has none.
-        questions: how many were asked.
-        truncated: requests whose beginning was cut off, as they were longer than the model's positions.
-        parts: the scores of the questions; empty where `value` is no mean of them, as a perplexity is none.
-        harness: all that the harness returned but the questions themselves.
+        questions: number of questions asked.
+        truncated: requests longer than the model's positions, whose beginning was cut off.
+        parts: the scores of the questions; empty if `value` is not a mean of them, such as a perplexity.
+        harness: all that the harness returned except the questions themselves.
     """
 
     task: str
@@ -65,11 +62,11 @@ class TaskScore:
 
 
 def read_score(results: Mapping[str, Any], spec: HarnessTask, weights: Mapping[str, bool], truncated: int) -> TaskScore:
-    """The score that counts, out of what `lm_eval.evaluate` returned for one task or group.
+    """The score that counts, from the result of `lm_eval.evaluate` for one task or group.
 
     Args:
         results: as returned, with `samples`.
-        spec: what was asked for.
+        spec: the requested task.
         weights: metric -> whether a group weighs its tasks by their size; empty for a task.
         truncated: as in `TaskScore`.
 
@@ -101,7 +98,7 @@ def read_score(results: Mapping[str, Any], spec: HarnessTask, weights: Mapping[s
 def difference(score: TaskScore, reference: TaskScore) -> Estimate:
     """`score - reference`. Its standard error is that of the paired differences over the same questions.
 
-    It is NaN where a score is no mean over its questions, or where a task has a single one.
+    It is NaN if a score is not a mean over its questions, or if a task has a single question.
     """
     value = score.value - reference.value
     if not score.parts or [_shape(part) for part in score.parts] != [_shape(part) for part in reference.parts]:
@@ -136,7 +133,7 @@ def _key(row: Mapping[str, Any], spec: HarnessTask) -> tuple[str, str]:
 def _parts(
     results: Mapping[str, Any], metric: str, filter: str, name: str, *, by_size: bool | None
 ) -> tuple[Part, ...]:
-    """The questions' scores of the task `name`, or, with `by_size` given, of all tasks of that group."""
+    """The questions' scores of the task `name` or, if `by_size` is given, of all tasks of that group."""
     found: dict[str, tuple[float, ...]] = {}
     for task, samples in results["samples"].items():
         if by_size is None and task != name:
