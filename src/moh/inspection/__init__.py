@@ -1,7 +1,6 @@
 """Inspection: which head did what, for any model, MoH or dense, and any groups of inputs: tables, tests, ablation.
 
-Groups of images need the extra `vision`, of a diffusion model `diffusion`; pictures (`plots`, `group_plots`)
-the extra `llm`.
+Groups of images need the extra `vision`, those of a diffusion model `diffusion`, pictures `llm`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a head is worth: how much the loss rises when its gate is 0 for every token, on a few batches.
 
-The head is missing, and no other takes its place: routers choose as before. MoH and dense models of any family.
+No other head takes its place: routers choose as before. MoH and dense models of any family.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HeadAblation:
     Attributes:
         layers: heads and routing of each layer.
         increase: per layer `[H]` float64, mean over units (texts, images) of loss without the head minus loss; NaN for
-            heads that were not asked for.
+            heads that were not requested.
         stderr: per layer `[H]` float64, the standard error of that mean, from the spread between units; NaN for one unit.
         loss: mean loss with all heads.
-        units: how many there were.
+        units: number of units.
     """
 
     layers: list[LayerHeads]
@@ -40,7 +40,7 @@ class HeadAblation:
     units: int
 
     def rows(self) -> list[Row]:
-        """One row per head that was removed: layer, head, kind, increase, stderr."""
+        """One row per removed head: layer, head, kind, increase, stderr."""
         return [
             {
                 "layer": place,
@@ -59,7 +59,7 @@ class HeadAblation:
         save_rows(path, self.rows())
 
     def map(self) -> Tensor:
-        """`increase` as `[L, H]` float64; NaN where there is no head, or none was removed."""
+        """`increase` as `[L, H]` float64; NaN for heads that don't exist or were not removed."""
         return stack_layers(self.increase)
 
 
@@ -69,17 +69,17 @@ def ablate_heads(
 ) -> HeadAblation:
     """Remove one head at a time and measure the loss.
 
-    One forward pass over all of `inputs` for each head: take few. They are kept in memory.
+    Each head takes one forward pass over all of `inputs`, which are kept in memory: use few.
 
     Args:
-        model: MoH or dense; used in evaluation mode and left in its own.
+        model: MoH or dense; run in evaluation mode, its own mode is restored.
         inputs: made for this model, as in `inspect_groups`. Their losses are the next-token loss of a language model, the
             cross-entropy of a classifier and the training loss of a diffusion model.
-        layers: whose heads to remove, by number; None removes those of all.
+        layers: numbers of the layers whose heads to remove; None means all.
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: the model has no attention that is known, a layer does not exist, or no input could be read.
+        ValueError: the model has no known attention, a layer does not exist, or no input could be read.
     """
     from tqdm.auto import tqdm
 
@@ -111,7 +111,7 @@ def ablate_heads(
 
 @contextmanager
 def _without(layer: AttentionLayer, head: int) -> Iterator[None]:
-    """Without one head, as if its gate were 0 for every token."""
+    """Remove one head inside the block, as if its gate were 0 for every token."""
     width = layer.weight.shape[1] // layer.num_heads
 
     def remove(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """Groups for a diffusion model: noisy images by ranges of time steps, or by class. Extra `diffusion`.
 
-Noise and time steps are drawn from the seed and the image's number, the same for every batch size. Not for sampling.
+Noise and time steps are drawn from the seed and the image's number, the same for every batch size.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def diffusion_groups(
 
     Args:
         model: MoH or dense.
-        dataset: labelled images; classes in the model's order, or of the same names in any order.
+        dataset: labelled images; classes in the model's order, or with the same names in any order.
         by: "timestep": one group per range of time steps. "class": one group per class.
-        bins: equal ranges of time steps, to which the images of each class are dealt out in turn, whatever `by` is.
-        seed: of noise and time steps.
+        bins: number of equal ranges of time steps, over which each class's images are spread in turn, whatever `by` is.
+        seed: seed of noise and time steps.
         batch_size: images per forward pass.
 
     Raises:
-        ValueError: the images have other classes than the model, there are none, or a number is out of range.
+        ValueError: the images' classes or channels are not the model's, there are none, or a number is out of range.
     """
     steps = int(model.scheduler.config["num_train_timesteps"])
     if by not in ("timestep", "class"):
@@ -101,10 +101,11 @@ def _batch(
 
 
 def _deal(labels: Tensor, bins: int) -> Tensor:
-    """Which range of time steps each image gets, `[n]`: in turn over the images of each class, whatever their order."""
+    """The range of time steps of each image, `[n]`: in turn over the images of each class, whatever their order."""
     ranges = torch.empty_like(labels)
     for label in labels.unique().tolist():
         places = (labels == label).nonzero().flatten()
+        # + label: otherwise classes of few images would all get the first ranges
         ranges[places] = (torch.arange(len(places)) + label) % bins
     return ranges
 
@@ -123,7 +124,7 @@ def _draw(
 
 @torch.no_grad()
 def _encode(model: ImageModel, pixels: Tensor) -> Tensor:
-    """uint8 pixels as the model denoises them: in -1..1, or the means of their latents."""
+    """What the model denoises, from uint8 pixels: values in -1..1, or the means of their latents."""
     x = to_float(pixels).to(model.device)
     if model.vae is None:
         return x
@@ -133,6 +134,6 @@ def _encode(model: ImageModel, pixels: Tensor) -> Tensor:
 
 
 def _image_size(model: ImageModel) -> int:
-    """Height and width of the images of which the model denoises pixels or latents."""
+    """Height and width of the images whose pixels or latents the model denoises."""
     scale = 1 if model.vae is None else 2 ** (len(model.vae.config.block_out_channels) - 1)
     return model.sample_shape[1] * scale

@@ -1,7 +1,7 @@
-"""Pictures of how groups of inputs use heads: loads per group (the paper's figure "head load per class"), shared against routed
-heads, distances of groups, what each head is worth.
+"""Pictures of how groups of inputs use heads: loads per group (the paper's figure "head load per class"), shared against
+routed heads, distances between groups, and what each head is worth.
 
-Each of the latter comes with the rows that it shows. Needs the extra `llm` (matplotlib); `plots` writes them.
+Needs the extra `llm` (matplotlib); `plots` saves them, with the rows that they show.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 MAX_GROUPS = 12
-"""So many groups are shown unless some are asked for: those whose loads differ most from the mean."""
+"""By default at most this many groups are shown: those furthest from the mean load."""
 MAX_LAYERS = 12
-"""So many layers are shown unless some are asked for, evenly spread."""
-_CELL, _WIDEST = 0.24, 2.6  # inches: of a head, of a panel
+"""By default at most this many layers are shown, evenly spread."""
+_CELL, _WIDEST = 0.24, 2.6  # inches: width of a head, and the most of a panel
 _PAGE = 12.0  # inches, of all panels of a row together
 
 
@@ -41,11 +41,11 @@ def plot_group_load(
     """One panel per layer: the share of each group's tokens that use each head; shared heads are marked S.
 
     Args:
-        use: as `moh.inspection.inspect_groups` counts it.
-        groups: names to show; None shows all, or the `MAX_GROUPS` most distinctive of more.
+        use: from `moh.inspection.inspect_groups`.
+        groups: names to show; None shows all, or the `MAX_GROUPS` most distinctive if there are more.
         layers: layers to show; None shows those in which tokens choose (elsewhere every load is 1), or `MAX_LAYERS` of
             them, evenly spread.
-        title: of the figure; None says what is shown.
+        title: of the figure; None describes what is shown.
 
     Raises:
         ValueError: a group or a layer is unknown.
@@ -100,7 +100,7 @@ def _layers(use: HeadUse, asked: Sequence[int] | None) -> list[int]:
 
 
 def _head_ticks(axes: Any, layer: LayerHeads) -> None:
-    """Shared heads are marked S, those of a dense layer D, routed ones numbered, every other one where there are many."""
+    """Mark shared heads S and those of a dense layer D; number routed heads, only every other one if there are many."""
     marks = {"shared": "S", "dense": "D"}
     step = 1 if layer.num_heads <= 12 else 4
     heads = range(layer.num_heads)
@@ -115,7 +115,7 @@ _MARKS = {"shared": "s", "routed": "o", "dense": "D"}
 def shared_and_routed_rows(use: HeadUse) -> list[Row]:
     """One row per layer and kind of head ("shared", "routed", "dense"), means over groups with inputs.
 
-    Columns: layer, kind, heads, load (mean of the heads), contribution (of one head to a token that uses it, mean) and
+    Columns: layer, kind, heads, load (mean over the heads), contribution (mean of one head, over tokens that use it) and
     part (the kind's part of the layer's sum of contributions).
     """
     present = use.inputs > 0
@@ -138,7 +138,7 @@ def shared_and_routed_rows(use: HeadUse) -> list[Row]:
 
 
 def plot_shared_and_routed(rows: Sequence[Row]) -> Figure:
-    """Over the layers: what an active head of each kind adds, and each kind's part of all that is added."""
+    """Per layer: the contribution of an active head of each kind, and each kind's part of all contributions."""
     figure, (left, right) = _figure(columns=2, width=10.0, height=3.8)
     for number, (kind, mark) in enumerate(_MARKS.items()):
         own = [row for row in rows if row["kind"] == kind]
@@ -157,15 +157,15 @@ def plot_shared_and_routed(rows: Sequence[Row]) -> Figure:
 
 
 def plot_distances(use: HeadUse, tests: Sequence[Row] = ()) -> Figure:
-    """How far groups are apart: the mean distance of each pair over the layers, and each layer's divergence.
+    """How far groups are apart: the distance of every two groups, mean over layers, and each layer's divergence.
 
     Args:
-        use: at least two groups with inputs, in whose layers tokens choose.
-        tests: of `permutation_test`: each layer's divergence beside what chance gives; without them the second panel is
-            left out.
+        use: at least two groups with inputs, and a layer in which tokens choose.
+        tests: rows of `permutation_test`, for each layer's divergence and that expected by chance; without them the
+            second panel is left out.
 
     Raises:
-        ValueError: there are no two groups, or nothing to choose.
+        ValueError: there are fewer than two groups with inputs, or no layer in which tokens choose.
     """
     names = [name for name, inputs in zip(use.groups, use.inputs.tolist(), strict=True) if inputs]
     layers = choosing_layers(use)
@@ -209,7 +209,7 @@ def plot_ablation(ablation: HeadAblation, *, title: str = "Loss without the head
     height = max(3.4, 1.4 + 0.2 * count)
     figure = new_figure(max(4.8, 2.0 + 0.42 * heads), height)
     axes = figure.subplots()
-    # A few early heads are worth far more than all others: beyond this the colour says no more
+    # A few early heads are worth far more than all others: colours saturate here
     most = float(increase[~increase.isnan()].abs().quantile(0.98)) or 1e-12
     image = axes.imshow(increase.numpy(), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     for layer, (means, errors) in enumerate(zip(ablation.increase, ablation.stderr, strict=True)):

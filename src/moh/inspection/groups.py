@@ -1,7 +1,7 @@
 """Run a model over groups of inputs and count what each head did for each group, in memory that does not grow with them.
 
-One mechanism for texts, images and diffusion models, MoH and dense, and one table of the result, `HeadUse`. Single tokens are
-the business of `trace`; what follows from the numbers is in `statistics`.
+One mechanism for texts, images and diffusion models, MoH and dense, with one result, `HeadUse`. `trace` is for single
+tokens, `statistics` for conclusions from the numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LayerHeads:
     Attributes:
         name: of the attention module in the model.
         num_heads: H.
-        config: heads and routing; None for a dense layer, all of whose heads every token uses.
+        config: heads and routing; None for a dense layer, where every token uses all heads.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LayerHeads:
 
     @property
     def routed(self) -> list[int]:
-        """The heads that tokens choose among; none where every token uses every head."""
+        """The heads that tokens choose among; none if every token uses every head."""
         return list(self.config.routed_indices) if self.config is not None else []
 
     def kind(self, head: int) -> str:
@@ -53,11 +53,11 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class InputSample:
-    """What some of the inputs did, each by itself: what tests of differences between groups need.
+    """Counts of single inputs, for tests of differences between groups.
 
     Attributes:
         groups: `[m]` int64, the group of each.
-        active: per layer `[m, H]` float32, how many of an input's tokens activate each head.
+        active: per layer `[m, H]` float32, number of an input's tokens that activate each head.
         tokens: `[m, L]` float32, tokens of each input in each layer.
     """
 
@@ -71,7 +71,7 @@ class HeadUse:
     """What each head did for the tokens of each of G groups of inputs. Layers may differ in their number of heads.
 
     Attributes:
-        groups: their names.
+        groups: names of the groups.
         layers: heads and routing of each of the L layers.
         load: per layer `[G, H]` float64, the share of a group's tokens that activate each head; 1 for shared heads and in
             dense layers. NaN for a group without inputs, as in the next two.
@@ -79,7 +79,7 @@ class HeadUse:
         contribution: per layer `[G, H]` float64, the mean over all tokens of `||g_i H_i W_O^i||_2`.
         tokens: `[G, L]` float64, tokens counted.
         inputs: `[G]` int64, sequences or images counted.
-        sample: some inputs by themselves.
+        sample: counts of some single inputs.
     """
 
     groups: tuple[str, ...]
@@ -97,11 +97,11 @@ class HeadUse:
         return [layer.config for layer in self.layers]
 
     def share(self) -> list[float]:
-        """Share of the heads that a token uses in each layer, the mean over groups that have inputs."""
+        """Share of the heads that a token uses in each layer, mean over groups with inputs."""
         return [float(load.nanmean()) for load in self.load]
 
     def mean_load(self) -> Tensor:
-        """`[L, H]` float64: the mean over groups that have inputs; NaN beyond a layer's own heads where others have more."""
+        """`[L, H]` float64: mean over groups with inputs; NaN beyond the heads of a layer that has fewer than others."""
         return stack_layers([load.nanmean(0) for load in self.load])
 
     def rows(self) -> list[Row]:
@@ -135,10 +135,10 @@ class HeadUse:
         save_parquet(path, self.rows())
 
     def select(self, groups: Sequence[str]) -> HeadUse:
-        """These groups alone, in this order.
+        """Only these groups, in this order.
 
         Raises:
-            ValueError: one is unknown (the message names it), or there are none.
+            ValueError: `groups` is empty or a group is unknown; names it.
         """
         if not groups:
             raise ValueError("groups must name at least one group, got none")
@@ -159,7 +159,7 @@ class HeadUse:
         )
 
     def distinctive(self, count: int) -> tuple[str, ...]:
-        """The groups, in their order, whose loads differ most from the mean of all (root mean square over heads)."""
+        """The `count` groups, in their order, whose loads differ most from the mean (root mean square over heads)."""
         gaps = torch.cat([load - load.nanmean(0) for load in self.load], dim=1)  # [G, heads of all layers]
         distance = gaps.square().mean(1).nan_to_num(-1.0)  # a group without inputs comes last
         places = distance.topk(min(count, int((self.inputs > 0).sum()))).indices.sort().values
@@ -167,7 +167,7 @@ class HeadUse:
 
 
 def stack_layers(rows: Sequence[Tensor]) -> Tensor:
-    """`[L, H]` float64 from one `[H_l]` per layer; NaN beyond a layer's own heads where others have more."""
+    """`[L, H]` float64 from one `[H_l]` per layer; NaN beyond the heads of a layer that has fewer than others."""
     stacked = torch.full((len(rows), max(map(len, rows))), torch.nan, dtype=torch.float64)
     for place, row in zip(stacked, rows, strict=True):
         place[: len(row)] = row
@@ -180,18 +180,18 @@ def inspect_groups(
 ) -> HeadUse:
     """Count, for each group, how its tokens use each head.
 
-    Only sums are kept: for each group, layer and head three numbers, and for at most `keep` units of each group (texts,
-    images) one number per layer and head, from which `permutation_test` works. Nothing grows with the number of inputs.
+    Only sums are kept: three numbers per group, layer and head, and for up to `keep` units (texts, images) of each group
+    one number per layer and head, for `permutation_test`. Memory does not grow with the number of inputs.
 
     Args:
-        model: MoH or dense, of any family; used in evaluation mode and left in its own.
+        model: MoH or dense, of any family; run in evaluation mode, its own mode is restored.
         inputs: made by `text_groups`, `token_groups`, `image_groups` or `diffusion_groups` for this model.
-        keep: units of each group that are kept by themselves, drawn at random where there are more.
-        seed: of that draw, which does not depend on order or batch size.
+        keep: most units of each group to keep singly, drawn at random if there are more.
+        seed: seed of that draw, which does not depend on order or batch size.
         progress: show a progress bar (only on a terminal).
 
     Raises:
-        ValueError: the model has no attention that is known, `keep` is below 1, or no input could be read.
+        ValueError: the model has no known attention, `keep` is below 1, or no input could be read.
     """
     from tqdm.auto import tqdm
 
@@ -228,7 +228,7 @@ class _Sums:
         self.inputs = torch.zeros(groups, dtype=torch.int64)
 
     def add(self, layers: list[LayerTrace], batch: GroupBatch) -> tuple[list[Tensor], Tensor]:
-        """Add a batch; returns the active tokens of each input, per layer `[B, H]`, and its tokens, `[B, L]`."""
+        """Add a batch; returns each input's active tokens, per layer `[B, H]`, and its tokens, `[B, L]`."""
         groups = batch.groups.cpu()
         active, tokens = [], []
         for place, layer in enumerate(layers):
@@ -255,17 +255,17 @@ class _Sums:
 
 @dataclass
 class _Unit:
-    """One unit's sums: active tokens of all layers' heads, one after the other, then tokens of each layer."""
+    """One unit's sums: active tokens of each head, layer after layer, then tokens of each layer."""
 
     priority: int
     numbers: Tensor
 
 
 class _Kept:
-    """The units with the lowest random numbers, at most so many of each group.
+    """The units with the lowest random numbers, up to `most` of each group.
 
-    The number depends on the seed and the unit alone. A unit that is dropped or turned away has a higher one than all that
-    are kept, then and later: what comes of it afterwards is turned away too, so that no sum is of a part.
+    The number depends only on the seed and the unit. A rejected unit has a higher number than all kept units, then and
+    later: its later inputs are rejected too, so that no sum covers only part of a unit.
     """
 
     def __init__(self, most: int, seed: int) -> None:

@@ -1,7 +1,4 @@
-"""Groups of images for a classifier: one group per class. Extra `vision`.
-
-Not for finding images (`moh.data.images.datasets`).
-"""
+"""Groups of images for a classifier: one group per class. Extra `vision`."""
 
 from __future__ import annotations
 
@@ -31,12 +28,12 @@ def image_groups(
     Args:
         model: a timm model, MoH or dense.
         dataset: labelled images, with the model's classes in any order.
-        wanted: what the model wants to see; None takes what it says itself (`moh.models.timm.loading.image_input`).
+        wanted: the model's expected input; None takes it from the model (`moh.models.timm.loading.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
 
     Raises:
-        ValueError: the images have other classes than the model, there are none, or `batch_size` is below 1.
+        ValueError: the images' classes are not the model's, there are no images, or `batch_size` is below 1.
     """
     loader = image_loader(model, dataset, wanted=wanted, batch_size=batch_size, workers=workers)
     images: ImageBatches = loader.dataset  # type: ignore[assignment]

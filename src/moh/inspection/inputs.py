@@ -1,6 +1,6 @@
-"""Inputs in labelled groups, as batches that a model of any family can be run on and judged by; those of texts are made here.
+"""Inputs in labelled groups, as batches with a forward pass and losses, for models of any family; and groups of texts.
 
-`image_groups` and `diffusion_groups` make the others.
+`image_groups` and `diffusion_groups` make groups of images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """B inputs and what to do with them.
+    """B inputs and how to run the model on them.
 
     Attributes:
         groups: `[B]` int64, the group of each input.
-        units: `[B]` int64, what belongs together: passages of one text have one number. Tests exchange whole units.
+        units: `[B]` int64, the unit of each input, such as the text of a passage. Tests exchange whole units.
         run: one forward pass over the batch.
-        losses: the loss of each input, `[B]` float32, a forward pass of its own.
+        losses: the loss of each input, `[B]` float32, in another forward pass.
         counted: `[B, N]` bool, the tokens that count (padding does not); None counts all.
     """
 
@@ -39,12 +39,12 @@ class GroupBatch:
 
 @dataclass(frozen=True)
 class GroupedInputs:
-    """Inputs of G groups, read anew each time that `batches` is called.
+    """Inputs of G groups, read again at each call of `batches`.
 
     Attributes:
         names: of the groups.
-        batches: all inputs, a batch at a time.
-        count: how many batches there are.
+        batches: yields all inputs, batch by batch.
+        count: number of batches.
     """
 
     names: tuple[str, ...]
@@ -77,21 +77,21 @@ def text_groups(
 ) -> GroupedInputs:
     """Passages of each group's texts, each read by itself.
 
-    Where a group has more texts than passages are wanted, texts are taken evenly spread over the group and of each the
-    middle passage (beginnings are often titles and licences); else several passages of each, evenly spread. In
-    tests a text with its passages is one unit; where a group has a single text every passage is one, and a difference
-    then is one between these texts, not between kinds of text.
+    If a group has more texts than the number of passages needed, its texts are sampled evenly and each gives its middle
+    passage (beginnings are often titles and licences); otherwise each gives several passages, evenly spread. In tests a
+    text with its passages is one unit. If any group has a single text, every passage is a unit; a difference is then one
+    between these texts, not between kinds of text.
 
     Args:
         model: a causal language model, MoH or dense.
         tokenizer: the model's.
         texts: name of the group -> its texts, at least one.
-        seq_len: tokens of a passage at most.
-        max_tokens: tokens of a group at most.
+        seq_len: most tokens of a passage.
+        max_tokens: most tokens of a group.
         batch_size: passages per forward pass.
 
     Raises:
-        ValueError: a group has no text, or one of its texts no two tokens; or a size is out of range.
+        ValueError: a group has no text, a text has fewer than two tokens, or a size is out of range.
     """
     if seq_len < 2 or max_tokens < seq_len:
         raise ValueError(f"seq_len must be at least 2 and max_tokens at least seq_len, got {seq_len}, {max_tokens}")
@@ -120,7 +120,7 @@ def text_groups(
 
 
 def token_groups(model: PreTrainedModel, blocks: Mapping[str, Tensor], *, batch_size: int = 4) -> GroupedInputs:
-    """Groups of token blocks, as `moh.training.pack_tokens` makes them; each block is a unit.
+    """Groups of token blocks, as from `moh.training.pack_tokens`; each block is a unit.
 
     Args:
         model: a causal language model, MoH or dense.
@@ -128,7 +128,7 @@ def token_groups(model: PreTrainedModel, blocks: Mapping[str, Tensor], *, batch_
         batch_size: blocks per forward pass.
 
     Raises:
-        ValueError: blocks have another shape.
+        ValueError: blocks are not `[n, seq_len]`, or `batch_size` is below 1.
     """
     passages: dict[str, list[_Passage]] = {}
     unit = 0
@@ -146,7 +146,7 @@ def token_groups(model: PreTrainedModel, blocks: Mapping[str, Tensor], *, batch_
 def _grouped(model: PreTrainedModel, passages: Mapping[str, list[_Passage]], batch_size: int) -> GroupedInputs:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    # Groups in turn: the first batches are of all of them
+    # Groups in turn, so that even the first batches hold all of them
     order = [passage for turn in zip_longest(*passages.values()) for passage in turn if passage is not None]
     starts = range(0, len(order), batch_size)
 
@@ -162,7 +162,7 @@ def _batch(model: PreTrainedModel, passages: Sequence[_Passage]) -> GroupBatch:
     ids = torch.stack([F.pad(passage.ids, (0, longest - len(passage.ids))) for passage in passages])  # [B, N]
     lengths = torch.tensor([len(passage.ids) for passage in passages])
     real = torch.arange(longest) < lengths[:, None]  # [B, N]
-    # Padding stands at the end, where no real token sees it: no mask is needed
+    # Padding is at the end, where causal attention hides it from real tokens: no mask is needed
     ids = ids.to(model.device)
 
     def run() -> object:
@@ -183,6 +183,6 @@ def _batch(model: PreTrainedModel, passages: Sequence[_Passage]) -> GroupBatch:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """At most `count` of `total` places, each in the middle of its part."""
+    """Up to `count` of `total` places, each in the middle of one of `count` equal parts."""
     count = min(count, total)
     return [(2 * place + 1) * total // (2 * count) for place in range(count)]

@@ -1,6 +1,6 @@
 """Pictures of all heads of a model and of their loads over training, and loss curves (extra `llm`, matplotlib).
 
-Each function returns a figure; `save` writes it. Colours are told apart in print and by colour-blind readers. No display
+Each function returns a figure; `save` writes it. Colours are distinct in print and to colour-blind readers. No display
 is needed.
 """
 
@@ -28,7 +28,7 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches."""
+    """An empty figure; sizes in inches."""
     figure: Figure = require("matplotlib.figure", extra="llm").Figure(figsize=(width, height), layout="constrained")
     return figure
 
@@ -37,7 +37,7 @@ def plot_head_load(load: Tensor, layers: Sequence[MoHConfig | None], *, title: s
     """Layers x heads, the share of tokens that activate each head; shared heads are marked S, those of dense layers D.
 
     Args:
-        load: `[L, H]`, NaN where there is no head; `HeadUse.mean_load()`, for example.
+        load: `[L, H]`, NaN where there is no head; for example `HeadUse.mean_load()`.
         layers: heads and routing of each layer; None for a dense one.
         title: of the figure.
     """
@@ -85,7 +85,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def save_with_data(figure: Figure, rows: Sequence[Mapping[str, object]], stem: str | Path) -> None:
-    """Write a figure as STEM.png and STEM.svg and what it shows as STEM.csv, each whole or not at all."""
+    """Write a figure as STEM.png and STEM.svg and its data as STEM.csv, each whole or not at all."""
     stem = Path(stem)
     save_rows(stem.with_name(f"{stem.name}.csv"), rows)
     for suffix in ("png", "svg"):
@@ -93,14 +93,14 @@ def save_with_data(figure: Figure, rows: Sequence[Mapping[str, object]], stem: s
 
 
 LOAD_KEY = "routed_load"
-"""In an entry of the log: layer by layer, the routed heads' loads."""
+"""Key of the routed heads' loads, layer by layer, in an entry of the log."""
 
 
 def find_history(model_dir: str | Path) -> list[dict[str, Any]] | None:
-    """What the trainer logged of a model, or None: of the directory itself, a checkpoint, or the last one beside it.
+    """The trainer's log of a model, from the directory itself or the last checkpoint next to it; None if there is none.
 
     Args:
-        model_dir: as training leaves it (`OUTPUT_DIR/model`), a checkpoint, or the output directory.
+        model_dir: the trained model (`OUTPUT_DIR/model`), a checkpoint, or the output directory.
     """
     path = Path(model_dir).expanduser()
     for found in (path, last_complete_checkpoint(path), last_complete_checkpoint(path.absolute().parent)):
@@ -114,8 +114,8 @@ def find_history(model_dir: str | Path) -> list[dict[str, Any]] | None:
 
 
 def training_rows(history: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row per logged entry that has routing, and routed layer: step, layer ("all" for what is of all layers),
-    balance_loss, active_share, lowest and highest load of a routed head (of one layer, or the mean over them)."""
+    """One row per logged entry with routing and per routed layer: step, layer ("all": over all layers), balance_loss,
+    active_share, lowest and highest load of a routed head (of the layer, or the mean over layers)."""
     rows: list[Row] = []
     for entry in history:
         if "balance_loss" not in entry:
@@ -139,10 +139,10 @@ def plot_training(rows: Sequence[Row]) -> Figure:
     """Over the steps: the balance loss, and the lowest and the highest load of a routed head, mean over the layers.
 
     Args:
-        rows: of `training_rows`. Logs of older runs have no loads: then the balance loss is shown alone.
+        rows: from `training_rows`. Logs of older runs have no loads: then only the balance loss is shown.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no rows.
     """
     if not rows:
         raise ValueError("the log has no entries with routing: was the model trained with MoH layers?")

@@ -1,6 +1,6 @@
-"""What an inspection found, written into a directory: tables, figures with their data beside them, and a summary.
+"""The results of an inspection as a directory: tables, figures with their data, and a summary.
 
-Computes nothing on a model (`groups`, `ablation`). Needs the extra `llm`.
+`groups` and `ablation` run the model. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from moh.inspection.statistics import (
 from moh.inspection.tables import Row, save_rows
 
 MAX_PAIR_GROUPS = 12
-"""With more groups, pairs are not tested one by one: there would be too many for any to stand out."""
+"""Above this many groups no two are compared: with that many tests none would stand out."""
 _LEVEL = 0.05
-_SHOWN = 12  # rows of a table of the summary
+_SHOWN = 12  # rows of a table in the summary
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class InspectionReport:
     """Made by `report`; `save` writes it.
 
     Attributes:
-        name: of the model.
-        use: what was counted.
+        name: the model's.
+        use: the counts.
         untested: why nothing was tested; empty if it was.
-        tests: of `permutation_test`.
-        pairs: of `pair_tests`; empty for more than `MAX_PAIR_GROUPS` groups.
-        specialised: of `specialised_heads`.
-        unusual: of `unusual_heads`.
-        ablation: what each head is worth, if that was measured.
-        training: of `training_rows`, if there is a log.
+        tests: rows of `permutation_test`.
+        pairs: rows of `pair_tests`; empty for more than `MAX_PAIR_GROUPS` groups.
+        specialised: rows of `specialised_heads`.
+        unusual: rows of `unusual_heads`.
+        ablation: what each head is worth, if measured.
+        training: rows of `training_rows`, if there is a log.
         notes: sentences on the inputs, for the summary.
     """
 
@@ -70,8 +70,8 @@ class InspectionReport:
         """Write all tables and figures, each whole or not at all.
 
         Args:
-            directory: made if it does not exist.
-            groups: to show in the figure of loads per group; None chooses.
+            directory: created if missing.
+            groups: groups in the figure of loads per group; None chooses.
 
         Raises:
             ValueError: a group is unknown.
@@ -126,7 +126,7 @@ class InspectionReport:
         ]
         yield from _table(("group", "inputs", "tokens"), groups[:50])
         if len(groups) > 50:
-            yield f"And {len(groups) - 50} more groups: layers.csv."
+            yield f"{len(groups) - 50} more groups are in layers.csv."
             yield ""
         yield from (line for note in self.notes for line in (note, ""))
 
@@ -225,21 +225,21 @@ def report(
     training: Sequence[Row] = (),
     notes: Sequence[str] = (),
 ) -> InspectionReport:
-    """Test what was counted, and put everything together.
+    """Test the counts, and put everything together.
 
     Args:
-        name: of the model.
-        use: what was counted.
-        permutations: of the tests.
-        seed: of the tests.
+        name: the model's.
+        use: the counts.
+        permutations: permutations per test.
+        seed: seed of the tests.
         dead: threshold of `unusual_heads`.
         overloaded: threshold of `unusual_heads`.
-        ablation: of `ablate_heads`.
-        training: of `training_rows`.
+        ablation: from `ablate_heads`.
+        training: from `training_rows`.
         notes: sentences on the inputs, for the summary.
 
     Raises:
-        ValueError: a number is out of range. Groups that can't be tested are no error: `untested` says why.
+        ValueError: a number is out of range. Groups that can't be tested are not an error: `untested` gives the reason.
     """
     unusual = unusual_heads(use, dead=dead, overloaded=overloaded)
     if permutations < 1:
@@ -252,7 +252,7 @@ def report(
     else:
         specialised = specialised_heads(use, permutations=permutations, seed=seed)
         sizes = use.sample.groups.bincount(minlength=len(use.groups))
-        # of two single inputs nothing can be said
+        # two groups of one input each can't be compared
         if 2 < int((sizes > 0).sum()) <= MAX_PAIR_GROUPS and int(sizes[sizes > 0].min()) > 1:
             pairs = pair_tests(use, permutations=permutations, seed=seed)
     return InspectionReport(

@@ -1,8 +1,8 @@
-"""What the loads of groups say: how evenly they spread, how far groups are apart, which heads are dead or overloaded, and
+"""Statistics of groups' loads: how evenly they spread, how far groups are apart, which heads are dead or overloaded, and
 whether groups differ by more than chance.
 
-Of routed heads alone: shared heads and dense layers are used by every token of every group. The permutation tests exchange
-labels between inputs (texts, images), never between tokens: tokens of one text are alike, and a test that took them for
+Only routed heads count: every token of every group uses shared heads and dense layers. The permutation tests exchange
+labels between inputs (texts, images), never between tokens: tokens of one text are alike, and treating them as
 independent would find differences between any two texts.
 """
 
@@ -22,7 +22,7 @@ from moh.inspection.tables import Row
 def load_entropy(load: Tensor) -> Tensor:
     """Entropy, in bits, of loads `[..., h_r]` taken as a distribution over the heads, `[...]` float64.
 
-    `log2(h_r)` where all heads are used alike; 0 where all tokens use the same single one.
+    `log2(h_r)` if all heads are used equally; 0 if all tokens use the same single head.
     """
     nats: Tensor = torch.special.entr(_distribution(load)).sum(-1)
     return nats / math.log(2)
@@ -31,7 +31,7 @@ def load_entropy(load: Tensor) -> Tensor:
 def load_distance(a: Tensor, b: Tensor) -> Tensor:
     """Jensen-Shannon distance, base 2, between loads `[..., h_r]` taken as distributions over the heads, `[...]` float64.
 
-    0 where both are the same, 1 where no head is used by both. The square root of the divergence.
+    The square root of the divergence: 0 if both are the same, 1 if no head is used by both.
     """
     p, q = _distribution(a), _distribution(b)
     divergence = load_entropy((p + q) / 2) - (load_entropy(p) + load_entropy(q)) / 2
@@ -42,7 +42,7 @@ def layer_rows(use: HeadUse) -> list[Row]:
     """One row per group with inputs and layer.
 
     Columns: group, inputs, layer, tokens, share (of heads that a token uses), routed_heads, entropy (of the routed heads'
-    load, bits; NaN without routed heads), evenness (entropy over its maximum; NaN with less than two routed heads),
+    load, bits; NaN without routed heads), evenness (entropy over its maximum; NaN with fewer than two routed heads),
     shared_contribution (shared heads' part of the sum of contributions; NaN in a dense layer).
     """
     rows: list[Row] = []
@@ -71,7 +71,7 @@ def layer_rows(use: HeadUse) -> list[Row]:
 
 
 def distance_rows(use: HeadUse) -> list[Row]:
-    """One row per routed layer and pair of groups with inputs: layer, group, other, distance (`load_distance`)."""
+    """One row per layer with a choice and two groups with inputs: layer, group, other, distance (`load_distance`)."""
     present = [group for group in range(len(use.groups)) if use.inputs[group]]
     return [
         {
@@ -87,12 +87,12 @@ def distance_rows(use: HeadUse) -> list[Row]:
 
 
 def unusual_heads(use: HeadUse, *, dead: float = 0.01, overloaded: float = 0.95) -> list[Row]:
-    """Routed heads that no group uses, or that every group uses nearly always, where tokens have a choice.
+    """Routed heads that no group uses, or that every group uses nearly always, in layers with a choice.
 
     Args:
-        use: of the groups that are asked about.
-        dead: a head is dead if fewer than this share of every group's tokens activate it.
-        overloaded: a head is overloaded if more than this share of every group's tokens activate it.
+        use: the groups.
+        dead: a head is dead if less than this share of every group's tokens activates it.
+        overloaded: a head is overloaded if more than this share of every group's tokens activates it.
 
     Returns:
         layer, head, what ("dead" or "overloaded"), lowest and highest load among the groups.
@@ -114,7 +114,7 @@ def unusual_heads(use: HeadUse, *, dead: float = 0.01, overloaded: float = 0.95)
 
 
 def choosing_layers(use: HeadUse) -> list[tuple[int, list[int]]]:
-    """The layers in which tokens have a choice, some but not all routed heads being active: (place, routed heads)."""
+    """(place, routed heads) of each layer in which tokens have a choice: some but not all routed heads are active."""
     return [
         (place, layer.routed)
         for place, layer in enumerate(use.layers)
@@ -131,28 +131,29 @@ def permutation_test(use: HeadUse, *, permutations: int = 999, seed: int = 0) ->
     """Do the groups differ? One test per layer in which tokens choose, and one over all of them.
 
     The statistic of a layer is the Jensen-Shannon divergence of the groups' loads over its routed heads, in bits, each
-    group weighted by its active tokens: 0 if all are the same. That over all layers is the mean. It is compared with those
-    of the same inputs under exchanged labels; `p = (1 + those at least as large) / (1 + permutations)`. Works on
-    `use.sample`, at most `keep` inputs of each group; memory does not grow with `permutations`.
+    group weighted by its active tokens: 0 if all are the same. The statistic over all layers is their mean. It is
+    compared with the same inputs under exchanged labels: `p = (1 + number at least as large) / (1 + permutations)`.
+    Uses `use.sample`, up to `keep` inputs of each group; memory does not grow with `permutations`.
 
     Args:
         use: at least two groups with inputs, one of them with at least two.
-        permutations: at least 1; the smallest p that can come out is `1 / (1 + permutations)`.
-        seed: of the exchanges.
+        permutations: at least 1; the smallest possible p is `1 / (1 + permutations)`.
+        seed: seed of the exchanges.
 
     Returns:
         layer ("all" in the last row), divergence, by_chance (its mean under exchanged labels), p, and p_holm (adjusted over
-        the layers by Holm's method; in the last row the same as p, for it is one test).
+        the layers by Holm's method; equal to p in the last row, which is one test).
 
     Raises:
-        ValueError: `permutations` is below 1, or the groups can't be told apart by any exchange of labels.
+        ValueError: `permutations` is below 1, there is no layer with a choice, fewer than two groups have inputs, or
+            none has more than one.
     """
     layers, observed, counts = _prepare(use, permutations)
     sums, larger = torch.zeros_like(observed), torch.zeros_like(observed)
     for labels in _exchanged(use.sample.groups, permutations, seed):
         divergence = _divergences(counts, labels, len(use.groups))
         sums += divergence
-        larger += divergence >= observed - 1e-12
+        larger += divergence >= observed - 1e-12  # equal ones count too, despite rounding
     p = ((1 + larger) / (1 + permutations)).tolist()
     adjusted = [*holm(p[:-1]), p[-1]]
     names: list[int | str] = [*(place for place, _ in layers), "all"]
@@ -165,15 +166,15 @@ def permutation_test(use: HeadUse, *, permutations: int = 999, seed: int = 0) ->
 
 
 def pair_tests(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
-    """Which groups differ? The test over all layers for each pair of groups with inputs.
+    """Which groups differ? The test over all layers for every two groups with inputs.
 
     Args as in `permutation_test`.
 
     Returns:
-        group, other, divergence, by_chance, p, p_holm (adjusted over the pairs).
+        group, other, divergence, by_chance, p, p_holm (adjusted over these tests).
 
     Raises:
-        ValueError: as `permutation_test`, where it holds for a pair.
+        ValueError: as in `permutation_test`, for any two groups.
     """
     present = [name for name, inputs in zip(use.groups, use.inputs.tolist(), strict=True) if inputs]
     rows: list[Row] = []
@@ -189,7 +190,7 @@ def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -
     """Which heads does a group use more, or less, than all others? Every routed head and group, tested together.
 
     The statistic is the group's load minus that of all other inputs, over its standard deviation under exchanged labels. p
-    is adjusted for all heads and groups at once: the share of exchanges whose largest statistic of all is at least as large.
+    is adjusted for all heads and groups at once: the share of exchanges whose largest statistic is at least as large.
 
     Args as in `permutation_test`.
 
@@ -197,7 +198,7 @@ def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -
         by rising p, then by falling statistic: group, layer, head, load (of the kept inputs), elsewhere, difference, z, p.
 
     Raises:
-        ValueError: as `permutation_test`.
+        ValueError: as in `permutation_test`.
     """
     layers, _, _ = _prepare(use, permutations)
     sample, groups = use.sample, len(use.groups)
@@ -210,7 +211,7 @@ def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -
     spread = (squares / permutations).sqrt().clamp_min(1e-12)
     z = observed / spread
     larger = torch.zeros_like(z)
-    for labels in _exchanged(sample.groups, permutations, seed):  # again the same: nothing had to be kept
+    for labels in _exchanged(sample.groups, permutations, seed):  # the same exchanges again, instead of storing them
         largest = (_against_others(active, tokens, labels, groups)[0].nan_to_num() / spread).abs().max()
         larger += largest >= z.abs() - 1e-12
     p = (1 + larger) / (1 + permutations)
@@ -233,7 +234,7 @@ def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted by Holm's method, which keeps the chance of any false alarm among all of them below each."""
+    """p-values adjusted by Holm's method, which bounds the chance of any false alarm among all of them."""
     adjusted = [0.0] * len(p)
     highest = 0.0
     for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
@@ -243,10 +244,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _prepare(use: HeadUse, permutations: int) -> tuple[list[tuple[int, list[int]]], Tensor, list[Tensor]]:
-    """The layers, their statistics and the mean of them `[L + 1]`, and each layer's counts `[m, h_r]`.
+    """The layers, their statistics and the mean of these `[L + 1]`, and each layer's counts `[m, h_r]`.
 
     Raises:
-        ValueError: there is nothing to test.
+        ValueError: as in `permutation_test`.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
@@ -257,7 +258,7 @@ def _prepare(use: HeadUse, permutations: int) -> tuple[list[tuple[int, list[int]
     if (sizes > 0).sum() < 2:
         raise ValueError(f"at least 2 groups with inputs are needed, got {int((sizes > 0).sum())}")
     if sizes.max() < 2:
-        raise ValueError("each group has a single input (text or image): exchanging labels tells nothing; give more")
+        raise ValueError("each group has a single input (text or image): labels can't be exchanged; give more inputs")
     counts = [use.sample.active[place][:, routed].double() for place, routed in layers]
     return layers, _divergences(counts, use.sample.groups, len(use.groups)), counts
 
@@ -274,13 +275,13 @@ def _divergences(counts: list[Tensor], labels: Tensor, groups: int) -> Tensor:
     for of_layer in counts:  # [m, h_r]
         sums = of_layer.new_zeros(groups, of_layer.shape[1]).index_add_(0, labels, of_layer)
         weight = sums.sum(1) / sums.sum()
-        within = (weight * load_entropy(sums).nan_to_num()).sum()  # a group without inputs weighs nothing
+        within = (weight * load_entropy(sums).nan_to_num()).sum()  # a group without inputs has weight 0
         found.append((load_entropy(sums.sum(0)) - within).clamp_min(0))
     return torch.stack([*found, torch.stack(found).mean()])
 
 
 def _against_others(active: Tensor, tokens: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Load of each group minus that of all others, and both, `[G, X]`."""
+    """Load of each group minus that of all others, then both loads, each `[G, X]`."""
     ours, length = (x.new_zeros(groups, x.shape[1]).index_add_(0, labels, x) for x in (active, tokens))
     load, elsewhere = ours / length, (ours.sum(0) - ours) / (length.sum(0) - length)
     return load - elsewhere, load, elsewhere

@@ -1,4 +1,4 @@
-"""Tables as CSV and parquet files and as data frames. Not for what stands in them."""
+"""Tables as CSV and parquet files and as data frames."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What every head did with every token of one input: its gate and its contribution, layer by layer.
 
-Reads any model whose attention ends in one output projection, MoH or dense; a dense layer's gates are 1. Nothing is
-kept in the model. Not for whole data sets: see `moh.inspection.groups`.
+Reads any model whose attention ends in one output projection, MoH or dense; a dense layer's gates are 1. The model is
+left unchanged. `moh.inspection.groups` is for whole data sets.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from moh.models.transformers.families import FAMILIES, at
 from moh.routing import Router, record_routing
 
 _FAMILIES = {family.attention: family for family in FAMILIES}
-"""Name of a family's attention class, which ours derives from -> where its parts are."""
+"""Name of a family's attention class, the base of ours -> where its parts are."""
 _USUAL_OUTPUTS = ("o_proj", "proj", "out_proj", "to_out.0")
-"""Where the output projection of any other attention module is found: transformers, timm and ours, diffusers."""
+"""Names of the output projection in any other attention module: transformers, timm and ours, diffusers."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class LayerTrace:
     Attributes:
         name: of the attention module in the model.
         config: heads and routing; None for a dense layer.
-        gates: `[B, N, H]` float32, weight of each head; 0 where it was not used, 1 in a dense layer.
-        contributions: `[B, N, H]` float32, `||g_i H_i W_O^i||_2`, what the head added to the residual stream.
+        gates: `[B, N, H]` float32, weight of each head; 0 if unused, 1 in a dense layer.
+        contributions: `[B, N, H]` float32, `||g_i H_i W_O^i||_2`, norm of the head's addition to the residual stream.
     """
 
     name: str
@@ -43,11 +43,11 @@ class LayerTrace:
 
 
 class AttentionLayer:
-    """An attention module whose output projection is listened to.
+    """An attention module whose output projection is observed.
 
     Attributes:
         name: of the module in the model.
-        projection: W_O; what it reads is the heads, weighted and concatenated, `[B, N, H * D]`.
+        projection: W_O; its input is the heads, weighted and concatenated, `[B, N, H * D]`.
         weight: of the projection, `[C, H * D]`.
         num_heads: H.
         config: heads and routing; None for a dense layer.
@@ -65,7 +65,7 @@ class AttentionLayer:
         weight: Tensor = self.projection.weight  # type: ignore[assignment]
         return (
             weight if isinstance(self.projection, nn.Linear) else weight.T
-        )  # transformers' Conv1D has it the other way
+        )  # transformers' Conv1D stores the transpose
 
     def before_projection(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0]  # [B, N, H * D], weighted by the gates
@@ -80,7 +80,7 @@ class AttentionLayer:
 
 @torch.no_grad()
 def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
-    """Run `forward()`, which calls `model`, and tell what each attention layer's heads did.
+    """Run `forward()`, which calls `model`, and report what each attention layer's heads did.
 
     Args:
         model: MoH or dense, of any family.
@@ -90,7 +90,7 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
         one entry per attention layer that ran, in the order of the model.
 
     Raises:
-        ValueError: the model has no attention layer that is known.
+        ValueError: the model has no known attention layer.
     """
     layers = attention_layers(model)
     training = model.training
@@ -113,7 +113,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The attention layers of a model of any family, MoH or dense, in its order.
 
     Raises:
-        ValueError: the model has none that is known.
+        ValueError: the model has no known attention layer.
     """
     layers = list(_find(model))
     if not layers:
@@ -134,7 +134,7 @@ def _find(model: nn.Module) -> Iterator[AttentionLayer]:
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """What holds a module's number of heads, and its output projection; None if it is no attention module."""
+    """The holder of a module's number of heads, and its output projection; None if it is not an attention module."""
     for kind in type(module).__mro__:
         if (family := _FAMILIES.get(kind.__name__)) is not None:
             return at(module, family.core), at(module, family.output)
@@ -149,7 +149,7 @@ def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _dense_heads(module: nn.Module, projection: nn.Module) -> int | None:
-    """How many heads a dense attention module has; None if it is no attention module."""
+    """Number of heads of a dense attention module; None if it is not an attention module."""
     for name in ("num_heads", "heads", "num_attention_heads"):
         if isinstance(heads := getattr(module, name, None), int):
             return heads

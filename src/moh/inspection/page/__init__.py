@@ -1,4 +1,4 @@
-"""One self-contained HTML file in which a person explores which head did what with each token or patch."""
+"""One self-contained HTML file to explore which head did what with each token or patch."""
 
 from moh.inspection.page.page import HeadPage, head_page
 from moh.inspection.page.samples import PageSample, image_sample, text_sample

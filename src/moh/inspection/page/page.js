@@ -1,6 +1,6 @@
 "use strict";
-// The page of `moh.inspection.page`: shows one input's tokens or patches, the map of layers and heads, and what leads
-// from one to the other. Text of the input goes into the document through textContent alone.
+// The page of `moh.inspection.page`: one input's tokens or patches, the map of layers and heads, and the links between
+// them. Text of the input is inserted only through textContent.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -26,7 +26,7 @@ const level = (s, layer, head, token, value) => s.layers[layer].values[value][he
 const number = (s, layer, head, token, value) =>
   (level(s, layer, head, token, value) / 255) * s.layers[layer].scales[value];
 
-/** Index of the chosen token in a layer: the same token of a text, the patch at the same place of an image. */
+/** Index of the chosen token in a layer: the same token of a text, or the patch at the same place of an image. */
 function tokenIn(layer, token = state.token) {
   if (token === null) return null;
   if (!sample().image) return token;
@@ -116,7 +116,7 @@ function drawPicture() {
   const width = canvas.width / columns, height = canvas.height / rows;
   for (let i = 0; i < rows * columns; i++) {
     const v = level(s, state.layer, state.head, prefix + i, state.value) / 255;
-    pen.fillStyle = `rgba(255, 140, 40, ${v * 0.75})`; // shows on black, on white and on grey
+    pen.fillStyle = `rgba(255, 140, 40, ${v * 0.75})`; // visible on black, white and grey
     pen.fillRect((i % columns) * width, Math.floor(i / columns) * height, width, height);
   }
   if (state.token) {
@@ -166,7 +166,7 @@ function shadeMap() {
   const numbers = data.layers.map((layer, l) =>
     Array.from({ length: layer.heads }, (_, h) =>
       token === null ? mean(members, l, h, value) : number(s, l, h, tokenIn(l, token), value)));
-  // contributions grow with depth: each layer is shaded by its own largest
+  // contributions grow with depth: each layer is shaded relative to its own largest
   const tops = numbers.map((row) => (value === 0 && token === null ? 1 : Math.max(...row, 1e-9)));
   const what = value === 0 ? (token === null ? "share of tokens that use it" : "gate") : "contribution";
   cells.forEach((row, l) => row.forEach((cell, h) => {
@@ -395,7 +395,7 @@ async function start() {
     data.samples.forEach((s, i) => { if (s.group === group) box.append(element("option", { value: i }, s.name)); });
     $("sample").append(box);
   }
-  // a head that half of the tokens use says most
+  // a head that half of the tokens use is the most informative
   let best = 1;
   data.layers.forEach((layer, l) => {
     for (let h = 0; h < layer.heads; h++) {

@@ -1,6 +1,6 @@
-"""Samples -> one HTML file: the data compressed inside, no address outside, nothing of the user's text as markup.
+"""Samples -> one HTML file: compressed data, no external addresses, none of the user's text as markup.
 
-The page itself is `template.html`, `page.css` and `page.js` beside this file.
+The page itself is `template.html`, `page.css` and `page.js`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VALUES = ("gates", "contributions")
 
 @dataclass(frozen=True)
 class HeadPage:
-    """A finished page. `save` writes it; a notebook shows it by itself."""
+    """A finished page. `save` writes it; a notebook displays it."""
 
     html: str
 
@@ -43,11 +43,11 @@ def head_page(samples: Sequence[PageSample], *, title: str = "Which head does wh
     """Make the page of some inputs to one model.
 
     Args:
-        samples: of one model, so that all have the same layers and heads.
+        samples: all from one model, with the same layers and heads.
         title: of the page.
 
     Raises:
-        ValueError: no samples, or samples of different models.
+        ValueError: there are no samples, or they come from different models.
     """
     if not samples:
         raise ValueError("samples must hold at least one input")
@@ -74,7 +74,7 @@ def head_page(samples: Sequence[PageSample], *, title: str = "Which head does wh
         "title": html.escape(title),
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "script": (folder / "page.js").read_text(encoding="utf-8"),
-        # no token can end the element: "<" never stands in it
+        # without "<" no token can end the script element
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     for name, text in parts.items():
@@ -106,7 +106,7 @@ def _sample(sample: PageSample) -> dict[str, Any]:
 
 
 def _levels(values: Tensor) -> tuple[bytes, float]:
-    """`[N, H]` values of at least 0 -> one byte each, head by head, and what 255 stands for; only 0 becomes 0."""
+    """`[N, H]` values of at least 0 -> one byte each, head by head, and the value of 255; only 0 becomes 0."""
     finite = values.nan_to_num(0.0, 0.0, 0.0).clamp_min(0).T.contiguous()  # [H, N]
     top = float(finite.max()) if finite.numel() else 0.0
     if top == 0:

@@ -1,6 +1,6 @@
 """The inputs that a page shows: a text or an image, with what every head did with its tokens.
 
-Running the model happens here; how it is written into HTML is in `page`.
+The model runs here; `page` writes the HTML.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PageSample:
     Attributes:
         name: shown in the list of inputs.
         group: inputs of one group are averaged in the map (a class, a task, a file).
-        layers: of a batch of one.
+        layers: traces of a batch of one.
         tokens: text of each token, or None for an image.
         image: the image as the model saw it, or None for a text.
     """
@@ -55,10 +55,10 @@ class PageSample:
 
 
 def patch_grid(tokens: int, aspect: float) -> tuple[int, int, int]:
-    """How `tokens` are laid out over an image of an aspect ratio: (tokens before the patches, rows, columns).
+    """Layout of `tokens` over an image of aspect ratio width / height: (tokens before the patches, rows, columns).
 
     Raises:
-        ValueError: no grid of that aspect, with up to 16 tokens before it, has so many tokens.
+        ValueError: no grid of that aspect, with up to 16 tokens before it, has this many tokens.
     """
     for prefix in range(min(17, tokens)):
         patches = tokens - prefix
@@ -82,10 +82,10 @@ def text_sample(
     Args:
         model: MoH or dense.
         tokenizer: the model's.
-        text: anything; what is cut off after `max_tokens` is not shown.
+        text: any text; it is cut off after `max_tokens`.
         name: in the list of inputs.
-        group: default is `name`.
-        max_tokens: at most so many tokens.
+        group: None means `name`.
+        max_tokens: most tokens to read.
 
     Raises:
         ValueError: the text has no tokens.
@@ -108,7 +108,7 @@ def image_sample(
     Args:
         model: takes `[1, C, height, width]`.
         image: any size and mode that `transform` takes.
-        transform: as in evaluation: image -> `[C, height, width]`; what it does to sizes is done to the picture shown.
+        transform: as in evaluation: image -> `[C, height, width]`; the picture shown is its result.
         name: in the list of inputs.
         group: for example the image's class.
     """
@@ -118,7 +118,7 @@ def image_sample(
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> tuple[list[int], list[str]]:
-    """Token ids, and the part of the text that each stands for."""
+    """Token ids, and each token's part of the text."""
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, verbose=False)["input_ids"])[:max_tokens]
         return ids, [tokenizer.decode([i]) for i in ids]
@@ -126,16 +126,16 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> 
     ids, spans = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
     pieces, end = [], 0
     for token, (start, stop) in zip(ids, spans, strict=True):
-        if start == stop:  # special tokens stand for no text
+        if start == stop:  # special tokens have no part of the text
             pieces.append(tokenizer.decode([token]))
-        else:  # several tokens may share a character: the first shows it, and characters before it that no token has
+        else:  # the first of several tokens that share a character shows it, and characters that no token covers
             pieces.append(text[min(start, end) : stop] if stop > end else "·")
             end = max(end, stop)
     return list(ids), pieces
 
 
 def picture(pixels: Tensor) -> Image:
-    """The tensor as a picture, its values spread over the whole range because normalisation is not known."""
+    """The tensor as a picture, its values stretched to the whole range because the normalisation is unknown."""
     from PIL import Image
 
     low, high = pixels.amin(), pixels.amax()
