@@ -90,7 +90,7 @@ def test_a_person_can_use_all_of_it(text_subject: TextSubject, width: int, heigh
         assert page.get_attribute("#tokens [data-token='2']", "aria-pressed") == "true"
         page.get_by_role("tab", name="Next token").click()
         assert page.locator("#next li").count() == 20
-        page.get_by_role("tab", name="All budgets").click()
+        page.get_by_role("tab", name="All shares").click()
         page.click("#draw")
         assert text_of(page, "#figures", "3 routed heads").count("routed heads") == 4
         page.wait_for_selector("#curve canvas, #curve svg")
@@ -157,7 +157,7 @@ def test_a_dense_model_has_no_slider(dense_dir: Path) -> None:
         assert "A dense model" in text_of(page, "#about", "dense")
         text_of(page, "#summary", r"this model, dense[\s\S]*\d ms")
         assert page.locator("#budget").count() == 0 or page.is_hidden("#budget")
-        assert page.get_by_role("tab", name="All budgets").count() == 0
+        assert page.get_by_role("tab", name="All shares").count() == 0
         assert "D: the head of a dense layer (2 of 2 layers)" in page.inner_text("#heads")
     assert complaints(problems) == []
 

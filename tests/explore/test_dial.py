@@ -58,7 +58,7 @@ def test_a_model_without_a_choice_has_no_values() -> None:
         assert dial.values == () and dial.own is None and not dial.uses_all
         with dial.at(None) as share:
             assert share == 1.0
-        with pytest.raises(ValueError, match=r"active heads must be left out for this model, got 1"), dial.at(1):
+        with pytest.raises(ValueError, match=r"active heads must be None for this model, got 1"), dial.at(1):
             pass
 
 

@@ -81,7 +81,7 @@ def test_a_dense_model_is_shown_as_what_it_is(dense_dir: Path) -> None:
     found = read_text(subject, TEXT, None)
     assert found.reference is None and found.share == 1
     assert [layer.config for layer in found.layers] == [None, None]
-    with pytest.raises(ValueError, match="no budget to set"):
+    with pytest.raises(ValueError, match="no share of heads to set"):
         budget_curve(subject, TEXT)
 
 
@@ -100,7 +100,7 @@ def test_unusual_text_is_read(text_subject: TextSubject, text: str) -> None:
     [
         ("", "Type a text first"),
         (" \n", "Type a text first"),
-        ("a" * (MOST_CHARACTERS + 1), "at most 20,000 characters, and it has 20,001"),
+        ("a" * (MOST_CHARACTERS + 1), "at most 20,000 characters, got 20,001"),
     ],
     ids=["empty", "blank", "too-long"],
 )

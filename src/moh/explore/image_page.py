@@ -1,6 +1,6 @@
-"""The page of an image classifier: an image, its likeliest classes at a budget, and which patches used which head.
+"""The page of an image classifier: an image, its likeliest classes at a share of heads, and each head's patches.
 
-Numbers come from `images`, their looks from `markup`.
+`images` computes the numbers, `markup` lays them out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moh.explore.subjects import ImageSubject
 
 @dataclass(frozen=True)
 class _Shown:
-    """What one visitor sees: a comparison, and the layer and head whose use is shown."""
+    """One visitor's view: a comparison, and the layer and head whose use is shown."""
 
     comparison: ImageComparison
     layer: int = 0
@@ -53,13 +53,13 @@ def add_image_page(subject: ImageSubject) -> None:
 
 
 class _ImagePage:
-    """The page's answers for one model."""
+    """The page's event handlers for one model."""
 
     def __init__(self, subject: ImageSubject) -> None:
         self.subject = subject
 
     def read(self, path: str | None, value: float, own: bool, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
-        """Everything but the time at once, and the time as soon as it is measured."""
+        """Yields everything but the time at once, then the time as soon as it is measured."""
         if path is None:
             yield None, "", "", "", "", ""
             return
@@ -76,12 +76,12 @@ class _ImagePage:
         yield shown, "", self._classes(seen), self._summary(seen, seconds), *rest
 
     def move(self, path: str | None, value: float, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
-        """As `read`, where the slider was moved: it leaves the budget that was saved, and unticks its box."""
+        """As `read`, after the slider was moved: leaves the saved setting and unticks its box."""
         for shown in self.read(path, value, False, before):
             yield False, *shown
 
     def choose(self, shown: _Shown | None, data: gr.EventData) -> tuple[_Shown | None, str]:
-        """The patches of the layer and head that were clicked."""
+        """The patches of the clicked layer and head."""
         if shown is None:
             return None, ""
         layers = shown.comparison.layers
@@ -121,12 +121,12 @@ class _ImagePage:
     def _heads(self, shown: _Shown) -> str:
         layers = shown.comparison.layers
         used = [(layer.gates[0] > 0).float().mean(0) for layer in layers]
-        title = "Share of the patches that use each head: choose one"
+        title = "Share of the patches that use each head (click one)"
         return markup.head_map(title, layers, used, said="load", choosable=True, chosen=(shown.layer, shown.head))
 
 
 def _telling(seen: ImageComparison) -> tuple[int, int]:
-    """Layer and head to show first: of the first MoH layer the head that about half of the patches use."""
+    """Layer and head to show first: in the first MoH layer, the head whose load is closest to half of the patches."""
     for number, layer in enumerate(seen.layers):
         if layer.config is not None:
             load = (layer.gates[0] > 0).float().mean(0)  # [H]

@@ -1,6 +1,6 @@
-"""An image under a classifier at some budget: the likeliest classes, the time, and which patches used which head.
+"""An image under a classifier at a share of heads: the likeliest classes, the time, and which patches used which head.
 
-Numbers and pictures alone: how they are laid out is in `markup`.
+Only numbers and pictures; `markup` lays them out.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from moh.inspection.page.samples import patch_grid, picture
 from moh.inspection.trace import LayerTrace
 
 TOP_CLASSES = 5
-_SIDE = 448  # pixels of the shaded picture's longer side, at least
-_UNUSED = 0.78  # how much grey lies over a patch that did not use the head
+_SIDE = 448  # fewest pixels of the shaded picture's longer side
+_UNUSED = 0.78  # opacity of the grey over a patch that did not use the head
 _GREY = 128
 
 
 @dataclass(frozen=True)
 class ImageComparison:
-    """An image, seen by the model at a budget and by what it is compared with.
+    """An image, classified by the model at a share of heads and by the reference.
 
     Attributes:
         image: as the explored model saw it.
         pixels: `[C, H, W]`, the explored model's input.
-        reference_pixels: likewise of the reference.
+        reference_pixels: the reference's input.
         classes: the likeliest classes with their probabilities, the likeliest first.
-        reference_classes: likewise of the reference; None without one.
+        reference_classes: the reference's; None without one.
         share: share of the heads that a patch used.
-        layers: what every head of the explored model did; empty where its attention is of an unknown kind.
+        layers: what every head of the explored model did; empty if its attention is of an unknown kind.
     """
 
     image: Image.Image
@@ -48,12 +48,12 @@ class ImageComparison:
 
 
 def read_image(subject: ImageSubject, image: Image.Image, value: int | None) -> ImageComparison:
-    """Classify an image with the model at a budget, and with what it is compared with.
+    """Classify an image with the model at a dial value, and with the reference.
 
     Args:
         subject: the classifier.
         image: of any mode and size; a photograph is turned upright first.
-        value: of `subject.dial`; None is the model's own budget.
+        value: of `subject.dial`; None keeps the model's own setting.
 
     Raises:
         ValueError: the dial has no such value.
@@ -72,7 +72,7 @@ def read_image(subject: ImageSubject, image: Image.Image, value: int | None) -> 
 
 
 def time_image(subject: ImageSubject, seen: ImageComparison, value: int | None) -> tuple[float, float | None]:
-    """Seconds in which the model at a budget classifies the image, and the reference's.
+    """Seconds in which the model at a dial value classifies the image, and the reference's.
 
     Raises:
         ValueError: the dial has no such value.
@@ -97,10 +97,10 @@ def time_image(subject: ImageSubject, seen: ImageComparison, value: int | None) 
 
 
 def shaded_picture(seen: ImageComparison, layer: int, head: int) -> Image.Image:
-    """The image with the patches that did not use a head under grey, and the others the clearer the larger its gate.
+    """The image with grey over the patches that did not use a head; the others are clearer the larger their gate.
 
     Raises:
-        ValueError: there is no such layer or head, or its tokens are not laid out over the image.
+        ValueError: there is no such layer or head, or its tokens don't form a grid over the image.
     """
     if not 0 <= layer < len(seen.layers):
         raise ValueError(f"layer must be between 0 and {len(seen.layers) - 1}, got {layer}")

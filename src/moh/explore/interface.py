@@ -1,6 +1,6 @@
-"""The application itself: which page a model gets, how it looks, and serving it from this machine alone.
+"""The application: each model's page (`text_page` or `image_page`), its style, and a local server.
 
-Pages: `text_page`, `image_page`. Nothing is asked of any other machine: no fonts, no scripts, no telemetry.
+Nothing is requested from other machines: no fonts, no scripts, no telemetry.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def serve(
     """Serve an application until it is interrupted.
 
     Args:
-        app: as `build` makes it.
+        app: from `build`.
         host: address to listen at; "0.0.0.0" lets other machines in.
-        port: to listen at; None takes the first free one from 7860 on.
+        port: port to listen at; None takes the first free one from 7860 on.
         share: also open a public address, through the servers of Gradio's makers.
         browser: open it in this machine's browser.
-        wait: False returns at once; `app.close()` ends it.
+        wait: False returns at once; `app.close()` stops it.
 
     Returns:
         the local address.

@@ -1,6 +1,6 @@
-"""Readings as HTML: tables, bars, shaded tokens, the map of layers and heads. Every word from outside is escaped here.
+"""Readings as HTML: tables, bars, shaded tokens, the map of layers and heads. All text from outside is escaped here.
 
-What can be chosen carries data-token, or data-layer and data-head; `chooser.js` tells the application of it.
+Clickable elements carry data-token, or data-layer and data-head, which `chooser.js` sends to the application.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 _LOSS_OF_FULL_SHADE = 10.0  # nats
 _DIFFERENCE_OF_FULL_SHADE = 2.0
-_DEEPEST = 0.72  # of a shade, so that letters stay readable on it
+_DEEPEST = 0.72  # opacity of the strongest shade, so that letters stay readable
 _ORANGE, _BLUE = "213 94 0", "0 114 178"
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 def notice(text: str) -> str:
-    """A line that says what is the matter; nothing for an empty text."""
+    """A line that reports a problem; empty for an empty text."""
     return f'<p class="moh-notice" role="status">{escape(text)}</p>' if text else ""
 
 
@@ -47,7 +47,7 @@ def heading(title: str, text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Columns side by side, a heading before each row."""
+    """A table whose rows are (heading, cells)."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
@@ -69,7 +69,7 @@ def bars(title: str, entries: Sequence[tuple[str, float]]) -> str:
 
 
 def side_by_side(*parts: str) -> str:
-    """Parts beside one another where there is room."""
+    """Parts next to one another if there is room."""
     return f'<div class="moh-columns">{"".join(parts)}</div>'
 
 
@@ -86,9 +86,9 @@ def shaded_tokens(
     Args:
         tokens: N parts of the text.
         losses: N losses in nats; None is not shaded.
-        other: N losses of the model that this one is compared with.
-        difference: shade by `losses - other`: orange where it is larger, blue where it is smaller.
-        chosen: the token that is marked.
+        other: N losses of the reference.
+        difference: shade by `losses - other`: orange if positive, blue if negative.
+        chosen: the token to mark.
     """
     spans = []
     for index, (token, loss) in enumerate(zip(tokens, losses, strict=True)):
@@ -104,7 +104,7 @@ def shaded_tokens(
                     colour = _ORANGE if loss > beside else _BLUE
             shade = f' style="background:rgb({colour} / {_DEEPEST * min(1.0, strength):.3f})"'
         mark = ' aria-pressed="true"' if index == chosen else ""
-        focus = 0 if index == (chosen or 0) else -1  # one stop for the Tab key; the arrow keys go on from there
+        focus = 0 if index == (chosen or 0) else -1  # one stop for the Tab key; the arrow keys move on from it
         spans.append(
             f'<span role="button" tabindex="{focus}" data-token="{index}" title="token {index}: {said}"{mark}{shade}>'
             f"{_shown(token)}</span>"
@@ -121,18 +121,18 @@ def head_map(
     choosable: bool = False,
     chosen: tuple[int, int] | None = None,
 ) -> str:
-    """Layers x heads, each cell the bluer the larger its value.
+    """Layers x heads; the larger its value, the bluer a cell.
 
     Args:
-        title: over the map.
+        title: title of the map.
         layers: L layers.
-        values: of each layer `[H]`, at least 0; layers may differ in H. The bluest is 1, or the largest above it.
-        said: what a value is, for the cells' descriptions.
-        choosable: whether a cell is a button.
-        chosen: layer and head that are marked.
+        values: per layer `[H]`, at least 0; layers may differ in H. The bluest is 1, or the largest value if above 1.
+        said: name of a value, for the cells' descriptions.
+        choosable: whether cells are buttons.
+        chosen: layer and head to mark.
     """
     if not layers:
-        return note("This model's attention is of a kind that can't be looked into, so that its heads are not shown.")
+        return note("This model's attention is of a kind that can't be inspected, so its heads are not shown.")
     widest = max(len(row) for row in values)
     top = max(1.0, *(float(row.max()) for row in values))
     head = "".join(f'<th scope="col">{i if widest <= 16 or i % 4 == 0 else ""}</th>' for i in range(widest))
@@ -155,7 +155,7 @@ def head_map(
                 cells.append(f"<td{shade} {what}>{mark}</td>")
         rows.append(f'<tr><th scope="row">{number}</th>{"".join(cells)}</tr>')
     dense = sum(layer.config is None for layer in layers)
-    legend = "Rows are layers, columns heads; the bluer, the more. S: shared, used by every token."
+    legend = "Rows are layers, columns heads; bluer means more. S: shared, used by every token."
     if dense:
         legend += f" D: the head of a dense layer ({dense} of {len(layers)} layers)."
     return (
@@ -165,7 +165,7 @@ def head_map(
 
 
 def image_element(image: Image, description: str) -> str:
-    """The image itself, inside the page."""
+    """The image, embedded in the page."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -173,12 +173,12 @@ def image_element(image: Image, description: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As a person reads it."""
+    """Seconds as readable milliseconds."""
     return f"{1000 * seconds:.1f} ms" if seconds < 0.1 else f"{1000 * seconds:,.0f} ms"
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for what is not known."""
+    """Four significant digits; a dash for None."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -191,7 +191,7 @@ def _visible(text: str) -> str:
 
 
 def _shown(token: str) -> str:
-    """A token in a running text; the marks are no part of what is copied."""
+    """A token in running text; its marks are not copied with the text."""
     return escape(token.replace("\r", "")).replace("\n", '<i aria-hidden="true">↵</i>\n') or "<i>∅</i>"
 
 
@@ -199,14 +199,14 @@ TIME_ROW = f"time (median of {REPEATS})"
 
 
 def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
-    """The slider over the dial, and the box for a budget that the slider can't show; hidden where they say nothing."""
+    """The dial's slider, and the box for a saved setting that the slider can't show; hidden if they have no use."""
     dial = subject.dial
     values = dial.values or (0, 1)
     uneven = bool(dial.values) and dial.own is None
     label = "Routed heads active per token"
     shared = {router.config.num_shared for router in dial.routers}
     if len(shared) == 1:
-        label += f", beside {shared.pop()} shared"
+        label += f", plus {shared.pop()} shared"
     if dial.by_cost:
         label += " (on average over the layers)"
     slider = gr.Slider(
@@ -229,31 +229,31 @@ def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
     if subject.reference is not None and subject.reference.note:
         gr.HTML(note(subject.reference.note))
     elif subject.reference is None:
-        gr.HTML(note("Nothing to compare with: give a dense model by --dense."))
+        gr.HTML(note("Nothing to compare with: give a dense model with --dense."))
     return slider, own
 
 
 def budget_of(subject: Subject, value: float, own: bool) -> int | None:
-    """What the controls ask for: a value of the dial, or None for the model's own budget."""
+    """The controls' setting: a value of the dial, or None for the model's own setting."""
     return None if own or not subject.dial.values else int(value)
 
 
 def budget_label(subject: Subject, share: float) -> str:
-    """The explored model at a budget, as a heading."""
+    """The explored model at a share of heads, as a heading."""
     return f"this model, {100 * share:.0f} % of the heads" if subject.dial.routers else "this model, dense"
 
 
 def chooser(elem_id: str) -> Any:
-    """HTML that sends `select` with data-token, or data-layer and data-head, of what is clicked in it."""
+    """HTML that sends `select` with data-token, or data-layer and data-head, of the clicked element."""
     script = (files(__package__) / "chooser.js").read_text(encoding="utf-8")
     return gr.HTML("", elem_id=elem_id, js_on_load=script)
 
 
 def whole_number(data: gr.EventData, name: str, limit: int) -> int:
-    """A number that the browser sent.
+    """A number from the browser.
 
     Raises:
-        ValueError: it is none, or not between 0 and `limit` - 1.
+        ValueError: it is missing, or not between 0 and `limit` - 1.
     """
     value = (data._data or {}).get(name)
     if not isinstance(value, int) or not 0 <= value < limit:

@@ -1,6 +1,6 @@
-"""A forward pass with what every head did in it, for any model, and how long a few runs take on a machine that others use too.
+"""A forward pass with what every head did in it, for any model, and the time of a few runs on a shared machine.
 
-`trace` refuses attention that it does not know; `evaluation.speed` measures many rounds, with their spread.
+`trace` raises an error on unknown attention; `evaluation.speed` measures many rounds, with their spread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Output = TypeVar("Output")
 
 @torch.no_grad()
 def observed(model: nn.Module, forward: Callable[[], Output]) -> tuple[Output, list[LayerTrace]]:
-    """What `forward()`, which calls `model` once, returns, and its layers; no layers if none is of a known kind."""
+    """The result of `forward()`, which calls `model` once, and its layers; no layers if none is of a known kind."""
     try:
         attention_layers(model)
     except ValueError:
@@ -37,15 +37,15 @@ def median_seconds(runs: Sequence[Callable[[], float]], *, repeats: int = REPEAT
 
     Args:
         runs: each does its work once and returns the seconds that it took.
-        repeats: rounds that count, after one that does not.
+        repeats: timed rounds, after one warm-up.
 
     Returns:
-        the median of each.
+        median seconds of each run.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(-1, repeats):
         for place in range(len(runs)):
-            index = (place + max(turn, 0)) % len(runs)  # another goes first in each round
+            index = (place + max(turn, 0)) % len(runs)  # a different run goes first in each round
             taken = runs[index]()
             if turn >= 0:
                 seconds[index].append(taken)

@@ -1,7 +1,4 @@
-"""One number for the budget of a whole model: which values the slider takes, and the model at one of them.
-
-Over `moh.models.dial`, which sets each layer. Not locked: `moh.explore.subjects` sees to one user at a time.
-"""
+"""Models to explore: loading them, their reference, and one dial for a whole model, over `moh.models.dial`."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ if TYPE_CHECKING:
 class Dial:
     """Routed heads active per token, as one number for all layers of a model.
 
-    In a layer that has fewer choices than others (fewer heads, or routing by groups) the number stands for the choice
-    in proportion. Where the conversion has saved what each layer's heads are worth (`config.head_costs`), the number is
-    the mean over the layers, handed out by those costs.
+    In a layer with fewer choices than others (fewer heads, or routing by groups) the number stands for the proportional
+    choice. If the conversion has saved what each layer's heads are worth (`config.head_costs`), the number is the mean
+    over the layers, distributed by those costs. Not locked: `Subject.at` admits one user at a time.
 
     Args:
         model: MoH or dense.
 
     Attributes:
-        values: what the dial can be set to, ascending; empty for a dense model and one whose layers leave no choice.
-        own: the value that gives the model's own budget; None if none does, as where layers were set one by one.
+        values: possible values of the dial, ascending; empty for a dense model and one whose layers leave no choice.
+        own: the value of the model's own setting; None if there is none, as when layers were set one by one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,28 +48,28 @@ class Dial:
         self.own = next((value for value in self.values if self._counts_at(value) == own), None)
 
     def counts(self) -> list[int]:
-        """Routed heads active per token in each MoH layer, as the model is set now."""
+        """Routed heads active per token in each MoH layer, as currently set."""
         return [router.config.active_heads for router in self.routers]
 
     @property
     def uses_all(self) -> bool:
-        """Whether the dial's last value makes every token use every head, each with the weight 1."""
+        """Whether at the dial's last value every token uses every head, each with the weight 1."""
         hard = all(router.is_hard for router in self.routers)
         most = [choices[-1] for choices in self._choices]
         return hard and bool(self.values) and most == [router.config.num_routed for router in self.routers]
 
     @contextmanager
     def at(self, value: int | None) -> Iterator[float]:
-        """Inside the block the model has this budget.
+        """Inside the block the model has this setting.
 
         Args:
-            value: one of `values`; None leaves the model's own.
+            value: one of `values`; None keeps the model's own.
 
         Yields:
             share of the heads that a token uses, over all MoH layers; 1 for a dense model.
 
         Raises:
-            ValueError: `value` is none of `values`.
+            ValueError: `value` is not one of `values`.
         """
         if value is None:
             yield head_share([router.config for router in self.routers]) if self.routers else 1.0
@@ -82,7 +79,7 @@ class Dial:
 
     def _setting(self, value: int) -> list[int] | float:
         if value not in self.values:
-            allowed = f"one of {', '.join(map(str, self.values))}" if self.values else "left out for this model"
+            allowed = f"one of {', '.join(map(str, self.values))}" if self.values else "None for this model"
             raise ValueError(f"active heads must be {allowed}, got {value}")
         place, last = self.values.index(value), len(self.values) - 1
         counts = [choices[round(place * (len(choices) - 1) / last)] for choices in self._choices]
@@ -101,10 +98,10 @@ class Reference:
     """What the model is compared with.
 
     Attributes:
-        label: what it is, short.
-        note: what has to be known to read the comparison.
+        label: short name.
+        note: what a reader of the comparison must know.
         model: the dense model, or the explored one.
-        value: of the explored model's dial; None for a model of its own.
+        value: of the explored model's dial; None for a separate model.
     """
 
     label: str
@@ -121,7 +118,7 @@ class Subject:
         name: of the checkpoint.
         model: in evaluation mode.
         dial: of the model.
-        reference: what it is compared with; None if there is nothing.
+        reference: what it is compared with; None for nothing.
     """
 
     name: str
@@ -132,7 +129,7 @@ class Subject:
 
     @contextmanager
     def at(self, value: int | None) -> Iterator[float]:
-        """The model at a budget, for one user at a time; inside, `reference_at` may be opened in its turn.
+        """The model at a dial value, for one user at a time; `reference_at` may be entered inside.
 
         Yields:
             the share of heads that a token uses.
@@ -145,17 +142,17 @@ class Subject:
 
     @contextmanager
     def reference_at(self) -> Iterator[nn.Module]:
-        """Inside `at`: the model to compare with, set to its budget."""
+        """Inside `at`: the model to compare with, at its own dial value."""
         assert self.reference is not None
         with self.dial.at(self.reference.value):
             yield self.reference.model
 
     @property
     def facts(self) -> str:
-        """In a sentence, what the model is."""
+        """A description of the model in a sentence or two."""
         routers = self.dial.routers
         if not routers:
-            return "A dense model: every token uses every head of every layer, and there is no budget to set."
+            return "A dense model: every token uses every head of every layer, so there is nothing to dial."
         heads = sorted({router.config.num_heads for router in routers})
         shared = sorted({router.config.num_shared for router in routers})
         kinds = ", ".join(sorted({router.config.router for router in routers}))
@@ -163,13 +160,13 @@ class Subject:
         with self.dial.at(None) as share:
             said += f" As saved, a token uses {100 * share:.0f} % of the heads."
         if not self.dial.values:
-            said += " Its layers leave no choice of budget."
+            said += " Its layers leave no choice of share."
         return said
 
 
 @dataclass(frozen=True)
 class TextSubject(Subject):
-    """A causal language model with its tokenizer; at most `max_tokens` tokens of a text are read."""
+    """A causal language model with its tokenizer; reads up to `max_tokens` tokens of a text."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -178,7 +175,7 @@ class TextSubject(Subject):
 
 @dataclass(frozen=True)
 class Eyes:
-    """How an image model sees: `transform` makes `[C, H, W]` of an image, `logits` the classes' logits `[K]` of that."""
+    """An image model's input and output: `transform` turns an image into `[C, H, W]`, `logits` this into `[K]`."""
 
     transform: Callable[[Image], Tensor]
     logits: Callable[[Tensor], Tensor]
@@ -198,14 +195,14 @@ def _range(numbers: list[int]) -> str:
 
 
 MOST_TOKENS = 1_024
-"""A longer text is cut, so that an answer on a CPU does not take minutes."""
+"""Longer texts are cut, so that an answer on a CPU does not take minutes."""
 
 
 def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> TextSubject | ImageSubject:
-    """Load what `moh explore` shows.
+    """Load a model for `moh explore`.
 
     Args:
-        checkpoint: a language model as `moh.models.transformers.loading.load_causal_lm` takes it, MoH or dense; or an image
+        checkpoint: a language model, MoH or dense, as for `moh.models.transformers.loading.load_causal_lm`; or an image
             classifier: a directory in timm's or transformers' format, or "hf-hub:NAME" for one of timm's.
         dense: the dense model to compare with, of the same kind.
 
@@ -264,7 +261,7 @@ def _reference(model: nn.Module, dial: Dial, dense: nn.Module | None, path: str 
         return None
     note = (
         "Compared with the same model with all heads active. That is the dense original if the model was converted "
-        "without a refit of its output weights and not tuned since; otherwise give the original by --dense."
+        "without a refit of its output weights and not tuned since; otherwise give the original with --dense."
     )
     return Reference("all heads active", note, model, dial.values[-1])
 

@@ -1,6 +1,6 @@
-"""The page of a language model: a text, its tokens and what they cost at a budget, the next token, the curve.
+"""The page of a language model: a text, its tokens and their losses at a share of heads, the next token, the curve.
 
-Numbers come from `texts`, their looks from `markup`.
+`texts` computes the numbers, `markup` lays them out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOSS, DIFFERENCE = "loss", "difference"
 
 @dataclass(frozen=True)
 class _Shown:
-    """What one visitor sees: a comparison, and the token that was chosen."""
+    """One visitor's view: a comparison, and the chosen token."""
 
     comparison: TextComparison
     chosen: int | None = None
@@ -61,8 +61,8 @@ def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
             heads = gr.HTML("", elem_id="heads")
     with gr.Tab("Next token"):
         following = gr.HTML("", elem_id="next")
-    with gr.Tab("All budgets", visible=bool(subject.dial.values)):
-        draw = gr.Button("Read the text at every budget", elem_id="draw")
+    with gr.Tab("All shares", visible=bool(subject.dial.values)):
+        draw = gr.Button("Read the text at every share of heads", elem_id="draw")
         curve = gr.LinePlot(
             x=HEADS_USED, y=PERPLEXITY, color=MODEL, height=280, elem_id="curve", tooltip="all", visible=False
         )
@@ -80,13 +80,13 @@ def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
 
 
 class _TextPage:
-    """The page's answers for one model."""
+    """The page's event handlers for one model."""
 
     def __init__(self, subject: TextSubject) -> None:
         self.subject = subject
 
     def read(self, text: str, value: float, own: bool, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
-        """Everything but the time at once, and the time as soon as it is measured."""
+        """Yields everything but the time at once, then the time as soon as it is measured."""
         budget = budget_of(self.subject, value, own)
         try:
             comparison = read_text(self.subject, text, budget)
@@ -106,7 +106,7 @@ class _TextPage:
         yield shown, markup.notice(cut), self._summary(comparison, seconds), *rest
 
     def move(self, text: str, value: float, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
-        """As `read`, where the slider was moved: it leaves the budget that was saved, and unticks its box."""
+        """As `read`, after the slider was moved: leaves the saved setting and unticks its box."""
         for shown in self.read(text, value, False, shade, before):
             yield False, *shown
 
@@ -114,17 +114,17 @@ class _TextPage:
         return "" if shown is None else self._tokens(shown, shade)
 
     def choose(self, shown: _Shown | None, data: gr.EventData) -> tuple[_Shown | None, str]:
-        """The heads of the token that was clicked."""
+        """The heads of the clicked token."""
         if shown is None:
             return None, ""
         shown = replace(shown, chosen=whole_number(data, "token", len(shown.comparison.ids)))
         return shown, self._heads(shown)
 
     def curve(self, text: str, progress: gr.Progress = gr.Progress()) -> tuple[str, Any, str]:  # noqa: B008 (Gradio's way)
-        """Perplexity at every budget, as a picture and in figures."""
+        """Perplexity at every share of heads, as a picture and in figures."""
         try:
             points, reference = budget_curve(
-                self.subject, text, progress=lambda done, of: progress((done, of), unit="budgets")
+                self.subject, text, progress=lambda done, of: progress((done, of), unit="shares")
             )
         except ValueError as error:
             return markup.notice(str(error)), gr.LinePlot(visible=False), ""
@@ -188,5 +188,5 @@ class _TextPage:
 
 
 def _row(share: float, perplexity: float, model: str) -> dict[str, object]:
-    """A point of the curve, under the names that the plot looks for."""
+    """A point of the curve, with the plot's column names."""
     return {HEADS_USED: 100 * share, PERPLEXITY: perplexity, MODEL: model}

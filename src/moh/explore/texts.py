@@ -1,6 +1,6 @@
-"""A text under a language model at some budget: loss of each token, the next one, its heads, the time; and the curve.
+"""A text under a language model at a share of heads: losses and heads of its tokens, the next token, time, the curve.
 
-Numbers alone: how they look is in `markup`.
+Only numbers; `markup` lays them out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 NEXT_TOKENS = 10
 MOST_CHARACTERS = 20_000
-_ROWS = 128  # of logits at a time in float32: a vocabulary is large
+_ROWS = 128  # rows of logits at a time in float32: a vocabulary is large
 
 
 @dataclass(frozen=True)
 class TextReading:
-    """What one model makes of a text of N tokens.
+    """One model's reading of a text of N tokens.
 
     Attributes:
         losses: N numbers, `-log p(token | those before it)` in nats; None for the first, which nothing predicts.
@@ -42,7 +42,7 @@ class TextReading:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean loss; None for a single token, infinity where a float holds no more."""
+        """exp of the mean loss; None for a single token, infinity on overflow."""
         known = [loss for loss in self.losses if loss is not None]
         if not known:
             return None
@@ -52,16 +52,16 @@ class TextReading:
 
 @dataclass(frozen=True)
 class TextComparison:
-    """A text, read by the model at a budget and by what it is compared with.
+    """A text, read by the model at a share of heads and by the reference.
 
     Attributes:
         ids: the N tokens.
-        tokens: the part of the text that each stands for.
-        left_out: how many tokens of the text were too many.
+        tokens: each token's part of the text.
+        left_out: number of tokens beyond the limit, which were not read.
         model: the explored model's reading.
-        reference: the reference's; None if there is none.
+        reference: the reference's reading; None without one.
         share: share of the heads that a token used in the explored model.
-        layers: what every head of the explored model did; empty where its attention is of an unknown kind.
+        layers: what every head of the explored model did; empty if its attention is of an unknown kind.
     """
 
     ids: list[int]
@@ -75,7 +75,7 @@ class TextComparison:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Perplexity at a budget: `value` of the dial, the share of heads that it means."""
+    """Perplexity at a `value` of the dial, and the share of heads there."""
 
     value: int
     share: float
@@ -83,12 +83,12 @@ class CurvePoint:
 
 
 def read_text(subject: TextSubject, text: str, value: int | None) -> TextComparison:
-    """Read a text with the model at a budget, and with what it is compared with.
+    """Read a text with the model at a dial value, and with the reference.
 
     Args:
         subject: the model.
-        text: anything; what is beyond `subject.max_tokens` tokens is left out.
-        value: of `subject.dial`; None is the model's own budget.
+        text: any text; it is cut off after `subject.max_tokens` tokens.
+        value: of `subject.dial`; None keeps the model's own setting.
 
     Raises:
         ValueError: the text is empty or has more than `MOST_CHARACTERS` characters, or the dial has no such value.
@@ -107,7 +107,7 @@ def read_text(subject: TextSubject, text: str, value: int | None) -> TextCompari
 
 
 def time_text(subject: TextSubject, ids: list[int], value: int | None) -> tuple[float, float | None]:
-    """Seconds in which the model at a budget reads the tokens up to the next one's prediction, and the reference's.
+    """Seconds in which the model at a dial value reads the tokens and predicts the next, and the reference's.
 
     Raises:
         ValueError: the dial has no such value.
@@ -135,25 +135,25 @@ def time_text(subject: TextSubject, ids: list[int], value: int | None) -> tuple[
 def budget_curve(
     subject: TextSubject, text: str, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[CurvePoint], float | None]:
-    """Perplexity of a text at every budget of the dial, and the reference's (None without one).
+    """Perplexity of a text at every value of the dial, and the reference's (None without one).
 
     Args:
         subject: the model.
-        text: of two tokens or more.
-        progress: called after each budget with how many are done and how many there are.
+        text: two tokens or more.
+        progress: called after each value with the number done and the total.
 
     Raises:
-        ValueError: the model has no budgets, or the text is too short, or as `read_text`.
+        ValueError: the dial has no values, the text is too short, or as in `read_text`.
     """
     values = subject.dial.values
     if not values:
-        raise ValueError("This model has no budget to set, and so no curve.")
+        raise ValueError("This model has no share of heads to set, and so no curve.")
     ids, _, _ = _tokens(subject, text)
     if len(ids) < 2:
         raise ValueError("The text must have at least two tokens: nothing predicts the first.")
     points = []
     for done, value in enumerate(values, 1):
-        with subject.at(value) as share:  # one budget at a time: others get their turn between them
+        with subject.at(value) as share:  # locked per value: other visitors get their turn in between
             points.append(CurvePoint(value, share, _perplexity(subject, ids, subject.model)))
         if progress is not None:
             progress(done, len(values))
@@ -168,16 +168,16 @@ def _tokens(subject: TextSubject, text: str) -> tuple[list[int], list[str], int]
     if not text.strip():
         raise ValueError("Type a text first.")
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"The text must have at most {MOST_CHARACTERS:,} characters, and it has {len(text):,}.")
+        raise ValueError(f"The text must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}.")
     ids, tokens = tokenise(subject.tokenizer, _well_formed(text), 8 * MOST_CHARACTERS)
     if not ids:
-        raise ValueError("The tokenizer makes no token of this text.")
+        raise ValueError("The tokenizer finds no token in this text.")
     most = subject.max_tokens
     return ids[:most], tokens[:most], max(0, len(ids) - most)
 
 
 def _well_formed(text: str) -> str:
-    """A text that came as JSON may hold halves of characters, which no tokenizer takes."""
+    """Join or replace halves of characters, which text from JSON may hold and no tokenizer takes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -205,6 +205,6 @@ def _perplexity(subject: TextSubject, ids: list[int], model: nn.Module) -> float
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text; one that is part of a character as the vocabulary writes it."""
+    """A token as text; a token that is part of a character, as in the vocabulary."""
     text = str(tokenizer.decode([token]))
     return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
