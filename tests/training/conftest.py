@@ -9,13 +9,6 @@ import torch
 
 
 @pytest.fixture
-def tokenizer(base_dir: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base_dir)
-
-
-@pytest.fixture
 def dense(base_dir: Path):
     from transformers import AutoModelForCausalLM
 

@@ -6,36 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from moh.data.images.sources import TensorImages
+sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "images"))
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from image_cases import CLASSES, pictures, write_folders, write_idx
-
-
-@pytest.fixture(scope="session")
-def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_idx(tmp_path_factory.mktemp("idx"))
+from image_cases import folders, idx_folder, tensors  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """A directory with train/ (12 images of each of three classes) and val/ (4 of each)."""
-    write_folders(tmp_path / "data" / "train", 12)
-    write_folders(tmp_path / "data" / "val", 4, seed=50)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def tensors() -> TensorImages:
-    labels = torch.arange(24) % 3
-    return TensorImages(pictures(labels), labels, CLASSES, mean=(0.5,), std=(0.25,))
-
-
-@pytest.fixture
-def options(idx_folder: Path, tmp_path: Path) -> list[str]:
+def options(idx_folder: Path, tmp_path: Path) -> list[str]:  # noqa: F811
     """Command-line overrides that make a complete recipe: a tiny ViT on tiny Fashion-MNIST, six steps."""
     return [
         "--task=image_classification",

@@ -6,8 +6,11 @@ import gzip
 import struct
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
+
+from moh.data.images.sources import TensorImages
 
 SIDE = 8
 CLASSES = ("cat", "dog", "eel")
@@ -42,3 +45,22 @@ def write_folders(root: Path, count: int, classes: tuple[str, ...] = CLASSES, se
         for number, image in enumerate(pictures(torch.full((count,), label), channels=3, seed=seed + label)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / name / f"{number:02d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_idx(tmp_path_factory.mktemp("idx"))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A directory with train/ (12 images of each of three classes) and val/ (4 of each)."""
+    write_folders(tmp_path / "data" / "train", 12)
+    write_folders(tmp_path / "data" / "val", 4, seed=50)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tensors() -> TensorImages:
+    labels = torch.arange(24) % 3
+    return TensorImages(pictures(labels), labels, CLASSES, mean=(0.5,), std=(0.25,))
