@@ -1,4 +1,4 @@
-"""Promises of `MoHConfig`: what the numbers mean, and that impossible ones are refused with a message that helps."""
+"""Promises of `MoHConfig`: the meaning of its numbers, and helpful errors for impossible ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_config_is_immutable_and_compares_by_value():
         pytest.param(
             (8, 5, 4), "active_heads must be between 0 and num_heads - shared_heads = 3, got 4", id="too-many"
         ),
-        pytest.param((8, [1, 2], 7), "active_heads must be between 0 and .* = 6, got 7", id="too-many-beside-indices"),
+        pytest.param((8, [1, 2], 7), "active_heads must be between 0 and .* = 6, got 7", id="too-many-with-indices"),
         pytest.param((8, 2, -1), "active_heads must be between 0 and .* = 6, got -1", id="negative-active"),
         pytest.param((8, 2, 1.0), "active_heads must be between 0 and .* = 6, got 1.0", id="fractional-active"),
         pytest.param((8, 2, True), "active_heads must be between 0 and .* = 6, got True", id="bool-active"),

@@ -1,4 +1,4 @@
-"""Promises of `MoHAttention`: ordinary attention when every head is active, the same with fewer heads otherwise."""
+"""Promises of `MoHAttention`: ordinary attention if every head is active, otherwise that of the active heads."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_every_parameter_learns(router):
     layer = MoHAttention(C, H, shared_heads=2, active_heads=2, router=router, qkv_bias=True)
     layer(torch.randn(B, N, C)).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        # softmax does not see a constant added to all scores, which is all that the keys' bias adds
+        # the keys' bias adds a constant to all of a query's scores, which softmax cancels
         assert name == "k_proj.bias" or parameter.grad.abs().sum() > 0, name
 
 

@@ -1,4 +1,4 @@
-"""What makes tests of the conformance cases: backends as parameters, skipped with their reason."""
+"""Turns the conformance cases into tests: backends as parameters, skipped with their reason."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ FAST_BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.
 
 
 def attend(backend: Backend, inputs: Inputs, **options: Any) -> Tensor:
-    """`moh_attention` by one backend; the test is skipped, with the backend's reason, if it can't serve the call.
+    """`moh_attention` by one backend; the test is skipped, with the backend's reason, if it can't handle the call.
 
-    A backend that has no gradient for masks gets the mask as a constant, and the rest of the test holds for it.
+    A backend without a gradient for masks gets the mask as a constant; the rest of the test applies to it.
     """
 
     if backend.name == "grouped":
@@ -61,5 +61,5 @@ def most_heads_per_group(inputs: Inputs) -> int:
 
 
 def assert_like_reference(backend: Backend, inputs: Inputs) -> None:
-    """Same values and same gradients, of everything that has one, as the definition."""
+    """Checks values and all gradients against the definition."""
     compare(functools.partial(attend, backend), inputs)

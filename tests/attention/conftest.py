@@ -1,4 +1,4 @@
-"""What tests of the CPU kernels share; also lets the tests of this directory import its `attention_cases`."""
+"""Fixtures for tests of compiled kernels; lets the tests of this directory import its `attention_cases`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def kernels() -> None:
-    """Skips the test, with the reason, where there are no kernels."""
+    """Skips the test, with the reason, if the kernels can't be built."""
     reason = cpu.unavailable()
     if reason is not None:
         pytest.skip(reason)
@@ -46,7 +46,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """`recorded_launches(*modules)` replaces their Triton kernels: each one's name -> the grid that it was launched on.
+    """`recorded_launches(*modules)` replaces their Triton kernels; returns kernel name -> grid of its launch.
 
     A launch outside `torch.cuda.device_of` is an error, as Triton launches on the current device.
     """

@@ -96,7 +96,7 @@ def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_nam
 
 
 def test_backends_have_names_and_a_line_for_the_reader():
-    # the most preferred first, the last resort last
+    # from the most preferred to the last resort
     assert list(BACKENDS) == ["cpu", "grouped", "triton", "flex", "sdpa", "reference"]
     assert all(b.name == name for name, b in BACKENDS.items())
     assert all(b.description and "\n" not in b.description for b in BACKENDS.values())

@@ -1,4 +1,4 @@
-"""Promises that every attention backend keeps; a new backend need only be in `moh.attention.BACKENDS`."""
+"""Promises that every attention backend keeps; a new backend only has to be in `moh.attention.BACKENDS`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="fu
 
 
 def by_hand(inputs: Inputs) -> Tensor:
-    """Routed attention pair by pair, and score by score."""
+    """Routed attention by loops over (token, head) pairs and over scores."""
     q, k, v, gates = (t.detach().tolist() for t in (inputs.q, inputs.k, inputs.v, inputs.gates))
     B, H, Nq, D = inputs.q.shape
     Nk, group = inputs.k.shape[2], H // inputs.k.shape[1]
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_finite_differences(backend, mask, is_causal):
     inputs = make_inputs(B=1, Hkv=1, Nq=3, Nk=4, D=2, mask=mask, is_causal=is_causal, dtype=torch.float64)
     active = inputs.gates.detach() != 0
     assert not active.all()
-    # of an inactive gate the gradient is defined, not measured: a step away from 0 would make the head active
+    # the gradient of an inactive gate is defined, not measured: a step away from 0 would make the head active
     active_gates = inputs.gates.detach()[active].requires_grad_()
 
     def attention(q: Tensor, k: Tensor, v: Tensor, active_gates: Tensor, mask: Tensor | None) -> Tensor:
@@ -196,7 +196,7 @@ def test_nan_of_an_active_query_stays_in_its_row(backend, activity, is_causal):
     inputs.q = spoilt
     with torch.no_grad():
         out = attend(backend, inputs)
-    out[b, t, i] = clean[b, t, i]  # NaN by most kernels, 0 by one of PyTorch's own
+    out[b, t, i] = clean[b, t, i]  # most kernels return NaN, one of PyTorch's returns 0
     assert_same(out, clean, "the other rows")
 
 

@@ -1,6 +1,6 @@
 """Promises of the `cpu` backend alone: every instruction set, block and decoding path, threads, window, compiled graphs.
 
-What it shares with the other backends is in `test_attention_conformance.py`, its build in `test_cpu_build.py`.
+`test_attention_conformance.py` has what all backends share, `test_cpu_build.py` the build.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ each_path = pytest.mark.parametrize("shape", PATHS)
 
 
 def attend(inputs: Inputs, *, window: int | None = None) -> Tensor:
-    """The operator itself, which knows the sliding window too."""
+    """The operator itself, which also takes a sliding window."""
     mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
     arguments = (inputs.q, inputs.k, inputs.v, inputs.gates, mask, inputs.is_causal, window, inputs.scale)
     out: Tensor = torch.ops.moh.cpu_attention(*arguments)[0]
@@ -40,7 +40,7 @@ def attend(inputs: Inputs, *, window: int | None = None) -> Tensor:
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    """The same numbers, so that what differs is the kernels' rounding and not the definition's."""
+    """The same numbers in float64, so that only the kernels' rounding differs and not the definition's."""
 
     def double(x: Tensor | None) -> Tensor | None:
         if x is None or not x.is_floating_point():
@@ -53,7 +53,7 @@ def in_float64(inputs: Inputs) -> Inputs:
 
 
 def assert_close(got: Tensor, expected: Tensor, what: str, *, floor: float) -> None:
-    """Equal to within 1e-5 (float32) or 2e-2 (16 bits) of the largest expected number, or of `floor` if that is more."""
+    """Equal to within 1e-5 (float32) or 2e-2 (16 bits) of the largest expected number, or of `floor` if larger."""
     assert got.isfinite().all(), f"{what}: not finite"
     if expected.numel():
         allowed = (1e-5 if got.dtype == torch.float32 else 2e-2) * max(expected.abs().max().item(), floor)
@@ -76,8 +76,8 @@ def assert_like_definition(inputs: Inputs, *, window: int | None = None) -> None
     inputs.attn_mask = None if inputs.attn_mask is None else inputs.attn_mask.detach()
     expected_grads = gradients(expected, exact, weight)
     for name, grad in gradients(got, inputs, weight).items():
-        # Where a gradient cancels to nothing (one key), rounding is what remains: that of products of output and
-        # gradient, as long as values are wide, summed over the rows that see a key. Most so if the output has 16 bits.
+        # Where a gradient cancels to 0 (one key), only rounding is left: that of products of output and gradient,
+        # each as long as the values are wide, summed over the rows that see a key. It is largest with 16-bit output.
         H, Nq = inputs.q.shape[1:3]
         Hkv, Nk, Dv = inputs.v.shape[1:]
         size = math.sqrt(Dv * max(1.0, H // Hkv * Nq / max(Nk, 1)))
@@ -99,7 +99,7 @@ def test_unknown_instruction_set_is_refused_by_name(kernels):
 
 @st.composite
 def kinds(draw: st.DrawFn) -> dict[str, object]:
-    """Any call of at most some 20 million multiplications: many short ones, some with long caches or wide heads."""
+    """Any call of up to about 20 million multiplications: many short ones, some with long caches or wide heads."""
     kind: dict[str, object] = dict(
         Nq=draw(st.one_of(st.integers(1, 16), st.integers(17, 150))),
         Nk=draw(st.one_of(st.none(), st.integers(1, 140), st.integers(141, 1100))),
@@ -395,7 +395,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa, threads, kind, dtype):
 
 @torch.no_grad()
 def test_rows_do_not_depend_on_the_keys_that_follow_them(isa, threads):
-    # Blocks of rows end after 63 keys, an odd number; together with later ones they work on tiles that hold more
+    # Blocks of rows end after 63 keys, an odd number; together with later ones they use tiles that hold more
     threads(1)
     inputs = make_inputs(B=8, Hkv=8, G=1, Nq=95, D=64, dtype=torch.bfloat16, is_causal=True)
     q, k, v, gates = (t.detach() for t in inputs.tensors.values())
@@ -593,7 +593,7 @@ def test_weights_of_huge_scores_stay_weights_in_the_backward_pass(isa, Nq, Dv, d
     grads = torch.autograd.grad(out.sum(), (q, k, v, gates))
     assert all(grad.isfinite().all() for grad in grads)
     assert grads[2].min() >= 0 and grads[2].max() <= Nq  # the weights that all queries give a key
-    if Nq > 16:  # with fewer, the forward pass adds up scores in another order than the backward pass
+    if Nq > 16:  # with fewer, the forward pass sums scores in a different order from the backward pass
         torch.testing.assert_close(grads[2].sum(2), torch.full_like(v[:, :, 0], Nq))
 
 

@@ -1,4 +1,4 @@
-"""Promises of the kernels' build: a readable reason and `sdpa` where it fails, a cache that is never wrong or half made."""
+"""Promises of the kernels' build: a failure gives a clear reason and `sdpa`; the cache is never wrong or half made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, nothing tried yet, and none of the user's settings."""
+    """An empty cache, no build tried yet, and none of the user's settings."""
     for name in ("MOH_CPU_KERNELS", "MOH_CPU_ISA", "MOH_CPU_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MOH_CACHE_DIR", str(tmp_path / "cache"))
@@ -36,7 +36,7 @@ TELLS_ITS_VERSION = 'case "$*" in -v | --version | -dump*) echo "g++ (GCC) 13.2.
 
 
 def compiler(folder: Path, monkeypatch, script: str = "exit 1") -> Path:
-    """A program in the compiler's place."""
+    """A program that replaces the compiler."""
     file = folder / "some-compiler"
     file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     file.chmod(0o755)
@@ -119,7 +119,7 @@ def test_cache_that_cannot_be_written_is_named(cache, tmp_path, monkeypatch):
 
 
 def put_library(cache: Path) -> Path:
-    """Where this machine's library would be cached, with a file that is none."""
+    """Writes a file that is not a library where this machine's library would be cached; returns its path."""
     program = os.environ["CXX"]
     library = cache / "cpu" / build._key(program, build.supported_instruction_sets()) / LIBRARY
     library.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Promises of the operator for one new token: the layer's definition in PyTorch, in one call, with fewer weights read."""
+"""Promises of the operator for one new token: equal to the layer in PyTorch, in one call that reads fewer weights."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def test_output_and_cache_are_those_of_the_definition(isa, sizes, routing):
     "unit, shared, active, choice",
     [
         pytest.param("group_balanced", [], 3, (3, 1), id="1-of-3-in-each-group"),
-        pytest.param("group_balanced", [1, 5, 6], 3, (3, 1), id="1-of-2-beside-a-shared-one"),
+        pytest.param("group_balanced", [1, 5, 6], 3, (3, 1), id="1-of-2-and-a-shared-one"),
         pytest.param("kv_group", [], 3, (1, 3), id="1-group-of-3"),
-        pytest.param("kv_group", [3, 4, 5], 3, (1, 3), id="1-group-of-2-beside-a-shared-one"),
+        pytest.param("kv_group", [3, 4, 5], 3, (1, 3), id="1-group-of-2-and-a-shared-one"),
         pytest.param("kv_group", [], 9, (1, 3), id="all-groups"),
     ],
 )
@@ -163,7 +163,7 @@ def test_groups_that_do_not_add_up_are_refused(kernels):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch.no_grad()
 def test_sixteen_bits_are_the_definition_in_float32(isa, dtype):
-    # Gates are given: rounded predictions may be ranked otherwise
+    # Gates are given because rounded predictions may be ranked differently
     case = to(inputs(B=2, H=9, Hkv=3, D=64, C=100, length=90, bias=True, router=False)[0], dtype)
     expected, keys, _ = definition(to(case, torch.float32), None)
     assert_close(call(case), expected)

@@ -1,6 +1,6 @@
-"""Promises of the `flex` backend: its block mask, and its values and gradients by FlexAttention's eager form.
+"""Promises of the `flex` backend: its block mask, and values and gradients in FlexAttention's eager form.
 
-FlexAttention has no gradients on the CPU; that check is taken away here, so that its eager form computes them.
+FlexAttention refuses gradients on the CPU; the check is removed here, and its eager form computes them.
 """
 
 from __future__ import annotations

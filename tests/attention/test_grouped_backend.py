@@ -1,6 +1,6 @@
-"""Promises of the backend for as many heads in every key/value group: exact, of static shape, chosen where they are promised.
+"""Promises of the backend for equally many heads in every key/value group: exact, static shapes, chosen if promised.
 
-That it computes what the definition says, the conformance suite tests with all other backends.
+The conformance suite compares it with the definition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moh.routing import build_router
 
 
 def routed(*, Nq: int, Nk: int | None = None, active=3, Hkv=3, G=3, B=2, seed=0, **options) -> tuple[Inputs, MoHConfig]:
-    """Random inputs whose gates are a router's."""
+    """Random inputs with gates from a router."""
     config = MoHConfig(Hkv * G, 0, active, "two_stage", routing_unit="group_balanced", kv_heads=Hkv)
     inputs = make_inputs(B=B, Hkv=Hkv, G=G, Nq=Nq, Nk=Nk, seed=seed, **options)
     x = torch.randn(B, Nq, 8, generator=torch.Generator().manual_seed(seed))

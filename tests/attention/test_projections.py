@@ -1,4 +1,4 @@
-"""Promises of the projections of active heads: the dense product's values and gradients, where it would be used."""
+"""Promises of the projections of active heads: values and gradients of the dense product, and when they are used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def case(T: int, C: int, H: int, D: int, dtype: torch.dtype = torch.float32):
     x, heads, matrix = torch.randn(T, C), torch.randn(T, H, D), torch.randn(H * D, C) / C**0.5
     gates = torch.rand(T, H) * (torch.rand(T, H) < 0.6)
     if T:
-        gates[0] = 0  # a token without a head
+        gates[0] = 0  # a token without an active head
     return (*(t.to(dtype).requires_grad_() for t in (x, heads, matrix)), gates.to(dtype))
 
 
@@ -41,7 +41,7 @@ def assert_close(got, expected, dtype):
 @pytest.mark.parametrize("layout", ["rows", "columns", "gaps", "steps"])
 def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, layout, dtype):
     x, heads, matrix, gates = case(**size, dtype=dtype)
-    if layout == "columns":  # as the transposed weight of an output projection lies in memory
+    if layout == "columns":  # the memory layout of a transposed output projection
         matrix = matrix.detach().t().contiguous().t().requires_grad_()
     if layout in ("gaps", "steps"):  # rows an odd distance apart; every second number
         H_D, C = matrix.shape
@@ -155,7 +155,7 @@ def test_fused_projection_gives_the_dense_queries_keys_and_values(sparse_calls, 
     for share in (0.5, 1.0):
         q, k, v = moh.attention.project_qkv(linear, x, gates, share)
         assert q.shape == k.shape == v.shape == (2, 50, 6, 8)
-        q = q * gates[..., None]  # what an inactive head's query is does not matter
+        q = q * gates[..., None]  # the query of an inactive head does not matter
         results.append([q, k, v, *torch.autograd.grad((q * 2 + k * 3 + v * v).sin().sum(), inputs)])
     assert sparse_calls.count("cpu_expand") == 1  # the second share is too large
     for sparse, dense in zip(*results, strict=True):
@@ -173,7 +173,7 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     linear: nn.Module = nn.Linear(32, 32)
     x, gates = torch.randn(1, 100, 32), torch.ones(1, 100, 4)
     seen = []
-    if reason == "float16":  # on a processor that has units for it
+    if reason == "float16":  # on a processor with units for it
         monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_fp16": True})
         linear, x, gates = linear.half(), x.half(), gates.half()
     if reason == "float64":
@@ -245,7 +245,7 @@ def test_linears_that_hide_their_product_and_other_backends_stay_dense(sparse_ca
     linear, x, gates = nn.Linear(32, 32), torch.randn(1, 100, 32), torch.ones(1, 100, 4)
     if reason == "offloaded":
         original = linear.forward
-        linear.forward = lambda x: original(x) * 2  # as accelerate replaces it
+        linear.forward = lambda x: original(x) * 2  # accelerate replaces it like this
     if reason == "quantised":
         linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
     backend = "sdpa" if reason == "other-backend" else None

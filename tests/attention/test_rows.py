@@ -46,7 +46,7 @@ def test_rows_that_are_not_live_are_0_whatever_they_hold():
 
 
 def test_packing_has_static_shapes_and_asks_the_device_for_no_number():
-    gates = torch.empty(2, 9, 4, device="meta")  # a number asked of it would be an error
+    gates = torch.empty(2, 9, 4, device="meta")  # reading a number from it would be an error
     packed = pack(gates, 2)
     assert packed.rows.shape == packed.places.shape == (2, 2, 18)
     assert packed.counts.shape == (2, 2) and packed.before.shape == (2, 2, 10)

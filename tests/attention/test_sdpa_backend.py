@@ -1,4 +1,4 @@
-"""Promises of the `sdpa` backend alone: it works through active rows only, also in a compiled graph."""
+"""Promises of the `sdpa` backend alone: it computes active rows only, also in a compiled graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sdpa_calls(monkeypatch):
 
 
 def gates_with(heads_active: int, *, B: int = 2, N: int = 64, H: int = 8, groups: int = 2) -> torch.Tensor:
-    """Gates of 1 of as many heads per token, other heads for each token, the same number in each key/value head."""
+    """Gates of 1 for equally many heads in each key/value group; which heads differs from token to token."""
     gates = torch.zeros(B, N, groups, H // groups)
     for t in range(N):
         for j in range(heads_active // groups):
@@ -171,7 +171,7 @@ def test_inductor_compiles_forward_and_backward_into_one_graph():
 def test_compiled_learned_bias_gets_its_gradient():
     torch.compiler.reset()
     inputs = make_inputs(mask="bias_per_head")
-    compiled = torch.compile(moh_attention, backend="aot_eager")  # two graphs: how many rows is for Python to say
+    compiled = torch.compile(moh_attention, backend="aot_eager")  # two graphs: Python reads the number of rows
     got = compiled(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
     expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options)
     weight = torch.randn_like(expected)

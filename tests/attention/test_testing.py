@@ -32,7 +32,7 @@ def test_a_backend_that_is_wrong_fails_and_the_other_checks_go_on(monkeypatch):
 
 
 def test_inputs_that_cannot_be_made_are_a_failure_and_not_the_end(monkeypatch):
-    """As on a device that an earlier kernel has left unusable."""
+    """For example on a device that an earlier kernel made unusable."""
 
     def broken(**kind: object) -> None:
         raise RuntimeError("the device is lost")

@@ -1,6 +1,6 @@
-"""Promises of the `triton` backend: values and gradients in Triton's interpreter, and that its kernels compile for GPUs.
+"""Promises of the `triton` backend: values and gradients in Triton's interpreter, kernels that compile for GPUs.
 
-The interpreter has to be on before Triton is imported: those tests run in a process of their own, once.
+The interpreter must be on before Triton is imported, so those tests run once in their own process.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ for name, kind in json.loads(sys.argv[1]).items():
 
 
 def interpret(kinds: dict[str, dict[str, object]]) -> list[str]:
-    """Names of the kinds that are served like the reference, by the interpreter, in a new process."""
+    """Names of the kinds that agree with the reference in the interpreter, in a new process."""
     import json
 
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -138,7 +138,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_rows_kernel", "backward_keys_kernel"])
 def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path, monkeypatch):
-    """The interpreter takes types that the compiler does not, and a launch makes constants of integers that are 1."""
+    """The interpreter takes types that the compiler refuses, and a launch turns integers that are 1 into constants."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     change = dict(VARIANTS[variant])
     element = change.pop("element", "bf16")
@@ -190,7 +190,7 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
 @needs_triton
 @pytest.mark.parametrize("Nk", [1, 600], ids=["whole", "in-parts"])
 def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, recorded_launches):
-    """A GPU takes 65,535 programs in the second and third direction; Triton launches on the current device."""
+    """A GPU takes 65,535 programs in the second and third dimension; Triton launches on the current device."""
     from moh.attention.gpu import backward_kernels, forward_kernels
     from moh.attention.gpu.operators import triton_attention_backward_op, triton_attention_op
 
@@ -209,7 +209,7 @@ def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, recorded_lau
 @pytest.mark.parametrize("router", ["two_stage", "single_stage", "query_norm", "linear"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["kv4", "kv2"])
 def test_a_routed_layer_reads_nothing_from_the_device(router, num_kv_heads, monkeypatch):
-    """On a device without numbers, whatever asks for one, or for a size that depends on one, raises."""
+    """With fake tensors, reading a number, or a size that depends on one, raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(gpu, "unavailable", lambda device: None)
@@ -266,7 +266,7 @@ def test_without_triton_a_gpu_gets_a_backend_that_needs_none(monkeypatch):
 
     with FakeTensorMode():
         q, gates = torch.empty(1, 2, 5, 16, device="cuda"), torch.empty(1, 5, 2, device="cuda")
-        if not torch.cuda.is_available():  # the kernels' own backend says so; Triton would serve the other
+        if not torch.cuda.is_available():  # the kernels' own backend reports this; Triton would handle the other
             assert choose_backend(Call(q, q, q, gates)).name == "flex"
         monkeypatch.setattr(gpu, "unavailable", lambda device: "Triton is not installed")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

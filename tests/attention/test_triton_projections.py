@@ -1,6 +1,6 @@
-"""Promises of the projections' Triton kernels: values and gradients in Triton's interpreter, and that they compile for GPUs.
+"""Promises of the projections' Triton kernels: values and gradients in Triton's interpreter, compiling for GPUs.
 
-The interpreter has to be on before Triton is imported: those tests run in a process of their own, once.
+The interpreter must be on before Triton is imported, so those tests run once in their own process.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def test_kernels_compile_ahead_of_time_without_spilling_registers(kernel, archit
     "kernel", ["count_kernel", "pack_kernel", "expand_kernel", "outer_kernel", "sum_heads_kernel", "add_parts_kernel"]
 )
 def test_every_kind_of_call_compiles_as_it_is_launched(kernel, variant, tmp_path, monkeypatch):
-    """The interpreter takes types that the compiler does not, and a launch makes constants of integers that are 1."""
+    """The interpreter takes types that the compiler refuses, and a launch turns integers that are 1 into constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -275,7 +275,7 @@ def test_operators_know_their_shapes_without_running():
 
 
 def test_a_layer_chooses_them_and_reads_nothing_from_the_device(monkeypatch):
-    """On a device without numbers, whatever asks for one, or for a size that depends on one, raises."""
+    """With fake tensors, reading a number, or a size that depends on one, raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     called = []
@@ -286,7 +286,7 @@ def test_a_layer_chooses_them_and_reads_nothing_from_the_device(monkeypatch):
         )
     monkeypatch.setattr(gpu, "unavailable", lambda device: None)
     monkeypatch.setattr(projections, "major_of", lambda device: 9)
-    monkeypatch.setattr(projections, "is_plain", lambda linear, x: True)  # weights without numbers are of another type
+    monkeypatch.setattr(projections, "is_plain", lambda linear, x: True)  # fake weights have another type
     with FakeTensorMode():
         layer = moh.MoHAttention(
             4096,
@@ -369,7 +369,7 @@ def test_checks_for_users_pass_what_is_right_and_fail_what_is_not(fault, monkeyp
     failures = [o for o in outcomes if o.failure]
     words = {None: "", "wrong": "off by", "reads-inactive": "not finite"}[fault]
     assert all(words in o.failure for o in failures), failures
-    # Where there are no tokens nothing can go wrong.
+    # Without tokens nothing can go wrong.
     assert len(failures) == (0 if fault is None else 2 * 3 * 2), failures
 
 

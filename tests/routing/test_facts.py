@@ -1,4 +1,4 @@
-"""Promises of the router classes: every name has one, and what a class states is what its routers do."""
+"""Promises of the router classes: every name has one, and its routers do what the class states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the query-norm router: the heads with the longest queries, gates of 1, gradients to their softmax."""
+"""Promises of the query-norm router: the heads with the longest queries, gates of 1, gradients to the norms' softmax."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def router_of(heads, shared, active):
 
 
 def probabilities_of_one_token(q: Tensor) -> Tensor:
-    """softmax of the norms of q `[h_r, D]` over their unbiased standard deviation, number by number."""
+    """softmax of the norms of q `[h_r, D]`, divided by their unbiased standard deviation, number by number."""
     norms = [torch.sqrt((row * row).sum()) for row in q.double()]
     mean = sum(norms) / len(norms)
     spread = torch.sqrt(sum((n - mean) ** 2 for n in norms) / (len(norms) - 1))
-    # the softmax by differences: two nearly equal norms are many spreads long
+    # the softmax of differences: norms much larger than their spread would overflow
     return torch.stack([1 / sum(torch.exp((other - n) / spread) for other in norms) for n in norms]).float()
 
 
@@ -48,7 +48,7 @@ def test_longest_queries_are_active_and_the_gradient_goes_to_the_probabilities(s
             lengths = {i: math.sqrt(sum(v * v for v in q[b, t, i].tolist())) for i in routed_heads}
             longest = sorted(lengths, key=lengths.get)[-active:]
             expected = [1.0 if i in shared_heads or i in longest else 0.0 for i in range(8)]
-            assert info.gates[b, t].tolist() == expected  # exactly, although a gradient passes through
+            assert info.gates[b, t].tolist() == expected  # exactly 1, although a gradient passes through
 
     p = torch.stack([torch.stack([probabilities_of_one_token(t) for t in row]) for row in q[:, :, routed_heads]])
     torch.testing.assert_close(info.probs, p)

@@ -1,4 +1,4 @@
-"""Promises of `record_routing`: it sees each forward pass of its model once, whatever wraps it, and leaves no trace."""
+"""Promises of `record_routing`: it records each forward pass once, whatever wraps the model, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ C = 16
 
 
 class Net(nn.Module):
-    """Layers that route by x, by the queries, and not at all."""
+    """Layers that route by x, by the queries and not at all."""
 
     def __init__(self, *, checkpointed: bool = False) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_records_once_when_the_backward_pass_runs_inside_
 @pytest.mark.parametrize("checkpointed", [pytest.param(False, id="plain"), pytest.param(True, id="checkpointed")])
 def test_compiled_model_records_and_gives_the_same_gradients(checkpointed, monkeypatch):
     torch.compiler.reset()
-    if checkpointed:  # recording is a side effect; without this setting the compiler refuses those in a checkpoint
+    if checkpointed:  # recording is a side effect, which the compiler refuses in a checkpoint without this setting
         monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     net, x = Net(checkpointed=checkpointed), inputs()
     expected, plain = train_step(net, net, x)
@@ -212,7 +212,7 @@ def test_compiled_model_records_and_gives_the_same_gradients(checkpointed, monke
         torch.testing.assert_close(grads[name], expected[name], msg=name)
 
     compiled(x)
-    assert len(routing) == 3  # the block is over for compiled code too
+    assert len(routing) == 3  # the block has ended for compiled code too
     with record_routing(compiled) as again:
         compiled(x)
         compiled(x)
@@ -225,7 +225,7 @@ def one_process_group(tmp_path, monkeypatch):
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("torch is built without gloo")
     if not os.environ.get("GLOO_SOCKET_IFNAME") and os.path.exists("/sys/class/net/lo"):
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # a machine without a resolvable host name
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # for machines whose host name does not resolve
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Promises of `RoutingInfo`: which heads are active, how loaded they are, and how unbalanced that is."""
+"""Promises of `RoutingInfo`: which heads are active, their loads, and how unbalanced those are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the routing units: which heads a token may choose together, by the scores of every router."""
+"""Promises of the routing units: which heads a token may choose together, with the scores of every router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the two-stage router: its gates are those of the published models."""
+"""Promises of the two-stage router: the gates of the published models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_gates_and_their_gradients_are_those_of_the_equations(heads, shared, act
     got = router(x).gates
     torch.testing.assert_close(got, expected.float())
 
-    # with one shared head alone its gate is the constant 1, and there is nothing to learn
+    # a single shared head with no routed ones has the constant gate 1: nothing to learn
     if expected.requires_grad:
         expected_grads = torch.autograd.grad((expected * weight).sum(), parameters, materialize_grads=True)
         got_grads = torch.autograd.grad((got * weight).sum(), parameters, materialize_grads=True)
@@ -122,7 +122,7 @@ def test_bfloat16_gates_come_from_float32_softmax():
     exact = TwoStageRouter(config, C)
     exact.load_state_dict(router.state_dict())
     exact = exact(x.float())
-    same = (exact.active == info.active).all(-1)  # a near tie may fall the other way
+    same = (exact.active == info.active).all(-1)  # near ties may be decided differently
     assert same.float().mean() > 0.8
     torch.testing.assert_close(info.gates.float()[same], exact.gates[same], rtol=0.03, atol=0.03)
 

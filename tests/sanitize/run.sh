@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the tests of the CPU kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
-# Usage: run.sh PYTHON [options for pytest]. The build is kept apart, in a cache of its own; GCC is needed.
+# Usage: run.sh PYTHON [options for pytest]. The build has its own cache; needs GCC.
 set -eu
 
 python=$1
@@ -16,15 +16,15 @@ fi
 
 export MOH_CPU_FLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 export MOH_CACHE_DIR="${MOH_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/moh}/sanitize"
-# Python and torch leave memory to the system at exit, and AddressSanitizer has to be there before either.
+# No check for leaks: Python and torch leave memory to the system at exit.
 export ASAN_OPTIONS="detect_leaks=0:abort_on_error=0:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 export PYTHONMALLOC=malloc
 
-# libstdc++ too: AddressSanitizer looks for it at the start, when Python has not loaded it yet.
+# AddressSanitizer must load before Python and torch, and looks for libstdc++ then, which Python has not loaded yet.
 preload="$runtime $("$compiler" -print-file-name=libstdc++.so.6)"
 
-# Without capturing: a finding ends the process, and its report with it. Inductor's own C++ is not what is tested.
+# Without capturing: a finding ends the process, and a captured report would be lost. Inductor's own C++ is left out.
 LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_decode_layer.py tests/attention/test_attention_conformance.py \
     tests/models/test_transnext_attention.py \
     -k "not inductor and not sdpa and not -reference" --capture=no -p no:faulthandler "$@"
