@@ -1,4 +1,4 @@
-"""Promise: published checkpoints load into our models, exactly; what doesn't fit is named."""
+"""Promise: published checkpoints load exactly into our models; errors name what does not match."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_tied_embeddings_need_no_tensor_of_their_own(state, config, with_head) -
     model = load_published(state, config)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
-    assert set(state) == names  # the caller's dictionary stays as it was
+    assert set(state) == names  # the caller's dictionary is unchanged
 
 
 def test_tensors_that_are_missing_left_over_or_misshapen_are_named(state, config) -> None:
@@ -171,7 +171,7 @@ def test_a_missing_key_of_the_configuration_is_named(state, config, key) -> None
 
 
 class Bomb:
-    """An object whose unpickling leaves a trace."""
+    """Unpickling it leaves a trace."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -1,4 +1,4 @@
-"""Tiny dense models of each family that converts, and what passes through their attention, collected by definition."""
+"""Tiny dense models of each convertible family, and what passes through their attention, collected by definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny dense model of every family of transformers, whose attention matters and whose biases aren't zero."""
+"""A tiny dense model of every transformers family, whose attention matters and whose biases aren't zero."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRAINED_HEAD = {
 
 
 def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any:
-    """The family's model for an Auto class, by default the one with the head that is trained, in evaluation mode."""
+    """The family's model for an Auto class, by default the one with the trained head, in evaluation mode."""
     family: Family = BY_TYPE[model_type]
     fields = SIZES | ({} if family.images else TEXT) | OPTIONS[model_type] | options
     if model_type == "gpt2":
@@ -85,7 +85,7 @@ def images(count: int = 24) -> Tensor:
 
 
 def inputs_of(model_type: str, count: int = 3, length: int = 12, *, padded: bool = False) -> dict[str, Tensor]:
-    """What a model of the family reads: images, or token ids."""
+    """Inputs for the family's model: images or token ids."""
     if model_type in IMAGES:
         return dict(pixel_values=images(count))
     ids = token_ids(count, length)
@@ -93,7 +93,7 @@ def inputs_of(model_type: str, count: int = 3, length: int = 12, *, padded: bool
 
 
 def with_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs with labels for the head that is trained; padding has none."""
+    """The inputs with labels for the trained head; padding has none."""
     if "pixel_values" in inputs:
         return inputs | dict(labels=torch.arange(len(inputs["pixel_values"])) % 5)
     ids = inputs["input_ids"]

@@ -1,4 +1,4 @@
-"""Promise: the uneven allocation is exactly as large as requested, and the best for the estimated costs."""
+"""Promise: the uneven allocation has exactly the requested size and is the best for the estimated costs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_costs_are_half_the_mean_squared_effect_of_the_heads_left_out(make_dense
     costs = costs_of(dense, routers, tokens)
     seen = watch(dense, tokens)
     for index, layer in enumerate(dense.model.layers):
-        # Independently: the derivative of each token's loss terms by a factor on each head, at 1
+        # computed independently: the derivative of each token's loss by a factor on each head, at 1
         factors = torch.ones(*tokens.shape, 4, 1, requires_grad=True)
         handle = layer.self_attn.o_proj.register_forward_pre_hook(
             lambda module, args, factors=factors: ((args[0].unflatten(-1, (4, -1)) * factors).flatten(-2),)
@@ -82,7 +82,7 @@ def test_costs_are_half_the_mean_squared_effect_of_the_heads_left_out(make_dense
         (effect,) = torch.autograd.grad(loss, factors)
         effect = effect.flatten(0, 1).squeeze(-1).double()  # [T, H]
         predicted = routers[index].contribution(seen[index].x.float())
-        predicted[:, 0] = torch.inf  # shared: the last to go
+        predicted[:, 0] = torch.inf  # shared heads are removed last
         order = predicted.argsort(-1, descending=True)
         for kept in range(5):
             skipped = effect.gather(-1, order[:, kept:]).sum(-1)
@@ -149,7 +149,7 @@ def test_an_error_while_estimating_leaves_the_model_as_it_was(make_dense) -> Non
 
 @pytest.fixture
 def wide(make_dense):
-    """Eight heads in three layers, of which the middle one adds nothing."""
+    """Eight heads in three layers; the middle layer adds nothing."""
     dense = make_dense(num_attention_heads=8, num_hidden_layers=3)
     with torch.no_grad():
         dense.model.layers[1].self_attn.o_proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""Promise: calibration may come in any form; what can't be converted is refused with a reason, and nothing changes."""
+"""Promise: calibration takes any form; what can't be converted is refused with a reason and stays unchanged."""
 
 from __future__ import annotations
 

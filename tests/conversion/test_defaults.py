@@ -1,4 +1,4 @@
-"""Promise: `moh.convert` takes the settings that came out best for a language model, and what is asked for before all."""
+"""Promise: `moh.convert` uses the best measured settings for a language model, unless others are given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def states_equal(a: Any, b: Any) -> bool:
 
 
 def heads_of(model: Any) -> Any:
-    """With what the layers are estimated to need, which an uneven allocation leaves in the configuration."""
+    """Includes the estimated costs of the layers, which an uneven allocation stores in the configuration."""
     return model.config.active_heads, model.config.shared_heads, getattr(model.config, "head_costs", None)
 
 
@@ -58,7 +58,7 @@ def test_the_best_settings_are_not_the_plain_ones(make_dense, tokens) -> None:
     assert sum(used) == 15 and len(set(used)) > 1
 
 
-def test_what_is_unique_counts_in_language_models_with_an_uneven_budget_alone(make_dense, tokens) -> None:
+def test_what_is_unique_counts_in_language_models_with_an_uneven_share_alone(make_dense, tokens) -> None:
     dense = make_dense("Qwen3")
     bare = transformers.Qwen3Model(dense.config).eval()
     for model, allocation, same in ((bare, "even", True), (dense, "even", True), (dense, "sensitivity", False)):

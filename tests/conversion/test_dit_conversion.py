@@ -1,4 +1,4 @@
-"""Promises of converted diffusion transformers: with all heads active the original's outputs; what can't be is refused."""
+"""Promises of converted diffusion transformers: the original's outputs with all heads active; clear refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of every family: with all heads active it is the original; it is saved, loaded, adapted and trained like it."""
+"""Promises of every family: equal to the original with all heads active; saves, loads, adapts and trains like it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import transformers
 import moh.models.transformers
 from moh import convert, record_routing
 
-sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers of this folder
 
 from family_cases import (
     ALL,
@@ -46,13 +46,13 @@ SOME_HEADS = dict(shared_heads=1, active_heads=1)
 
 
 def converted(dense: Any, **options: Any) -> Any:
-    """By the contribution router unless said otherwise, with some or all of its heads."""
+    """Converted with some or all heads, by default with the contribution router."""
     calibration = images() if dense.config.model_type in IMAGES else token_ids()
     return convert(dense, **dict(router="linear", calibration=calibration, progress=False) | options)
 
 
 def real_tokens(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The output without that of padding."""
+    """The output without padding tokens."""
     return output[inputs["attention_mask"].bool()] if output.dim() == 3 and "attention_mask" in inputs else output
 
 
@@ -67,7 +67,7 @@ def test_with_all_heads_active_every_head_of_the_family_gives_the_originals_outp
     model = converted(dense, **ALL_HEADS)
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        if model_type != "gemma2":  # transformers' own knows eager alone
+        if model_type != "gemma2":  # transformers' own model has eager only
             dense.set_attn_implementation(implementation)
         for inputs in (inputs_of(model_type), inputs_of(model_type, padded=True)):
             assert_same(*(real_tokens(m(**inputs)[0], inputs) for m in (model, dense)))
@@ -110,7 +110,7 @@ def test_with_some_heads_the_cache_changes_nothing(model_type) -> None:
 def test_some_heads_are_the_definition_and_not_the_original(model_type) -> None:
     dense = dense_model(model_type)
     model = converted(dense, **SOME_HEADS)
-    inputs = inputs_of(model_type, 4, 40)  # enough tokens for the products of the active heads alone
+    inputs = inputs_of(model_type, 4, 40)  # enough tokens for products of active heads only
     with record_routing(model) as routing:
         fast = model(**inputs).logits
     assert routing.share() == 0.5 == model.config.share and len(routing) == 2

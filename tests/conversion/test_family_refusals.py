@@ -1,4 +1,4 @@
-"""Promises of refusal: what can't be converted is named before anything changes, with the reason and what works instead."""
+"""Promises of refusals: they come before anything changes, with the reason and what works instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 
 from moh import convert
 
-sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers of this folder
 
 from family_cases import TINY, dense_model, token_ids
 
@@ -24,7 +24,7 @@ HEADS = dict(shared_heads=1, active_heads=1)
 
 
 def neighbour(kind: str, **options: Any) -> Any:
-    """A model of a type that is not converted."""
+    """A model of a type that can't be converted."""
     config = getattr(transformers, f"{kind}Config")(**TINY | options)
     return getattr(transformers, f"{kind}Model")(config)
 

@@ -1,4 +1,4 @@
-"""Promise: the conversion's closed forms are the least-squares solutions that they are said to be."""
+"""Promise: the conversion's closed forms are the least-squares solutions that their docstrings state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ridge(a: Tensor, b: Tensor, penalty: float, towards: Tensor | None = None, *
 
 
 def unique_by_definition(z: Tensor) -> Tensor:
-    """Of z `[T, H, D]` what is left, in expectation, of each head's ridge regression on the others, each there or not."""
+    """Expected residual of each head of z `[T, H, D]` after ridge regression on the others, each present or absent."""
     penalty = OUTPUT_RIDGE * float(z.flatten(1).square().sum(0).mean())
     parts = []
     for head in range(z.shape[1]):
@@ -66,7 +66,7 @@ def test_what_is_unique_to_a_head_is_what_the_others_do_not_tell(heads, width) -
     mixed = torch.randn(50, heads * width, dtype=torch.float64) @ torch.randn(heads * width, heads * width).double()
     z = mixed.unflatten(1, (heads, width))
     got = mixed @ unique_part(mixed.T @ mixed, heads)
-    expected = unique_by_definition(z) if heads > 1 else z  # nobody tells anything of an only head
+    expected = unique_by_definition(z) if heads > 1 else z  # no other head can predict an only head
     assert torch.allclose(got, expected.flatten(1), atol=1e-8)
 
 
@@ -75,14 +75,14 @@ def test_of_a_head_that_another_repeats_little_is_unique() -> None:
     z = torch.cat([z, 2 * z[:, :1]], 1)  # the third is the first, twice as large
     unique = (z.flatten(1) @ unique_part(z.flatten(1).T @ z.flatten(1), 3)).unflatten(1, (3, 4))
     left = unique.norm(dim=(0, 2)) / z.norm(dim=(0, 2))
-    assert left[1] > 0.95 and left[0] < 0.7 and left[2] < 0.7  # half of the time the other one is not there
+    assert left[1] > 0.95 and left[0] < 0.7 and left[2] < 0.7  # half of the time the other one is absent
 
 
 @pytest.mark.parametrize("silent", ["layer", "head"])
 @torch.no_grad()
 def test_heads_that_say_nothing_are_no_obstacle(make_dense, tokens, silent) -> None:
     dense = make_dense()
-    rows = slice(None) if silent == "layer" else slice(0, 8)  # of one key/value head
+    rows = slice(None) if silent == "layer" else slice(0, 8)  # of a single key/value head
     dense.model.layers[0].self_attn.v_proj.weight[rows] = 0
     for options in (dict(refit_output=True), dict(shares=[0.5, 0.75])):
         model = convert(dense, shared_heads=1, active_heads=2, calibration=tokens, **options)
@@ -166,7 +166,7 @@ def test_the_refitted_output_minimises_its_objective(make_dense, tokens, watch, 
         got = refitted.model.layers[index].self_attn.o_proj.weight.double().T
         expected = ridge(g, z @ w_o, penalty, towards=w_o)
         assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
-        assert (g @ got - z @ w_o).norm() < 0.95 * (g @ w_o - z @ w_o).norm()  # the point of it
+        assert (g @ got - z @ w_o).norm() < 0.95 * (g @ w_o - z @ w_o).norm()  # the purpose of the fit
 
 
 def test_any_change_of_the_refitted_weight_raises_the_objective() -> None:

@@ -1,4 +1,4 @@
-"""Promise: without a number of shared heads a model shares 2 in 9, as far as what a token chooses allows, or as the paper."""
+"""Promise: by default a model shares 2 in 9 heads, or as in the paper, as far as the routing unit allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One converted model for a range of shares: W_O for each number of heads, switched by the dial."""
+"""One converted model for a range of shares: a change of W_O per number of heads, switched by the dial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL_SHARES = [1.0, 0.75, 0.5]
 
 @pytest.fixture
 def convert(make_dense: Callable[..., Any], tokens: Tensor) -> Callable[..., tuple[Any, Any]]:
-    """`convert(family, **options)`: a dense model and the MoH model with one shared and one active head of four."""
+    """`convert(family, **options)`: a dense model, and the MoH model with one shared and one active head of four."""
 
     def run(family: str = "Llama", **options: Any) -> tuple[Any, Any]:
         dense = make_dense(family)
@@ -53,7 +53,7 @@ def test_with_all_heads_the_model_is_the_original(
         moh.set_active_heads(model, 0.5)
 
 
-def test_a_family_that_keeps_its_weights_transposed_has_budgets_too(tokens: Tensor) -> None:
+def test_a_family_that_keeps_its_weights_transposed_has_output_changes_too(tokens: Tensor) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     dense = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
@@ -69,7 +69,7 @@ def test_a_family_that_keeps_its_weights_transposed_has_budgets_too(tokens: Tens
     torch.testing.assert_close(logits(model, tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_model_of_transformers_has_budgets_too(tmp_path: Path) -> None:
+def test_an_image_model_of_transformers_has_output_changes_too(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     from moh.models.transformers import MoHViTForImageClassification
@@ -90,10 +90,10 @@ def test_an_image_model_of_transformers_has_budgets_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5])
-def test_each_budget_is_the_model_converted_for_it_alone(
+def test_each_share_is_the_model_converted_for_it_alone(
     convert: Callable[..., Any], tokens: Tensor, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At full rank; what a lower one loses on a real model is measured by experiments/budgets_in_one_model.py."""
+    """At full rank; experiments/budgets_in_one_model.py measures the loss of lower ranks on a real model."""
     _, model = convert()
     moh.set_active_heads(model, share)
     _, alone = convert(shares=None, refit_output=True, active_heads=int(4 * share) - 1)
@@ -113,7 +113,7 @@ def test_turning_the_dial_to_and_fro_loses_nothing(convert: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("share", ALL_SHARES)
-def test_a_saved_model_serves_every_budget(
+def test_a_saved_model_keeps_every_share(
     convert: Callable[..., Any], tokens: Tensor, tmp_path: Path, share: float
 ) -> None:
     _, model = convert(allocation="sensitivity")
@@ -141,20 +141,20 @@ def test_a_share_is_handed_out_as_the_conversion_for_it_would(convert: Callable[
         ]
 
 
-def test_training_at_one_budget_is_kept_at_the_others(convert: Callable[..., Any], tokens: Tensor) -> None:
+def test_training_at_one_share_is_kept_at_the_others(convert: Callable[..., Any], tokens: Tensor) -> None:
     _, model = convert()
     weight = output_projection(routed_attentions(model)[0]).weight
     moh.set_active_heads(model, 1.0)
     original = weight.detach().clone()
     moh.set_active_heads(model, 0.5)
     with torch.no_grad():
-        weight.add_(0.25)  # what an optimiser does
+        weight.add_(0.25)  # like an optimiser
     moh.set_active_heads(model, 1.0)
     torch.testing.assert_close(weight, original + 0.25, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("write", ["an adapter merged in", "a fused optimiser"])
-def test_what_is_written_without_a_trace_is_kept_at_every_budget(
+def test_what_is_written_without_a_trace_is_kept_at_every_share(
     convert: Callable[..., Any], tokens: Tensor, write: str
 ) -> None:
     _, model = convert()
@@ -171,7 +171,7 @@ def test_what_is_written_without_a_trace_is_kept_at_every_budget(
     torch.testing.assert_close(weight.detach(), original + 0.25, rtol=1e-5, atol=1e-5)
 
 
-def test_a_merged_lora_is_merged_at_every_budget(convert: Callable[..., Any], tokens: Tensor) -> None:
+def test_a_merged_lora_is_merged_at_every_share(convert: Callable[..., Any], tokens: Tensor) -> None:
     peft = pytest.importorskip("peft")
     _, model = convert()
     moh.set_active_heads(model, 1.0)
@@ -230,7 +230,7 @@ def test_changes_are_no_parameters(convert: Callable[..., Any]) -> None:
     assert trained == sum(p.numel() for p in dense.parameters())
 
 
-def test_generation_with_the_cache_is_right_at_every_budget(convert: Callable[..., Any]) -> None:
+def test_generation_with_the_cache_is_right_at_every_share(convert: Callable[..., Any]) -> None:
     _, model = convert()
     prompt = torch.randint(64, (2, 5))
     for share in ALL_SHARES:
@@ -349,7 +349,7 @@ def test_a_converted_image_or_diffusion_model_has_the_dial_and_keeps_its_setting
     assert moh.set_active_heads(loaded, 1) == 0.5
 
 
-def test_a_timm_model_is_refused_a_projection_for_each_budget() -> None:
+def test_a_timm_model_is_refused_output_changes() -> None:
     with pytest.raises(ValueError, match=r"shares must be None for a VisionTransformer: only models of transformers"):
         moh.convert(timm_vit(), shared_heads=1, active_heads=1, calibration=torch.randn(4, 3, 16, 16), shares=[0.5])
 
@@ -364,7 +364,7 @@ def test_a_timm_model_is_refused_a_projection_for_each_budget() -> None:
         (dict(shares=[0.1]), "shares must be at least 0.250, the share of the shared heads, got 0.1"),
     ],
 )
-def test_budgets_that_cannot_be_served_are_refused(
+def test_output_changes_that_cannot_be_made_are_refused(
     convert: Callable[..., Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

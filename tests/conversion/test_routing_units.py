@@ -1,4 +1,4 @@
-"""Promises of the conversion for groups of heads: shared heads, budgets and W_O are fitted to what a token may choose."""
+"""Promises of the conversion for groups of heads: shared heads, shares and W_O match what a token may choose."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_shared_heads_are_the_strongest_that_the_unit_allows(dense, tokens, watc
 
 
 @every_unit
-def test_an_uneven_budget_is_spent_in_steps_of_the_unit(make_dense, tokens, unit):
+def test_an_uneven_share_is_spent_in_steps_of_the_unit(make_dense, tokens, unit):
     dense = make_dense(**GROUPS, num_hidden_layers=4)
     with torch.no_grad():
         dense.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -80,13 +80,13 @@ def test_an_uneven_budget_is_spent_in_steps_of_the_unit(make_dense, tokens, unit
 @every_unit
 @torch.no_grad()
 def test_the_refit_of_the_output_is_made_for_the_heads_that_the_unit_keeps(dense, tokens, unit):
-    """On the calibration text the refitted layers come nearer to the dense ones than those that were not."""
+    """On the calibration text the refitted layers are closer to the dense ones than the others are."""
     plain, refitted = (
         convert(dense, **heads_of(unit), routing_unit=unit, calibration=tokens, refit_output=refit)
         for refit in (False, True)
     )
     outputs = []
-    for model in (dense, plain, refitted):  # the first layer, whose input is the same in all of them
+    for model in (dense, plain, refitted):  # the first layer: its input is the same in all models
         attention = model.model.layers[0].self_attn
         handle = attention.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
         model(tokens)

@@ -1,4 +1,4 @@
-"""Promises of converted vision transformers: the original with all heads active; fits by definition; clear refusals."""
+"""Promises of converted vision transformers: the original with all heads active; fits as defined; clear refusals."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_refitted_output_projection_is_nearer_to_the_original() -> None:
 
 
 @torch.no_grad()
-def test_an_uneven_budget_has_the_same_total() -> None:
+def test_an_uneven_share_has_the_same_total() -> None:
     options = dict(shared_heads=1, active_heads=1, calibration=images(), progress=False, allocation="sensitivity")
     dense = timm_model(depth=3, num_heads=8)
     model = convert(dense, **options | dict(active_heads=4))
@@ -235,7 +235,7 @@ def test_an_undecided_router_weighs_all_heads_alike() -> None:
     make_undecided(router)
     gates = router(torch.randn(2, 50, 32)).gates
     assert torch.allclose(gates[gates != 0], torch.ones(()), atol=1e-4)
-    assert len(gates.flatten(0, 1).ne(0).float().unique(dim=0)) == 2  # tokens still differ in what they choose
+    assert len(gates.flatten(0, 1).ne(0).float().unique(dim=0)) == 2  # tokens still choose different heads
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import moh.models.transformers
 
-sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers beside them
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers of this folder
 
 TINY = dict(
     vocab_size=64,
@@ -33,7 +33,7 @@ HEADS = dict(shared_heads=1, active_heads=2)
 
 
 def stir(model: nn.Module) -> None:
-    """Weights large enough for the attention to matter; freshly initialised ones nearly average the values."""
+    """Makes weights large enough for the attention to matter; freshly initialised ones nearly average the values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

@@ -17,7 +17,7 @@ ROUTED: dict[str, Any] = dict(shared_heads=[4, 1, 2], active_heads=[0, 2, 1])
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Weights large enough for every part to matter; freshly initialised blocks are the identity and the output 0."""
+    """Makes weights large enough for every part to matter; initially blocks are the identity and the output is 0."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def tiny_model(*, dense: bool = False, **options: Any) -> nn.Module:
 
 
 def tiny_inputs(*, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy images, time steps and class ids, "no class" among them."""
+    """Noisy images, time steps and class ids, including "no class"."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(batch, 3, 8, 8, generator=generator).to(dtype)
     return x, torch.randint(1000, (batch,), generator=generator), torch.arange(batch) * 5 // max(batch - 1, 1)

@@ -151,7 +151,7 @@ def test_a_model_turned_to_k_is_the_model_made_with_k(family: str) -> None:
         torch.testing.assert_close(router(x).gates, fresh(x).gates, rtol=0, atol=0)
         break
     else:
-        assert family == "transnext"  # widths of its own
+        assert family == "transnext"  # its own widths
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "transnext"])
@@ -208,7 +208,7 @@ def test_a_share_follows_the_costs_that_the_conversion_saved(tmp_path: Path) -> 
 def test_the_dial_is_saved_with_a_model_whose_configuration_left_shared_heads_out(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = llama(shared_heads=None, active_heads=2, router="query_norm")  # None shares the other two
+    model = llama(shared_heads=None, active_heads=2, router="query_norm")  # None: the other two heads are shared
     model.set_active_heads(1)
     expected = run("llama", model)
     model.save_pretrained(tmp_path)
@@ -220,7 +220,7 @@ def test_the_dial_is_saved_with_a_model_whose_configuration_left_shared_heads_ou
 
 @pytest.mark.parametrize("k", [3, [2, 1, 3], 0.6], ids=["number", "list", "share"])
 @pytest.mark.parametrize("family", ["llama", "transformers_vit", "timm_vit", "dit"])
-def test_a_saved_model_comes_back_at_the_same_budget(family: str, k: Any, tmp_path: Path) -> None:
+def test_a_saved_model_comes_back_at_the_same_share(family: str, k: Any, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     share = moh.set_active_heads(model, k)
     expected = run(family, model)
@@ -265,7 +265,7 @@ def test_a_model_of_diffusers_writes_its_setting_into_its_configuration_alone(tm
 
 
 def test_models_beside_each_other_keep_configurations_of_their_own() -> None:
-    """A student and its teacher, or a model of images and one of text."""
+    """For example a student and its teacher, or an image model and a text model."""
     from moh.models.diffusers import MoHDiTTransformer2DModel
 
     text, images, drawing = llama(), transformers_vit(), dit()
@@ -277,7 +277,7 @@ def test_models_beside_each_other_keep_configurations_of_their_own() -> None:
     assert images.config.active_heads == [1, 2, 3]
     assert drawing.config.active_heads == 2
     assert teacher.config.active_heads is None
-    with moh.active_heads(both, 1.0):  # of no single model: the costs of one say nothing of the others
+    with moh.active_heads(both, 1.0):  # no single model: the costs of one don't apply to the others
         assert counts(both) == [3] * 9
     assert images.config.active_heads == [1, 2, 3]
 

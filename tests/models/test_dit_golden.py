@@ -1,4 +1,4 @@
-"""Promise: the numbers of the published MoH-DiT, on two tiny random models (`tests/golden/dit_*.safetensors`)."""
+"""Promise: equal to the published MoH-DiT on two tiny random models (`tests/golden/dit_*.safetensors`)."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_bfloat16_follows_float32(dense):
     expected = model(*tiny_inputs()).sample
     got = copy.deepcopy(model).to(torch.bfloat16)(*tiny_inputs(dtype=torch.bfloat16)).sample
     assert got.dtype == torch.bfloat16
-    # A token whose heads are almost tied may choose another one; the mean is not moved by it.
+    # A token with nearly tied heads may choose another one; that does not move the mean.
     assert (got.float() - expected).abs().mean() <= 0.03 * expected.abs().mean()
 
 
@@ -104,7 +104,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     if recorded:
         loss = loss + 0.01 * routing.balance_loss()
     loss.backward()
-    assert len(routing) == recorded  # checkpointing runs layers again, which is no second pass
+    assert len(routing) == recorded  # checkpointing runs layers again, which is not a second pass
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

@@ -31,7 +31,7 @@ def pipeline(scheduler: str = "ddim", **options) -> DiTPipeline:
 
 def draw(pipe: DiTPipeline, **options) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)  # the pipeline does not hand its generator to the scheduler
+    torch.manual_seed(0)  # the pipeline does not pass its generator to the scheduler
     options = dict(class_labels=[3, 7], guidance_scale=4.0, num_inference_steps=4, output_type="np") | options
     return pipe(generator=generator, **options).images
 

@@ -1,4 +1,4 @@
-"""Promises of the named diffusion transformers: shares of heads as named, controls of the same size, overrides."""
+"""Promises of the named diffusion transformers: shares of heads as in the name, controls of equal size, overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of published DiT checkpoints: every tensor's name and shape, and what doesn't fit is named."""
+"""Promises of published DiT checkpoints: every tensor's name and shape; errors name what does not match."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_published_sizes_have_the_published_tensors_and_parameter_counts(name):
         model = create_dit(preset)
     ours = dit_checkpoints.published_state(model)
     assert {key: list(tensor.shape) for key, tensor in ours.items()} == LAYOUT[name]
-    # The published counts include the positions, which are not trained and here no parameter.
+    # The published counts include the positions, which are not trained; here they are not parameters.
     assert model.num_parameters() + model.pos_embed.numel() == PARAMETERS[name]
 
 

@@ -1,4 +1,4 @@
-"""Promise: a saved classifier is read by us and by timm as it was, with its classes and its images' format."""
+"""Promise: we and timm load a saved classifier unchanged, with its classes and its images' format."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_model_that_does_not_know_its_classes_says_so() -> None:
     assert class_names(plain) is None
     describe(plain, SEEN, ("cat", "dog", "eel"))
     plain.reset_classifier(5)
-    assert class_names(plain) is None  # they were another classifier's
+    assert class_names(plain) is None  # they belong to another classifier
 
 
 def test_grey_images_are_normalised_with_the_mean_of_the_colours(model) -> None:

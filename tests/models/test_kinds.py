@@ -1,4 +1,4 @@
-"""Promises of `kind_of`: every format is told by its JSON files alone, and what can't be told is named."""
+"""Promises of `kind_of`: JSON files alone identify every format; errors name what can't be identified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of decoding by one operator: the same logits, where it may be used; a cache that nobody's tensors change in."""
+"""Promises of decoding by one operator: the same logits, when it is used, a cache that never changes tensors in use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SERVED = [
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[bool]:
-    """For each call of an attention layer, whether the operator served it."""
+    """For each call of an attention layer, whether the operator handled it."""
     calls: list[bool] = []
     original = attention.decode
 

@@ -1,4 +1,4 @@
-"""Promise: the numbers of the published implementation, on a tiny random model (`tests/golden/llama_a.safetensors`)."""
+"""Promise: equal to the published implementation on a tiny random model (`tests/golden/llama_a.safetensors`)."""
 
 from __future__ import annotations
 

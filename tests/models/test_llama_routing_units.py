@@ -1,4 +1,4 @@
-"""Promises of the routing units in a language model: like `reference` in prefill, with the cache, padded and in training."""
+"""Promises of routing units in a language model: equal to `reference` in prefill, with cache, padded and in training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tiny_model, request):
 
 
 def eager(model, *args, **kwargs):
-    """What the definition gives."""
+    """The definition's output."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -43,7 +43,7 @@ every_kind = pytest.mark.parametrize("model", KINDS, indirect=True)
 
 
 def choose_grouped(model) -> None:
-    """The backend by name, where it can serve."""
+    """Sets the backend by name, if it handles the unit."""
     if model.config.routing_unit == "group_balanced":
         model.config.moh_backend = "grouped"
 

@@ -1,4 +1,4 @@
-"""Promises of saving: what `save_pretrained` writes, the Auto classes read back, number by number."""
+"""Promises of saving: the Auto classes read back exactly what `save_pretrained` wrote."""
 
 from __future__ import annotations
 

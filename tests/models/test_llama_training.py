@@ -1,4 +1,4 @@
-"""Promises of training: every router learns, the balance loss is added where asked, nothing wrapped around breaks it."""
+"""Promises of training: every router learns, the balance loss is added on request, wrappers do not break it."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_balance_loss_reaches_the_weights(tiny_model, tokens, router):
 
 
 def test_accumulated_calls_add_up_to_one_step(tiny_model):
-    """The Trainer gives `num_items_in_batch` and adds the losses of an optimiser step's calls up."""
+    """The Trainer passes `num_items_in_batch` and sums the losses of an optimiser step's calls."""
     model = tiny_model(router_aux_loss_coef=0.3)
     batches = [torch.randint(3, 64, (2, 12)), torch.randint(3, 64, (2, 12))]
     labels = [batches[0], batches[1].clone()]
-    labels[1][:, :8] = -100  # fewer labels: less weight
+    labels[1][:, :8] = -100  # fewer labels weigh less
     counts = [(label[:, 1:] != -100).sum() for label in labels]
     items = sum(counts)
     assert counts[0] != counts[1]

@@ -1,4 +1,4 @@
-"""A directory as published, which calls itself a Llama, loads as the MoH model that it is; a plain Llama stays one."""
+"""A published directory, which calls itself a Llama, loads as the MoH model that it is; a plain Llama stays one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 from moh.models.transformers.published import REPOSITORY, is_published_llama, published_heads
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"
-# Would stop the test if it were run; only its text may be looked at
+# would end the test if it were run; only its text may be read
 CODE = "raise SystemExit('remote code was run')\nself.routed_head = 2\nself.shared_head = 4\n"
 
 

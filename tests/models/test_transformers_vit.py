@@ -1,4 +1,4 @@
-"""Promises of transformers' ViT with MoH attention beyond those of every family (tests/conversion/test_families.py)."""
+"""Promises of transformers' ViT with MoH attention, in addition to tests/conversion/test_families.py."""
 
 from __future__ import annotations
 

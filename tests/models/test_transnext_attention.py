@@ -1,4 +1,4 @@
-"""Promises of aggregated attention: every backend gives the definition's values and gradients, at any share of heads."""
+"""Promises of aggregated attention: all backends give the definition's values and gradients, for any share of heads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BACKENDS = ["cpu", "sdpa"]
 
 
 def case(B: int, size: tuple[int, int], H: int, D: int, P: int, window: int, share: float = 0.5, dtype=torch.float32):
-    """Inputs and parameters of one call; the first token has no head, the last head is used by nobody (share < 1)."""
+    """Inputs and parameters of one call; if share < 1, the first token has no head and no token has the last head."""
     torch.manual_seed(0)
     N, W = size[0] * size[1], window**2
     gates = torch.rand(B, N, H) + 0.5
@@ -68,7 +68,7 @@ def leaves(inputs: list[torch.Tensor], scoring: Scoring) -> list[torch.Tensor]:
 
 
 def run(inputs: list[torch.Tensor], scoring: Scoring, backend: str, **options: Any) -> list[torch.Tensor]:
-    """Output and gradients of all inputs."""
+    """Output, and gradients of all inputs."""
     out = aggregated_attention(*inputs, scoring, backend=backend, **options)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float32).to(out.dtype)
     return [out, *torch.autograd.grad(out, leaves(inputs, scoring), weight, materialize_grads=True)]
@@ -156,7 +156,7 @@ def test_inactive_pairs_get_neither_output_nor_gradient(backend):
     assert not out[inactive].any() and not grad_q[inactive].any() and not grad_gates[inactive].any()
     assert grad_gates[~inactive].all()
     grad_k, grad_v = rest[0], rest[1]
-    assert not grad_k[..., -1, :].any() and not grad_v[..., -1, :].any()  # the head that nobody uses
+    assert not grad_k[..., -1, :].any() and not grad_v[..., -1, :].any()  # the unused head
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

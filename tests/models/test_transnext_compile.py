@@ -36,7 +36,7 @@ def _fresh_compiler():
 @torch.no_grad()
 def test_exported_model_gives_the_models_numbers(backend):
     model, x = two_stages(backend=backend), torch.randn(2, 3, 16, 16)
-    expected = model(x)  # keeps position biases, which the export must not pick up as constants of its own
+    expected = model(x)  # caches position biases, which the export must not take as constants
     program = torch.export.export(model, (x,))
     assert_close(program.module()(x), expected, 1e-5)
     assert set(program.state_dict) == set(model.state_dict())

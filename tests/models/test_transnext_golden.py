@@ -1,4 +1,4 @@
-"""Promise: the numbers of the published implementation, on tiny random models (`tests/golden/transnext_*.safetensors`)."""
+"""Promise: equal to the published implementation on tiny random models (`tests/golden/transnext_*.safetensors`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of published checkpoints: every tensor's name and shape, and what doesn't fit is named."""
+"""Promises of published checkpoints: every tensor's name and shape; errors name what does not match."""
 
 from __future__ import annotations
 

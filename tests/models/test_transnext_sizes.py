@@ -1,4 +1,4 @@
-"""Promises on sizes: any image that the strides allow, positions from the network for the size at hand, clear errors."""
+"""Promises on sizes: any image that the strides allow, positions for the image's size, clear errors."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_all_sizes_are_registered_under_names_of_their_own():
 
 
 ORDERS = ["import moh, timm", "import timm, moh", "from moh.models.timm.transnext import MoHTransNeXt; import timm"]
-# Each in a fork of an interpreter that has imported neither, but PyTorch, on which most of the time would go
+# Each in a fork of an interpreter that has imported neither; it has PyTorch, which would take most of the time
 IN_FORKS = """
 import os, sys
 import torch._dynamo
@@ -129,7 +129,7 @@ def test_state_dict_goes_round_and_holds_parameters_only(tmp_path):
         p.data.zero_()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        expected = model(x)  # keeps position biases, which must not be saved
+        expected = model(x)  # caches position biases, which must not be saved
         other(x)
         assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
         torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -159,7 +159,7 @@ def test_weight_decay_spares_positions_temperatures_and_embeddings():
 def test_layer_groups_go_from_the_stem_to_the_head():
     model = tiny_model(depths=(1, 2, 1))
     groups = group_parameters(model, model.group_matcher())
-    assert len(groups) == 1 + 2 + 4 + 1  # stem, patch embeddings, blocks, what is left
+    assert len(groups) == 1 + 2 + 4 + 1  # stem, patch embeddings, blocks, the rest
     assert all(name.startswith("stages.0.patch_embed") for name in groups[0])
     assert sorted(name for names in groups.values() for name in names) == sorted(n for n, _ in model.named_parameters())
     rates = [group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)]

@@ -1,4 +1,4 @@
-"""Promises of timm's attention with chosen heads: the definition's values, timm's names, every option of timm's."""
+"""Promises of timm's attention with routed heads: the definition's values, timm's names, all of timm's options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(router: str = "two_stage", **options: Any) -> MoHViTAttention:
 
 
 def by_definition(layer: MoHViTAttention, x: Tensor, **masks: Any) -> Tensor:
-    """timm's own attention on the same parameters, every head weighted by its gate before what follows."""
+    """timm's own attention with the same parameters; each head is multiplied by its gate before the next module."""
     dense = Attention.__new__(Attention)
     dense.__dict__.update(layer.__dict__)
     dense.fused_attn = True
@@ -53,7 +53,7 @@ def by_definition(layer: MoHViTAttention, x: Tensor, **masks: Any) -> Tensor:
         return ((args[0].unflatten(-1, (H, -1)) * gates[..., None]).flatten(2),)
 
     first = next(m for m in (layer.norm, layer.proj) if not isinstance(m, nn.Identity))
-    if getattr(layer, "gate", None) is not None:  # gates commute with an elementwise one
+    if getattr(layer, "gate", None) is not None:  # routing gates commute with timm's elementwise gate
         first = layer.proj
     handle = first.register_forward_pre_hook(weigh)
     try:
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_timms_attention_with_gated_heads(rout
     got, expected = layer(x), by_definition(layer, x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     if router != "two_stage":
-        return  # hard gates: an inactive head's gradient is defined as 0, in the definition above it is not
+        return  # hard gates: the gradient of an inactive head is defined as 0, unlike in the definition above
     weight = torch.randn_like(expected)
     inputs = [x, *layer.parameters()]
     for a, b in zip(

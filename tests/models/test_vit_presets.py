@@ -1,4 +1,4 @@
-"""Promises of the vision transformers registered with timm: their budgets, timm's conventions, export and compilation."""
+"""Promises of the vision transformers registered with timm: shares, timm's conventions, export and compilation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_size_is_timms_with_routers_and_uses_the_share_in_its_name(name) -> No
     layers = configs(model)
     used = sum(c.num_shared + c.active_heads for c in layers) / sum(c.num_heads for c in layers)
     assert used == pytest.approx(int(name[-2:]) / 100, abs=0.012)
-    assert all(c.active_heads for c in layers)  # a layer without routed heads could never use the others
+    assert all(c.active_heads for c in layers)  # a layer without active routed heads could never use the others
     own = {name: p.shape for name, p in model.state_dict().items() if ".router." not in name}
     assert own == {name: p.shape for name, p in dense.state_dict().items()}
     assert type(model) is VisionTransformer
@@ -71,7 +71,7 @@ def test_a_size_is_timms_with_routers_and_uses_the_share_in_its_name(name) -> No
 
 @pytest.mark.parametrize("num_heads", [3, 6, 10, 12])
 @pytest.mark.parametrize("budget", [50, 75, 90])
-def test_a_budget_is_spread_evenly_over_the_layers(budget, num_heads) -> None:
+def test_a_share_is_spread_evenly_over_the_layers(budget, num_heads) -> None:
     shared, active = heads_of_budget(budget, num_heads, 12)
     assert max(active) - min(active) <= 1 and shared == num_heads // 4
     assert sum(shared + k for k in active) == round(budget * num_heads * 12 / 100)
@@ -100,7 +100,7 @@ def test_heads_can_be_chosen_for_all_layers_and_for_each() -> None:
     assert [(c.num_shared, c.active_heads, c.router) for c in configs(model)] == [(1, 2, "linear"), (1, 4, "linear")]
     model = tiny(shared_heads=[[0, 3], 1], active_heads=[1, 2])
     assert [c.shared_indices for c in configs(model)] == [(0, 3), (0,)]
-    model = tiny(num_heads=10, shared_heads=0)  # the budget stays
+    model = tiny(num_heads=10, shared_heads=0)  # the share stays
     assert [(c.num_shared, c.active_heads) for c in configs(model)] == [(0, 5), (0, 5)]
 
 

@@ -1,4 +1,4 @@
-"""Promises of saved timm models with MoH attention: ours and timm read them back; what can't be rebuilt is refused."""
+"""Promises of saved timm models with MoH attention: we and timm load them; what can't be rebuilt is refused."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_a_saved_model_comes_back_with_its_weights_and_heads(tmp_path, make, cha
         assert type(other) is type(model)
         torch.testing.assert_close(other(x), model(x))
         assert [b.attn.router.config for b in other.blocks] == [b.attn.router.config for b in model.blocks]
-    save_pretrained(other, tmp_path)  # once more, over the old one
+    save_pretrained(other, tmp_path)  # again, over the old one
 
 
 @torch.no_grad()
 def test_a_base_made_with_other_arguments_is_noticed(tmp_path) -> None:
     model = converted()
-    model.moh_arguments = {"base": "vit_tiny_patch16_224", **SMALL}  # as if nobody had recorded qk_norm
+    model.moh_arguments = {"base": "vit_tiny_patch16_224", **SMALL}  # qk_norm is missing, as if not recorded
     model._model_args = {}
     with pytest.raises(ValueError, match=r"make a different model; give those that are missing as model_args"):
         save_pretrained(model, tmp_path)

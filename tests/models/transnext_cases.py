@@ -25,7 +25,7 @@ ROUTED: dict[str, Any] = dict(shared_heads=(2, 1, 1), active_heads=(0, 1, 2))
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Weights large enough for attention and routing to matter; freshly initialised ones nearly average the values."""
+    """Makes weights large enough for attention and routing to matter; initial ones nearly average the values."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
