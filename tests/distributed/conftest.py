@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def options(base_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """A converted model with a balance loss, trained for four steps in `tmp_path / "out"`; twelve samples a step."""
+    """A converted model with a balance loss, trained for four steps of twelve samples in `tmp_path / "out"`."""
     return [
         f"--model.path={base_dir}",
         f"--data.files=['{text_file}']",

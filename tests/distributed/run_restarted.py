@@ -1,8 +1,8 @@
-"""One process of a run under torchrun's elastic agent; the last process is killed once, at the end of its third step.
+"""One process of a run under torchrun's elastic agent; the last process is killed once, after its third step.
 
     torchrun --max-restarts=1 ... run_restarted.py STEPS_DIR --training.max_steps=4 ...
 
-Each process writes the number of every step that it ends into a file of its own, one for every start.
+Each process writes the number of every finished step to its own file, one file per start.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Teams of processes on the CPU, over gloo; forked from a server that has imported what they need.
+"""Teams of CPU processes over gloo, forked from a server that has imported what they need.
 
-A process of its own would spend most of a test on its imports. What torchrun and `accelerate launch` add is tested with
-them, in `test_restart.py` and `test_launch.py`.
+New processes would spend most of a test on imports. `test_restart.py` and `test_launch.py` test what torchrun and
+`accelerate launch` add.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 WORKERS = Path(__file__).with_name("workers.py")
 ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
 DEEPSPEED_TOY = Path(__file__).with_name("deepspeed_toy.json")
-IMPORTED = [  # the server is one for all tests of a process; what is not installed it leaves out
+IMPORTED = [  # one server for all tests of a process; it ignores what is not installed
     "moh.training.language.run",
     "moh.models.transformers.models",
     "moh.training.images.run",
@@ -33,7 +33,7 @@ IMPORTED = [  # the server is one for all tests of a process; what is not instal
 
 
 class Team:
-    """Runs a function of workers.py on several processes at once; gives what each has returned."""
+    """Runs a function of workers.py on several processes at once; returns one result per process."""
 
     def __init__(self, folder: Path) -> None:
         self.server = multiprocessing.get_context("forkserver")
@@ -51,9 +51,9 @@ class Team:
         environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> list[Any]:
-        """`accelerate` names a configuration, handed on as `accelerate launch` does; `killed` ones return nothing.
+        """`accelerate` names a configuration, passed as `accelerate launch` does; `killed` processes return nothing.
 
-        `environment` is set after it.
+        `environment` is set last.
         """
         folder = next(self.folders)
         folder.mkdir(parents=True)
@@ -93,12 +93,12 @@ class Team:
 
         environment = cls.handed_on(name, prepare_deepspeed_cmd_env)
         given = {key: value for key, value in environment.items() if key.startswith("ACCELERATE_")}
-        # The file takes what is "auto" from there. DeepSpeed by itself shards no tensor of less than 100,000 numbers.
+        # The file's "auto" settings come from these. By default DeepSpeed shards no tensor below 100,000 numbers.
         return given | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DEEPSPEED_TOY), "DS_ACCELERATOR": "cpu"}
 
     @staticmethod
     def handed_on(name: str, prepare: Callable[[Any], Any]) -> dict[str, str]:
-        """The environment that `accelerate launch --config_file NAME` hands on, by accelerate's own parts, one `prepare`."""
+        """The environment that `accelerate launch --config_file NAME` sets, by accelerate's own function `prepare`."""
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
         command = ["--config_file", str(ACCELERATE / name), "--main_process_port=0", "script.py"]

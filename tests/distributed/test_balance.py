@@ -1,4 +1,4 @@
-"""The balance loss over all processes is that of one process with all the tokens; so is its gradient after averaging."""
+"""The balance loss over all processes and its averaged gradient are those of one process with all the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configurations of accelerate are what accelerate reads, and hand on what they say."""
+"""accelerate reads the configurations in recipes/ and passes on their settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_configurations_are_of_their_kind_and_for_machines_of_eight_gpus(name: s
     config = load_config_from_file(str(ACCELERATE / name))
     assert config.distributed_type == KINDS[name]
     assert config.num_processes == 8 * config.num_machines
-    assert config.mixed_precision == "no"  # the recipe says it, and is written as it was run
+    assert config.mixed_precision == "no"  # comes from the recipe, which is saved as it was run
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("fsdp2")])

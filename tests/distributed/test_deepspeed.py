@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-3 on two processes: trains as one process does, goes on exactly, and leaves a whole model.
+"""DeepSpeed's ZeRO-3 on two processes: trains as one process does, resumes exactly, and saves a whole model.
 
-On the CPU, over gloo; with the settings of `recipes/accelerate/deepspeed_zero3.yaml`, as `accelerate launch` hands them on,
-and every tensor sharded, however small.
+On the CPU, over gloo, with the settings of `recipes/accelerate/deepspeed_zero3.yaml` as `accelerate launch` passes them;
+every tensor is sharded, however small.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def test_two_processes_train_as_one_does_and_go_on_exactly(team, options, tmp_pa
     whole = [*shared, f"--training.output_dir={tmp_path / 'whole'}"]
     cut = [*shared, f"--training.output_dir={tmp_path / 'cut'}"]
     more = ([*cut, f"--training.max_steps={count}"] for count in (2, 4, 4))  # the last has nothing left to do
-    other = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as in a configuration of one's own: the recipe decides
+    other = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as from a user's own configuration: the recipe decides
     losses = team("losses", 2, runs=[whole, *more], accelerate="deepspeed_zero3.yaml", environment=other)[0]
     assert losses[1] == losses[0][:2] and losses[2] == losses[3] == losses[0] and len(set(losses[0])) == 4
     ours, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
@@ -35,7 +35,7 @@ def test_two_processes_train_as_one_does_and_go_on_exactly(team, options, tmp_pa
     team("losses", 1, runs=[[*options, "--training.per_device_train_batch_size=6"]])
     for entry, expected in zip(_logged(tmp_path / "whole"), _logged(tmp_path / "out"), strict=True):
         assert entry == pytest.approx(expected, abs=2e-4)
-        assert entry[1] > 0.5  # of gradients that were clipped
+        assert entry[1] > 0.5  # gradients were clipped
     single = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert ours.keys() == single.keys() and all((ours[tensor] - single[tensor]).abs().max() < 1e-3 for tensor in ours)
 
@@ -52,6 +52,6 @@ def test_two_processes_train_as_one_does_and_go_on_exactly(team, options, tmp_pa
 
 
 def _logged(run: Path) -> list[tuple[float, float, float]]:
-    """(loss, norm of the gradients, balance loss) of every step."""
+    """(loss, gradient norm, balance loss) of every step."""
     history = trainer_state(run / "checkpoint-4")["log_history"]
     return [(entry["loss"], entry["grad_norm"], entry["balance_loss"]) for entry in history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""`accelerate launch` with the configurations of `recipes/accelerate/` and a recipe: two processes that train together."""
+"""`accelerate launch` with the configurations of `recipes/accelerate/` and a recipe trains on two processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _compiles() -> bool:
-    """Whether DeepSpeed, which compiles a part of itself when it starts on CPUs, can do so."""
+    """Whether DeepSpeed can compile what it compiles when it starts on CPUs."""
     return find_spec("deepspeed") is not None and shutil.which("c++") is not None
 
 

@@ -1,4 +1,4 @@
-"""A process that dies does not end the job: torchrun starts it anew from the last checkpoint, and nothing else is lost."""
+"""A process that dies does not end the job: torchrun restarts it from the last checkpoint, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(team, option
     killed, whole, steps = (tmp_path / name for name in ("killed", "whole", "steps"))
     steps.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a new start may find the addresses of the one before
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restart may find the previous addresses
     environment |= team.launch_environment("fsdp2.yaml") if sharded else {}
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*agent, "--max-restarts=1", "--monitor-interval=0.1", SCRIPT, steps, *options]
@@ -29,7 +29,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(team, option
         try:
             _, errors = job.communicate(timeout=400)
         finally:
-            job.terminate()  # the agent ends its processes then, which it does not if it is killed
+            job.terminate()  # not kill(): only a terminated agent ends its processes
     assert job.returncode == 0, errors[-3000:]
 
     ended = {file.name: file.read_text().split() for file in steps.iterdir()}

@@ -55,7 +55,7 @@ def test_reordered_heads_compute_the_same(fields, ranks: int, expected: list[int
     for layer, config in zip(model.model.layers, model.config.layer_configs(), strict=True):
         assert layer.self_attn.router.config.shared_indices == config.shared_indices
     again = MoHLlamaForCausalLM(model.config)
-    again.load_state_dict(model.state_dict())  # as a saved model is made again
+    again.load_state_dict(model.state_dict())  # as when loading a saved model
     assert again.eval()(tokens).logits.equal(model(tokens).logits)
 
 

@@ -1,6 +1,6 @@
-"""Training on several processes: the losses and weights of one process with the same global batch, balance loss included.
+"""Training on several processes gives the losses, balance losses and weights of one process with the same global batch.
 
-Sharded checkpoints are gone on from on another number of processes.
+Sharded checkpoints are resumed on a different number of processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 def run(
     team, options: list[str], out: Path, size: int, *more: str, accelerate: str | None = None
 ) -> list[tuple[float, float]]:
-    """(loss, balance loss) of every step, as all processes have logged them."""
+    """(loss, balance loss) of every step, logged alike by all processes."""
     own = [f"--training.output_dir={out}", f"--training.per_device_train_batch_size={12 // size}"]
     logs = team("train", size, options=[*options, *own, *more], accelerate=accelerate)
     return [(entry["loss"], entry["balance_loss"]) for entry in logs[0] if "loss" in entry]
@@ -30,7 +30,7 @@ def assert_same_weights(a: Path, b: Path, tolerance: float = 1e-3) -> None:
 
 @pytest.fixture(scope="module")
 def one(team, tmp_path_factory):
-    """Options -> folder and losses of a run of one process, kept."""
+    """Options -> folder and losses of a run of one process, which runs once."""
     runs = {}
 
     def get(options: list[str]):

@@ -1,7 +1,7 @@
-"""What single processes of the tests here do: run with `runpy`, in a process that a `Team` has started.
+"""What the processes of a `Team` run, by `runpy`.
 
-Gets `job`, the name of a function here, `arguments` for it, `folder`, `rank`, `size` and `environment` as globals; what
-the function returns is saved in `folder`.
+Gets `job`, the name of a function here, its `arguments`, `folder`, `rank`, `size` and `environment` as globals; saves
+the result in `folder`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import moh
 if "DS_ACCELERATOR" in environment:  # noqa: F821
     import deepspeed.ops
 
-    # A collective for inference, which DeepSpeed would compile when it starts: half a minute, and not used here.
+    # DeepSpeed would compile a collective for inference when it starts: half a minute, and unused here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 torch.set_num_threads(1)
-gc.freeze()  # what the server imported is not collected again and again
+gc.freeze()  # garbage collection skips what the server imported
 
 
 class Net(nn.Module):
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def balance(router: str, inside: bool, checkpointed: bool):
-    """Loss and averaged gradients of a step on this process's share of a batch, whose tokens it holds unequally many of."""
+    """Loss and averaged gradients of a step on this process's part of a batch; parts differ in size."""
     net = Net(router)
     whole, mask = torch.randn(4, 6, 16), torch.rand(4, 6) > 0.3
     mask[0] = False  # one sequence is all padding
@@ -63,9 +63,9 @@ def balance(router: str, inside: bool, checkpointed: bool):
 
 
 def tensor_parallel(ways: int, family: str = "Llama", **fields):
-    """Loss, balance loss and gradients of a model whose heads `ways` processes share, on this process's share of a batch.
+    """Loss, balance loss and gradients of a model whose heads `ways` processes split, on this process's part of a batch.
 
-    With more processes than that, the model is also sharded over the rest of them.
+    With more processes the model is also sharded over the groups of `ways`.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -106,7 +106,7 @@ def train(options: list[str]):
 
 
 def losses(runs: list[list[str]], kill_at: int = 0):
-    """The logged losses of each run, one after the other; with `kill_at` the process is killed at the end of that step."""
+    """The logged losses of each run in turn; with `kill_at` the process is killed at the end of that step."""
     import signal
 
     from transformers import TrainerCallback

@@ -1,4 +1,4 @@
-"""What all training runs here need: a tiny model and its tokenizer as objects, and a complete recipe as options."""
+"""What all training runs here need: tiny models as objects, and a complete recipe as options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def options(base_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def moh_model(dense):
-    """The tiny Llama with one shared head and one or two of the three others, chosen by their queries' norms."""
+    """The tiny Llama with one shared head and, per layer, one or two of the three others, chosen by query norm."""
     from moh import convert
 
     return convert(dense, shared_heads=1, active_heads=[1, 2], router="query_norm")

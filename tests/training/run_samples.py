@@ -1,6 +1,6 @@
-"""One process of a run that writes down which sequences each step reads; started by `test_resumed_samples` with `runpy`.
+"""One process of a run that logs the sequences of each step; started by `test_resumed_samples` with `runpy`.
 
-Gets `options`, `kill_at`, `log` and `environment` as globals; with `kill_at` above 0 it gets SIGKILL at the end of that step.
+Gets `options`, `kill_at`, `log` and `environment` as globals; if `kill_at` is above 0, SIGKILL ends that step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moh.training import load_recipe, train
 from moh.training.language.trainer import MoHTrainer
 
 torch.set_num_threads(1)
-gc.freeze()  # what the server imported is not collected again and again
+gc.freeze()  # garbage collection skips what the server imported
 
 
 class _Watch(TrainerCallback):

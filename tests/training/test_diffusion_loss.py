@@ -1,4 +1,4 @@
-"""Promises of the hybrid loss: the published numbers, the definitions, and that the bound trains the variance alone."""
+"""Promises of the hybrid loss: the published numbers and the definitions; the bound trains only the variance."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scheduler(request):
 
 
 def case(t: list[int], channels: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, clean and noise of random images of 8-bit values, and their steps."""
+    """Model output, clean images of 8-bit values, noise, and time steps `t`."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(t), channels, 4, 4)
     clean = torch.randint(256, shape, generator=generator) / 127.5 - 1
@@ -85,7 +85,7 @@ def test_the_posterior_is_bayes_rule():
     kept = (1 - scheduler.betas.double()).cumprod(0)
     for row, step in enumerate(t.tolist()):
         beta, before = scheduler.betas[step].double(), kept[step - 1]
-        # x_{t-1} given x_0 and x_t given x_{t-1} are Gaussians: precisions add up
+        # x_{t-1} given x_0, and x_t given x_{t-1}, are Gaussian: in their product, precisions add
         precision = 1 / (1 - before) + (1 - beta) / beta
         centre = before.sqrt() * clean[row] / (1 - before) + (1 - beta).sqrt() * noisy[row] / beta
         assert_close(mean[row], (centre / precision).float())

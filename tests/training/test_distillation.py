@@ -1,4 +1,4 @@
-"""The distillation loss is its definition, whatever the chunks, and the trainer mixes it as it says."""
+"""The distillation loss equals its definition for any chunk size, and the trainer weights it as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model from scratch: the paper's sizes, a tokenizer of its own, a saved result; wrong sizes are named before training."""
+"""A model from scratch: the paper's sizes, its own tokenizer, a saved result; wrong sizes are named before training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES += ["max_position_embeddings=32", "vocab_size=300"]
 
 @pytest.fixture
 def options(text_file: Path, tmp_path: Path) -> list[str]:
-    """A complete recipe of a tiny model from scratch, with two shared heads and one routed head active."""
+    """A complete recipe of a tiny model from scratch, with two shared heads and one active routed head."""
     return [
         *(f"--model.from_scratch.{size}" for size in SIZES),
         "--model.from_scratch.moh={shared_heads: 2, active_heads: 1}",

@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is written costs that checkpoint alone."""
+"""A disk that fills up while a checkpoint is written costs only that checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_last_good_checkpoint_survives_and_the_run_goes_on_from_it(
         ):
             train(load_recipe(None, options))
     assert last_complete_checkpoint(out) == out / "checkpoint-2"
-    assert not (out / "checkpoint-4").exists()  # its half would take what room is left
+    assert not (out / "checkpoint-4").exists()  # a half checkpoint would fill the remaining space
 
     resumed = train(load_recipe(None, options))
     assert resumed.resumed_from == out / "checkpoint-2"

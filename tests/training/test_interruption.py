@@ -1,4 +1,4 @@
-"""A training run that is killed goes on from its last complete checkpoint as if nothing had happened."""
+"""A killed training run resumes exactly from its last complete checkpoint."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_deepspeed_is_gone_on_from_with_deepspeed_alone(finished
     here = f"--training.output_dir={out}"
     with pytest.raises(ValueError, match=r"checkpoint-4 were written by DeepSpeed: resume with it, or choose another"):
         train(load_recipe(finished / "recipe.yaml", [here, "--training.max_steps=6"]))
-    result = train(load_recipe(finished / "recipe.yaml", [here]))  # needs no optimiser
+    result = train(load_recipe(finished / "recipe.yaml", [here]))  # no optimiser needed
     assert len(result.losses) == 4
 
 

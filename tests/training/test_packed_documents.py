@@ -1,4 +1,4 @@
-"""Documents in one packed block do not see each other, in dense and MoH models and on every attention backend."""
+"""Documents in a packed block do not see each other, in dense and MoH models, with every attention backend."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _logits(model, **inputs):
         return model.eval()(**inputs, use_cache=False)
 
 
-# Those of the CPU that need no promise of the model
+# CPU backends for any gates
 BACKENDS = [b.name for b in moh.attention.BACKENDS.values() if b.chosen_on is None and b.name != "grouped"]
 
 
@@ -51,7 +51,7 @@ def test_a_packed_document_has_the_logits_it_has_alone(dense, moh_model, backend
         model = moh_model
         model.config.moh_backend = backend
     block = _block(lengths)
-    other = _block(tuple(reversed(lengths)))  # the rows of a batch have their documents in other places
+    other = _block(tuple(reversed(lengths)))  # documents start at different places in the rows of a batch
     batch = {name: torch.stack([block[name], other[name]]) for name in block}
     packed = _logits(model, **batch).logits
     for row in range(2):

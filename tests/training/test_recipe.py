@@ -1,4 +1,4 @@
-"""Recipes are read from YAML, overridden from the command line, and wrong ones rejected in one line."""
+"""Recipes are read from YAML and overridden on the command line; wrong ones are rejected in one line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A run that is killed and started again reads the sequences that an uninterrupted one reads, in the same order.
+"""A run that is killed and restarted reads the same sequences in the same order as an uninterrupted one.
 
-Stored and streamed text, one process and two, and from one to two. Each process is forked from a server that has imported
-everything, and killed with SIGKILL.
+Stored and streamed text; one process, two, and from one to two. Each process is forked from a server that has imported
+everything, and is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("run_samples.py")
 STEPS = 6
 
 
-Rows = list[list]  # [step, rows of the whole batch, in order]
+Rows = list[list]  # [step, rows of the whole batch in order]
 
 
 def _sources(folder: Path) -> str:
@@ -33,7 +33,7 @@ def _sources(folder: Path) -> str:
 
 
 class Runner:
-    """Starts runs of one recipe in a folder; each call gives the rows that every step read."""
+    """Starts runs of one recipe in a folder; each call returns the rows that each step read."""
 
     def __init__(self, server, base_dir: Path, folder: Path, streaming: bool) -> None:
         self.server, self.folder, self.numbers = server, folder, count()
@@ -75,14 +75,14 @@ class Runner:
             worker.start()
         try:
             for worker in workers:
-                worker.join(280)  # the first one waits for the imports of the server
+                worker.join(280)  # the first one waits for the server's imports
                 assert worker.exitcode == (-signal.SIGKILL if kill_at else 0)
         finally:
             for worker in workers:
                 worker.kill()
         logs = [[json.loads(line) for line in log.with_name(f"{log.name}.{rank}").open()] for rank in range(processes)]
         steps: dict[int, list] = {}
-        for entries in zip(*logs, strict=True):  # one forward pass of every process
+        for entries in zip(*logs, strict=True):  # one forward pass per process
             assert len({step for step, _ in entries}) == 1
             steps.setdefault(entries[0][0], []).extend(row for _, rows in entries for row in rows)
         return [[step, rows] for step, rows in sorted(steps.items())]
@@ -101,7 +101,7 @@ def whole(run: Runner) -> Rows:
 
 @pytest.fixture(scope="module")
 def killed(run: Runner) -> Rows:
-    """A run of one process that is killed at the end of its fifth step."""
+    """A run of one process, killed at the end of its fifth step."""
     return run("killed", 1, kill_at=5)
 
 

@@ -1,4 +1,4 @@
-"""Promises of recipes with groups of heads: what they say reaches the model that is trained."""
+"""Promises of recipes with groups of heads: their settings reach the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe becomes a saved model; what can't be served is said before anything is trained."""
+"""A recipe becomes a saved model; impossible requests are refused before training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_converted_model_is_trained_logged_and_saved(options: list[str], tmp_p
     for (name, a), (_, b) in zip(loaded.named_parameters(), result.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert AutoTokenizer.from_pretrained(out / "model").eos_token == "<eos>"
-    assert not (out / "model" / "training_args.bin").exists()  # no pickle
+    assert not (out / "model" / "training_args.bin").exists()  # not a pickle
 
     (events,) = (out / "runs").iterdir()
     logged = EventAccumulator(str(events)).Reload()

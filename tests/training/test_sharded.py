@@ -1,6 +1,6 @@
-"""Weights and optimiser sharded over two processes (FSDP2) train as one process does, and sharded checkpoints go on exactly.
+"""Weights and optimiser sharded over two processes (FSDP2) train as one process does, and resume exactly.
 
-On the CPU, over gloo; with the settings of `recipes/accelerate/fsdp2.yaml`, as `accelerate launch` hands them on.
+On the CPU, over gloo, with the settings of `recipes/accelerate/fsdp2.yaml` as `accelerate launch` passes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moh.training.checkpoints import checkpoint_problem, has_sharded_weights, lo
 accelerate = pytest.importorskip("accelerate")
 
 CONSTANT = ["--training.lr_scheduler_type=constant", "--training.warmup_steps=0", "--training.save_steps=2"]
-RUNS = {  # name -> options beside those of all
+RUNS = {  # name -> options in addition to the common ones
     "dense": [],
     "converted": ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"],
 }

@@ -1,4 +1,4 @@
-"""Runs that read sources: pretrained, converted or streamed, from any mix; a source that changes midway is noticed."""
+"""Runs that read any mix of sources, dense or converted, stored or streamed; a source that changes midway is noticed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = "head token gate router layer value key query".split()
 
 @pytest.fixture
 def options(base_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """A run of four steps on text files and JSONL, of which every fourth sequence comes from the latter."""
+    """A run of four steps on a text file and JSONL; every fourth sequence comes from the JSONL."""
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"words": " ".join(WORDS)}) + "\n" for _ in range(20)))
     return [
         f"--model.path={base_dir}",

@@ -1,4 +1,4 @@
-"""A model gets another tokenizer's vocabulary: known tokens keep their rows, new ones are the mean of their pieces."""
+"""A model gets another tokenizer's vocabulary: known tokens keep their rows, new ones get the mean of their pieces."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ CLASSES = ("cat", "dog", "eel")
 
 
 def pictures(labels: torch.Tensor, *, channels: int = 1, seed: int = 0) -> torch.Tensor:
-    """`[n, C, 8, 8]` uint8 noise with a bright bar whose place is the label's, `[n]`: easy to tell apart."""
+    """`[n, C, 8, 8]` uint8 noise with a bright bar at a place given by the label `[n]`: easy to classify."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 100, (len(labels), channels, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     for picture, label in zip(pixels, labels.tolist(), strict=True):
@@ -39,7 +39,7 @@ def write_idx(folder: Path, *, train: int = 60, test: int = 21, compressed: bool
 
 
 def write_folders(root: Path, count: int, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
-    """`root/CLASS/NUMBER.png`, colour images of 8x8 pixels, `count` of each class."""
+    """`root/CLASS/NUMBER.png`, colour images of 8x8 pixels, `count` per class."""
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for number, image in enumerate(pictures(torch.full((count,), label), channels=3, seed=seed + label)):
@@ -54,7 +54,7 @@ def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """A directory with train/ (12 images of each of three classes) and val/ (4 of each)."""
+    """A directory with train/ (12 images per class, three classes) and val/ (4 per class)."""
     write_folders(tmp_path / "data" / "train", 12)
     write_folders(tmp_path / "data" / "val", 4, seed=50)
     return tmp_path / "data"

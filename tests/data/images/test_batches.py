@@ -1,4 +1,4 @@
-"""What a model sees is a function of seed, epoch and image; damaged images are counted and the batch stays whole."""
+"""A batch is a function of seed, epoch and images; damaged images are counted and replaced."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def batch(source, augmentation, indices=(5, 3, 20, 7), *, wanted=GREY, epoch=0, 
 def test_the_same_seed_epoch_and_images_give_the_same_batch(tensors, folders: Path, augmentation, kind) -> None:
     source, wanted = (tensors, GREY) if kind == "memory" else (FolderImages(folders / "train"), COLOUR)
     first = batch(source, augmentation, wanted=wanted)
-    torch.rand(7), np.random.rand(3)  # what else was drawn does not matter
+    torch.rand(7), np.random.rand(3)  # other random draws do not matter
     again = batch(source, augmentation, wanted=wanted)
     assert first["images"].shape == (4, *wanted.size) and first["images"].dtype == torch.float32
     assert torch.equal(first["images"], again["images"]) and torch.equal(first["labels"], again["labels"])
@@ -67,7 +67,7 @@ def test_an_image_is_changed_alike_in_any_batch(tensors, name) -> None:
 
 @each_augmentation
 def test_augmentation_leaves_the_generators_of_the_run_alone(tensors, augmentation) -> None:
-    batch(tensors, augmentation)  # a loader draws a number of its own
+    batch(tensors, augmentation)  # a loader draws a random number too
     batches = ImageBatches(tensors, GREY, augmentation=augmentation)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     batches.__getitems__([1, 2])

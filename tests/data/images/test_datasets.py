@@ -1,4 +1,4 @@
-"""Images are found in every form, split the same way each time, and what is wrong with a data set is said."""
+"""Images are read in every form and split the same way each time; errors name what is wrong with a data set."""
 
 from __future__ import annotations
 

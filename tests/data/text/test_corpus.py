@@ -125,7 +125,7 @@ def test_the_novel_is_read_from_the_checked_release(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(_sources, "_MIN_DOCUMENT", 100)
     corpus = load_corpus("botchan", tmp_path)
     assert (len(corpus.train), len(corpus.heldout)) == (9, 1)
-    assert corpus.train == [f"{full} {full} He stopped."] * 9  # what is said in a word or two is left out
+    assert corpus.train == [f"{full} {full} He stopped."] * 9  # passages of a word or two are left out
 
 
 def test_a_failed_fetch_tells_how_to_use_own_files_and_leaves_nothing(

@@ -14,7 +14,7 @@ def test_blocks_hold_the_texts_in_order_each_followed_by_the_end_token(tokenizer
     assert len(row) == 14
     blocks = pack_tokens(texts, tokenizer, seq_len=4)
     assert blocks.dtype == torch.long
-    assert blocks.tolist() == [row[0:4], row[4:8], row[8:12]]  # the two left over are dropped
+    assert blocks.tolist() == [row[0:4], row[4:8], row[8:12]]  # the last two tokens are dropped
 
 
 def test_more_texts_than_are_tokenised_at_once_stay_in_order(tokenizer) -> None:

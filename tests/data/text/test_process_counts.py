@@ -1,6 +1,6 @@
-"""No sequence is read twice and none is left out, however many processes share the reading, and if their number changes.
+"""No sequence is skipped or read twice, whatever the number of processes, also if it changes.
 
-Without starting processes: accelerate's own shards are read side by side, as its data loaders do in each process.
+No processes are started: accelerate's shards are read side by side, as its data loaders do in each process.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _row(item) -> tuple[int, ...]:
 
 
 def _in_order(shards: list[list], batch: int) -> list:
-    """What processes have read side by side, in the order of the whole: a forward pass of each in turn."""
+    """The processes' sequences in global order: one forward pass of each process in turn."""
     passes = [[shard[i : i + batch] for i in range(0, len(shard), batch)] for shard in shards]
     return [item for turn in zip(*passes, strict=True) for part in turn for item in part]
 
@@ -85,7 +85,7 @@ def test_a_stream_is_read_once_by_any_numbers_of_processes(stream, streamed, par
                 dataset.resume(state, len(read))
             shard = IterableDatasetShard(dataset, batch, num_processes=processes, process_index=rank)
             shards.append(list(islice(shard, steps * STEP // processes)))
-        state = shards[-1][-1][STREAM_KEY].tolist()  # of the last sequence of the step
+        state = shards[-1][-1][STREAM_KEY].tolist()  # the state after the step's last sequence
         read += [_row(item) for item in _in_order(shards, batch)]
     assert read == streamed[: len(read)]
 
@@ -93,14 +93,14 @@ def test_a_stream_is_read_once_by_any_numbers_of_processes(stream, streamed, par
 @settings(max_examples=30)
 @given(parts=PARTS)
 def test_a_stream_that_the_first_process_reads_for_all_is_read_once(stream, streamed, parts) -> None:
-    """The Trainer's way: what the first process reads, accelerate cuts into one part for each process."""
+    """The Trainer's way: accelerate splits what the first process reads into one part per process."""
     read, state = 0, None
     for steps, processes, batch in parts:
         dataset = stream()
         if state is not None:
             dataset.resume(state, read)
         items = list(islice(dataset, steps * STEP))
-        # the first process keeps the state of its own last sequence, which is somewhat before the step's last
+        # the first process keeps the state of its own last sequence, which comes before the step's last
         state = items[-1 - (processes - 1) * batch][STREAM_KEY].tolist()
         assert [_row(item) for item in items] == streamed[read : read + len(items)]
         read += len(items)

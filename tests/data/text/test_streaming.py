@@ -1,4 +1,4 @@
-"""A stream gives the blocks that stores give, in bounded memory, and goes on from any sequence as if never stopped."""
+"""A stream gives the same blocks as a store, in bounded memory, and resumes exactly at any sequence."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_pass_over_a_source_gives_the_blocks_of_its_store(sources, tokenizer
     expected = _rows(stored[index] for index in range(len(stored)))
     streamed = _rows(islice(_stream(sources[:1], tokenizer, buffer=buffer), 2 * len(stored)))
     assert Counter(streamed[: len(stored)]) == Counter(streamed[len(stored) :]) == Counter(expected)
-    if buffer > 1:  # shuffled, and the second pass otherwise than the first
+    if buffer > 1:  # shuffled, and the second pass differently from the first
         assert streamed[: len(stored)] != streamed[len(stored) :]
     else:
         assert streamed[: len(stored)] == expected

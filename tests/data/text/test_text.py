@@ -1,4 +1,4 @@
-"""Text files are read strictly, and HTML as its paragraphs."""
+"""Text files are read strictly, HTML by paragraphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of a run's sequences is a function of their number: fair to the weights, every block once an epoch."""
+"""A sequence's place is a function of its number: sources mix by their weights, every block is read once per epoch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_sources_have_their_share_at_every_moment(weights: tuple[float, ...]) ->
     order, seen = Interleaving(weights), Counter()
     for index in range(ROUND + 500):
         source, before = order[index]
-        assert before == seen[source]  # each source is read on where it was left
+        assert before == seen[source]  # each source continues where it stopped
         seen[source] += 1
         for number, weight in enumerate(weights):
             assert abs(seen[number] - weight / sum(weights) * (index + 1)) <= len(weights)

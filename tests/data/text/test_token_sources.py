@@ -1,4 +1,4 @@
-"""Documents come out of every format in order, from any place on; what is damaged or missing is named."""
+"""Every format gives its documents in order, starting anywhere; errors name what is damaged or missing."""
 
 from __future__ import annotations
 

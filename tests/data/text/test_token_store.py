@@ -75,7 +75,7 @@ def test_a_store_is_made_once_and_again_when_the_source_changes(
     first = open_store(source, documents, tmp_path)
     assert open_store(source, documents, tmp_path).digest == first.digest
     assert len(written) == 1
-    tokenizer(["a"], truncation=True, max_length=1)  # leaves its mark in the tokenizer, but not in what it does here
+    tokenizer(["a"], truncation=True, max_length=1)  # changes the tokenizer's state, but not its output here
     assert DocumentTokenizer(tokenizer).identity == documents.identity
 
     (tmp_path / "a.jsonl").write_text('{"text": "a head"}')

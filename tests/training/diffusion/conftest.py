@@ -17,7 +17,7 @@ HEADS = "'num_attention_heads': 4, 'attention_head_dim': 8, 'hidden_size': 32, '
 
 @pytest.fixture(scope="session")
 def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ with twelve pictures of each of two classes, 8 x 8: bright left halves ("cat") or upper halves ("dog")."""
+    """train/ and val/ with 12 and 2 pictures per class, 8 x 8: bright left halves ("cat") or upper halves ("dog")."""
     root = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 12), ("val", 2)):

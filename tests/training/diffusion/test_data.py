@@ -1,4 +1,4 @@
-"""Images become tensors of one size; what is drawn for an image depends on seed, step and image alone."""
+"""Images become tensors of one size; the random draws for an image depend only on seed, step and image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_files_are_resized_and_cropped_to_the_middle_square(tmp_path: Path) -> N
 
 
 def pictures(folder: Path, names: str) -> PixelDataset:
-    """One grey picture of 8 x 8 in each class."""
+    """One grey picture of 8 x 8 per class."""
     for level, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), (level, level, level)).save(folder / name / "one.png")

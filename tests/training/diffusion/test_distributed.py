@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same images, noise and dropped labels, hence losses and weights."""
+"""Several processes train as one does: the same images, noise and dropped labels, so the same losses and weights."""
 
 from __future__ import annotations
 

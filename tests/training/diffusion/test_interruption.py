@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened: losses, weights, their average and the pictures."""
+"""A killed run resumes exactly: losses, weights, their average and the pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents are encoded once, are those of the VAE, and are never taken for another VAE's or other images'."""
+"""Latents are the VAE's, are encoded once, and are never used for another VAE or other images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images() -> PixelDataset:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """First image of each file that is encoded."""
+    """First image of each encoded file."""
     starts: list[int] = []
     encode = latents._encode
 

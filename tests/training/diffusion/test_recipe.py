@@ -1,4 +1,4 @@
-"""Recipes of diffusion models are read from YAML, and wrong ones rejected in one line; ours say what the paper says."""
+"""Recipes of diffusion models are read from YAML, wrong ones rejected in one line; ours have the paper's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe becomes a saved model that draws images; what can't be served is said before anything is trained."""
+"""A recipe becomes a saved model that draws images; impossible requests are refused before training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_model_is_trained_logged_and_saved(options: list[str], tmp_path: Path)
     assert loaded.sample_shape == (3, 8, 8) and loaded.scheduler.config.clip_sample
     settings = SamplingSettings(steps=2)
     assert torch.equal(sample(loaded, [0, 1], settings), sample(result.model, [0, 1], settings))
-    assert not list((out / "model").rglob("*.bin"))  # no pickle
+    assert not list((out / "model").rglob("*.bin"))  # not a pickle
 
     (events,) = (out / "runs").iterdir()
     logged = EventAccumulator(str(events)).Reload()
@@ -43,7 +43,7 @@ def test_a_model_is_trained_logged_and_saved(options: list[str], tmp_path: Path)
     assert [event.step for event in logged.Images("samples")] == [3, 6]
     grids = sorted((out / "samples").iterdir())
     assert [grid.name for grid in grids] == ["step-0000003.png", "step-0000006.png"]
-    assert Image.open(grids[0]).size == (2 + 2 * 10, 2 + 3 * 10)  # a column for each class
+    assert Image.open(grids[0]).size == (2 + 2 * 10, 2 + 3 * 10)  # one column per class
 
 
 def test_the_saved_model_has_the_averaged_weights(options: list[str], tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_the_saved_model_has_the_averaged_weights(options: list[str], tmp_path: 
     average = load_file(tmp_path / "out" / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {name.removeprefix("transformer.") for name in trained} == set(average)
     assert not torch.equal(trained["transformer.proj_out.weight"], average["proj_out.weight"])
-    # A checkpoint is a model too
+    # a checkpoint can be loaded as a model
     checkpoint = load_image_model(tmp_path / "out" / "checkpoint-6")
     assert torch.equal(checkpoint.transformer.proj_out.weight, average["proj_out.weight"])
 
@@ -160,8 +160,8 @@ def test_what_cannot_be_served_is_told_before_training(
 def test_a_trained_model_draws_the_classes_that_it_is_asked_for(
     options: list[str], tmp_path_factory: pytest.TempPathFactory, scheduler: str
 ) -> None:
-    """The pictures of a cat are bright on the left, those of a dog in the upper half, by 160 of 255."""
-    out = tmp_path_factory.getbasetemp() / "drawn"  # trained once for the three samplers
+    """Pictures of cats are brighter in the left half, those of dogs in the upper half, by 160 of 255."""
+    out = tmp_path_factory.getbasetemp() / "drawn"  # trained once for all three samplers
     options += [f"--training.output_dir={out}", "--training.max_steps=800", "--training.per_device_train_batch_size=24"]
     result = train(load_recipe(None, [*options, "--training.save_steps=800", "--data.flip=false"]))
     settings = SamplingSettings(scheduler=scheduler, steps=50, guidance=1.5)

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened: weights, moving average, augmentation, learning rate, top-1."""
+"""A killed run resumes exactly: weights, moving average, augmentation, learning rate, top-1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from moh.training import load_recipe, train
 from moh.training.checkpoints import last_complete_checkpoint
 
-EVERYTHING = [  # more than an epoch of seven batches, so that the order and the augmentation change on the way
+EVERYTHING = [  # more than an epoch of seven batches, so that order and augmentation change during the run
     "--training.max_steps=10",
     "--training.save_steps=4",
     "--training.eval_steps=2",

@@ -1,4 +1,4 @@
-"""A recipe of an image classifier is read from YAML, checked field by field, and its files in recipes/ are valid."""
+"""Recipes of image classifiers are read from YAML and checked field by field; those in recipes/ are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe becomes a saved classifier that timm reads; what can't be served is said before anything is trained."""
+"""A recipe becomes a saved classifier that timm loads; impossible requests are refused before training."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_a_model_learns_and_its_top1_is_logged(options: list[str], tensors: Tens
     extra += ["--augmentation.hflip=0", "--training.eval_steps=30"]
     result = run(options, *extra, train_dataset=tensors, eval_dataset=heldout)
     assert result.losses[-1][1] < result.losses[0][1] / 2
-    assert [step for step, _ in result.top1] == [30, 60, 70]  # the last one at the end, though 70 is no multiple of 30
+    assert [step for step, _ in result.top1] == [30, 60, 70]  # also at the end, although 70 is not a multiple of 30
     assert result.top1[-1][1] > 90
     (events,) = (tmp_path / "out" / "runs").iterdir()
     assert {"train/loss", "eval/top1", "eval/top5"} <= set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
 
 
 def test_all_held_out_images_are_evaluated(options: list[str], tensors: TensorImages) -> None:
-    labels = torch.tensor([0, 1, 2] * 3 + [2])  # ten images, three full batches of three and one more
+    labels = torch.tensor([0, 1, 2] * 3 + [2])  # ten images: three full batches of three, and one more
     heldout = TensorImages(pictures(labels), labels, CLASSES)
     result = run(options, "--training.per_device_eval_batch_size=3", train_dataset=tensors, eval_dataset=heldout)
     inputs = (heldout.pixels.float() / 255 - 0.5) / 0.25
@@ -75,7 +75,7 @@ def test_all_held_out_images_are_evaluated(options: list[str], tensors: TensorIm
     entry = next(entry for entry in result.log_history if "eval_top1" in entry and entry["step"] == 6)
     assert entry["eval_top1"] == pytest.approx(100 * (logits.argmax(-1) == labels).float().mean().item())
     assert entry["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert entry["eval_top5"] == 100  # of three classes
+    assert entry["eval_top5"] == 100  # there are only three classes
 
 
 def test_a_moh_model_logs_its_routing_and_pays_for_imbalance(options: list[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_pretrained_model_is_converted_trained_and_not_converted_again(
     extra += [f"--conversion={{'shared_heads': 1, 'active_heads': 2, 'router': '{router}', 'calibration_images': 20}}"]
     extra += [f"--training.output_dir={dense.model_dir}.2", "--model.drop_path=0.1", "--training.logging_steps=2"]
     first = run(options, *extra, "--training.max_steps=2", "--training.save_steps=2")
-    assert first.losses[0][1] < dense.losses[0][1]  # it starts from what the dense model had learned
+    assert first.losses[0][1] < dense.losses[0][1]  # starts from what the dense model learned
     assert first.log_history[0]["active_share"] == pytest.approx(3 / 4)
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(load_image_classifier(first.model_dir)(images), first.model(images))
@@ -165,7 +165,7 @@ def test_images_in_folders_are_trained_on_and_damaged_ones_reported(
     ):
         result = run(options, *extra)
     assert result.damaged == (str(broken),) and result.classes == CLASSES
-    counts = [round(top1 / 100 * 11, 6) for _, top1 in result.top1]  # of 12 held-out images, 11 can be read
+    counts = [round(top1 / 100 * 11, 6) for _, top1 in result.top1]  # 11 of 12 held-out images can be read
     assert all(count == round(count) for count in counts)
 
 
@@ -185,7 +185,7 @@ def test_training_can_start_from_a_saved_model_with_other_classes(options: list[
     result = run(options, *extra, "--training.warmup_lr=0", train_dataset=tensors, eval_dataset=tensors)
     assert torch.equal(result.model.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
     assert result.model.head.weight.shape == (3, 16)
-    assert image_input(load_image_classifier(result.model_dir)).mean == pytest.approx((0.286,))  # its weights' own
+    assert image_input(load_image_classifier(result.model_dir)).mean == pytest.approx((0.286,))  # that of the weights
 
 
 @pytest.mark.parametrize("classes", [3, 1000])
