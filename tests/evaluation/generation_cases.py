@@ -65,7 +65,7 @@ def tiny_classifier(*, channels: int = 3, classes: int = 5, kind: str = "test_re
 
 
 def save_tiny_classifier(folder: Path, *, channels: int = 3) -> Path:
-    """A classifier on disk the way timm saves one."""
+    """A classifier on disk, as timm saves it."""
     folder.mkdir(parents=True)
     config = {"input_size": [channels, 32, 32], "mean": [0.5] * channels, "std": [0.5] * channels}
     config |= {"interpolation": "bilinear"}

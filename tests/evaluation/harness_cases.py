@@ -1,4 +1,4 @@
-"""Tasks of the tiny model's words in the harness's own format, and the tiny model beside its conversion."""
+"""Tasks of the tiny model's words in the harness's format, and the converted tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = "head token gate router layer value key query".split()
 
 
 def save_moh(base_dir: Path, target: Path) -> Path:
-    """The tiny Llama with one shared head and one routed of its four."""
+    """The tiny Llama with one shared and one active routed head of its four."""
     model = moh.convert(load_causal_lm(base_dir), shared_heads=1, active_heads=1, router="query_norm")
     model.save_pretrained(target)
     load_tokenizer(base_dir).save_pretrained(target)
@@ -24,7 +24,7 @@ def save_moh(base_dir: Path, target: Path) -> Path:
 
 
 def write_tasks(folder: Path, *, questions: int = 12) -> Path:
-    """Three tasks, one of each kind, and groups of two with and without a score of their own."""
+    """Three tasks, one of each kind, and two groups of two tasks, with and without an aggregate score."""
     generator = torch.Generator().manual_seed(1)
 
     def words(count: int) -> list[str]:

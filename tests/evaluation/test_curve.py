@@ -1,4 +1,4 @@
-"""The trade-off curve: what it measures at each budget, and the command that draws it."""
+"""The trade-off curve: what it measures at each share of heads, and the command that draws it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dense_model(**options: Any) -> Any:
 BLOCKS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(3))
 
 
-def test_every_point_is_the_model_at_that_budget(model: Any) -> None:
+def test_every_point_is_the_model_at_that_share(model: Any) -> None:
     curve = text_curve(model, BLOCKS, repeats=0)
     assert [p.share for p in curve.points] == [0.25, 0.5, 0.75, 1.0]
     assert [p.active_heads for p in curve.points] == [(0, 0), (1, 1), (2, 2), (3, 3)]
@@ -56,7 +56,7 @@ def test_every_point_is_the_model_at_that_budget(model: Any) -> None:
     assert [r.config.active_heads for r in moh_routers(model)] == [1, 1], "the model is left as it was"
 
 
-def test_speeds_are_measured_at_the_budget_of_their_point(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_measured_at_the_share_of_their_point(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from moh.evaluation import speed
 
     def timed(model: Any, prompt: Any, decode_tokens: int) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def test_the_dense_model_is_a_horizontal_line_in_both_pictures(model: Any, with_
     sizes = dict(prompt_tokens=8, decode_tokens=2, repeats=1, shares=[0.5, 1.0])
     curve = text_curve(model, BLOCKS, dense=dense, **sizes)
     flat = [
-        [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]  # from side to side
+        [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]  # across the whole figure
         for axis in plot_curve(curve).axes
     ]
     assert flat == ([[curve.dense.perplexity], [1]] if curve.dense else [[], []])
@@ -137,7 +137,7 @@ def classifier(name: str = "moh_vit", **options: Any) -> Any:
     return made
 
 
-def test_every_point_of_an_image_model_is_the_model_at_that_budget(images: Any) -> None:
+def test_every_point_of_an_image_model_is_the_model_at_that_share(images: Any) -> None:
     pytest.importorskip("timm")
     from moh.evaluation import evaluate_images
 
@@ -170,7 +170,7 @@ def test_an_image_model_without_timms_form_is_refused(images: Any) -> None:
         image_curve(model, images)
 
 
-def test_budgets_go_from_the_fewest_heads_to_all_in_at_most_nine_steps(model: Any) -> None:
+def test_shares_go_from_the_fewest_heads_to_all_in_at_most_nine_steps(model: Any) -> None:
     assert budgets(model) == [0.25, 0.5, 0.75, 1.0]
     assert budgets(model, points=2) == [0.25, 1.0]
     assert budgets(model, points=1) == [1.0]

@@ -1,4 +1,4 @@
-"""Promise: `moh eval fid` prints the scores of its functions, under true names, and leaves `moh eval MODEL` as it is."""
+"""Promise: `moh eval fid` prints the scores of its functions under true names; `moh eval MODEL` stays as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: features are Inception's, or a named classifier's, as each network defines them; what is missing is told."""
+"""Promise: features are those of Inception or of a given classifier; errors name what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moh.evaluation.generation import classifier as module
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of FID's network."""
+    """Random weights for FID's network."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
@@ -40,14 +40,14 @@ def test_inception_gives_what_the_library_gives(inception_file: Path) -> None:
     features, logits = library(images)
     assert torch.equal(found.features, features) and features.shape == (2, 2048)
     assert torch.equal(found.logits, logits) and logits.shape == (2, 1008)
-    # the block's output begins with the branch that the ADM suite reads; TensorFlow's channels come last
+    # the block's output starts with the branch that the ADM suite reads; TensorFlow puts channels last
     assert torch.equal(found.spatial.view(2, 17, 17, 7), maps[0][:, :7].permute(0, 2, 3, 1))
     assert found.spatial.shape == (2, 2023)
 
 
 @pytest.fixture
 def any_file_loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A stand-in for the network, and the files that it was loaded from."""
+    """Replaces the network; returns the list of files that it was loaded from."""
     loaded: list[Path] = []
     branch = torch.nn.ModuleDict({"branch1x1": torch.nn.Identity()})
     monkeypatch.setattr(module, "_load", lambda path: loaded.append(path) or torch.nn.ModuleDict({"Mixed_6d": branch}))

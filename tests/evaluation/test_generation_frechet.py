@@ -1,4 +1,4 @@
-"""Promise: the Frechet distance is that of its definition, also where the covariances are singular."""
+"""Promise: the Frechet distance follows its definition, also if the covariances are singular."""
 
 from __future__ import annotations
 
@@ -113,5 +113,5 @@ def test_what_is_no_gaussian_is_told() -> None:
         gaussian([0, 0], torch.eye(3))
     with pytest.raises(ValueError, match="must be finite"):
         gaussian([0, float("inf")], torch.eye(2))
-    rounding = torch.diag(torch.tensor([1.0, -1e-7]))  # as a covariance stored in float32 may have
+    rounding = torch.diag(torch.tensor([1.0, -1e-7]))  # a covariance stored in float32 may have this
     assert gaussian_frechet_distance(identity, gaussian([0, 0], rounding)) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Promise: the same images come out of a directory, an .npz file and a Dataset, in order; what can't be used is told."""
+"""Promise: a directory, an .npz file and a Dataset give the same images in order; the rest is refused with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: scores are those of their definitions and of the library, and their names say what they are."""
+"""Promise: scores are those of their definitions and of the library, and have true names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class LibraryTiny(FeatureExtractorBase):
-    """`TinyExtractor` as the library knows extractors."""
+    """`TinyExtractor` in the library's interface."""
 
     def __init__(self, name, features_list, **kwargs) -> None:
         super().__init__(name, features_list)
@@ -108,7 +108,7 @@ def test_the_same_images_are_perfect(sets) -> None:
     ids=["certain-and-diverse", "all-alike", "two-groups", "a-class-never-seen", "by-hand"],
 )  # fmt: skip
 def test_the_inception_score_of_known_probabilities(probabilities: list[list[float]], expected: float) -> None:
-    for smallest in (1e-40, 0.0):  # logits of 0 probability: -92, and as far away as float32 goes
+    for smallest in (1e-40, 0.0):  # logits of zero probability: -92, and the end of float32's range
         p = torch.tensor(probabilities, dtype=torch.float64).clamp(min=smallest)
         mean, std = inception_score(p.log().clamp(min=-1e30))
         assert mean == pytest.approx(expected, rel=1e-9) and math.isnan(std)
@@ -123,7 +123,7 @@ def test_the_inception_score_is_a_mean_over_parts_of_5000() -> None:
 
 
 def test_classes_in_order_do_not_lower_the_inception_score() -> None:
-    logits = 20.0 * torch.eye(2).repeat_interleave(5000, 0)  # a part of 5,000 in this order would know one class
+    logits = 20.0 * torch.eye(2).repeat_interleave(5000, 0)  # in this order a part of 5,000 would hold one class
     assert inception_score(logits)[0] == pytest.approx(2, rel=1e-3)
 
 
@@ -141,7 +141,7 @@ def test_precision_and_recall_of_sets_made_by_hand() -> None:
     two_modes = torch.cat([line, line + 100])
     assert precision_recall(line, two_modes) == (1, 0.5)
     assert precision_recall(two_modes, line) == (0.5, 1)
-    # balls of the reference reach to -3 and 10; those of the samples, of radius 6 or 4, cover all from -4.5 up
+    # the reference's balls end at -3 and 10; the samples' balls, of radius 6 or 4, cover everything above -4.5
     samples = torch.tensor([[-3.0], [-3.5], [10.0], [10.5]])
     precision, recall = precision_recall(samples, line)
     assert precision == 0.5 and recall == 1
@@ -255,7 +255,7 @@ def statistics(features: torch.Tensor, suffix: str = "") -> dict[str, np.ndarray
 
 def test_a_reference_batch_of_the_adm_suite_serves(sets, tmp_path: Path) -> None:
     extractor = Inception()
-    everything = extractor(random_images(400, seed=2))  # its statistics are of more images than it holds
+    everything = extractor(random_images(400, seed=2))  # its statistics come from more images than it holds
     stored = statistics(everything.features) | statistics(everything.spatial, "_s")
     file = write_npz(tmp_path / "reference.npz", sets[1], **stored)
     scores = score_images(sets[0], file, extractor, progress=False)
@@ -266,7 +266,7 @@ def test_a_reference_batch_of_the_adm_suite_serves(sets, tmp_path: Path) -> None
     images_alone = score_images(*sets, extractor, progress=False)
     assert (scores.precision, scores.recall) == (images_alone.precision, images_alone.recall)
     assert scores.reference is None and "a reference of unknown size" in scores.lines()[5]
-    # another model's features have nothing to do with its statistics: the images alone are used
+    # its statistics are for other features: only the images are used
     other = score_images(sets[0], file, TinyExtractor(), progress=False)
     assert other.frechet_distance == pytest.approx(images_alone.frechet_distance)
 

@@ -1,4 +1,4 @@
-"""Promise: `moh eval lm` scores dense and MoH models side by side, through the harness, and computes nothing twice."""
+"""Promise: `moh eval lm` compares dense and MoH models through the harness, and computes nothing twice."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class TestCommand:
 
 
 def _without_the_harness_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading all task files of the harness takes a minute: let there be none."""
+    """Hides the harness's own task files: reading them all takes a minute."""
     from moh.evaluation.harness import registry
 
     original = registry.TaskManager

@@ -1,6 +1,6 @@
-"""Promise: the local suite is made from a dictionary and running text, is always the same, and runs through the harness.
+"""Promise: the local suite comes from a dictionary and running text, is always the same, and runs in the harness.
 
-`wordnet_sample/` holds some of WordNet's entries, with its licence.
+`wordnet_sample/` holds some entries of WordNet, with its licence.
 """
 
 from __future__ import annotations

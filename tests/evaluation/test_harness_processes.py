@@ -16,7 +16,7 @@ TASKS = ["tiny_choice:1", "tiny_write:1", "tiny_group"]
 
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(base_dir: Path, tmp_path: Path) -> None:
-    tasks = write_tasks(tmp_path / "tasks", questions=11)  # an odd number: one process has more to do
+    tasks = write_tasks(tmp_path / "tasks", questions=11)  # an odd number: one process gets more
 
     def rows(name: str, launcher: list[str]) -> list[dict[str, str]]:
         argv = ["-m", "moh", "eval", "lm", str(base_dir), "--tasks", *TASKS, "--include-path", str(tasks)]
@@ -35,7 +35,7 @@ def test_two_processes_give_the_scores_of_one(base_dir: Path, tmp_path: Path) ->
             [sys.executable, *launcher, *argv], env=environment, timeout=280, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("| tiny_choice |") == 1  # one process prints
+        assert done.stdout.count("| tiny_choice |") == 1  # only one process prints
         return list(csv.DictReader((tmp_path / name / "table.csv").open()))
 
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

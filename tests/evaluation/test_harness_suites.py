@@ -1,4 +1,4 @@
-"""Promise: every task of every suite exists in the harness, with its shots and its score; the paper's tables are complete."""
+"""Promise: every task of every suite exists in the harness with its shots and score; the paper's tables are complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HUB_TASKS = {task.name: task for name in ("paper14", "scratch6") for task in SUI
 
 @pytest.fixture(scope="module")
 def found() -> TaskRegistry:
-    """Of the folders that the suites name alone: a folder that lacks its task would let all files be read."""
+    """Tasks of the folders that the suites name; asserts that none is missing, as then all files would be read."""
     with pytest.MonkeyPatch.context() as patch:
         original = registry.TaskManager
 
@@ -25,7 +25,7 @@ def found() -> TaskRegistry:
 
 
 def configurations(found: TaskRegistry, name: str) -> list[dict]:
-    """Of a task, or of all tasks of a group."""
+    """Configurations of a task or of all tasks in a group."""
     entry = found.manager.task_index[name]
     children = registry._children(entry)
     return [config for child in children for config in configurations(found, child)] if children else [entry.cfg]
@@ -40,7 +40,7 @@ def test_a_suites_task_is_in_the_harness_with_its_score(found: TaskRegistry, tas
         assert task.metric in metrics
         filters = [filter["name"] for filter in part.get("filter_list") or []]
         assert task.filter is None or task.filter in filters
-        if task.shots:  # room for them, and data to take them from
+        if task.shots:  # shots are allowed, and there is data for them
             assert part.get("num_fewshot") != 0
             assert part.get("fewshot_split") or part.get("training_split") or part.get("validation_split")
     if len(parts) > 1:

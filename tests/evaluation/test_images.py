@@ -1,4 +1,4 @@
-"""Promise: accuracy is that of a direct count, in the checkpoint's numbering of classes; what can't be read is told."""
+"""Promise: accuracy is that of a direct count in the checkpoint's class order; unreadable images are reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def images() -> TensorImages:
-    labels = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0])  # no gnu
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0])  # no gnu among them
     return TensorImages(torch.randint(0, 256, (13, 1, 8, 8), dtype=torch.uint8), labels, CLASSES)
 
 

@@ -1,4 +1,4 @@
-"""Perplexity is what its definition says, however the blocks are batched."""
+"""Perplexity follows its definition, however the blocks are batched."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest):
 def test_it_equals_a_direct_computation(model) -> None:
     blocks = torch.randint(30, (5, 9))
     result = perplexity(model, blocks, batch_size=2)
-    assert model.training  # left as it was
+    assert model.training  # unchanged
     model.eval()
     means = []
     for block in blocks:

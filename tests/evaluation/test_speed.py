@@ -1,4 +1,4 @@
-"""Speeds are medians of turns that the models take, and say what they were measured on."""
+"""Speeds are medians over turns that the models take, and state what they were measured on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_models_take_turns_and_each_round_begins_with_another(models) -> None:
     with _Calls(models) as calls:
         measure_speed(models, prompt_tokens=7, decode_tokens=3, repeats=2)
     one_round = [7, 1, 1, 1]
-    order = ["dense", "moh", "dense", "moh", "moh", "dense"]  # the first two warm up
+    order = ["dense", "moh", "dense", "moh", "moh", "dense"]  # the first two are warm-up
     assert calls.seen == [(name, n) for name in order for n in one_round]
 
 
@@ -62,7 +62,7 @@ def test_the_report_holds_medians_their_spread_and_the_machine(models) -> None:
     assert (report.threads, report.dtype, report.batch_size) == (torch.get_num_threads(), "float32", 2)
     assert (report.prompt_tokens, report.decode_tokens, report.repeats) == (8, 2, 3)
     assert report.device == cpu_name()
-    assert models["dense"].training and not models["moh"].training  # left as they were
+    assert models["dense"].training and not models["moh"].training  # unchanged
 
 
 def test_rates_are_tokens_per_second(models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models to explore: a language model and classifiers, with their dense originals; helpers of other tests."""
+"""Tiny models to explore: a language model and classifiers, each also dense."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CLASSES = ("ant", "<b>bee</b>", "cow", "dog", "emu", "fly")
 
 @pytest.fixture(scope="session")
 def converted_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with the paper's parameter-free router: one of four heads is shared, one more is active."""
+    """The tiny Llama with the paper's parameter-free router: one of four heads shared, one more active."""
     pytest.importorskip("transformers", reason="the llm extra is not installed")
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
     dense = LlamaForCausalLM.from_pretrained(base_dir)
-    for parameter in dense.parameters():  # far enough from nothing that heads matter
+    for parameter in dense.parameters():  # large enough for heads to matter
         torch.nn.init.normal_(parameter, std=0.3)
     dense.save_pretrained(folder := tmp_path_factory.mktemp("explore") / "dense")
     AutoTokenizer.from_pretrained(base_dir).save_pretrained(folder)
@@ -44,7 +44,7 @@ def converted_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def dense_dir(converted_dir: Path) -> Path:
-    """What `converted_dir` was made of."""
+    """The model that `converted_dir` was converted from."""
     return converted_dir.parent / "dense"
 
 
@@ -57,7 +57,7 @@ def text_subject(converted_dir: Path) -> TextSubject:
 
 @pytest.fixture(scope="session")
 def classifier_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A MoH classifier with learned routers and a dense one of the same classes, 16 patches in images of 8 x 8."""
+    """A MoH classifier with learned routers and a dense one with the same classes; 16 patches in images of 8 x 8."""
     timm = pytest.importorskip("timm", reason="the vision extra is not installed")
 
     from moh.data.images.recipe import ImageInput

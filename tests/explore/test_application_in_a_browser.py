@@ -1,4 +1,4 @@
-"""The application in a real browser: it asks nothing of other machines, and a person can use it, at a desk or on a phone."""
+"""The application in a real browser: no requests to other machines, and usable on a desktop and on a phone."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SIZES = pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)], ids=
 def opened(
     subject: TextSubject | ImageSubject, width: int = 1280, height: int = 900
 ) -> Iterator[tuple[Any, list[str]]]:
-    """A browser's page on the application of a model, and what is wrong with it."""
+    """A browser's page on the application of a model, and its list of problems."""
     app = build(subject)
     address = serve(app, wait=False)
     try:
         with browser_page(width, height, address=address) as (page, problems):
-            page.set_default_timeout(60_000)  # machines that run tests are busy
+            page.set_default_timeout(60_000)  # test machines are busy
             page.goto(address)
             yield page, problems
     finally:
@@ -38,14 +38,14 @@ def opened(
 
 
 def complaints(problems: list[str]) -> list[str]:
-    """Without the warnings that Gradio's own parts give: its plot of its library's version, its upload of its own end."""
+    """Problems without Gradio's own warnings: its plot's library version, its upload's end."""
     return [
         p for p in problems if not p.startswith("WARN The input spec uses Vega-Lite") and p != "Method not implemented."
     ]
 
 
 def text_of(page: Any, selector: str, pattern: str) -> str:
-    """The element's text as soon as it fits the pattern."""
+    """The element's text, once it matches the pattern."""
     page.wait_for_function(
         "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.innerText ?? '')",
         arg=[selector, pattern],
@@ -57,7 +57,7 @@ def set_budget(page: Any, value: int) -> None:
     page.locator("#budget input[type=range]").fill(str(value))
 
 
-def test_a_text_is_read_at_the_budget_that_the_slider_says(text_subject: TextSubject) -> None:
+def test_a_text_is_read_at_the_share_that_the_slider_says(text_subject: TextSubject) -> None:
     with opened(text_subject) as (page, problems):
         text_of(page, "#summary", "50 % of the heads")
         page.locator("#text textarea").fill("<script>alert(1)</script> ${1+1} {{7*7}} the שלום 👩‍👩‍👧 a head")
@@ -134,7 +134,7 @@ def test_an_image_is_classified_and_its_patches_are_shown(
 
 
 @pytest.mark.slow
-def test_moving_the_slider_leaves_the_budget_that_was_saved(text_subject: TextSubject, tmp_path: Path) -> None:
+def test_moving_the_slider_leaves_the_share_that_was_saved(text_subject: TextSubject, tmp_path: Path) -> None:
     text_subject.model.set_active_heads([1, 3])
     text_subject.model.save_pretrained(tmp_path)
     text_subject.tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Promises of the dial: one number sets every layer, only inside the block, and a dense model has none."""
+"""Promises of the dial: one number sets every layer, only inside the block; a dense model has no dial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moh.explore.subjects import Dial
 
 
 def layers(*heads: tuple[int, int, int], router: str = "query_norm") -> nn.ModuleList:
-    """One layer for each (heads, shared, active)."""
+    """One layer per (heads, shared, active)."""
     return nn.ModuleList(
         moh.MoHAttention(h * 4, num_heads=h, shared_heads=s, active_heads=k, router=router) for h, s, k in heads
     )
@@ -26,7 +26,7 @@ def test_a_value_sets_every_layer_and_the_share_is_that_of_all_heads() -> None:
         assert dial.counts() == [1, 1] and share == pytest.approx(0.5)
 
 
-def test_the_budget_of_before_comes_back_after_an_error() -> None:
+def test_the_share_of_before_comes_back_after_an_error() -> None:
     dial = Dial(layers((4, 1, 2), (4, 1, 1)))
     with pytest.raises(RuntimeError), dial.at(0):
         raise RuntimeError
@@ -71,7 +71,7 @@ def test_a_value_that_no_layer_takes_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_the_model_computes_with_the_budget() -> None:
+def test_the_model_computes_with_the_share() -> None:
     model = layers((4, 1, 1))
     x = torch.randn(1, 3, 16)
     with Dial(model).at(2), moh.record_routing(model) as routing:

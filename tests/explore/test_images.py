@@ -1,4 +1,4 @@
-"""Promises about images: probabilities equal a direct computation, any image is taken, grey patches did not use the head."""
+"""Promises about images: probabilities equal a direct computation, any image works, unused patches are grey."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def values(image: Image.Image) -> torch.Tensor:
     return torch.tensor(np.array(image)).float()
 
 
-def test_classes_are_those_of_the_model_at_the_budget(image_subject: ImageSubject) -> None:
+def test_classes_are_those_of_the_model_at_the_share(image_subject: ImageSubject) -> None:
     seen = read_image(image_subject, noise(), 1)
     with moh.active_heads(image_subject.model, 1), torch.no_grad():
         p = image_subject.model(seen.pixels[None])[0].softmax(-1)
@@ -49,7 +49,7 @@ def test_an_image_of_any_mode_and_size_is_seen(image_subject: ImageSubject, mode
 
 def test_a_photograph_is_turned_upright(image_subject: ImageSubject) -> None:
     image = noise()
-    image.getexif()[274] = 6  # turn by a quarter to see it upright
+    image.getexif()[274] = 6  # rotate by 90 degrees for display
     turned = read_image(image_subject, noise().transpose(Image.Transpose.ROTATE_270), 1)
     torch.testing.assert_close(read_image(image_subject, image, 1).pixels, turned.pixels)
 

@@ -1,4 +1,4 @@
-"""Promises of loading: each checkpoint is taken for what it is, and models that can't be compared are refused."""
+"""Promises of loading: each checkpoint is loaded as its own kind; models that can't be compared are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the markup: words from outside never become markup, and what is shown is what was computed."""
+"""Promises of the markup: text from outside never becomes markup, and the values shown are the computed ones."""
 
 from __future__ import annotations
 

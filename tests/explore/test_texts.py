@@ -1,4 +1,4 @@
-"""Promises about texts: numbers equal a direct computation, budgets don't mix, and what can't be read is said."""
+"""Promises about texts: numbers equal a direct computation, shares don't mix, unreadable texts give clear errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def direct_losses(model: torch.nn.Module, ids: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("value", [0, 1, 3])
-def test_losses_and_perplexity_are_those_of_the_model_at_the_budget(text_subject: TextSubject, value: int) -> None:
+def test_losses_and_perplexity_are_those_of_the_model_at_the_share(text_subject: TextSubject, value: int) -> None:
     found = read_text(text_subject, TEXT, value)
     model = text_subject.model
     with moh.active_heads(model, value):
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_said(text_subject: TextSubject, text: str, said:
 
 
 def test_tokens_beyond_the_model_are_left_out_and_counted(text_subject: TextSubject) -> None:
-    assert text_subject.max_tokens == 64  # the tiny model's positions
+    assert text_subject.max_tokens == 64  # the tiny model's number of positions
     found = read_text(text_subject, "head " * 70, 1)
     assert len(found.ids) == 64 and found.left_out == 6
 
@@ -123,7 +123,7 @@ def test_a_single_token_has_no_perplexity_but_a_next_one(text_subject: TextSubje
         budget_curve(text_subject, "head")
 
 
-def test_the_curve_is_the_perplexity_at_each_budget(text_subject: TextSubject) -> None:
+def test_the_curve_is_the_perplexity_at_each_share(text_subject: TextSubject) -> None:
     seen: list[tuple[int, int]] = []
     points, reference = budget_curve(text_subject, TEXT, progress=lambda *done: seen.append(done))
     assert [point.value for point in points] == [0, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_the_curve_is_the_perplexity_at_each_budget(text_subject: TextSubject) -
     assert text_subject.dial.counts() == [1, 1]
 
 
-def test_visitors_at_once_each_get_their_own_budget(text_subject: TextSubject) -> None:
+def test_visitors_at_once_each_get_their_own_share(text_subject: TextSubject) -> None:
     values = [0, 3, 1, 2] * 6
     alone = {value: read_text(text_subject, TEXT, value) for value in set(values)}
 

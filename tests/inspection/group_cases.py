@@ -1,4 +1,4 @@
-"""Tiny models of the three families, each with a layer of its own routing, their inputs, and head use made up by hand."""
+"""Tiny models of the three kinds, whose layers route differently, their inputs, and made-up head use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def diffusion_model(*, dense: bool = False) -> Any:
 
 
 def made_up(inputs: dict[str, list[list[float]]], *, tokens: int = 100, shared: int = 1, active: int = 1) -> HeadUse:
-    """One layer: of each input of each group the loads of its routed heads."""
+    """Head use of one layer, from the loads of its routed heads for each input of each group."""
     rows = torch.tensor([row for group in inputs.values() for row in group])
     groups = torch.tensor([place for place, group in enumerate(inputs.values()) for _ in group])
     loads = torch.cat([torch.ones(len(rows), shared), rows], dim=1)  # [m, H]
@@ -62,7 +62,7 @@ def made_up(inputs: dict[str, list[list[float]]], *, tokens: int = 100, shared: 
 
 
 def random_use(groups: int, layers: list[MoHConfig | None], heads: int = 4) -> HeadUse:
-    """Loads at random, for pictures; None is a dense layer of `heads` heads."""
+    """Random loads, for pictures; None is a dense layer of `heads` heads."""
     generator = torch.Generator().manual_seed(0)
     described = [LayerHeads(f"layers.{i}", c.num_heads if c else heads, c) for i, c in enumerate(layers)]
     load = [torch.rand(groups, layer.num_heads, generator=generator, dtype=torch.float64) for layer in described]

@@ -1,4 +1,4 @@
-"""Samples for the tests of the page, and a browser to open it in."""
+"""Samples for the tests of the page, and a browser that opens it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moh.inspection.trace import LayerTrace
 
 
 def random_layers(tokens: int, heads: list[int], *, dense: tuple[int, ...] = (), seed: int = 0) -> list[LayerTrace]:
-    """Layers with one shared head and half of the others used at random."""
+    """Layers with one shared head; each token uses half of the others at random."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for index, count in enumerate(heads):
@@ -39,9 +39,9 @@ def text_page_sample(tokens: list[str], heads: list[int], **options: Any) -> Pag
 
 @contextmanager
 def browser_page(width: int = 1280, height: int = 900, *, address: str = "") -> Iterator[tuple[Any, list[str]]]:
-    """A page of the system's Chromium, and what it complains about; skips where there is none.
+    """A page of the system's Chromium and its list of problems; skips the test without Chromium.
 
-    What it asks of the network is a complaint, unless it is of `address`.
+    A network request is a problem, unless it goes to `address`.
     """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)

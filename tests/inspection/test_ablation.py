@@ -37,7 +37,7 @@ def gate_at_zero(router, head: int):
 
 @torch.no_grad()
 def check(ablation, routers, losses) -> None:
-    """Against the same with the gate itself set to 0."""
+    """Compares with the same loss after setting the gate itself to 0."""
     whole = losses()
     assert ablation.loss == pytest.approx(float(whole.mean()), rel=1e-5) and ablation.units == len(whole)
     for place, router in enumerate(routers):

@@ -1,4 +1,4 @@
-"""Promise: load, mean gate and mean contribution are those of a direct count from gates and heads, for all families."""
+"""Promise: load, mean gate and mean contribution equal a direct count from gates and heads, for all families."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = [0, 0, 0, 1, 1, 0, 1]  # no cow
 
 
 class DirectCount:
-    """Gates from hooks on the routers, and each head's part of what the output projections read, head by head."""
+    """Counts gates by hooks on the routers, and contributions head by head from the inputs of the output projections."""
 
     def __init__(self, model: nn.Module) -> None:
         self.gates: list[torch.Tensor] = []
@@ -62,7 +62,7 @@ class DirectCount:
 
 @pytest.fixture
 def language_model(base_dir: Path):
-    """Different heads in the two layers."""
+    """The tiny Llama, converted with different heads in its two layers."""
     blocks = torch.randint(20, (5, 12), generator=torch.Generator().manual_seed(0))
     dense = AutoModelForCausalLM.from_pretrained(base_dir)
     return convert(dense, shared_heads=1, active_heads=[1, 2], calibration=blocks, progress=False)
@@ -92,7 +92,7 @@ def test_images_are_counted_as_by_hand() -> None:
     assert use.groups == CLASSES and use.inputs.tolist() == [4, 3, 0]
     assert all(x[2].isnan().all() for x in (*use.load, *use.gate, *use.contribution))
     torch.testing.assert_close(use.mean_load()[0], use.load[0][:2].mean(0))
-    assert ((use.gate[0] - use.load[0])[:2].abs() > 0.01).any()  # gates of this router are no ones
+    assert ((use.gate[0] - use.load[0])[:2].abs() > 0.01).any()  # gates of this router are not 1
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_noisy_images_are_counted_as_by_hand(by) -> None:
     count.check(use, (t >= 500).long().tolist() if by == "timestep" else labels)
     assert use.groups == (("t 0-499", "t 500-999") if by == "timestep" else CLASSES)
     assert use.inputs.tolist() == ([6, 6] if by == "timestep" else [4, 4, 4])
-    for label in range(3):  # time steps are dealt out within each class
+    for label in range(3):  # time steps are spread within each class
         assert (t[classes == label] >= 500).sum() == 2
 
 
@@ -228,11 +228,11 @@ def test_the_kept_inputs_are_whole_and_the_same_whatever_the_batch_size() -> Non
     some = inspect_groups(layer, attention_inputs(layer[0], 12), keep=4, progress=False)
 
     def in_pieces():
-        """Each input as two batches of three tokens, one input after the other, in another order."""
+        """The inputs in reverse order, two at a time, each in two batches that count three of its tokens."""
         for number in reversed(range(12)):
             x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(number))
             units = torch.arange(2) + number * 2
-            # two passes over all tokens of which one half counts each
+            # two passes over all tokens; each counts one half
             for half in (slice(0, 3), slice(3, 6)):
                 counted = torch.zeros(2, 6, dtype=torch.bool)
                 counted[:, half] = True
@@ -254,7 +254,7 @@ def test_the_table_is_the_same_in_memory_and_on_disk(tmp_path: Path) -> None:
     use = inspect_groups(model, image_groups(model, images(LABELS), wanted=SEEN), progress=False)
     frame = use.to_pandas()
     assert list(frame) == ["group", "layer", "head", "kind", "load", "gate", "contribution"]
-    assert len(frame) == 2 * 2 * 4  # no rows of the class without images
+    assert len(frame) == 2 * 2 * 4  # no rows for the class without images
     use.save_csv(tmp_path / "heads.csv")
     use.save_parquet(tmp_path / "heads.parquet")
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "heads.parquet"), frame)

@@ -1,4 +1,4 @@
-"""Promises of the page's file: one file, whole numbers of the model, no markup from the user, no address outside."""
+"""Promises of the page's file: one file, the model's exact numbers, no markup from the user, no outside address."""
 
 from __future__ import annotations
 

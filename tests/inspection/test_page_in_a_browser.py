@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens from disk, and a person finds the way from a token to its heads and back."""
+"""The page in a real browser: it opens from disk, and leads from a token to its heads and back."""
 
 from __future__ import annotations
 
@@ -98,5 +98,5 @@ def test_2000_tokens_of_32_layers_and_32_heads_stay_smooth(tmp_path: Path) -> No
             "() => { const start = performance.now(); for (let i = 0; i < 10; i++) choose(i, i);"
             " return (performance.now() - start) / 10 }"
         )
-        assert milliseconds < 500  # some 20 on an idle machine: a bound for a hang, not a measurement
+        assert milliseconds < 500  # about 20 on an idle machine: a bound for a hang, not a measurement
     assert problems == []

@@ -1,4 +1,4 @@
-"""Promises of the statistics: known values, tests that find what is there, and find nothing where labels mean nothing."""
+"""Promises of the statistics: known values; tests find real differences, and nothing where labels mean nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_p_values_are_uniform_where_labels_mean_nothing() -> None:
         inputs = {"a": noisy([0.4, 0.3, 0.3], 5, 2 * seed), "b": noisy([0.4, 0.3, 0.3], 5, 2 * seed + 1)}
         p.append(permutation_test(made_up(inputs), permutations=49)[-1]["p"])
     assert 0.35 < sum(p) / len(p) < 0.65
-    assert sum(value <= 0.2 for value in p) <= 21  # 12 expected; 21 or more has a chance below one in a hundred
+    assert sum(value <= 0.2 for value in p) <= 21  # 12 expected; 22 or more have a chance below 1 %
 
 
 def test_the_divergence_of_two_groups_of_one_size_is_the_squared_distance() -> None:
@@ -86,7 +86,7 @@ def test_the_divergence_of_two_groups_of_one_size_is_the_squared_distance() -> N
 
 
 def test_whole_inputs_change_places_not_tokens() -> None:
-    """Two inputs a group can change places in 6 ways, of which 2 keep them together: p can't fall below a third."""
+    """Two inputs per group can be arranged in 6 ways, of which 2 keep the groups together: p can't be below 1/3."""
     use = made_up({"a": [[0.9, 0.1]] * 2, "b": [[0.1, 0.9]] * 2}, tokens=10_000)
     assert permutation_test(use, permutations=999)[-1]["p"] == pytest.approx(1 / 3, abs=0.05)
 
@@ -126,7 +126,7 @@ def test_the_head_that_a_group_uses_more_is_found() -> None:
         assert row["elsewhere"] == pytest.approx(float(use.load[0][others, row["head"]].mean()), abs=1e-6)
         assert row["difference"] == pytest.approx(row["load"] - row["elsewhere"], abs=1e-6)
         if row["head"] == 2:
-            assert row["p"] > 0.05  # the groups use it alike
+            assert row["p"] > 0.05  # both groups use it equally
 
 
 def test_dead_and_overloaded_heads_are_those_of_all_groups() -> None:

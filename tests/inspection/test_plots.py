@@ -1,4 +1,4 @@
-"""Promise: the figures show the numbers, say what was left out, and are written whole or not at all with their data."""
+"""Promise: the figures show the numbers, name what was left out, and are written whole with their data or not at all."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_what_is_not_there_cannot_be_shown(asked, message) -> None:
 
 
 def test_shared_and_routed_heads_are_compared_where_they_are_active() -> None:
-    use = made_up({"a": [[0.6, 0.2]], "b": [[0.2, 0.6]]})  # contributions as large as the loads
+    use = made_up({"a": [[0.6, 0.2]], "b": [[0.2, 0.6]]})  # contributions equal to the loads
     shared, routed = shared_and_routed_rows(use)
     assert (shared["kind"], shared["heads"], shared["load"], shared["contribution"]) == ("shared", 1, 1.0, 1.0)
     assert (routed["kind"], routed["heads"]) == ("routed", 2)

@@ -1,4 +1,4 @@
-"""Promises of `trace`: its gates are the router's, its contributions those of the definition, for MoH and dense layers."""
+"""Promises of `trace`: gates of the router, contributions of the definition, for MoH and dense layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moh.models.transformers.families import FAMILIES
 
 
 def explicit(layer: MoHAttention, x: torch.Tensor) -> torch.Tensor:
-    """`||g_i H_i W_O^i||` head by head, all heads computed."""
+    """`||g_i H_i W_O^i||` head by head, from all heads."""
     gates = layer.router(x).gates
     q, k, v = (
         p(x).view(*x.shape[:2], layer.num_heads, -1).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)

@@ -1,4 +1,4 @@
-"""Promise: a saved model is read back as it was, with its classes, by us and by diffusers; what can't be read is told."""
+"""Promise: we and diffusers load a saved model unchanged, with its classes; errors name what can't be loaded."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_dense_model_of_diffusers_draws_too(vae, tmp_path: Path) -> None:
     model = load_image_model(tmp_path)
     assert model.num_classes == 10 and model.class_names == ()
     config = model.scheduler.config
-    assert config.beta_end == 0.03 and not config.clip_sample  # latents are not clipped, whatever the file says
+    assert config.beta_end == 0.03 and not config.clip_sample  # latents are not clipped, whatever is in the file
     assert sample(model, [9], SETTINGS).shape == (1, 3, 16, 16)
 
 

@@ -1,4 +1,4 @@
-"""Promise: `moh sample` draws what `moh.sampling` draws, and bad input ends with code 2 and one line that names it."""
+"""Promise: `moh sample` draws what `moh.sampling` draws; bad input gives exit code 2 and one line that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: many images are written as files, an interruption costs the unfinished batches alone, processes share work."""
+"""Promise: many images become files, an interruption costs only unfinished batches, processes share the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: image i of a seed is the same whatever is drawn beside it, and samplers do what their papers say."""
+"""Promise: image i of a seed does not depend on the rest of the batch; samplers follow their papers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 
 def apart(a: Tensor, b: Tensor) -> int:
-    """The largest difference, in levels of 8 bits."""
+    """The largest difference in 8-bit levels."""
     assert a.shape == b.shape
     return int((a.int() - b.int()).abs().max())
 
@@ -31,7 +31,7 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(tiny, scheduler: st
     images = sample(model, LABELS, settings)
     assert images.shape == (7, 1, 8, 8) and images.dtype == torch.uint8
     assert images.float().std(0).mean() > 5  # they differ from each other
-    # Matrix products of another size may round otherwise: by one level of 8 bits at most
+    # Matrix products of another size may round differently: by at most one 8-bit level
     assert apart(sample(model, LABELS, settings, batch_size=1), images) <= 1
     assert apart(sample(model, LABELS, settings, batch_size=3), images) <= 1
     assert apart(sample(model, [LABELS[i] for i in (5, 2)], settings, indices=[5, 2]), images[[5, 2]]) <= 1
@@ -103,7 +103,7 @@ def test_a_model_without_variance_draws_too(tiny, scheduler: str) -> None:
 
 
 class _GaussianPixels(nn.Module):
-    """Knows the noise exactly, for images whose pixels are independent and of mean 0.2 and standard deviation 0.3."""
+    """Predicts the noise exactly for independent pixels with mean 0.2 and standard deviation 0.3."""
 
     def __init__(self, scheduler: DDIMScheduler) -> None:
         super().__init__()
