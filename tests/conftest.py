@@ -1,7 +1,6 @@
-"""What all tests share: one thread, a fixed seed, no network, few but always the same examples, a tiny model and text,
-and teams of processes.
+"""What all tests share: one thread, a fixed seed, no network, a tiny model and text, and teams of processes.
 
-`HYPOTHESIS_PROFILE=thorough` tries many more, new ones on each run.
+Hypothesis tries few examples, always the same; `HYPOTHESIS_PROFILE=thorough` tries many, new ones on each run.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-os.environ.setdefault("MOH_CPU_IMITATE_AMX", "1")  # the kernels for AMX too, where they can be built
+os.environ.setdefault("MOH_CPU_IMITATE_AMX", "1")  # the AMX kernels too, if they can be built
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def _same_numbers_in_every_test() -> None:
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a two-layer Llama with four heads, two of keys and values, and a word tokenizer."""
+    """Directory of a two-layer Llama with four heads, two key/value heads and a word tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -76,7 +75,7 @@ def tokenizer(base_dir: Path):
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 paragraphs of random sentences of the tokenizer's words."""
+    """60 paragraphs of random sentences in the tokenizer's words."""
     generator = torch.Generator().manual_seed(0)
     file = tmp_path_factory.mktemp("text") / "words.txt"
     indices = torch.randint(len(WORDS), (60, 4, 8), generator=generator).tolist()

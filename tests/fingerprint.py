@@ -1,11 +1,11 @@
-"""What the package is, in one JSON file: to show that a change of layout changed nothing else.
+"""Describes the package in one JSON file, to show that a change of layout changed nothing else.
 
     python tests/fingerprint.py before.json          # before the change
     python tests/fingerprint.py --compare before.json  # after it; prints what differs, exit code 1 if anything does
 
-Holds a hash of every definition (without docstrings, imports and the name of its file), the configuration and the names,
-shapes and dtypes of the weights of every preset and family, the `--help` of every command, every recipe as it is
-read, and the schemas of our operators.
+Holds a hash of every definition (without docstrings, imports and file name); configuration and names, shapes and dtypes
+of the weights of every preset and family; the `--help` of every command; every recipe as it is read; and the schemas
+of our operators.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def definitions(root: Path) -> list[str]:
-    """`NAME HASH` of every function, class and constant of the files under `root`, sorted; a name may come twice."""
+    """`NAME HASH` of every function, class and constant of the files under `root`, sorted; names may repeat."""
     found = []
     for path in sorted(root.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -51,7 +51,7 @@ def _names(node: ast.stmt) -> Iterator[str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings and imports away."""
+    """Removes docstrings and imports."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
@@ -68,7 +68,7 @@ def _digest(node: ast.stmt) -> str:
 
 
 def models() -> dict[str, Any]:
-    """Configuration and layout of every model that has a name: timm's, diffusers' and transformers'."""
+    """Configuration and layout of every named model of timm, diffusers and transformers."""
     import timm
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
@@ -77,14 +77,13 @@ def models() -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     with torch.device("meta"):
-        for name in timm.list_models("*moh_*_*"):  # `moh_vit` alone needs to be told which
+        for name in timm.list_models("*moh_*_*"):  # not plain `moh_vit`, which needs arguments
             model = timm.create_model(name)
             found[name] = {"config": model.pretrained_cfg, "layout": _layout(model)}
         for name in DIT_NAMES:
             model = create_dit(name)
-            config = {
-                key: value for key, value in model.config.items() if key != "_use_default_values"
-            }  # of no fixed order
+            # the order of _use_default_values varies
+            config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
             found[name] = {"config": config, "layout": _layout(model)}
         for auto in sorted(n for n in vars(modeling_auto) if n.startswith("AutoModel")):
             kind = getattr(modeling_auto, auto)
@@ -151,7 +150,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for everything that is in one of the two alone."""
+    """One line per entry that only one of the two has."""
     lines = []
     for part, old in before.items():
         new = after[part]

@@ -1,4 +1,4 @@
-"""Promises of `import moh`: it loads no extra, and the Auto classes know our models whichever package comes first."""
+"""Promises of `import moh`: it loads no extra, and the Auto classes find our models whichever package comes first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house keeps its order: a room uses those below it, never one above, and no files import each other in a circle."""
+"""The rooms keep their order: each uses only rooms below it, and no files import each other in a circle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
-# From the ground up; a room may import what comes before it. docs/architecture.md says what each is for.
+# From the ground up; a room may import those before it. docs/architecture.md describes each.
 ROOMS = (
     "_extras _lazy _checks _files _processes config routing attention layer data models checkpoints conversion sampling "
     "training evaluation inspection explore demo cli __init__ __main__"
@@ -20,7 +20,7 @@ ROOMS = (
 
 @functools.cache
 def imports() -> list[tuple[str, str, bool]]:
-    """(importing module, imported module of ours, whether it runs on import) of every file of the package."""
+    """(importing module, imported module of ours, whether on import) for every import in the package."""
     files = {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in sorted(SOURCE.rglob("*.py"))}
     found = []
     for name, path in files.items():
@@ -35,7 +35,7 @@ def imports() -> list[tuple[str, str, bool]]:
 
 
 def walk(node: ast.AST, eager: bool):
-    """The nodes below, each with whether it runs when the module is imported, functions and TYPE_CHECKING apart."""
+    """The nodes below, each with whether it runs on import: not in functions or under TYPE_CHECKING."""
     for child in ast.iter_child_nodes(node):
         checked = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         if checked or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -75,6 +75,6 @@ def test_no_files_import_each_other_in_a_circle():
         package = f"{a.rpartition('.')[0]}.__init__"
         if (
             eager and b != package and a != "moh.__init__" and b != "moh.__init__"
-        ):  # a package is begun before its files
+        ):  # a package starts loading before its files
             graph.setdefault(a, set()).add(b)
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the files

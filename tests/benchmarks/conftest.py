@@ -1,4 +1,4 @@
-"""The benchmarks are scripts beside the package, found from the repository's root."""
+"""The benchmarks are scripts outside the package, imported from the repository's root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the benchmarks of a GPU: they say when there is none, and what they run runs (here on the CPU, tiny)."""
+"""Promises of the GPU benchmarks: they report a missing GPU, and their cases run (here on the CPU, tiny)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_page_holds_checks_and_every_contender(tiny):
     for words in ("dense (math) | all", "ours (sdpa) | 50%", "masked (dense, then gates) | 50%", "ours | 50%"):
         assert words in page
     assert failed == 0
-    # What the machine lacks is said, not left out.
+    # What the machine lacks is reported, not left out.
     assert "dense (cudnn) | all | failed:" in page and "active heads alone | all | failed: it runs on NVIDIA" in page
 
 
@@ -97,7 +97,7 @@ def test_cases_are_of_the_targets_sizes_and_each_once(grid):
 
 
 def test_layers_of_a_gpu_are_measured_with_sparse_and_with_dense_projections(monkeypatch):
-    """Made on a device without numbers, and seen where they choose."""
+    """The layers hold fake tensors; their choices are recorded."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from moh.attention import projections
@@ -115,7 +115,7 @@ def test_layers_of_a_gpu_are_measured_with_sparse_and_with_dense_projections(mon
 
     monkeypatch.setattr(projections, "_sparse_kernels", seen)
     monkeypatch.setattr(gpu_backend, "unavailable", lambda device: None)
-    # They are there already, and weights without numbers can't be moved.
+    # fake weights can't be moved, and are on the device already
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
     case = replace(gpu_cases.gpu_cases("default")["Whole layer"][0], **TINY)
     with FakeTensorMode(), torch.device("cuda"):

@@ -1,4 +1,4 @@
-"""Timing, resuming and reporting of the benchmarks, on made-up numbers: no test measures speed."""
+"""Timing, resuming and reporting of the benchmarks, with made-up numbers: no test measures speed."""
 
 from __future__ import annotations
 

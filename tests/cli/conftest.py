@@ -16,7 +16,7 @@ ARGUMENTS = {"img_size": 8, "in_chans": 3, "embed_dim": 20, "depth": 2, "num_hea
 
 @dataclass
 class Result:
-    """What a command left: its exit code, and its lines on standard output and error."""
+    """A command's exit code and its lines on standard output and error."""
 
     code: int
     out: list[str]
@@ -25,10 +25,10 @@ class Result:
 
 @pytest.fixture
 def moh(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
-    """`moh("eval", model, ...)`: run a command; SystemExit, as argparse raises it, becomes its code."""
+    """`moh("eval", model, ...)` runs a command; argparse's SystemExit becomes its exit code."""
     from transformers.utils import logging
 
-    # As in a process of its own whose standard error is no terminal; transformers is imported already here
+    # As in a new process whose standard error is not a terminal; here transformers is imported already
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.disable_progress_bar()
 
@@ -47,7 +47,7 @@ def moh(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(scope="session")
 def moh_dir(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama converted by the command line, one shared head and one routed."""
+    """The tiny Llama converted by the command line, with one shared and one active routed head."""
     target = tmp_path_factory.mktemp("converted") / "model"
     heads = ["--shared-heads", "1", "--active-heads", "1"]
     options = ["--files", str(text_file), "--calibration-tokens", "1024"]

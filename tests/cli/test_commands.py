@@ -1,4 +1,4 @@
-"""Promise: each command does on the command line what its function does, and says where the result is."""
+"""Promise: each command does what its function does, and prints where the result is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: `moh convert` writes a MoH model of every kind that converts, as the class that it was saved as."""
+"""Promise: `moh convert` converts every kind of model and keeps the class that it was saved as."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = dict(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_s
 
 
 def dense_dir(kind: str, base_dir: Path, folder: Path) -> Path:
-    """A tiny random model of a class of transformers, beside the word tokenizer."""
+    """A tiny random model of a transformers class, with the word tokenizer."""
     torch.manual_seed(0)
     model_class = getattr(transformers, kind)
     sizes = SIZES | ({} if "GPT2" in kind else dict(intermediate_size=48))
@@ -56,7 +56,7 @@ def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], (None, None)),  # what comes out best is `moh.convert`'s to say
+        ([], (None, None)),  # `moh.convert` knows the best settings
         (["--allocation", "even", "--no-refit-output"], ("even", False)),
         (["--allocation", "sensitivity", "--refit-output"], ("sensitivity", True)),
     ],

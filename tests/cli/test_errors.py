@@ -22,7 +22,7 @@ def assert_one_line(result, command: str, message: str) -> None:
 
 @pytest.fixture
 def in_the_way(tmp_path: Path) -> Path:
-    """A path that can't be written, even by root: it lies below a file."""
+    """A path that even root can't write: its parent is a file."""
     (tmp_path / "file").write_text("in the way")
     return tmp_path / "file" / "out"
 

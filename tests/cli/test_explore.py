@@ -1,4 +1,4 @@
-"""Promises of `moh explore`: what is wrong is said in one line before anything is served."""
+"""Promises of `moh explore`: an error is reported in one line before the server starts."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`typed("hello", "/quit")`: what stands on standard input, which is no terminal."""
+    """`typed("hello", "/quit")` sets standard input, which is not a terminal."""
     return lambda *lines: monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
@@ -92,7 +92,7 @@ def test_a_conversation_from_a_pipe_is_answered_line_by_line(moh: Any, moh_dir: 
 
 
 def test_what_is_wrong_with_a_line_does_not_end_the_conversation(moh: Any, moh_dir: Path, typed: Any) -> None:
-    typed("/heads 9", "/heads", "/head 1", "the head")  # and no /quit: the end of the input ends it
+    typed("/heads 9", "/heads", "/head 1", "the head")  # no /quit: the end of the input ends the chat
     result = moh("chat", moh_dir, "--temperature", "0", "--max-new-tokens", "3")
     assert result.code == 0
     assert len(result.out) == 1

@@ -1,4 +1,4 @@
-"""Promise: `moh eval` serves image classifiers, and says what does not fit."""
+"""Promise: `moh eval` evaluates image classifiers, and reports what does not match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: `moh info --shape` tells which backend would serve such a call, and why the others would not."""
+"""Promise: `moh info --shape` prints which backend would handle such a call, and why the others would not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promise: `moh inspect` writes tables and figures with their data for every family, and says what does not fit."""
+"""Promise: `moh inspect` writes tables and figures with their data for every family, and reports what does not match."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def kinds(tmp_path: Path) -> Path:
-    """Two groups of three texts, in files and in files of another suffix."""
+    """Two groups of three texts, each with its own file suffix."""
     for number, words in enumerate(("the head sees a gate .", "a key skips the value .", "in the layer of token .")):
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / f"{number}.txt").write_text(f"{words} " * (5 + number))

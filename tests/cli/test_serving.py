@@ -1,4 +1,4 @@
-"""`moh serve`: the loading path of `transformers serve` finds our models, without a network or a server."""
+"""`moh serve`: `transformers serve` finds our models when loading; no network and no server here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _transformers_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def served() -> Any:
-    """What the server finds under our class's name."""
+    """The class that the server finds under our class's name."""
     return getattr(sys.modules["transformers"], NAME)
 
 
@@ -43,7 +43,7 @@ def test_the_server_loads_our_model_and_writes_text(moh_dir: Path) -> None:
     assert torch.equal(got, expected)
 
 
-def test_a_served_model_has_the_budget_that_was_asked_for(moh_dir: Path) -> None:
+def test_a_served_model_has_the_requested_share(moh_dir: Path) -> None:
     serving.make_servable(str(moh_dir), 0.75)
     model = served().from_pretrained(moh_dir)
     assert model.config.share == 0.75

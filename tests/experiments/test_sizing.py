@@ -1,4 +1,4 @@
-"""The sizes of a training step against what the models themselves have and do."""
+"""The computed sizes of a training step equal what the models have and do."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_operations_fall_with_the_heads_but_for_what_every_token_needs() -> None
     skipped = 3 * 2 * (2 * 48 * 8) * 3  # queries and output projection of three heads in three layers
     assert dense[0] - half[0] == skipped
     by_norm = [forward_flops(replace_heads(k, "query_norm"), 64)[0] for k in (4, 1)]
-    assert by_norm[0] - by_norm[1] == skipped / 2  # this router needs all queries
+    assert by_norm[0] - by_norm[1] == skipped / 2  # this router reads all queries
 
 
 def replace_heads(active: int, router: str = "linear") -> MoHLlamaConfig:

@@ -1,4 +1,4 @@
-"""Figures that compare variants show every seed and the same colour for a variant everywhere."""
+"""Figures that compare variants show every seed, and a variant in the same colour everywhere."""
 
 from __future__ import annotations
 
