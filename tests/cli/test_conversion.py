@@ -89,7 +89,7 @@ def test_a_model_keeps_the_head_that_it_was_saved_with(
         torch.testing.assert_close(model.eval()(ids)[0], dense.eval()(ids)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_budgets_are_served_by_the_dial_of_other_commands(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_other_commands_dial_a_model_with_output_changes(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
     source, target = dense_dir("GPT2LMHeadModel", base_dir, tmp_path / "dense"), tmp_path / "model"
     options = ["--files", text_file, "--allocation", "sensitivity", "--shares", 0.5, 0.75]
     assert moh("convert", source, target, *HEADS, *options).code == 0
