@@ -128,7 +128,7 @@ def test_groups_may_be_of_another_size_than_there_are_groups():
         pytest.param(lambda: balanced(3, 4), "active_heads must be a multiple of kv_heads = 3 .*got 4", id="active"),
         pytest.param(lambda: balanced(4, 3), "shared_heads must be a multiple of kv_heads = 3 .*got 4", id="shared"),
         pytest.param(
-            lambda: balanced([0, 1, 3], 3), r"as many heads of every group of 3 .*got \[0, 1, 3\]", id="unbalanced"
+            lambda: balanced([0, 1, 3], 3), r"equally many heads of every group of 3 .*got \[0, 1, 3\]", id="unbalanced"
         ),
         pytest.param(
             lambda: MoHConfig(8, 2, 4, routing_unit="kv_group", kv_heads=2),

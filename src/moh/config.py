@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROUTERS = ("two_stage", "single_stage", "query_norm", "linear")
-"""Names of the routers: learned, the same without its first stage (the paper's ablation), parameter-free (both of the
-paper), fitted to contributions (ours)."""
+"""Names of the routers: the paper's (learned, its ablation without the first stage, parameter-free), and ours, fitted to
+contributions."""
 
 ROUTING_UNITS = ("head", "group_balanced", "kv_group")
-"""What a token chooses: any heads; as many heads in every group that shares keys and values; whole such groups."""
+"""What a token chooses: any heads; the same number in every group that shares keys and values; or whole such groups."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,16 @@ class MoHConfig:
         router: "two_stage" (learned from scratch), "single_stage" (the same without the weighing of shared against routed
             heads), "query_norm" (no parameters) or "linear" (contribution router).
         routing_unit: what a token chooses. "head": any k routed heads (the paper). "group_balanced": with grouped-query
-            attention, k / kv_heads of the routed heads in every group of heads that share keys and values; each group
-            has as many shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared are whole groups too.
-        kv_heads: number of key/value heads, needed by the two units that know groups: heads i * h / kv_heads onwards
-            read key/value head i.
+            attention, k / kv_heads of the routed heads in every group of heads that share keys and values; all
+            groups have the same number of shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared
+            heads are whole groups too.
+        kv_heads: number of key/value heads, required by the two units with groups; query head i reads key/value head
+            `i // (h / kv_heads)`.
 
     With `shared_heads` as a number a group-balanced layer shares the first heads of every group.
 
     Raises:
-        ValueError: a field is out of its range; the message names the field, its value and what is allowed.
+        ValueError: a field is out of range; the message names the field, its value and what is allowed.
     """
 
     num_heads: int
@@ -101,7 +102,7 @@ class MoHConfig:
             counts = [sum(i // size == group for i in indices) for group in range(self.kv_heads)]
             balanced = self.routing_unit == "group_balanced"
             if len(set(counts)) > 1 if balanced else not set(counts) <= {0, size}:
-                what = f"as many heads of every group of {size}" if balanced else f"whole groups of {size} heads"
+                what = f"equally many heads of every group of {size}" if balanced else f"whole groups of {size} heads"
                 raise ValueError(
                     f"shared_heads must hold {what} for routing_unit={self.routing_unit!r}, got {list(indices)}"
                 )
@@ -140,14 +141,14 @@ class MoHConfig:
 
     @property
     def step(self) -> int:
-        """What the numbers of shared and of active heads are multiples of: 1 if single heads are chosen."""
+        """The numbers of shared and of active heads are multiples of this; 1 if single heads are chosen."""
         if self.routing_unit == "head" or self.kv_heads is None:
             return 1
         return self.kv_heads if self.routing_unit == "group_balanced" else self.num_heads // self.kv_heads
 
     @property
     def heads_per_group(self) -> int | None:
-        """How many heads each token uses in every key/value group; None where that differs."""
+        """How many heads each token uses in every key/value group; None where it differs."""
         if self.routing_unit != "group_balanced" or self.kv_heads is None:
             return None
         return (self.num_shared + self.active_heads) // self.kv_heads

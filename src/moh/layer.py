@@ -21,12 +21,7 @@ class MoHAttention(nn.Module):
 
     Args:
         dim: C, the width of input and output.
-        num_heads: h.
-        shared_heads: h_s: a number (the first ones) or the indices of the heads that are always active.
-        active_heads: k, routed heads active per token. With `shared_heads + active_heads = num_heads` every head is.
-        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
-        routing_unit: what a token chooses: "head", "group_balanced" (as many heads in every group that shares keys and
-            values) or "kv_group" (whole such groups); see `moh.MoHConfig`.
+        num_heads, shared_heads, active_heads, router, routing_unit: h, h_s, k and how tokens choose (`moh.MoHConfig`).
         num_kv_heads: key/value heads for grouped-query attention; None means `num_heads`.
         head_dim: D, the width of one head; None means `dim // num_heads`. `num_heads * head_dim` may differ from `dim`.
         context_dim: width of the keys' and values' input in cross-attention; None means `dim`.
@@ -37,7 +32,7 @@ class MoHAttention(nn.Module):
         backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
 
     Raises:
-        ValueError: sizes that don't fit each other; the message names the argument.
+        ValueError: sizes don't fit each other; the message names the argument.
 
     Examples:
         >>> import torch, moh

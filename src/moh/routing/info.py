@@ -1,7 +1,7 @@
 """What a router decided for one layer's input, and the load-balance loss on it, of one process or of several.
 
 `RoutingInfo` is returned, never stored by a layer. Balance loss: the paper's "Load Balance Loss", in the published code's form;
-over several processes it is that of one batch with all their tokens, for which a few numbers per head are exchanged.
+over several processes it equals that of one batch with all their tokens, and costs an exchange of a few numbers per head.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class RoutingInfo:
         return self.config.num_routed * (f * p).sum()
 
     def balance_sums(self, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the balance loss is made of, for adding up over batches: float32 `[h_r]`, `[h_r]` and `[1]`.
+        """The sums behind the balance loss, to be added up over batches: float32 `[h_r]`, `[h_r]` and `[1]`.
 
         The number of tokens that activate each routed head (no gradient), the sum of its probability, and the number of
-        tokens; of a layer that routes. `token_mask` as in `balance_loss`.
+        tokens. The layer must route; `token_mask` as in `balance_loss`.
         """
         assert self.probs is not None
         active = self.active[..., list(self.config.routed_indices)].float()
@@ -103,9 +103,9 @@ def _token_sum(values: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tenso
 def balance_over_processes(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Compute the balance losses in the block over the tokens of all processes of `group`, not of this one alone.
 
-    Loss and gradient are those of one process with all the tokens, where the gradients are then averaged over the
-    processes, as DDP and FSDP do. It also holds inside models that add the balance loss to their own. With one process,
-    or without `torch.distributed`, nothing changes.
+    Loss and gradient equal those of one process with all the tokens, if gradients are then averaged over the processes,
+    as DDP and FSDP do. This includes models that add the balance loss to their own. With one process, or without
+    `torch.distributed`, nothing changes.
 
     Args:
         group: the processes that read different tokens; None: all. Each of them must make the same calls.
@@ -128,7 +128,7 @@ def balance_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 def balance_losses(infos: Sequence[RoutingInfo], token_mask: Tensor | None, group: dist.ProcessGroup) -> list[Tensor]:
     """The balance losses of layers that route, each `h_r * sum_i f_i P_i` over the tokens of all processes.
 
-    The processes meet once in the forward pass and once in the backward pass, however many layers there are.
+    One all-reduce in the forward and one in the backward pass, whatever the number of layers.
 
     Args:
         infos: of layers that route, the same on every process.
@@ -149,7 +149,7 @@ def balance_losses(infos: Sequence[RoutingInfo], token_mask: Tensor | None, grou
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over processes. Each has a loss that depends on it, so that the gradients are summed as well."""
+    """The sum of a tensor over processes. The loss of each depends on it, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

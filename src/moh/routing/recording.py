@@ -46,7 +46,7 @@ class RoutingRecord:
         return len(self.layers)
 
     def balance_loss(self, token_mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Mean over the layers that route of their load-balance losses (`RoutingInfo.balance_loss`), a scalar.
+        """Mean load-balance loss (`RoutingInfo.balance_loss`) of the layers that route, a scalar.
 
         Args:
             token_mask: `[B, N]`, nonzero for the tokens that count (padding does not); None counts all.

@@ -1,7 +1,7 @@
-"""The routers: a layer's input or its queries -> gates, one class per rule, which also states what callers need to know of it.
+"""The routers: a layer's input or queries -> gates; one class per rule, with what callers need to know as attributes.
 
 Two-stage: the paper's "Two-Stage Routing", with the published scaling. Query norm: its continue-tuning. Linear: ours.
-A new one is a class here, an entry of `_CLASSES` and its name in `moh.config.ROUTERS`.
+A new one needs a class here, an entry in `_CLASSES` and its name in `moh.config.ROUTERS`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Router(nn.Module):
     """Whether a conversion fits it on calibration data (`take_fit`)."""
 
     needs_fit: ClassVar[bool] = False
-    """Whether a converted model is of no use without that fit; otherwise it may start from new weights and be trained."""
+    """Whether a converted model is useless without that fit; otherwise it may start from new weights and be trained."""
 
     ranks_heads: ClassVar[bool] = False
     """Whether it has `order`, and parameters for any set of shared heads (`with_config`): refits of W_O need both."""
@@ -60,7 +60,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self._recorders: tuple[Recorder, ...] = ()
-        self.heads_here = config.num_heads  # fewer where several processes have split the heads among them
+        self.heads_here = config.num_heads  # fewer where processes split the heads among them
         self._set_heads(config)
 
     def _set_heads(self, config: MoHConfig) -> None:
@@ -77,7 +77,7 @@ class Router(nn.Module):
 
         Args:
             num_heads: H.
-            step: `MoHConfig.step`; the result is a multiple of it, rounded down, and at least 1 where that allows it.
+            step: `MoHConfig.step`; the result is rounded down to a multiple of it, and at least 1 if `step` is 1.
         """
         return max(1, round(cls.shared_share * num_heads)) // step * step
 
@@ -100,7 +100,7 @@ class Router(nn.Module):
         return range(self.config.num_routed + 1)
 
     def linear_scores(self) -> nn.Linear | None:
-        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None if more is computed.
+        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None if routing takes more than that.
 
         For kernels that choose the heads themselves. It has a row for every head, shared ones included.
         """
@@ -117,14 +117,14 @@ class Router(nn.Module):
         """
 
     def order(self, x: Tensor) -> Tensor:
-        """Head indices `[B, N, H]`, int64, by falling use, shared heads first; of a router that `ranks_heads`.
+        """Head indices `[B, N, H]`, int64, by falling score, shared heads first; only if `ranks_heads`.
 
         The first n are the heads that a layer of n heads uses, if n is a multiple of `config.step`.
         """
         raise NotImplementedError
 
     def with_config(self, config: MoHConfig) -> Self:
-        """This router for other shared or active heads, with the very same parameters; of one that `ranks_heads`."""
+        """This router for other shared or active heads, sharing its parameters; only if `ranks_heads`."""
         other = copy.copy(self)
         other._set_heads(config)
         return other
@@ -155,7 +155,7 @@ class Router(nn.Module):
         )
 
     def _of_routed(self, x: Tensor, dim: int) -> Tensor:
-        """The routed heads' part of `x`, whose dimension `dim` goes over all heads."""
+        """The routed heads' part of `x`, whose dimension `dim` has all heads."""
         parts = [x.narrow(dim, first, count) for first, count in self._routed_runs]
         if len(parts) == 1:
             return parts[0]
@@ -172,7 +172,7 @@ class TwoStageRouter(Router):
 
     `[a_1, a_2] = softmax(W_h x)`, shared gates from `softmax(W_s x)`, routed gates from the top k of `softmax(W_r x)`.
     As in the published models, shared gates are `2 a_1 h_s softmax(W_s x)` and routed gates `2 a_2 k p_i / sum_active p_j`:
-    a uniform router weighs every active head 1. The paper's text has them without these factors.
+    a uniform router weighs every active head 1. The paper's text omits these factors.
 
     Parameters (bias-free): `shared.weight` W_s `[h_s, C]` (if h_s > 1), `routed.weight` W_r `[h_r, C]` (if k > 0),
     `stage.weight` W_h `[2, C]` (if there are shared and active routed heads).
@@ -225,7 +225,7 @@ class TwoStageRouter(Router):
             shared = self.shared(source).float().softmax(-1)  # [B, N, h_s]
         else:
             shared = source.new_ones((*source.shape[:-1], config.num_shared), dtype=torch.float32)
-        shared = a_shared * shared * config.num_shared
+        shared = a_shared * shared * config.num_shared  # a uniform softmax is 1 / h_s: times h_s, 1
 
         if self.routed is None:
             routed = source.new_zeros((*source.shape[:-1], config.num_routed), dtype=torch.float32)
@@ -233,7 +233,7 @@ class TwoStageRouter(Router):
         probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
         chosen = torch.where(choose(probs, config), probs, 0.0)
         total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
-        chosen = config.active_heads * chosen / total
+        chosen = config.active_heads * chosen / total  # k in sum, so 1 in the mean over active heads
         return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
 
 
@@ -266,7 +266,7 @@ class QueryNormRouter(_HardRouter):
 
     reads_queries = True
     is_fitted = False
-    shared_share = 1 / 2  # no fit says which heads are better: as in the paper's converted model
+    shared_share = 1 / 2  # without a fit no head is known to be better; as in the paper's conversion
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -289,7 +289,7 @@ class QueryNormRouter(_HardRouter):
 class LinearRouter(_HardRouter):
     """Contribution router, for conversion: predicts each head's contribution to the residual stream from x.
 
-    `c = W_r x + b` stands for `c_i = ||H_i(x) W_O^i||_2`; a token activates the k routed heads with the largest c_i.
+    `c = W_r x + b` estimates `c_i = ||H_i(x) W_O^i||_2`; a token activates the k routed heads with the largest c_i.
     Gates are 1 and 0; in training the gate's gradient goes to c_i (straight-through estimator) and on to W_r and b, not
     to x. The fit is in `moh.conversion`.
 
@@ -339,7 +339,7 @@ _CLASSES: dict[str, type[Router]] = {
 
 
 def router_class(name: str) -> type[Router]:
-    """The class of a router's name in `moh.config.ROUTERS`, which states its facts.
+    """The router class with this name of `moh.config.ROUTERS`.
 
     Raises:
         ValueError: no router has this name.

@@ -1,6 +1,6 @@
-"""What a token chooses: single heads, as many heads in every key/value group, or whole groups (`MoHConfig.routing_unit`).
+"""What a token chooses: single heads, the same number in every key/value group, or whole groups (`MoHConfig.routing_unit`).
 
-The rule is the same for every router, which only gives the scores: docs/method.md, section 11.
+Routers only give the scores, so the rule is the same for all: docs/method.md, section 11.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def order(scores: Tensor, config: MoHConfig) -> Tensor:
 
     Args:
         scores: of all heads, `[..., H]`; +inf for heads that are always kept.
-        config: n has to be a multiple of its `step`.
+        config: n must be a multiple of its `step`.
     """
     falling = scores.argsort(dim=-1, descending=True, stable=True)
     if config.routing_unit == "head":
@@ -44,12 +44,13 @@ def order(scores: Tensor, config: MoHConfig) -> Tensor:
         ranks = _ranks(in_groups)
     else:
         ranks = _ranks(in_groups.sum(-1))[..., None].expand_as(in_groups)
+    # Stable, so heads of equal rank keep falling scores: each next `step` heads are one per group, or one whole group.
     by_rank = ranks.flatten(-2).gather(-1, falling).argsort(dim=-1, stable=True)
     return falling.gather(-1, by_rank)
 
 
 def strongest(mean: Tensor, count: int, config: MoHConfig) -> tuple[int, ...]:
-    """The `count` heads with the largest `mean` `[H]` that may be shared in such a layer, ascending."""
+    """The `count` heads with the largest `mean` `[H]` that such a layer may share, ascending."""
     return tuple(sorted(order(mean, config)[:count].tolist()))
 
 
