@@ -91,7 +91,7 @@ def test_backend_that_cannot_serve_the_call_is_passed_over_and_says_why_when_nam
     monkeypatch.setattr(moh.attention.backends, "BACKENDS", {"broken": broken} | BACKENDS)
     assert choose_backend(Call(Q, K, V, GATES)) == usual
     moh_attention(Q, K, V, GATES)
-    with pytest.raises(ValueError, match="backend 'broken' can't serve this call: it is broken"):
+    with pytest.raises(ValueError, match="backend 'broken' can't handle this call: it is broken"):
         moh_attention(Q, K, V, GATES, backend="broken")
 
 

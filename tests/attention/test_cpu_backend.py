@@ -420,8 +420,8 @@ def test_any_number_of_threads_gives_the_same_bits_with_a_window(isa, threads, w
     "change, reason",
     [
         pytest.param(dict(dtype=torch.float64), "it computes float32, bfloat16 and float16, not float64", id="float64"),
-        pytest.param(dict(D=257), "it has heads of width at most 256, not 257", id="wide"),
-        pytest.param(dict(Dv=300), "it has heads of width at most 256, not 300", id="wide-values"),
+        pytest.param(dict(D=257), "it supports heads of width up to 256, not 257", id="wide"),
+        pytest.param(dict(Dv=300), "it supports heads of width up to 256, not 300", id="wide-values"),
         pytest.param(dict(dropout_p=0.1), "it has no dropout of attention weights", id="dropout"),
         pytest.param(dict(mask="bias_per_head"), "it has no gradient for the mask", id="learned-mask"),
     ],
@@ -433,7 +433,7 @@ def test_call_that_it_cannot_serve_goes_to_sdpa_and_is_refused_by_name_with_the_
     arguments = (inputs.q, inputs.k, inputs.v, inputs.gates)
     options = dict(attn_mask=inputs.attn_mask, dropout_p=dropout_p)
     assert choose_backend(inputs.call._replace(dropout_p=dropout_p)).name == "sdpa"
-    with pytest.raises(ValueError, match=f"backend 'cpu' can't serve this call: {reason}"):
+    with pytest.raises(ValueError, match=f"backend 'cpu' can't handle this call: {reason}"):
         moh_attention(*arguments, backend="cpu", **options)
 
 

@@ -59,7 +59,7 @@ def assert_sdpa_serves_after_one_warning(reason: str) -> None:
         assert (attend() == 2).all()
     q = torch.ones(1, 2, 3, 4)
     assert choose_backend(Call(q, q, q, torch.ones(1, 3, 2))).name == "sdpa"
-    with pytest.raises(ValueError, match=f"backend 'cpu' can't serve this call: .*{reason}"):
+    with pytest.raises(ValueError, match=f"backend 'cpu' can't handle this call: .*{reason}"):
         attend(backend="cpu")
     with pytest.raises(BuildError, match=reason):
         cpu.instruction_sets()

@@ -152,7 +152,7 @@ def test_nothing_active_visits_nothing():
 
 def test_it_serves_no_gradients_on_the_cpu_and_is_not_chosen_there():
     inputs = make_inputs()
-    with pytest.raises(ValueError, match="backend 'flex' can't serve this call: FlexAttention has no gradients"):
+    with pytest.raises(ValueError, match="backend 'flex' can't handle this call: FlexAttention has no gradients"):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="flex")
     double = inputs.q.detach().double()
     assert choose_backend(Call(double, double, double, inputs.gates.detach().double())).name != "flex"

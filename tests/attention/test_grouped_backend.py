@@ -123,7 +123,7 @@ def test_it_serves_where_no_kernel_of_ours_does(monkeypatch):
 def test_without_a_limit_it_says_what_it_needs():
     inputs, _ = routed(Nq=5)
     with pytest.raises(
-        ValueError, match="'grouped' can't serve this call: it needs heads_per_group, which routing_unit="
+        ValueError, match="'grouped' can't handle this call: it needs heads_per_group, which routing_unit="
     ):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="grouped")
 

@@ -247,7 +247,7 @@ def test_every_width_has_tiles_that_tensor_cores_can_use():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_why_and_is_not_chosen():
     inputs = make_inputs()
-    with pytest.raises(ValueError, match=r"backend 'triton' can't serve this call: .*(NVIDIA|not installed)"):
+    with pytest.raises(ValueError, match=r"backend 'triton' can't handle this call: .*(NVIDIA|not installed)"):
         moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="triton")
     assert choose_backend(inputs.call).name != "triton"
 
@@ -272,7 +272,7 @@ def test_without_triton_a_gpu_gets_a_backend_that_needs_none(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert choose_backend(Call(q, q, q, gates)).name == "sdpa"
         with pytest.raises(
-            ValueError, match=r"backend 'flex' can't serve this call: .* Triton, which is not installed"
+            ValueError, match=r"backend 'flex' can't handle this call: .* Triton, which is not installed"
         ):
             choose_backend(Call(q, q, q, gates), "flex")
 

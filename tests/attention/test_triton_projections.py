@@ -383,7 +383,7 @@ def test_checks_for_users_are_skipped_with_the_reason_where_there_is_no_gpu():
 def test_without_a_gpu_each_product_says_why_it_is_passed_over():
     linear, x = nn.Linear(32, 32), torch.zeros(1, 100, 32)
     reasons = projections.projections_passed_over(linear, x, "queries", 4, 0.5)
-    assert reasons["triton"] == "on cpu it serves only calls that name it"
+    assert reasons["triton"] == "on cpu it is used only by name"
     reasons = projections.projections_passed_over(linear, x, "queries", 4, 0.5, "triton")
     assert reasons["cpu"] == "the attention's backend is 'triton'"
     assert "TRITON_INTERPRET" in reasons["triton"] or "Triton is not installed" in reasons["triton"]

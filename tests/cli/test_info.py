@@ -37,13 +37,13 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
     assert "heads_per_group" in reasons["grouped"]
     assert reasons["reference"] == "could serve, but comes later"
     reasons = dict(line.strip().split(maxsplit=1) for line in moh("info", *SHAPE).out[1:])
-    assert reasons["flex"] == "on cpu it serves only calls that name it"
+    assert reasons["flex"] == "on cpu it is used only by name"
 
 
 @pytest.mark.parametrize(
     "tokens, options, words",
     [
-        pytest.param(8, ["--share", 0.5], "dense; cpu: it serves 64 tokens or more", id="few-tokens"),
+        pytest.param(8, ["--share", 0.5], "dense; cpu: it needs at least 64 tokens", id="few-tokens"),
         pytest.param(100, ["--share", 0.9], "dense; cpu: with more than 80% of the heads", id="most-heads"),
         pytest.param(100, ["--share", 0.5, "--dtype", "float64"], "dense; cpu: it computes float32", id="float64"),
     ],
@@ -56,7 +56,7 @@ def test_it_tells_what_would_project_queries_and_output(moh, tokens, options, wo
     for kind, line in zip(("queries", "output"), lines[1:], strict=True):
         name, reason = line.strip().split(maxsplit=1)
         assert name == kind and reason.startswith(words)
-        assert reason.endswith("triton: on cpu it serves only calls that name it") or "float64" in options
+        assert reason.endswith("triton: on cpu it is used only by name") or "float64" in options
 
 
 def test_it_names_the_projections_of_active_heads_where_they_serve(moh, monkeypatch) -> None:

@@ -203,8 +203,12 @@ def test_second_derivative_is_refused_with_the_way_out():
     ("change", "options", "message"),
     [
         (dict(), dict(backend="gpu"), "backend must be None or one of 'cpu', 'sdpa', 'reference', got 'gpu'"),
-        (dict(), dict(backend="cpu", dropout_p=0.1), "backend 'cpu' can't serve this call: it has no dropout"),
-        (dict(), dict(backend="reference", dropout_p=0.1), "backend 'reference' can't serve this call: it has no drop"),
+        (dict(), dict(backend="cpu", dropout_p=0.1), "backend 'cpu' can't handle this call: it has no dropout"),
+        (
+            dict(),
+            dict(backend="reference", dropout_p=0.1),
+            "backend 'reference' can't handle this call: it has no drop",
+        ),
         (dict(dtype=torch.float64), dict(backend="cpu"), "it computes float32, bfloat16 and float16, not float64"),
         (dict(window=9), dict(backend="cpu"), "it supports local windows up to 7 x 7, not 9"),
     ],

@@ -24,8 +24,8 @@ class Backend:
         name: what `moh_attention(backend=...)` takes.
         description: one line for `moh info`.
         attend: the weighted heads `[B, Nq, H, Dv]` of a call.
-        why_not: why it can't serve a call, or None if it can.
-        chosen_on: types of device on which `backend=None` may choose it, None for all; others have to name it.
+        why_not: why it can't handle a call, or None if it can.
+        chosen_on: device types on which `backend=None` may choose it, None for all; elsewhere it is used only by name.
     """
 
     name: str
@@ -45,7 +45,7 @@ BACKENDS = {
         Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.attend, cpu.why_not),
         Backend(
             "grouped",
-            "PyTorch's own attention, for as many heads in every key/value group; any device",
+            "PyTorch's own attention, for equally many heads in every key/value group; any device",
             grouped.attend,
             grouped.why_not,
         ),
@@ -98,7 +98,7 @@ def moh_attention(
             above 0, so pass 0 in evaluation.
         heads_per_group: a promise that no token uses more than this many heads of one key/value head, from 1 to
             H / Hkv (`MoHConfig.heads_per_group`); other heads may be left out. None promises nothing.
-        backend: name of a backend, or None for the most preferred that supports the call.
+        backend: name of a backend, or None for the first in `BACKENDS` that supports the call.
 
     Returns:
         `[B, Nq, H, Dv]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive,
@@ -107,8 +107,8 @@ def moh_attention(
         A query that may see no key gives 0.
 
     Raises:
-        ValueError: a shape, dtype, probability or backend name is not as above, or a named backend can't serve
-            the call; the message says which and why.
+        ValueError: a shape, dtype, probability or backend name is not as above, or the named backend can't handle
+            the call; the message states which and why.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as with PyTorch's own function
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -125,28 +125,28 @@ def choose_backend(call: Call, backend: str | None = None) -> Backend:
     """The backend that `moh_attention` would use for these arguments.
 
     Raises:
-        ValueError: `backend` is unknown or can't serve the call.
+        ValueError: `backend` is unknown or can't handle the call.
     """
     if backend is None:
         return next(b for b in BACKENDS.values() if _waits(b, call) is None and b.why_not(call) is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if (reason := BACKENDS[backend].why_not(call)) is not None:
-        raise ValueError(f"backend {backend!r} can't serve this call: {reason}")
+        raise ValueError(f"backend {backend!r} can't handle this call: {reason}")
     return BACKENDS[backend]
 
 
 def backends_passed_over(call: Call) -> dict[str, str | None]:
-    """Why `backend=None` would pass over each backend for this call; None if it would not: the first of those serves.
+    """Why `backend=None` would pass over each backend for this call; None where it would not: the first of these is used.
 
-    The tensors may be empty views: only shapes, dtype, device and whether gradients are wanted count.
+    The tensors may be empty views: only shapes, dtype, device and whether gradients are required count.
     """
     return {name: b.why_not(call) or _waits(b, call) for name, b in BACKENDS.items()}
 
 
 def _waits(backend: Backend, call: Call) -> str | None:
-    """Why a backend that could serve a call waits until it is named, or None."""
+    """Why a backend that could handle a call is used only by name, or None."""
     device = call.q.device.type
     if backend.chosen_on is None or device in backend.chosen_on:
         return None
-    return f"on {device} it serves only calls that name it"
+    return f"on {device} it is used only by name"

@@ -1,4 +1,4 @@
-"""`Call`: the arguments of one call of `moh_attention`; their checks, how masks are combined, refusals that backends share.
+"""`Call`: the arguments of one call of `moh_attention`; their checks, the combining of masks, and what all our kernels refuse.
 
 The twin of the C++ kernels' `Problem` (`cpu/csrc/problem.h`).
 """
@@ -76,14 +76,14 @@ def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
 
 
 def hide(attn_mask: Tensor | None, seen: Tensor) -> Tensor:
-    """`attn_mask` with everything hidden that is not `seen`, a bool mask; the two are broadcast."""
+    """`attn_mask` that also hides whatever the bool mask `seen` does not allow; the two are broadcast."""
     if attn_mask is None:
         return seen
     return attn_mask & seen if attn_mask.dtype == torch.bool else torch.where(seen, attn_mask, -torch.inf)
 
 
 def seen_by(tokens: Tensor, Nk: int) -> Tensor:
-    """Which of `Nk` keys causal attention shows the tokens `[..., rows, 1]`, those up to their own: `[..., rows, Nk]`."""
+    """Which of `Nk` keys tokens `[..., rows, 1]` see in causal attention, those up to their own: bool `[..., rows, Nk]`."""
     return torch.arange(Nk, device=tokens.device) <= tokens
 
 

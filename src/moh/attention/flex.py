@@ -1,8 +1,7 @@
-"""Backend `flex`: routed attention by PyTorch's FlexAttention, active rows at the front and blocks without work left out.
+"""Backend `flex`: PyTorch's FlexAttention with active rows at the front; blocks without work are skipped.
 
-Which blocks of rows and keys it visits, and which of them unmasked, is found on the device from counts and positions, with
-static shapes: nothing waits for a number. On the CPU FlexAttention has a forward pass alone, and the backend is never
-chosen: there it is for checks.
+The blocks to visit, and those that need no mask, are found on the device from counts and positions, with static shapes:
+nothing waits for a number. On the CPU FlexAttention has only a forward pass; the backend is for checks there, never chosen.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ BLOCK = 128
 
 
 def why_not(call: Call) -> str | None:
-    """Why the backend can't serve the call, or None."""
+    """Why the backend can't handle the call, or None."""
     q, k, v = call.q, call.k, call.v
     if q.device.type not in ("cuda", "cpu"):
         return f"it runs on GPUs, not on {q.device.type}"
@@ -42,7 +41,7 @@ def why_not(call: Call) -> str | None:
         return reason
     widths = (q.shape[-1], v.shape[-1])
     if q.device.type == "cuda" and not (min(widths) >= MIN_WIDTH and max(widths) <= MAX_WIDTH):
-        return f"it has heads of width {MIN_WIDTH} to {MAX_WIDTH}, not {q.shape[-1]} and {v.shape[-1]}"
+        return f"it supports heads of width {MIN_WIDTH} to {MAX_WIDTH}, not {q.shape[-1]} and {v.shape[-1]}"
     if min(q.shape) == 0 or min(v.shape) == 0:
         return "it needs at least one query and one key"
     if (reason := unserved_options(call.attn_mask, call.dropout_p)) is not None:
@@ -89,7 +88,7 @@ def _bias_of(mask: Tensor, rows: Tensor, G: int) -> Callable[..., Tensor]:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    """FlexAttention needs to be compiled to leave anything out; within a compiled graph it is."""
+    """FlexAttention, compiled: else it skips nothing. Within a compiled graph it is compiled anyway."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -136,9 +135,9 @@ def blocks_of(
     allowed: Tensor | None,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """(needed, whole), bool `[B, Hkv, row blocks, key blocks]`: where some row sees some key, where every row all keys.
+    """(needed, whole), bool `[B, Hkv, row blocks, key blocks]`: where some row sees some key, where all rows see all keys.
 
-    `needed` may hold a block too many where a mask differs between the heads of a group; never one too few.
+    `needed` may have a block too many where a mask differs between the heads of a group; never one too few.
     """
     M = packing.rows.shape[-1]
     counts = packing.counts[..., None]  # [B, Hkv, 1]
@@ -151,7 +150,7 @@ def blocks_of(
     end = key + block - 1
 
     needed = live[..., None].expand(*live.shape, len(key))
-    # Blocks that stick out of rows or keys have to be masked.
+    # Blocks that reach beyond the last row or key must be masked.
     whole = needed & (end < Nk) & (starts + block <= M)[:, None]
     if is_causal:
         needed, whole = needed & (key <= last), whole & (end <= first)
@@ -164,13 +163,13 @@ def blocks_of(
 def _allowed_blocks(
     allowed: Tensor, packing: Packing, G: int, Nk: int, first: Tensor, last: Tensor, block: int
 ) -> tuple[Tensor, Tensor]:
-    """Whether a bool mask lets some, and every, pair of tokens first to last and a block's keys see each other."""
+    """(some, every): whether, of tokens first to last, one sees one of a key block's keys; whether all see all of them."""
     B, Hkv = packing.counts.shape
     heads, queries = allowed.shape[1:3]
     blocks = -(-Nk // block)
     padding = (0, blocks * block - Nk)
     allowed = allowed.expand(B, heads, queries, Nk)
-    # [B, heads, queries, key blocks]; what lies beyond the last key neither allows nor forbids
+    # [B, heads, queries, key blocks]; padding beyond the last key neither allows nor forbids
     some = torch.nn.functional.pad(allowed, padding, value=False).unflatten(-1, (blocks, block)).any(-1)
     every = torch.nn.functional.pad(allowed, padding, value=True).unflatten(-1, (blocks, block)).all(-1)
     if heads > 1:
@@ -188,7 +187,7 @@ def _allowed_blocks(
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many key blocks each row block has, which: those first), int32."""
+    """(number of key blocks of each row block, all indices with those first), int32."""
     at = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
     return blocks.sum(-1).to(torch.int32), at.to(torch.int32)
 
@@ -196,13 +195,13 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     rows: Tensor, G: int, is_causal: bool, allowed: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Which key n packed row r sees, by the token that the row is of: what holds for all of them, composed."""
+    """The mask_mod: whether packed row r, which belongs to token `rows[r] // G`, sees key n."""
     batch, head, query, key = (int(size > 1) for size in allowed.shape) if allowed is not None else (0, 0, 0, 0)
 
     def sees(b: Tensor, h: Tensor, r: Tensor, n: Tensor) -> Tensor:
         row = rows[b, h, r]
         token = row // G
-        seen = n >= 0
+        seen = n >= 0  # all
         if is_causal:
             seen = seen & (n <= token)
         if allowed is not None:
@@ -217,8 +216,8 @@ class BlockCounts:
     """Blocks of queries and keys, over all sequences and key/value heads.
 
     Attributes:
-        visited: what routed attention works through.
-        dense: what it would with every head active.
+        visited: by routed attention.
+        dense: by attention with every head active.
     """
 
     visited: int

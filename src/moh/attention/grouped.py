@@ -1,4 +1,4 @@
-"""Backend `grouped`: PyTorch's own attention where every token uses as many heads in each key/value group.
+"""Backend `grouped`: PyTorch's own attention where tokens use equally many heads of every key/value group.
 
 The active queries are then gathered to `[B, groups * heads, N, D]`, an ordinary call of grouped-query attention of static
 shape.
@@ -23,14 +23,14 @@ def why_not(call: Call) -> str | None:
 def attend(call: Call) -> Tensor:
     """Routed attention of `heads_per_group` heads in every group.
 
-    A token that uses fewer heads than it may has the others computed and weighted 0.
+    Where a token uses fewer, others are computed too and weighted 0.
     """
     q, k, v, gates, attn_mask, is_causal = call.q, call.k, call.v, call.gates, call.attn_mask, call.is_causal
     m = call.heads_per_group
     assert m is not None  # as why_not has seen
     B, H, N, _ = q.shape
     Hkv = k.shape[1]
-    if is_causal and N == 1:  # the first query sees the first key
+    if is_causal and N == 1:  # the only query sees the first key alone
         k, v, is_causal = k[:, :, :1], v[:, :, :1], False
         attn_mask = None if attn_mask is None else attn_mask[..., :1]
     heads = _heads_in_groups((gates != 0).view(B, N, Hkv, H // Hkv), m)  # [B, N, R], R = Hkv * m
@@ -41,12 +41,12 @@ def attend(call: Call) -> Tensor:
     if attn_mask is not None and mask_per_head:
         attn_mask = attn_mask.expand(B, -1, N, -1).transpose(1, 2)  # [B, N, H, 1 or Nk]
         attn_mask = _take(attn_mask, heads).transpose(1, 2)  # [B, R, N, 1 or Nk]
-    if N == 1:  # the heads of a group are queries of one head, so that its keys and values are read once
+    if N == 1:  # a group's heads as queries of one head: its keys and values are read once
         rows = rows.view(B, Hkv, m, q.shape[-1])
         if attn_mask is not None and mask_per_head:
             attn_mask = attn_mask.view(B, Hkv, m, attn_mask.shape[-1])
     elif is_causal and (attn_mask is not None or call.scale == 0):
-        # PyTorch's kernel scales by 0 what it has masked by -inf
+        # PyTorch's kernel masks by -inf before it scales: by 0 that gives NaN
         attn_mask, is_causal = hide(attn_mask, seen_by(torch.arange(N, device=k.device)[:, None], k.shape[2])), False
     out = F.scaled_dot_product_attention(
         rows, k, v, attn_mask, call.dropout_p, is_causal, scale=call.scale, enable_gqa=N > 1 and m > 1
@@ -57,7 +57,7 @@ def attend(call: Call) -> Tensor:
 
 
 def _heads_in_groups(active: Tensor, m: int) -> Tensor:
-    """Indices of heads `[B, N, Hkv * m]`: in each group of `[B, N, Hkv, G]` the active ones, filled up to m."""
+    """Indices of heads `[B, N, Hkv * m]`: in each group of `[B, N, Hkv, G]` the active ones, filled up to m with others."""
     B, N, Hkv, G = active.shape
     start = torch.arange(0, Hkv * G, G, device=active.device)[:, None]  # [Hkv, 1]
     if m == G:

@@ -1,7 +1,7 @@
 """Query and output projection of the active heads alone, where that is faster than the dense product.
 
-Both need the gates first, so the queries' only with a router that decides by the layer's input. Keys and values, which
-every head of a group shares, have dense products.
+Both need the gates first; for queries the router has to decide by the layer's input. Keys and values, which the heads of
+a group share, always take dense products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moh.attention.gpu.tiles import major_of
 from moh.routing import Router, RoutingInfo
 
 MIN_TOKENS = 64
-"""With fewer tokens the product is limited by reading the weights, which the sparse one reads less well."""
+"""With fewer tokens reading the weights limits the product, and the sparse one reads them less efficiently."""
 
 MAX_SHARE = 0.8
 """Above this share of active heads the dense product is as fast, in float32 (measured with AVX2 and AVX-512)."""
@@ -57,23 +57,23 @@ def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, b
         x: `[B, N, C]`.
         gates: `[B, N, H]`, 0 where a head is inactive.
         share: expected share of pairs that are active, which decides whether the sparse product is worth it.
-        backend: of the attention; the sparse products belong to `cpu` and `triton`, named or chosen by None.
+        backend: of the attention; `cpu` and `triton` have sparse products, and None may choose them.
     """
     B, N, H = gates.shape
     kernels = _sparse_kernels(linear, x, "queries", H, share, backend)
     if kernels is None:
         dense: Tensor = linear(x)
         return dense.view(B, N, H, dense.shape[-1] // H)
-    assert isinstance(linear, nn.Linear)  # as projections_passed_over has seen
+    assert isinstance(linear, nn.Linear)  # checked by _why_dense
     return _active_queries(kernels, linear.weight, linear.bias, x, gates)
 
 
 def project_qkv(
     linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`project_queries` and the dense keys and values, of one fused projection: q, k and v, each `[B, N, H, D]`.
+    """q, k and v, each `[B, N, H, D]`, of one fused projection: q as by `project_queries`, k and v dense.
 
-    Args as in `project_queries`; `linear` is C -> 3 * H * D, its rows those of the queries, the keys and the values.
+    Args as in `project_queries`; `linear` is C -> 3 * H * D, with the rows of queries, keys and values in this order.
     """
     B, N, H = gates.shape
     kernels = _sparse_kernels(linear, x, "qkv", H, share, backend)
@@ -120,12 +120,12 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
 def projections_passed_over(
     linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None = None
 ) -> dict[str, str | None]:
-    """Why the sparse products of each backend would be passed over for the dense one; None if they would serve.
+    """Why the sparse products of each backend would be passed over for the dense one; None if they would be used.
 
     Args:
         linear: the projection.
         x: what it projects, `[B, N, C]` or the heads `[B, N, H, D]`; only shape, dtype, device and whether gradients are
-            wanted count.
+            required count.
         kind: which projection it is.
         num_heads: H.
         share: expected share of pairs that are active.
@@ -148,7 +148,7 @@ def is_plain(linear: nn.Module, x: Tensor) -> bool:
 def _sparse_kernels(
     linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None
 ) -> str | None:
-    """Whose sparse products serve, "cpu" or "triton"; None for the dense product."""
+    """Whose sparse products to use, "cpu" or "triton"; None for the dense product."""
     name = "cpu" if x.device.type == "cpu" and backend != "triton" else "triton"
     return name if _why_dense(name, linear, x, kind, num_heads, share, backend) is None else None
 
@@ -165,9 +165,9 @@ def _why_dense(
     if name == "cpu" and device != "cpu":
         return f"it runs on the CPU, not on {device}"
     if name == "cpu" and x.shape[0] * x.shape[1] < MIN_TOKENS:
-        return f"it serves {MIN_TOKENS} tokens or more"
+        return f"it needs at least {MIN_TOKENS} tokens"
     if name == "triton" and device != "cuda" and backend is None:
-        return f"on {device} it serves only calls that name it"
+        return f"on {device} it is used only by name"
     if name == "triton" and (unavailable := gpu.unavailable(device)) is not None:
         return str(unavailable)
     if torch.is_autocast_enabled(device):
@@ -181,7 +181,7 @@ def _why_dense(
 
 
 def _why_not_cpu(dtype: torch.dtype, share: float) -> str | None:
-    # Last of all questions, as the answer may take a build of the kernels.
+    # `cpu.unavailable` comes last: it may build the kernels.
     most = _max_share(dtype)
     if most == 0.0:
         return f"PyTorch's product in {str(dtype).removeprefix('torch.')} is faster on this processor"
@@ -197,7 +197,7 @@ def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, sh
     if (reason := gpu.not_interpreted(x.device.type, x.dtype)) is not None:
         return reason
     if kind == "output" and tokens > on_gpu.FEW_TOKENS and not (torch.is_grad_enabled() and _wants_gradient(linear, x)):
-        return "its output projection is the dense product unless gradients are wanted"
+        return "its output projection is the dense product unless gradients are required"
     rows, channels = linear.out_features // (3 if kind == "qkv" else 1), linear.in_features
     if kind == "output":
         rows, channels = channels, rows
@@ -219,9 +219,9 @@ def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
 def _max_share(dtype: torch.dtype) -> float:
     """Above this share the dense product is as fast.
 
-    16-bit products run on units of their own where the processor has them. The sparse ones are measured with dot products
-    of bfloat16 alone, not on a matrix unit (AMX). Without such units PyTorch emulates the product, some five times slower
-    than the sparse one, which converts to float32.
+    Where the processor has units for 16-bit products, PyTorch uses them; ours are measured only with dot products of
+    bfloat16, not on a matrix unit (AMX). Without such units PyTorch emulates the product, about five times slower than
+    ours, which converts to float32.
     """
     if dtype == torch.float32:
         return MAX_SHARE
@@ -239,7 +239,7 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_dot_products() -> bool:
-    """Of bfloat16, in our kernels, and PyTorch has nothing faster."""
+    """Whether our kernels use dot products of bfloat16 and PyTorch has nothing faster."""
     capabilities = _capabilities()
     if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
         return False  # without building the kernels

@@ -40,7 +40,7 @@ def attend(call: Call) -> Tensor:
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
 
-    blind = (scores == -math.inf).all(-1, keepdim=True)  # [B, H, Nq, 1]
+    blind = (scores == -math.inf).all(-1, keepdim=True)  # [B, H, Nq, 1]: their softmax would be NaN
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     weights = torch.nn.functional.dropout(weights, call.dropout_p)
     heads = (weights @ v).transpose(1, 2)  # [B, Nq, H, D]

@@ -1,4 +1,4 @@
-"""The packing of active rows: to the front, in token order.
+"""The packing of active rows: they move to the front, in token order.
 
 A row is a (token, query head of the group) pair of one key/value head; row r is head `r % G` and token `r // G`, with G
 query heads per key/value head.
@@ -30,7 +30,7 @@ class Packing:
 
 
 def pack(gates: Tensor, Hkv: int) -> Packing:
-    """The packing of `gates` `[B, Nq, H]`, Nq > 0, in static shapes and without asking the device for a number.
+    """The packing of `gates` `[B, Nq, H]`, Nq > 0, in static shapes and without reading a number from the device.
 
     A prefix sum and a scatter, which a CUDA graph can record.
     """
@@ -40,6 +40,7 @@ def pack(gates: Tensor, Hkv: int) -> Packing:
     upto = active.cumsum(-1)  # [B, Hkv, M], itself included
     counts = upto[..., -1]
     index = torch.arange(Nq * G, device=gates.device)
+    # Inactive rows follow the active ones: `index - upto` inactive rows come before row `index`.
     places = torch.where(active, upto - 1, counts[..., None] + index - upto)
     rows = torch.empty_like(places).scatter_(-1, places, index.expand_as(places))
     before = torch.nn.functional.pad(upto[..., G - 1 :: G], (1, 0))  # [B, Hkv, Nq + 1]
@@ -56,7 +57,7 @@ def rows_of(x: Tensor, Hkv: int) -> Tensor:
 def packed_rows_of(x: Tensor, rows: Tensor, live: Tensor) -> Tensor:
     """`[B, H, Nq, D]` -> `[B, Hkv, m, D]`: the first m packed rows, 0 where not `live`, both `[B, Hkv, m]`.
 
-    What is inactive counts as 0: a NaN in it would come back to the keys as a gradient.
+    Inactive rows count as 0: a NaN in one would reach the keys' gradient.
     """
     front = rows_of(x, rows.shape[1]).gather(2, rows[..., None].expand(-1, -1, -1, x.shape[-1]))
     return torch.where(live[..., None], front, 0.0)

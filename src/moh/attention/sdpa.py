@@ -20,14 +20,14 @@ from moh.attention.call import Call, hide, seen_by
 from moh.attention.rows import packed_rows_of, rows_of, token_major
 
 CAUSAL_CHUNKS = 8
-"""A causal call is cut into this many runs of rows, each against the keys it may see: 8 leaves 1/16 of the square
-above the diagonal in the work; more runs cost more calls than they save."""
+"""A causal call is cut into this many runs of rows, each against the keys it may see: with 8, work above the diagonal
+is 1/16 of the square; more runs cost more calls than they save."""
 
 MIN_CHUNK_ROWS = 128
 """Shorter runs are not worth a call of their own."""
 
 MIN_BUCKET_QUERIES = 64
-"""With fewer queries, as in decoding, reading keys and values is the work, and copying them by bucket would double it."""
+"""With fewer queries, as in decoding, reading keys and values dominates, and copying them by bucket would double it."""
 
 BUCKET_FILL = 0.85
 """Heads that share a call have at least this part of the fullest one's rows: the rest is padding."""
@@ -53,7 +53,7 @@ def _attend_eager(call: Call) -> Tensor:
 
 
 def packed_attention(call: Call) -> Tensor:
-    """`attend` outside of compiled graphs: in one call of PyTorch's, or one per bucket of key/value heads."""
+    """`attend` outside of compiled graphs: one call of PyTorch's attention, or one per bucket of key/value heads."""
     q, k, v, gates, attn_mask = call.q, call.k, call.v, call.gates, call.attn_mask
     B, H, Nq, _ = q.shape
     Hkv = k.shape[1]
@@ -76,7 +76,7 @@ def packed_attention(call: Call) -> Tensor:
 
 
 def _buckets(counts: list[int], full: int) -> list[list[int]]:
-    """Key/value heads with about as many rows each, fullest first; those with all rows stay by themselves."""
+    """Key/value heads with about as many rows each, fullest first; those with all rows by themselves, ungathered."""
     buckets: list[list[int]] = []
     for head in sorted(range(len(counts)), key=lambda h: -counts[h]):
         first = counts[buckets[-1][0]] if buckets else 0
@@ -104,9 +104,9 @@ def _attend_bucket(call: Call) -> Tensor:
 
     active = rows_of(active.transpose(1, 2), Hkv)  # [B, Hkv, Nq*G]
     most = max(int(active.sum(-1).max()), 1)  # M: rows that the fullest key/value head has to work through
-    # Sorted as by `rows.pack`: with the few rows of decoding this takes half as long, and with many it hardly counts.
+    # The order of `rows.pack`. Sorting takes half as long for the few rows of decoding, and hardly counts for many.
     rows = torch.argsort(~active, dim=-1, stable=True)[..., :most]  # [B, Hkv, M]
-    live = active.gather(2, rows)  # a less full head works through some inactive rows too; their output is dropped
+    live = active.gather(2, rows)  # less full heads compute some inactive rows too, whose output is dropped
     packed = _attend_rows(call._replace(q=packed_rows_of(q, rows, live)), rows, H // Hkv)  # [B, Hkv, M, Dv]
 
     packed_gates = rows_of(gates.transpose(1, 2), Hkv).gather(2, rows)[..., None]  # [B, Hkv, M, 1]
@@ -116,7 +116,7 @@ def _attend_bucket(call: Call) -> Tensor:
 
 
 def _attend_rows(call: Call, rows: Tensor, G: int) -> Tensor:
-    """Attention of packed rows `[B, Hkv, M, D]`, the call's q; when causal, in runs that see only the keys they may."""
+    """Attention of the packed rows `[B, Hkv, M, D]` in the call's q; when causal, in runs, each with the keys it may see."""
     q, k, v, attn_mask, dropout_p, scale = call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.scale
     Hkv, Nk = k.shape[1:3]
     if not call.is_causal:

@@ -25,7 +25,7 @@ from moh.attention.gpu.projections import expand, sum_heads
 from moh.attention.testing_inputs import ACTIVITIES, MASKS, Inputs, make_inputs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Of the largest expected number, or of 1 if that is more: inputs are of size 1, and a sum may cancel."""
+"""Relative to the largest expected number, or to 1 if that is larger: inputs are of size 1, and a sum may cancel."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "B2-H4-kv2-N5-D8": {},
@@ -52,10 +52,10 @@ LARGE: dict[str, dict[str, Any]] = {
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Finite, and equal to within the dtype's rounding in relation to the largest expected number.
+    """Check that `got` is finite and equals `expected` to within `TOLERANCE`.
 
     Raises:
-        AssertionError: a number is not finite, or the two differ by more; says by how much.
+        AssertionError: a number is not finite, or the two differ by more; the message states by how much.
     """
     if got.shape != expected.shape:
         raise AssertionError(f"{what}: {tuple(got.shape)} instead of {tuple(expected.shape)}")
@@ -78,10 +78,10 @@ def gradients(out: Tensor, inputs: Inputs, weight: Tensor) -> dict[str, Tensor]:
 
 
 def compare(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
-    """Values and gradients of `attend` are those of the definition.
+    """Check that values and gradients of `attend` are those of the definition.
 
     Raises:
-        AssertionError: one differs; names it.
+        AssertionError: one differs; the message names it.
     """
     got = attend(inputs)
     expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="reference", **inputs.options)
@@ -99,7 +99,7 @@ class Outcome:
     Attributes:
         name: of the check.
         failure: what went wrong, None if nothing did.
-        skipped: why the backend can't serve the call, None if it can.
+        skipped: why the backend can't handle the call, None if it can.
     """
 
     name: str
@@ -152,7 +152,7 @@ def _run(name: str, backend: Backend, make: Callable[[], Inputs], body: Callable
         reason = _why_not(backend, inputs)
         if reason is None:
             body(inputs)
-    except Exception as error:  # a kernel may fail in any way, and leave the device unusable: all is told
+    except Exception as error:  # a kernel may fail in any way, and leave the device unusable: report it
         return _failed(name, error)
     return Outcome(name, skipped=reason)
 
@@ -171,7 +171,7 @@ def _why_not(backend: Backend, inputs: Inputs) -> str | None:
 
 
 def _idle_heads(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
-    """What is inactive is 0 in output and gradients, and NaN in its queries reaches nothing."""
+    """Check that inactive heads are 0 in output and gradients, and that NaN in their queries reaches nothing."""
     idle = inputs.gates == 0
     weight = torch.randn(inputs.gates.shape + inputs.v.shape[-1:], generator=torch.Generator().manual_seed(1))
     clean = attend(inputs)
@@ -219,7 +219,7 @@ def compare_projections(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Both projections and their gradients are the definition's, with NaN wherever nothing may be read.
+    """Check that both projections and their gradients are the definition's, with NaN wherever nothing may be read.
 
     Args:
         tokens: T.
@@ -233,7 +233,7 @@ def compare_projections(
         device: of everything.
 
     Raises:
-        AssertionError: one differs, or a NaN got through; names it.
+        AssertionError: one differs, or a NaN got through; the message names it.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -293,17 +293,17 @@ def check_projections(device: torch.device | str = "cpu") -> Iterator[Outcome]:
                     continue
                 try:
                     compare_projections(**kind, columns=columns, dtype=dtype, device=device)
-                except Exception as error:  # a kernel may fail in any way, and leave the device unusable: all is told
+                except Exception as error:  # a kernel may fail in any way, and leave the device unusable: report it
                     yield _failed(name, error)
                 else:
                     yield Outcome(name)
 
 
 PROJECTIONS = "projections"
-"""The name, beside those of the backends, of the Triton projections of active heads."""
+"""Name of the Triton projections of active heads, next to those of the backends."""
 
 MIN_WIDTH_ON_CUDA = 16
-"""FlexAttention serves no narrower heads there."""
+"""FlexAttention supports no narrower heads there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,7 +332,7 @@ def outcomes_of(name: str, device: str) -> list[Outcome]:
 
 
 def summary(name: str, outcomes: Sequence[Outcome]) -> list[str]:
-    """Lines that tell how many checks passed, and each failure and reason to skip."""
+    """Lines with the number of checks that passed, each failure and each reason to skip."""
     failures = [o for o in outcomes if o.failure is not None]
     reasons = Counter(o.skipped for o in outcomes if o.skipped is not None)
     passed = len(outcomes) - len(failures) - reasons.total()

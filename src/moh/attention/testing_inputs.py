@@ -1,4 +1,4 @@
-"""Random inputs of routed attention, of every kind that a backend has to serve; they need nothing but torch."""
+"""Random inputs of routed attention, of every kind that a backend has to handle. Needs torch alone."""
 
 from __future__ import annotations
 

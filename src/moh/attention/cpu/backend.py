@@ -96,14 +96,14 @@ def unavailable() -> str | None:
 
 
 def why_not(call: Call) -> str | None:
-    """Why the backend can't serve the call, or None; compiles the kernels if nothing else stands against it."""
+    """Why the backend can't handle the call, or None; compiles the kernels if there is no other reason."""
     q, v = call.q, call.v
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
     if (reason := unserved_dtype(q)) is not None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
-        return f"it has heads of width at most {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
+        return f"it supports heads of width up to {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
     if (reason := unserved_options(call.attn_mask, call.dropout_p)) is not None:
         return reason
     return unavailable()
@@ -112,7 +112,7 @@ def why_not(call: Call) -> str | None:
 def attend(call: Call) -> Tensor:
     """Routed attention by the C++ kernels."""
     attn_mask = None if call.attn_mask is None else call.attn_mask.detach()
-    # For gradients the operator keeps the log-sum-exp whatever it is told.
+    # For gradients the operator keeps the log-sum-exp whatever `keep_lse` is.
     out: Tensor = torch.ops.moh.cpu_attention(
         call.q, call.k, call.v, call.gates, attn_mask, call.is_causal, None, call.scale, keep_lse=False
     )[0]

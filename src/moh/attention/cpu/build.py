@@ -81,7 +81,7 @@ def compile_kernels() -> Path:
         return library
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # The lock spares a second build; it goes with its process, so that a killed one leaves nobody waiting.
+        # The lock prevents a second build; it ends with its process, so a killed one blocks no other.
         with FileLock(f"{directory}.lock"):
             if not library.exists():
                 _build_into(directory, command, sets)
@@ -118,7 +118,7 @@ def _key(compiler: str, sets: list[str]) -> str:
 
 
 def _build_into(directory: Path, command: str, sets: list[str]) -> None:
-    """Build beside `directory` and move the result there, so that nobody sees half a library."""
+    """Build next to `directory` and move the result there, so that no process sees half a library."""
     print("moh: compiling the CPU kernels for this machine (once, up to a minute) ...", file=sys.stderr, flush=True)
     # The portable kernels come before the others: where two of them hold the same inline function, the linker keeps the
     # first, and that one runs everywhere.
@@ -146,7 +146,7 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
         os.replace(work, directory)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
         text, log = str(error) or repr(error), Path(f"{directory}.log")
-        if isinstance(error, subprocess.CalledProcessError):  # the compiler can't even tell its version
+        if isinstance(error, subprocess.CalledProcessError):  # the compiler can't even report its version
             text += f"\n{(error.output or b'').decode(errors='replace')}"
         log.write_text(text, encoding="utf-8")
         first = next((line for line in text.splitlines() if "error:" in line.lower()), text.splitlines()[0])
@@ -157,7 +157,7 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
 
 @contextlib.contextmanager
 def _compiler_environment(command: str) -> Iterator[None]:
-    """The compiler, ninja from its package even if the virtual environment is not activated, no word about CUDA."""
+    """With this compiler, ninja from its package even if the virtual environment is not activated, and no notes on CUDA."""
     import ninja
 
     before = {name: os.environ.get(name) for name in ("PATH", "CXX")}

@@ -1,14 +1,13 @@
-"""The C++ operators to PyTorch: their shapes for `torch.compile`, and gradients where C++ registers none.
+"""The C++ operators for PyTorch: their shapes for `torch.compile`, and gradients where C++ registers none.
 
-Attention (`csrc/attention.cpp`) and the layer for one token (`decode_layer.cpp`) bring their gradients, or have none.
+Attention (`csrc/operators/attention.cpp`) registers its own; the layer for one token (`decode_layer.cpp`) has none.
 
 Projections of active (token, head) pairs alone (`projection.h`), with M `[H * D, C]`: `cpu_expand(x, M, gates)` is
 `heads[t, h] = M[h] x[t]`, `cpu_sum_heads(heads, M, gates)` is `x[t] = sum_h M[h]' heads[t, h]`, both over the pairs whose
-gate is not 0. Each is the other's gradient, and `cpu_outer(heads, x, gates)` is M's. Gates only say which pairs are
-active; they get no gradient here.
+gate is not 0. Each is the other's gradient, and `cpu_outer(heads, x, gates)` is M's. Gates only mark the active
+pairs; they get no gradient here.
 
-Aggregated attention (`aggregated.h`) is float32 alone: `moh.models.timm.transnext.aggregated` calls it, and
-`moh.models.timm.transnext.aggregated` says what its arguments mean.
+Aggregated attention (`aggregated.h`) is float32 alone; `moh.models.timm.transnext.aggregated` explains its arguments.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 MAX_WINDOW = 7
-_LENGTH = 8  # aggregated attention's argument that is given by the image's size alone: it gets no gradient
+_LENGTH = 8  # aggregated attention's argument that depends on the image's size alone: no gradient
 
 
 def register() -> None:
-    """Tell PyTorch about the operators, once they are loaded."""
+    """Register shapes and gradients of the operators, once they are loaded."""
     for name, shapes in (
         ("attention", _attention_shapes),
         ("attention_backward", _attention_backward_shapes),

@@ -1,7 +1,7 @@
 """Backend `triton`: kernels that gather the active queries themselves; NVIDIA GPUs from sm_80 on.
 
-On the CPU only in Triton's interpreter (`TRITON_INTERPRET=1`), to check it. Nothing of Triton is imported before the
-first call, so that PyTorch without Triton is no worse off.
+On the CPU only in Triton's interpreter (`TRITON_INTERPRET=1`), for checks. Triton is imported at the first call,
+so it may be missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def why_not(call: Call) -> str | None:
-    """Why the backend can't serve the call, or None."""
+    """Why the backend can't handle the call, or None."""
     q, v = call.q, call.v
     reason: str | None = unavailable(q.device.type)
     if reason is not None:
@@ -77,7 +77,7 @@ def why_not(call: Call) -> str | None:
         return reason
     width = max(q.shape[-1], v.shape[-1])
     if width > MAX_WIDTH:
-        return f"it has heads of width at most {MAX_WIDTH}, not {width}"
+        return f"it supports heads of width up to {MAX_WIDTH}, not {width}"
     if min(q.shape) == 0 or min(v.shape) == 0:
         return "it needs at least one query and one key"
     if (reason := not_interpreted(q.device.type, q.dtype)) is not None:

@@ -2,7 +2,7 @@
 """Triton kernels of the backward pass: queries' and gates' gradients by rows, then keys' and values' by keys.
 
 With h the unweighted head, `out = g h`: `dg = dout . h = sum of p (dout . v)` and `ds = p (g (dout . v) - dout . out)`;
-weights p are made again from the scores and the forward pass's log-sum. No atomics: the same inputs give the same gradients.
+weights p are recomputed from the scores and the forward pass's log-sum. No atomics: the same inputs give the same gradients.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def backward_keys_kernel(
     hi = tl.load(counts_ptr + bh)
     lo = hi * 0
     if CAUSAL:
-        lo = tl.load(before_ptr + tl.minimum(n, Nq))
+        lo = tl.load(before_ptr + tl.minimum(n, Nq))  # earlier tokens see no key of the block
     if WINDOW:
-        hi = tl.load(before_ptr + tl.minimum(n + BLOCK_N - 1 + window, Nq))
+        hi = tl.load(before_ptr + tl.minimum(n + BLOCK_N - 1 + window, Nq))  # nor do tokens a window past its last key
     q_ptr += b * stride_qb
     dout_ptr += b * stride_ob
     gates_ptr += b * stride_gb

@@ -102,7 +102,7 @@ def forward_kernel(
     PER_KEY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv * row blocks, splits of the keys). With SPLIT, `out` and `lse` are `[splits, B*Hkv, M, ...]` parts."""
-    # Later blocks see more keys when causal; what takes longest goes first.
+    # When causal, later blocks see more keys: the longest go first.
     blocks = tl.cdiv(M, BLOCK_M)
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     bh = tl.program_id(0) // blocks

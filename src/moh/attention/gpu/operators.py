@@ -1,7 +1,7 @@
 """The Triton kernels as operators of PyTorch, `moh::triton_attention` and its backward pass.
 
-Opaque to `torch.compile`, which keeps one graph around them; every shape is static and nothing is asked of the device,
-so that a CUDA graph can record them.
+Opaque to `torch.compile`, which keeps one graph around them; shapes are static and no number is read from the device, so
+that a CUDA graph can record them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from moh.attention.gpu.tiles import major_of, padded, tiles
 
 SPLIT_KEYS = 256
-"""Decoding cuts the keys into parts of at least this many: shorter ones cost more to combine than they win."""
+"""Decoding cuts the keys into parts of at least this many: shorter ones cost more to combine than they save."""
 
 MAX_SPLITS = 64
 """More parts than this would not fit the registers of the program that combines them."""
 
 DECODE_ROWS = 16
-"""With at most this many rows per key/value head one program takes them all, and there is work for more by the keys."""
+"""Up to this many rows per key/value head fit one program; more programs then split the keys."""
 
 _Mask = tuple[Tensor, int, bool, tuple[int, int, int, int]]
 
@@ -50,7 +50,7 @@ def _constants(q: Tensor, v: Tensor, G: int, is_causal: bool, window: int | None
 
 
 def _splits(q: Tensor, Hkv: int, Nk: int, M: int) -> int:
-    """Into how many parts the keys are cut: with few rows, as many as keep the device busy."""
+    """Number of parts that the keys are cut into: with few rows, enough to keep the device busy."""
     if M > DECODE_ROWS or q.device.type != "cuda":
         units = 1 if M > DECODE_ROWS else 8
     else:

@@ -52,7 +52,7 @@ def pack_kernel(
         before += tl.sum(tl.where(offs_b < block, part, 0), 0)
     active = load_active(gates_ptr, stride_gt, stride_gh, start, T, H, BLOCK_H, BLOCK_T)
     token = start + tl.arange(0, BLOCK_T)
-    upto = tl.cumsum(active, 0) + before[None, :]  # itself included
+    upto = tl.cumsum(active, 0) + before[None, :]  # itself included; inactive tokens go behind the active ones
     place = tl.where(active != 0, upto - 1, total[None, :] + token[:, None] - upto)
     mask = (token < T)[:, None] & (offs_h < H)[None, :]
     tl.store(rows_ptr + offs_h[None, :].to(tl.int64) * T + place, token[:, None], mask=mask)
@@ -87,14 +87,14 @@ def expand_kernel(
         token = tl.where(inside, offs_m, 0).to(tl.int64)
         gate = tl.load(gates_ptr + token * stride_gt + head.to(tl.int64) * stride_gh, mask=inside, other=0.0)
         live = gate != 0
-        hi = tl.where(tl.max(live.to(tl.int32), 0) > 0, C, 0)  # the weights of a head that none uses are not read
+        hi = tl.where(tl.max(live.to(tl.int32), 0) > 0, C, 0)  # weights of unused heads are not read
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row = (head * D + offs_d).to(tl.int64)
     for c in tl.range(0, hi, BLOCK_C):
         at_c = c + offs_c
         at_x = token[:, None] * stride_xt + at_c[None, :]
         at_m = row[None, :] * stride_mr + at_c[:, None].to(tl.int64) * stride_mc
-        if WHOLE:  # rows that are not live are other tokens: their products are not kept
+        if WHOLE:  # rows that are not live hold other tokens, whose products are dropped
             x = tl.load(x_ptr + at_x)
             m = tl.load(matrix_ptr + at_m)
         else:
@@ -172,7 +172,7 @@ def sum_heads_kernel(
     gate = tl.load(gates_ptr + token * stride_gt + head.to(tl.int64) * stride_gh, mask=offs_t < T, other=0.0)
     live = gate != 0
     if tl.max(live.to(tl.int32), 0) == 0:
-        return  # the weights of a head that none uses are not read
+        return  # weights of unused heads are not read
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for d in tl.static_range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)

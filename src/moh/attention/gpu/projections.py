@@ -1,4 +1,4 @@
-"""The projections' Triton kernels as operators of PyTorch, each the other's gradient, and when they are worth it.
+"""The projections' Triton kernels as operators of PyTorch, each the other's gradient, and when they pay off.
 
 With M `[H * D, C]`: `expand` is `heads[t, h] = M[h] x[t]`, `sum_heads` is `x[t] = sum_h M[h]' heads[t, h]`, both over the
 pairs whose gate is not 0 (`projection_kernels.py`). When they are faster than dense products is predicted by counts.
@@ -14,10 +14,10 @@ from torch import Tensor
 from moh.attention.gpu.tiles import FEW, FEW_32_BITS, ProductTile, major_of, padded, product_tile, relative_cost
 
 FEW_TOKENS = 16
-"""Up to here one program has all tokens of a head and reads its weights once, if any token uses it."""
+"""Up to this many tokens one program has all tokens of a head and reads its weights once, if any token uses it."""
 
 PACK_GATES, PACK_WARPS = 8192, 8
-"""Gates that a program of the packing has at once: few enough for its registers, enough for few partial counts."""
+"""Gates per program of the packing: few enough for its registers, many enough that there are few partial counts."""
 
 SUM_COLUMNS = 64
 ADD_COLUMNS = 128
@@ -29,7 +29,7 @@ MIN_TILES = 128
 """Below this many tiles, of active pairs or of the weights' gradient, a large GPU is not full, so skipping work saves no time."""
 
 MIN_BYTES = 2**24
-"""With few tokens: weights that take less time to read than the launch of a kernel are not worth a choice."""
+"""With few tokens: smaller weights take less time to read than a kernel to launch, so skipping some saves nothing."""
 
 
 def dense_is_faster(
@@ -52,8 +52,8 @@ def dense_is_faster(
     if tokens <= FEW_TOKENS:
         if heads * width * channels * dtype.itemsize < MIN_BYTES:
             return f"its weights have less than {MIN_BYTES >> 20} MiB, and reading part of them saves too little"
-        if 1 - (1 - share) ** tokens > MAX_COST:
-            return f"so many tokens are expected to use more than {MAX_COST:.0%} of the heads"
+        if 1 - (1 - share) ** tokens > MAX_COST:  # probability that some token uses a head
+            return f"all tokens together are expected to use more than {MAX_COST:.0%} of the heads"
         return None
     tile = product_tile(width, dtype.itemsize, major)
     cost = (share + tile.tall / 2 / tokens) * relative_cost(width, major)  # half a tile per head is empty
@@ -67,7 +67,7 @@ def dense_is_faster(
 def expand(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
     """Heads `[T, H, D]` of active pairs, 0 elsewhere, from x `[T, C]`, matrix `[H * D, C]` and gates `[T, H]`.
 
-    Gates only say which pairs are active; they get no gradient.
+    Gates only mark the active pairs; they get no gradient.
     """
     gates = gates.detach()
     rows, counts = (None, None) if x.shape[0] <= FEW_TOKENS else triton_pack_op(gates)
@@ -78,8 +78,8 @@ def expand(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:
 def sum_heads(heads: Tensor, matrix: Tensor, gates: Tensor, *, zeroed: bool = False) -> Tensor:
     """The sum `[T, C]` over the active heads `[T, H, D]`, matrix `[H * D, C]` and gates as in `expand`.
 
-    With more than a few tokens this is PyTorch's dense product, of heads that are 0 where inactive; its gradients are
-    those of the active pairs alone.
+    Above `FEW_TOKENS` this is PyTorch's dense product, of heads that are 0 where inactive; its gradients are those of the
+    active pairs alone.
 
     Args:
         zeroed: whether inactive heads are 0 already.
@@ -102,12 +102,12 @@ def _options(tile: ProductTile, stages: int) -> dict[str, Any]:
 
 
 def pack_tokens(heads: int) -> int:
-    """Tokens of a block of the packing."""
+    """Tokens per block of the packing."""
     return max(16, PACK_GATES // padded(heads))
 
 
 def sum_width(width: int, itemsize: int) -> int:
-    """Numbers of a head that `sum_heads` multiplies at once; of 32 bits fewer, for they take more registers."""
+    """Numbers of a head that `sum_heads` multiplies at once; fewer of 32 bits, which take more registers."""
     return min(padded(width), 256 // itemsize)
 
 

@@ -1,8 +1,8 @@
 """Block sizes, warps and pipeline stages of the Triton kernels, by the width of heads and the size of a number.
 
 Chosen so that 16-bit kernels of width 64 and 128 spill no registers on sm_80, sm_90 and sm_100 (`benchmarks/triton_report.py`
-shows it), and that shared memory fits; not by measurement, for no GPU was at hand. The projections' tiles also by what they
-read next to a dense product's.
+shows it), and that shared memory fits; not measured, as no GPU was at hand. The projections' tiles also by how much they
+read compared to a dense product's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Tile:
     """What one program takes at a time.
 
     Attributes:
-        rows: active rows, at least 16, as tensor cores want.
+        rows: active rows, at least 16, as tensor cores require.
         keys: keys, likewise.
         warps: of 32 threads each.
         stages: loads under way at once.
@@ -60,12 +60,12 @@ MAX_WIDTH = max(_32_BITS)
 
 @torch.compiler.assume_constant_result
 def major_of(device: torch.device) -> int:
-    """Major compute capability of a GPU; for the interpreter, on the CPU, that with the smallest tiles."""
+    """Major compute capability of a GPU; for the interpreter, on the CPU, the one with the smallest tiles."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def padded(width: int) -> int:
-    """The width that a tile has: a power of 2, at least 16."""
+    """The width of the tile: a power of 2, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -82,7 +82,7 @@ def tiles(width: int, itemsize: int, major: int) -> Tiles:
 
 
 DENSE_TILE = (128, 256)
-"""What the dense products of NVIDIA's library take at once on the GPUs that they were counted for."""
+"""Tile of cuBLAS's dense products, on the GPUs for which costs are counted."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ProductTile:
 
     @property
     def chained_stages(self) -> int:
-        """Triton's stages where loads wait for others, as rows do for their places in `outer`: each link takes its own."""
+        """Stages where loads wait for others, as `outer`'s rows for their indices: each link of the chain takes its own."""
         return 2 * self.stages - 1
 
 
@@ -117,13 +117,13 @@ _PRODUCT_WARPS = {
 _PRODUCT_32_BITS = {64: ProductTile(32, 64, 32, 4, 1), 128: ProductTile(32, 64, 32, 4, 1)}
 
 FEW = ProductTile(16, 16, 256, 2, 4)
-"""With few tokens the weights are read once and little else matters: many small programs with much under way."""
+"""With few tokens the weights are read once and little else matters: many small programs with many loads under way."""
 
 FEW_32_BITS = ProductTile(16, 16, 64, 2, 2)
 
 
 def product_tile(width: int, itemsize: int, major: int) -> ProductTile:
-    """The tile of `expand` and `outer` for heads of this width; wider ones than it are taken in slices.
+    """The tile of `expand` and `outer` for heads of this width; wider heads are taken in slices.
 
     Args:
         width: D of a head.
@@ -135,9 +135,9 @@ def product_tile(width: int, itemsize: int, major: int) -> ProductTile:
 
 
 def relative_cost(width: int, major: int) -> float:
-    """What a (token, head) pair costs in 16-bit tiles, over its cost in a dense product's; at least 1.
+    """Cost of a (token, head) pair in our 16-bit tiles relative to a dense product's; at least 1.
 
-    The larger of two counts: numbers that tiles read for each multiplication, and multiplications with a head's padding.
+    The larger of two counts: numbers read per multiplication, and multiplications including a head's padding.
     """
     tile = product_tile(width, 2, major)
     slices = -(-width // tile.wide)

@@ -125,11 +125,11 @@ def aggregated_attention(
         if reason is None:
             return _compiled(q, k, v, pooled_k, pooled_v, gates, scoring)
         if backend == "cpu":
-            raise ValueError(f"backend 'cpu' can't serve this call: {reason}")
+            raise ValueError(f"backend 'cpu' can't handle this call: {reason}")
     if backend == "reference" and not dropout_p:
         return reference_attention(q, k, v, pooled_k, pooled_v, gates, scoring)
     if backend == "reference":
-        raise ValueError("backend 'reference' can't serve this call: it has no dropout of attention weights")
+        raise ValueError("backend 'reference' can't handle this call: it has no dropout of attention weights")
     return _dense(q, k, v, pooled_k, pooled_v, gates, scoring, dropout_p)
 
 
