@@ -197,7 +197,9 @@ def test_a_saved_model_is_not_loaded_with_heads_that_its_weights_are_not_for(
     _, model = convert()
     moh.set_active_heads(model, 2)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"must be as the model was saved.*\[3, 3\] heads per layer.*turn the dial"):
+    with pytest.raises(
+        ValueError, match=r"must be those that the model was saved with.*\[3, 3\] heads per layer.*turn the dial"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, **heads)
 
 

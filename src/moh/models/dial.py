@@ -1,6 +1,6 @@
 """The dial: how many heads each token uses, changed at run time on a trained or converted model of any family.
 
-Only the number of routed heads changes, never which heads are shared. What W_O is at which number: `output_changes`.
+Only the number of routed heads changes, never which heads are shared. W_O for each number: `output_changes`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
         model: any model with MoH attention layers, or what wraps one (DDP, a LoRA, `torch.compile`).
         k: routed heads active per token: an int for every layer that routes; a list with one entry per layer; or a
             float in (0, 1], the share of *all* heads, shared ones included, on average over the layers. A share is
-            handed out by `config.head_costs` where the conversion has saved what each layer needs, else evenly.
+            distributed by `config.head_costs` if the conversion has saved what each layer needs, else evenly.
 
     Returns:
-        the share of heads that a token now uses, over all layers; of a float k the nearest that whole heads allow.
+        the share of heads that a token now uses, over all layers; for a float k the nearest that whole heads allow.
 
     Raises:
-        ValueError: the model has no MoH layer or is a part of one of transformers, or k is out of range; nothing was
-            changed.
+        ValueError: the model has no MoH layer or is only a part of a transformers model, or k is out of range; nothing
+            was changed.
 
     Examples:
         >>> moh.set_active_heads(model, 3)  # doctest: +SKIP
@@ -43,7 +43,7 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
         0.7518518518518519
     """
     routers = moh_routers(model)
-    _configurations(model)  # refuses
+    _configurations(model)  # raises if the model is only a part
     layers = [r.config for r in routers]
     counts = _counts(model, routers, k)
     return _apply(
@@ -56,7 +56,7 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
 
 @contextmanager
 def active_heads(model: nn.Module, k: int | float | Sequence[int]) -> Iterator[float]:
-    """Inside the block each token uses as many heads as `set_active_heads(model, k)` sets; then as many as before.
+    """`set_active_heads(model, k)` for the block; afterwards each token uses as many heads as before.
 
     Yields:
         the share of heads that a token uses inside.
@@ -82,7 +82,7 @@ class HasActiveHeads:
         return set_active_heads(self, k)
 
     def post_init(self) -> None:
-        """What a model of transformers calls when it has been built: W_O for each number of heads joins it here."""
+        """Called by transformers when the model has been built: adds its changes of W_O."""
         add_output_changes(self)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
 
@@ -91,7 +91,7 @@ def moh_routers(model: nn.Module) -> list[Router]:
     """The routers of a model, in the order of its layers.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the model has no router.
     """
     routers = _routers(model)
     if not routers:
@@ -181,11 +181,11 @@ def _of_share(model: nn.Module, routers: Sequence[Router], allowed: Sequence[Seq
 
 
 def spend(costs: Sequence[Mapping[int, float]], total: float) -> list[int]:
-    """Heads per layer with the least summed cost among all ways to spend as near to `total` heads as can be.
+    """Heads per layer with the least summed cost; together as near to `total` as possible.
 
     Args:
         costs: for each layer, number of heads that it may use -> cost.
-        total: heads over all layers; where no choice adds up to it, the nearest sum is taken (the lower one of two).
+        total: heads over all layers; if no choice adds up to it, the nearest sum is taken (the lower one of two).
 
     Returns:
         heads of each layer, keys of `costs`.
@@ -213,7 +213,7 @@ def spend(costs: Sequence[Mapping[int, float]], total: float) -> list[int]:
 
 
 def _evenly(num_heads: Sequence[int], share: float) -> list[int]:
-    """About `share` of each layer's heads; whole numbers whose sums over the first layers stay nearest to it."""
+    """About `share` of each layer's heads, rounded so that the sum over the first layers is always the nearest."""
     even, before, seen = [], 0, 0
     for heads in num_heads:
         seen += heads
@@ -261,7 +261,7 @@ def _configurations(model: nn.Module) -> list[tuple[HasLayerHeads, list[Router]]
     wrong = [what for key, what in others.items() if key not in found]
     if wrong:
         raise ValueError(
-            f"model must be whole, with one router for each layer that its configuration describes: {wrong[0]} (an adapter "
-            "that keeps copies of routers, as modules_to_save does, has to be merged first)"
+            f"model must be whole, with one router for each layer that its configuration describes: {wrong[0]} (merge an "
+            "adapter that keeps copies of routers, as modules_to_save does, first)"
         )
     return list(found.values())

@@ -1,4 +1,4 @@
-"""The heads of each layer of a model, from what its configuration says: one number for all layers or one per layer.
+"""The heads of each layer of a model, from its configuration: one number for all layers or one per layer.
 
 Shared by the models of all families; a single layer's part is a `moh.MoHConfig`.
 """
@@ -31,7 +31,7 @@ def layer_configs(
         active_heads: routed heads active per token, a number or a list with one per layer.
         router: `moh.config.ROUTERS`.
         routing_unit: `moh.config.ROUTING_UNITS`.
-        kv_heads: key/value heads of every layer; read where the unit knows groups.
+        kv_heads: key/value heads of every layer; ignored by the unit "head".
 
     Raises:
         ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
@@ -63,8 +63,8 @@ class HasLayerHeads:
     routing_unit: str = "head"
 
     head_costs = None
-    """`[L][H + 1]`, what each layer is estimated to lose (nats per token) with 0 to H heads, as the conversion measured
-    it; None where it did not. The dial (`moh.set_active_heads`) hands out a share of heads by it."""
+    """`[L][H + 1]`, each layer's estimated loss (nats per token) with 0 to H heads, as measured by the conversion; None
+    if it was not. The dial (`moh.set_active_heads`) distributes a share of heads by it."""
 
     output_changes: dict[str, Any] | None = None
     """`{"heads": [...], "rank": r, "used_heads": [...]}` where each layer has a W_O for several numbers of heads
@@ -75,11 +75,11 @@ class HasLayerHeads:
 
         Raises:
             ValueError: the heads of a layer don't add up, the weight of the balance loss is below 0, or the model was saved
-                with changes of W_O in the format of before the first release.
+                with changes of W_O in the format before the first release.
         """
         if getattr(self, "output_budgets", None) is not None:
             raise ValueError(
-                "output_budgets in the configuration is the format of before the first release, whose weights this version "
+                "output_budgets in the configuration is a format from before the first release, whose weights this version "
                 "can't read: convert the dense model again, with moh.convert(..., shares=[...])"
             )
         if self.router_aux_loss_coef < 0:

@@ -1,6 +1,6 @@
 """W_O for every number of heads in one model: each layer's own weight plus a low-rank change that depends on the number.
 
-Fitted by `moh.conversion.calibrator`, switched by the dial (`moh.models.dial`). Not trained: what is trained is the weight.
+Fitted by `moh.conversion.calibrator`, switched by the dial (`moh.models.dial`). Training changes the weight, never the changes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class OutputChanges(nn.Module):
     """The changes of one layer's output projection: `W_O(n) = W_O + left[n] @ right[n]` with n heads active.
 
     The projection's weight always holds the change that belongs to the router's number of heads, in memory and in a
-    saved model. With all heads there is none; between two numbers that have a change the lower one's holds, below the
-    lowest the lowest one's.
+    saved model. With all heads there is none; a number without its own uses that of the next lower one, below the
+    lowest that of the lowest.
 
     Args:
         heads: numbers of heads, shared ones included, that have a change of their own; ascending, all below h.
@@ -43,10 +43,10 @@ class OutputChanges(nn.Module):
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.register_buffer("left", torch.zeros(len(heads), weight.shape[0], rank, **place))
         self.register_buffer("right", torch.zeros(len(heads), rank, weight.shape[1], **place))
-        self._original: Tensor | None = None  # the weight without a change, as it was when the dial was turned last
+        self._original: Tensor | None = None  # the weight without a change, as of the dial's last turn
 
     def index(self, heads: int, num_heads: int) -> int | None:
-        """Which change belongs to a number of heads; None for no change."""
+        """Index of the change for a number of heads; None for no change."""
         if heads >= num_heads:
             return None
         return max((i for i, n in enumerate(self.heads) if n <= heads), default=0)
@@ -57,7 +57,7 @@ class OutputChanges(nn.Module):
         Args:
             weight: the projection's.
             before: index of the change that it holds.
-            after: index of the one that it is to hold.
+            after: index of the one that it shall hold.
         """
         if before == after:
             return
@@ -90,7 +90,7 @@ class OutputChanges(nn.Module):
 
 def output_projection(attention: nn.Module) -> Any:
     """The module that holds a MoH attention layer's W_O; below an adapter, its base."""
-    # A family of `moh.models.transformers` has its own name for it
+    # Families of `moh.models.transformers` have their own names for it
     module: Any = attention.output_projection if hasattr(attention, "output_projection") else attention.o_proj
     return getattr(module, "base_layer", module)
 
@@ -112,7 +112,7 @@ def add_output_changes(model: nn.Module) -> None:
     heads, one per layer, whose changes the saved weights hold.
 
     Raises:
-        ValueError: the configuration's heads are others than those.
+        ValueError: the configuration's heads differ from those.
     """
     wanted = getattr(model.config, "output_changes", None)
     attentions = routed_attentions(model)
@@ -121,9 +121,9 @@ def add_output_changes(model: nn.Module) -> None:
     used = used_heads(attention.router.config for attention in attentions)
     if used != wanted["used_heads"]:
         raise ValueError(
-            "active_heads and shared_heads must be as the model was saved, because its W_O is the one for them "
-            f"({wanted['used_heads']} heads per layer), got {used} heads per layer: load it without them and turn the dial "
-            "(moh.set_active_heads) then"
+            "active_heads and shared_heads must be those that the model was saved with, because its W_O is for these "
+            f"({wanted['used_heads']} heads per layer), got {used} heads per layer: load the model without them, then turn "
+            "the dial (moh.set_active_heads)"
         )
     for attention in attentions:
         if not hasattr(attention, "output_changes"):

@@ -1,6 +1,6 @@
-"""The MoH attention of all families: what each family's attention computes, of the heads that a token chooses.
+"""The MoH attention of all families: what each family's attention computes, for the heads that each token chooses.
 
-Where its projections, norms and scale are is in `families`; rotary embedding is the family's own function.
+`families` states where projections, norms and scale are; rotary embedding is the family's own function.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RoutedAttention(nn.Module):
         router: of this layer.
         core: what holds the projections, `scaling`, `is_causal` and `config`.
         query_projection: the projection of the queries, alone or with keys and values.
-        key_projection, value_projection: None where the projection is one for all three.
+        key_projection, value_projection: None where one projection gives all three.
         output_projection: W_O.
         rotated_channels: how many channels are rotated; None for all.
         dropout_rate: probability of dropping an attention weight in training.
@@ -69,7 +69,7 @@ class RoutedAttention(nn.Module):
             q, k = self._rotated(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, core.layer_idx)
-        # transformers leaves the mask out where it is plainly causal, or where a single token sees everything before it
+        # transformers omits the mask where it is plainly causal, or where a single token sees everything before it
         heads = moh_attention(
             q,
             k,
@@ -86,7 +86,7 @@ class RoutedAttention(nn.Module):
         return family.finish(self, out, hidden_states), None
 
     def _project(self, core: Any, x: Tensor, backend: str | None) -> tuple[RoutingInfo, Tensor, Tensor, Tensor]:
-        """The routing of x `[B, N, C]`, decided by it or by the queries, and queries, keys and values by heads."""
+        """The routing of x `[B, N, C]`, by x or its queries; then queries, keys and values, split into heads."""
         if not self.family.fused:
             routing, q = route_and_project(self.router, self.query_projection, x, backend)
             k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in (self.key_projection, self.value_projection))
@@ -108,7 +108,7 @@ class RoutedAttention(nn.Module):
 
 
 def parts(family: Family) -> dict[str, property]:
-    """The properties of a family's `RoutedAttention` that name its parts; paths are taken apart here, not in each call."""
+    """The properties of a family's `RoutedAttention` that name its parts; paths are split once, not per call."""
     return {
         "core": _at(family.core),
         "query_projection": _at(family.core, family.fused or family.queries),
@@ -121,7 +121,7 @@ def parts(family: Family) -> dict[str, property]:
 
 
 def _at(*paths: str, exists: bool = True) -> property:
-    """What lies at these paths, one from the other; None where it doesn't exist."""
+    """A property that follows these paths one after the other; None unless it `exists`."""
     names = [name for path in paths for name in path.split(".") if name]
 
     def follow(attention: Any) -> Any:

@@ -1,9 +1,9 @@
-"""One new token through an attention layer by one operator, `moh::cpu_decode_layer`, where nothing asks for its parts.
+"""One new token through an attention layer by one operator, `moh::cpu_decode_layer`, if nothing needs its parts.
 
 With a single token, calling a dozen operators takes as long as their work. `RoutedAttention.forward` is the definition and
 handles everything else: training, prefill, other devices and caches, adapters, hooks, quantised weights. The operator
-writes the token's keys and values in place, in room that a `DynamicCache` gets here: transformers' own update joins the
-old and the new ones to new tensors, which copies the whole cache for every token.
+writes the token's keys and values in place, in room that a `DynamicCache` gets here: transformers' own update concatenates
+old and new, which copies the whole cache for every token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_BATCH = 16
 """For larger batches the products dominate and call overhead no longer matters."""
 
 MIN_ROOM = 64
-"""Tokens that a cache is enlarged by at least; beyond, by an eighth, so that copying it is rare."""
+"""A full cache grows by an eighth, and by at least this many tokens, so that it is rarely copied."""
 
 
 def decode(
@@ -40,9 +40,9 @@ def decode(
 ) -> Tensor | None:
     """The layer's output `[B, 1, C]` for x `[B, 1, C]`, which joins the cache; None where the operator can't be used.
 
-    A sliding window is either in the mask, or in a cache that is no plain one, for which the operator can't be used. The
-    linear router's predictions are summed in an order of their own: two that are equal but for rounding may be ranked
-    differently than by `LinearRouter`.
+    A sliding window is either in the mask, or in a cache of another kind, for which the operator can't be used. The
+    linear router's predictions are summed in another order than by `LinearRouter`: two that are equal but for rounding may
+    be ranked differently.
 
     Args:
         attention: of a family whose attention `is_plain`.
@@ -114,7 +114,7 @@ def decode(
 
 
 def _choice(config: MoHConfig) -> tuple[int, int]:
-    """In how many parts of the routed heads as many are chosen, and how many neighbours are chosen together."""
+    """(parts of the routed heads in which equally many are chosen, neighbours that are chosen together)"""
     if config.routing_unit == "group_balanced":
         return config.step, 1
     return 1, config.step
@@ -122,10 +122,10 @@ def _choice(config: MoHConfig) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class CacheRoom:
-    """Buffers of one layer's cache, of which the first `used` tokens are taken.
+    """Buffers of one layer's cache; the first `used` tokens are taken.
 
-    A token's place is written once, so that the cache's tensors of before, or a copy of the layer, stay as they are. A
-    layer that has been cropped, reordered or filled by others thus no longer fits, and gets a room of its own.
+    A token's place is written only once, so earlier tensors of the cache and copies of the layer stay as they are. A layer
+    that was cropped, reordered or filled elsewhere no longer fits, and gets a new room.
 
     Attributes:
         keys, values: `[B, Hkv, capacity, D]`.
@@ -145,20 +145,20 @@ class CacheRoom:
             and layer.keys.data_ptr() == self.keys.data_ptr()
             and layer.values.data_ptr() == self.values.data_ptr()
             and layer.keys.shape[:2] == self.keys.shape[:2]
-            and (not self.keys.is_inference() or torch.is_inference_mode_enabled())
+            and (not self.keys.is_inference() or torch.is_inference_mode_enabled())  # else not writable
         )
 
     def take(self, layer: DynamicLayer) -> None:
-        """Count the token that has been written behind the last one to the layer's cache."""
+        """Add the token that was written behind the last one to the layer's cache."""
         self.used += 1
         layer.keys = self.keys.narrow(2, 0, self.used)
         layer.values = self.values.narrow(2, 0, self.used)
 
 
 def room_for_a_token(cache: Cache | None, layer_index: int) -> CacheRoom | None:
-    """The room of a layer's cache, which is moved to a larger one where it is full; None for caches of other kinds.
+    """The room of a layer's cache, moved to a larger one if it is full; None for caches of other kinds.
 
-    Not inside of autograd: the cache's tensors lose their graph.
+    Not under autograd: the cache's tensors lose their graph.
     """
     if cache is None or type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= layer_index:
         return None

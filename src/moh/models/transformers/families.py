@@ -1,6 +1,6 @@
 """The families of transformers models that share one MoH attention, and how each family's own attention is put together.
 
-Data alone: neither torch nor transformers is imported here. A new family is one more entry.
+Only data: neither torch nor transformers is imported here. A new family is one more entry.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # `import moh` reads the table, and does not load torch for it
+if TYPE_CHECKING:  # `import moh` reads the table, which must not load torch
     from torch import Tensor
 
 
@@ -30,7 +30,7 @@ def _residual_norm(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One family. Paths are of attributes, with dots, from the attention module unless said otherwise.
+    """One family. Paths are dotted attributes, from the attention module unless stated otherwise.
 
     Attributes:
         model_type: `config.model_type` of the dense model; ours is "moh_" and this.
@@ -47,11 +47,11 @@ class Family:
         rotary: whether queries and keys are rotated, first half of the channels against second half.
         rotary_width: path of how many of the first channels are rotated; "" for all channels.
         dropout: path of the probability of dropping an attention weight, from the core.
-        finish: `(attention, W_O's output, input) -> output`, what the attention module does at its end.
+        finish: `(attention, W_O's output, input) -> output`, the last step of the attention module.
         encoder: whether tokens see what comes after them and a head predicts no next token.
         images: whether the model reads pixels; others read token ids.
         max_positions: the configuration's number of learned positions; "" for none.
-        defaults: fields of the configuration whose default can't be served -> ours.
+        defaults: fields of the configuration whose default isn't supported -> ours.
     """
 
     model_type: str
@@ -249,15 +249,15 @@ def family_of(model_type: str) -> Family | None:
 
 
 def check_positions(config: Any, tokens: int, *, name: str) -> None:
-    """Check that a sequence fits into a model with learned positions, beyond which it has none; others have no end.
+    """Check that a sequence is within a model's learned positions; models without them have no limit.
 
     Args:
         config: of any model of transformers.
         tokens: length of the sequence.
-        name: of what has this length, for the message.
+        name: what has this length, for the message.
 
     Raises:
-        ValueError: it is longer.
+        ValueError: the sequence is longer.
     """
     family = family_of(config.model_type)
     most = getattr(config, family.max_positions) if family is not None and family.max_positions else None
@@ -266,7 +266,7 @@ def check_positions(config: Any, tokens: int, *, name: str) -> None:
 
 
 def at(module: Any, path: str) -> Any:
-    """What lies at a dotted path of attributes; the module itself for ""."""
+    """The attribute at a dotted path; the module itself for ""."""
     for name in filter(None, path.split(".")):
         module = getattr(module, name)
     return module

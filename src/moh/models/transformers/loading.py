@@ -1,4 +1,4 @@
-"""Load causal language models and tokenizers the way our commands name them: a directory, a hub name or a .gguf file.
+"""Load causal language models and tokenizers from a directory, a hub name or a .gguf file, as our commands do.
 
 A thin face over transformers' Auto classes (extra `llm`).
 """
@@ -35,7 +35,7 @@ def load_causal_lm(
     Args:
         path: local directory, name on the Hugging Face hub, or a .gguf file (dequantised, needs the `gguf` package).
         dtype: of the weights; "auto" keeps the checkpoint's.
-        device: where the model goes; None leaves it where transformers loads it, on the CPU unless `kwargs` say else.
+        device: where the model goes; None leaves it where transformers loads it, on the CPU unless `kwargs` say otherwise.
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -52,7 +52,7 @@ def load_as(
     try:
         model: PreTrainedModel = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):  # which goes on to name hundreds that are
+        if "Unrecognized configuration class" not in str(error):  # followed by hundreds that are
             raise
         what = load_config(path).model_type
         raise ValueError(f"model {str(path)!r} is of type {what!r}, which {kind.__name__} can't load") from None

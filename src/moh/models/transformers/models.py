@@ -1,4 +1,4 @@
-"""The classes of a family: transformers' own, with another attention, and the load-balance loss inside their own loss.
+"""The classes of a family: transformers' own with our attention, and the load-balance loss added to their loss.
 
 Made from the table on first use (`moh.models.transformers`). Method: docs/method.md. Tensor names are the family's; a
 learned router adds `router.*` to its layer's attention.
@@ -45,12 +45,11 @@ class RoutedConfig(HasLayerHeads):
     """A family's configuration with the heads of each layer.
 
     Args:
-        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        router: as in `moh.MoHConfig`.
         shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
-        routing_unit: what a token chooses: "head", "group_balanced" (as many heads in every group that shares keys and
-            values) or "kv_group" (whole such groups); see `moh.MoHConfig`.
+        routing_unit: as in `moh.MoHConfig`.
         router_aux_loss_coef: beta, weight of the load-balance loss that is added to `outputs.loss` when labels are
             given (0.01 in the paper); 0 adds none.
         moh_backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
@@ -78,10 +77,10 @@ class RoutedConfig(HasLayerHeads):
 
 
 def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
-    """Take from a Llama's `fields` those by which early versions imitated other families.
+    """Remove from a Llama's `fields` those by which early versions imitated other families.
 
     Raises:
-        ValueError: they were used; says what the model is now.
+        ValueError: they were used; the message states what the model is now.
     """
     window, out_bias = fields.pop("sliding_window", None), fields.pop("attention_out_bias", None)
     biases_differ = out_bias not in (None, config.attention_bias)
@@ -122,7 +121,7 @@ class RoutedModel(HasActiveHeads):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         implementation = config._attn_implementation or "sdpa"
-        config._attn_implementation = "eager"  # what is built first is dense, and not every dense family knows sdpa
+        config._attn_implementation = "eager"  # first a dense model is built, and not every dense family supports sdpa
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         route(self)
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
@@ -216,8 +215,8 @@ def _routed_attention_class(family: Family) -> type[nn.Module]:
 def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's `forward` with the load-balance loss in `outputs.loss`, its signature as before.
 
-    Where labels are given and `config.router_aux_loss_coef` is above 0, the balance loss is added with that weight, and
-    is in `outputs.aux_loss` without it.
+    If labels are given and `config.router_aux_loss_coef` is above 0, the balance loss is added with that weight; without
+    it, it is in `outputs.aux_loss`.
     """
     names = [name for name in inspect.signature(dense_forward).parameters if name != "self"]
 
@@ -232,7 +231,7 @@ def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
         balance = routing.balance_loss(_token_mask(given))
         if self.training:
             _check_balance_gradient(balance, (m for m in self.modules() if isinstance(m, RoutedAttention)))
-        counted = labels[..., 1:] if self.can_generate() else labels
+        counted = labels[..., 1:] if self.can_generate() else labels  # nothing predicts a sequence's first token
         weight = coefficient * _share_of_batch(counted, kwargs.get("num_items_in_batch"))
         outputs.loss = outputs.loss + weight * balance.to(outputs.loss.device)
         return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)
@@ -282,7 +281,7 @@ def _is_trained(attention: RoutedAttention) -> bool:
     return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
 
 
-@torch.compiler.assume_constant_result  # it can't trace how a class is made
+@torch.compiler.assume_constant_result  # torch.compile can't trace the making of a class
 def _with_aux_loss(kind: type[ModelOutput]) -> type[ModelOutput]:
     """The model output `kind` with a field `aux_loss`; the same class for each call."""
     if kind not in _OUTPUTS:

@@ -51,11 +51,11 @@ def published_heads(num_heads: int) -> dict[str, Any]:
 def is_published_llama(config: Mapping[str, Any], path: str | Path) -> bool:
     """Whether a configuration is that of the published MoH-LLaMA3, and not just of a Llama.
 
-    It is if it names remote code for `AutoModelForCausalLM`, and that code is the hub repository's, or lies in the
-    directory and has the published names. The code is looked at as text and never run.
+    It is if it names remote code for `AutoModelForCausalLM`, and that code is the hub repository's, or is in the
+    directory and has the published names. The code is read as text and never run.
 
     Args:
-        config: what config.json says.
+        config: the contents of config.json.
         path: the directory that holds it, or a name on the model hub.
     """
     references = config.get("auto_map") or {}
@@ -72,7 +72,7 @@ def is_published_llama(config: Mapping[str, Any], path: str | Path) -> bool:
 
 
 def recognise_published_llama() -> None:
-    """Let `AutoConfig.from_pretrained`, which the Auto classes of models call, give a `MoHLlamaConfig` for the published one.
+    """Let `AutoConfig.from_pretrained`, which models' Auto classes call, return a `MoHLlamaConfig` for the published one.
 
     Call it once `transformers.models.auto.configuration_auto` is imported. Every other configuration is returned as
     transformers made it. Registering a class for "llama" instead would change what every Llama loads as.
@@ -116,7 +116,7 @@ def read_published_config(directory: str | Path) -> dict[str, Any]:
     """The configuration of a directory laid out as published: config.json of a Llama that names remote code.
 
     Raises:
-        ValueError: there is no such file, or it is another model's.
+        ValueError: there is no such file, or it belongs to another model.
     """
     file = Path(directory) / "config.json"
     if not file.is_file():
@@ -127,7 +127,7 @@ def read_published_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} can't be read as JSON: {error}") from None
     if fields.get("model_type") != "llama" or "AutoModelForCausalLM" not in (fields.get("auto_map") or {}):
         raise ValueError(
-            f"config must be given: {file} is not that of the published MoH-LLaMA3, whose model_type is 'llama' and whose "
+            f"config must be given: {file} does not belong to the published MoH-LLaMA3, whose model_type is 'llama' and whose "
             f"auto_map names code for AutoModelForCausalLM; it has model_type {fields.get('model_type')!r} and auto_map "
             f"{fields.get('auto_map')!r}"
         )

@@ -1,8 +1,8 @@
 """Tensor parallelism: every process holds a slice of the heads, shared and routed ones alike.
 
 For families whose attention is plain (Llama, Mistral, Qwen2, Gemma). PyTorch's DTensor splits the projections and the MLP;
-here is what MoH needs besides: heads in an order in which equal slices have equal shares of shared and routed heads, and
-the gates. Every process knows all gates, of which it uses those of its slice.
+MoH also needs the heads in an order in which equal slices have equal shares of shared and routed heads, and the gates:
+every process computes all of them and uses those of its slice.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
 
     Heads that share keys and values move together, so the shares are equal if the groups allow it: always with
     `routing_unit="group_balanced"` and, without grouped-query attention, if `ranks` divides the number of shared heads;
-    otherwise as nearly equal as a greedy choice makes them.
+    otherwise as nearly equal as a greedy choice gets them.
 
     Args:
-        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; its weights and `config.shared_heads` change.
+        model: of a family whose attention is plain, such as `MoHLlamaForCausalLM`; its weights and `config.shared_heads` change.
         ranks: number of slices; it must divide the numbers of heads and of key/value heads.
 
     Returns:
@@ -45,7 +45,7 @@ def interleave_shared_heads(model: Any, ranks: int) -> list[list[int]]:
     config, family = model.config, _checked_family(model.config, ranks)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if config.output_changes is not None:
-        raise ValueError("model must not have config.output_changes: their changes to W_O are not reordered")
+        raise ValueError("model must not have config.output_changes: these changes of W_O are not reordered")
     configs, counts = [], []
     for layer, before in zip(at(model.base_model, family.layers), config.layer_configs(), strict=True):
         order = _group_order(before, heads // groups, groups, ranks)
@@ -68,7 +68,7 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
     may then be sharded over a second dimension of the mesh (`torch.distributed.fsdp.fully_shard`).
 
     Args:
-        model: of a family whose attention is plain, as `MoHLlamaForCausalLM`; the same on every process, best after
+        model: of a family whose attention is plain, such as `MoHLlamaForCausalLM`; the same on every process, best after
             `interleave_shared_heads(model, mesh.size())`.
         mesh: of one dimension.
 
@@ -82,7 +82,7 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
     if config.routing_unit == "kv_group":
         raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
     if config.output_changes is not None:
-        raise ValueError("model must not have config.output_changes: their changes to W_O are not split")
+        raise ValueError("model must not have config.output_changes: these changes of W_O are not split")
     attention = family.attention_of_layer
     by_heads = [f"{attention}.{name}" for name in (family.queries, family.keys, family.values)]
     plan = {name: ColwiseParallel() for name in (*by_heads, "mlp.gate_proj", "mlp.up_proj")}
@@ -152,7 +152,7 @@ class _GatesOfSlice:
         self.dtype: torch.dtype | None = None
 
     def gather_norms(self, router: Router, args: Any, kwargs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Give the router a number for every query that has the query's norm, in place of the queries."""
+        """Replace every query by one number with its norm, which is all that the router uses."""
         q = kwargs["q"]  # [B, N, H / ranks, D]
         self.dtype = q.dtype
         return args, {"q": _Gathered.apply(q.float().norm(dim=-1), self.group)[..., None]}  # [B, N, H, 1]
@@ -165,7 +165,7 @@ class _GatesOfSlice:
 
 
 class _Gathered(torch.autograd.Function):
-    """All processes' parts of a tensor, joined along the last dimension. Its gradient is the same on all of them."""
+    """All processes' parts of a tensor, joined along the last dimension. Its gradient is the same on all: each takes its part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
