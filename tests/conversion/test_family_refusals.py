@@ -93,7 +93,7 @@ CASES = {
         dict(router="query_norm"),
         "query_norm.*'phi'.*normalises its queries.*router='linear'",
     ),
-    "roberta": (lambda: neighbour("Roberta"), {}, "got 'roberta'; of encoders, those of type bert can be converted"),
+    "roberta": (lambda: neighbour("Roberta"), {}, "got 'roberta'; encoders of type bert can be converted"),
     "qwen3-experts": (
         lambda: neighbour("Qwen3Moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
         {},
@@ -102,7 +102,7 @@ CASES = {
     "foreign-attention": (with_foreign_attention, {}, "layer 1's attention must be .*Qwen3Attention, got a Other"),
     "adapter-inside": (with_adapter, {}, r"transformer.h.0.attn.c_attn must be a plain linear layer.*merge an adapter"),
     "llama-adapter-inside": (llama_with_adapter, {}, r"layers.0.self_attn.o_proj must be a plain linear layer"),
-    "wrapped-by-peft": (wrapped_by_peft, {}, r"got PeftModel.*of peft take model.merge_and_unload\(\)"),
+    "wrapped-by-peft": (wrapped_by_peft, {}, r"got PeftModel.*with peft pass model.merge_and_unload\(\)"),
     "quantised": (quantised, {}, "model is quantised.*load it without quantization_config"),
     "balance-loss-below-0": (lambda: dense_model("opt"), dict(router_aux_loss_coef=-1.0), "at least 0, got -1.0"),
     "longer-than-positions": (

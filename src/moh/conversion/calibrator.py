@@ -43,7 +43,7 @@ from moh.routing import Router, build_router
 from moh.routing.units import strongest
 
 COST_TOKENS = 4096
-"""Calibration tokens of the pass that estimates the layers' costs: with its backward half it is three times as dear."""
+"""Calibration tokens of the pass that estimates the layers' costs: its backward half makes it three times as slow."""
 
 MIN_HEADS = 4
 """Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
@@ -53,17 +53,17 @@ TOO_FEW = 1e3
 very small shares over all layers."""
 
 REFIT_NUMBERS = 6
-"""Numbers of heads for which it is measured how much a refit gives back; each takes two matrices of W_O's size per layer."""
+"""For this many numbers of heads it is measured what a refit regains; each takes two matrices of W_O's size per layer."""
 
 RANK = 64
-"""Rank of a change of W_O, at most (measured by experiments/budgets_in_one_model.py)."""
+"""Largest rank of a change of W_O (measured by experiments/budgets_in_one_model.py)."""
 
 
 class Calibrator:
     """The calibration passes over one dense model.
 
     Attributes:
-        fits: of each layer what `fit_routers` last found.
+        fits: what `fit_routers` last found for each layer.
     """
 
     def __init__(self, dense: DenseModel, samples: Tensor, batch_size: int, progress: bool) -> None:
@@ -79,7 +79,7 @@ class Calibrator:
 
         Args:
             layers: each layer's heads.
-            refitted: W_O will be refitted: of a head's contribution, count only what the other heads can't replace.
+            refitted: W_O will be refitted: count only the part of a contribution that other heads can't replace.
         """
         unique = self._unique_parts() if refitted else None
         batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
@@ -108,7 +108,7 @@ class Calibrator:
         """What each layer is estimated to lose with n heads, `[L, H + 1]` (`moh.conversion.passes.layer_costs`).
 
         Args:
-            refitted: W_O will be refitted: count only what that leaves, in which layers differ much.
+            refitted: W_O will be refitted: count only the cost that remains, which differs much between layers.
         """
         count = max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))
         # Spread out: calibration data of several kinds often comes one kind after the other
@@ -118,15 +118,15 @@ class Calibrator:
         return costs * self._left_by_refit(routers, samples) if refitted else costs
 
     def _left_by_refit(self, routers: Sequence[Router], samples: Tensor) -> Tensor:
-        """Part of the cost of n heads that is left when W_O has been refitted, `[L, H + 1]`; 1 for all heads."""
+        """Fraction of the cost of n heads that remains after W_O is refitted, `[L, H + 1]`; 1 for all heads."""
         h, step = self._dense.num_heads, routers[0].config.step
         first = max(min(MIN_HEADS, h - 1) // step * step, *(r.config.num_shared for r in routers), step)
         numbers = range(first, h, step)
-        numbers = numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]  # for others it is interpolated
+        numbers = numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]  # the others are interpolated
         left = torch.ones(len(routers), h + 1, dtype=torch.float64)
         for group in layer_groups(self._dense, matrices=2 * len(numbers) + 2) if numbers else ():
             chosen = {layer: [with_heads(routers[layer], n) for n in (*numbers, h)] for layer in group}
-            batches = self._batches("estimating what a refit gives back", samples, self._batch_size)
+            batches = self._batches("estimating what a refit regains", samples, self._batch_size)
             for layer, (*kept, whole) in collect_several_outputs(self._dense, chosen, batches).items():
                 written = self._dense.attentions[layer].written
                 measured = [error_left_by_refit(sums, whole.gz, written) for sums in kept]
@@ -134,7 +134,7 @@ class Calibrator:
         return left
 
     def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:
-        """Routers with `total` heads over all layers, shared out by `costs`."""
+        """Routers with `total` heads over all layers, distributed by `costs`."""
         reallocated = []
         used = hand_out(costs, total, step=routers[0].config.step)
         for router, fit, heads in zip(routers, self.fits, used, strict=True):
@@ -157,12 +157,12 @@ class Calibrator:
         """Refit each layer's W_O for several numbers of heads, kept as changes of low rank.
 
         A refit depends on how many heads its layer uses and on no other layer: one change for each number covers every
-        way to hand heads out.
+        distribution of heads.
 
         Args:
             routers: one per layer; their `order` gives the n heads that a token uses.
             heads: numbers of heads.
-            rank: of the changes, at most.
+            rank: largest rank of a change.
 
         Returns:
             per layer and number `(left [C, r], right [r, H*D])` (`moh.conversion.fit.low_rank_change`).
@@ -191,7 +191,7 @@ def with_heads(router: Router, heads: int) -> Router:
 
 
 def hand_out(costs: Tensor, total: int, *, step: int = 1) -> list[int]:
-    """Heads of each layer with the least summed cost, exactly `total`; at least `MIN_HEADS` each where that can be.
+    """Heads of each layer with the least summed cost, exactly `total`; at least `MIN_HEADS` each where possible.
 
     Args:
         costs: `[L, H + 1]`, cost of n heads in each layer.
@@ -215,7 +215,7 @@ def hand_out(costs: Tensor, total: int, *, step: int = 1) -> list[int]:
 
 
 def dial_costs(costs: Tensor) -> list[list[float]]:
-    """The layers' costs as a configuration keeps them for the dial (`head_costs`), dear below `MIN_HEADS`."""
+    """The layers' costs as a configuration keeps them for the dial (`head_costs`), with `TOO_FEW` below `MIN_HEADS`."""
     few = (MIN_HEADS - torch.arange(costs.shape[1])).clamp_min(0)
     return (costs + TOO_FEW * few.square()).tolist()
 
@@ -225,8 +225,8 @@ def needed_heads(routers: Sequence[Router], costs: Tensor | None, shares: Sequen
 
     Args:
         routers: one per layer.
-        costs: `[L, H + 1]`, by which heads are handed out; None for evenly.
-        shares: of all heads. If every one of them is 1, no number is needed.
+        costs: `[L, H + 1]`, by which heads are distributed; None for evenly.
+        shares: of all heads.
 
     Raises:
         ValueError: a share is below that of the shared heads.
@@ -234,7 +234,7 @@ def needed_heads(routers: Sequence[Router], costs: Tensor | None, shares: Sequen
     config = routers[0].config
     h, step, layers = config.num_heads, config.step, len(routers)
     possible = sorted({r.config.num_shared + k for r in routers for k in allowed_counts(r)})
-    lowest = min(used_heads(r.config for r in routers))  # where the dial stands first has its own as well
+    lowest = min(used_heads(r.config for r in routers))  # the dial's first position has its own W_O as well
     for share in shares:
         total = round(share * h * layers / step) * step
         if total < sum(r.config.num_shared for r in routers):
@@ -243,7 +243,7 @@ def needed_heads(routers: Sequence[Router], costs: Tensor | None, shares: Sequen
                 f"the shared heads, got {share}"
             )
         lowest = min(lowest, total // layers if costs is None else min(hand_out(costs, total, step=step)))
-    # A number between two of a layer's has its own: the largest possible one at or below the lowest begins
+    # Start at the largest possible number at or below the lowest; each one above it has its own W_O
     first = max((n for n in possible if n <= lowest), default=possible[0])
     return [n for n in possible if first <= n < h]
 
@@ -269,7 +269,7 @@ def keep_output_changes(
     for attention, of_layer in zip(attentions, factors, strict=True):
         projection, changes, config = output_projection(attention), attention.output_changes, attention.router.config
         for index, (left, right) in enumerate(of_layer):
-            if isinstance(projection, Conv1D):  # which keeps W_O itself
+            if isinstance(projection, Conv1D):  # which keeps W_O untransposed
                 left, right = right.T, left.T
             changes.left[index].copy_(left)
             changes.right[index].copy_(right)

@@ -1,7 +1,7 @@
 """`moh.convert`: a pretrained dense model -> the same model with MoH attention, calibrated in closed form.
 
-No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours. What
-differs between kinds of models is in one adapter each: `transformers`, `timm_vit`, `dit`.
+No gradient step is taken; see `moh.training` for that. Query-norm router: the paper's; the other fits: ours. Each kind
+of model has one adapter: `transformers`, `timm`, `diffusers`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moh.models.transformers.loading import load_as, load_causal_lm, load_config
 from moh.routing import Router, router_class
 
 ALLOCATIONS = ("even", "sensitivity")
-"""How `moh.convert` hands out the heads: the same number in every layer, or more to layers that need them more."""
+"""How `moh.convert` distributes the heads: the same number in every layer, or more to layers that need them more."""
 
 RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks_heads)
 """Routers that the uneven allocation and the refits of W_O work with, for messages."""
@@ -60,32 +60,31 @@ def convert(
             (`moh.conversion.diffusers`). A model that is passed stays as it is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
-            with the paper's router half of them (`Router.shared_share`); for a diffusion model it must be given.
+            or half with the paper's router (`Router.shared_share`); for a diffusion model it must be given.
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
             or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model).
-        routing_unit: what a token chooses: "head", or, in a language model with grouped-query attention,
-            "group_balanced" (as many heads in every group that shares keys and values) or "kv_group" (whole such
-            groups); see `moh.MoHConfig`.
+        routing_unit: what a token chooses (`moh.MoHConfig`): "head", or, in a language model with grouped-query
+            attention, "group_balanced" or "kv_group".
         calibration: for a language model texts, sequences of token ids, or token ids `[n, N]`; for an image model
             images `[n, C, H, W]`, normalised for it, or batches of them (with or without labels, as a DataLoader gives
-            them). Not looked at by router="query_norm". An image model takes a learned router without it too: gates
-            are then 1 up to 1e-6, and which heads a token uses is random.
+            them). Not used by router="query_norm". For an image model learned routers don't need it: gates are
+            then 1 up to 1e-6, and a token's heads are random.
         tokenizer: for texts; default is the one saved with the model.
         calibration_tokens: up to this many tokens of `calibration` are used; each patch of an image is one.
         seq_len: texts are packed into blocks of this many tokens; None means 512, or 128 for an encoder.
         batch_size: blocks or images per forward pass.
-        allocation: "even", or "sensitivity" to spend the same total unevenly, by an estimate of what each layer
-            loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a language model that
-            generates, with router="linear" and heads given as numbers, else "even".
+        allocation: "even", or "sensitivity" to distribute the same total unevenly, by an estimate of what each
+            layer loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a
+            language model that generates, with router="linear" and heads given as numbers, else "even".
         refit_output: refit W_O so that the kept heads make up for the skipped ones; in a language model that generates
-            and whose layers get uneven numbers of heads, routers and allocation count on it (docs/method.md, M18). With
+            and whose layers get uneven numbers of heads, routers and allocation take it into account (docs/method.md, M18). With
             all heads active W_O stays the same; otherwise the model is tied to this number of heads. None means what came
             out best: True for a language model that generates, with router="linear" and without `shares`, else False.
-        shares: of all heads, such as [8 / 9, 7 / 9, 6 / 9], for which the one model has a W_O by its dial
-            (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer then uses and
-            kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` say
-            where the dial stands first. For models of transformers with router="linear".
+        shares: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the dial of this one model then supports
+            (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer uses at them and
+            kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` set
+            the dial's first position. For models of transformers with router="linear".
         router_aux_loss_coef: weight of the load-balance loss in `outputs.loss` (0: none) of a transformers model.
         progress: show progress bars.
 
@@ -150,7 +149,7 @@ def convert(
             tokenizer = load_tokenizer(model_or_path)
         samples = dense.samples(calibration, max_tokens=calibration_tokens, tokenizer=tokenizer, seq_len=seq_len)
         calibrator = Calibrator(dense, samples, batch_size, progress)
-        # Measured for language models alone, with uneven layers: with even ones it made them worse, and encoders too
+        # Only for language models with uneven layers: it made those with even ones worse, and encoders too
         counts_on_refit = refits and generates and allocation == "sensitivity"
         routers = calibrator.fit_routers(layers, refitted=counts_on_refit)
         if allocation == "sensitivity":
@@ -180,7 +179,7 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
     """The adapter of the model's family.
 
     Raises:
-        ValueError: the model belongs to none.
+        ValueError: the model belongs to no family.
     """
     given = isinstance(model_or_path, nn.Module)
     model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
@@ -192,7 +191,7 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseMod
         return DenseTimmViT(model)
     raise ValueError(
         "model must be a language model, an encoder or a ViT of transformers, or a timm VisionTransformer, got "
-        f"{type(model).__name__} (of peft take model.merge_and_unload(); for diffusion transformers there is "
+        f"{type(model).__name__} (with peft pass model.merge_and_unload(); for diffusion transformers use "
         "moh.conversion.diffusers.convert_dit)"
     )
 
@@ -233,7 +232,7 @@ def _requested_layers(
 
 
 def load_dense(path: str | Path) -> Any:
-    """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; no diffusion model.
+    """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; not for diffusion models.
 
     Raises:
         ValueError: there is none, or it can't be read.
@@ -245,11 +244,11 @@ def load_dense(path: str | Path) -> Any:
         return load_causal_lm(path)
     config = load_config(path)
     for name in config.architectures or ():
-        # By an Auto class a classifier of text, say, would come as a language model whose head is new and random
+        # An Auto class would load a text classifier, say, as a language model with a new, random head
         found = getattr(transformers, name, None)
         if found is not None and found.config_class is type(config):
             return load_as(found, path)
-    # the configuration, because a hub name says nothing of the kind
+    # by the configuration, because a hub name doesn't show the kind
     return load_as(AutoModel if kind_of(config.to_dict()).task == "images" else AutoModelForCausalLM, path)
 
 
@@ -279,7 +278,7 @@ def _check_shares(dense: DenseModel, shares: Sequence[float], *, router: str, re
     """Refuse shares for which no W_O can be kept.
 
     Raises:
-        ValueError: says what is wrong with them, the model or another argument.
+        ValueError: the shares are out of range, or the model or another argument rules them out.
     """
     if not router_class(router).ranks_heads:
         raise ValueError(f"shares needs router={RANKING}, got router={router!r}")

@@ -1,4 +1,4 @@
-"""What the conversion needs to know of a dense model: the interface that each kind of model fills in by an adapter.
+"""What the conversion needs to know of a dense model: the interface that the adapter of each kind of model implements.
 
 `DenseImageModel` is what the adapters of image models share: calibration images, a loss without labels, unfitted routers.
 """
@@ -27,9 +27,9 @@ class DenseAttention:
     """One attention layer as the calibration sees it.
 
     Attributes:
-        entry: the projection of the queries, alone or with others: what it reads is the layer's input `[B, N, C]`.
-        output: the output projection W_O, linear: what it reads is the heads, concatenated, `[B, N, H*D]`.
-        scale: `[C]`, what the layer's output is multiplied by on its way into the residual stream; None for nothing.
+        entry: the projection of the queries, alone or fused; it reads the layer's input `[B, N, C]`.
+        output: the output projection W_O, linear; it reads the heads, concatenated, `[B, N, H*D]`.
+        scale: `[C]`, factor of the layer's output on its way into the residual stream; None for none.
     """
 
     entry: nn.Module
@@ -66,7 +66,7 @@ class DenseModel(ABC):
         model: the model, which is left as it is.
         attentions: its attention layers, in order.
         num_heads: h of every layer.
-        kv_heads: key/value heads of every layer, each read by a group of heads; None where it is not known.
+        kv_heads: key/value heads of every layer, each read by a group of heads; None if unknown.
     """
 
     model: nn.Module
@@ -111,10 +111,10 @@ class DenseModel(ABC):
 
     @abstractmethod
     def loss(self, samples: Tensor) -> Tensor:
-        """Sum of the losses over `samples`, with a graph through every layer though no parameter asks for gradients.
+        """Sum of the losses over `samples`, with a graph through every layer though no parameter requires gradients.
 
         Raises:
-            ValueError: the model has no loss; says what to do.
+            ValueError: the model has no loss; the message states what to do.
         """
 
     @abstractmethod
@@ -174,7 +174,7 @@ class DenseImageModel(DenseModel):
         return max(1, max_tokens // self.tokens_per_sample(images))
 
     def tokens_per_sample(self, samples: Tensor) -> int:
-        """N, found out by one image."""
+        """N, seen in a forward pass of one image."""
         seen: list[int] = []
         handle = self.attentions[0].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
         training = self.model.training
@@ -199,7 +199,7 @@ class DenseImageModel(DenseModel):
         logits = self.logits(samples.detach().requires_grad_())
         if logits is None:
             raise ValueError(
-                "allocation='sensitivity' needs a classifier, whose loss tells what a layer needs; this model has none: "
+                "allocation='sensitivity' needs a classifier, whose loss shows what a layer needs; this model has none: "
                 "convert the classifier that was trained on it, or use allocation='even'"
             )
         probs = logits.detach().float().softmax(-1).cpu()

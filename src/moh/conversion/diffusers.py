@@ -1,7 +1,7 @@
 """A pretrained dense diffusion transformer -> the same model with MoH attention, without calibration.
 
 Takes diffusers' `DiTTransformer2DModel`, or a dense model of ours (`moh.models.published.load_published` makes one of the
-published DiT). Routers are those that need no fit.
+published DiT), and only routers that need no fit.
 """
 
 from __future__ import annotations

@@ -14,16 +14,16 @@ from torch import Tensor
 from moh.conversion.passes import ContributionSums, OutputSums
 
 ROUTER_RIDGE = 1e-2
-"""Ridge of the router's fit, as a part of the inputs' mean square."""
+"""Ridge of the router's fit, as a fraction of the inputs' mean square."""
 
 RANKING_SCALE = 1e-2
 """Standard deviation of the logits of `fit_ranking`: enough to rank the heads, gates within a percent of 1."""
 
 OUTPUT_RIDGE = 0.1
-"""Ridge of the W_O refit, as a part of the gated heads' mean square; it pulls towards the original W_O."""
+"""Ridge of the W_O refit, as a fraction of the gated heads' mean square; it pulls towards the original W_O."""
 
 PRESENT = 0.5
-"""Probability that another head is present to predict one from (`unique_part`); 0.25 and 1 came out worse."""
+"""Probability that a head is present to predict another (`unique_part`); 0.25 and 1 gave worse models."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class ContributionFit:
 def unique_part(zz: Tensor, num_heads: int, *, present: float = PRESENT, ridge: float = OUTPUT_RIDGE) -> Tensor:
     """Map from a layer's heads to the part of each that the others don't predict, so that no refit of W_O can replace it.
 
-    Each head is predicted by ridge regression on the others, of which each is there with a probability, as if at random;
-    what is left of it, in expectation, is its unique part. With M = present * zz + (1 - present) * (the blocks of zz on
+    Each head is predicted by ridge regression on the others, each of them present at random with a probability; what
+    remains of it, in expectation, is its unique part. With M = present * zz + (1 - present) * (the blocks of zz on
     its diagonal) + lambda and P its inverse, block i of the parts is `z P_i P_ii^-1` (docs/method.md, M18).
 
     Args:
         zz: sum z z' over tokens, z all heads, concatenated, `[H*D, H*D]`, float64.
         num_heads: H.
         present: the probability, above 0 and at most 1.
-        ridge: lambda as a part of the heads' mean square.
+        ridge: lambda as a fraction of the heads' mean square.
 
     Returns:
         `[H*D, H*D]`, float64: `z @ map` holds the parts, concatenated as the heads are.
@@ -77,6 +77,7 @@ def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) ->
     w = torch.linalg.solve(sums.xx + penalty.diag(), sums.xc)  # [C + 1, H]
     mean = sums.xc[-1] / sums.tokens
     squares = sums.cc.diagonal()
+    # sum (c - w' x)^2, expanded; its total is about the mean
     residual = squares - 2 * (w * sums.xc).sum(0) + (w * (sums.xx @ w)).sum(0)
     total = squares - sums.tokens * mean**2
     r2 = 1 - residual / total.clamp_min(torch.finfo(torch.float64).tiny)
@@ -84,7 +85,7 @@ def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) ->
 
 
 def fit_ranking(sums: ContributionSums, heads: Sequence[int], *, ridge: float = ROUTER_RIDGE) -> Tensor:
-    """Weight `[heads, C]` of logits, without a bias, that rank some heads by contribution and weigh them almost alike.
+    """Weight `[heads, C]` of logits, without a bias, that rank some heads by contribution with almost equal weights.
 
     Their standard deviation within a token is `RANKING_SCALE`, so that a softmax over them gives gates near 1.
     """
@@ -92,7 +93,7 @@ def fit_ranking(sums: ContributionSums, heads: Sequence[int], *, ridge: float = 
     penalty = ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=torch.float64)
     w = torch.linalg.solve(xx + penalty, xc)  # [C, heads]
     w = w - w.mean(1, keepdim=True)  # a softmax does not see what all heads have in common
-    variance = (w * (xx @ w)).sum(0).mean() / sums.tokens
+    variance = (w * (xx @ w)).sum(0).mean() / sums.tokens  # over heads, whose mean is now 0 for every token
     logits_weight: Tensor = (
         w * RANKING_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     ).T.contiguous()
@@ -118,7 +119,7 @@ def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = 
 
 
 def error_left_by_refit(sums: OutputSums, whole: Tensor, o_proj: Tensor, *, ridge: float = OUTPUT_RIDGE) -> float:
-    """What the refit of W_O leaves of the squared error that skipping heads makes, as a part of it.
+    """Fraction of the squared error of skipping heads that remains after the refit of W_O.
 
     Args:
         whole: sum z z', `[H*D, H*D]`, over the same tokens as `sums`.
@@ -132,6 +133,7 @@ def error_left_by_refit(sums: OutputSums, whole: Tensor, o_proj: Tensor, *, ridg
     before = float((w_o * (skipped @ w_o)).sum())
     wanted = (sums.gz - sums.gg) @ w_o  # sum g r', of what is skipped r = (z - g) W_O
     change = _change(sums, wanted, ridge)
+    # sum ||r - g change||^2, expanded
     after = before - 2 * float((change * wanted).sum()) + float((change * (sums.gg @ change)).sum())
     return min(1.0, max(0.0, after) / before) if before > 0 else 1.0
 
@@ -141,7 +143,7 @@ def low_rank_change(
 ) -> tuple[Tensor, Tensor]:
     """The refit of W_O (`refit_output_projection`) as a change of at most this rank.
 
-    The best one in the refit's own measure: of all changes of the rank it adds the least to what the refit minimises.
+    The best one in the refit's own measure: of all changes of this rank it adds least to what the refit minimises.
 
     Args:
         o_proj: weight of the original output projection, `[C, H*D]` (W_O transposed).
@@ -151,6 +153,7 @@ def low_rank_change(
     """
     change = _change(sums, (sums.gz - sums.gg) @ o_proj.detach().double().cpu().T, ridge)  # [H*D, C]
     measure = _measure(sums.gg, ridge)
+    # What is minimised rises by ||root' (low - change)||^2, so the truncated SVD of root' change is the best of its rank.
     root = torch.linalg.cholesky(measure)  # root root' = measure
     u, s, vh = torch.linalg.svd(root.T @ change, full_matrices=False)
     rank = min(rank, len(s))
@@ -170,9 +173,9 @@ def _measure(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _penalty_of(gram: Tensor, ridge: float) -> Tensor:
-    """lambda of a regression on the heads whose sum z z' is `gram`: a part of their mean square.
+    """lambda of a regression on the heads whose sum z z' is `gram`: a fraction of their mean square.
 
-    If a layer's heads are all zero, any penalty above 0 leaves a solution.
+    If a layer's heads are all zero, any penalty above 0 makes it solvable.
     """
     mean = gram.diagonal().mean()
     return ridge * mean if mean > 0 else torch.ones_like(mean)

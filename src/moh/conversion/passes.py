@@ -1,6 +1,6 @@
-"""Passes over the dense model: what calibration data shows about each layer, summed up as it goes, in constant memory.
+"""Passes over the dense model: what calibration data shows about each layer, summed up in constant memory.
 
-Heads against heads (which of them say the same), inputs against contributions of heads (to fit a router), gated heads
+Heads against heads (which are redundant), inputs against contributions of heads (to fit a router), gated heads
 against all heads (to refit W_O), and gradients of the loss (what each layer loses with fewer heads).
 Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 """
@@ -96,7 +96,7 @@ def collect_contributions(
 
     def add(index: int, x: Tensor, z: Tensor) -> None:
         x = nn.functional.pad(x.float(), (0, 1), value=1.0)  # [T, C + 1]
-        # One layer's map at a time where the model is: all of them may be as large as the model
+        # One layer's map at a time on the model's device: all maps may be as large as the model
         z = z if unique is None else z.float() @ unique[index].to(z.device)
         c = head_contributions(z, written[index], num_heads)
         layer = sums[index]
@@ -110,7 +110,7 @@ def collect_contributions(
 
 
 def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> list[OutputSums]:
-    """Run the dense model again and sum up, per layer, the heads that `routers` would keep against all heads."""
+    """Run the dense model again and sum up, per layer, the heads that `routers` keep against all heads."""
     sums = collect_several_outputs(dense, {index: [router] for index, router in enumerate(routers)}, batches)
     return [sums[index][0] for index in range(len(routers))]
 
@@ -118,7 +118,7 @@ def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Itera
 def collect_several_outputs(
     dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Iterator[Tensor]
 ) -> dict[int, list[OutputSums]]:
-    """As `collect_outputs`, for some layers (by their index) and for several routers of each, in one run."""
+    """As `collect_outputs`, for some layers (by index) and several routers each, in one run."""
     sums: dict[int, list[OutputSums]] = {}
     for index, of_layer in routers.items():
         width = dense.attentions[index].output_weight.shape[1]
@@ -138,7 +138,7 @@ def collect_several_outputs(
 
 
 def layer_groups(dense: DenseModel, *, matrices: int) -> Iterator[range]:
-    """Layers whose sums, this many matrices `[HD, HD]` of each in float64, fit the memory together."""
+    """Layers whose sums, `matrices` times `[HD, HD]` in float64 each, fit `SUMS_BYTES` together."""
     width = max(attention.output_weight.shape[1] for attention in dense.attentions)
     at_a_time = max(1, SUMS_BYTES // (8 * width**2 * max(1, matrices)))
     layers = len(dense.attentions)
@@ -181,7 +181,7 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
         z.register_hook(see_gradient)
 
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)  # only the heads' gradients are wanted
+    model.requires_grad_(False)  # only the heads' gradients are needed
     try:
         # The caller may have gradients off
         with torch.enable_grad(), _evaluating(model), _tapped(dense.attentions, see):

@@ -1,6 +1,6 @@
-"""The conversion's adapter for timm's `VisionTransformer` (ViT, DeiT and what else is of that class), extra `vision`.
+"""The conversion's adapter for timm's `VisionTransformer` (ViT, DeiT and others of that class), extra `vision`.
 
-The converted model is a copy of the same class; only its attention layers are others (`moh.models.timm`).
+The converted model is a copy of the same class with other attention layers (`moh.models.timm`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class DenseTimmViT(DenseImageModel):
     def refusal(self, *, router: str, refit_output: bool, router_aux_loss_coef: float) -> str | None:
         if router_class(router).reads_queries and self._normalises_queries:
             return (
-                f"router {router!r} can't serve a model that normalises its queries (qk_norm): all norms are about the "
-                "same and tell nothing; use router='linear', which decides by the layer's input"
+                f"router {router!r} can't work for a model that normalises its queries (qk_norm): all norms are about "
+                "the same; use router='linear', which decides by the layer's input"
             )
         if refit_output and self._changes_heads:
             return (
                 "refit_output must be False for a model that normalises or gates its heads before the output projection "
-                "(scale_attn_norm, gated): what the projection reads is then no sum over heads"
+                "(scale_attn_norm, gated): what the projection reads is then not a sum over heads"
             )
         if router_aux_loss_coef:
             return (

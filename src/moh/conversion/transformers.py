@@ -1,6 +1,6 @@
 """The conversion's adapters for models of transformers: a dense model -> its family's class with MoH attention.
 
-What can be converted and how is in `moh.models.transformers.families`; what is refused, and with which advice, is here.
+`moh.models.transformers.families` states what can be converted and how; refusals, with advice, are here.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _NOT_CARRIED = frozenset(
 
 _NEAREST = {
     "gemma3": "its text part alone can be converted: load it with Gemma3ForCausalLM",
-    "gemma3n": "of Gemma, gemma, gemma2 without capped scores and gemma3_text can be converted",
+    "gemma3n": "gemma, gemma2 without capped scores and gemma3_text can be converted",
     "mixtral": "the type without experts, mistral, can be converted",
     "qwen2_moe": "the type without experts, qwen2, can be converted",
     "qwen3_moe": "the type without experts, qwen3, can be converted",
     "phimoe": "the type without experts, phi3, can be converted",
-    "roberta": "of encoders, those of type bert can be converted",
-    "xlm-roberta": "of encoders, those of type bert can be converted",
-    "distilbert": "of encoders, those of type bert can be converted",
-    "mpnet": "of encoders, those of type bert can be converted",
+    "roberta": "encoders of type bert can be converted",
+    "xlm-roberta": "encoders of type bert can be converted",
+    "distilbert": "encoders of type bert can be converted",
+    "mpnet": "encoders of type bert can be converted",
     "t5": "encoder-decoder models can't be converted, models of one stack can",
     "bart": "encoder-decoder models can't be converted, models of one stack can",
 }
@@ -57,11 +57,11 @@ class DenseTransformersModel(DenseModel):
     Args:
         model: an instance of transformers' own class.
         router: of the conversion.
-        copied: False lets the MoH model have the dense model's own tensors.
+        copied: False shares the dense model's tensors with the MoH model.
 
     Raises:
         ValueError: the model is of another family or class, its attention is set up in a way that can't be computed for
-            some heads alone, or `router` makes no sense for it; says what works.
+            some heads alone, or `router` makes no sense for it; the message states what works.
     """
 
     model: PreTrainedModel
@@ -148,7 +148,7 @@ class DenseTextModel(DenseTransformersModel):
     def samples(
         self, calibration: Any, *, max_tokens: int, tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None
     ) -> Tensor:
-        """Token ids `[n, N]`; for an encoder each block of texts stands between its tokenizer's special tokens.
+        """Token ids `[n, N]`; for an encoder each block of texts is put between its tokenizer's special tokens.
 
         Raises:
             ValueError: as in `calibration_blocks`, or a sequence is longer than the model's learned positions.
@@ -177,7 +177,7 @@ class DenseTextModel(DenseTransformersModel):
         self.model.base_model(input_ids=samples, use_cache=False)
 
     def loss(self, samples: Tensor) -> Tensor:
-        """Next-token cross-entropy; of a model that predicts none, a random projection of each token's last state.
+        """Next-token cross-entropy; for a model that predicts none, a random projection of each token's last state.
 
         The projection's squared gradients are, in the mean over its directions, the squared change of that state.
         """
@@ -227,7 +227,7 @@ def _checked_family(config: PreTrainedConfig) -> Family:
     """The family of models of this type.
 
     Raises:
-        ValueError: they are not converted, or the model is a MoH model; names the types that are, and the nearest one.
+        ValueError: this type can't be converted, or the model is a MoH model; the message names those that can.
     """
     model_type = config.model_type
     if model_type.startswith("moh_"):
@@ -245,10 +245,10 @@ def _checked_family(config: PreTrainedConfig) -> Family:
 
 
 def _check_projections(model: PreTrainedModel, attentions: Sequence[DenseAttention]) -> None:
-    """Check that the attention's projections are plain linear layers, whose weights say all that they do.
+    """Check that the attention's projections are plain linear layers, defined by their weights alone.
 
     Raises:
-        ValueError: the model is quantised, or holds adapters; says what to do.
+        ValueError: the model is quantised, or holds adapters; the message states what to do.
     """
     if getattr(model, "is_quantized", False):
         raise ValueError(
@@ -269,13 +269,13 @@ def _check_router(family: Family, attention: nn.Module, router: str) -> None:
     """Check that a router makes sense for the family's attention.
 
     Raises:
-        ValueError: queries are normalised, so that their norms tell nothing.
+        ValueError: the router reads the norms of queries that are normalised.
     """
     normalised = family.query_norm and hasattr(at(attention, family.core), family.query_norm)
     if normalised and router_class(router).reads_queries:
         raise ValueError(
-            f"router {router!r} can't serve a model of type {family.model_type!r}: it normalises its queries, so that "
-            "their norms say nothing about which heads matter; use router='linear', which decides by the layer's input"
+            f"router {router!r} can't work for a model of type {family.model_type!r}: it normalises its queries, so "
+            "their norms don't show which heads matter; use router='linear', which decides by the layer's input"
         )
 
 
