@@ -152,7 +152,7 @@ def blocks_of(
     needed = live[..., None].expand(*live.shape, len(key))
     # Blocks that reach beyond the last row or key must be masked.
     whole = needed & (end < Nk) & (starts + block <= M)[:, None]
-    if is_causal:
+    if is_causal:  # rows are in token order, so the last sees most keys and the first fewest
         needed, whole = needed & (key <= last), whole & (end <= first)
     if allowed is not None:
         some, every = _allowed_blocks(allowed, packing, G, Nk, first, last, block)

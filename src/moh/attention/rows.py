@@ -43,7 +43,7 @@ def pack(gates: Tensor, Hkv: int) -> Packing:
     # Inactive rows follow the active ones: `index - upto` inactive rows come before row `index`.
     places = torch.where(active, upto - 1, counts[..., None] + index - upto)
     rows = torch.empty_like(places).scatter_(-1, places, index.expand_as(places))
-    before = torch.nn.functional.pad(upto[..., G - 1 :: G], (1, 0))  # [B, Hkv, Nq + 1]
+    before = torch.nn.functional.pad(upto[..., G - 1 :: G], (1, 0))  # [B, Hkv, Nq + 1], by each token's last row
     return Packing(rows, places, counts, before)
 
 

@@ -71,7 +71,7 @@ def packed_attention(call: Call) -> Tensor:
         part = call._replace(q=q[:, heads], k=k[:, bucket], v=v[:, bucket], gates=gates[..., heads], attn_mask=mask)
         parts.append(_attend_bucket(part))
     order = [head * G + i for bucket in buckets for head in bucket for i in range(G)]
-    position = sorted(range(H), key=order.__getitem__)
+    position = sorted(range(H), key=order.__getitem__)  # the inverse permutation
     return torch.cat(parts, dim=2)[:, :, position]
 
 

@@ -130,7 +130,7 @@ class Calibrator:
             for layer, (*kept, whole) in collect_several_outputs(self._dense, chosen, batches).items():
                 written = self._dense.attentions[layer].written
                 measured = [error_left_by_refit(sums, whole.gz, written) for sums in kept]
-                left[layer, :-1] = torch.from_numpy(np.interp(range(h), numbers, measured))
+                left[layer, :-1] = torch.from_numpy(np.interp(range(h), numbers, measured))  # constant beyond them
         return left
 
     def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:

@@ -235,7 +235,7 @@ def load_dense(path: str | Path) -> Any:
     """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; not for diffusion models.
 
     Raises:
-        ValueError: there is none, or it can't be read.
+        ValueError: there is no such model, or it can't be read.
     """
     kind = kind_of(path)
     if kind.library == "timm":

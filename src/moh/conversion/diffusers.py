@@ -97,7 +97,7 @@ def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DMod
         path: a directory or hub name of a transformer, or of a pipeline, whose `transformer` it takes.
 
     Raises:
-        ValueError: there is none, or it can't be read.
+        ValueError: there is no such model, or it can't be read.
     """
     local = Path(path).expanduser()
     where: dict[str, Any] = {}

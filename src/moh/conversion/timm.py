@@ -24,7 +24,7 @@ class DenseTimmViT(DenseImageModel):
     """A dense timm vision transformer.
 
     Raises:
-        ValueError: it is of another class, or its attention can't be replaced.
+        ValueError: the model is of another class, or its attention can't be replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:

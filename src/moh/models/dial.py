@@ -161,6 +161,7 @@ def _of_share(model: nn.Module, routers: Sequence[Router], allowed: Sequence[Seq
     total = share * sum(num_heads)
     options = [[c.num_shared + k for k in ks] for c, ks in zip(layers, allowed, strict=True)]
     fewest, most = sum(map(min, options)), sum(map(max, options))
+    # Half a head too few or too many still rounds to a number that can be set
     if not fewest - 0.5 <= total <= most + 0.5:
         raise ValueError(
             f"active_heads as a share of the heads must be between {fewest / sum(num_heads):.3f} and "
@@ -203,6 +204,7 @@ def spend(costs: Sequence[Mapping[int, float]], total: float) -> list[int]:
             choice[window] = torch.where(better, heads, choice[window])
         spent = least
         choices.append(choice)
+    # Back from the best sum, through each layer's choice
     sums = spent.isfinite().nonzero().flatten().tolist()
     left = min(sums, key=lambda s: (abs(s - total), s))
     heads_of_layer = []

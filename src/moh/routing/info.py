@@ -139,7 +139,7 @@ def balance_losses(infos: Sequence[RoutingInfo], token_mask: Tensor | None, grou
     sums = [part.to(device) for info in infos for part in info.balance_sums(token_mask)]
     total = _SumOverProcesses.apply(torch.cat(sums), group)
     losses = []
-    for info in infos:
+    for info in infos:  # each has 2 h_r + 1 numbers: tokens per head, probability per head, tokens
         heads = info.config.num_routed
         active, probs, count = total[: 2 * heads + 1].split([heads, heads, 1])
         count = count.clamp_min(1)

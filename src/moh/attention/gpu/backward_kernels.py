@@ -58,7 +58,8 @@ def backward_rows_kernel(
 ):  # fmt: skip
     """Grid (B * Hkv * row blocks,): gradients of queries and gates, and `delta = dout . out`, which the keys' kernel reads.
 
-    `dout` has the strides of `out`, `dq` is `[B, Nq, H, D]` and `dgates` `[B, Nq, H]`, both contiguous.
+    `dout` has the strides of `out`, `dq` is `[B, Nq, H, D]` and `dgates` `[B, Nq, H]`, both contiguous. `scale` is
+    `factor * log2(e)`, as scores are in units of log2.
     """
     blocks = tl.cdiv(M, BLOCK_M)
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M

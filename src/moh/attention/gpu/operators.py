@@ -89,6 +89,7 @@ def triton_attention_op(
     splits = _splits(q, Hkv, Nk, M)
     table = tiles(max(D, Dv), q.element_size(), major_of(q.device))
     tile = table.decode if M <= DECODE_ROWS else table.forward
+    # Parts of whole tiles, rounded up; below, that may leave fewer parts.
     chunk = -(-Nk // splits // tile.keys) * tile.keys if splits > 1 else Nk
     chunk = max(chunk, tile.keys)
     parts, part_lse = out, lse

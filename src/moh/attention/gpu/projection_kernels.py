@@ -15,7 +15,7 @@ import triton.language as tl
 def load_active(
     gates_ptr, stride_gt, stride_gh, start, T, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """1 for the active pairs of a block of tokens, 0 for the others and for what lies outside, int32."""
+    """1 for the active pairs of a block of tokens, 0 for all others, also outside of T and H, int32."""
     token, offs_h = start + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_H)
     mask = (token < T)[:, None] & (offs_h < H)[None, :]
     at_g = token[:, None].to(tl.int64) * stride_gt + offs_h[None, :].to(tl.int64) * stride_gh

@@ -1,6 +1,6 @@
 """Load causal language models and tokenizers from a directory, a hub name or a .gguf file, as our commands do.
 
-A thin face over transformers' Auto classes (extra `llm`).
+A thin layer over transformers' Auto classes (extra `llm`).
 """
 
 from __future__ import annotations
