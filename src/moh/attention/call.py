@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What our compiled kernels compute."""
+"""Dtypes that our compiled kernels support."""
 
 
 class Call(NamedTuple):

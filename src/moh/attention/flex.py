@@ -195,7 +195,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(
     rows: Tensor, G: int, is_causal: bool, allowed: Tensor | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The mask_mod: whether packed row r, which belongs to token `rows[r] // G`, sees key n."""
+    """The mask_mod: whether packed row r, of token `rows[b, h, r] // G`, sees key n."""
     batch, head, query, key = (int(size > 1) for size in allowed.shape) if allowed is not None else (0, 0, 0, 0)
 
     def sees(b: Tensor, h: Tensor, r: Tensor, n: Tensor) -> Tensor:

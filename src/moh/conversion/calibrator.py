@@ -53,7 +53,7 @@ TOO_FEW = 1e3
 very small shares over all layers."""
 
 REFIT_NUMBERS = 6
-"""For this many numbers of heads it is measured what a refit regains; each takes two matrices of W_O's size per layer."""
+"""The gain of a refit is measured for this many numbers of heads; each takes two matrices of W_O's size per layer."""
 
 RANK = 64
 """Largest rank of a change of W_O (measured by experiments/budgets_in_one_model.py)."""

@@ -194,7 +194,7 @@ class DenseImageModel(DenseModel):
     def loss(self, samples: Tensor) -> Tensor:
         """Cross-entropy with labels drawn from the model's own predictions.
 
-        Its squared gradients are, in the mean, the model's Fisher information, for which no true labels are needed.
+        Its squared gradients are, on average, the model's Fisher information, for which no true labels are needed.
         """
         logits = self.logits(samples.detach().requires_grad_())
         if logits is None:

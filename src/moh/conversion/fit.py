@@ -77,9 +77,9 @@ def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) ->
     w = torch.linalg.solve(sums.xx + penalty.diag(), sums.xc)  # [C + 1, H]
     mean = sums.xc[-1] / sums.tokens
     squares = sums.cc.diagonal()
-    # sum (c - w' x)^2, expanded; its total is about the mean
+    # sum (c - w' x)^2, expanded
     residual = squares - 2 * (w * sums.xc).sum(0) + (w * (sums.xx @ w)).sum(0)
-    total = squares - sums.tokens * mean**2
+    total = squares - sums.tokens * mean**2  # sum (c - mean)^2
     r2 = 1 - residual / total.clamp_min(torch.finfo(torch.float64).tiny)
     return ContributionFit(w[:-1].T.contiguous(), w[-1].contiguous(), mean, r2)
 

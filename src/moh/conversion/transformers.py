@@ -179,7 +179,7 @@ class DenseTextModel(DenseTransformersModel):
     def loss(self, samples: Tensor) -> Tensor:
         """Next-token cross-entropy; for a model that predicts none, a random projection of each token's last state.
 
-        The projection's squared gradients are, in the mean over its directions, the squared change of that state.
+        The projection's squared gradients are, on average over its directions, the squared change of that state.
         """
         embedded = self.model.get_input_embeddings()(samples).requires_grad_()
         if self.model.can_generate():

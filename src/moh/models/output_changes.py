@@ -57,7 +57,7 @@ class OutputChanges(nn.Module):
         Args:
             weight: the projection's.
             before: index of the change that it holds.
-            after: index of the one that it shall hold.
+            after: index of the one that replaces it.
         """
         if before == after:
             return

@@ -233,7 +233,7 @@ class TwoStageRouter(Router):
         probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
         chosen = torch.where(choose(probs, config), probs, 0.0)
         total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
-        chosen = config.active_heads * chosen / total  # k in sum, so 1 in the mean over active heads
+        chosen = config.active_heads * chosen / total  # they sum to k, so active heads average 1
         return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
 
 
