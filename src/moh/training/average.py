@@ -19,7 +19,7 @@ class MovingAverage:
 
     Args:
         model: what is trained.
-        decay: of the average.
+        decay: weight of the old average in a step.
         ramp: steps since the first -> upper bound of the decay, so that a short run is not held back; None uses `decay`
             from the second step on.
     """

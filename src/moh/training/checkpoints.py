@@ -1,4 +1,4 @@
-"""Checkpoints and results on disk: which checkpoints are complete, which directories writable, replacing them whole.
+"""Checkpoints of a run: which are complete, writing them whole, and those of FSDP, whose weights are in shards.
 
 The transformers Trainer writes a checkpoint file by file; a killed run leaves part of one, which must not be resumed.
 """
@@ -179,6 +179,6 @@ def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlug
     if state.mixed_precision != "no":
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
-    for shared in (PartialState(), state):  # each lookup of the latter copies the former's value
+    for shared in (PartialState(), state):  # `state` copies the value of `PartialState` on each lookup
         shared.distributed_type = DistributedType.FSDP
     return True

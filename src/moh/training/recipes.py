@@ -128,7 +128,7 @@ class TrainingSettings:
         balance_loss_coef: weight beta of the load-balance loss (0.01 in the paper).
         balance_loss_scope: over which tokens of a forward pass heads are balanced: "process", each process's own, or
             "global", those of all processes together.
-        extra: more arguments of `transformers.TrainingArguments`, by name.
+        extra: further arguments of `transformers.TrainingArguments`, by name.
     """
 
     output_dir: str
@@ -174,14 +174,14 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class ImageTrainingSettings(TrainingSettings):
-    """How to train what reads or draws images: `TrainingSettings`, and what follows.
+    """How to train a model that reads or draws images: `TrainingSettings` plus the following.
 
     Args:
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        ema_decay: of the moving average of the weights, which is then what is evaluated, draws images and is saved.
-        ema_warmup: let the average forget faster in the beginning, so that a short run is not held back by it.
-        workers: processes that load images, for each training process; 0 loads them in it. A run may go on with another
-            number: what a model sees does not depend on it.
+        ema_decay: decay of the moving average of the weights, which is then evaluated, saved and used to draw images.
+        ema_warmup: use a smaller decay in the first steps, so that the average keeps up in a short run.
+        workers: processes that load images, per training process; 0 loads them in it. A run may resume with a different
+            number: the data does not depend on it.
     """
 
     max_grad_norm: float = 1.0
@@ -199,7 +199,7 @@ class ImageTrainingSettings(TrainingSettings):
 
 @dataclass(frozen=True)
 class ConversionSettings:
-    """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with defaults of their own.
+    """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with their own defaults.
 
     Args:
         shared_heads: heads per layer that every token uses.

@@ -210,7 +210,7 @@ def test_weights_that_are_not_the_models_are_refused_whatever_the_classes(tmp_pa
     [
         (
             "--model.name=vit_tiny_patch16_225",
-            "model.name 'vit_tiny_patch16_225' is no model of timm; did you mean .*224",
+            "model.name 'vit_tiny_patch16_225' is not a model of timm; did you mean .*224",
         ),
         ("--model.kwargs.nonsense=1", "model 'vit_tiny_patch16_224' can't be made: .*nonsense"),
         (

@@ -1,7 +1,4 @@
-"""Training images as tensors of one size, a batch at a time, each with its number, from which its noise is drawn.
-
-Not for finding images (`moh.data.images.datasets`), nor for latents (`moh.training.diffusion.latents`).
-"""
+"""Training images as tensors of one size, a batch at a time, each with its index, which seeds its noise."""
 
 from __future__ import annotations
 
@@ -30,12 +27,12 @@ Batch = dict[str, Tensor]
 class PixelDataset(Dataset[Batch]):
     """The images of a source as uint8 tensors.
 
-    A larger image is resized (bicubic, antialiased) and cropped to the middle square. Grey images that lie in memory
-    keep their one channel, all others become RGB; those in memory that are smaller than `image_size` get a black margin.
+    Larger images are resized (bicubic, antialiased) and cropped to the middle square. Images in memory keep their number
+    of channels, and a black margin fills those smaller than `image_size`; all others become RGB.
 
     Args:
         source: labelled images.
-        image_size: height and width that the tensors get.
+        image_size: height and width of the tensors.
     """
 
     def __init__(self, source: ImageSource, image_size: int) -> None:
@@ -45,7 +42,7 @@ class PixelDataset(Dataset[Batch]):
         self.classes = tuple(source.classes)
         self._pixels = _resized(source.pixels, image_size) if isinstance(source, TensorImages) else None
         self.sample_shape = (3 if self._pixels is None else self._pixels.shape[1], image_size, image_size)
-        # Shared with the loading processes, so that each damaged image is told once
+        # Shared with the loading processes, so that each damaged image is reported once
         self._damaged: Tensor = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -55,7 +52,7 @@ class PixelDataset(Dataset[Batch]):
         """`[len(indices), C, H, W]` uint8.
 
         Raises:
-            UnreadableImage: one of them is damaged; names it.
+            UnreadableImage: an image is damaged; names it.
         """
         if self._pixels is not None:
             return self._pixels[indices]
@@ -67,13 +64,13 @@ class PixelDataset(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch: `pixels` `[B, C, H, W]` uint8, `labels` and `indices` `[B]`.
 
-        The next image that can be read, with its label, stands in for a damaged one.
+        A damaged image is replaced with the next readable one and its label.
 
         Warns:
-            UserWarning: an image is damaged, the first time that it is met; names it.
+            UserWarning: an image is damaged; names it, once.
 
         Raises:
-            RuntimeError: a hundred images in a row are damaged, or all of them.
+            RuntimeError: a hundred consecutive images are damaged, or all of them.
         """
         if self._pixels is not None:
             pixels, places = self._pixels[indices], indices
@@ -84,8 +81,8 @@ class PixelDataset(Dataset[Batch]):
 
     @cached_property
     def digest(self) -> str:
-        """What identifies the images: classes, labels, and all pixels of images in memory; of others the names, the sizes
-        of files in folders, and the pixels of about eight images."""
+        """Identifies the images: a hash of classes, labels and, for images in memory, all pixels; for others, of the names,
+        the sizes of files in folders and the pixels of about eight images."""
         digest = hashlib.sha256(json.dumps([self.classes, len(self)]).encode())
         digest.update(self.labels.numpy().tobytes())
         if isinstance(self.source, TensorImages):
@@ -129,7 +126,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def _file_size(file: Path) -> int:
-    """In bytes; -1 for a file that is missing."""
+    """In bytes; -1 if the file is missing."""
     try:
         return file.stat().st_size
     except OSError:

@@ -1,7 +1,7 @@
 """Latents of training images: encoded once by a VAE, kept as safetensors, checked against VAE and images when read.
 
-Kept are mean and standard deviation of each image's latent, so that training draws a new one each time it sees the image,
-as the published recipe does. Not for decoding (`moh.sampling`).
+The mean and standard deviation of each image's latent are kept: training draws a new latent each time it sees the image,
+as the published recipe does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moh.data.text.corpora import default_cache_dir
 from moh.sampling.checkpoint import weights_digest
 from moh.training.diffusion.data import Batch, PixelDataset, to_float
 
-_SHARD = 4096  # images in a file: one lost to an interruption is minutes of work, and ImageNet has 300 of them
+_SHARD = 4096  # images per file: an interruption loses minutes of work, and ImageNet takes 300 files
 _BATCH = 16  # images encoded at a time
 
 
@@ -35,7 +35,7 @@ class LatentDataset(Dataset[Batch]):
     """Cached latents.
 
     Args:
-        folder: as `encode_latents` fills it.
+        folder: as filled by `encode_latents`.
         classes: names of the classes.
     """
 
@@ -59,7 +59,7 @@ class LatentDataset(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch: `mean` and `std` `[B, 1 or 2, c, h, w]` float16 (2: mirrored too), `labels` and `indices`."""
+        """A whole batch: `mean` and `std` `[B, 1 or 2, c, h, w]` float16 (2: also mirrored), `labels` and `indices`."""
         rows: dict[str, list[Tensor]] = {"mean": [], "std": []}
         shards = (torch.searchsorted(self._starts, torch.tensor(indices), right=True) - 1).tolist()
         for index, number in zip(indices, shards, strict=True):
@@ -70,7 +70,7 @@ class LatentDataset(Dataset[Batch]):
         return {**moments, "labels": self.labels[indices], "indices": torch.tensor(indices)}
 
     def _shard(self, number: int) -> Any:
-        if number not in self._open:  # opened where it is read: each worker process has files of its own
+        if number not in self._open:  # opened where it is read, so that each worker process has its own handles
             self._open[number] = safe_open(self._files[number], framework="pt")
         return self._open[number]
 
@@ -78,20 +78,20 @@ class LatentDataset(Dataset[Batch]):
 def encode_latents(
     vae: AutoencoderKL, images: PixelDataset, *, folder: Path | None, flip: bool, cache_dir: str | None = None
 ) -> LatentDataset:
-    """Encode images with a VAE, or take what an earlier run has encoded; under `torchrun` the processes share the work.
+    """Encode images with a VAE, or reuse what an earlier run encoded; under `torchrun` the processes share the work.
 
-    The latents are scaled as the VAE's configuration says, so that they are about of unit variance. A damaged image is
-    left out with a warning. An interrupted run goes on with the files that are missing.
+    The latents are scaled by the VAE's configuration to about unit variance. A damaged image is left out with a warning.
+    After an interruption only the missing files are encoded.
 
     Args:
         vae: the encoder, in float32.
         images: what to encode.
-        folder: where the latents are kept; None takes a directory in the cache, one for each VAE, data set and size.
-        flip: encode the mirrored images too.
-        cache_dir: the cache; None takes the default one.
+        folder: where the latents are kept; None takes a directory in the cache, one per VAE, data set and size.
+        flip: also encode the mirrored images.
+        cache_dir: the cache; None takes the default.
 
     Raises:
-        ValueError: `folder` holds latents of another VAE or of other images, or the VAE does not fit the images.
+        ValueError: `folder` holds latents of another VAE or other images, or the VAE does not fit the images.
     """
     channels, size = images.sample_shape[0], images.image_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -106,7 +106,7 @@ def encode_latents(
     folder.mkdir(parents=True, exist_ok=True)
     state = PartialState()
     todo = [number for number in range(-(-len(images) // _SHARD)) if not _is_done(_file(folder, number), identity)]
-    state.wait_for_everyone()  # everyone has looked before anyone writes
+    state.wait_for_everyone()  # all processes have looked before one writes
     vae.to(state.device)
     mine = todo[state.process_index :: state.num_processes]
     for number in tqdm(mine, desc="encoding", unit="file", disable=None if state.is_main_process else True):
@@ -139,7 +139,7 @@ def _encode(vae: AutoencoderKL, images: PixelDataset, indices: range, *, flip: b
 
 
 def _readable(images: PixelDataset, indices: range) -> tuple[Tensor, list[int]]:
-    """Pixels of the images that can be read, and which these are; warns of the others."""
+    """Pixels and indices of the readable images; warns about the others."""
     try:
         return images.pixels(list(indices)), list(indices)
     except UnreadableImage:
@@ -154,10 +154,10 @@ def _readable(images: PixelDataset, indices: range) -> tuple[Tensor, list[int]]:
 
 
 def _is_done(file: Path, identity: dict[str, Any]) -> bool:
-    """Whether the file is there.
+    """Whether the file exists.
 
     Raises:
-        ValueError: it is, but not with the latents of these images under this VAE.
+        ValueError: it can't be read, or holds latents of other images or another VAE.
     """
     if not file.exists():
         return False

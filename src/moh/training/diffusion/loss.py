@@ -1,6 +1,6 @@
 """The hybrid loss of diffusion models that learn their variances (arXiv 2102.09672, section 3.1, L_simple + L_vlb).
 
-The schedule is that of a diffusers scheduler; here is what it lacks: posteriors of a whole batch, the bound's terms.
+The schedule is a diffusers scheduler's; added here are posteriors of a whole batch and the terms of the bound.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 _PIXEL = 1 / 255
-"""Half the distance between neighbouring values of 8 bits in -1..1."""
+"""Half the distance between neighbouring 8-bit values, scaled to -1..1."""
 
-_LEAST_PROBABILITY = 1e-12
+_LEAST_PROBABILITY = 1e-12  # keeps the logarithm finite far from the mean
 
 
 @dataclass(frozen=True)
 class HybridLoss:
-    """Loss of each image, `[B]` float32.
+    """Loss per image, `[B]` float32.
 
     Attributes:
         mse: mean squared error of the noise.
-        vb: the step's term of the variational bound, in bits per dimension, in which only the variance learns.
+        vb: the step's term of the variational bound, in bits per dimension; its gradient goes to the variance alone.
         loss: their sum.
     """
 
@@ -35,7 +35,7 @@ class HybridLoss:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of the step from t to t - 1: `p(x_{t-1} | x_t)`, a Gaussian. All `[B, C, h, w]` float32.
+    """A model's prediction for the step from t to t - 1: `p(x_{t-1} | x_t)`, a Gaussian. All `[B, C, h, w]` float32.
 
     Attributes:
         mean: its mean.
@@ -51,8 +51,8 @@ class Prediction:
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor, scheduler: Any) -> Tensor:
     """`x_t` `[B, C, h, w]` float32 of `q(x_t | x_0)`; arguments as in `hybrid_loss`.
 
-    `scheduler.add_noise` in higher precision: in the first steps its coefficients have too few digits for the bound,
-    whose terms are differences of almost equal means.
+    Like `scheduler.add_noise`, in higher precision: in the first steps its coefficients have too few digits for the
+    bound, whose terms are differences of almost equal means.
     """
     kept = _schedule(scheduler)[2]
     return _at(t, kept.sqrt()) * clean.float() + _at(t, (1 - kept).sqrt()) * noise.float()
@@ -62,10 +62,10 @@ def hybrid_loss(output: Tensor, clean: Tensor, noisy: Tensor, noise: Tensor, t: 
     """Loss of predicting the noise and the variance.
 
     The bound's term is the divergence of `p(x_{t-1} | x_t)` from `q(x_{t-1} | x_t, x_0)`, and for t = 0 the likelihood of
-    8-bit values. It is not scaled; its gradient goes to the variance alone.
+    8-bit values, unscaled.
 
     Args:
-        output: `[B, 2C, h, w]`, the model's: noise, then where each variance lies between its bounds, -1 to 1.
+        output: `[B, 2C, h, w]` of the model: noise, then the position of each variance between its bounds, -1 to 1.
         clean: `[B, C, h, w]`, images in -1..1 or latents.
         noisy: `[B, C, h, w]`, `add_noise(clean, noise, t, scheduler)`.
         noise: `[B, C, h, w]`.
@@ -73,7 +73,7 @@ def hybrid_loss(output: Tensor, clean: Tensor, noisy: Tensor, noise: Tensor, t: 
         scheduler: a diffusers scheduler with `betas` that predicts "epsilon".
 
     Raises:
-        ValueError: shapes that don't fit, or a scheduler that predicts something else.
+        ValueError: the output's shape does not match, or the scheduler does not predict "epsilon".
     """
     prediction = predict(output, noisy, t, scheduler)
     clean, noise, predicted_noise = clean.float(), noise.float(), output[:, : noisy.shape[1]].float()
@@ -88,9 +88,9 @@ def hybrid_loss(output: Tensor, clean: Tensor, noisy: Tensor, noise: Tensor, t: 
 
 
 def predict(output: Tensor, noisy: Tensor, t: Tensor, scheduler: Any) -> Prediction:
-    """`p(x_{t-1} | x_t)` from a model's output, for a step of its own for each image; arguments as in `hybrid_loss`.
+    """`p(x_{t-1} | x_t)` from a model's output, each image at its own step; arguments as in `hybrid_loss`.
 
-    The variance lies, by its logarithm, between that of `q(x_{t-1} | x_t, x_0)` and beta_t.
+    The log-variance is interpolated between those of `q(x_{t-1} | x_t, x_0)` and beta_t.
     """
     channels = noisy.shape[1]
     if output.shape != (noisy.shape[0], 2 * channels, *noisy.shape[2:]):
@@ -145,14 +145,14 @@ def _divergence(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_vari
 
 
 def _log_likelihood(clean: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log-probability, in nats, of 8-bit values in -1..1: that of the Gaussian within half a step of each.
+    """Log-probability, in nats, of 8-bit values in -1..1: the Gaussian's within half a step of each.
 
-    The first and the last value also get all that lies beyond them.
+    The first and last values include the tail beyond them.
     """
     centred, scale = clean - mean, (-0.5 * log_variance).exp()
     below = torch.special.ndtr((_PIXEL + centred) * scale)
     above = torch.special.ndtr((_PIXEL - centred) * scale)
-    # On the side of the lower tail, where float32 has its digits
+    # In the lower tail, where float32 is precise: near 1 the difference would lose its digits
     distance = centred.abs()
     within = torch.special.ndtr((_PIXEL - distance) * scale) - torch.special.ndtr((-_PIXEL - distance) * scale)
     probability = torch.where(clean < -0.999, below, torch.where(clean > 0.999, above, within))

@@ -1,7 +1,4 @@
-"""A training run of a diffusion model as data: frozen dataclasses, every field validated once, at construction.
-
-Not for reading files (`moh.training.recipes`) nor for running anything (`moh.training.diffusion.run`).
-"""
+"""A training run of a diffusion model as data: frozen dataclasses, every field validated once, at construction."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ class DiffusionModelRecipe:
 
     Args:
         preset: a preset of `moh.models.diffusers.create_dit`, such as "moh_dit_s_2_90".
-        overrides: more arguments of `create_dit`. Classes, channels and size come from the data.
+        overrides: further arguments of `create_dit`. Classes, channels and size come from the data.
     """
 
     preset: str
@@ -36,16 +33,15 @@ class DiffusionDataRecipe:
     """The labelled images, as pixels or as latents.
 
     Args:
-        dataset: "fashion-mnist"; a directory of class folders, or one with train/ that holds them; or a data set of the
-            Hugging Face hub or on disk.
+        dataset: "fashion-mnist"; a directory of class folders, or one that has them in train/; or a Hugging Face data set
+            on the hub or on disk.
         image_size: height and width; larger images are resized and cropped to the middle square, smaller ones of
             "fashion-mnist" padded.
         train_split: split of a Hugging Face data set; default train.
         image_column: column of a Hugging Face data set; default the one that holds images.
         label_column: likewise; default the one that holds class labels.
         vae: directory or hub name of an `AutoencoderKL`: train on its latents. null trains on pixels.
-        latents: directory where the latents are kept, encoded once; default one in the cache for each VAE, data set and
-            size.
+        latents: directory where the latents are kept, encoded once; default one in the cache per VAE, data set and size.
         flip: mirror half of the images.
         cache_dir: where fetched data and latents are kept (default ~/.cache/moh).
     """
@@ -73,10 +69,10 @@ class DiffusionProcessRecipe:
     """The diffusion that the model learns to reverse.
 
     Args:
-        train_steps: its steps.
+        train_steps: number of steps.
         beta_schedule: variances of the steps, as in diffusers: "linear", "scaled_linear" or "squaredcos_cap_v2".
-        beta_start: the first.
-        beta_end: the last.
+        beta_start: the first variance.
+        beta_end: the last variance.
     """
 
     train_steps: int = 1000
@@ -95,16 +91,16 @@ class DiffusionProcessRecipe:
 
 @dataclass(frozen=True)
 class SampleGridRecipe:
-    """Pictures of what the model draws during training.
+    """Grids of images that the model draws during training.
 
     Args:
         every: optimiser steps between two grids, written to samples/ in the output directory; 0 draws none.
         classes: ids, one column each; default the first eight.
-        rows: images of each class.
+        rows: images per class.
         guidance: scale of classifier-free guidance; 1 is off.
-        steps: denoising steps; "ddpm" needs 2.
+        steps: denoising steps; "ddpm" needs at least 2.
         scheduler: "ddim", "dpm++" or "ddpm".
-        seed: of the noise, the same in every grid.
+        seed: for the noise, the same in every grid.
     """
 
     every: int = 0
@@ -122,24 +118,24 @@ class SampleGridRecipe:
             at_least(f"training.samples.{name}", getattr(self, name), 1)
         if not math.isfinite(self.guidance):
             raise ValueError(f"training.samples.guidance must be a finite number, got {self.guidance}")
-        if self.scheduler == "ddpm" and self.steps < 2:  # as `moh.sampling.schedulers.SamplingSettings` has it
+        if self.scheduler == "ddpm" and self.steps < 2:  # as in `moh.sampling.schedulers.SamplingSettings`
             raise ValueError(f"training.samples.steps must be at least 2 for ddpm, got {self.steps}")
 
 
 @dataclass(frozen=True)
 class DiffusionTrainingRecipe(ImageTrainingSettings):
-    """How to train a diffusion model: `ImageTrainingSettings`, with the paper's defaults, and what follows.
+    """How to train a diffusion model: `ImageTrainingSettings` with the paper's defaults, plus the following.
 
     Args:
         warmup_steps: the paper has none.
         lr_scheduler_type: constant in the paper.
         per_device_train_batch_size: 256 over all processes in the paper.
-        logging_steps: steps between two entries of the loss.
+        logging_steps: steps between two log entries.
         save_steps: steps between two checkpoints, a multiple of `logging_steps`.
         balance_loss_coef: weight beta of the load-balance loss.
         max_grad_norm: gradients are clipped to this norm; 0, as in the paper, does not clip.
         ema_warmup: at step s the decay of the average is at most (1 + s) / (10 + s).
-        samples: pictures during training.
+        samples: image grids during training.
     """
 
     warmup_steps: float = 0
@@ -162,7 +158,7 @@ class DiffusionRecipe:
         data: the images.
         training: how to train.
         diffusion: the process that the model learns to reverse.
-        task: tells recipes of diffusion models from others.
+        task: distinguishes recipes of diffusion models from others.
     """
 
     model: DiffusionModelRecipe

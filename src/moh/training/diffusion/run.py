@@ -1,6 +1,6 @@
 """One training run of a diffusion model, from a recipe to a saved model: images, latents, Trainer.
 
-What happens within a step is `moh.training.diffusion.trainer`'s. Runs under `torchrun` as it is.
+The steps themselves are the Trainer's (`moh.training.diffusion.trainer`). Also runs under `torchrun`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moh.training.session import RunResult, open_session, saving
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionResult(RunResult):
-    """What a run leaves, beside what `RunResult` names.
+    """The result of a run; adds the model to `RunResult`.
 
     Attributes:
         model: the trained model with the averaged weights, in evaluation mode, ready for `moh.sampling.sample`.
@@ -41,17 +41,17 @@ def train(
     transformer: MoHDiTTransformer2DModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> DiffusionResult:
-    """Run a recipe; if `output_dir` holds a complete checkpoint of the same recipe, go on from the last one.
+    """Run a recipe; if `output_dir` holds complete checkpoints of the same recipe, resume from the last one.
 
     Args:
         recipe: the run.
-        images: labelled images in place of the recipe's.
-        vae: in place of the one that the recipe names.
-        transformer: a model to train in place of the recipe's preset; it has to fit the data.
+        images: labelled images instead of the recipe's.
+        vae: instead of the recipe's.
+        transformer: a model to train instead of the recipe's preset; it must fit the data.
         callbacks: more callbacks of the transformers Trainer.
 
     Raises:
-        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+        ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     session = open_session(recipe)
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
@@ -66,7 +66,7 @@ def train(
     _check(recipe, pixels, arguments)
     identity = {"images": pixels.digest}
     session.check_unchanged(identity, "data.dataset: the {name} have changed")
-    set_seed(settings.seed)  # of the first weights
+    set_seed(settings.seed)  # for new weights
     if transformer is None:
         transformer = _create(recipe, pixels, vae)
     dataset: PixelDataset | LatentDataset = pixels
@@ -115,7 +115,7 @@ def train(
 
 
 def _create(recipe: DiffusionRecipe, pixels: PixelDataset, vae: AutoencoderKL | None) -> MoHDiTTransformer2DModel:
-    """The recipe's model, made to fit the data."""
+    """The recipe's model, in the sizes of the data."""
     channels, size = pixels.sample_shape[0], pixels.image_size
     if vae is not None:
         channels, size = vae.config.latent_channels, size // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -129,7 +129,7 @@ def _create(recipe: DiffusionRecipe, pixels: PixelDataset, vae: AutoencoderKL | 
 
 
 def _check(recipe: DiffusionRecipe, pixels: PixelDataset, arguments: TrainingArguments) -> None:
-    """Raise a ValueError for what doesn't fit the images."""
+    """Raise a ValueError if there are too few images for the batch, or no such class to sample."""
     needed = arguments.per_device_train_batch_size * arguments.world_size
     if len(pixels) < needed:
         raise ValueError(
@@ -142,8 +142,8 @@ def _check(recipe: DiffusionRecipe, pixels: PixelDataset, arguments: TrainingArg
 
 
 def _fitting(arguments: TrainingArguments, transformer: MoHDiTTransformer2DModel, workers: int) -> TrainingArguments:
-    """The arguments for a model and data that are not transformers' own."""
-    arguments.remove_unused_columns = False  # batches come whole
+    """The arguments, adapted to a model and data that are not transformers' own."""
+    arguments.remove_unused_columns = False  # the batches have no columns
     arguments.ddp_find_unused_parameters = False
     arguments.dataloader_num_workers = workers
     for word in ("activation", "gradient"):  # renamed in transformers 5.2x

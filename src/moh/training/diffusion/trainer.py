@@ -1,7 +1,7 @@
 """The transformers Trainer for diffusion models: noise, hybrid loss, balance loss, averaged weights, sample grids.
 
-A step's random numbers are drawn for each image from the run's seed, the step and the image's number: a resumed run repeats
-those of an uninterrupted one, and several processes draw those of one.
+An image's random numbers in a step depend only on the run's seed, the step and the image's index: a resumed run draws the
+same ones as an uninterrupted run, and several processes the same ones as one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from moh.training.routing_trainer import RoutingTrainer
 
 
 class Denoiser(nn.Module):
-    """A diffusers model for the Trainer: called with tensors alone, its `config` hidden, which is not one of transformers.
+    """A diffusers model for the Trainer: called with tensors alone, its `config` hidden, because it is not transformers'.
 
-    The model stays in evaluation mode, where it drops no labels itself: the trainer does, by numbers of its own.
+    The model stays in evaluation mode, so that it drops no labels: the trainer does, with its own random numbers.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -52,14 +52,14 @@ class DiffusionTrainer(RoutingTrainer):
     """`transformers.Trainer` for class-conditional diffusion models, MoH or dense.
 
     The loss is the mean over images of the hybrid loss, plus the balance-loss coefficient times the mean of the
-    layers' balance losses. The log has `mse` and `vb`, the parts of the hybrid loss, beside what `RoutingTrainer` logs.
-    A checkpoint is also a directory of a model with the averaged weights, for `moh sample`.
+    layers' balance losses. In addition to `RoutingTrainer`'s entries the log has `mse` and `vb`, the parts of the hybrid
+    loss. A checkpoint also holds the model with the averaged weights, for `moh sample`.
 
     Args:
-        args: all arguments of `transformers.Trainer`; `model` is a `Denoiser`, the data sets give whole batches.
-        image_model: the model with its scheduler, VAE and class names; the transformer is the one to train. The same with
-            the averaged weights is `averaged_model`.
-        settings: the recipe's balance loss, averaged weights and pictures.
+        args: all arguments of `transformers.Trainer`; `model` is a `Denoiser`, and the data sets return whole batches.
+        image_model: the model with its scheduler, VAE and class names; its transformer is trained. `averaged_model` is the
+            same with the averaged weights.
+        settings: the recipe's balance loss, averaged weights and sample grids.
         flip: mirror half of the images.
         kwargs: all arguments of `transformers.Trainer`.
     """
@@ -122,10 +122,10 @@ class DiffusionTrainer(RoutingTrainer):
         )
 
     def load_average(self, checkpoint: Path) -> None:
-        """Take the averaged weights of a checkpoint.
+        """Load the averaged weights of a checkpoint.
 
         Raises:
-            ValueError: they can't be read.
+            ValueError: the weights can't be read.
         """
         kind = type(self.image_model.transformer)
         try:
@@ -135,7 +135,7 @@ class DiffusionTrainer(RoutingTrainer):
         self.average.module.load_state_dict(saved.state_dict())
 
     def draw_grid(self) -> None:
-        """Draw the grid of this step with the averaged weights: a PNG in samples/, and a picture in TensorBoard."""
+        """Draw this step's grid with the averaged weights: a PNG in samples/, and an image in TensorBoard."""
         grid = self.settings.samples
         classes = grid.classes or list(range(min(8, self.image_model.num_classes)))
         settings = SamplingSettings(scheduler=grid.scheduler, steps=grid.steps, guidance=grid.guidance, seed=grid.seed)
@@ -149,7 +149,7 @@ class DiffusionTrainer(RoutingTrainer):
                 callback.tb_writer.add_image("samples", picture, step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write what the Trainer resumes from and, beside it, the averaged model."""
+        """Write what the Trainer resumes from, and the averaged model next to it."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_image_model(self.averaged_model, Path(output_dir or self.args.output_dir), with_vae=False)
@@ -180,14 +180,14 @@ def _clean(inputs: dict[str, Tensor], drawn: Draws) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for B images.
+    """The random numbers of B images.
 
     Attributes:
         t: `[B]` int64, the time steps.
-        noise: `[B, C, h, w]` float32, what is added to the images.
+        noise: `[B, C, h, w]` float32, added to the images.
         mirrored: `[B]` bool.
-        uniform: `[B]` float32 in 0..1, for dropping labels.
-        latent: `[B, C, h, w]` float32, to draw latents of; None for pixels.
+        uniform: `[B]` float32 in 0..1, to drop labels.
+        latent: `[B, C, h, w]` float32, to draw latents with; None for pixels.
     """
 
     t: Tensor
@@ -208,16 +208,16 @@ def draw(
     latents: bool,
     device: torch.device,
 ) -> Draws:
-    """Draw for the images `indices` `[B]` of one step.
+    """Draw the random numbers of one step.
 
     Args:
-        indices: the images' numbers in the data set.
+        indices: `[B]`, the images' indices in the data set.
         shape: (C, h, w).
-        seed: of the run.
+        seed: the run's.
         step: the optimiser step.
-        train_steps: steps of the diffusion.
+        train_steps: number of diffusion steps.
         mirror: mirror half of the images; False mirrors none.
-        latents: draw noise for latents too.
+        latents: also draw noise for latents.
         device: where the tensors go.
     """
     count = len(indices)
@@ -225,7 +225,7 @@ def draw(
     uniform = torch.empty(count, 2)
     t = torch.empty(count, dtype=torch.int64)
     for row, index in enumerate(indices.tolist()):
-        generator = generator_of(seed, step, index)
+        generator = generator_of(seed, step, index)  # on the CPU: the same numbers on every device
         t[row].random_(train_steps, generator=generator)
         uniform[row].uniform_(generator=generator)
         noise[row].normal_(generator=generator)

@@ -1,7 +1,4 @@
-"""The classifier that a recipe names: made by timm, told about its images and classes, converted if the recipe says so.
-
-Not for the conversion itself (`moh.conversion`).
-"""
+"""A recipe's classifier: made by timm, given its images' size and its classes, converted if the recipe has a conversion."""
 
 from __future__ import annotations
 
@@ -27,15 +24,15 @@ from moh.models.timm.loading import describe, image_input, load_image_classifier
 from moh.routing import router_class
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
 
-_ALL = 2**31  # tokens: as many as the calibration images have
+_ALL = 2**31  # calibration tokens: no limit, all patches of the images are used
 
 
 def saved_arguments(recipe: ImageModelRecipe, model: nn.Module) -> dict[str, Any]:
-    """The arguments with which `timm.create_model` makes the model again, saved with it."""
+    """The arguments of `timm.create_model` that rebuild the model; they are saved with it."""
     _, _, start = recipe.name.partition("local-dir:")
     saved = saved_config(start).get("model_args", {}) if start else {}
     own = {name: value for name, value in saved.items() if name != "num_classes"} | recipe.kwargs
-    if hasattr(model, "moh_arguments"):  # one of our ViTs, perhaps a converted one; its dense control needs no more
+    if hasattr(model, "moh_arguments"):  # one of our ViTs, made or converted; its dense control needs nothing more
         from moh.models.timm.saving import rebuild_arguments
         from moh.models.timm.vit import moh_attentions
 
@@ -49,10 +46,10 @@ def _drop_path(recipe: ImageModelRecipe) -> dict[str, Any]:
 
 
 def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
-    """Make the model, with pretrained weights where the recipe names some.
+    """Make the model, with pretrained weights if the recipe has some.
 
     Raises:
-        ValueError: timm knows no such model, does not take the arguments, or can't load the weights.
+        ValueError: timm does not have the model, does not take the arguments, or can't load the weights.
     """
     weights: dict[str, Any] = {"pretrained": recipe.pretrained}
     if recipe.weights is not None:
@@ -63,7 +60,7 @@ def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
     if ":" not in recipe.name and not timm.is_model(plain):
         similar = difflib.get_close_matches(plain, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(similar)}?" if similar else ""
-        raise ValueError(f"model.name {recipe.name!r} is no model of timm{hint}")
+        raise ValueError(f"model.name {recipe.name!r} is not a model of timm{hint}")
     try:
         model: nn.Module = timm.create_model(
             recipe.name, num_classes=len(classes), **weights, **recipe.kwargs, **_drop_path(recipe)
@@ -76,10 +73,10 @@ def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
 
 
 def _check_weights(file: str, model: nn.Module) -> None:
-    """Check that a file of weights was the model's, but for the classifier: with another one timm ignores what is missing.
+    """Check that a file has all of the model's weights but the classifier's: for a new classifier timm ignores missing ones.
 
     Raises:
-        ValueError: tensors of the model are not in the file; names some.
+        ValueError: the file lacks tensors of the model; names some.
     """
     there = {name.removeprefix("module.").removeprefix("model.") for name in load_state_dict(file, weights_only=True)}
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
@@ -87,16 +84,16 @@ def _check_weights(file: str, model: nn.Module) -> None:
     missing = [name for name in model.state_dict() if name not in there and not name.startswith(heads)]
     if missing:
         raise ValueError(
-            f"model.weights {file} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])} ...; weights of a "
-            "dense model become those of a MoH model by `conversion`, published ones by moh.models.published.load_published"
+            f"model.weights {file} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])} ...; for weights "
+            "of a dense model use `conversion`, for published MoH weights moh.models.published.load_published"
         )
 
 
 def resolve_input(recipe: ImageRecipe, model: nn.Module, train: ImageSource) -> ImageInput:
-    """What the model gets to see: what the recipe says, else what its weights were made for, else what fits the data.
+    """The model's input: as in the recipe, else as its weights were trained with, else as fits the data.
 
     Raises:
-        ValueError: the recipe's numbers don't fit the model's channels.
+        ValueError: the recipe's `mean` does not match the model's channels.
     """
     data = recipe.data
     own = image_input(model)
@@ -119,10 +116,10 @@ def resolve_input(recipe: ImageRecipe, model: nn.Module, train: ImageSource) -> 
 
 
 def prepare(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> None:
-    """Tell the model about its images and classes, and check with one black image that it serves them.
+    """Record the input and classes in the model's configuration, and check them with one black image.
 
     Raises:
-        ValueError: it has another number of classes, or can't read images of this size; says why.
+        ValueError: the model has a different number of classes, or can't read images of this size (with the reason).
     """
     describe(model, wanted, classes)
     training, place = model.training, next(model.parameters())

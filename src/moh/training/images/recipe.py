@@ -1,7 +1,4 @@
-"""A training run of an image classifier as data: frozen dataclasses, every field validated once, at construction.
-
-Not for reading files (`moh.training.recipes`) nor for running anything (`moh.training.images.run`).
-"""
+"""A training run of an image classifier as data: frozen dataclasses, every field validated once, at construction."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ from moh.training.recipes import ConversionSettings, ImageTrainingSettings
 
 @dataclass(frozen=True)
 class ImageModelRecipe:
-    """The model to train, by timm's name.
+    """The model to train, by its name in timm.
 
     Args:
-        name: a model of timm or of ours ("moh_transnext_small_75"), "hf-hub:NAME" or "local-dir:PATH".
+        name: a model of timm or this package ("moh_transnext_small_75"), "hf-hub:NAME" or "local-dir:PATH".
         pretrained: start from the weights that belong to the name (downloaded, or in the local directory).
         weights: a file of weights to start from instead (.safetensors, or .pth read without unpickling code).
-        drop_path: rate of stochastic depth, growing over the layers up to this.
-        kwargs: more arguments of `timm.create_model`: img_size, in_chans, shared_heads, active_heads and so on.
+        drop_path: rate of stochastic depth in the last layer; it rises linearly from 0.
+        kwargs: further arguments of `timm.create_model`: img_size, in_chans, shared_heads, active_heads and so on.
             The number of classes comes from the data.
     """
 
@@ -46,10 +43,10 @@ class ImageModelRecipe:
 
 @dataclass(frozen=True)
 class ImageConversionRecipe(ConversionSettings):
-    """How the dense model becomes a MoH model before training: `ConversionSettings`, and what follows.
+    """How the dense model becomes a MoH model before training: `ConversionSettings` plus the following.
 
     Args:
-        calibration_images: training images that the conversion looks at; "query_norm" needs none.
+        calibration_images: training images that the conversion reads; "query_norm" needs none.
     """
 
     calibration_images: int = 256
@@ -57,17 +54,17 @@ class ImageConversionRecipe(ConversionSettings):
 
 @dataclass(frozen=True)
 class ImageTrainingRecipe(ImageTrainingSettings):
-    """How to train an image classifier: `ImageTrainingSettings`, with other defaults, and what follows.
+    """How to train an image classifier: `ImageTrainingSettings` with other defaults, plus the following.
 
     Args:
-        max_steps: optimiser steps; 0 if `epochs` says it.
+        max_steps: optimiser steps; 0 if `epochs` is set.
         epochs: passes over the training images, instead of `max_steps`.
         warmup_epochs: passes with a rising learning rate, instead of `warmup_steps`.
         warmup_lr: learning rate of the first step.
         min_lr: learning rate of the last step.
         ema_decay: 0 keeps no average.
         eval_steps: steps between two evaluations; 0 evaluates once per epoch.
-        per_device_eval_batch_size: images per process and evaluated batch.
+        per_device_eval_batch_size: images per process and batch in evaluation.
     """
 
     max_steps: int = 0
@@ -116,9 +113,9 @@ class ImageRecipe:
         model: the model to train.
         data: the images.
         training: how to train.
-        augmentation: what is done to the training images.
-        conversion: how to make a MoH model of the model first; null trains it as it is.
-        task: tells recipes of image classifiers from others.
+        augmentation: of the training images.
+        conversion: how to convert the model first; null trains it as it is.
+        task: distinguishes recipes of image classifiers from others.
     """
 
     model: ImageModelRecipe
@@ -129,7 +126,7 @@ class ImageRecipe:
     task: Literal["image_classification"] = "image_classification"
 
     def __post_init__(self) -> None:
-        if self.conversion is not None:  # here, because the parser hides what an optional part raises
+        if self.conversion is not None:  # here, because the parser hides errors of optional parts
             at_least("conversion.calibration_images", self.conversion.calibration_images, 1)
         if self.augmentation.mixes and self.training.per_device_train_batch_size % 2:
             raise ValueError(

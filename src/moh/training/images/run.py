@@ -1,6 +1,6 @@
 """One training run of an image classifier, from a recipe to a saved model: images, model, Trainer.
 
-Everything that happens within a step is the Trainer's (`moh.training.images.trainer`). Runs under `torchrun` as it is.
+The steps themselves are the Trainer's (`moh.training.images.trainer`). Also runs under `torchrun`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from moh.training.session import RunResult, Session, open_session, saving, train
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTrainResult(RunResult):
-    """What a run leaves, beside what `RunResult` names.
+    """The result of a run; adds model, classes and damaged images to `RunResult`.
 
     Attributes:
-        model: the trained model (its moving average, where one was kept), in evaluation mode.
+        model: the trained model (its moving average, if one was kept), in evaluation mode.
         classes: names of its classes.
-        damaged: training images that this process could not read and replaced by the next one.
+        damaged: training images that this process could not read and replaced with the next one.
     """
 
     model: nn.Module
@@ -53,18 +53,18 @@ def train(
     eval_dataset: ImageSource | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> ImageTrainResult:
-    """Run a recipe; if `output_dir` holds a complete checkpoint of the same recipe, go on from the last one.
+    """Run a recipe; if `output_dir` holds complete checkpoints of the same recipe, resume from the last one.
 
     Args:
         recipe: the run.
-        model: a model to train in place of the one that the recipe would make. Its `model` section must describe it
-            all the same, because the saved model is made again from that.
-        train_dataset: in place of the recipe's images (`TensorImages`, for example); augmented as the recipe says.
-        eval_dataset: likewise; goes with `train_dataset`.
+        model: a model to train instead of the recipe's. The recipe's `model` section must still describe it, because
+            loading the saved model rebuilds it from that.
+        train_dataset: instead of the recipe's images (`TensorImages`, for example); augmented by the recipe.
+        eval_dataset: likewise; needed with `train_dataset`.
         callbacks: more callbacks of the transformers Trainer.
 
     Raises:
-        ValueError: something in the recipe can't be served (the message names the field); raised before training.
+        ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     session = open_session(recipe)
     train_images, eval_images = _images(recipe, session, train_dataset, eval_dataset)
@@ -74,7 +74,7 @@ def train(
         eval_images = with_classes(eval_images, names, what="the held-out images", than="the checkpoint")
     classes = train_images.classes
     session = _counted(session, len(train_images.labels))
-    set_seed(recipe.training.seed)  # of new weights; the Trainer does so before it trains
+    set_seed(recipe.training.seed)  # for new weights; the Trainer sets it only before training
     recipe, checkpoint = session.recipe, session.checkpoint
     settings = recipe.training
 
@@ -140,10 +140,10 @@ def _images(
 
 
 def _counted(session: Session, images: int) -> Session:
-    """The session with epochs turned into steps, and the Trainer's arguments that belong to images.
+    """The session with epochs converted to steps, and the Trainer's arguments for images.
 
     Raises:
-        ValueError: there are fewer images than one forward pass of all processes reads.
+        ValueError: fewer images than one forward pass of all processes reads.
     """
     settings: ImageTrainingRecipe = session.recipe.training
     per_pass = settings.per_device_train_batch_size * session.arguments.world_size
@@ -152,6 +152,7 @@ def _counted(session: Session, images: int) -> Session:
             f"there are {images} training images, fewer than the {per_pass} that one forward pass reads: "
             "lower training.per_device_train_batch_size, or give more images"
         )
+    # Incomplete batches are dropped; the last step of an epoch accumulates what is left.
     per_epoch = math.ceil(images // per_pass / settings.gradient_accumulation_steps)
     settings = dataclasses.replace(
         settings,
@@ -168,25 +169,25 @@ def _counted(session: Session, images: int) -> Session:
 
 
 def image_arguments(settings: ImageTrainingRecipe, *, precision: str) -> TrainingArguments:
-    """The transformers arguments of a recipe, whose steps are known.
+    """The transformers arguments of a recipe whose number of steps is known.
 
     Raises:
-        ValueError: `extra` has an unknown name, or something that image classifiers can't have.
+        ValueError: `extra` has an unknown name, or `fsdp`, which image classifiers don't support.
     """
     own: dict[str, Any] = {
-        "eval_strategy": "steps",  # not "epoch", which comes after the checkpoint of the same step
+        "eval_strategy": "steps",  # "epoch" would evaluate after the checkpoint of the same step
         "prediction_loss_only": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "dataloader_num_workers": settings.workers,
     }
     if settings.lr_scheduler_type == "cosine_warmup_with_min_lr":
-        peak = settings.learning_rate or 1.0  # at 0 the others are 0 as well
+        peak = settings.learning_rate or 1.0  # if the peak is 0, so are min_lr and warmup_lr
         own["lr_scheduler_kwargs"] = {
             "min_lr_rate": settings.min_lr / peak,
             "warmup_lr_rate": settings.warmup_lr / peak,
         }
-    # timm's models have a switch of their own for checkpointing
+    # timm's models have their own switch for checkpointing
     plain = dataclasses.replace(settings, gradient_checkpointing=False, extra={**own, **settings.extra})
     arguments = training_arguments(plain, precision=precision)
     if arguments.fsdp:

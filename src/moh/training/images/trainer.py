@@ -1,7 +1,4 @@
-"""The transformers Trainer for image classifiers: soft targets, balance loss, moving average of weights, top-1.
-
-Not for recipes or data: see `moh.training.images.run`.
-"""
+"""The transformers Trainer for image classifiers: soft targets, balance loss, moving average of weights, top-1."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ class ImageTrainer(RoutingTrainer):
     """`transformers.Trainer` for timm models on batches of `images` and `labels` (`ImageBatches`).
 
     The loss is the cross-entropy with the (smoothed or mixed) targets + `balance_loss_coef` times the mean of the layers'
-    load-balance losses. What is evaluated is the moving average where there is one: `eval_top1` and `eval_top5` are
-    percentages, `eval_loss` the mean cross-entropy with the true labels.
+    load-balance losses. The moving average is evaluated if there is one: `eval_top1` and `eval_top5` are percentages,
+    `eval_loss` the mean cross-entropy with the true labels.
 
     Args:
         args: all arguments of `transformers.Trainer`.
-        model_args: with which `timm.create_model` makes the model again, saved with it.
+        model_args: arguments of `timm.create_model` that rebuild the model; saved with it.
         balance_loss_coef: weight of the load-balance loss.
-        label_smoothing: of labels that are not mixed (mixed ones are smoothed already).
-        ema_decay: of the moving average; 0 keeps none.
-        ema_warmup: let it forget faster in the beginning.
+        label_smoothing: for labels that are not mixed (mixed ones are smoothed already).
+        ema_decay: decay of the moving average; 0 keeps none.
+        ema_warmup: use a smaller decay in the first steps.
         kwargs: all arguments of `transformers.Trainer`.
     """
 
@@ -76,7 +73,7 @@ class ImageTrainer(RoutingTrainer):
 
     @property
     def final_model(self) -> nn.Module:
-        """What is evaluated and saved: the moving average where there is one, else the model, without the Trainer's autocast."""
+        """The model to evaluate and save: the moving average if there is one, else the model, without the Trainer's autocast."""
         if self.average is not None:
             return self.average.module
         return without_autocast(self.accelerator.unwrap_model(self.model))
@@ -88,7 +85,7 @@ class ImageTrainer(RoutingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Training: cross-entropy with the targets, and the balance loss. Evaluation: with the labels, skipped ones apart."""
+        """Training: cross-entropy with the targets, plus the balance loss. Evaluation: with the labels, without skipped ones."""
         labels = inputs["labels"]
         balanced = model.training and self.balance_loss_coef > 0
         with self.recording(model, always=balanced) as routing:
@@ -103,7 +100,7 @@ class ImageTrainer(RoutingTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Parameters with weight decay: not biases, not vectors (norms, temperatures), not those the model names."""
+        """Parameters with weight decay: no biases, no vectors (norms, temperatures), none of the model's `no_weight_decay`."""
         excluded = set(getattr(model, "no_weight_decay", set)())
         return [
             name
@@ -112,7 +109,7 @@ class ImageTrainer(RoutingTrainer):
         ]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """All evaluation images, also those that fill no batch (training reads full batches alone)."""
+        """All evaluation images, including an incomplete last batch (training reads only full ones)."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -125,12 +122,12 @@ class ImageTrainer(RoutingTrainer):
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the averaged weights where there are some."""
+        """As the Trainer's, with the averaged weights if there are some."""
         with self._averaged_weights():
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as it is trained, and its moving average beside it."""
+        """Write the model being trained, and its moving average next to it."""
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
@@ -142,7 +139,7 @@ class ImageTrainer(RoutingTrainer):
         """Read what `save_model` wrote.
 
         Raises:
-            ValueError: the checkpoint has no moving average, though the recipe wants one.
+            ValueError: the recipe keeps a moving average, but the checkpoint has none.
         """
         directory = Path(checkpoint)
         self.accelerator.unwrap_model(self.model).load_state_dict(load_file(directory / "model.safetensors"))
@@ -150,7 +147,7 @@ class ImageTrainer(RoutingTrainer):
             if not (directory / _EMA_FILE).is_file():
                 raise ValueError(
                     f"training.ema_decay needs the moving average of the interrupted run, but {directory} has none: "
-                    "set it to 0, or start anew in another directory"
+                    "set it to 0, or start again in another directory"
                 )
             self.average.module.load_state_dict(load_file(directory / _EMA_FILE))
 
@@ -172,14 +169,14 @@ class ImageTrainer(RoutingTrainer):
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Tells the images which pass over them begins; accelerate's loaders do so in some cases only."""
+    """Sets the images' epoch when a pass over them begins; accelerate's loaders do so only in some cases."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
 
 
 def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
-    """`[B, 3]` float32 of each image: whether the label is the likeliest class, whether among five, cross-entropy."""
+    """`[B, 3]` float32 per image: whether the label is the likeliest class, whether among the top five, cross-entropy."""
     known = labels.clamp(min=0)
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == known[:, None]  # [B, 5]
     loss = F.cross_entropy(logits.float(), known, reduction="none")

@@ -1,4 +1,4 @@
-"""A language model to train from scratch, as data: sizes, heads and tokenizer; validated with the recipe."""
+"""A training run of a language model as data: frozen dataclasses, every field validated once, at construction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FromScratchRecipe:
         tokenizer: directory or hub name; null makes a byte-level BPE tokenizer from the training text.
         tie_word_embeddings: use the embedding as the output layer too.
         moh: the heads of each layer; null makes a dense model.
-        extra: more arguments of `transformers.LlamaConfig`, by name.
+        extra: further arguments of `transformers.LlamaConfig`, by name.
     """
 
     num_hidden_layers: int
@@ -107,7 +107,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class ConversionRecipe(ConversionSettings):
-    """How the dense model becomes a MoH model before training: `ConversionSettings`, and what follows.
+    """How the dense model becomes a MoH model before training: `ConversionSettings` plus the following.
 
     Args:
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
@@ -162,7 +162,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class TrainingRecipe(TrainingSettings):
-    """How to train a language model: `TrainingSettings`, and distillation from the dense original.
+    """How to train a language model: `TrainingSettings` plus distillation from the dense original.
 
     Args:
         lr_scheduler_kwargs: options of the schedule: `{min_lr_rate: 0.1}` for "cosine_with_min_lr" ends at 10 % of the peak.

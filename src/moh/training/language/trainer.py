@@ -1,4 +1,4 @@
-"""The distillation loss: how far a model's next-token distribution is from a frozen teacher's."""
+"""The transformers Trainer for causal language models: distillation from a frozen teacher, and the position in a stream."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {"values": self.values}, "attributes": {}}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The Trainer would count from where it began to read
+        # The Trainer would count from where this process began to read
         state.epoch = state.global_step / state.max_steps
 
 
@@ -140,7 +140,7 @@ class MoHTrainer(RoutingTrainer):
         return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's batches of a step; the stream's state is taken out of them and kept."""
+        """The Trainer's batches of a step; removes and keeps the stream's state."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             if (states := batch.pop(STREAM_KEY, None)) is not None:
