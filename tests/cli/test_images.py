@@ -69,7 +69,7 @@ def test_other_classes_than_the_checkpoints_are_named(moh, classifiers, folder: 
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "other" / name / "0.png")
     result = moh("eval", classifiers["75"], "--images", tmp_path / "other")
-    assert result.code == 2 and "lacks 'cow' and has beside them 'emu'" in result.err[0]
+    assert result.code == 2 and "lacks 'cow' and also has 'emu'" in result.err[0]
 
 
 def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> None:

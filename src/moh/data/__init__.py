@@ -1,1 +1,1 @@
-"""Data on the ground floor: texts, tokens and pixels, with nothing of a network."""
+"""Texts, tokens and pixels; knows no model."""

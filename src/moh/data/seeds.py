@@ -1,4 +1,4 @@
-"""Random numbers as a function of where a run is (its seed, the step, the image), not of a generator's past.
+"""Random numbers as a function of the position in a run (its seed, the step, the image), not of a generator's past.
 
 A resumed run, or one with a different number of processes, therefore draws the same numbers.
 """
@@ -31,7 +31,7 @@ def generator_of(*numbers: int) -> torch.Generator:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (CPU) by integers; inside `generators_kept`."""
+    """Seed the global generators of Python, NumPy and torch (CPU) by integers; call it inside `generators_kept`."""
     seed = seed_of(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -40,7 +40,7 @@ def seed_all(*numbers: int) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the global generators of Python, NumPy and torch (CPU) back as they were before the block."""
+    """Restore the global generators of Python, NumPy and torch (CPU) after the block."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -170,7 +170,7 @@ def test_policies_work_at_full_strength_on_every_kind_of_image(tensors, policy: 
 
 
 def test_an_unknown_policy_is_named(tensors) -> None:
-    with pytest.raises(ValueError, match=r"augmentation.auto_augment 'nonsense' is none of timm's"):
+    with pytest.raises(ValueError, match=r"augmentation.auto_augment 'nonsense' is not one of timm's"):
         ImageBatches(tensors, GREY, augmentation=AugmentationRecipe(auto_augment="nonsense"))
 
 

@@ -118,9 +118,7 @@ def test_an_empty_class_folder_is_named(folders: Path) -> None:
 
 def test_held_out_classes_that_differ_are_named(folders: Path) -> None:
     (folders / "val" / "eel").rename(folders / "val" / "eal")
-    message = (
-        "the held-out images must have the 3 classes of the training images, but lacks 'eel' and has beside them 'eal'"
-    )
+    message = "the held-out images must have the 3 classes of the training images, but lacks 'eel' and also has 'eal'"
     with pytest.raises(ValueError, match=message):
         load(folders)
 
@@ -198,9 +196,9 @@ def test_a_hugging_face_data_set_is_read_from_disk(tmp_path: Path, folders: Path
     assert train.classes == (("0", "1", "2") if labels == "numbers" else CLASSES)
     assert train.labels.equal(reference.labels) and len(heldout.labels) == 18
     assert train.image(4).tobytes() == reference.image(4).tobytes()
-    with pytest.raises(ValueError, match=r"data.label_column 'lable' is none of the columns: picture, label, note"):
+    with pytest.raises(ValueError, match=r"data.label_column 'lable' is not among the columns: picture, label, note"):
         load(tmp_path / "saved", label_column="lable")
-    with pytest.raises(ValueError, match=r"data.eval_split 'dev' is none of the splits of .*: train, test"):
+    with pytest.raises(ValueError, match=r"data.eval_split 'dev' is not among the splits of .*: train, test"):
         load(tmp_path / "saved", eval_split="dev")
     with pytest.raises(ValueError, match=r"data.image_column 'note' must hold images"):
         load(tmp_path / "saved", image_column="note")

@@ -50,7 +50,7 @@ def test_a_recipe_survives_its_own_yaml(options: list[str], tmp_path: Path) -> N
         ("--model.kwargs={'num_classes': 3}", "model.kwargs must not set num_classes: it comes from the data"),
         ("--model.kwargs={'drop_path_rate': 0.1}", "model.kwargs must not set drop_path_rate: set model.drop_path"),
         ("--data.dataset=", "data.dataset must name a data set or a directory"),
-        ("--data.std=[0.5]", r"data.mean and data.std must have as many numbers, got \[\] and \[0.5\]"),
+        ("--data.std=[0.5]", r"data.mean and data.std must have equally many numbers, got \[\] and \[0.5\]"),
         ("--data.crop_pct=1.5", "data.crop_pct must be above 0 and at most 1, got 1.5"),
         ("--training.epochs=3", "one of training.max_steps and training.epochs must be above 0, got 6 and 3"),
         ("--training.max_steps=0", "one of training.max_steps and training.epochs must be above 0, got 0 and 0"),

@@ -223,7 +223,7 @@ def test_weights_that_are_not_the_models_are_refused_whatever_the_classes(tmp_pa
         ("--training.extra={'fsdp': true}", "fsdp is not supported for image classifiers"),
         ("--training.extra={'weight_decay': 1}", "extra must not set weight_decay: set training.weight_decay"),
         ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
-        ("--augmentation.auto_augment=nonsense", "auto_augment 'nonsense' is none of timm's"),
+        ("--augmentation.auto_augment=nonsense", "auto_augment 'nonsense' is not one of timm's"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_training(

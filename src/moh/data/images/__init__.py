@@ -1,4 +1,4 @@
-"""Labelled images: where they are, how they are augmented, batches of them (extra `vision`)."""
+"""Labelled images: sources, augmentation, batches (extra `vision`)."""
 
 from moh._extras import require
 

@@ -1,6 +1,6 @@
-"""What is done to images before a model sees them: timm's transforms, and the same faster for small images in memory.
+"""Transforms of images for a model: timm's, and the same, faster, for small images in memory.
 
-Not for reading them nor for mixing (`batches`). Randomness comes from outside: a seed per image and epoch.
+Mixing is in `batches`. Randomness comes from outside: a seed per image and epoch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def eval_transform(wanted: ImageInput) -> ImageTransform:
 
 
 def train_transform(wanted: ImageInput, recipe: AugmentationRecipe) -> ImageTransform:
-    """Crop, mirror, policy or colours, normalise, erase; it draws from the global generators of Python, NumPy and torch.
+    """Crop, mirror, policy or colours, normalise, erase; draws from the global generators of Python, NumPy and torch.
 
     Raises:
-        ValueError: timm does not know `recipe.auto_augment`.
+        ValueError: `recipe.auto_augment` is not one of timm's policies.
     """
     try:
         transform = create_transform(
@@ -55,11 +55,11 @@ def train_transform(wanted: ImageInput, recipe: AugmentationRecipe) -> ImageTran
             re_mode=recipe.erasing_mode,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"augmentation.auto_augment {recipe.auto_augment!r} is none of timm's: {error}") from None
+        raise ValueError(f"augmentation.auto_augment {recipe.auto_augment!r} is not one of timm's: {error}") from None
     for operation in _operations(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
-    if not recipe.crop_scale:  # in place of timm's first step, which is a random crop
+    if not recipe.crop_scale:  # replaces timm's first step, a random crop
         steps = [transforms.Resize(wanted.size[1:], str_to_interp_mode(wanted.interpolation))]  # type: ignore[no-untyped-call]
         if recipe.crop_padding:
             steps.append(transforms.RandomCrop(wanted.size[1:], padding=recipe.crop_padding))
@@ -76,7 +76,7 @@ def _operations(transform: transforms.Compose) -> Iterator[AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
-    """As timm's: the strongest posterising keeps no bit. Pillow 13 refuses that; before, it made the image black."""
+    """As timm's: the strongest posterising keeps no bits, a black image; Pillow refuses that from version 13 on."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
@@ -91,13 +91,13 @@ def _convert_and(transform: Callable[[Image.Image], Tensor], mode: str, image: I
 
 
 class PixelTransform:
-    """Images in memory -> a batch, `[B, C, H, W]` float32, normalised; with a recipe augmented, all at once.
+    """Images in memory -> a batch, `[B, C, H, W]` float32, normalised and, with a recipe, augmented, all at once.
 
     Args:
-        source: images of the size and number of channels that the model wants (`fits`).
+        source: images of the model's size and number of channels (`fits`).
         wanted: the model's input.
         recipe: random window, mirroring and erasing; None changes nothing.
-        seed: of the random numbers, with the epoch and the image.
+        seed: for the random numbers, with the epoch and the image's index.
     """
 
     def __init__(self, source: TensorImages, wanted: ImageInput, recipe: AugmentationRecipe | None, seed: int) -> None:
@@ -113,7 +113,7 @@ class PixelTransform:
 
     @staticmethod
     def fits(source: object, wanted: ImageInput, recipe: AugmentationRecipe | None) -> bool:
-        """Whether this can serve the images, and is all that the recipe asks for."""
+        """Whether this handles the images and everything in the recipe."""
         if not isinstance(source, TensorImages) or tuple(source.pixels.shape[1:]) != tuple(wanted.size):
             return False
         if recipe is None:
@@ -143,7 +143,7 @@ class PixelTransform:
         return (pixels.float() / 255 - self.mean) / self.std
 
     def _draws(self, epoch: int) -> dict[str, Tensor]:
-        """What happens to each image in an epoch, drawn for all of them at once."""
+        """Window, mirroring and erasing of each image in an epoch, `[n]` each, drawn for all at once."""
         if epoch != self._epoch:
             assert self.recipe is not None
             generator = generator_of(self.seed, epoch)
@@ -159,7 +159,7 @@ class PixelTransform:
 
 
 def _windows(pixels: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    """Of each image `[C, H, W]` in black padding, the window of its size at (top, left)."""
+    """The window at (top, left), of the image's size, of each image in black padding: `[B, C, H, W]`."""
     b, c, h, w = pixels.shape
     padded = F.pad(pixels, (padding,) * 4)
     rows = (top.view(-1, 1) + torch.arange(h)).view(b, 1, h, 1)

@@ -1,7 +1,7 @@
 """Batches of images for a DataLoader: read, transformed, mixed; damaged images counted.
 
-A damaged image of a training set is replaced by the next one that can be read, so that batches and their order stay the
-same; one of an evaluation set is left out of the count (label -100). Both are found when they are read.
+A damaged training image is replaced with the next readable one, so that batches and their order stay the same; a damaged
+evaluation image is not counted (label -100). Damage is found on reading.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SKIPPED = -100
 
 
 class ImageBatches(Dataset):  # type: ignore[type-arg]
-    """A source's images as a model wants them, read a batch at a time.
+    """A source's images as a model's input, read a batch at a time.
 
     Give it to a DataLoader with `collate_fn=take`: a batch is a dictionary of `images` `[B, C, H, W]` float32 and
-    `labels`, `[B]` int64, or `[B, K]` float32 where images are mixed.
+    `labels`, `[B]` int64, or `[B, K]` float32 if images are mixed.
 
     Args:
         source: the images.
         wanted: the model's input.
         augmentation: for training; None for evaluation.
-        seed: of the augmentation.
+        seed: for the augmentation.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         self._damaged: Tensor = torch.zeros(len(source.labels), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each pass, so that every one is augmented anew."""
+        """Set the epoch before each pass, so that images are augmented differently in each."""
         self._epoch.fill_(epoch)
 
     @property
     def damaged(self) -> Tensor:
-        """`[n]` bool: which images could not be read so far."""
+        """`[n]` bool: which images have turned out unreadable so far."""
         return self._damaged
 
     def __len__(self) -> int:
@@ -84,11 +84,11 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         return {"images": images[0], "labels": labels[0]}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch, as the DataLoader asks for it where it can."""
+        """A whole batch; the DataLoader calls this if it exists."""
         images, labels = self._read(list(indices))
         if self.mixup is not None:
             with generators_kept():
-                seed_all(self.seed, int(self._epoch), -1 - indices[0])  # other numbers than any image has
+                seed_all(self.seed, int(self._epoch), -1 - indices[0])  # negative, so unlike any image's
                 images, labels = self.mixup(images, labels)
         return {"images": images, "labels": labels}
 
@@ -118,7 +118,7 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
 def readable_batches(
     loader: DataLoader[dict[str, Tensor]], *, desc: str, progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(images, labels)` of each batch of `image_loader`, without those that could not be read, under a progress bar."""
+    """`(images, labels)` of each batch of the loader, without the unreadable ones, under a progress bar."""
     from tqdm.auto import tqdm
 
     for batch in tqdm(loader, desc=desc, unit="batch", disable=None if progress else True, leave=False):
@@ -128,12 +128,12 @@ def readable_batches(
 
 
 def report_damaged(source: ImageSource, damaged: Tensor, *, what: str) -> tuple[str, ...]:
-    """The names of the damaged images, after a warning that counts them and names five.
+    """Names of the damaged images; warns with their number and up to five names.
 
     Args:
         source: the images.
         damaged: `[n]` bool.
-        what: was done with them, for the message: "skipped", for example.
+        what: what was done with them, for the message, such as "skipped".
     """
     names = tuple(source.name(index) for index in damaged.nonzero().flatten().tolist())
     if names:

@@ -1,7 +1,4 @@
-"""Which images a recipe or a command line means: Fashion-MNIST, a directory, or a Hugging Face data set.
-
-Not for what becomes of them: see `augmentation` and `batches`.
-"""
+"""The images of a recipe or a command line: Fashion-MNIST, a directory, or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ from moh.data.images.sources import HELDOUT_NAMES, ImageSource, hold_out, with_c
 def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
     """`(train, heldout)` images of a recipe, with the same classes.
 
-    A directory either has train/ and val/ (or validation/, valid/, test/) with one folder per class in each, or class
-    folders alone, of which every tenth image is held out (`moh.data.images.sources.hold_out`); so is every tenth
-    of a Hugging Face data set without such a split.
+    A directory either has train/ and val/ (or validation/, valid/, test/) with one folder per class in each, or only class
+    folders; then every tenth image is held out (`moh.data.images.sources.hold_out`), as in a Hugging Face data set
+    without such a split.
 
     Raises:
-        ValueError: there are no such images, or the two parts have different classes.
-        RuntimeError: Fashion-MNIST can be had neither from this machine nor from where it is published.
+        ValueError: the images don't exist, or the two parts have different classes.
+        RuntimeError: Fashion-MNIST is not on this machine and can't be fetched.
     """
     train, heldout = _open(data, with_heldout=True)
     if heldout is None:
@@ -39,22 +36,21 @@ def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
 
 
 def load_training_images(data: ImageDataRecipe) -> ImageSource:
-    """The images of a recipe that evaluates on none: as `load_images`, but nothing is held out of them or read beside them.
+    """All training images of a recipe without evaluation: as `load_images`, but nothing is held out or read besides.
 
     Raises:
-        ValueError: there are no such images.
+        ValueError: the images don't exist.
         RuntimeError: as `load_images`.
     """
     return _open(data, with_heldout=False)[0]
 
 
 def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns: Any) -> ImageSource:
-    """The images that `moh eval` and `moh inspect` mean: the held-out part, or all of a directory of class folders.
+    """The images for `moh eval` and `moh inspect`: the held-out part, or all of a directory of class folders.
 
     Args:
-        dataset: as `ImageDataRecipe.dataset`.
-        cache_dir: as there.
-        columns: `eval_split`, `image_column` and `label_column` of a Hugging Face data set, as there.
+        dataset, cache_dir: as in `ImageDataRecipe`.
+        columns: its `eval_split`, `image_column` and `label_column`, for a Hugging Face data set.
 
     Raises:
         ValueError, RuntimeError: as `load_images`.
@@ -67,7 +63,7 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns
 
 
 def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
-    """The training images and, if they are wanted and have a part of their own, the held-out ones."""
+    """The training images and, if requested and a part of their own, the held-out ones."""
     folder = Path(data.dataset).expanduser()
     if data.dataset == FASHION_MNIST:
         return load_fashion_mnist(data.cache_dir)
@@ -87,7 +83,7 @@ def _folders(folder: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSou
     if not parts:
         return FolderImages(folder), None
     if "train" not in parts:
-        raise ValueError(f"data.dataset {folder} has no train/ beside {', '.join(f'{name}/' for name in parts)}")
+        raise ValueError(f"data.dataset {folder} has no train/ next to {', '.join(f'{name}/' for name in parts)}")
     heldout = next((name for name in parts if name != "train" and with_heldout), None)
     return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
 
@@ -96,9 +92,8 @@ def _parts(folder: Path) -> list[str]:
     """The subfolders of a directory that is split into train/, val/ and so on; none if they are class folders."""
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     found = [name for name in ("train", *HELDOUT_NAMES) if name in names]
-    split = names <= {"train", *HELDOUT_NAMES} or (
-        "train" in found and len(found) > 1
-    )  # else classes may have such names
+    # A single such name among others may be a class's
+    split = names <= {"train", *HELDOUT_NAMES} or ("train" in found and len(found) > 1)
     return found if split else []
 
 

@@ -1,6 +1,6 @@
-"""The formats that images come in: one folder per class, Fashion-MNIST's files (fetched if need be), Hugging Face data sets.
+"""Formats of images: one folder per class, Fashion-MNIST's files (fetched if necessary), Hugging Face data sets.
 
-Files are listed once, at opening, and read when they are needed; damaged ones are told one by one, as `UnreadableImage`.
+Files are listed once, on opening, and read on demand; each damaged one raises an `UnreadableImage`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FASHION_MNIST = "fashion-mnist"
 CLASSES = tuple(FashionMNIST.classes)
 MEAN, STD = (0.2860,), (0.3530,)  # of the training images
 _PACKAGE = "dataset-fashion-mnist"
-_BELOW = Path("usr/share/datasets/fashion-mnist")  # in that package
+_BELOW = Path("usr/share/datasets/fashion-mnist")  # in the package
 _PARTS = ("train", "t10k")
 _IMAGES, _LABELS = "images-idx3", "labels-idx1"
 
@@ -39,7 +39,7 @@ class FolderImages:
     """The images of one folder per class, `ROOT/CLASS/**/IMAGE.jpg`, sorted by class and file name.
 
     Raises:
-        ValueError: there are no class folders, or one of them has no images; names it.
+        ValueError: there are no class folders, or a class folder (named) has no images.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -75,10 +75,10 @@ class FolderImages:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image in a file's bytes, all of it decoded.
+    """The image in a file's bytes, fully decoded.
 
     Raises:
-        UnreadableImage: it is damaged, or no image.
+        UnreadableImage: the file is damaged, not an image, or has more than 8 bits per channel.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -91,13 +91,13 @@ def decode(data: bytes) -> Image.Image:
 
 
 def load_fashion_mnist(cache_dir: str | Path | None = None) -> tuple[TensorImages, TensorImages]:
-    """`(train, test)`: 60,000 + 10,000 grey images of 28x28 pixels, read from here or fetched into `cache_dir` first.
+    """`(train, test)`: 60,000 + 10,000 grey images of 28x28 pixels, fetched into `cache_dir` if necessary.
 
-    Looked for in /usr/share/datasets/fashion-mnist and in the cache; then fetched with `apt-get download` (no root
-    needed), and where that fails by torchvision.
+    Looks in /usr/share/datasets/fashion-mnist and in the cache; then fetches with `apt-get download` (no root needed) or,
+    if that fails, with torchvision.
 
     Raises:
-        RuntimeError: it is not here and can't be fetched.
+        RuntimeError: the data set is not on this machine and can't be fetched.
         ValueError: a file is damaged; names it.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -108,7 +108,7 @@ def load_fashion_mnist(cache_dir: str | Path | None = None) -> tuple[TensorImage
 
 
 def has_idx_files(folder: Path) -> bool:
-    """Whether all four files are there, compressed or not."""
+    """Whether a folder has all four files, compressed or not."""
     return all(_file(folder, part, kind) is not None for part in _PARTS for kind in (_IMAGES, _LABELS))
 
 
@@ -116,7 +116,7 @@ def read_idx_folder(folder: Path) -> tuple[TensorImages, TensorImages]:
     """`(train, test)` of a folder with the four files.
 
     Raises:
-        ValueError: one is missing or damaged; names it.
+        ValueError: a file is missing or damaged; names it.
     """
     train, test = (
         TensorImages(
@@ -147,7 +147,7 @@ def _read(folder: Path, part: str, kind: str, dims: int) -> Tensor:
         raise ValueError(f"{path} is damaged: {error}") from None
     begin = 4 * (1 + dims)
     if magic != 0x800 + dims or len(data) - begin != math.prod(shape):
-        raise ValueError(f"{path} is damaged: it is no IDX file of {dims}-dimensional bytes of the length it says")
+        raise ValueError(f"{path} is damaged: not an IDX file of {dims}-dimensional bytes, or not as long as it states")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=begin).view(shape)
 
 
@@ -168,7 +168,7 @@ def _fetch(cache: Path) -> Path:
 
 
 class HubImages:
-    """One split of a Hugging Face data set, whose images are decoded here, so that a damaged one is skipped as in a folder.
+    """One split of a Hugging Face data set; images are decoded here, so that damaged ones are skipped as in a folder.
 
     Args:
         rows: the split.
@@ -176,7 +176,7 @@ class HubImages:
         label_column: None takes the one that holds class labels, else `label`.
 
     Raises:
-        ValueError: there is no such column, or the labels are neither class labels nor names; lists the columns.
+        ValueError: a column is missing (lists them), the image column holds no images, or a row has no class.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class HubImages:
         cell = self._rows[index][self._image]
         try:
             if cell is None or (cell["bytes"] is None and cell["path"] is None):
-                raise UnreadableImage("there is none")
+                raise UnreadableImage("the image is missing")
             return decode(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
         except (UnreadableImage, OSError) as error:
             raise UnreadableImage(f"{self.name(index)}: {error}") from None
@@ -221,10 +221,10 @@ class HubImages:
 def load_splits(name: str, train_split: str | None, eval_split: str | None) -> tuple[Any, Any]:
     """`(train, heldout)` rows of a Hugging Face data set, from the hub or from disk (`save_to_disk`, or Parquet files).
 
-    None stands for held-out ones that it does not have.
+    `heldout` is None if there is no such split.
 
     Raises:
-        ValueError: it can't be loaded, or has no such split; lists those that it has.
+        ValueError: the data set can't be loaded, or lacks a requested split; lists the existing ones.
     """
     import datasets
 
@@ -240,7 +240,7 @@ def load_splits(name: str, train_split: str | None, eval_split: str | None) -> t
     heldout = eval_split or next((split for split in HELDOUT_NAMES if split in splits and split != train), None)
     for field, split in (("train_split", train), ("eval_split", heldout)):
         if split is not None and split not in splits:
-            raise ValueError(f"data.{field} {split!r} is none of the splits of {name}: {', '.join(splits)}")
+            raise ValueError(f"data.{field} {split!r} is not among the splits of {name}: {', '.join(splits)}")
     return splits[train], None if heldout is None else splits[heldout]
 
 
@@ -248,7 +248,7 @@ def _column(features: Any, asked: str | None, kind: type, usual: tuple[str, ...]
     listed = ", ".join(features)
     if asked is not None:
         if asked not in features:
-            raise ValueError(f"{field} {asked!r} is none of the columns: {listed}")
+            raise ValueError(f"{field} {asked!r} is not among the columns: {listed}")
         return asked
     found: list[str] = [name for name, feature in features.items() if isinstance(feature, kind)]
     found = found if len(found) == 1 else [name for name in usual if name in features and (not found or name in found)]

@@ -1,4 +1,4 @@
-"""What a recipe says of images and their augmentation, and what a model takes as input, as data."""
+"""Images and augmentation in a recipe, and the input of a model, as data."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class ImageDataRecipe:
     """The labelled images.
 
     Args:
-        dataset: "fashion-mnist"; a directory of class folders, or one with train/ and val/ that hold them; or a data set
-            of the Hugging Face hub or on disk.
+        dataset: "fashion-mnist"; a directory of class folders, or one that has them in train/ and val/; or a Hugging Face
+            data set on the hub or on disk.
         train_split: split of a Hugging Face data set to train on; default train.
-        eval_split: split to evaluate on; default validation or test. Where there is none, every tenth image of each
-            class is held out.
+        eval_split: split to evaluate on; default validation or test. Without one, every tenth image of each class is
+            held out.
         image_column: column of a Hugging Face data set; default the one that holds images.
         label_column: likewise; default the one that holds class labels.
-        image_size: height and width that the model gets; default those of the model.
-        mean: to normalise with, one number per channel; default those of the model's weights or of the data set.
+        image_size: height and width of the model's input; default the model's.
+        mean: to normalise with, one number per channel; default that of the model's weights or of the data set.
         std: likewise.
-        crop_pct: evaluation: the middle crop's share of the resized image's side; default the model's.
-        interpolation: of resizing; default the model's.
+        crop_pct: in evaluation, the middle crop's share of the resized image's side; default the model's.
+        interpolation: for resizing; default the model's.
         cache_dir: where fetched data is kept (default ~/.cache/moh).
     """
 
@@ -46,7 +46,7 @@ class ImageDataRecipe:
         if self.image_size is not None:
             at_least("data.image_size", self.image_size, 1)
         if len(self.mean) != len(self.std):
-            raise ValueError(f"data.mean and data.std must have as many numbers, got {self.mean} and {self.std}")
+            raise ValueError(f"data.mean and data.std must have equally many numbers, got {self.mean} and {self.std}")
         if any(value <= 0 for value in self.std):
             raise ValueError(f"data.std must be above 0, got {self.std}")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
@@ -55,22 +55,22 @@ class ImageDataRecipe:
 
 @dataclass(frozen=True)
 class AugmentationRecipe:
-    """What is done to training images; timm does it.
+    """Augmentation of training images, by timm.
 
     Args:
         crop_scale: smallest and largest share of the image's area that a random crop shows, such as [0.08, 1.0];
             [] shows the whole image.
-        crop_padding: pixels of black around the image, of which a random window of its size is shown; small images
-            are cropped this way, instead of with `crop_scale`.
+        crop_padding: width of a black border in pixels; a random window of the image's size is then shown. For small
+            images, instead of `crop_scale`.
         hflip: probability of mirroring.
-        color_jitter: strength of changes of brightness, contrast and saturation; timm leaves them out with `auto_augment`.
+        color_jitter: strength of changes in brightness, contrast and saturation; timm ignores it with `auto_augment`.
         auto_augment: timm's name of a policy, such as "rand-m9-mstd0.5-inc1".
         random_erasing: probability of erasing a rectangle.
-        erasing_mode: what it is filled with: "pixel" (noise), "rand" (one random colour) or "const" (the mean).
-        mixup: alpha of Mixup; 0 does none.
-        cutmix: alpha of CutMix; 0 does none. With both, each batch takes one of them.
+        erasing_mode: fill of the rectangle: "pixel" (noise), "rand" (one random colour) or "const" (the mean).
+        mixup: alpha of Mixup; 0 turns it off.
+        cutmix: alpha of CutMix; 0 turns it off. With both, each batch uses one of them.
         mix_prob: probability of mixing a batch.
-        mix_switch_prob: probability of CutMix where there are both.
+        mix_switch_prob: probability of CutMix if both are on.
         label_smoothing: weight of the uniform distribution in the targets.
     """
 
@@ -111,14 +111,14 @@ class AugmentationRecipe:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a model wants to see.
+    """The input of an image model.
 
     Attributes:
         size: (C, H, W), C = 1 (grey) or 3 (RGB).
         mean: to normalise with, one number per channel, of pixels between 0 and 1.
         std: likewise.
-        crop_pct: evaluation: the middle crop's share of the resized image's side.
-        interpolation: of resizing, by timm's name: "bilinear", "bicubic".
+        crop_pct: in evaluation, the middle crop's share of the resized image's side.
+        interpolation: for resizing, by timm's name: "bilinear", "bicubic".
     """
 
     size: tuple[int, int, int]

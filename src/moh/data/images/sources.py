@@ -1,7 +1,4 @@
-"""Labelled images, wherever they lie: what a source of them offers, tensors in memory, parts of a source, class lists.
-
-Not for changing images (`augmentation`) nor for batches (`batches`).
-"""
+"""Labelled images of any origin: the protocol of a source, tensors in memory, parts of a source, class lists."""
 
 from __future__ import annotations
 
@@ -14,25 +11,25 @@ from torch import Tensor
 
 from moh.data.text.corpora import HELDOUT_EVERY
 
-_TRIES = 100  # damaged images in a row
+_TRIES = 100  # consecutive damaged images
 HELDOUT_NAMES = ("validation", "val", "valid", "test")
-"""What the held-out part of a data set is called, the preferred name first."""
+"""Usual names of a data set's held-out part, in order of preference."""
 
 
 _Batch = TypeVar("_Batch")
 
 
 def take(batch: _Batch) -> _Batch:
-    """The collate function of data sets that make whole batches themselves."""
+    """The collate function for data sets that return whole batches."""
     return batch
 
 
 class ImageSource(Protocol):
-    """n images with labels. `image` raises `UnreadableImage` for one that is damaged."""
+    """n images with labels. `image` raises `UnreadableImage` for a damaged one."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; a label is a position in it."""
+        """Names of the classes; a label is an index into them."""
 
     @property
     def labels(self) -> Tensor:
@@ -52,15 +49,15 @@ class UnreadableImage(ValueError):
 def next_readable(
     source: ImageSource, index: int, damaged: Callable[[int, UnreadableImage], object]
 ) -> tuple[Image.Image, int]:
-    """The image at `index`, or the next one that can be read, and where it is.
+    """The image at `index`, or the next readable one, and its index.
 
     Args:
-        source: training images, in a circle.
+        source: training images; the first follows the last.
         index: the first to try.
-        damaged: called with the place of each image that can't be read, and why.
+        damaged: called with the index of each unreadable image and its error.
 
     Raises:
-        RuntimeError: a hundred images in a row can't be read, or all of them.
+        RuntimeError: a hundred consecutive images are unreadable, or all of them.
     """
     tries = min(_TRIES, len(source.labels))
     for place in ((index + offset) % len(source.labels) for offset in range(tries)):
@@ -72,17 +69,17 @@ def next_readable(
 
 
 class TensorImages:
-    """Images of one size that lie in memory.
+    """Images of one size in memory.
 
     Args:
         pixels: `[n, C, H, W]` uint8, C = 1 (grey) or 3 (RGB).
-        labels: `[n]`, positions in `classes`.
+        labels: `[n]`, indices into `classes`.
         classes: names of the classes.
-        mean: to normalise with, one number per channel, of pixels between 0 and 1; None leaves it to the model.
+        mean: to normalise with, one number per channel, for pixels between 0 and 1; None leaves it to the model.
         std: likewise.
 
     Raises:
-        ValueError: shapes, dtype or labels don't fit.
+        ValueError: a wrong shape or dtype, or a label outside `classes`.
     """
 
     def __init__(
@@ -119,11 +116,11 @@ class TensorImages:
 
 
 class View:
-    """Some images of a source, under its classes or the same ones in another order.
+    """Some images of a source, with its classes in the same or another order.
 
     Args:
         source: the images.
-        indices: `[m]`, those to show, in this order; None shows all.
+        indices: `[m]`, in the order to return them; None takes all.
         classes: the source's classes in another order; None keeps it.
     """
 
@@ -144,7 +141,7 @@ class View:
 
 
 def select(source: ImageSource, indices: Tensor) -> ImageSource:
-    """The images at `indices` `[m]`; tensors in memory stay tensors in memory."""
+    """The images at `indices` `[m]`; `TensorImages` stay `TensorImages`."""
     if isinstance(source, TensorImages):
         pixels, labels = source.pixels[indices], source.labels[indices]
         return TensorImages(pixels, labels, source.classes, mean=source.mean, std=source.std)
@@ -152,7 +149,7 @@ def select(source: ImageSource, indices: Tensor) -> ImageSource:
 
 
 def every_nth(source: ImageSource, count: int | None) -> ImageSource:
-    """At most `count` images, evenly spread over the source, hence over its classes; None takes all."""
+    """Up to `count` images, evenly spread over the source, hence over its classes; None takes all."""
     total = len(source.labels)
     if count is None or count >= total:
         return source
@@ -162,10 +159,10 @@ def every_nth(source: ImageSource, count: int | None) -> ImageSource:
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """`(train, heldout)`: of each class, in the source's order, the 1st, 11th, 21st... image is held out.
+    """`(train, heldout)`: the 1st, 11th, 21st... image of each class, in the source's order, is held out.
 
     Raises:
-        ValueError: a class has a single image.
+        ValueError: a class has only one image.
     """
     labels = source.labels
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -181,24 +178,24 @@ def check_same_classes(classes: Sequence[str], expected: Sequence[str], *, what:
     """Check that two lists have the same names, in any order.
 
     Raises:
-        ValueError: some are missing or not known; names up to five of each.
+        ValueError: names are missing or unexpected; lists up to five of each.
     """
     missing, unknown = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
     if missing or unknown:
         parts = [
             f"{word} {', '.join(map(repr, names[:5]))}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for word, names in (("lacks", missing), ("has beside them", unknown))
+            for word, names in (("lacks", missing), ("also has", unknown))
             if names
         ]
         raise ValueError(f"{what} must have the {len(expected)} classes of {than}, but {' and '.join(parts)}")
 
 
 def with_classes(source: ImageSource, classes: Sequence[str], *, what: str, than: str) -> ImageSource:
-    """The source with its labels as positions in `classes`.
+    """The source with its labels as indices into `classes`.
 
     Args:
-        what: names the source in the message.
-        than: names where `classes` come from.
+        what: the source, for the message.
+        than: where `classes` come from, for the message.
 
     Raises:
         ValueError: the source has other classes.

@@ -1,4 +1,4 @@
-"""Texts as blocks of tokens of one length: packed once, with documents that don't see each other, or to calibrate on."""
+"""Texts as token blocks of one length: packed, packed with separate documents, or spread evenly for calibration."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def calibration_blocks(
         vocab_size: of the model, to check ids against.
 
     Raises:
-        ValueError: nothing usable in it, no tokenizer for texts, or an id outside the vocabulary.
+        ValueError: no usable calibration data, no tokenizer for texts, or an id outside the vocabulary.
     """
     if max_tokens < 1 or seq_len < 2:
         raise ValueError(f"calibration_tokens must be at least 1 and seq_len at least 2, got {max_tokens}, {seq_len}")
@@ -144,7 +144,7 @@ def calibration_blocks(
 
 
 def are_texts(calibration: object) -> bool:
-    """Whether calibration is a list of texts, for which a tokenizer is needed."""
+    """Whether calibration is a list of texts, which need a tokenizer."""
     return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
 
 
@@ -170,7 +170,7 @@ def _pack(
 
 
 def evenly_spread(samples: Tensor, count: int) -> Tensor:
-    """So many of the samples, from the first to the last of them; all where there are no more."""
+    """`count` samples, evenly spaced; all of them if there are fewer."""
     if count >= len(samples):
         return samples
     return samples[torch.linspace(0, len(samples) - 1, count).long()]

@@ -1,4 +1,4 @@
-"""Texts to train and measure on, built in or the user's own, each with a held-out part.
+"""Texts to train and evaluate on, built in or the user's own, each with a held-out part.
 
 One rule for all: every tenth document (the 10th, 20th, ...) in their fixed order is held out. Nothing is shuffled, and
 no document is in both parts.
@@ -27,7 +27,7 @@ class Corpus:
         licence: SPDX expression, or "unknown".
         source: where it came from, with the version.
         train: documents (chapters, sections, pages) whose paragraphs are separated by a blank line.
-        heldout: the documents kept for measuring.
+        heldout: the documents kept for evaluation.
     """
 
     name: str
@@ -46,7 +46,7 @@ class _Entry:
 CORPORA: dict[str, _Entry] = {
     # 236 pages, 411,000 tokens (SmolLM2's): explanations of a web framework; on every platform that has pip
     "django-docs": _Entry("BSD-3-Clause", fetch.django_docs),
-    # 11 chapters, 60,000 tokens: a novel, so a different kind of text; on every platform that has pip
+    # 11 chapters, 60,000 tokens: a novel, a different kind of text; on every platform that has pip
     "botchan": _Entry("LicenseRef-public-domain", fetch.botchan),
     # 127 pages, 206,000 tokens: how to administer a Debian system; needs Debian or Ubuntu
     "debian-handbook": _Entry("GPL-2.0-or-later OR CC-BY-SA-3.0", fetch.debian_handbook),
@@ -64,7 +64,7 @@ CORPORA: dict[str, _Entry] = {
 DEFAULT_CORPUS = "django-docs"
 
 CALIBRATION_CORPORA = (DEFAULT_CORPUS, "botchan")
-"""What `moh convert` calibrates on by default: two kinds of text, so that less is lost on a third."""
+"""The calibration text of `moh convert` by default: two kinds, so that less is lost on a third."""
 
 
 def load_corpus(name: str = DEFAULT_CORPUS, cache_dir: str | Path | None = None) -> Corpus:
@@ -129,14 +129,14 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def equal_parts(texts: Sequence[Sequence[str]]) -> list[str]:
-    """Documents of several texts: about as many characters of each as the shortest has, spread over the whole text."""
+    """Documents of several texts: from each about as many characters as the shortest has, spread over the whole text."""
     sizes = [sum(map(len, documents)) for documents in texts]
     kept: list[str] = []
     for documents, size in zip(texts, sizes, strict=True):
         seen = taken = 0
         for document in documents:
             seen += len(document)
-            # half of the document: rounds to the nearest, so that what is taken keeps pace with what is seen
+            # Half of the document rounds to the nearest, so that the taken part keeps pace with the part seen.
             if taken + len(document) / 2 <= min(sizes) * seen / size:
                 kept.append(document)
                 taken += len(document)

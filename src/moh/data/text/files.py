@@ -15,7 +15,7 @@ _BLOCKS = frozenset(
     "address article aside blockquote body caption center dd div dl dt fieldset figcaption figure footer form h1 h2 h3 "
     "h4 h5 h6 header hr li main ol p section table tbody td tfoot th thead tr ul".split()
 )
-# Not prose: invisible elements, menus, and verbatim text such as code listings.
+# Not prose: invisible elements, menus, and verbatim text such as code.
 _SKIPPED = frozenset("head script style nav pre template".split())
 
 

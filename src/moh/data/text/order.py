@@ -1,4 +1,4 @@
-"""The order of a run's sequences, as a function of their number: nothing is stored, so a run resumes anywhere at once."""
+"""The order of a run's sequences as a function of their index: nothing is stored, so a run resumes anywhere at once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ROUNDS = 6  # of the Feistel network; four already pass for random, two more fo
 def permuted(index: int, size: int, key: int) -> int:
     """The place of `index` in a permutation of `range(size)` chosen by `key`.
 
-    A Feistel network over the next even number of bits; results outside of the range go through again. The network is a
-    bijection, so that this ends and no two indices share a place.
+    A Feistel network over the next even number of bits; results outside the range are fed back in. The network is a
+    bijection, so this ends and no two indices share a place.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

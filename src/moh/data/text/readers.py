@@ -1,4 +1,4 @@
-"""One source of text in a recipe, as data, and readers of its files: texts in order, from any place on."""
+"""A source of text in a recipe, as data, and the readers of its files, which start at any place."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SourceRecipe:
 
 
 def check_sources(sources: Sequence[SourceRecipe], *, name: str) -> None:
-    """Check what needs no look at the files; messages begin with `name`.
+    """Check what can be checked without the files; messages begin with `name`.
 
     Raises:
         ValueError: a path is empty, or a weight is not above 0 or too small compared with the others.
@@ -174,7 +174,7 @@ class Parquet:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A Hugging Face data set, on disk or as it is downloaded; a place is a row."""
+    """A Hugging Face data set, on disk or while it is downloaded; a place is a row."""
 
     rows: Any
     path: str

@@ -1,6 +1,6 @@
 """Sources of text as a series of documents, each with the position to resume from.
 
-`open_source` finds out what a `SourceRecipe` names; the readers of the formats are in `moh.data.text.readers`.
+`open_source` detects the format of a `SourceRecipe`; the readers of the formats are in `moh.data.text.readers`.
 """
 
 from __future__ import annotations
@@ -90,16 +90,16 @@ class Source:
 def open_source(
     recipe: SourceRecipe, *, name: str, cache_dir: str | Path | None = None, streaming: bool = False
 ) -> Source:
-    """Find out what a recipe's source is, and open it for reading.
+    """Detect a recipe's kind of source, and open it for reading.
 
     Args:
         recipe: the source.
-        name: the recipe's field, which begins messages.
+        name: the recipe's field; messages begin with it.
         cache_dir: where built-in corpora are kept.
-        streaming: read a Hugging Face data set as it is downloaded.
+        streaming: read a Hugging Face data set while it is downloaded.
 
     Raises:
-        FileNotFoundError: there is no such file, or none of the kind in the directory.
+        FileNotFoundError: the path does not exist, or the directory has no file of the kind.
         ValueError: a directory holds files of several kinds, or `split` or `subset` does not suit the kind.
         RuntimeError: a corpus or a data set can't be fetched.
     """

@@ -1,7 +1,7 @@
 """Token stores: a source tokenised once, on disk, mapped into memory; made again when the source or tokenizer changes.
 
-A directory with `tokens.bin` (ids of all documents in a row, uint16 or uint32, little-endian), `documents.npy` (where each
-begins, and the end) and `store.json` (what it was made of).
+A directory with `tokens.bin` (concatenated ids of all documents, uint16 or uint32, little-endian), `documents.npy` (the
+offset of each, and the end) and `store.json` (what the store was made from).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class TokenStore:
     """A store on disk, open for reading. Cheap to open and to send to other processes: it is mapped, not loaded.
 
     Args:
-        directory: as `open_store` makes it.
+        directory: as made by `open_store`.
 
     Attributes:
         name: the source's, for messages.
-        digest: hash of the tokens and of the documents' places.
+        digest: hash of the tokens and of the documents' offsets.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -132,7 +132,7 @@ def _made_of(directory: Path) -> Any:
 
 
 def _write(source: Source, tokenizer: DocumentTokenizer, directory: Path, progress: bool) -> dict[str, str]:
-    """Write tokens and the places of the documents; returns their entries for `store.json`."""
+    """Write tokens and the documents' offsets; returns their entries for `store.json`."""
     from tqdm.auto import tqdm
 
     offsets, digest = array("q", [0]), hashlib.sha256()

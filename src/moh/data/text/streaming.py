@@ -82,7 +82,7 @@ class SourceStream:
             self.cursor = Cursor(chunk=chunk.chunk + 1)
 
     def _chunks(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[_Block]]]:
-        """The chunks from the cursor's to the end of the source, each with the cursor of its beginning."""
+        """The chunks from the cursor's to the end of the source, each with the cursor of its start."""
         size = self.buffer * self.seq_len
         first, skipped = Position(cursor.part, cursor.place, cursor.ordinal), cursor.offset
         filled, pieces, starts = 0, [], []

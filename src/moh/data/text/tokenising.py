@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from moh._files import replacing_directory
 from moh.data.text.sources import Position, Source
 
-_CHARACTERS = 1 << 20  # of documents tokenised in one call: enough for the tokenizer's threads
+_CHARACTERS = 1 << 20  # about this many per call: enough for the tokenizer's threads
 _DOCUMENTS = 64
 
 
@@ -32,7 +32,7 @@ class DocumentTokenizer:
         tokenizer: any transformers tokenizer.
 
     Attributes:
-        largest_id: the vocabulary's.
+        largest_id: of the vocabulary.
         dtype: of the ids: uint16 if every id fits, else uint32.
     """
 
@@ -90,7 +90,7 @@ def byte_pair_tokenizer(sources: Sequence[Source], vocab_size: int, cache_dir: P
     """The tokenizer of these sources, cached or made now.
 
     Args:
-        sources: the documents to learn from, up to the same number of characters of each source.
+        sources: the documents to learn from, up to the same number of characters per source.
         vocab_size: tokens, including the 256 bytes and the end of text.
         cache_dir: tokenizers are kept in `tokenizers` below it.
 
