@@ -120,7 +120,7 @@ def test_a_vit_of_transformers_is_calibrated_on_images(moh, folder: Path, tmp_pa
     ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=4, num_labels=2)).save_pretrained(source)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(source)
     result = moh("convert", source, tmp_path / "no", *HEADS)
-    assert result.code == 2 and "--images must say which images to calibrate on" in result.err[-1]
+    assert result.code == 2 and "--images must name the images to calibrate on" in result.err[-1]
     result = moh("convert", source, tmp_path / "model", *HEADS, "--images", folder, "--shares", 0.5)
     assert result.code == 0, result.err
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model")

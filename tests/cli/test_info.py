@@ -25,17 +25,17 @@ def test_it_names_the_backend_that_such_a_call_gets(moh, options, named, change)
     made = dict(dtype=change.get("dtype", torch.float32), requires_grad=change.get("train", False))
     q, k, gates = torch.ones(2, 4, 8, 16, **made), torch.ones(2, 2, 8, 16, **made), torch.ones(2, 8, 4, **made)
     chosen = choose_backend(Call(q, k, k, gates, dropout_p=change.get("dropout_p", 0.0))).name
-    assert result.out[0] == f"{chosen} serves B2 H4/2 N8 D16 {named}"
+    assert result.out[0] == f"{chosen} handles B2 H4/2 N8 D16 {named}"
     reasons = dict(line.strip().split(maxsplit=1) for line in result.out[1:])
     assert list(reasons) == list(BACKENDS)
-    assert [name for name, reason in reasons.items() if reason == "serves"] == [chosen]
+    assert [name for name, reason in reasons.items() if reason == "handles it"] == [chosen]
 
 
 def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
     reasons = dict(line.strip().split(maxsplit=1) for line in moh("info", *SHAPE, "--dropout", 0.5).out[1:])
     assert "dropout" in reasons["flex"]
     assert "heads_per_group" in reasons["grouped"]
-    assert reasons["reference"] == "could serve, but comes later"
+    assert reasons["reference"] == "could handle it, but comes later"
     reasons = dict(line.strip().split(maxsplit=1) for line in moh("info", *SHAPE).out[1:])
     assert reasons["flex"] == "on cpu it is used only by name"
 

@@ -138,7 +138,7 @@ def test_a_diffusion_models_time_steps_and_classes_are_groups(moh, folder: Path,
     expected = {"t 0-499", "t 500-999"} if by == "timestep" else {"ant", "bee", "cow"}
     assert {row["group"] for row in rows(out / "heads.csv")} == expected
     assert "# Which head does what: " in (out / "summary.md").read_text(encoding="utf-8")
-    assert "--images must say on which images" in moh("inspect", tmp_path / "model", "--out", out).err[0]
+    assert "--images must be given, because" in moh("inspect", tmp_path / "model", "--out", out).err[0]
     told = moh("inspect", tmp_path / "model", "--images", folder, "--html", tmp_path / "page.html")
     assert told.code == 2 and "--html shows texts and images of classifiers" in told.err[0]
 

@@ -95,7 +95,7 @@ def test_wrong_checkpoints_and_targets_are_told(moh, checkpoint: Path, tmp_path:
     code, _, err = moh("sample", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert code == 2 and "checkpoint must be a directory, but there is no" in err[0]
     code, _, err = moh("sample", checkpoint)
-    assert code == 2 and "--out DIR or --npz FILE must say where to write the images" in err[0]
+    assert code == 2 and "--out DIR or --npz FILE must be given for the images" in err[0]
     code, _, err = moh("sample", checkpoint, "--out", checkpoint / "model_index.json" / "below")
     assert code == 2 and "can't be written" in err[0]
 

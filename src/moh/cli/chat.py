@@ -1,6 +1,6 @@
-"""`moh chat`: a conversation with a model on the terminal, its dial at hand. Imports what it needs when it runs.
+"""`moh chat`: a conversation with a model on the terminal, with its dial. Imports what it needs when it runs.
 
-Reads lines from standard input, a terminal or not. For single texts there is `moh generate`, for a server `moh serve`.
+Reads lines from standard input, a terminal or not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_parser(sub: Commands) -> None:
     """Add `chat` to the commands."""
     parser = add_command(sub, "chat", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="instructions to the model before the conversation")
     generation.add_sampling(parser, max_new_tokens=256, temperature=0.7)
     add_active_heads(parser)
 
@@ -48,7 +48,7 @@ def run(arguments: Namespace) -> None:
 
 
 def answer(conversation: Conversation, line: str) -> None:
-    """Do what one line asks for; what is wrong with it is said on standard error and the conversation goes on."""
+    """Carry out one line; print an error to standard error and keep the conversation."""
     command, _, rest = line.partition(" ")
     try:
         if command == "/reset":
@@ -65,14 +65,14 @@ def answer(conversation: Conversation, line: str) -> None:
 
 @dataclass
 class Conversation:
-    """What has been said so far, and the model that answers.
+    """The turns so far, and the model that answers.
 
     Attributes:
         model: a causal language model.
-        tokenizer: of the model; its chat template is used if it has one, else the turns are a plain text of lines.
+        tokenizer: the model's; without a chat template the turns are joined as lines of plain text.
         options: for `model.generate`.
-        system: told to the model first.
-        messages: the turns, as chat templates take them.
+        system: the system's turn, before all others.
+        messages: the turns, in the format of chat templates.
     """
 
     model: PreTrainedModel
@@ -93,18 +93,18 @@ class Conversation:
 
         Raises:
             ValueError: the model has no dial, or the number is out of range.
-            argparse.ArgumentTypeError: the text is no number.
+            argparse.ArgumentTypeError: the text is not a number.
         """
         import moh
 
         return moh.set_active_heads(self.model, active_heads(text))
 
     def say(self, text: str) -> str:
-        """Add the user's turn; print the model's answer as it is written, add and return it.
+        """Add the user's turn; print the model's answer while it is written, add and return it.
 
         Raises:
-            ValueError: the conversation is too long for the model, or its chat template can't say it; the turn is not
-            added.
+            ValueError: the conversation is too long for the model, or its chat template refuses it; the turn is then not
+                added.
         """
         from transformers import TextStreamer
 
@@ -132,7 +132,7 @@ class Conversation:
                 inputs = self.tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
                 )
-            except TemplateError as error:  # templates refuse in this way, for example a system's turn
+            except TemplateError as error:  # how templates refuse, for example, a system's turn
                 raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
         else:
             inputs = self.tokenizer("\n".join(message["content"] for message in messages) + "\n", return_tensors="pt")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moh.cli.options import Commands
     from moh.data.images.recipe import ImageInput
 
-_HELP = "Turn a pretrained dense model of text, of images or of diffusion into a MoH model, without training."
+_HELP = "Turn a pretrained dense model of text, images or diffusion into a MoH model, without training."
 
 
 def add_parser(sub: Commands) -> None:
@@ -33,7 +33,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--shared-heads",
         type=int,
-        help="heads that every token uses (default: 2 in 9, with query norms half; a diffusion model needs it)",
+        help="heads that every token uses (default: 2 in 9, half with query_norm; required for a diffusion model)",
     )
     parser.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
     parser.add_argument(
@@ -46,30 +46,30 @@ def add_parser(sub: Commands) -> None:
         nargs="+",
         choices=tuple(CORPORA),
         default=list(CALIBRATION_CORPORA),
-        help=f"text to calibrate on, equal parts of several (default: {' '.join(CALIBRATION_CORPORA)})",
+        help=f"text to calibrate on, in equal parts if several (default: {' '.join(CALIBRATION_CORPORA)})",
     )
     add_files(text)
     add_images(parser)
     parser.add_argument(
         "--calibration-tokens", type=int, default=12_288,
-        help="tokens, or patches of images, to fit on (default: %(default)s)",
+        help="tokens, or patches of images, to calibrate on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
-        help="heads over layers (default: sensitivity for a language model that generates, with the linear router, else even)",
+        help="of heads to layers (default: sensitivity for a causal language model with the linear router, else even)",
     )
     parser.add_argument(
         "--refit-output",
         action=BooleanOptionalAction,
-        help="refit W_O to make up for skipped heads (default: as for the uneven allocation, but not with --shares)",
+        help="refit W_O to make up for skipped heads (default: with the sensitivity allocation, but not with --shares)",
     )
     parser.add_argument(
         "--shares",
         nargs="+",
         type=float,
         metavar="SHARE",
-        help="refit it for each of these shares of heads, one model",
+        help="store output changes for each of these shares of heads in one model",
     )
 
 
@@ -88,7 +88,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path], object]]:
-    """The MoH model, the share of its heads that a token uses, and what writes it with all that belongs to it."""
+    """The MoH model, the share of heads that a token uses, and a function that writes it with its tokenizer or processor."""
     from moh.conversion import convert
     from moh.conversion.convert import load_dense
     from moh.models.dial import head_share, moh_routers
@@ -111,7 +111,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
     else:
         dense = load_dense(arguments.model).to(default_device())
         options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
-        # a loaded model of timm has no config; another says what it is, which a hub name does not
+        # timm's models have no config; that of others gives the kind, which a hub name does not
         reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
         of_kind = _of_images if reads_images else _of_text
         model, save = of_kind(arguments, dense, options)
@@ -124,7 +124,7 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     from moh.routing import router_class
 
     if arguments.images is not None:
-        raise ValueError(f"--images needs a model that reads images, and {arguments.model} is none")
+        raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
     tokenizer = load_tokenizer(arguments.model)
     texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
@@ -132,7 +132,7 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
 
 
 def _texts(arguments: Namespace) -> list[str]:
-    """What the command line names to calibrate on."""
+    """The calibration texts given on the command line."""
     from moh.data.text.corpora import equal_parts
     from moh.training import load_corpus
 
@@ -149,10 +149,10 @@ def _of_images(
     from moh.routing import router_class
 
     if arguments.files:
-        raise ValueError(f"--files needs a model that reads text, and {arguments.model} is none")
+        raise ValueError(f"--files needs a model that reads text, and {arguments.model} does not")
     if arguments.images is None and router_class(options["router"]).needs_fit:
         raise ValueError(
-            f"--images must say which images to calibrate on, because {arguments.model} reads images (or a --router that "
+            f"--images must name the images to calibrate on, because {arguments.model} reads images (or choose a --router that "
             "needs none: query_norm, or a learned one to be trained)"
         )
     if not hasattr(dense, "config"):
@@ -176,7 +176,7 @@ def _save_all(parts: tuple[Any, ...], directory: Path) -> None:
 
 
 def _input_of(dense: Any, processor: Any) -> ImageInput:
-    """What a ViT of transformers wants to see."""
+    """The input of a ViT of transformers."""
     from moh.data.images.recipe import ImageInput
 
     size, channels = dense.config.image_size, dense.config.num_channels
@@ -187,14 +187,14 @@ def _input_of(dense: Any, processor: Any) -> ImageInput:
 
 
 def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
-    """Batches of images; of any classes, as only what the heads contribute is looked at."""
+    """Batches of images; their classes do not matter, because only the heads' contributions are used."""
     from torch.utils.data import DataLoader
 
     from moh.data.images.batches import ImageBatches, readable_batches
     from moh.data.images.sources import take
 
     batches: Any = ImageBatches(read_images(arguments), wanted)
-    keep: Any = take  # a dataset that makes whole batches, of which DataLoader's types know nothing
+    keep: Any = take  # the dataset returns whole batches, which DataLoader's types don't allow for
     loader = DataLoader(batches, batch_size=arguments.batch_size, collate_fn=keep, num_workers=arguments.workers)
     for images, _ in readable_batches(loader, desc="images", progress=False):
         yield images

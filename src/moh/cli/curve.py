@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from moh.cli.options import Commands
     from moh.evaluation.curve import Curve
 
-_HELP = "Quality and speed of a MoH model against the share of heads that its tokens use: picture, table, JSON."
+_HELP = "Quality and speed of a MoH model against the share of active heads: picture, table, JSON."
 
 
 def add_parser(sub: Commands) -> None:
     """Add `curve` to the commands."""
     parser = add_command(sub, "curve", _HELP, run)
     parser.add_argument("model", metavar="CHECKPOINT", help="directory or hub name of a MoH model")
-    parser.add_argument(
-        "--dense", metavar="CHECKPOINT", help="dense model to measure beside it, such as the one that was converted"
-    )
+    parser.add_argument("--dense", metavar="CHECKPOINT", help="dense model to measure as well, such as the original")
     parser.add_argument("--out", required=True, metavar="DIR", help="for curve.png, .svg, .csv and .json")
     add_text(parser)
     add_images(parser)
@@ -31,9 +29,9 @@ def add_parser(sub: Commands) -> None:
     )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="held-out tokens at most (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the timed prompt (default: %(default)s)")
-    parser.add_argument("--decode-tokens", type=int, default=32, help="timed after it (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="of the timing; 0 for none (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="in the timed prompt (default: %(default)s)")
+    parser.add_argument("--decode-tokens", type=int, default=32, help="timed after the prompt (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings; 0 for none (default: %(default)s)")
 
 
 def run(arguments: Namespace) -> None:

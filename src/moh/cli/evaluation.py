@@ -26,9 +26,7 @@ def add_parser(sub: Commands) -> None:
     add_images(evaluate)
     evaluate.add_argument("--all-text", action="store_true", help="use all of --files, not their held-out tenth")
     evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
-    evaluate.add_argument(
-        "--max-tokens", type=int, default=32_768, help="at most so many tokens (default: %(default)s)"
-    )
+    evaluate.add_argument("--max-tokens", type=int, default=32_768, help="at most this many (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.longer = {"fid": scores.add_parser(sub), "lm": harness.add_parser(sub)}
 

@@ -1,7 +1,4 @@
-"""`moh generate`: write text with a model, one prompt as a stream or many as batches. Imports what it needs when it runs.
-
-For conversations there is `moh chat` (`chat.py`).
-"""
+"""`moh generate`: write text with a model, one prompt as a stream or many in batches. Imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -28,27 +25,27 @@ def add_parser(sub: Commands) -> None:
     parser = add_command(sub, "generate", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument("prompt", nargs="?", help="the beginning of the text")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line instead; prints a JSON object for each")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line; prints a JSON object for each")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add_sampling(parser, max_new_tokens=100, temperature=0.0)
     add_active_heads(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
-    """The options that say how tokens are drawn."""
+    """Add the options of sampling, which `sampling` reads."""
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="(default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=temperature,
-        help="of the sampling; 0 takes the likeliest token (default: %(default)s)",
+        help="sampling temperature; 0 takes the likeliest token (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling (default: %(default)s)")
 
 
 def load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a command line with its dial set, and its tokenizer.
+    """The model given on the command line, with its dial set, and its tokenizer.
 
     Raises:
-        ValueError: the sampling's options or the dial are out of range, or the model can't be loaded.
+        ValueError: a sampling option or the dial is out of range, or the model can't be loaded.
     """
     import torch
 
@@ -66,14 +63,14 @@ def load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def sampling(arguments: Namespace) -> dict[str, Any]:
-    """What `generate` is told of the options of `add_sampling`."""
+    """The arguments of `model.generate` from the options of `add_sampling`."""
     drawn = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
     return {"max_new_tokens": arguments.max_new_tokens, **drawn}
 
 
 def run(arguments: Namespace) -> None:
     if (arguments.prompt is None) == (arguments.prompts is None):
-        raise ValueError("give a prompt, or --prompts FILE with one a line, and not both")
+        raise ValueError("give either a prompt, or --prompts FILE with one per line")
     if arguments.prompts is not None:
         prompts = [line for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         if not prompts:
@@ -97,16 +94,16 @@ def run(arguments: Namespace) -> None:
 
 
 def room(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can read and write together, if its configuration says so."""
+    """Tokens that the model can read and write in total; None if its configuration has no limit."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
     return positions
 
 
 def check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
-    """Check that a prompt and what is to be written after it fit into a model.
+    """Check that a prompt and its new tokens fit into a model.
 
     Raises:
-        ValueError: they don't.
+        ValueError: they exceed the model's positions.
     """
     most = room(model)
     if most is not None and prompt + new > most:
@@ -119,7 +116,7 @@ def check_room(model: PreTrainedModel, prompt: int, new: int) -> None:
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
 ) -> Iterator[str]:
-    """What the model writes after each of several prompts, computed as one batch, padded on the left.
+    """The model's text after each of several prompts, computed as one batch, padded on the left.
 
     Args:
         prompts: each of at least one token.

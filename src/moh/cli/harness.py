@@ -26,22 +26,22 @@ def add_parser(sub: Commands) -> Command:
         help="models to compare with; differences are to the first",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or local: made here, without a hub")
+    which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or local (made here, without a hub)")
     which.add_argument("--tasks", nargs="+", metavar="NAME[:SHOTS]", help="tasks by their names in the harness")
     parser.add_argument(
         "--include-path", nargs="+", metavar="DIR", default=[], help="directories with your own task files"
     )
-    parser.add_argument("--limit", type=int, help="ask at most so many questions a task (default: all)")
+    parser.add_argument("--limit", type=int, help="at most this many questions per task (default: all)")
     parser.add_argument("--batch-size", default="1", help="requests at a time, or auto on a GPU (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator if there is one)")
     parser.add_argument(
-        "--seed", type=int, default=1234, help="of the choice of solved examples (default: %(default)s)"
+        "--seed", type=int, default=1234, help="for the choice of solved examples (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, help="tokens of the longest request (default: the model's positions)")
     parser.add_argument("--truncate", action="store_true", help="cut the beginning off contexts that are longer")
     parser.add_argument(
-        "--output", metavar="DIR", help="for results.json, table.md and table.csv; what is there is not computed again"
+        "--output", metavar="DIR", help="for results.json, table.md and table.csv; results already there are reused"
     )
     return parser
 

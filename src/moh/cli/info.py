@@ -1,4 +1,4 @@
-"""`moh info`: versions, devices, which attention backends work here, and what would serve a call of a given shape."""
+"""`moh info`: versions, devices, which attention backends work here, and which one handles a call of a given shape."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def add_parser(sub: Commands) -> None:
     parser = add_command(sub, "info", text, run)
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("B", "H", "HKV", "N", "D"),
-        help="sequences, query heads, key/value heads, tokens, width of a head: which backend would serve such a call",
+        help="sequences, query heads, key/value heads, tokens, width of a head: which backend handles such a call",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of that call (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="of that call, as cpu or cuda (default: %(default)s)")
-    parser.add_argument("--train", action="store_true", help="that call wants gradients")
+    parser.add_argument("--device", default="cpu", help="of that call, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="that call needs gradients")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of that call's attention weights")
     parser.add_argument(
         "--share",
         type=float,
         metavar="A",
-        help="of heads in use: what would project such a layer's queries and output too",
+        help="share of active heads: also show what projects such a layer's queries and output",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what there is, or what would serve `--shape`.
+    """Print what is installed and works, or which backend handles `--shape`.
 
     Raises:
-        ValueError: the shape, the device, the probability of dropout or the share of heads is none.
+        ValueError: the shape, the device, the probability of dropout or the share of heads is invalid.
     """
     if arguments.shape:
         _print_choice(arguments)
@@ -61,7 +61,7 @@ def _print_all() -> None:
     for index in range(torch.cuda.device_count()):
         print(f"  cuda:{index}        {torch.cuda.get_device_name(index)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"attention backends on {device}, the first that supports a call serves it; --shape asks for one call")
+    print(f"attention backends on {device}, the first that supports a call handles it; --shape shows one call")
     q, gates = torch.zeros(1, 2, 4, 16, device=device), torch.zeros(1, 4, 2, device=device)
     for backend in BACKENDS.values():
         reason = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
@@ -88,10 +88,10 @@ def _print_choice(arguments: argparse.Namespace) -> None:
     reasons = backends_passed_over(Call(q, k, k, gates, dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
     print(
-        f"{chosen} serves B{B} H{H}/{Hkv} N{N} D{D} {arguments.dtype} on {device}{' with gradients' * arguments.train}"
+        f"{chosen} handles B{B} H{H}/{Hkv} N{N} D{D} {arguments.dtype} on {device}{' with gradients' * arguments.train}"
     )
     for name, reason in reasons.items():
-        print(f"  {name:13s} {reason or ('serves' if name == chosen else 'could serve, but comes later')}")
+        print(f"  {name:13s} {reason or ('handles it' if name == chosen else 'could handle it, but comes later')}")
     if arguments.share is not None:
         _print_projections(number, arguments)
 

@@ -1,4 +1,4 @@
-"""`moh inspect`: tables, figures and a page of which head does what, for any checkpoint. Imports what it needs when it runs."""
+"""`moh inspect`: tables, figures and a page on which head does what, for any checkpoint. Imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def add_parser(sub: Commands) -> None:
     texts = parser.add_argument_group("language models")
     texts.add_argument(
         "--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS,
-        help="its held-out documents are the one group, unless others are named (default: %(default)s)",
+        help="its held-out documents are the only group unless others are given (default: %(default)s)",
     )  # fmt: skip
     texts.add_argument(
-        "--files", nargs="+", metavar="PATH", default=[], help="text files or directories, each a group of its name"
+        "--files", nargs="+", metavar="PATH", default=[], help="text files or directories, each a group named after it"
     )
     texts.add_argument(
         "--group", action="append", default=[], metavar="NAME=TEXTS",
-        help="a group: text file, directory, pattern such as 'code=src/*.py', or corpus; may be given again and again",
+        help="a group: text file, directory, pattern such as 'code=src/*.py', or corpus; may be repeated",
     )  # fmt: skip
-    texts.add_argument("--seq-len", type=int, default=512, help="tokens of a passage (default: %(default)s)")
-    texts.add_argument("--max-tokens", type=int, default=8_192, help="tokens of a group (default: %(default)s)")
+    texts.add_argument("--seq-len", type=int, default=512, help="tokens per passage (default: %(default)s)")
+    texts.add_argument("--max-tokens", type=int, default=8_192, help="tokens per group (default: %(default)s)")
     add_images(parser)
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="groups of images to show in the figure and the page"
@@ -47,11 +47,11 @@ def add_parser(sub: Commands) -> None:
         "--by", choices=("timestep", "class"), default="timestep", help="what the groups are (default: %(default)s)"
     )
     diffusion.add_argument("--bins", type=int, default=10, help="ranges of time steps (default: %(default)s)")
-    diffusion.add_argument("--vae", metavar="DIR", help="of a model on latents that does not bring its own")
+    diffusion.add_argument("--vae", metavar="DIR", help="AutoencoderKL, for a model on latents without its own")
     analysis = parser.add_argument_group("analysis")
-    analysis.add_argument("--permutations", type=int, default=999, help="of the tests (default: %(default)s)")
+    analysis.add_argument("--permutations", type=int, default=999, help="permutations per test (default: %(default)s)")
     analysis.add_argument(
-        "--seed", type=int, default=0, help="of the tests, noise and time steps (default: %(default)s)"
+        "--seed", type=int, default=0, help="for the tests, noise and time steps (default: %(default)s)"
     )
     analysis.add_argument("--dead", type=float, default=0.01, help="a dead head's load is below (default: %(default)s)")
     analysis.add_argument(
@@ -63,7 +63,7 @@ def add_parser(sub: Commands) -> None:
     )  # fmt: skip
     analysis.add_argument(
         "--curve", action="store_true",
-        help="also perplexity or accuracy against the share of heads, on the same inputs (moh curve times it, too)",
+        help="also perplexity or accuracy against the share of heads, on the same inputs (moh curve also times it)",
     )  # fmt: skip
 
 
@@ -121,11 +121,11 @@ def _write(subject: Subject) -> None:
 
 
 def _check_targets(arguments: Namespace) -> None:
-    """Check, before anything is computed, that something is to be written and can be."""
+    """Check, before anything is computed, that an output is requested and can be written."""
     from moh._files import check_writable
 
     if arguments.out is None and arguments.html is None:
-        raise ValueError("--out DIR or --html FILE must say where the result goes")
+        raise ValueError("--out DIR or --html FILE must be given for the result")
     if arguments.out is not None:
         check_writable(arguments.out, name="--out")
     if arguments.html is not None:
@@ -133,7 +133,7 @@ def _check_targets(arguments: Namespace) -> None:
         if not Path(arguments.html).parent.is_dir():
             raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
     if arguments.curve and arguments.out is None:
-        raise ValueError("--curve needs --out DIR, which says where the curve goes")
+        raise ValueError("--curve needs --out DIR, where the curve is written")
     if arguments.ablate < 0:
         raise ValueError(f"--ablate must be at least 0, got {arguments.ablate}")
     if arguments.permutations < 1:
@@ -141,5 +141,5 @@ def _check_targets(arguments: Namespace) -> None:
 
 
 def _name(model: Path) -> str:
-    """What a model is called: `OUTPUT_DIR/model`, where training leaves it, would be no name without the former."""
+    """A model's name: with its parent for `OUTPUT_DIR/model`, which is where training saves it."""
     return f"{model.absolute().parent.name}/model" if model.name == "model" else model.name

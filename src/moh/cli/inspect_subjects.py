@@ -1,7 +1,4 @@
-"""What `moh inspect` is about: a model of one of the three families and its inputs. Imports what it needs when it runs.
-
-The command itself is in `moh.cli.inspect`.
-"""
+"""The subjects of `moh inspect`: a model of one of the three kinds and its inputs. Imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -26,16 +23,16 @@ if TYPE_CHECKING:
     from moh.inspection import GroupedInputs
 
 
-_TEXTS = 3  # of each group, on a page
+_TEXTS = 3  # per group, on a page
 _IMAGES_PER_CLASS = 2
 _MOST_CLASSES = 10
 
 
 def family_of(arguments: Namespace) -> type[Subject]:
-    """What the checkpoint is.
+    """The subject class of the checkpoint.
 
     Raises:
-        ValueError: images are named for a language model, or none for a classifier.
+        ValueError: images are given for a language model, or missing for a classifier.
     """
     if kind_of(arguments.model).task == "diffusion":
         return _Diffusion
@@ -43,7 +40,7 @@ def family_of(arguments: Namespace) -> type[Subject]:
 
 
 class Subject:
-    """A loaded model and the inputs that the command line names."""
+    """A loaded model and the inputs given on the command line."""
 
     model: nn.Module
     notes: tuple[str, ...] = ()
@@ -53,18 +50,18 @@ class Subject:
 
     @staticmethod
     def check(arguments: Namespace) -> None:
-        """Raise a ValueError for options that don't belong to this family."""
+        """Raise a ValueError for options that this kind of model does not have."""
 
     def inputs(self) -> GroupedInputs:
         """All inputs."""
         raise NotImplementedError
 
     def few(self, count: int) -> GroupedInputs:
-        """About so many, of all groups."""
+        """About `count` inputs, from all groups."""
         raise NotImplementedError
 
     def curve(self) -> Curve:
-        """Quality of the model on the inputs against the share of heads that it uses."""
+        """Quality of the model on the inputs against the share of active heads."""
         raise NotImplementedError
 
     def write_page(self) -> None:
@@ -116,7 +113,7 @@ class _Texts(Subject):
 
 
 class _OfImages(Subject):
-    """A model and labelled images, of which it reads all or some."""
+    """A model and labelled images."""
 
     images: ImageSource
 
@@ -161,7 +158,7 @@ class _Diffusion(_OfImages):
     @staticmethod
     def check(arguments: Namespace) -> None:
         if arguments.images is None:
-            raise ValueError(f"--images must say on which images, because {arguments.model} is a diffusion model")
+            raise ValueError(f"--images must be given, because {arguments.model} is a diffusion model")
         if arguments.html is not None:
             raise ValueError("--html shows texts and images of classifiers, not noisy images: give --out DIR")
         if arguments.curve:
@@ -184,7 +181,7 @@ class _Diffusion(_OfImages):
 
 
 def _read_groups(arguments: Namespace) -> dict[str, list[str]]:
-    """The texts that the command line names, by group."""
+    """The texts given on the command line, by group."""
     from moh.training import load_corpus, read_texts
 
     texts: dict[str, list[str]] = {}
@@ -201,7 +198,7 @@ def _read_groups(arguments: Namespace) -> dict[str, list[str]]:
 
 
 def _read(source: str) -> list[str]:
-    """A corpus's held-out documents, or the files that a path or pattern names."""
+    """A corpus's held-out documents, or the files at a path or pattern."""
     from moh.data.text.corpora import CORPORA
     from moh.training import load_corpus, read_texts
 
@@ -236,7 +233,7 @@ def _write_text_page(
 
 
 def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource) -> None:
-    """A page of the first images of each class, of at most ten classes unless some are named; each class is a group."""
+    """A page of the first images of each class: the given classes, or up to ten; each class is a group."""
     from moh.data.images.augmentation import eval_transform
     from moh.inspection.page import head_page, image_sample
     from moh.models.timm.loading import image_input
@@ -258,7 +255,7 @@ def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSourc
 
 
 def _readable(images: ImageSource, indices: list[int]) -> Iterator[tuple[int, Image]]:
-    """The images that can be read, with their indices; says which can't."""
+    """The readable images with their indices; reports the others."""
     from moh.data.images.sources import UnreadableImage
 
     for index in indices:

@@ -1,4 +1,4 @@
-"""Parse the command line, run one command, and turn what went wrong into one clear line and exit code 2.
+"""Parse the command line, run one command, and turn errors into one clear line and exit code 2.
 
 Each command adds its own parser; torch, transformers and the like are imported when a command runs, not for `--help`.
 """
@@ -22,10 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit code: 0, or 2 for bad input."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":  # train hands the rest to the recipe's parser
+    if rest and arguments.command != "train":  # train passes the rest to the recipe's parser
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
-    if not sys.stderr.isatty():  # no progress bars in log files; transformers and its hub client read it on import
+    if not sys.stderr.isatty():  # no progress bars in log files; transformers and its hub client read this on import
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

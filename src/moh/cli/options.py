@@ -1,4 +1,4 @@
-"""What commands share: adding a parser, and the options for texts, images and active heads with what reads them.
+"""Shared by the commands: adding a parser, and the options for texts, images and active heads with their readers.
 
 The readers import what they need when they are called.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Command(argparse.ArgumentParser):
-    """The parser of a command, which hands over if the next word makes it a longer one, such as `moh eval fid`.
+    """The parser of a command; hands over to the longer command if the next word makes it one, such as `moh eval fid`.
 
     With argparse's own sub-parsers the first word must be one of their names, which rules out `moh eval MODEL`.
     """
@@ -65,7 +65,7 @@ def read_corpus(arguments: Namespace) -> Corpus:
 
 
 def token_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, seq_len: int, max_tokens: int) -> Tensor:
-    """`[n, seq_len]` int64, the first blocks of the texts, of at most `max_tokens` in all.
+    """`[n, seq_len]` int64, the first blocks of the texts, up to `max_tokens` in total.
 
     Raises:
         ValueError: `seq_len` is below 2 or `max_tokens` below `seq_len`.
@@ -89,7 +89,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", help="of a Hugging Face data set (default: validation or test)")
     group.add_argument("--image-column", help="of a Hugging Face data set (default: the one that holds images)")
     group.add_argument("--label-column", help="of a Hugging Face data set (default: the one that holds class labels)")
-    group.add_argument("--max-images", type=int, help="at most so many images, evenly spread (default: all)")
+    group.add_argument("--max-images", type=int, help="at most this many images, evenly spread (default: all)")
     group.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)")
     group.add_argument("--workers", type=int, default=0, help="processes that load images (default: %(default)s)")
 
@@ -111,9 +111,9 @@ def reads_images(arguments: Namespace) -> bool:
             f"model must be a language model or an image classifier, and {arguments.model} is a diffusion model"
         )
     if kind.library == "timm" and arguments.images is None:
-        raise ValueError(f"--images must say on which images, because {arguments.model} is an image classifier")
+        raise ValueError(f"--images must be given, because {arguments.model} is an image classifier")
     if kind.library != "timm" and (arguments.images is not None or kind.task == "images"):
-        raise ValueError(f"--images needs an image classifier in timm's format, and {arguments.model} is none")
+        raise ValueError(f"--images needs an image classifier in timm's format, and {arguments.model} is not one")
     return kind.task == "images"
 
 
@@ -128,10 +128,10 @@ def read_images(arguments: Namespace) -> ImageSource:
 
 
 def active_heads(text: str) -> int | float | list[int]:
-    """What `moh.set_active_heads` takes, from "3", "0.75" or "3,2,4".
+    """The argument of `moh.set_active_heads` from "3", "0.75" or "3,2,4".
 
     Raises:
-        argparse.ArgumentTypeError: it is none of these.
+        argparse.ArgumentTypeError: the text is not a number or numbers.
     """
     try:
         if "," in text:

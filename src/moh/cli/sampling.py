@@ -19,10 +19,10 @@ def add_parser(sub: Commands) -> None:
     parser = add_command(sub, "sample", _HELP, run)
     parser.add_argument("checkpoint", help="directory: model/ of a run, one of its checkpoints, or a diffusers model")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
-    parser.add_argument("--num", type=int, help="images in all, of the classes in turn (default: one of each class)")
+    parser.add_argument("--num", type=int, help="images in total, cycling through the classes (default: one per class)")
     parser.add_argument("--out", metavar="DIR", help="write grid.png and images/*.png here")
     parser.add_argument(
-        "--npz", metavar="FILE", help="write all images as arrays, as ADM's evaluation suite reads them"
+        "--npz", metavar="FILE", help="write all images as arrays, in the format of ADM's evaluation suite"
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is off (default: %(default)s)")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_parser(sub: Commands) -> None:
         "--seed", type=int, default=0, help="image i of a seed is always the same (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images at a time and process (default: %(default)s)"
+        "--batch-size", type=int, default=64, help="images at a time per process (default: %(default)s)"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the transformer (default: %(default)s)"
@@ -55,7 +55,7 @@ def run(arguments: Namespace) -> None:
     out = None if arguments.out is None else Path(arguments.out)
     npz = None if arguments.npz is None else Path(arguments.npz)
     if out is None and npz is None:
-        raise ValueError("--out DIR or --npz FILE must say where to write the images")
+        raise ValueError("--out DIR or --npz FILE must be given for the images")
     for name, target in (("--out", out), ("--npz", npz if npz is None else npz.parent)):
         if target is not None:
             check_writable(target, name=name)

@@ -26,13 +26,13 @@ def add_parser(sub: Commands) -> Command:
     parser.add_argument("samples", help="generated images: a directory, or an .npz file with arr_0")
     parser.add_argument(
         "--reference", required=True, metavar="PATH",
-        help="real images, the same way; or their statistics (.npz with mu and sigma, or what --save-reference wrote); or "
-        "the held-out images of a data set that `moh eval --images` takes, by its name, such as fashion-mnist",
+        help="real images, likewise; or their statistics (.npz with mu and sigma, or from --save-reference); or the name of a "
+        "data set that `moh eval --images` takes, such as fashion-mnist, for its held-out images",
     )  # fmt: skip
     network = parser.add_mutually_exclusive_group()
-    network.add_argument("--inception", metavar="FILE", help="weights of FID's network (default: fetched if need be)")
+    network.add_argument("--inception", metavar="FILE", help="weights of FID's network (default: fetched if necessary)")
     network.add_argument(
-        "--features", metavar="CHECKPOINT", help="compare features of this image classifier; the distance is no FID"
+        "--features", metavar="CHECKPOINT", help="compare features of this classifier; the distance is then not FID"
     )
     parser.add_argument("--size", type=int, help="crop the middle square of each image and resize it to this side")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> None:
         if target.suffix != ".safetensors":
             raise ValueError(f"--save-reference must be a file that ends in .safetensors, got {target}")
         check_writable(target.parent, name="--save-reference")
-    open_images(arguments.samples, size=arguments.size)  # told now, not after the reference has been read
+    open_images(arguments.samples, size=arguments.size)  # errors now, not after the reference has been read
     named = _named_images(arguments.reference)
     device = default_device()
     extractor = (

@@ -1,6 +1,6 @@
-"""`moh serve`: hand a MoH model to `transformers serve`, an HTTP server with OpenAI's interface. `moh explore`: the application.
+"""`moh serve`: a MoH model in `transformers serve`, an HTTP server with OpenAI's interface. `moh explore`: the application.
 
-`transformers serve` looks for a model's class among transformers' own; ours is put there, in this process.
+`transformers serve` looks for a model's class among transformers' own, so ours is put there, in this process.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from moh.cli.options import add_active_heads, add_command
 if TYPE_CHECKING:
     from moh.cli.options import Commands
 
-_SERVE = "Serve a model over HTTP by `transformers serve`, whose options (--port, --host, ...) follow the model."
+_SERVE = "Serve a model over HTTP with `transformers serve`, whose options (--port, --host, ...) follow the model."
 _EXPLORE = (
-    "Open an application: a text or an image, a dial for the active heads, and what it costs beside the dense model."
+    "Open an application: a text or an image, a dial for the active heads, and the cost compared with the dense model."
 )
 
 
@@ -40,14 +40,14 @@ def run_serve(arguments: Namespace) -> None:
 
 
 def make_servable(model: str, active_heads: int | float | list[int] | None = None) -> None:
-    """Let `transformers serve` find the class of a MoH model, whose name it looks up in the package transformers.
+    """Let `transformers serve` find the class of a MoH model, which it looks up by name in the package transformers.
 
     Args:
         model: directory or hub name.
-        active_heads: how many heads the served model's tokens use; None leaves it as it was saved.
+        active_heads: as in `moh.set_active_heads`; None leaves the model as it was saved.
 
     Raises:
-        ValueError: the model's configuration can't be read, or it is no language model of transformers or ours.
+        ValueError: the configuration can't be read, or is not that of a causal language model saved with its head.
     """
     import transformers
 

@@ -16,7 +16,7 @@ def add_demo(sub: Commands) -> None:
     demo = add_command(
         sub,
         "demo",
-        "Convert a pretrained language model, tune it beside a dense control, report what it costs.",
+        "Convert a pretrained language model, tune it and a dense control, report what it costs.",
         run_demo,
     )
     demo.add_argument("--output-dir", default="moh-demo", help="where everything goes (default: %(default)s)")
@@ -25,7 +25,7 @@ def add_demo(sub: Commands) -> None:
     demo.add_argument("--shared-heads", type=int, help="heads that every token uses (default: 2 in 9)")
     demo.add_argument("--active-heads", type=int, help="routed heads per token (default: up to 7 in 9 with the shared)")
     demo.add_argument("--steps", type=int, help="tuning steps per model (default: what fits --minutes, at most 120)")
-    demo.add_argument("--minutes", type=float, default=7.0, help="for all tuning together (default: %(default)s)")
+    demo.add_argument("--minutes", type=float, default=7.0, help="for all tuning in total (default: %(default)s)")
     demo.add_argument("--batch-size", type=int, default=2, help="sequences per step (default: %(default)s)")
     demo.add_argument("--learning-rate", type=float, default=1e-4, help="peak (default: %(default)s)")
     demo.add_argument("--distillation-weight", type=float, default=0.0, help="weight of the dense model's predictions")
@@ -38,7 +38,7 @@ def add_train(sub: Commands) -> None:
     train = add_command(
         sub,
         "train",
-        "Train by a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes by itself.",
+        "Train from a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes automatically.",
         run_train,
     )
     train.add_argument(
@@ -49,7 +49,7 @@ def add_train(sub: Commands) -> None:
 def add_extension(sub: Commands) -> None:
     """Add `extend-vocabulary` to the commands."""
     about = (
-        "Give a language model the vocabulary of another tokenizer; new tokens begin as the mean of their old pieces."
+        "Give a language model the vocabulary of another tokenizer; new tokens start as the mean of their old pieces."
     )
     parser = add_command(sub, "extend-vocabulary", about, run_extension)
     parser.add_argument("model", help="directory or hub name, with its own tokenizer")
