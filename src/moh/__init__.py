@@ -1,7 +1,7 @@
 """Mixture-of-Heads: transformers whose attention heads are experts (arXiv 2410.11842).
 
-`import moh` needs torch alone, and loads it when one of the names below is first used; what needs an extra likewise. The
-Auto classes of transformers and timm's `create_model` know our models as soon as both packages are imported, in either order.
+`import moh` needs torch alone, and loads it, like the extras, when a name below is first used. The Auto classes of
+transformers and timm's `create_model` know our models as soon as both packages are imported, in either order.
 """
 
 from __future__ import annotations

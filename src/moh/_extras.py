@@ -1,6 +1,6 @@
-"""Optional dependencies: one function that imports them or names the extra to install.
+"""Import an optional dependency, or name the extra to install.
 
-Lower bounds of their versions are in pyproject.toml.
+Lower bounds of the versions are in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is installed, but a dependency of its own is missing
+            raise  # the package is installed, but one of its own dependencies is missing
         raise ImportError(
             f"this needs {package}, which is not installed: pip install 'mixture-of-heads[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and checks before work begins that they can be written."""
+"""Files and directories that appear whole or not at all, and early checks that they can be written."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def replacing_directory(target: Path, *, writes: bool = True, holding: str = "co
     if not writes:
         return
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
+        old = target.with_name(f".{target.name}.old")  # os.replace can't replace a directory that has files
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
         os.replace(scratch, target)

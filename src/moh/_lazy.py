@@ -20,9 +20,9 @@ def lazy(
     """`__getattr__` and `__dir__` of a package.
 
     Args:
-        package: its name, which is also how it is found in `sys.modules`.
-        homes: name -> the module that defines it, or that it is (the submodule `package.name`).
-        extras: such a module -> the package that it needs and the extra that brings that.
+        package: its name, as in `sys.modules`.
+        homes: name -> the module that defines it; for a submodule, the submodule itself (`package.name`).
+        extras: module of `homes` -> the package that it needs, and that package's extra.
     """
 
     def find(name: str) -> Any:

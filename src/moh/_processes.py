@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 @contextmanager
 def processes() -> Iterator[PartialState]:
-    """Join those processes (or be the only one) while the block runs; `.device` is this process's."""
+    """Join the processes, or be the only one, while the block runs; `.device` is this process's."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         yield state

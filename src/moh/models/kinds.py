@@ -1,4 +1,4 @@
-"""What is at a path: a language, image or diffusion model, ours or not, in the format of transformers, timm or diffusers.
+"""The kind of model at a path: language, images or diffusion, ours or not, in the format of transformers, timm or diffusers.
 
 Reads the JSON files that these libraries write: no torch, no library, no network.
 """
@@ -16,17 +16,17 @@ from moh.models.transformers.families import family_of
 Task = Literal["language", "images", "diffusion"]
 
 DIFFUSION_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.diffusers", "DiTTransformer2DModel": "diffusers"}
-"""Classes of diffusion models that we know -> the package to import them from."""
+"""Supported classes of diffusion models -> the package to import them from."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a model is.
+    """The kind of a model.
 
     Attributes:
         task: "language" (encoders of text too), "images" (it reads them) or "diffusion" (it draws them).
-        library: whose format it is in: "transformers", "timm" or "diffusers".
-        name: what the library calls it: a model type, an architecture or the class of the denoising model; "" for a hub
+        library: the library of its format: "transformers", "timm" or "diffusers".
+        name: its name in the library: a model type, an architecture or the class of the denoising model; "" for a hub
             name, which is not looked up, and for a .gguf file.
     """
 
@@ -41,15 +41,15 @@ class Kind:
 
 
 def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") -> Kind:
-    """What a model is.
+    """The kind of a model.
 
     Args:
-        model: a directory of a model or of a diffusers pipeline, a .gguf file, a hub name ("hf-hub:NAME" for timm's); or the
-            configuration of a model, as its config.json has it.
+        model: a directory of a model or of a diffusers pipeline, a .gguf file, a hub name ("hf-hub:NAME" for timm's), or
+            the contents of a config.json.
         named: the task to assume for a hub name.
 
     Raises:
-        ValueError: there is nothing at the path, or no readable configuration; the message names the path.
+        ValueError: the path does not exist, or has no readable configuration of these libraries; names it.
     """
     if isinstance(model, Mapping):
         return _of_config(model, "the configuration")
@@ -61,7 +61,9 @@ def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") 
     if folder.is_dir():
         config = saved_config(folder) or saved_config(folder / "transformer") or _read(folder / "model_index.json")
         if not config:
-            raise ValueError(f"model {name!r} has no configuration that can be read: no config.json, or a damaged one")
+            raise ValueError(
+                f"model {name!r} has no configuration that can be read: its config.json is missing or damaged"
+            )
         return _of_config(config, f"the config.json of model {name!r}")
     if looks_local(model):
         raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {name!r}")
@@ -69,7 +71,7 @@ def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") 
 
 
 def saved_config(directory: str | Path) -> dict[str, Any]:
-    """A directory's config.json; empty if it has none that can be read."""
+    """A directory's config.json; empty if missing or damaged."""
     return _read(Path(directory).expanduser() / "config.json")
 
 
@@ -85,9 +87,7 @@ def _of_config(config: Mapping[str, Any], where: str) -> Kind:
         return Kind("images", "timm", str(config["architecture"]))
     model_type, classes = str(config.get("model_type", "")), config.get("architectures") or ()
     if not model_type and not classes:
-        raise ValueError(
-            f"{where} names no model type of transformers, no architecture of timm and no class of diffusers"
-        )
+        raise ValueError(f"{where} names no model type of transformers, architecture of timm or class of diffusers")
     family = family_of(model_type)
     reads_images = (family is not None and family.images) or any("ImageClassification" in name for name in classes)
     return Kind("images" if reads_images else "language", "transformers", model_type)

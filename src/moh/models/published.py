@@ -1,6 +1,6 @@
-"""Load checkpoints that the authors of the paper published, into our models, exactly.
+"""Load the checkpoints published by the paper's authors into our models, exactly.
 
-One module per family; our own checkpoints need only `from_pretrained` or timm's loaders.
+Each family has its own module; our own checkpoints need only `from_pretrained` or timm's loaders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FAMILIES = {
     "transnext": "moh.models.timm.transnext.published",
     "dit": "moh.models.diffusers.published",
 }
-"""config["model"] -> the module that knows it."""
+"""config["model"] -> the module of its family."""
 
 
 def load_published(
@@ -38,10 +38,10 @@ def load_published(
     Args:
         path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
             with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
-        config: the published keys: `model`, which names the family, and those of its `load`: "moh_llama"
+        config: `model`, which names the family, and the published keys of the family's `load`: "moh_llama"
             (`moh.models.transformers.published`), "transnext" (`moh.models.timm.transnext.published`) or "dit"
             (`moh.models.diffusers.published`).
-            None reads the config.json of a directory that is laid out like the published MoH-LLaMA3-8B.
+            None reads the config.json of a directory with the layout of the published MoH-LLaMA3-8B.
         dtype: of the model; None keeps the checkpoint's.
 
     Returns:
@@ -68,7 +68,7 @@ def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[
     """The tensors of a state dict (copied), a `.safetensors` or PyTorch file, or a directory.
 
     Raises:
-        ValueError: the file is missing, or holds no tensors.
+        ValueError: the file is missing, unreadable, or not a state dict.
     """
     if isinstance(path_or_state_dict, Mapping):
         return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # the caller's must not change
@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return dict(safetensors.load_file(path))
     with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # A training checkpoint's averaged weights are those that its authors evaluate
+    # In a training checkpoint the authors evaluate the averaged weights
     state = loaded.get("ema", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"path_or_state_dict: {path} holds no state dict")

@@ -1,8 +1,8 @@
-"""Make transformers' Auto classes and timm know our models, whichever package is imported first.
+"""Register our models with transformers' Auto classes and timm, whichever package is imported first.
 
-transformers keeps its own models as names and imports them on first use; while it is still being imported ours are added
-the same way. Once it is imported, its public `register` does it. Each package of ours for timm registers its models with
-timm's own decorator when it is imported; this only decides when that is. Imports nothing of transformers or timm by itself.
+transformers keeps its own models as names and imports them on first use; until its Auto classes are imported, ours are
+added the same way, afterwards through its public `register`. Our packages for timm register their models with timm's own
+decorator when they are imported; this module only decides when. It imports neither transformers nor timm by itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._name or self._searching:
             return None
-        self._searching = True  # the search below must not come back here
+        self._searching = True  # the search below calls this finder again
         try:
             spec = find_spec(fullname)
         finally:
@@ -60,7 +60,7 @@ class _Finder(MetaPathFinder):
         return spec
 
     def _imported(self) -> None:
-        if self in sys.meta_path:  # once, and only now: a module that was found need not be imported
+        if self in sys.meta_path:  # only once, and not on finding: a module may be found without being imported
             sys.meta_path.remove(self)
             self._callback()
 
@@ -70,7 +70,7 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
     if name in sys.modules:
         callback()
     else:
-        sys.meta_path.insert(0, _Finder(name, callback))
+        sys.meta_path.insert(0, _Finder(name, callback))  # before the finders that would load it without the callback
 
 
 _MODEL_NAMES = {
@@ -87,7 +87,7 @@ _PACKAGE = "moh.models.transformers"
 
 
 class _LazyPackage(ModuleType):
-    """Stands where transformers looks for a model type's module, and has what our package has."""
+    """The module where transformers looks for a model type: every name comes from our package."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -144,7 +144,7 @@ def _import_packages() -> None:
     for package in _PACKAGES:
         try:
             importlib.import_module(package)
-        except ImportError as error:  # an older timm than ours needs: it should still serve its own models
+        except ImportError as error:  # timm is older than we need: its own models should still work
             warnings.warn(
                 f"the models of {package} are not registered with timm: {error}", RuntimeWarning, stacklevel=2
             )

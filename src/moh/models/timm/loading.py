@@ -1,6 +1,6 @@
 """Load and save image classifiers in timm's format: a directory with config.json and model.safetensors, or a hub name.
 
-The names of the classes and what the model wants to see are part of it (`model.pretrained_cfg`). Extra `vision`.
+The class names and the model's input are part of it (`model.pretrained_cfg`). Extra `vision`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
     """Load a classifier with its weights, in evaluation mode.
 
     Args:
-        path_or_name: a directory as `save_image_classifier` and timm write it, a name on the hub ("hf-hub:NAME"), or one
-            of timm's models that has published weights.
+        path_or_name: a directory in the format of `save_image_classifier` and timm, a hub name ("hf-hub:NAME"), or one of
+            timm's models with published weights.
         device: where the model goes; None leaves it on the CPU.
 
     Returns:
-        a timm model; `class_names(model)` and `image_input(model)` tell the rest.
+        a timm model; see also `class_names(model)` and `image_input(model)`.
 
     Raises:
-        ValueError: there is no such directory or name, or what is there is no image classifier or damaged.
+        ValueError: the directory or name does not exist, is not an image classifier, or is damaged.
     """
     name, local = str(path_or_name), Path(path_or_name).expanduser()
     if local.is_dir():
         if kind_of(local).library != "timm":
-            raise ValueError(f"model {name!r} is no image classifier: its config.json names no architecture of timm")
+            raise ValueError(
+                f"model {name!r} is not an image classifier: its config.json names no architecture of timm"
+            )
         name = f"local-dir:{local}"
     elif looks_local(path_or_name):
         raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
@@ -53,8 +55,8 @@ def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args
 
     Args:
         model: made by `timm.create_model` or `moh.convert`.
-        directory: made if it does not exist; the files are written into it as they are.
-        model_args: arguments with which `timm.create_model` makes the model again, without the number of classes.
+        directory: created if missing; files of other names in it are kept.
+        model_args: arguments of `timm.create_model` that rebuild the model, without the number of classes.
     """
     names = class_names(model)
     require("timm.models", extra="vision").save_for_hf(
@@ -67,7 +69,7 @@ def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """The names of the model's classes in the order of its logits; None if it does not know them."""
+    """The names of the model's classes in the order of its logits, or None."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if not names or len(names) != model.num_classes:
         return None
@@ -75,7 +77,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def image_input(model: nn.Module) -> ImageInput:
-    """What the model wants to see."""
+    """The model's input."""
     config = require("timm.data", extra="vision").resolve_data_config({}, model=model)
     size = tuple(config["input_size"])
     mean, std = (_per_channel(config[name], size[0]) for name in ("mean", "std"))
@@ -83,7 +85,7 @@ def image_input(model: nn.Module) -> ImageInput:
 
 
 def describe(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> None:
-    """Set what `image_input` and `class_names` say of a model, and what is saved with it."""
+    """Set what `image_input` and `class_names` return for a model; it is saved with the model."""
     described: dict[str, Any] = {
         **cast(dict[str, Any], model.pretrained_cfg),
         "input_size": wanted.size,
@@ -94,12 +96,12 @@ def describe(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> No
         "num_classes": len(classes),
         "label_names": list(classes),
     }
-    for name in ("test_input_size", "test_crop_pct", "label_descriptions"):  # of the weights that it started from
+    for name in ("test_input_size", "test_crop_pct", "label_descriptions"):  # of the initial weights
         described.pop(name, None)
     model.pretrained_cfg = described  # type: ignore[assignment]
 
 
 def _per_channel(values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
-    """As many numbers as channels: a grey image gets the mean of the colours, a colour image of grey weights the same."""
+    """One number per channel: the mean of the colours for a grey input, the same for all colours of grey weights."""
     numbers = tuple(values) if isinstance(values, Sequence) else (float(values),)
     return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
