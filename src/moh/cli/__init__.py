@@ -1,4 +1,4 @@
-"""The command `moh`: a thin face over the package. `python -m moh` is the same."""
+"""The command `moh`: a thin layer over the package. `python -m moh` is the same."""
 
 from moh.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`moh chat`: a conversation with a model on the terminal, with its dial. Imports what it needs when it runs.
+"""`moh chat`: a conversation with a model on the terminal, with its dial.
 
 Reads lines from standard input, a terminal or not.
 """

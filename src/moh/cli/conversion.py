@@ -1,4 +1,4 @@
-"""`moh convert`: a pretrained dense model on disk -> a MoH model on disk. Imports what it needs when it runs.
+"""`moh convert`: a pretrained dense model on disk -> a MoH model on disk.
 
 Each kind of model has its own calibration data and its own files; the conversion itself is `moh.convert`.
 """

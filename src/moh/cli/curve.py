@@ -1,4 +1,4 @@
-"""`moh curve`: quality and speed of one model at every share of its heads. Imports what it needs when it runs."""
+"""`moh curve`: quality and speed of one model at every share of its heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moh eval MODEL`: perplexity of a language model, accuracy of an image classifier. Imports what it needs when it runs.
+"""`moh eval MODEL`: perplexity of a language model, accuracy of an image classifier.
 
 `moh eval lm` is in `harness`, `moh eval fid` in `scores`.
 """

@@ -1,4 +1,4 @@
-"""`moh generate`: write text with a model, one prompt as a stream or many in batches. Imports what it needs when it runs."""
+"""`moh generate`: write text with a model, one prompt as a stream or many in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moh eval lm`: language models on the tasks of lm-evaluation-harness. Imports what it needs when it runs."""
+"""`moh eval lm`: language models on the tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moh inspect`: tables, figures and a page on which head does what, for any checkpoint. Imports what it needs when it runs."""
+"""`moh inspect`: tables, figures and a page on which head does what, for any checkpoint."""
 
 from __future__ import annotations
 

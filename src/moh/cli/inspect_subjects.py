@@ -1,4 +1,4 @@
-"""The subjects of `moh inspect`: a model of one of the three kinds and its inputs. Imports what it needs when it runs."""
+"""The subjects of `moh inspect`: a model of one of the three kinds and its inputs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Shared by the commands: adding a parser, and the options for texts, images and active heads with their readers.
-
-The readers import what they need when they are called.
-"""
+"""Shared by the commands: adding a parser, and the options for texts, images and active heads with their readers."""
 
 from __future__ import annotations
 

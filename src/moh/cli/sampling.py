@@ -1,4 +1,4 @@
-"""`moh sample`: draw images with a diffusion model. Imports what it needs when it runs."""
+"""`moh sample`: draw images with a diffusion model."""
 
 from __future__ import annotations
 

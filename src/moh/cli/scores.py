@@ -1,4 +1,4 @@
-"""`moh eval fid`: score generated images against reference images. Imports what it needs when it runs."""
+"""`moh eval fid`: score generated images against reference images."""
 
 from __future__ import annotations
 

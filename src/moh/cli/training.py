@@ -1,4 +1,4 @@
-"""`moh demo`, `moh train` and `moh extend-vocabulary`. Imports what it needs when it runs."""
+"""`moh demo`, `moh train` and `moh extend-vocabulary`."""
 
 from __future__ import annotations
 

@@ -100,9 +100,8 @@ def writing_checkpoint(checkpoint: Path, *, writes: bool = True) -> Iterator[Non
     try:
         yield
     except BaseException as error:  # torch.distributed.checkpoint's are not `Exception`s
-        if (
-            not _is_of_disk(error) or checkpoint_problem(checkpoint) is None
-        ):  # complete: perhaps an old one can't be deleted
+        # If it is complete, something else failed, perhaps deleting an old one
+        if not _is_of_disk(error) or checkpoint_problem(checkpoint) is None:
             raise
         if writes:
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -106,7 +106,7 @@ class PixelTransform:
         self.seed = seed
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
         self.erasing = None
-        if recipe is not None and recipe.random_erasing:
+        if recipe is not None and recipe.random_erasing:  # with probability 1: `_draws` decides which images
             self.erasing = RandomErasing(1.0, mode=recipe.erasing_mode, max_count=1, device="cpu")  # type: ignore[no-untyped-call]
         self._epoch = -1
         self._drawn: dict[str, Tensor] = {}

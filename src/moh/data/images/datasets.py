@@ -63,7 +63,7 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns
 
 
 def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
-    """The training images and, if requested and a part of their own, the held-out ones."""
+    """The training images and, if requested and separate, the held-out ones."""
     folder = Path(data.dataset).expanduser()
     if data.dataset == FASHION_MNIST:
         return load_fashion_mnist(data.cache_dir)

@@ -16,7 +16,7 @@ from moh.data.text.store import StoredBlocks
 ROUND = 10_000
 """Sequences after which the interleaving of the sources repeats: weights are met to one part in this many."""
 
-_ROUNDS = 6  # of the Feistel network; four already pass for random, two more for very small domains
+_ROUNDS = 6  # of the Feistel network; four already look random, two more for very small domains
 
 
 def permuted(index: int, size: int, key: int) -> int:
@@ -29,7 +29,7 @@ def permuted(index: int, size: int, key: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
-        for step in range(_ROUNDS):
+        for step in range(_ROUNDS):  # each with its own key; the constant is 2^64 / golden ratio, as in splitmix64
             left, right = right, left ^ (mixed(key + step * 0x9E3779B97F4A7C15 + right) & mask)
         index = left << half | right
         if index < size:

@@ -34,9 +34,7 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
     name, local = str(path_or_name), Path(path_or_name).expanduser()
     if local.is_dir():
         if kind_of(local).library != "timm":
-            raise ValueError(
-                f"model {name!r} is not an image classifier: its config.json names no architecture of timm"
-            )
+            raise ValueError(f"model {name!r} is not an image classifier: config.json names no architecture of timm")
         name = f"local-dir:{local}"
     elif looks_local(path_or_name):
         raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
@@ -69,7 +67,7 @@ def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """The names of the model's classes in the order of its logits, or None."""
+    """The names of the model's classes in the order of its logits; None if it has none."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if not names or len(names) != model.num_classes:
         return None

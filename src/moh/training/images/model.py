@@ -108,7 +108,7 @@ def resolve_input(recipe: ImageRecipe, model: nn.Module, train: ImageSource) -> 
     if len(mean) not in (1, channels):
         if data.mean:
             raise ValueError(f"data.mean must have one number or {channels}, one per channel, got {data.mean}")
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)  # the mean of the colours for every channel
     if len(mean) == 1:
         mean, std = mean * channels, std * channels
     crop = data.crop_pct or (own.crop_pct if started or min(height, width) > 64 else 1.0)
