@@ -66,8 +66,8 @@ def test_a_batch_needs_a_token_to_pad_with(moh_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give a prompt, or --prompts FILE"),
-        (["the head", "--prompts", "FILE"], "give a prompt, or --prompts FILE"),
+        ([], "give either a prompt, or --prompts FILE"),
+        (["the head", "--prompts", "FILE"], "give either a prompt, or --prompts FILE"),
         (["--prompts", "FILE"], "--prompts must hold at least one line"),
         (["the head", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["the head", "--temperature", "-1"], "--temperature at least 0"),
