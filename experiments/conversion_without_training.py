@@ -199,16 +199,16 @@ def _measure_mixes(run: Run, third: str, third_blocks: Tensor) -> None:
             continue
         calibrator, routers = run.calibrator(blocks, refitted=True)
         costs = calibrator.costs(routers, refitted=True)
-        budgets = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
-        of_layers = {layer: of_layer for layer, of_layer in enumerate(zip(*budgets, strict=True))}
+        of_shares = [calibrator.reallocate(routers, costs, heads * len(routers)) for heads in run.heads]
+        of_layers = {layer: of_layer for layer, of_layer in enumerate(zip(*of_shares, strict=True))}
         adapter = DenseTextModel(run.dense, "linear", copied=False)
         sums = collect_several_outputs(adapter, of_layers, calibrator.refit_batches())
-        for index, (heads, budget) in enumerate(zip(run.heads, budgets, strict=True)):
+        for index, (heads, routers_here) in enumerate(zip(run.heads, of_shares, strict=True)):
             outputs = [
                 refit_output_projection(sums[layer][index], attention.output_weight)
                 for layer, attention in enumerate(adapter.attentions)
             ]
-            run.measure(heads, variant, _model(run.dense, budget, outputs))
+            run.measure(heads, variant, _model(run.dense, routers_here, outputs))
 
 
 def _some(blocks: Tensor, tokens: int) -> Tensor:

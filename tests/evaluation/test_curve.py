@@ -13,7 +13,7 @@ import torch
 import moh
 from moh.cli import main
 from moh.evaluation import perplexity
-from moh.evaluation.curve import budgets, image_curve, text_curve
+from moh.evaluation.curve import dial_shares, image_curve, text_curve
 from moh.evaluation.curve_plots import plot_curve
 from moh.models.dial import moh_routers
 
@@ -171,13 +171,13 @@ def test_an_image_model_without_timms_form_is_refused(images: Any) -> None:
 
 
 def test_shares_go_from_the_fewest_heads_to_all_in_at_most_nine_steps(model: Any) -> None:
-    assert budgets(model) == [0.25, 0.5, 0.75, 1.0]
-    assert budgets(model, points=2) == [0.25, 1.0]
-    assert budgets(model, points=1) == [1.0]
+    assert dial_shares(model) == [0.25, 0.5, 0.75, 1.0]
+    assert dial_shares(model, points=2) == [0.25, 1.0]
+    assert dial_shares(model, points=1) == [1.0]
     wide = torch.nn.Sequential(moh.MoHAttention(64, 32, shared_heads=8, active_heads=8, router="linear"))
-    assert budgets(wide) == [0.25 + 0.75 * i / 8 for i in range(9)]
+    assert dial_shares(wide) == [0.25 + 0.75 * i / 8 for i in range(9)]
     with pytest.raises(ValueError, match="points must be at least 1, got 0"):
-        budgets(model, points=0)
+        dial_shares(model, points=0)
 
 
 @pytest.mark.parametrize(("shares", "message"), [([], "at least one share"), ([0.5, 1.2], "at most 1, got 1.2")])

@@ -53,8 +53,8 @@ def text_of(page: Any, selector: str, pattern: str) -> str:
     return str(page.inner_text(selector))
 
 
-def set_budget(page: Any, value: int) -> None:
-    page.locator("#budget input[type=range]").fill(str(value))
+def set_dial(page: Any, value: int) -> None:
+    page.locator("#dial input[type=range]").fill(str(value))
 
 
 def test_a_text_is_read_at_the_share_that_the_slider_says(text_subject: TextSubject) -> None:
@@ -65,7 +65,7 @@ def test_a_text_is_read_at_the_share_that_the_slider_says(text_subject: TextSubj
         text_of(page, "#tokens", "script")
         assert page.inner_text("#tokens") == "<script>alert(1)</script> ${1+1} {{7*7}} the שלום 👩‍👩‍👧 a head"
         before = text_of(page, "#summary", r"\d ms\s")
-        set_budget(page, 2)
+        set_dial(page, 2)
         after = text_of(page, "#summary", r"75 % of the heads[\s\S]*\d ms\s")
         perplexities = [re.search(r"perplexity\s+(\S+)\s+(\S+)", summary).groups() for summary in (before, after)]
         assert perplexities[0][0] != perplexities[1][0] and perplexities[0][1] == perplexities[1][1]
@@ -123,7 +123,7 @@ def test_an_image_is_classified_and_its_patches_are_shown(
         page.click("#heads [data-layer='1'][data-head='2']")
         text_of(page, "#patches", "Layer 1, head 2")
         assert page.get_attribute("#patches img", "src") != shown
-        set_budget(page, 1)
+        set_dial(page, 1)
         page.wait_for_function("old => document.querySelector('#classes').innerText !== old", arg=before)
         text_of(page, "#patches", "Layer 1, head 2")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -142,7 +142,7 @@ def test_moving_the_slider_leaves_the_share_that_was_saved(text_subject: TextSub
         text_of(page, "#summary", r"75 % of the heads[\s\S]*\d ms")
         box = page.get_by_label("As saved: 1 to 3, layer by layer")
         assert box.is_checked()
-        set_budget(page, 1)
+        set_dial(page, 1)
         text_of(page, "#summary", r"50 % of the heads[\s\S]*\d ms")
         assert not box.is_checked()
         box.check()
@@ -156,7 +156,7 @@ def test_a_dense_model_has_no_slider(dense_dir: Path) -> None:
     with opened(subject) as (page, problems):
         assert "A dense model" in text_of(page, "#about", "dense")
         text_of(page, "#summary", r"this model, dense[\s\S]*\d ms")
-        assert page.locator("#budget").count() == 0 or page.is_hidden("#budget")
+        assert page.locator("#dial").count() == 0 or page.is_hidden("#dial")
         assert page.get_by_role("tab", name="All shares").count() == 0
         assert "D: the head of a dense layer (2 of 2 layers)" in page.inner_text("#heads")
     assert complaints(problems) == []

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import moh
 from moh.evaluation import perplexity
 from moh.explore.subjects import TextSubject, load_subject
-from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
+from moh.explore.texts import MOST_CHARACTERS, TextComparison, read_text, share_curve, time_text
 
 TEXT = "the router sees a token and picks value or key . the gate weighs a head"
 
@@ -82,7 +82,7 @@ def test_a_dense_model_is_shown_as_what_it_is(dense_dir: Path) -> None:
     assert found.reference is None and found.share == 1
     assert [layer.config for layer in found.layers] == [None, None]
     with pytest.raises(ValueError, match="no share of heads to set"):
-        budget_curve(subject, TEXT)
+        share_curve(subject, TEXT)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_single_token_has_no_perplexity_but_a_next_one(text_subject: TextSubje
     assert found.model.losses == [None] and found.model.perplexity is None
     assert len(found.model.next_tokens) == 10
     with pytest.raises(ValueError, match="at least two tokens"):
-        budget_curve(text_subject, "head")
+        share_curve(text_subject, "head")
 
 
 def test_the_curve_is_the_perplexity_at_each_share(text_subject: TextSubject) -> None:
     seen: list[tuple[int, int]] = []
-    points, reference = budget_curve(text_subject, TEXT, progress=lambda *done: seen.append(done))
+    points, reference = share_curve(text_subject, TEXT, progress=lambda *done: seen.append(done))
     assert [point.value for point in points] == [0, 1, 2, 3]
     assert [point.share for point in points] == [0.25, 0.5, 0.75, 1.0]
     for point in points:

@@ -19,10 +19,10 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import moh
 from moh.models.timm import MoHViTAttention, replace_attention
-from moh.models.timm.vit_presets import heads_of_budget
+from moh.models.timm.vit_presets import heads_of_share
 from moh.routing import Router
 
-SIZES = [f"moh_vit_{size}_patch16_224_{budget}" for size in ("tiny", "small", "base") for budget in (50, 75, 90)]
+SIZES = [f"moh_vit_{size}_patch16_224_{percent}" for size in ("tiny", "small", "base") for percent in (50, 75, 90)]
 MICRO = [f"moh_vit_micro_patch4_{side}_{kind}" for side in (28, 32) for kind in ("dense", 50, 75, 90)]
 
 
@@ -70,11 +70,11 @@ def test_a_size_is_timms_with_routers_and_uses_the_share_in_its_name(name) -> No
 
 
 @pytest.mark.parametrize("num_heads", [3, 6, 10, 12])
-@pytest.mark.parametrize("budget", [50, 75, 90])
-def test_a_share_is_spread_evenly_over_the_layers(budget, num_heads) -> None:
-    shared, active = heads_of_budget(budget, num_heads, 12)
+@pytest.mark.parametrize("percent", [50, 75, 90])
+def test_a_share_is_spread_evenly_over_the_layers(percent, num_heads) -> None:
+    shared, active = heads_of_share(percent, num_heads, 12)
     assert max(active) - min(active) <= 1 and shared == num_heads // 4
-    assert sum(shared + k for k in active) == round(budget * num_heads * 12 / 100)
+    assert sum(shared + k for k in active) == round(percent * num_heads * 12 / 100)
 
 
 @pytest.mark.parametrize("name", MICRO)

@@ -93,7 +93,7 @@ MAX_POINTS = 9
 """Most shares of a curve if none are given."""
 
 
-def budgets(model: nn.Module, *, points: int = MAX_POINTS) -> list[float]:
+def dial_shares(model: nn.Module, *, points: int = MAX_POINTS) -> list[float]:
     """Evenly spaced shares, from the fewest to the most heads that the model can use, no finer than one head per layer.
 
     Raises:
@@ -127,7 +127,7 @@ def text_curve(
         model: a MoH language model; left as it was.
         blocks: `[n, seq_len]` token ids of held-out text.
         dense: a dense model with the same vocabulary, dtype and device, to measure as well.
-        shares: shares of all heads, each above 0 and at most 1; None means `budgets(model)`.
+        shares: shares of all heads, each above 0 and at most 1; None means `dial_shares(model)`.
         batch_size: blocks per forward pass.
         prompt_tokens, decode_tokens, repeats: as in `measure_speed`; the shares take turns. With 0 repeats no speed is
             measured.
@@ -196,7 +196,7 @@ def image_curve(
         model: a MoH model of timm; left as it was.
         images: labelled images, as `evaluate_images` takes them.
         dense: a dense model with the same dtype and device, to measure as well.
-        shares: shares of all heads, each above 0 and at most 1; None means `budgets(model)`.
+        shares: shares of all heads, each above 0 and at most 1; None means `dial_shares(model)`.
         batch_size: images per forward pass.
         workers: processes that load images.
 
@@ -229,7 +229,7 @@ def image_curve(
 
 
 def _wanted(model: nn.Module, shares: Sequence[float] | None) -> list[float]:
-    wanted = sorted(set(budgets(model) if shares is None else map(float, shares)))
+    wanted = sorted(set(dial_shares(model) if shares is None else map(float, shares)))
     if not wanted:
         raise ValueError("shares must name at least one share of heads, got none")
     for share in wanted:
@@ -249,9 +249,9 @@ def _check_dense(model: nn.Module, dense: nn.Module) -> None:
         )
 
 
-def _curve(points: Sequence[Point], budgets: int, measured: dict[str, Any]) -> Curve:
-    """A curve from points whose first `budgets` are the MoH model's; one more is the dense model's."""
-    return Curve(tuple(points[:budgets]), measured, dense=next(iter(points[budgets:]), None))
+def _curve(points: Sequence[Point], count: int, measured: dict[str, Any]) -> Curve:
+    """A curve from points whose first `count` are the MoH model's; one more is the dense model's."""
+    return Curve(tuple(points[:count]), measured, dense=next(iter(points[count:]), None))
 
 
 def _speed(rate: Rate) -> Speed:

@@ -15,7 +15,7 @@ import gradio as gr
 from moh.data.images.formats import decode
 from moh.explore import markup
 from moh.explore.images import ImageComparison, read_image, shaded_picture, time_image
-from moh.explore.markup import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.markup import TIME_ROW, active_heads_of, chooser, dial_controls, share_label, whole_number
 from moh.explore.subjects import ImageSubject
 
 
@@ -38,7 +38,7 @@ def add_image_page(subject: ImageSubject) -> None:
                 type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[],
                 elem_id="image",
             )  # fmt: skip
-            slider, own = budget_controls(subject)
+            slider, own = dial_controls(subject)
             problem = gr.HTML("", elem_id="problem")
             classes = gr.HTML("", elem_id="classes")
             summary = gr.HTML("", elem_id="summary")
@@ -63,16 +63,16 @@ class _ImagePage:
         if path is None:
             yield None, "", "", "", "", ""
             return
-        budget = budget_of(self.subject, value, own)
+        active_heads = active_heads_of(self.subject, value, own)
         try:
-            seen = read_image(self.subject, decode(Path(path).read_bytes()), budget)
+            seen = read_image(self.subject, decode(Path(path).read_bytes()), active_heads)
         except ValueError as error:
             yield None, markup.notice(f"This image can't be read: {error}"), "", "", "", ""
             return
         shown = _Shown(seen, *_telling(seen)) if before is None else replace(before, comparison=seen)
         rest = self._patches(shown), self._heads(shown)
         yield shown, "", self._classes(seen), self._summary(seen, None), *rest
-        seconds = time_image(self.subject, seen, budget)
+        seconds = time_image(self.subject, seen, active_heads)
         yield shown, "", self._classes(seen), self._summary(seen, seconds), *rest
 
     def move(self, path: str | None, value: float, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
@@ -90,13 +90,13 @@ class _ImagePage:
         return shown, self._patches(shown)
 
     def _classes(self, seen: ImageComparison) -> str:
-        parts = [markup.bars(budget_label(self.subject, seen.share), seen.classes)]
+        parts = [markup.bars(share_label(self.subject, seen.share), seen.classes)]
         if seen.reference_classes is not None and self.subject.reference is not None:
             parts.append(markup.bars(self.subject.reference.label, seen.reference_classes))
         return markup.side_by_side(*parts)
 
     def _summary(self, seen: ImageComparison, seconds: tuple[float, float | None] | None) -> str:
-        columns = [budget_label(self.subject, seen.share)]
+        columns = [share_label(self.subject, seen.share)]
         if self.subject.reference is not None:
             columns.append(self.subject.reference.label)
         times = ["measuring …"] * len(columns)

@@ -198,7 +198,7 @@ def _shown(token: str) -> str:
 TIME_ROW = f"time (median of {REPEATS})"
 
 
-def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
+def dial_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
     """The dial's slider, and the box for a saved setting that the slider can't show; hidden if they have no use."""
     dial = subject.dial
     values = dial.values or (0, 1)
@@ -216,7 +216,7 @@ def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
         step=values[1] - values[0],
         label=label,
         visible=bool(dial.values),
-        elem_id="budget",
+        elem_id="dial",
         buttons=[],
     )
     counts = dial.counts() or [0]
@@ -224,7 +224,7 @@ def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
         uneven,
         label=f"As saved: {min(counts)} to {max(counts)}, layer by layer",
         visible=uneven,
-        elem_id="own-budget",
+        elem_id="own-heads",
     )
     if subject.reference is not None and subject.reference.note:
         gr.HTML(note(subject.reference.note))
@@ -233,12 +233,12 @@ def budget_controls(subject: Subject) -> tuple[gr.Slider, gr.Checkbox]:
     return slider, own
 
 
-def budget_of(subject: Subject, value: float, own: bool) -> int | None:
+def active_heads_of(subject: Subject, value: float, own: bool) -> int | None:
     """The controls' setting: a value of the dial, or None for the model's own setting."""
     return None if own or not subject.dial.values else int(value)
 
 
-def budget_label(subject: Subject, share: float) -> str:
+def share_label(subject: Subject, share: float) -> str:
     """The explored model at a share of heads, as a heading."""
     return f"this model, {100 * share:.0f} % of the heads" if subject.dial.routers else "this model, dense"
 

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from moh.explore import markup
-from moh.explore.markup import TIME_ROW, budget_controls, budget_label, budget_of, chooser, whole_number
+from moh.explore.markup import TIME_ROW, active_heads_of, chooser, dial_controls, share_label, whole_number
 from moh.explore.subjects import TextSubject
-from moh.explore.texts import MOST_CHARACTERS, TextComparison, budget_curve, read_text, time_text
+from moh.explore.texts import MOST_CHARACTERS, TextComparison, read_text, share_curve, time_text
 from moh.inspection.tables import to_pandas
 
 EXAMPLE = (
@@ -46,7 +46,7 @@ def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
         elem_id="text",
         rtl=False,
     )
-    slider, own = budget_controls(subject)
+    slider, own = dial_controls(subject)
     compared = subject.reference is not None
     with gr.Row():
         read = gr.Button("Read", variant="primary", elem_id="read", scale=0, min_width=140)
@@ -87,9 +87,9 @@ class _TextPage:
 
     def read(self, text: str, value: float, own: bool, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
         """Yields everything but the time at once, then the time as soon as it is measured."""
-        budget = budget_of(self.subject, value, own)
+        active_heads = active_heads_of(self.subject, value, own)
         try:
-            comparison = read_text(self.subject, text, budget)
+            comparison = read_text(self.subject, text, active_heads)
         except ValueError as error:
             yield None, markup.notice(str(error)), "", "", "", ""
             return
@@ -102,7 +102,7 @@ class _TextPage:
             )
         rest = self._tokens(shown, shade), self._heads(shown), self._next(comparison)
         yield shown, markup.notice(cut), self._summary(comparison, None), *rest
-        seconds = time_text(self.subject, comparison.ids, budget)
+        seconds = time_text(self.subject, comparison.ids, active_heads)
         yield shown, markup.notice(cut), self._summary(comparison, seconds), *rest
 
     def move(self, text: str, value: float, shade: str, before: _Shown | None) -> Iterator[tuple[Any, ...]]:
@@ -123,7 +123,7 @@ class _TextPage:
     def curve(self, text: str, progress: gr.Progress = gr.Progress()) -> tuple[str, Any, str]:  # noqa: B008 (Gradio's way)
         """Perplexity at every share of heads, as a picture and in figures."""
         try:
-            points, reference = budget_curve(
+            points, reference = share_curve(
                 self.subject, text, progress=lambda done, of: progress((done, of), unit="shares")
             )
         except ValueError as error:
@@ -140,7 +140,7 @@ class _TextPage:
         return "", gr.LinePlot(to_pandas(rows), visible=True), markup.table(["perplexity"], figures)
 
     def _summary(self, comparison: TextComparison, seconds: tuple[float, float | None] | None) -> str:
-        columns, readings = [budget_label(self.subject, comparison.share)], [comparison.model]
+        columns, readings = [share_label(self.subject, comparison.share)], [comparison.model]
         if comparison.reference is not None and self.subject.reference is not None:
             columns.append(self.subject.reference.label)
             readings.append(comparison.reference)
@@ -181,7 +181,7 @@ class _TextPage:
         return markup.head_map(title, layers, gates, said="gate")
 
     def _next(self, comparison: TextComparison) -> str:
-        parts = [markup.bars(budget_label(self.subject, comparison.share), comparison.model.next_tokens)]
+        parts = [markup.bars(share_label(self.subject, comparison.share), comparison.model.next_tokens)]
         if comparison.reference is not None and self.subject.reference is not None:
             parts.append(markup.bars(self.subject.reference.label, comparison.reference.next_tokens))
         return markup.side_by_side(*parts)

@@ -132,7 +132,7 @@ def time_text(subject: TextSubject, ids: list[int], value: int | None) -> tuple[
     return seconds[0], seconds[1] if len(seconds) > 1 else None
 
 
-def budget_curve(
+def share_curve(
     subject: TextSubject, text: str, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[CurvePoint], float | None]:
     """Perplexity of a text at every value of the dial, and the reference's (None without one).

@@ -24,7 +24,7 @@ from torch import nn
 from moh.models.heads import layer_configs
 from moh.models.timm.vit import dense_attentions, replace_attention
 
-BUDGETS = (50, 75, 90)
+SHARES = (50, 75, 90)
 """Shares of active heads, in per cent."""
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -42,8 +42,8 @@ _NOT_OF_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_mod
                      "device", "dtype")  # fmt: skip
 
 
-def heads_of_budget(budget: int, num_heads: int, depth: int) -> tuple[int, list[int]]:
-    """Shared heads, and active routed heads of each layer, that use about `budget` per cent of all heads.
+def heads_of_share(percent: int, num_heads: int, depth: int) -> tuple[int, list[int]]:
+    """Shared heads, and active routed heads of each layer, that use about `percent` % of all heads.
 
     A quarter of a layer's heads, rounded down, is shared, but no more than the smallest layer uses. The rest is spread
     over the layers as evenly as whole heads allow:
@@ -55,7 +55,7 @@ def heads_of_budget(budget: int, num_heads: int, depth: int) -> tuple[int, list[
     | 10 | 5, of them 2 shared | 7 or 8 | 9 |
     | 12 | 6, of them 3 shared | 9 | 10 or 11 |
     """
-    total = round(budget * num_heads * depth / 100)
+    total = round(percent * num_heads * depth / 100)
     # differences of rounded running totals: they add up to `total` and differ by at most 1
     per_layer = [(i + 1) * total // depth - i * total // depth for i in range(depth)]
     shared = min(num_heads // 4, min(per_layer))
@@ -64,7 +64,7 @@ def heads_of_budget(budget: int, num_heads: int, depth: int) -> tuple[int, list[
 
 def _with_heads(
     make: Callable[..., nn.Module],
-    budget: int | None,
+    percent: int | None,
     *,
     shared_heads: int | list[int | list[int]] | None = None,
     active_heads: int | list[int] | None = None,
@@ -72,12 +72,12 @@ def _with_heads(
     backend: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """`make(**options)` with MoH attention; `budget` (a share, in per cent) sets the heads that are not given."""
+    """`make(**options)` with MoH attention; `percent` (a share, in per cent) sets the heads that are not given."""
     model = make(**options)
     attentions = dense_attentions(model)
     depth, num_heads = len(attentions), attentions[0].num_heads
-    if budget is not None:
-        default_shared, default_active = heads_of_budget(budget, num_heads, depth)
+    if percent is not None:
+        default_shared, default_active = heads_of_share(percent, num_heads, depth)
         shared_heads = default_shared if shared_heads is None else shared_heads
         if active_heads is None:
             if not isinstance(shared_heads, int):
@@ -125,34 +125,34 @@ def _cfg(img_size: int, *, num_classes: int = 1000, crop_pct: float = 0.9) -> di
 
 
 _CFGS: dict[str, Any] = {
-    **{f"{name}_{budget}": _cfg(224) for name in _SIZES for budget in BUDGETS},
+    **{f"{name}_{percent}": _cfg(224) for name in _SIZES for percent in SHARES},
     **{
         f"{name}_{kind}": _cfg(sizes["img_size"], num_classes=10, crop_pct=1.0)
         for name, sizes in _MICRO_SIZES.items()
-        for kind in ("dense", *BUDGETS)
+        for kind in ("dense", *SHARES)
     },
     "moh_vit": _cfg(224),
 }
 default_cfgs = generate_default_cfgs(_CFGS)
 
 
-def _register(variant: str, sizes: dict[str, Any], budget: int | None) -> None:
-    make = VisionTransformer if budget is None else partial(_with_heads, VisionTransformer, budget)
+def _register(variant: str, sizes: dict[str, Any], percent: int | None) -> None:
+    make = VisionTransformer if percent is None else partial(_with_heads, VisionTransformer, percent)
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         return _create(make, variant, pretrained, sizes, kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = variant
-    heads = "every head of every token: the control" if budget is None else f"{budget} % of the heads"
+    heads = "every head of every token: the control" if percent is None else f"{percent} % of the heads"
     entrypoint.__doc__ = f"For images of {sizes['img_size']} x {sizes['img_size']}, {heads}."
     register_model(entrypoint)
 
 
 for _name, _model_sizes in _SIZES.items():
-    for _budget in BUDGETS:
-        _register(f"{_name}_{_budget}", _model_sizes, _budget)
+    for _percent in SHARES:
+        _register(f"{_name}_{_percent}", _model_sizes, _percent)
 for _name, _model_sizes in _MICRO_SIZES.items():
-    for _kind in (None, *BUDGETS):
+    for _kind in (None, *SHARES):
         _register(f"{_name}_{_kind or 'dense'}", _model_sizes, _kind)
 
 

@@ -128,12 +128,12 @@ def build_model(
     text: TrainingText,
     arguments: TrainingArguments,
     *,
-    going_on: bool = False,
+    resuming: bool = False,
 ) -> PreTrainedModel:
     """Load the recipe's model, converted if the recipe has a conversion, or make a new one.
 
     Under torchrun one process converts and the others load its result, so that all have the same heads. A new model's
-    weights depend only on the seed. `going_on` is for a run resumed from a sharded checkpoint, which holds weights but
+    weights depend only on the seed. `resuming` is for a run resumed from a sharded checkpoint, which holds weights but
     no configuration: it uses the model that was converted at the run's start.
     """
     if recipe.model.from_scratch is not None:
@@ -145,7 +145,7 @@ def build_model(
     if arguments.world_size == 1:
         return _convert(recipe, text)
     target = Path(arguments.output_dir) / "converted"
-    if going_on and (target / "config.json").exists():
+    if resuming and (target / "config.json").exists():
         return load_causal_lm(target, dtype=torch.float32)
     with arguments.main_process_first(local=False, desc="converting the model"):
         if arguments.process_index == 0:

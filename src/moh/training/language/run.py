@@ -103,7 +103,7 @@ def train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     elif model is None:
-        model = build_model(recipe, tokenizer, text, arguments, going_on=checkpoint is not None)
+        model = build_model(recipe, tokenizer, text, arguments, resuming=checkpoint is not None)
     if checkpoint is not None and session.finished and has_sharded_weights(checkpoint):
         load_sharded_weights(model, checkpoint)  # the Trainer reads them only before a step, and none is left
     if settings.balance_loss_coef and hasattr(model.config, "router_aux_loss_coef"):
