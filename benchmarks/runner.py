@@ -1,6 +1,6 @@
 """Measure the missing cases and keep each result at once.
 
-Not for how a case is measured (`timing`, `memory`) or which ones there are (the subjects).
+`timing` and `memory` measure a case; the subjects list the cases.
 """
 
 from __future__ import annotations

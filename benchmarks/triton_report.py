@@ -1,6 +1,6 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and tell what they need, by NVIDIA's assembler.
+"""Compile the Triton kernels ahead of time, without a GPU, and report what they need, by NVIDIA's assembler.
 
-`python -m benchmarks.triton_report` prints registers, spills and shared memory. Not for how fast they are.
+`python -m benchmarks.triton_report` prints registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -182,11 +182,11 @@ def _assemble(ptx: str) -> tuple[int, int]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{tool.name} failed: {' '.join(done.stderr.split())}")
-    told = done.stderr + done.stdout
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
+    printed = done.stderr + done.stdout
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", printed)]
     if not registers:
-        raise RuntimeError(f"{tool.name} told no registers: {' '.join(told.split())}")
-    return max(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+        raise RuntimeError(f"{tool.name} reported no registers: {' '.join(printed.split())}")
+    return max(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill", printed))
 
 
 def usages(

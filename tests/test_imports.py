@@ -106,6 +106,20 @@ def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
     assert f"pip install 'mixture-of-heads[{extra}]'" in told
 
 
+@pytest.mark.parametrize(
+    "module",
+    "moh.conversion moh.demo moh.evaluation moh.inspection moh.training moh.training.language.run moh.data.text.blocks".split(),
+)
+@needs_transformers
+def test_what_the_llm_extra_is_enough_for_needs_no_other(module):
+    others = ["timm", "torchvision", "diffusers", "torch_fidelity", "lm_eval", "gradio"]
+    in_new_interpreter(
+        "import importlib, sys\nsys.modules.update(dict.fromkeys(sys.argv[2:]))\nimportlib.import_module(sys.argv[1])",
+        module,
+        *others,
+    )
+
+
 def test_present_module_is_returned_without_talk_of_extras():
     assert require("json.decoder", extra="llm") is sys.modules["json.decoder"]
 

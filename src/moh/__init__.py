@@ -15,6 +15,8 @@ from moh.models.registration import register_with_timm, register_with_transforme
 if TYPE_CHECKING:
     from moh import attention as attention
     from moh import checkpoints as checkpoints
+    from moh import layer as layer
+    from moh import models as models
     from moh import routing as routing
     from moh.attention import moh_attention
     from moh.conversion import convert
@@ -48,7 +50,9 @@ __getattr__, __dir__ = lazy(
         "balance_over_processes": "moh.routing",
         "checkpoints": "moh.checkpoints",
         "convert": "moh.conversion",
+        "layer": "moh.layer",
         "load_published": "moh.models.published",
+        "models": "moh.models",
         "moh_attention": "moh.attention",
         "record_routing": "moh.routing",
         "routing": "moh.routing",

@@ -545,7 +545,7 @@ def test_compiled_attention_is_used_by_default_and_without_gradients(kernels):
     assert [node.target for graph in graphs for node in graph.graph.nodes].count(torch.ops.moh.cpu_attention) == 1
 
 
-def test_one_compiled_graph_serves_all_lengths(kernels):
+def test_one_compiled_graph_handles_all_lengths(kernels):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moh_attention, backend=counter, fullgraph=True, dynamic=True)

@@ -35,7 +35,7 @@ class Backend:
     chosen_on: tuple[str, ...] | None = None
 
 
-def _serves_all(call: Call) -> str | None:
+def _handles_all(call: Call) -> str | None:
     return None
 
 
@@ -63,8 +63,8 @@ BACKENDS = {
             flex.why_not,
             chosen_on=("cuda",),
         ),
-        Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", sdpa.attend, _serves_all),
-        Backend("reference", "the definition: every head, then weighted", reference.attend, _serves_all),
+        Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", sdpa.attend, _handles_all),
+        Backend("reference", "the definition: every head, then weighted", reference.attend, _handles_all),
     )
 }
 """All backends by name, in order of preference: `backend=None` takes the first that supports the call."""

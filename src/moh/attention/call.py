@@ -1,6 +1,6 @@
 """`Call`: the arguments of one call of `moh_attention`; their checks, the combining of masks, and what all our kernels refuse.
 
-The twin of the C++ kernels' `Problem` (`cpu/csrc/problem.h`).
+The twin of the C++ kernels' `Problem` (`cpu/csrc/kernels/problem.h`).
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def seen_by(tokens: Tensor, Nk: int) -> Tensor:
     return torch.arange(Nk, device=tokens.device) <= tokens
 
 
-def unserved_dtype(x: Tensor) -> str | None:
+def unsupported_dtype(x: Tensor) -> str | None:
     """Why our compiled kernels can't compute tensors of x's dtype, or None."""
     if x.dtype in DTYPES:
         return None
     return f"it computes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
 
 
-def unserved_options(attn_mask: Tensor | None, dropout_p: float) -> str | None:
+def unsupported_options(attn_mask: Tensor | None, dropout_p: float) -> str | None:
     """Why our compiled kernels can't handle a transform, dropout or a mask that needs a gradient, or None."""
     if transforms_are_active():
         return "it has no rules for torch.func's transforms"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moh.attention.call import Call, unserved_dtype, unserved_options
+from moh.attention.call import Call, unsupported_dtype, unsupported_options
 from moh.attention.rows import Packing, pack, packed_rows_of, token_major
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def why_not(call: Call) -> str | None:
         return f"it runs on GPUs, not on {q.device.type}"
     if q.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "FlexAttention's kernels need Triton, which is not installed; it comes with PyTorch's CUDA wheels"
-    if (reason := unserved_dtype(q)) is not None:
+    if (reason := unsupported_dtype(q)) is not None:
         return reason
     widths = (q.shape[-1], v.shape[-1])
     if q.device.type == "cuda" and not (min(widths) >= MIN_WIDTH and max(widths) <= MAX_WIDTH):
         return f"it supports heads of width {MIN_WIDTH} to {MAX_WIDTH}, not {q.shape[-1]} and {v.shape[-1]}"
     if min(q.shape) == 0 or min(v.shape) == 0:
         return "it needs at least one query and one key"
-    if (reason := unserved_options(call.attn_mask, call.dropout_p)) is not None:
+    if (reason := unsupported_options(call.attn_mask, call.dropout_p)) is not None:
         return reason
     if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "FlexAttention has no gradients on the CPU"

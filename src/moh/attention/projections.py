@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.attention import cpu
-from moh.attention.call import transforms_are_active, unserved_dtype
+from moh.attention.call import transforms_are_active, unsupported_dtype
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
@@ -160,7 +160,7 @@ def _why_dense(
     device = x.device.type
     if backend not in (None, name):
         return f"the attention's backend is {backend!r}"
-    if (reason := unserved_dtype(x)) is not None:
+    if (reason := unsupported_dtype(x)) is not None:
         return reason
     if name == "cpu" and device != "cpu":
         return f"it runs on the CPU, not on {device}"

@@ -20,7 +20,6 @@ from moh.conversion.dense import DenseModel
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
-from moh.models.timm.loading import load_image_classifier
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
 
@@ -239,6 +238,8 @@ def load_dense(path: str | Path) -> Any:
     """
     kind = kind_of(path)
     if kind.library == "timm":
+        from moh.models.timm.loading import load_image_classifier  # needs the extra `vision`
+
         return load_image_classifier(path)
     if Path(path).suffix == ".gguf":
         return load_causal_lm(path)

@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from moh.config import ROUTERS
+from moh.conversion.dense import make_undecided
 from moh.models.diffusers import MoHDiTTransformer2DModel
-from moh.routing import router_class
+from moh.routing import Router, router_class
 
 UNFITTED = tuple(name for name in ROUTERS if not router_class(name).needs_fit)
 """Routers that need no calibration."""
 
 OURS = MoHDiTTransformer2DModel.__name__
-
-UNDECIDED = 1e-6
-"""Standard deviation of a new router's logits: tokens differ in the heads they choose, and every gate is 1 up to this."""
 
 # diffusers' names -> ours, parts of names. Each of its blocks has a copy of the embeddings.
 _EMBEDDING = re.compile(r"^transformer_blocks\.\d+\.norm1\.emb\.")
@@ -86,7 +84,9 @@ def convert_dit(
     missing, unexpected = moh.load_state_dict(state, strict=False)
     if unexpected or any(".router." not in name for name in missing):
         raise ValueError(f"model has tensors that are not a DiT's: {', '.join(unexpected)}; without {missing}")
-    _undecided(moh)
+    for module in moh.modules():
+        if isinstance(module, Router):
+            make_undecided(module)
     return moh.eval()  # type: ignore[no-any-return]
 
 
@@ -110,13 +110,6 @@ def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DMod
         return kind.from_pretrained(source, **where).eval()
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"model {str(path)!r} can't be loaded: {' '.join(str(error).split())}") from None
-
-
-def _undecided(model: nn.Module) -> None:
-    """Set new routers so that their softmaxes are uniform up to `UNDECIDED`."""
-    for name, parameter in model.named_parameters():
-        if ".router." in name:  # [heads, C]; the layer's input has about unit mean square
-            nn.init.normal_(parameter, std=UNDECIDED / parameter.shape[1] ** 0.5)
 
 
 def _of_ours(model: MoHDiTTransformer2DModel) -> dict[str, Any]:

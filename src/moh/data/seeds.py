@@ -1,6 +1,7 @@
 """Random numbers as a function of the position in a run (its seed, the step, the image), not of a generator's past.
 
-A resumed run, or one with a different number of processes, therefore draws the same numbers.
+A resumed run, or one with a different number of processes, therefore draws the same numbers. Two rules of mixing: 32 bits
+for generators, which take no more (`seed_of`), and 64 bits for permutations, where two keys must not meet (`make_key`).
 """
 
 from __future__ import annotations

@@ -50,5 +50,7 @@ __all__ = [
 ]
 
 __getattr__, __dir__ = lazy(
-    __name__, {"diffusion_groups": "moh.inspection.diffusion", "image_groups": "moh.inspection.images"}
+    __name__,
+    {"diffusion_groups": "moh.inspection.diffusion", "image_groups": "moh.inspection.images"},
+    extras={"moh.inspection.diffusion": ("diffusers", "diffusion")},
 )

@@ -77,7 +77,7 @@ def saved_config(directory: str | Path) -> dict[str, Any]:
 
 def looks_local(path: str | Path) -> bool:
     """Whether a path can only be local: not a hub name, even if nothing is there."""
-    return isinstance(path, Path) or path.startswith((".", "/", "~"))
+    return isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _of_config(config: Mapping[str, Any], where: str) -> Kind:

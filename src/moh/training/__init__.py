@@ -79,5 +79,6 @@ __getattr__, __dir__ = lazy(
     extras={
         "moh.training.language.run": ("transformers", "llm"),
         "moh.training.language.trainer": ("transformers", "llm"),
+        "moh.training.session": ("accelerate", "llm"),
     },
 )

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from moh.attention.call import Call, unserved_dtype, unserved_options
+from moh.attention.call import Call, unsupported_dtype, unsupported_options
 from moh.attention.cpu.build import BuildError, compile_kernels
 from moh.attention.cpu.operators import register
 
@@ -100,11 +100,11 @@ def why_not(call: Call) -> str | None:
     q, v = call.q, call.v
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
-    if (reason := unserved_dtype(q)) is not None:
+    if (reason := unsupported_dtype(q)) is not None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > MAX_WIDTH:
         return f"it supports heads of width up to {MAX_WIDTH}, not {max(q.shape[-1], v.shape[-1])}"
-    if (reason := unserved_options(call.attn_mask, call.dropout_p)) is not None:
+    if (reason := unsupported_options(call.attn_mask, call.dropout_p)) is not None:
         return reason
     return unavailable()
 

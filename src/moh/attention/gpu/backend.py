@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from moh.attention.call import Call, unserved_dtype, unserved_options
+from moh.attention.call import Call, unsupported_dtype, unsupported_options
 from moh.attention.gpu.operators import triton_attention_op
 from moh.attention.gpu.tiles import MAX_WIDTH
 from moh.attention.rows import pack
@@ -73,7 +73,7 @@ def why_not(call: Call) -> str | None:
     reason: str | None = unavailable(q.device.type)
     if reason is not None:
         return reason
-    if (reason := unserved_dtype(q)) is not None:
+    if (reason := unsupported_dtype(q)) is not None:
         return reason
     width = max(q.shape[-1], v.shape[-1])
     if width > MAX_WIDTH:
@@ -82,4 +82,4 @@ def why_not(call: Call) -> str | None:
         return "it needs at least one query and one key"
     if (reason := not_interpreted(q.device.type, q.dtype)) is not None:
         return reason
-    return unserved_options(call.attn_mask, call.dropout_p)
+    return unsupported_options(call.attn_mask, call.dropout_p)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh._extras import require
 from moh.models.published import check_tensors, require_keys
 
 _KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
@@ -41,7 +40,6 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
             `num_classes`; `shared_head` (h_s) and `routed_head` (k), or neither for a dense DiT. May have `head_dim`
             (default: `hidden_size / num_heads`), `in_channels` (4), `learn_sigma` (True) and `norm_eps` (1e-6).
     """
-    require("diffusers", extra="diffusion")
     from moh.models.diffusers import MoHDiTTransformer2DModel
 
     require_keys(config, _KEYS)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moh.models.transformers.families import FAMILIES
+
 
 def __getattr__(name: str) -> Any:
     if not name.startswith("MoH"):
@@ -19,3 +21,8 @@ def __getattr__(name: str) -> Any:
 
     globals()[name] = made = make_class(name)
     return made
+
+
+def __dir__() -> list[str]:
+    made = {name for family in FAMILIES for name in (family.moh_config, *family.moh_models.values())}
+    return sorted({*globals(), *made})

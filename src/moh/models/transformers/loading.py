@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moh.models.kinds import looks_local
+
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
@@ -88,7 +90,6 @@ def _source(path: str | Path) -> tuple[str, dict[str, str]]:
         if not local.is_file():
             raise ValueError(f"model must be an existing .gguf file, got {str(path)!r}")
         return str(local.parent), {"gguf_file": local.name}
-    looks_local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_local and not local.expanduser().is_dir():
+    if looks_local(path) and not local.expanduser().is_dir():
         raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {str(path)!r}")
-    return str(local.expanduser()) if looks_local or local.is_dir() else str(path), {}
+    return str(local.expanduser()) if looks_local(path) or local.is_dir() else str(path), {}

@@ -1,4 +1,4 @@
-"""Training image classifiers: recipes, data sets, augmentation, the run (extra `vision`).
+"""Training image classifiers: the recipe, the model, the trainer, the run (extra `vision`).
 
 `moh.training.train` runs a recipe; `run` holds what it returns.
 """

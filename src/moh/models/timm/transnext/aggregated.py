@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moh.attention import cpu
-from moh.attention.call import unserved_dtype, unserved_options
+from moh.attention.call import unsupported_dtype, unsupported_options
 from moh.models.timm.transnext.architecture import Size
 
 
@@ -137,9 +137,9 @@ def _unsupported(q: Tensor, scoring: Scoring, dropout_p: float) -> str | None:
     """Why the C++ operator can't handle the call, or None."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, not on {q.device.type}"
-    if (reason := unserved_dtype(q)) is not None:
+    if (reason := unsupported_dtype(q)) is not None:
         return reason
-    if (reason := unserved_options(None, dropout_p)) is not None:
+    if (reason := unsupported_options(None, dropout_p)) is not None:
         return reason
     if scoring.window > cpu.MAX_WINDOW:
         return f"it supports local windows up to {cpu.MAX_WINDOW} x {cpu.MAX_WINDOW}, not {scoring.window}"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh._extras import require
 from moh.models.published import check_tensors, require_keys
 
 _SAME_NAME = ("img_size", "num_classes", "embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios")
@@ -36,7 +35,6 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
             `mlp_ratios`, `shared_head` (h_s) and `routed_head` (k). May have `patch_size`, `window_size`, `qkv_bias`,
             `norm_eps` and `in_chans`.
     """
-    require("timm", extra="vision")
     from moh.models.timm.transnext import MoHTransNeXt
 
     require_keys(config, (*_SAME_NAME, "shared_head", "routed_head"))
