@@ -47,7 +47,7 @@ def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path
     code = """
     import json, sys
     import moh
-    extras = "transformers huggingface_hub accelerate matplotlib jsonargparse rich peft gguf timm torchvision diffusers"
+    extras = "transformers huggingface_hub accelerate matplotlib rich peft gguf timm torchvision diffusers"
     loaded = [name for name in extras.split() if name in sys.modules]
     assert not loaded, f"import moh also imported {loaded}"
     """

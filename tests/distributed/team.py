@@ -27,7 +27,6 @@ IMPORTED = [  # one server for all tests of a process; it ignores what is not in
     "moh.training.images.run",
     "moh.models.timm",
     "moh.training.diffusion.run",
-    "jsonargparse",
     "tokenizers",
 ]
 

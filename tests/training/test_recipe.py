@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moh.training.language.recipe import ConversionRecipe
 from moh.training.recipes import dump_recipe, load_recipe
@@ -129,3 +132,89 @@ def test_the_stages_for_llama3_read_what_the_paper_says() -> None:
     assert (heads.router, heads.shared_heads, heads.active_heads) == ("query_norm", 16, 8)
     assert (stage2.training.balance_loss_coef, stage2.training.warmup_steps) == (0.01, 50)
     assert stage2.model.path == f"{stages['stage1_dense'].training.output_dir}/model"
+
+
+EVIL = {"class_path": "evil_module.Evil", "init_args": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("training.extra", EVIL, "training.extra must be plain data"),
+        ("training.extra.optim_args", EVIL, "training.extra.optim_args must be plain data"),
+        ("training.extra.optim_args.class_path", "evil_module.Evil", "training.extra.optim_args must be plain data"),
+        ("training.lr_scheduler_kwargs", {"a": [EVIL]}, r"training.lr_scheduler_kwargs.a\[0\] must be plain data"),
+        (
+            "model.from_scratch.extra.rope_parameters",
+            EVIL,
+            "model.from_scratch.extra.rope_parameters must be plain data",
+        ),
+        ("training", {"output_dir": "out", **EVIL}, "no field training.class_path"),
+        ("conversion", EVIL, "no field conversion.class_path"),
+        ("conversion", "evil_module.Evil", "conversion must be a mapping"),
+        ("data.sources", [EVIL], r"no field data.sources\[0\].class_path"),
+        ("task", "evil_module.Evil", "task must be one of"),
+    ],
+)
+@pytest.mark.parametrize("where", ["file", "override", "config"])
+def test_a_recipe_imports_nothing_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: object, message: str, where: str
+) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('the recipe ran code')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    model = {"from_scratch": sizes} if "from_scratch" in field else {"path": "base"}
+    data = {"model": model, "training": {"output_dir": "out", "max_steps": 10}}
+    *sections, last = field.split(".")
+    inner = data if where == "file" else (more := {})
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    overrides = [f"--{field}={json.dumps(value)}"] if where == "override" else []
+    if where == "config":
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+        overrides = ["--config", str(tmp_path / "more.yaml")]
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert "evil_module" not in sys.modules
+
+
+def test_yaml_makes_only_plain_data(file: Path) -> None:
+    file.write_text(YAML + "data: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not a YAML file: .*python/object/apply"):
+        load_recipe(file)
+    file.write_text(YAML + "data: {files: &a [*a]}\n")
+    with pytest.raises(ValueError, match=r"data\.files"):
+        load_recipe(file)
+    file.write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match="a recipe must be a mapping of fields, got list"):
+        load_recipe(file)
+
+
+def test_options_of_a_section_are_added_and_those_of_a_dictionary_replaced(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("training: {seed: 7, learning_rate: 1e-3}\n")
+    options = ["--conversion={active_heads: 2}", "--training.extra={a: 1, b: 2}", "--training.extra={c: 3}"]
+    options += ["--training.extra.d.e=.5", "--config", str(tmp_path / "more.yaml"), "--training.seed", "-1"]
+    recipe = load_recipe(file, options)
+    assert (recipe.conversion.shared_heads, recipe.conversion.active_heads) == (3, 2)
+    assert recipe.training.extra == {"c": 3, "d": {"e": 0.5}}
+    assert (recipe.training.max_steps, recipe.training.seed, recipe.training.learning_rate) == (10, -1, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--training.seed", "--training.seed needs a value"),
+        ("training.seed=1", "unrecognized argument 'training.seed'"),
+    ],
+)
+def test_options_that_are_not_written_as_options_are_refused(file: Path, option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file, [option])

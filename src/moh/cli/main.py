@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit code: 0, or 2 for bad input."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":  # train passes the rest to the recipe's parser
+    if rest and arguments.command != "train":  # train passes the rest to `load_recipe`
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     if not sys.stderr.isatty():  # no progress bars in log files; transformers and its hub client read this on import

@@ -51,6 +51,9 @@ class ImageConversionRecipe(ConversionSettings):
 
     calibration_images: int = 256
 
+    def __post_init__(self) -> None:
+        at_least("conversion.calibration_images", self.calibration_images, 1)
+
 
 @dataclass(frozen=True)
 class ImageTrainingRecipe(ImageTrainingSettings):
@@ -126,8 +129,6 @@ class ImageRecipe:
     task: Literal["image_classification"] = "image_classification"
 
     def __post_init__(self) -> None:
-        if self.conversion is not None:  # here, because the parser hides errors of optional parts
-            at_least("conversion.calibration_images", self.conversion.calibration_images, 1)
         if self.augmentation.mixes and self.training.per_device_train_batch_size % 2:
             raise ValueError(
                 "training.per_device_train_batch_size must be even for augmentation.mixup or cutmix, "

@@ -58,12 +58,7 @@ class FromScratchRecipe:
     moh: HeadsRecipe | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Check what needs no transformers; called by the recipe, because the parser hides errors of its parts.
-
-        Raises:
-            ValueError: a number is out of range; names the field.
-        """
+    def __post_init__(self) -> None:
         name = "model.from_scratch"
         for number in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
             at_least(f"{name}.{number}", getattr(self, number), 1)
@@ -91,18 +86,11 @@ class ModelRecipe:
     path: str | None = None
     from_scratch: FromScratchRecipe | None = None
 
-    def check(self) -> None:
-        """Check the choice; called by the recipe, because the parser hides errors of its parts.
-
-        Raises:
-            ValueError: neither or both are given, or a size is out of range.
-        """
+    def __post_init__(self) -> None:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError(
                 "model must have either a path or from_scratch, got " + ("both" if self.path else "neither")
             )
-        if self.from_scratch is not None:
-            self.from_scratch.check()
 
 
 @dataclass(frozen=True)
@@ -116,6 +104,9 @@ class ConversionRecipe(ConversionSettings):
 
     routing_unit: str = "head"
     calibration_tokens: int = 12_288
+
+    def __post_init__(self) -> None:
+        at_least("conversion.calibration_tokens", self.calibration_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -218,8 +209,5 @@ class Recipe:
     task: Literal["language"] = "language"
 
     def __post_init__(self) -> None:
-        self.model.check()
         if self.conversion is not None and self.model.from_scratch is not None:
             raise ValueError("conversion is for pretrained models: give model.from_scratch.moh instead")
-        if self.conversion is not None:  # here, because the parser hides errors of optional parts
-            at_least("conversion.calibration_tokens", self.conversion.calibration_tokens, 1)
