@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
@@ -41,51 +44,125 @@ def check_writable(directory: str | Path, *, name: str) -> None:
         raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
 
 
-def check_replaceable(directory: str | Path, *, name: str, holding: str = "config.json") -> None:
-    """Check that `directory` may be created or replaced: it is missing, empty, or holds a model (the file `holding`).
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+    ),
+    *("*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
+)
+"""Files of a model and its tokenizer, as patterns; the first is the one that every model has."""
+
+PIPELINE_FILES = (
+    *("model_index.json", "scheduler/scheduler_config.json"),
+    *(f"{part}/{kind}" for part in ("transformer", "vae") for kind in ("config.json", "diffusion_pytorch_model*")),
+)
+"""Those of a pipeline of diffusers."""
+
+
+def check_replaceable(
+    directory: str | Path, *, name: str, kinds: Sequence[str] = MODEL_FILES, known: bool = False
+) -> None:
+    """Check that `directory` may be created or replaced: it is missing, empty, or an earlier result, and nothing else.
+
+    Args:
+        directory: the directory.
+        name: what the message begins with.
+        kinds: patterns of the files that are written there; an earlier result has the first, and no other file.
+        known: where the directory is says that it is an earlier result. By default its first file must not describe a
+            model that is not of this package: somebody else's dense model is not replaced.
 
     Raises:
-        ValueError: the directory holds something else, or can't be written; the message begins with `name`.
+        ValueError: the directory holds something else (the message names the first such file), or can't be written.
     """
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} {directory} must be a directory, but it is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / holding).is_file():
+    found = sorted(_entries(target)) if target.is_dir() else []
+    others = [file for file in found if not any(_is_like(file, kind) for kind in kinds)]
+    if found and not known and not others:
+        others = found if kinds[0] not in found or _is_of_others(target / kinds[0]) else []
+    if others:
         raise ValueError(
-            f"{name} {directory} must be new, empty or a model's directory; it holds other files, which are kept"
+            f"{name} {directory} must be new, empty or a model's directory that this package wrote; it holds other files, "
+            f"which are kept, such as {others[0]}: choose another directory, or move them"
         )
     check_writable(target.parent if target.exists() else target, name=name)
 
 
+def _entries(directory: Path, within: str = "") -> Iterator[str]:
+    """The files below a directory, links and empty directories, relative to it."""
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False) and any(os.scandir(entry)):
+            yield from _entries(Path(entry), f"{within}{entry.name}/")
+        else:
+            yield within + entry.name
+
+
+def _is_like(file: str, pattern: str) -> bool:
+    return fnmatchcase(file, pattern) and file.count("/") == pattern.count("/")  # its * would match folders too
+
+
+def _is_of_others(file: Path) -> bool:
+    """Whether a configuration can be read and names a model that is not of this package."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(config, dict):
+        return False
+    names = [config.get(key) for key in ("model_type", "architecture", "_class_name")] + [
+        *(config.get("transformer") or [])
+    ]
+    return any(names) and not any(str(name).lower().startswith("moh") for name in names)
+
+
 @contextmanager
-def replacing_directory(target: Path, *, writes: bool = True, holding: str = "config.json") -> Iterator[Path]:
+def replacing_directory(
+    target: Path,
+    *,
+    writes: bool = True,
+    kinds: Sequence[str] = MODEL_FILES,
+    known: bool = False,
+    tag: str | None = None,
+) -> Iterator[Path]:
     """Yield a directory next to `target` that replaces it if the block succeeds, and is deleted if it fails.
 
     Args:
         target: the directory to create or replace.
         writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
-        holding: the file that marks a directory as replaceable.
+        kinds: as in `check_replaceable`.
+        known: likewise.
+        tag: part of a name that no other run has and all processes of a distributed run share; None makes one up.
+
+    Raises:
+        ValueError: as `check_replaceable`, before and after the block.
     """
     target = target.resolve()
-    if writes:
-        check_replaceable(target, name="output directory", holding=holding)
-    scratch = target.with_name(f".{target.name}.partial")  # the same name on every process
-    if writes:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+    work = target.with_name(f".{target.name}.{tag or secrets.token_hex(4)}")
+    scratch = work / target.name
+    if not writes:
+        yield scratch
+        return
+    check_replaceable(target, name="output directory", kinds=kinds, known=known)
+    scratch.mkdir(parents=True)
     try:
         yield scratch
-    except BaseException:
-        if writes:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if not writes:
-        return
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")  # os.replace can't replace a directory that has files
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(scratch, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(scratch, target)
+        check_replaceable(target, name="output directory", kinds=kinds, known=known)  # it may have got other files
+        if target.exists():
+            os.replace(target, work / "old")  # it can't replace a directory that has files
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if (work / "old").exists():
+                os.replace(work / "old", target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

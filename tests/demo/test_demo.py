@@ -131,6 +131,8 @@ def test_a_second_run_in_the_same_directory_gives_the_same_numbers(settings, rep
 
 def test_the_short_demo_leaves_the_papers_way_untuned(base_dir: Path, text_file: Path, tmp_path: Path) -> None:
     options = dict(base=str(base_dir), files=(str(text_file),), seq_len=32, steps=1, heldout_tokens=64)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "notes.txt").write_text("keep me")
     report = run_demo(
         DemoSettings(str(tmp_path), **options, calibration_tokens=16, shared_heads=1, active_heads=1,
                      distillation_weight=0.5)
@@ -139,6 +141,7 @@ def test_the_short_demo_leaves_the_papers_way_untuned(base_dir: Path, text_file:
         name for name in ROWS if "alone" not in name and name != "MoH, the paper's router, tuned"
     ]
     assert report.calibration_tokens == 32  # at least one block
+    assert [path.name for path in (tmp_path / "training").iterdir()] == ["notes.txt"]  # the demo's own work is gone
     assert all(row.share == pytest.approx(2 / 4) for row in report.rows if row.name.startswith("MoH"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh.conversion
-from moh._files import check_writable, replacing_directory
+from moh._files import check_replaceable, check_writable, replacing_directory
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import choose_precision, load_recipe, train
 from moh.training import session as precision
@@ -171,6 +172,96 @@ def test_a_directory_that_holds_other_files_is_not_replaced(tmp_path: Path) -> N
         pass
     assert (target / "letter.txt").read_text() == "keep me"
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
+
+
+@pytest.mark.parametrize(
+    ("other", "known"),
+    [
+        (".git/HEAD", False),
+        ("thesis.tex", False),
+        ("transformer/config.json", False),
+        ("tokenizer.json/notes.txt", False),
+        ("README.md", True),
+    ],
+)
+def test_an_earlier_result_with_a_foreign_file_is_kept_and_the_file_named(
+    tmp_path: Path, other: str, known: bool
+) -> None:
+    target = tmp_path / "model"
+    with replacing_directory(target) as scratch:
+        (scratch / "config.json").write_text('{"model_type": "moh_llama"}')
+        (scratch / "model.safetensors").write_text("first")
+    (target / other).parent.mkdir(exist_ok=True)
+    (target / other).write_text("keep me")
+    with pytest.raises(ValueError, match=f"other files, which are kept, such as {other}"):
+        check_replaceable(target, name="output", known=known)
+    with pytest.raises(ValueError, match=f"such as {other}"), replacing_directory(target, known=known):
+        raise AssertionError("the work began")
+    assert (target / other).read_text() == "keep me" and (target / "model.safetensors").read_text() == "first"
+
+
+def test_a_foreign_file_that_appears_during_the_work_is_kept_too(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    with pytest.raises(ValueError, match=r"such as letter\.txt"), replacing_directory(target) as scratch:
+        (scratch / "config.json").write_text("{}")
+        (target / "letter.txt").write_text("keep me")
+    assert [path.name for path in target.iterdir()] == ["letter.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("config", "replaced"),
+    [
+        ({"model_type": "moh_llama", "architectures": ["MoHLlamaForCausalLM"]}, True),
+        ({"architecture": "moh_vit", "model_args": {"base": "vit_tiny_patch16_224"}}, True),
+        ({"_class_name": "MoHDiTTransformer2DModel"}, True),
+        ({"model_type": "llama", "_name_or_path": "/moh/base"}, False),
+        ({"architecture": "vit_tiny_patch16_224"}, False),
+        ({"_class_name": "DiTTransformer2DModel"}, False),
+    ],
+)
+def test_a_dense_model_is_replaced_only_where_a_run_wrote_it(tmp_path: Path, config: object, replaced: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_text("weights")
+    check_replaceable(tmp_path, name="output", known=True)
+    if replaced:
+        check_replaceable(tmp_path, name="output")
+    else:
+        with pytest.raises(ValueError, match=r"such as config\.json"):
+            check_replaceable(tmp_path, name="output")
+
+
+def test_only_a_directory_of_the_first_kind_of_file_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"such as tokenizer\.json"):
+        check_replaceable(tmp_path, name="output")
+
+
+def test_the_neighbours_of_an_output_are_not_touched(tmp_path: Path) -> None:
+    for name in (".model.partial", ".model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letter.txt").write_text("keep me")
+    for _ in range(2):
+        with replacing_directory(tmp_path / "model") as scratch:
+            (scratch / "config.json").write_text("{}")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*") if path.is_file()) == [
+        ".model.old/letter.txt",
+        ".model.partial/letter.txt",
+        "model/config.json",
+    ]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "data.json", "checkpoint-7/trainer_state.json", "model/config.json"])
+def test_a_run_replaces_nothing_that_was_in_its_output_directory(options: list[str], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        ValueError, match=rf"training\.output_dir.*{name.partition('/')[2] or name}|checkpoint-7 is not"
+    ):
+        train(load_recipe(None, [*options, "--model.path=/nowhere/at/all"]))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
 
 
 @pytest.mark.parametrize(("bf16_seconds", "choice"), [(0.5, "bf16"), (0.95, "fp32"), (10.0, "fp32")])

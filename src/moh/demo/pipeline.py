@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moh._files import check_writable, replacing_directory, write_text
+from moh._files import check_replaceable, check_writable, replacing_directory, write_text
 from moh.conversion import convert
 from moh.data.text.blocks import evenly_spread
 from moh.data.text.corpora import DEFAULT_CORPUS
@@ -111,6 +111,7 @@ class _Demo:
         self.settings = settings
         self.output_dir = Path(settings.output_dir)
         check_writable(self.output_dir, name="output_dir")
+        check_replaceable(self.output_dir / "model", name="output_dir: its")
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
@@ -210,7 +211,9 @@ class _Demo:
             sample=sample,
         )
         report.save(self.output_dir)
-        shutil.rmtree(self.output_dir / "training")  # gigabytes of optimiser state, no longer needed
+        shutil.rmtree(self._work_dir())  # gigabytes of optimiser state, no longer needed
+        if not any(self._work_dir().parent.iterdir()):
+            self._work_dir().parent.rmdir()
         self._print(report)
         return report
 

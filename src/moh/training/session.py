@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import broadcast_object_list, patch_environment
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from moh._files import check_writable, replacing_directory, write_text
+from moh._files import MODEL_FILES, PIPELINE_FILES, check_replaceable, check_writable, replacing_directory, write_text
 from moh.training.checkpoints import is_of_deepspeed, last_complete_checkpoint, trainer_state
 from moh.training.recipes import TrainingSettings, dump_recipe, load_recipe
 
@@ -105,8 +106,8 @@ class Session:
             return
         training = dataclasses.replace(self.recipe.training, precision=self.precision)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({"samples_per_step": self.samples_per_step}) + "\n")  # first: it marks a run
         write_text(self.output_dir / _RECIPE_FILE, dump_recipe(dataclasses.replace(self.recipe, training=training)))
-        write_text(file, json.dumps({"samples_per_step": self.samples_per_step}) + "\n")
 
     def check_unchanged(self, identity: Mapping[str, Any], changed: str) -> None:
         """Check that a resumed run began with the same data, as recorded by `write_identity`.
@@ -157,11 +158,21 @@ def open_session(recipe: Any) -> Session:
     """Inspect the recipe's `training.output_dir` and prepare to start, or to resume from its last complete checkpoint.
 
     Raises:
-        ValueError: the directory can't be written or holds another recipe's checkpoints, or a setting is wrong.
+        ValueError: the directory can't be written or holds another recipe's checkpoints or files that the run would
+            replace, or a setting is wrong.
     """
     settings: TrainingSettings = recipe.training
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, name="training.output_dir")
+    begun = (output_dir / _BATCH_FILE).is_file()  # then the model in it is an earlier result of the run
+    kinds = PIPELINE_FILES if recipe.task == "diffusion" else MODEL_FILES
+    check_replaceable(output_dir / "model", name="training.output_dir: its", kinds=kinds, known=begun)
+    for pattern in (_RECIPE_FILE, _IDENTITY_FILE, "checkpoint-*"):
+        if not begun and (others := sorted(output_dir.glob(pattern))):
+            raise ValueError(
+                f"training.output_dir {output_dir} must be new or a run's of this package: {others[0].name} is not, and a run "
+                "would replace it: choose another directory"
+            )
     checkpoint = last_complete_checkpoint(output_dir)
     before = _earlier_recipe(recipe, output_dir) if checkpoint is not None else None
     return Session(recipe, training_arguments(settings, precision=_precision(settings, before)), checkpoint)
@@ -215,8 +226,6 @@ def _precision(settings: TrainingSettings, before: Any) -> str:
         return settings.precision
     if before is not None:
         return str(before.training.precision)
-    from accelerate.utils import broadcast_object_list
-
     device = training_arguments(settings, precision="fp32").device  # joins the processes of torchrun, if there are any
     return str(broadcast_object_list([choose_precision(device)])[0])
 
@@ -242,15 +251,16 @@ def _earlier_recipe(recipe: Any, output_dir: Path) -> Any:
 
 
 @contextmanager
-def saving(trainer: Trainer, target: Path, *, holding: str = "config.json") -> Iterator[Path]:
+def saving(trainer: Trainer, target: Path, *, kinds: Sequence[str] = MODEL_FILES) -> Iterator[Path]:
     """Yield a temporary directory to save the trained model in; it is moved to `target` if the block succeeds.
 
-    Every process takes part, because gathering a sharded model needs all; only the first one's files count. `holding` is
-    the file that marks an earlier result as replaceable.
+    Every process takes part, because gathering a sharded model needs all; only the first one's files count. `kinds` are
+    the files that are written: what else an earlier result holds is not deleted (`check_replaceable`).
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with replacing_directory(target, writes=trainer.args.should_save, holding=holding) as scratch:
+    (tag,) = broadcast_object_list([secrets.token_hex(4)])  # all processes save to one directory
+    with replacing_directory(target, writes=trainer.args.should_save, kinds=kinds, known=True, tag=tag) as scratch:
         trainer.accelerator.wait_for_everyone()
         yield scratch
         trainer.accelerator.wait_for_everyone()

@@ -90,6 +90,9 @@ class StoredBlocks(Dataset[dict[str, Tensor]]):
         return packed_block(np.asarray(self.store.tokens[begin : begin + self.seq_len]), starts)
 
 
+_FILES = ("store.json", "tokens.bin", "documents.npy")
+
+
 def open_store(source: Source, tokenizer: DocumentTokenizer, cache_dir: Path, *, progress: bool = True) -> TokenStore:
     """The store of a source, made now if it is missing or if the source or the tokenizer has changed.
 
@@ -113,7 +116,7 @@ def open_store(source: Source, tokenizer: DocumentTokenizer, cache_dir: Path, *,
         if (old := _made_of(directory)) != made_of:
             if old is not None:
                 _logger.warning("%s has changed: it is tokenised again", source.name)
-            with replacing_directory(directory, holding="store.json") as scratch:
+            with replacing_directory(directory, kinds=_FILES, known=True) as scratch:
                 about = _write(source, tokenizer, scratch, progress)
                 write_text(scratch / "store.json", json.dumps({"made_of": made_of, "name": source.name, **about}))
     return TokenStore(directory)

@@ -88,7 +88,7 @@ def make_local_tasks(target: Path, *, wordnet: Path, documents: Sequence[str], c
     for name, (_, asked, _) in made.items():
         if not asked:
             raise ValueError(f"the texts are too short: they give no question for the task {name}")
-    with replacing_directory(target, holding=_COMPLETE) as scratch:
+    with replacing_directory(target, kinds=(_COMPLETE, "*.yaml", "*.jsonl")) as scratch:
         for name, (kind, asked, fields) in made.items():
             files = {"test": _write(scratch, f"{name}.jsonl", asked)}
             if "training_split" in fields:

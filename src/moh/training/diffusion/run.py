@@ -12,6 +12,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from moh._files import PIPELINE_FILES
 from moh.data.images.sources import ImageSource, take
 from moh.models.diffusers import MoHDiTTransformer2DModel, create_dit
 from moh.sampling import ImageModel, diffusion_scheduler, load_vae, save_image_model
@@ -102,7 +103,7 @@ def train(
     history = session.run(trainer)
     transformer.load_state_dict(trainer.average.module.state_dict())
     model_dir = session.output_dir / "model"
-    with saving(trainer, model_dir, holding="model_index.json") as scratch:
+    with saving(trainer, model_dir, kinds=PIPELINE_FILES) as scratch:
         if arguments.should_save:
             save_image_model(model, scratch)
     return DiffusionResult(

@@ -89,7 +89,7 @@ def extend_vocabulary_files(
     Args:
         model: directory or hub name of a model with its tokenizer; the result keeps its dtype.
         tokenizer: directory or hub name of the new tokenizer.
-        output: a new or empty directory, or one that holds a model, which is replaced.
+        output: a new or empty directory, or one that holds nothing but a MoH model, which is replaced.
         multiple_of: as in `extend_vocabulary`.
 
     Raises:
