@@ -18,6 +18,12 @@ Task = Literal["language", "images", "diffusion"]
 DIFFUSION_TRANSFORMERS = {"MoHDiTTransformer2DModel": "moh.models.diffusers", "DiTTransformer2DModel": "diffusers"}
 """Supported classes of diffusion models -> the package to import them from."""
 
+TIMM_SOURCES = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_filter_fn"),
+    *("checkpoint_path", "cache_dir", "model_cfg", "feature_cfg"),
+)
+"""Arguments of `timm.create_model` that say where weights come from: no file or recipe may set them for a model."""
+
 
 @dataclass(frozen=True)
 class Kind:

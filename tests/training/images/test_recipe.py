@@ -49,6 +49,8 @@ def test_a_recipe_survives_its_own_yaml(options: list[str], tmp_path: Path) -> N
         ("--model.drop_path=1", "model.drop_path must be at least 0 and below 1, got 1"),
         ("--model.kwargs={'num_classes': 3}", "model.kwargs must not set num_classes: it comes from the data"),
         ("--model.kwargs={'drop_path_rate': 0.1}", "model.kwargs must not set drop_path_rate: set model.drop_path"),
+        ("--model.kwargs={'checkpoint_path': a.pth}", "model.kwargs must not set checkpoint_path: weights come from"),
+        ("--model.kwargs.pretrained_cfg_overlay.file=a.pth", "must not set pretrained_cfg_overlay: weights come from"),
         ("--data.dataset=", "data.dataset must name a data set or a directory"),
         ("--data.std=[0.5]", r"data.mean and data.std must have equally many numbers, got \[\] and \[0.5\]"),
         ("--data.crop_pct=1.5", "data.crop_pct must be above 0 and at most 1, got 1.5"),

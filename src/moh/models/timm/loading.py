@@ -5,6 +5,7 @@ The class names and the model's input are part of it (`model.pretrained_cfg`). E
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import nn
 
 from moh._extras import require
 from moh.data.images.recipe import ImageInput
-from moh.models.kinds import kind_of, looks_local
+from moh.models.kinds import TIMM_SOURCES, kind_of, looks_local, saved_config
 
 
 def load_image_classifier(path_or_name: str | Path, *, device: torch.device | None = None) -> nn.Module:
@@ -35,6 +36,7 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
     if local.is_dir():
         if kind_of(local).library != "timm":
             raise ValueError(f"model {name!r} is not an image classifier: config.json names no architecture of timm")
+        check_local_model(local)
         name = f"local-dir:{local}"
     elif looks_local(path_or_name):
         raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
@@ -46,6 +48,42 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model {str(path_or_name)!r} can't be loaded: {' '.join(str(error).split())}") from None
     return (model if device is None else model.to(device)).eval()
+
+
+def check_local_model(directory: Path) -> None:
+    """Check that a directory holds a model that timm can load without running anything that is in it.
+
+    Raises:
+        ValueError: its config.json names no model of timm or sets an argument that loads other weights, or its weights
+            are a pickle of more than tensors; names the file.
+    """
+    timm = require("timm", extra="vision")
+    config = saved_config(directory)
+    architecture, arguments = str(config.get("architecture", "")), config.get("model_args") or {}
+    where = f"model {str(directory)!r} can't be loaded: its config.json"
+    if not timm.is_model(architecture.partition(".")[0]):
+        raise ValueError(f"{where} names {architecture!r}, which is not a model of timm")
+    if sources := sorted(set(arguments) & set(TIMM_SOURCES)):
+        raise ValueError(f"{where} must have model_args of the model alone, but they set {', '.join(sources)}")
+    if not (directory / "model.safetensors").is_file():  # timm's first choice
+        for file in sorted(file for kind in ("*.bin", "*.pth", "*.pth.tar") for file in directory.glob(kind)):
+            check_weights(file)
+
+
+def check_weights(file: Path) -> None:
+    """Check that a file of weights that is not in safetensors' format holds nothing but tensors: older versions of timm would
+    run what else a pickle holds.
+
+    Raises:
+        ValueError: it can't be read, or holds more; names it.
+    """
+    if file.suffix == ".safetensors":
+        return
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"the weights {file} can't be read without running code in them: {reason}") from None
 
 
 def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args: Mapping[str, Any]) -> None:

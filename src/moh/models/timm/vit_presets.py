@@ -22,6 +22,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from moh.models.heads import layer_configs
+from moh.models.kinds import TIMM_SOURCES
 from moh.models.timm.vit import dense_attentions, replace_attention
 
 SHARES = (50, 75, 90)
@@ -165,7 +166,8 @@ def moh_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> VisionTran
         kwargs: `active_heads` (needed), `shared_heads`, `router`, `backend`, and what `base` itself takes.
 
     Raises:
-        ValueError: the model is not a `VisionTransformer`, or the heads don't add up.
+        ValueError: the model is not a `VisionTransformer` that timm knows by name, an argument names other weights, or the
+            heads don't add up.
     """
     if kwargs.get("pretrained_cfg") is None:
         found = get_pretrained_cfg(base)
@@ -175,6 +177,11 @@ def moh_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> VisionTran
 
 
 def _dense(*, base: str, **kwargs: Any) -> nn.Module:
+    # Both may come from a config.json: a hub name or checkpoint_path would load somebody's weights, perhaps a pickle.
+    if not timm.is_model(base.partition(".")[0]):
+        raise ValueError(f"base must be the name of a model of timm, got {base!r}")
+    if sources := sorted(kwargs.keys() & set(TIMM_SOURCES)):
+        raise ValueError(f"the arguments of a model must not set {', '.join(sources)}: weights are loaded afterwards")
     return timm.create_model(base, **kwargs)
 
 

@@ -20,7 +20,14 @@ from moh.data.images.batches import SKIPPED, ImageBatches
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import ImageSource, TensorImages, every_nth
 from moh.models.kinds import saved_config
-from moh.models.timm.loading import describe, image_input, load_image_classifier, save_image_classifier
+from moh.models.timm.loading import (
+    check_local_model,
+    check_weights,
+    describe,
+    image_input,
+    load_image_classifier,
+    save_image_classifier,
+)
 from moh.routing import router_class
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
 
@@ -55,7 +62,11 @@ def build_model(recipe: ImageModelRecipe, classes: Sequence[str]) -> nn.Module:
     if recipe.weights is not None:
         if not Path(recipe.weights).expanduser().is_file():
             raise ValueError(f"model.weights must be a file, but there is no {recipe.weights!r}")
+        check_weights(Path(recipe.weights).expanduser())
         weights = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(Path(recipe.weights).expanduser())}}
+    source, _, folder = recipe.name.partition(":")
+    if source == "local-dir":
+        check_local_model(Path(folder))
     plain = recipe.name.partition(".")[0]
     if ":" not in recipe.name and not timm.is_model(plain):
         similar = difflib.get_close_matches(plain, timm.list_models(), n=3)

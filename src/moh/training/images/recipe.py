@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from moh._checks import at_least
 from moh.data.images.recipe import AugmentationRecipe, ImageDataRecipe
+from moh.models.kinds import TIMM_SOURCES
 from moh.training.recipes import ConversionSettings, ImageTrainingSettings
 
 
@@ -35,6 +36,7 @@ class ImageModelRecipe:
         for name, instead in {
             "num_classes": "it comes from the data",
             "drop_path_rate": "set model.drop_path",
+            **dict.fromkeys(TIMM_SOURCES, "weights come from model.pretrained or model.weights"),
             "pretrained": "set model.pretrained",
         }.items():
             if name in self.kwargs:
