@@ -5,6 +5,7 @@ On the CPU, over gloo, with the settings of `recipes/accelerate/fsdp2.yaml` as `
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from moh.training.checkpoints import checkpoint_problem, has_sharded_weights, load_sharded_weights, shard_on_cpus
+from moh.training import load_recipe, train
+from moh.training.checkpoints import (
+    check_shards,
+    checkpoint_problem,
+    has_sharded_weights,
+    load_sharded_weights,
+    shard_on_cpus,
+)
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -61,6 +69,41 @@ def test_shards_are_read_into_a_whole_model_or_refused(dense, tmp_path: Path) ->
     dense.resize_token_embeddings(7)
     with pytest.raises(ValueError, match="do not match the model"):
         load_sharded_weights(dense, tmp_path)
+
+
+class WritesAFile:
+    """A pickle that writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (self.file, "w")
+
+
+@pytest.mark.parametrize("where", ["table", "entry", "table of the optimiser"])
+def test_shards_that_would_run_code_are_not_read(dense, options: list[str], tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    train(load_recipe(None, [*options, "--training.save_steps=6"]))
+    (checkpoint,) = out.glob("checkpoint-*")
+    (checkpoint / "model.safetensors").unlink()
+    evil, weights = WritesAFile(tmp_path / "written"), checkpoint / "pytorch_model_fsdp_0"
+    dcp.save({"model": dense.state_dict(), "step": 6}, checkpoint_id=weights, no_dist=True)
+    check_shards(checkpoint)
+    folder = weights if where != "table of the optimiser" else checkpoint / "optimizer_0"
+    if where == "entry":
+        dcp.save({"model": {name: evil for name in dense.state_dict()}}, checkpoint_id=weights, no_dist=True)
+    else:
+        folder.mkdir(exist_ok=True)
+        (folder / ".metadata").write_bytes(pickle.dumps(evil))
+    (tmp_path / "written").unlink(missing_ok=True)
+    for read in (
+        lambda: load_sharded_weights(dense, checkpoint),
+        lambda: train(load_recipe(None, options)),
+    ):
+        with pytest.raises(ValueError, match=rf"{folder}/.metadata can't be read without running code \(.*open"):
+            read()
+    assert not (tmp_path / "written").exists()
 
 
 def test_only_version_2_is_sharded_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

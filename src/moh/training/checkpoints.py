@@ -5,8 +5,10 @@ The transformers Trainer writes a checkpoint file by file; a killed run leaves p
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 import warnings
 import zipfile
@@ -15,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 _STATE = "trainer_state.json"
@@ -135,6 +139,61 @@ def _is_safetensors(file: Path) -> bool:
 
 
 _WEIGHTS = "pytorch_model_fsdp_0"
+_TABLE_CLASSES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    },
+}
+"""module -> what the tables of contents that torch.distributed.checkpoint writes name of it."""
+
+
+class _TableReader(pickle.Unpickler):
+    """Reads such a table and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _TABLE_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_shards(checkpoint: Path) -> None:
+    """Check that reading a sharded checkpoint runs no code of its own.
+
+    torch.distributed.checkpoint unpickles the table of contents (`.metadata`), and whatever the table does not call a
+    tensor, without any restriction.
+
+    Raises:
+        ValueError: one of them holds more than plain values; names the file.
+    """
+    for table in sorted(checkpoint.glob("*/*.metadata")):
+        try:
+            with open(table, "rb") as file:
+                metadata = _TableReader(file).load()
+            for index, place in metadata.storage_data.items():
+                if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+                    continue  # read with weights_only=True
+                with open(table.parent / place.relative_path, "rb") as file:
+                    file.seek(place.offset)
+                    torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except (
+            pickle.UnpicklingError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            EOFError,
+            RuntimeError,
+            KeyError,
+        ) as error:
+            raise ValueError(
+                f"{table} can't be read without running code ({' '.join(str(error).split())}): it is damaged, or not a "
+                "checkpoint of a training run"
+            ) from None
 
 
 def has_sharded_weights(checkpoint: Path) -> bool:
@@ -146,8 +205,9 @@ def load_sharded_weights(model: nn.Module, checkpoint: Path) -> None:
     """Read all weights into `model`, in place; each process reads them on its own.
 
     Raises:
-        ValueError: a tensor is missing or has a different shape.
+        ValueError: a tensor is missing or has a different shape, or reading would run code (`check_shards`).
     """
+    check_shards(checkpoint)
     weights = {"model": model.state_dict()}
     try:
         load(weights, storage_reader=FileSystemReader(checkpoint / _WEIGHTS), no_dist=True)

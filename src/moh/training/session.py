@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from moh._files import MODEL_FILES, PIPELINE_FILES, check_replaceable, check_writable, replacing_directory, write_text
-from moh.training.checkpoints import is_of_deepspeed, last_complete_checkpoint, trainer_state
+from moh.training.checkpoints import check_shards, is_of_deepspeed, last_complete_checkpoint, trainer_state
 from moh.training.recipes import TrainingSettings, dump_recipe, load_recipe
 
 _RECIPE_FILE = "recipe.yaml"
@@ -159,7 +159,7 @@ def open_session(recipe: Any) -> Session:
 
     Raises:
         ValueError: the directory can't be written or holds another recipe's checkpoints or files that the run would
-            replace, or a setting is wrong.
+            replace, its checkpoint could run code when it is read, or a setting is wrong.
     """
     settings: TrainingSettings = recipe.training
     output_dir = Path(settings.output_dir)
@@ -174,6 +174,8 @@ def open_session(recipe: Any) -> Session:
                 "would replace it: choose another directory"
             )
     checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_shards(checkpoint)
     before = _earlier_recipe(recipe, output_dir) if checkpoint is not None else None
     return Session(recipe, training_arguments(settings, precision=_precision(settings, before)), checkpoint)
 
