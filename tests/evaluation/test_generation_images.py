@@ -144,3 +144,20 @@ def test_sources_that_are_not_there_are_told(tmp_path: Path) -> None:
         open_images(tmp_path, channels=4)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         open_images(tmp_path, size=0)
+
+
+def test_a_huge_image_and_one_of_an_unsafe_format_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")  # some kB
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(
+        ValueError, match=r"bomb.png can't be read as an image: it has 9000 x 8000 pixels, more than 67"
+    ):
+        read(tmp_path)
+
+
+def test_an_npz_file_of_huge_images_is_refused_by_its_header(tmp_path: Path) -> None:
+    write_npz(tmp_path / "images.npz", torch.zeros(1, 1, 8193, 8192, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images\.npz holds images of 8192 x 8193 pixels, more than 67108864"):
+        open_images(tmp_path / "images.npz")

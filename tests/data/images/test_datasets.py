@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from image_cases import CLASSES, pictures, write_folders, write_idx
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
 from moh.data.images import formats
 from moh.data.images.datasets import load_evaluation_images, load_images, load_training_images
-from moh.data.images.formats import decode
+from moh.data.images.formats import FolderImages, HubImages, decode
 from moh.data.images.recipe import ImageDataRecipe
 from moh.data.images.sources import TensorImages, UnreadableImage, every_nth, hold_out, with_classes
 
@@ -251,3 +251,37 @@ def test_tensors_stay_tensors_when_held_out(tensors: TensorImages) -> None:
 def test_tensors_that_are_no_labelled_images_are_refused(pixels, labels, message) -> None:
     with pytest.raises(ValueError, match=message):
         TensorImages(pixels, torch.tensor(labels), CLASSES)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Files of images that must not be decoded: a bomb of 72 million pixels, and formats with rare decoders or programs."""
+    found = {}
+    for name, image in {
+        "bomb": Image.new("1", (9000, 8000)),
+        **dict.fromkeys(("EPS", "ICNS", "TGA", "PCX"), Image.new("RGB", (16, 16))),
+    }.items():
+        image.save(file := io.BytesIO(), format="PNG" if name == "bomb" else name)
+        found[name] = file.getvalue()
+    assert all(len(data) < 20_000 for data in found.values())
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    return found
+
+
+def test_a_bomb_and_an_unsafe_format_are_unreadable_in_every_source(hostile: dict[str, bytes], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for name, data in hostile.items():
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / "0.png").write_bytes(data)
+        columns = {"image": [{"bytes": data, "path": None}], "label": [0]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        message = "it has 9000 x 8000 pixels, more than 67108864" if name == "bomb" else "cannot identify image file"
+        for read in (
+            lambda data=data: decode(data),
+            lambda: FolderImages(tmp_path).image(0),
+            lambda rows=rows: HubImages(rows).image(0),
+        ):
+            with pytest.raises(UnreadableImage, match=message):
+                read()

@@ -74,15 +74,26 @@ class FolderImages:
         return self.paths[index]
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+"""Pillow's names of the formats that are read; others have decoders that are rarely used, and EPS starts a program."""
+MAX_PIXELS = 8192 * 8192
+"""Pixels of the largest image that is decoded, 200 MB in colour: a few kB of PNG can claim any size."""
+
+
 def decode(data: bytes) -> Image.Image:
-    """The image in a file's bytes, fully decoded.
+    """The image in a file's bytes, fully decoded; every image that comes from a file is read with this.
 
     Raises:
-        UnreadableImage: the file is damaged, not an image, or has more than 8 bits per channel.
+        UnreadableImage: the file is damaged, of none of the `FORMATS`, larger than `MAX_PIXELS`, or has more than 8 bits
+            per channel.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImage(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         image.load()
+    except UnreadableImage:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(str(error)) from None
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip them to white

@@ -13,9 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from moh.data.images.formats import MAX_PIXELS, decode
+from moh.data.images.sources import UnreadableImage
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -102,10 +105,10 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
 def _files(files: list[Path], channels: int, size: int | None) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
-            with Image.open(file) as image:
-                yield file.name, _from_pil(image, channels, size)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            image = decode(file.read_bytes())
+        except (OSError, UnreadableImage) as error:
             raise ValueError(f"{file} can't be read as an image: {error}") from None
+        yield file.name, _from_pil(image, channels, size)
 
 
 def _dataset(dataset: ImageDataset, channels: int, size: int | None) -> Iterator[tuple[str, Tensor]]:
@@ -148,6 +151,8 @@ def _npz_shape(path: Path) -> tuple[int, int, int, int]:
     if dtype != np.uint8 or fortran_order or len(full) != 4 or full[3] not in (1, 3) or 0 in full[1:]:
         raise ValueError(f"arr_0 of {path} must be uint8 [n, H, W, 1 or 3] or [n, H, W], got {dtype} {shape}")
     n, height, width, depth = full
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{path} holds images of {width} x {height} pixels, more than {MAX_PIXELS}")
     return n, height, width, depth
 
 
