@@ -136,3 +136,29 @@ def test_resized_embeddings_keep_the_old_tokens(tiny_model, tokens, tmp_path):
     assert model(torch.full((1, 3), 69)).logits.isfinite().all()
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, after)
+
+
+LLAMA_2_CHAT = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "pad_token_id": 0, "bos_token_id": 1}
+
+
+def test_a_generation_config_that_can_not_be_saved_is_mended_when_the_model_is_loaded(tiny_model, tokens, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({**LLAMA_2_CHAT, "length_penalty": 2.0}))
+    before = AutoModelForCausalLM.from_pretrained(tmp_path).generate(tokens, max_new_tokens=4)
+    with pytest.warns(
+        UserWarning, match=r"refuses to save length_penalty = 2.0, temperature = 0.9, top_p = 0.6: removed"
+    ):
+        loaded = load_causal_lm(tmp_path)
+    assert torch.equal(loaded.generate(tokens, max_new_tokens=4), before)
+    loaded.save_pretrained(tmp_path / "again")
+    kept = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (kept["max_length"], kept["pad_token_id"], kept["bos_token_id"]) == (4096, 0, 1)
+
+
+def test_a_generation_config_that_samples_is_kept(tiny_model, tmp_path, recwarn):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({**LLAMA_2_CHAT, "do_sample": True}))
+    loaded = load_causal_lm(tmp_path).generation_config
+    assert (loaded.temperature, loaded.top_p, loaded.do_sample) == (0.9, 0.6, True)
+    assert not [warning for warning in recwarn if "generation_config" in str(warning.message)]

@@ -139,6 +139,19 @@ def test_what_cannot_be_served_is_said_before_training(
     assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["loaded", "given"])
+def test_a_generation_config_that_cannot_be_saved_is_mended_before_training(
+    options: list[str], base_dir: Path, tmp_path: Path, given: bool
+) -> None:
+    shutil.copytree(base_dir, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base") if given else None
+    run = [*options, f"--model.path={tmp_path / 'base'}", "--training.max_steps=2", "--training.save_steps=1"]
+    with pytest.warns(UserWarning, match="refuses to save temperature = 0.9, top_p = 0.6: removed from the model"):
+        result = train(load_recipe(None, run), model=model)
+    assert AutoModelForCausalLM.from_pretrained(result.model_dir).generation_config.temperature is None
+
+
 def test_an_output_directory_that_cannot_be_written_is_refused_at_once(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     target = tmp_path / "file" / "out"

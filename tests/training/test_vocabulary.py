@@ -94,8 +94,12 @@ def test_the_command_leaves_a_model_that_trains_with_its_tokenizer(old, new, tmp
     _model(tied=True).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     old.save_pretrained(tmp_path / "model")
     new.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
     command = ["extend-vocabulary", str(tmp_path / "model"), str(tmp_path / "tokenizer"), str(tmp_path / "out")]
-    assert main(command) == 0
+    with pytest.warns(
+        UserWarning, match="generation_config: transformers refuses to save temperature = 0.9, top_p = 0.6"
+    ):
+        assert main(command) == 0
     assert "5 tokens kept, 3 new ones are the mean of their pieces, 2 the mean of all" in capsys.readouterr().out
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),

@@ -20,6 +20,7 @@ from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, ma
 from moh.data.text.blocks import are_texts, calibration_blocks
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.models.transformers.loading import mend_generation_config
 from moh.models.transformers.models import modeling, refusal
 from moh.routing import Router, build_router, router_class
 
@@ -131,6 +132,7 @@ class DenseTransformersModel(DenseModel):
         )
         if dense.can_generate():
             model.generation_config = copy.deepcopy(dense.generation_config)
+            mend_generation_config(model)
         result: PreTrainedModel = model.to(dense.device).eval()
         return result
 

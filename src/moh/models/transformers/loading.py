@@ -5,6 +5,8 @@ A thin layer over transformers' Auto classes (extra `llm`).
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,6 +45,8 @@ def load_causal_lm(
 
     Raises:
         ValueError: `path` looks like a local path but nothing is there, or its configuration or weights are damaged.
+
+    Warns where the model's `generation_config` can't be saved and was mended.
     """
     return load_as(AutoModelForCausalLM, path, dtype=dtype, device=device, **kwargs)
 
@@ -65,7 +70,41 @@ def load_as(
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
+    mend_generation_config(model)
     return model if device is None else model.to(device)
+
+
+def mend_generation_config(model: Any) -> None:
+    """Reset, with a warning, what transformers refuses to save in a model's `generation_config`, in place.
+
+    Many published models set `temperature` without `do_sample`; transformers loads that, ignores it and refuses to save it,
+    which would stop a run at its first checkpoint.
+    """
+    config, reset = getattr(model, "generation_config", None), {}
+    while config is not None and (problem := _unsavable(config)) is not None:
+        default = type(config)()
+        named = {name for name in re.findall(r"`(\w+)`", problem) if hasattr(default, name)}
+        wrong = {name for name in named if getattr(config, name) != getattr(default, name)}
+        wrong = (
+            wrong - {"do_sample", "num_beams"} or wrong
+        )  # what they allow or forbid goes, and generation stays the same
+        if not wrong:
+            raise ValueError(f"the model's generation_config can't be saved: {problem}")
+        for name in sorted(wrong):
+            reset[name] = getattr(config, name)
+            setattr(config, name, getattr(default, name))
+    if reset:
+        said = ", ".join(f"{name} = {value!r}" for name, value in reset.items())
+        warnings.warn(f"generation_config: transformers refuses to save {said}: removed from the model", stacklevel=3)
+
+
+def _unsavable(config: GenerationConfig) -> str | None:
+    """Why transformers refuses to save the configuration, in one line, or None."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:

@@ -23,6 +23,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from moh.data.text.blocks import TokenBlocks
 from moh.data.text.streaming import StreamedMixture
+from moh.models.transformers.loading import mend_generation_config
 from moh.training.checkpoints import has_sharded_weights, load_sharded_weights
 from moh.training.language.data import TrainingText, prepare_text
 from moh.training.language.model import build_model, check_fits, load_dense, load_tokenizer, model_config
@@ -69,6 +70,8 @@ def train(
         ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     session = open_session(recipe)
+    if model is not None:
+        mend_generation_config(model)
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
     if settings.tokens_per_batch is not None:
         arguments.gradient_accumulation_steps = _accumulation(recipe, arguments)
