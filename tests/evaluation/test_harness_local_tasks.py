@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,3 +162,23 @@ def test_the_suite_is_looked_for_only_if_it_is_asked_for(base_dir: Path, monkeyp
     monkeypatch.setattr(evaluate, "_local_tasks", lambda state: pytest.fail("made for nothing"))
     with pytest.raises(ValueError, match="suite must be one of"):
         evaluate.evaluate_tasks([base_dir], "nothing")
+
+
+def test_two_first_uses_at_once_make_the_tasks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    second = threading.Thread(target=lambda: local.local_tasks(tmp_path))
+
+    def make(target: Path, **_: object) -> None:
+        made.append(target)
+        second.start()  # the other use begins while this one makes them
+        second.join(0.3)
+        assert second.is_alive()
+        with local.replacing_directory(target) as scratch:
+            (scratch / local._COMPLETE).touch()
+
+    monkeypatch.setattr(local, "make_local_tasks", make)
+    monkeypatch.setattr(local, "wordnet_directory", lambda cache: cache)
+    monkeypatch.setattr(local, "load_corpus", lambda name, cache: SimpleNamespace(heldout=[]))
+    assert local.local_tasks(tmp_path) == made[0]
+    second.join(20)
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == [made[0].name]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moh.conversion
-from moh._files import check_replaceable, check_writable, replacing_directory
+from moh._files import check_replaceable, check_writable, locked, replacing_directory
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import choose_precision, load_recipe, train
 from moh.training import session as precision
@@ -263,6 +265,47 @@ def test_the_neighbours_of_an_output_are_not_touched(tmp_path: Path) -> None:
         ".model.partial/letter.txt",
         "model/config.json",
     ]
+
+
+def _replace(target: Path, text: str, started: Any, go_on: Any) -> None:
+    with replacing_directory(target) as scratch:
+        started.set()
+        (scratch / "config.json").write_text(text)
+        go_on.wait(20)
+
+
+def test_two_processes_with_one_output_take_turns(tmp_path: Path) -> None:
+    target, spawn = tmp_path / "model", multiprocessing.get_context("fork")
+    events = [spawn.Event() for _ in range(4)]
+    first = spawn.Process(target=_replace, args=(target, "first", *events[:2]))
+    second = spawn.Process(target=_replace, args=(target, "second", *events[2:]))
+    first.start()
+    assert events[0].wait(20)
+    second.start()
+    assert not events[2].wait(0.5)  # it waits
+    with pytest.raises(ValueError, match=f"another process is writing {target}"), locked(target, waits=False):
+        pass
+    events[1].set()
+    assert events[2].wait(20) and (target / "config.json").read_text() == "first"
+    events[3].set()
+    for process in (first, second):
+        process.join(20)
+        assert process.exitcode == 0
+    assert (target / "config.json").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_whose_directory_another_process_trains_in_is_refused(options: list[str], tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "out" / "checkpoints"),
+        pytest.raises(
+            ValueError, match=r"another process is writing .*out/checkpoints: wait for it, or choose another"
+        ),
+    ):
+        train(load_recipe(None, options))
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()
+    train(load_recipe(None, options))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "data.json", "checkpoint-7/trainer_state.json", "model/config.json"])

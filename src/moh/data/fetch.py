@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moh._files import locked
 from moh.data.text.files import decode_utf8, html_paragraphs
 
 _DJANGO = "5.2.8"
@@ -212,11 +213,14 @@ def apt_download(package: str, target: Path, *, advice: str) -> None:
     failure = f"the Debian package {package} is not installed (apt-get install {package}) and can't be fetched"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise RuntimeError(f"{failure}: this is not a Debian or Ubuntu system; {advice}")
-    with _scratch(target.parent) as scratch:
+    before = target.exists()
+    with locked(target), _scratch(target.parent) as scratch:
+        if target.exists() and not before:
+            return  # another process has fetched it meanwhile
         _run(["apt-get", "download", package], scratch, failure, advice)
         (archive,) = scratch.glob("*.deb")
         _run(["dpkg-deb", "-x", str(archive), "unpacked"], scratch, failure, advice)
-        if target.exists():  # another process may have fetched it meanwhile
+        if target.exists():
             os.replace(target, scratch / "old")
         os.replace(scratch / "unpacked", target)
 

