@@ -101,6 +101,22 @@ PIPELINE_FILES = (
 """Those of a pipeline of diffusers."""
 
 
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index of sharded weights (`model.safetensors.index.json`) names, all next to it.
+
+    Raises:
+        ValueError: it can't be read, or names a file elsewhere (`../`, an absolute path).
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} can't be read as an index of weights: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\"} & set(name):
+            raise ValueError(f"{index} must name files next to it, got {name!r}")
+    return [index.with_name(name) for name in names]
+
+
 def check_replaceable(
     directory: str | Path, *, name: str, kinds: Sequence[str] = MODEL_FILES, known: bool = False
 ) -> None:

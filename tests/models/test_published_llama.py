@@ -13,9 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import moh.checkpoints
 from moh.models.published import load_published
 from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
-from moh.models.transformers.published import REPOSITORY, is_published_llama, published_heads
+from moh.models.transformers.loading import load_causal_lm, load_config, load_tokenizer
+from moh.models.transformers.published import (
+    REPOSITORY,
+    is_published_llama,
+    published_heads,
+    recognise_published_llama,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama_a.safetensors"
 # would end the test if it were run; only its text may be read
@@ -64,16 +71,29 @@ def published(request: pytest.FixtureRequest, golden, published_config, tmp_path
     return tmp_path
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user has asked for published models; undone after the test."""
+    monkeypatch.setattr(AutoConfig, "from_pretrained", AutoConfig.__dict__["from_pretrained"])
+    recognise_published_llama()
+
+
+def with_auto_class(path: Path) -> Any:
+    recognise_published_llama()
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
 def assert_parity(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "load", [load_published, AutoModelForCausalLM.from_pretrained], ids=["load_published", "AutoModelForCausalLM"]
-)
+@pytest.mark.parametrize("load", [load_published, load_causal_lm, with_auto_class])
 @torch.no_grad()
-def test_the_published_directory_gives_the_published_numbers_without_its_code(published: Path, golden, load) -> None:
+def test_the_published_directory_gives_the_published_numbers_without_its_code(
+    published: Path, golden, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", AutoConfig.__dict__["from_pretrained"])  # undone afterwards
     model = load(published).eval()
     assert type(model) is MoHLlamaForCausalLM
     assert [(c.num_shared, c.active_heads, c.router) for c in model.config.layer_configs()] == [
@@ -84,12 +104,12 @@ def test_the_published_directory_gives_the_published_numbers_without_its_code(pu
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
 @torch.no_grad()
-def test_every_backend_gives_the_published_numbers(published: Path, golden, backend: str) -> None:
+def test_every_backend_gives_the_published_numbers(published: Path, golden, asked: None, backend: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(published, moh_backend=backend).eval()
     assert_parity(model(golden["input_ids"]).logits, golden["logits"])
 
 
-def test_what_is_saved_again_is_an_ordinary_moh_model(published: Path, tmp_path: Path) -> None:
+def test_what_is_saved_again_is_an_ordinary_moh_model(published: Path, asked: None, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(published).save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (saved["model_type"], saved["architectures"]) == ("moh_llama", ["MoHLlamaForCausalLM"])
@@ -97,7 +117,39 @@ def test_what_is_saved_again_is_an_ordinary_moh_model(published: Path, tmp_path:
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is MoHLlamaForCausalLM
 
 
-def test_the_configuration_keeps_what_the_caller_asks_for(published: Path) -> None:
+def test_transformers_loads_it_as_before_unless_asked(published: Path) -> None:
+    assert type(AutoConfig.from_pretrained(published)) is LlamaConfig
+    assert type(AutoModelForCausalLM.from_pretrained(published)) is LlamaForCausalLM
+    load_published(published), load_causal_lm(published), load_config(published)  # none of them changes it
+    assert AutoConfig.from_pretrained.__func__.__module__.startswith("transformers.")
+    assert type(AutoConfig.from_pretrained(published)) is LlamaConfig
+
+
+def test_asking_twice_replaces_the_function_once(asked: None) -> None:
+    replaced = AutoConfig.from_pretrained.__func__
+    moh.checkpoints.recognise_published_llama()
+    assert AutoConfig.from_pretrained.__func__ is replaced
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", "..", "a\\b"])
+def test_an_index_names_only_files_next_to_it(published: Path, name: str) -> None:
+    index = published / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    for load in (load_published, load_causal_lm):
+        with pytest.raises(ValueError, match=r"model.safetensors.index.json must name files next to it, got"):
+            load(published)
+
+
+def test_remote_code_is_neither_run_nor_asked_about(published: Path, published_config, monkeypatch) -> None:
+    published_config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "modeling_llama.X"}}
+    (published / "config.json").write_text(json.dumps(published_config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    for load in (load_causal_lm, load_config, load_tokenizer):
+        with pytest.raises(ValueError, match=r"trust_remote_code|backend tokenizer"):
+            load(published)
+
+
+def test_the_configuration_keeps_what_the_caller_asks_for(published: Path, asked: None) -> None:
     config, unused = AutoConfig.from_pretrained(
         pretrained_model_name_or_path=published, return_unused_kwargs=True, use_cache=False, other=3
     )
@@ -129,7 +181,9 @@ def test_only_the_published_code_is_taken_for_the_published_model(published_conf
 
 
 @pytest.mark.parametrize("code", [None, "class LlamaForCausalLM:\n    pass\n"], ids=["plain", "with_code_of_others"])
-def test_another_llama_stays_what_transformers_makes_of_it(published: Path, published_config, code) -> None:
+def test_another_llama_stays_what_transformers_makes_of_it(
+    published: Path, published_config, asked: None, code
+) -> None:
     if code is None:
         del published_config["auto_map"]
         (published / "config.json").write_text(json.dumps(published_config))

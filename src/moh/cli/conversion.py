@@ -164,7 +164,7 @@ def _of_images(
         return model, partial(save_pretrained, model)
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    processor = AutoImageProcessor.from_pretrained(arguments.model, trust_remote_code=False)
     calibration = None if arguments.images is None else _images(arguments, _input_of(dense, processor))
     model = convert(dense, calibration=calibration, **options)
     return model, partial(_save_all, (model, processor))

@@ -52,7 +52,9 @@ def make_servable(model: str, active_heads: int | float | list[int] | None = Non
     import transformers
 
     from moh.models.transformers.loading import load_config
+    from moh.models.transformers.published import recognise_published_llama
 
+    recognise_published_llama()  # `transformers serve` reads the configuration again, in this process
     config = load_config(model)
     kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None:

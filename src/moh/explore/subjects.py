@@ -280,8 +280,12 @@ def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes
     require("transformers", extra="llm")
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True).to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(path)
+    model = (
+        AutoModelForImageClassification.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+        .to(device)
+        .eval()
+    )
+    processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
     def transform(image: Image) -> Tensor:
         pixels: Tensor = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moh._extras import require
+from moh._files import shard_files
 from moh.models.transformers.published import read_published_config
 
 _FAMILIES = {
@@ -119,11 +120,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     safetensors = require("safetensors.torch", extra="llm")
     if path.is_dir():
         index = path / "model.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path / name for name in shards]
-        else:
-            files = sorted(path.glob("*.safetensors"))
+        files = shard_files(index) if index.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"path_or_state_dict: the directory {path} holds no .safetensors file")
         tensors: dict[str, Tensor] = {}

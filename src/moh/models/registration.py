@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 from moh.models.transformers.families import FAMILIES
-from moh.models.transformers.published import recognise_published_llama
 
 
 class _CallbackLoader(Loader):
@@ -102,7 +101,6 @@ def register_with_transformers() -> None:
     else:
         when_imported(f"{_AUTO}.configuration_auto", _add_config_names)
         when_imported(f"{_AUTO}.modeling_auto", _add_model_names)
-    when_imported(f"{_AUTO}.configuration_auto", recognise_published_llama)
 
 
 def _register_classes() -> None:

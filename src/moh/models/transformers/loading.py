@@ -1,6 +1,7 @@
 """Load causal language models and tokenizers from a directory, a hub name or a .gguf file, as our commands do.
 
-A thin layer over transformers' Auto classes (extra `llm`).
+A thin layer over transformers' Auto classes (extra `llm`). Code that comes with a model is never run; the published
+MoH-LLaMA3-8B is loaded with ours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moh._files import shard_files
 from moh.models.kinds import looks_local
+from moh.models.transformers.published import recognised
 
 
 def default_device() -> torch.device:
@@ -56,8 +59,17 @@ def load_as(
 ) -> PreTrainedModel:
     """Load a model by an Auto class or a class of its own; all else as in `load_causal_lm`."""
     source, gguf = _source(path)
+    index = Path(source) / "model.safetensors.index.json"
+    if index.is_file():
+        shard_files(index)  # all next to it
     try:
-        model: PreTrainedModel = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **gguf, **kwargs)
+        if not gguf:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            if (published := recognised(config, source)) is not config:
+                kwargs = {"config": published, **kwargs}
+        model: PreTrainedModel = kind.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **gguf, **kwargs
+        )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):  # followed by hundreds that are
             raise
@@ -111,7 +123,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """Load the configuration of a model alone; `path` as in `load_causal_lm`."""
     source, gguf = _source(path)
     try:
-        return AutoConfig.from_pretrained(source, **gguf)
+        return recognised(AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf), source)
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(path)!r} has a configuration that can't be read: {error}") from None
 
@@ -119,7 +131,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; `path` as in `load_causal_lm`."""
     source, gguf = _source(path)
-    return AutoTokenizer.from_pretrained(source, **gguf)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:

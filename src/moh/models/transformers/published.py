@@ -8,10 +8,11 @@ transformers by itself.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _LLAMA_FIELDS = (
     "tie_word_embeddings",
 )
 _ROPE_THETA = 10_000.0  # Llama's, where config.json leaves it out
-_AUTO = "transformers.models.auto.configuration_auto"
 _MARKS = ("self.routed_head", "self.shared_head")  # names that the published code, and no Llama's, gives its heads
 
 
@@ -71,34 +71,46 @@ def is_published_llama(config: Mapping[str, Any], path: str | Path) -> bool:
     return all(mark in text for mark in _MARKS)
 
 
-def recognise_published_llama() -> None:
-    """Let `AutoConfig.from_pretrained`, which models' Auto classes call, return a `MoHLlamaConfig` for the published one.
+def recognised(config: Any, path: str | Path, asked: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The `MoHLlamaConfig` of the published model, if the configuration that was read from `path` is its; else `config`.
 
-    Call it once `transformers.models.auto.configuration_auto` is imported. Every other configuration is returned as
-    transformers made it. Registering a class for "llama" instead would change what every Llama loads as.
+    Args:
+        config: as transformers made it.
+        path: the directory or hub name that it was read from.
+        asked: the arguments of `from_pretrained`, some of which only `MoHLlamaConfig` has.
     """
-    auto = sys.modules[_AUTO].AutoConfig
+    if type(config).__name__ != "LlamaConfig" or not getattr(config, "auto_map", None):
+        return config
+    return _converted(config, asked) if is_published_llama(config.to_dict(), path) else config
+
+
+def recognise_published_llama() -> None:
+    """Let transformers' Auto classes load the published model as what it is, in the whole process.
+
+    `AutoConfig.from_pretrained`, which they call, is replaced by a function that returns a `MoHLlamaConfig` for it, and
+    every other configuration as transformers made it. `load_published` and our commands need no such call. Registering a
+    class for "llama" instead would change what every Llama loads as.
+    """
+    auto = importlib.import_module("transformers").AutoConfig
     original = auto.from_pretrained.__func__
+    if getattr(original, "recognises_moh", False):
+        return
 
     def from_pretrained(cls: type[Any], /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         found = original(cls, pretrained_model_name_or_path, **kwargs)
         config, unused = found if isinstance(found, tuple) else (found, {})
-        if type(config).__name__ != "LlamaConfig" or not getattr(config, "auto_map", None):
+        ours = recognised(config, pretrained_model_name_or_path, kwargs)
+        if ours is config:
             return found
-        if not is_published_llama(config.to_dict(), pretrained_model_name_or_path):
-            return found
-        ours = _converted(config, kwargs)
         return (ours, {k: v for k, v in unused.items() if not hasattr(ours, k)}) if isinstance(found, tuple) else ours
 
     functools.update_wrapper(from_pretrained, original)
+    from_pretrained.recognises_moh = True  # type: ignore[attr-defined]
     auto.from_pretrained = classmethod(from_pretrained)
 
 
 def _converted(config: Any, asked: Mapping[str, Any]) -> Any:
-    """The `MoHLlamaConfig` of the published model, from the `LlamaConfig` that its config.json makes.
-
-    `asked` are the arguments of `from_pretrained`, some of which only `MoHLlamaConfig` has.
-    """
+    """The `MoHLlamaConfig` of the published model, from the `LlamaConfig` that its config.json makes."""
     from moh.models.transformers import MoHLlamaConfig
 
     fields = config.to_dict() | published_heads(config.num_attention_heads)
