@@ -134,6 +134,23 @@ def test_cached_library_is_used_without_the_compiler(cache, tmp_path, monkeypatc
     assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.parametrize("how", ["writable", "linked", "linked directory", "of another user"])
+def test_cached_library_that_another_user_could_have_put_there_is_not_loaded(cache, tmp_path, monkeypatch, how):
+    compiler(tmp_path, monkeypatch)
+    library = put_library(cache)
+    if how == "writable":
+        library.parent.chmod(0o777)
+    elif how == "of another user":
+        monkeypatch.setattr(os, "getuid", lambda: library.stat().st_uid + 1)
+        os.chown(library, library.stat().st_uid or 4321, -1)
+    else:
+        moved = library if how == "linked" else library.parent
+        moved.rename(tmp_path / "elsewhere")
+        moved.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BuildError, match=r"another user could have put them there: delete .*, or set MOH_CACHE_DIR"):
+        compile_kernels()
+
+
 def test_cached_library_that_cannot_be_loaded_is_a_reason_for_sdpa(cache, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch)
     put_library(cache)

@@ -33,7 +33,8 @@ def test_it_is_served_as_asked_and_only_here_by_default(
     pytest.importorskip("gradio", reason="the app extra is not installed")
     asked: dict[str, object] = {}
     monkeypatch.setattr("moh.explore.interface.serve", lambda app, **how: asked.update(how))
-    assert moh("explore", base_dir, *options).code == 0
+    result = moh("explore", base_dir, *options)
+    assert result.code == 0 and any("there is no password" in line for line in result.err) == bool(options)
     if options:
         assert asked == {"host": "0.0.0.0", "port": 8000, "share": True, "browser": False}
     else:

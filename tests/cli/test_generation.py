@@ -155,3 +155,23 @@ def test_a_chat_template_that_refuses_a_turn_is_told_and_the_conversation_goes_o
     result = moh("chat", tmp_path / "model", "--max-new-tokens", 3, "--temperature", 0)
     assert result.code == 0 and result.out
     assert "moh chat: the model's chat template refuses the conversation: not this" in result.err
+
+
+STEERING = "a\x1b]0;title\x07b\x9b31mc\rd\x7f\n\te"
+
+
+def test_a_models_text_does_not_steer_the_terminal(moh, moh_dir: Path, monkeypatch, typed) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda *_, **__: STEERING)
+    shown = ["a␛]0;title␇b\ufffd31mc␍d␡", "\te"]
+    assert moh("generate", moh_dir, "the head", "--max-new-tokens", 2).out[:2] == shown
+    typed("the head", "/quit")
+    assert moh("chat", moh_dir, "--max-new-tokens", 2, "--temperature", 0).out[:2] == shown
+
+
+def test_json_keeps_a_models_text_without_steering_the_terminal(moh, moh_dir: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("moh.cli.generation.continuations", lambda *_, **__: [STEERING])
+    (tmp_path / "prompts.txt").write_text("the head\n")
+    (line,) = moh("generate", moh_dir, "--prompts", tmp_path / "prompts.txt").out
+    assert json.loads(line)["text"] == STEERING and not set("\x1b\x07\x7f\x9b") & set(line)

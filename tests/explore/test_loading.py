@@ -62,3 +62,16 @@ def test_a_diffusion_model_is_named_as_no_subject(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "MoHDiTTransformer2DModel"}))
     with pytest.raises(ValueError, match=r"shows language models and image classifiers"):
         load_subject(tmp_path)
+
+
+def test_uploads_and_comparisons_are_forgotten_after_an_hour(text_subject, image_subject, monkeypatch) -> None:
+    gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
+    from moh.explore.interface import build, serve
+
+    for subject in (text_subject, image_subject):
+        app = build(subject)
+        states = [block for block in app.blocks.values() if isinstance(block, gradio.State)]
+        assert app.delete_cache == (600, 3600) and [state.time_to_live for state in states] == [3600]
+    launched: dict[str, object] = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda _, **how: launched.update(how) or (None, "here", None))
+    assert serve(app) == "here" and launched["state_session_capacity"] == 100

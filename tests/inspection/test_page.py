@@ -6,6 +6,8 @@ import base64
 import json
 import re
 import zlib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +98,13 @@ def test_what_does_not_fit_is_refused() -> None:
         PageSample("x", "x", random_layers(3, [2]))
     with pytest.raises(ValueError, match=r"11 tokens are not laid out over an image 20\.00 times as wide"):
         patch_grid(11, 20.0)
+
+
+@pytest.mark.parametrize("name", ["{{data}} {{script}} {{unknown}}", b"caf\xe9.txt".decode("utf-8", "surrogateescape")])
+def test_a_name_may_look_like_a_place_of_the_template_or_not_be_utf_8(tmp_path: Path, name: str) -> None:
+    sample = replace(text_page_sample(["x"], [2]), name=name)
+    page = head_page([sample], title=name)
+    page.save(tmp_path / "page.html")
+    shown = name.encode(errors="replace").decode()
+    assert data_of(page)["title"] == shown and data_of(page)["samples"][0]["name"] == shown
+    assert f"<title>{shown}</title>" in (tmp_path / "page.html").read_text(encoding="utf-8")

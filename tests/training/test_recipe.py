@@ -67,6 +67,7 @@ def test_a_dumped_recipe_reads_back_equal(file: Path, tmp_path: Path) -> None:
         ("--training.distillation_temperature=0", "distillation_temperature must be above 0, got 0"),
         ("--training.logging_steps=20", "save_steps must be a multiple of training.logging_steps = 20, got 50"),
         ("--training.learning_rate=-1", "learning_rate must be at least 0, got -1"),
+        ("--training.extra={hub_token: hf_secret}", "training.extra must not set hub_token, which would be written"),
         ("--data.corpus=bible", "data.corpus must be one of django-docs, .* got 'bible'"),
         ("--data.heldout_files=[a]", "data.heldout_files needs data.files"),
         ("--data.seq_len=1", "data.seq_len must be at least 2, got 1"),

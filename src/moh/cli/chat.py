@@ -106,8 +106,6 @@ class Conversation:
             ValueError: the conversation is too long for the model, or its chat template refuses it; the turn is then not
                 added.
         """
-        from transformers import TextStreamer
-
         messages = [*self.messages, {"role": "user", "content": text}]
         inputs = self._inputs(messages)
         length = inputs["input_ids"].shape[1]
@@ -117,7 +115,7 @@ class Conversation:
                 f"the conversation ({length} tokens) and an answer of {self.options['max_new_tokens']} must fit into "
                 f"the model's {room} tokens: /reset, or a smaller --max-new-tokens"
             )
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = generation.printing(self.tokenizer, skip_prompt=True)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         written = self.model.generate(**inputs, pad_token_id=pad, streamer=streamer, **self.options)
         reply: str = self.tokenizer.decode(written[0, length:], skip_special_tokens=True).strip()

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moh.cli.options import add_active_heads, add_command
+from moh.data.text.files import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from moh.cli.options import Commands
 
+_ESCAPED = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # control characters that JSON leaves as they are
 _HELP = "Write text with a model: one prompt token by token, or the lines of a file in batches."
 
 
@@ -81,16 +83,31 @@ def run(arguments: Namespace) -> None:
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]
             for prompt, text in zip(batch, continuations(model, tokenizer, batch, **sampling(arguments)), strict=True):
-                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+                line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+                print(line.translate(_ESCAPED), flush=True)
         return
-    from transformers import TextStreamer
-
     model, tokenizer = load(arguments)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
     check_room(model, inputs.input_ids.shape[1], arguments.max_new_tokens)
-    model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling(arguments))
+    model.generate(**inputs, streamer=printing(tokenizer), **sampling(arguments))
+
+
+def printing(tokenizer: PreTrainedTokenizerBase, **options: Any) -> TextStreamer:
+    """Prints a model's text while it is written, without what would steer the terminal.
+
+    Args:
+        tokenizer: the model's.
+        options: of `transformers.TextStreamer`.
+    """
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Printer(tokenizer, skip_special_tokens=True, **options)
 
 
 def room(model: PreTrainedModel) -> int | None:

@@ -29,7 +29,11 @@ def add_parser(sub: Commands) -> Command:
     which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or local (made here, without a hub)")
     which.add_argument("--tasks", nargs="+", metavar="NAME[:SHOTS]", help="tasks by their names in the harness")
     parser.add_argument(
-        "--include-path", nargs="+", metavar="DIR", default=[], help="directories with your own task files"
+        "--include-path",
+        nargs="+",
+        metavar="DIR",
+        default=[],
+        help="directories with your own task files; they may run code",
     )
     parser.add_argument("--limit", type=int, help="at most this many questions per task (default: all)")
     parser.add_argument("--batch-size", default="1", help="requests at a time, or auto on a GPU (default: %(default)s)")

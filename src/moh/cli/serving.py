@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,9 @@ def add_explore(sub: Commands) -> None:
     parser.add_argument(
         "--dense", metavar="CHECKPOINT", help="dense model to compare with (default: all heads, where that is dense)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at, without a password (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
     parser.add_argument("--share", action="store_true", help="also open a public address, through Gradio's servers")
     parser.add_argument("--no-browser", action="store_true", help="don't open it in the browser")
@@ -102,5 +105,11 @@ def run_explore(arguments: Namespace) -> None:
     from moh.explore.interface import build, serve
     from moh.explore.subjects import load_subject
 
+    if arguments.share or not (arguments.host == "localhost" or arguments.host.startswith(("127.", "::1"))):
+        print(
+            "moh explore: there is no password: everybody who reaches the address can use this machine and upload files; "
+            "uploads and comparisons are kept for an hour",
+            file=sys.stderr,
+        )
     app = build(load_subject(arguments.checkpoint, dense=arguments.dense))
     serve(app, host=arguments.host, port=arguments.port, share=arguments.share, browser=not arguments.no_browser)

@@ -27,6 +27,7 @@ from moh._files import check_replaceable, check_writable, replacing_directory, w
 from moh.conversion import convert
 from moh.data.text.blocks import evenly_spread
 from moh.data.text.corpora import DEFAULT_CORPUS
+from moh.data.text.files import printable
 from moh.demo.base_model import default_base_model
 from moh.demo.report import DemoReport, ModelRow, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
@@ -337,7 +338,7 @@ class _Demo:
         for line in report.speed_table():
             console.print(line, markup=False)
         for prompt, text in report.sample.items():
-            console.print(f"\n{prompt}{text}", markup=False)
+            console.print(f"\n{prompt}{printable(text)}", markup=False)
         console.print(f"\nreport, pictures and model: {self.output_dir.resolve()}", markup=False)
 
 

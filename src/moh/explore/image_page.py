@@ -31,7 +31,7 @@ class _Shown:
 def add_image_page(subject: ImageSubject) -> None:
     """Add the page to an application."""
     page = _ImagePage(subject)
-    shown = gr.State(None)
+    shown = gr.State(None, time_to_live=markup.KEPT)
     with gr.Row():
         with gr.Column():
             image = gr.Image(

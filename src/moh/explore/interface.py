@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 _FONT: Sequence[str] = ("system-ui", "sans-serif")
 _MONOSPACED: Sequence[str] = ("ui-monospace", "monospace")
 _LARGEST_FILE = "50mb"
+_SWEPT_EVERY = 600  # seconds between two deletions of old uploads
+_MOST_VISITORS = 100  # whose comparisons are kept, some 8 MB each; the one that came first is then forgotten
 
 
 def build(subject: TextSubject | ImageSubject) -> gr.Blocks:
     """The application for a model; `serve` starts it."""
     app: gr.Blocks
-    with gr.Blocks(title=f"{subject.name}: heads at work", analytics_enabled=False) as app:
+    title = f"{subject.name}: heads at work"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SWEPT_EVERY, markup.KEPT)) as app:
         gr.HTML(markup.heading(subject.name, subject.facts), elem_id="about")
         if isinstance(subject, TextSubject):
             from moh.explore.text_page import add_text_page
@@ -46,7 +49,7 @@ def serve(
     browser: bool = False,
     wait: bool = True,
 ) -> str:
-    """Serve an application until it is interrupted.
+    """Serve an application until it is interrupted, without a password: whoever reaches the address can use it.
 
     Args:
         app: from `build`.
@@ -78,5 +81,6 @@ def serve(
         mcp_server=False,
         pwa=False,
         max_file_size=_LARGEST_FILE,
+        state_session_capacity=_MOST_VISITORS,
     )
     return str(address)

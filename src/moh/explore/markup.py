@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+KEPT = 3600
+"""Seconds for which uploads and a visitor's comparison are kept."""
 _LOSS_OF_FULL_SHADE = 10.0  # nats
 _DIFFERENCE_OF_FULL_SHADE = 2.0
 _DEEPEST = 0.72  # opacity of the strongest shade, so that letters stay readable

@@ -36,7 +36,7 @@ class _Shown:
 def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
     """Add the page to an application."""
     page = _TextPage(subject)
-    shown = gr.State(None)
+    shown = gr.State(None, time_to_live=markup.KEPT)
     text = gr.Textbox(
         EXAMPLE,
         label=f"Text (at most {subject.max_tokens:,} tokens)",

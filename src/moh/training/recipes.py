@@ -111,6 +111,11 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         self._check_length()
+        if "hub_token" in self.extra:
+            raise ValueError(
+                "training.extra must not set hub_token, which would be written to recipe.yaml: log in with `hf auth login`, "
+                "or set HF_TOKEN"
+            )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("logging_steps", "save_steps", "save_total_limit"):

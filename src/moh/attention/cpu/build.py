@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def compile_kernels() -> Path:
     directory = cache_directory() / "cpu" / _key(compiler, sets)
     library = directory / LIBRARY
     if library.exists():
+        _check_owner(library)
         return library
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +87,29 @@ def compile_kernels() -> Path:
         with FileLock(f"{directory}.lock"):
             if not library.exists():
                 _build_into(directory, command, sets)
+        _check_owner(library)
     except OSError as error:
         raise BuildError(f"{directory.parent} can't be written: {error}; set MOH_CACHE_DIR to another place") from error
     return library
+
+
+def _check_owner(library: Path) -> None:
+    """Check that nobody else could have put the library there: loading it runs it.
+
+    Raises:
+        BuildError: it or its directory is a link, belongs to another user than this one or root, or others may write there.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    for path in (library.parent, library):
+        found = path.lstat()
+        # in a directory that others can't write to, the mode of the file itself does not matter
+        open_to_others = path.is_dir() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if path.is_symlink() or found.st_uid not in (os.getuid(), 0) or open_to_others:
+            raise BuildError(
+                f"the compiled kernels in {path} are not loaded, because another user could have put them there: delete "
+                f"{library.parent}, or set MOH_CACHE_DIR to a directory of your own"
+            )
 
 
 def _flags() -> list[str]:
@@ -100,15 +122,15 @@ def _key(compiler: str, sets: list[str]) -> str:
     key = hashlib.sha256()
     for file in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
         key.update(file.relative_to(SOURCES).as_posix().encode() + file.read_bytes())
-    stat = Path(compiler).resolve().stat()
+    file_of_compiler = Path(compiler).resolve().stat()
     features = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
     for part in (
         torch.__version__,
         platform.machine(),
         os.environ.get("CXX"),  # it may have arguments
         compiler,
-        stat.st_size,
-        stat.st_mtime_ns,
+        file_of_compiler.st_size,
+        file_of_compiler.st_mtime_ns,
         _flags(),
         sets,
         features,

@@ -34,6 +34,15 @@ def read_texts(paths: Iterable[str | Path]) -> list[str]:
     return [_read_file(file) for file in files]
 
 
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # a visible sign for each
+_CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+
+def printable(text: str) -> str:
+    """The text of a model or file as a terminal may show it: control characters, which may steer it, become signs."""
+    return text.translate(_CONTROLS)
+
+
 def paragraphs(text: str) -> list[str]:
     """The non-empty paragraphs of a text, separated by blank lines, stripped."""
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,10 +78,9 @@ def head_page(samples: Sequence[PageSample], *, title: str = "Which head does wh
         # without "<" no token can end the script element
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    for name, text in parts.items():
-        before, after = page.split(f"{{{{{name}}}}}")
-        page = before + text + after
-    return HeadPage(page)
+    # All places at once: a text may hold such a place too. Names of files need not be UTF-8.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+    return HeadPage(page.encode(errors="replace").decode())
 
 
 def _sample(sample: PageSample) -> dict[str, Any]:
