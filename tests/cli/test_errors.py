@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,32 @@ def test_a_process_of_its_own_prints_one_line_even_after_a_model_was_loaded(base
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == ["moh generate: prompt must hold at least one token, got ''"]
+
+
+def test_a_project_with_a_configuration_is_not_emptied(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / name for name in (".git/HEAD", "config.json", "thesis.tex")}
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    message = "it holds other files, which are kept, such as .git/HEAD: choose another directory"
+    for target in (".", tmp_path):
+        assert_one_line(moh("convert", base_dir, target, *HEADS, "--files", text_file), "convert", message)
+    assert_one_line(moh("extend-vocabulary", base_dir, base_dir, "."), "extend-vocabulary", message)
+    assert all(file.is_file() for file in files.values())
+
+
+def test_an_earlier_conversion_is_replaced_and_a_dense_model_kept(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert moh("convert", base_dir, tmp_path / "out", *HEADS, "--router", "query_norm").code == 0
+    shutil.copytree(base_dir, tmp_path / "mine")
+    result = moh("convert", base_dir, tmp_path / "mine", *HEADS, "--router", "query_norm")
+    assert_one_line(result, "convert", "a model's directory that this package wrote")
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == (base_dir / "model.safetensors").read_bytes()
 
 
 def test_the_dense_model_and_other_files_are_not_overwritten(

@@ -102,7 +102,7 @@ def train(
     if checkpoint is not None and (checkpoint / "config.json").exists():  # its weights need no conversion
         kind = type(model) if model is not None else AutoModelForCausalLM
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad} if model is not None else set()
-        model = kind.from_pretrained(checkpoint, dtype=torch.float32)
+        model = kind.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     elif model is None:
