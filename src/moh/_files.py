@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _logger = logging.getLogger(__name__)
+_written: set[Path] = set()  # directories that this process made with `replacing_directory`
 
 
 @contextmanager
@@ -82,15 +83,8 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-    ),
-    *("*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
 )
 """Files of a model and its tokenizer, as patterns; the first is the one that every model has."""
 
@@ -126,8 +120,8 @@ def check_replaceable(
         directory: the directory.
         name: what the message begins with.
         kinds: patterns of the files that are written there; an earlier result has the first, and no other file.
-        known: where the directory is says that it is an earlier result. By default its first file must not describe a
-            model that is not of this package: somebody else's dense model is not replaced.
+        known: the caller knows by its place that the directory is an earlier result. By default its configuration must
+            name a model of this package, unless this process wrote it: somebody else's model is not replaced.
 
     Raises:
         ValueError: the directory holds something else (the message names the first such file), or can't be written.
@@ -137,8 +131,8 @@ def check_replaceable(
         raise ValueError(f"{name} {directory} must be a directory, but it is a file")
     found = sorted(_entries(target)) if target.is_dir() else []
     others = [file for file in found if not any(_is_like(file, kind) for kind in kinds)]
-    if found and not known and not others:
-        others = found if kinds[0] not in found or _is_of_others(target / kinds[0]) else []
+    if found and not others and not known and target not in _written:
+        others = [] if kinds[0] in found and _is_ours(target / kinds[0]) else found
     if others:
         raise ValueError(
             f"{name} {directory} must be new, empty or a model's directory that this package wrote; it holds other files, "
@@ -160,18 +154,18 @@ def _is_like(file: str, pattern: str) -> bool:
     return fnmatchcase(file, pattern) and file.count("/") == pattern.count("/")  # its * would match folders too
 
 
-def _is_of_others(file: Path) -> bool:
-    """Whether a configuration can be read and names a model that is not of this package."""
+def _is_ours(file: Path) -> bool:
+    """Whether the file that marks an earlier result does: a configuration by the model that it names, another by its name."""
+    if file.suffix != ".json":
+        return True
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not isinstance(config, dict):
-        return False
-    names = [config.get(key) for key in ("model_type", "architecture", "_class_name")] + [
-        *(config.get("transformer") or [])
-    ]
-    return any(names) and not any(str(name).lower().startswith("moh") for name in names)
+    names = (
+        [config.get(key) for key in ("model_type", "architecture", "_class_name")] if isinstance(config, dict) else []
+    )
+    return any(str(name).lower().startswith("moh") for name in names)
 
 
 @contextmanager
@@ -206,6 +200,7 @@ def replacing_directory(
     check = functools.partial(check_replaceable, target, name="output directory", kinds=kinds, known=known)
     check()
     with locked(target):
+        check()  # another process may just have written it
         try:
             scratch.mkdir(parents=True)
             yield scratch
@@ -218,5 +213,6 @@ def replacing_directory(
                 if (work / "old").exists():
                     os.replace(work / "old", target)
                 raise
+            _written.add(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -234,6 +234,8 @@ def test_a_foreign_file_that_appears_during_the_work_is_kept_too(tmp_path: Path)
         ({"model_type": "llama", "_name_or_path": "/moh/base"}, False),
         ({"architecture": "vit_tiny_patch16_224"}, False),
         ({"_class_name": "DiTTransformer2DModel"}, False),
+        ({"theme": "dark"}, False),
+        ([], False),
     ],
 )
 def test_a_dense_model_is_replaced_only_where_a_run_wrote_it(tmp_path: Path, config: object, replaced: bool) -> None:
@@ -270,7 +272,8 @@ def test_the_neighbours_of_an_output_are_not_touched(tmp_path: Path) -> None:
 def _replace(target: Path, text: str, started: Any, go_on: Any) -> None:
     with replacing_directory(target) as scratch:
         started.set()
-        (scratch / "config.json").write_text(text)
+        (scratch / "config.json").write_text('{"model_type": "moh_llama"}')
+        (scratch / "model.safetensors").write_text(text)
         go_on.wait(20)
 
 
@@ -286,12 +289,12 @@ def test_two_processes_with_one_output_take_turns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"another process is writing {target}"), locked(target, waits=False):
         pass
     events[1].set()
-    assert events[2].wait(20) and (target / "config.json").read_text() == "first"
+    assert events[2].wait(20) and (target / "model.safetensors").read_text() == "first"
     events[3].set()
     for process in (first, second):
         process.join(20)
         assert process.exitcode == 0
-    assert (target / "config.json").read_text() == "second"
+    assert (target / "model.safetensors").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
