@@ -91,7 +91,7 @@ def contenders(case: Case) -> list[Contender]:
     disable_progress_bar()
     if case.model is not None and isinstance(_checkpoint(case.model).config, HasLayerHeads):
         ours = _checkpoint(case.model)
-        ours.config.moh_backend = "cpu"
+        ours.set_attn_implementation("moh_cpu")
         models = [("dense", _without_routers(ours), None, None), ("ours", ours, ours.config.share, ours.config.share)]
     else:
         models = _conversions(case)
@@ -149,7 +149,7 @@ def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedMod
     routers = [build_router(layer, dense.config.hidden_size) for layer in layers]
     adapter = DenseTextModel(dense, layers[0].router, copied=False)
     model = adapter.build(layers, routers, [], router_aux_loss_coef=0.0)
-    model.config.moh_backend = "cpu"
+    model.set_attn_implementation("moh_cpu")
     return model
 
 

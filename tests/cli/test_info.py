@@ -82,3 +82,16 @@ def test_a_call_that_could_not_be_is_told_in_one_line(moh, argv, message) -> Non
     result = moh("info", *argv)
     assert result.code != 0 and not result.out
     assert len(result.err) == 1 and message in result.err[0]
+
+
+def test_it_tells_what_a_models_implementations_compute(moh, moh_dir, base_dir) -> None:
+    result = moh("info", moh_dir)
+    assert result.code == 0
+    lines = dict(line.strip().split(maxsplit=1) for line in result.out[1:])
+    q, gates = torch.ones(1, 4, 512, 8), torch.ones(1, 512, 4)
+    chosen = choose_backend(Call(q, q, q, gates)).name
+    assert lines["moh"].startswith(f"the default: {chosen} on cpu in float32; computes ")
+    assert not any("saves nothing" in lines[name] for name in ("moh", "moh_sdpa"))
+    assert "saves nothing" in lines["moh_reference"] and "eager, sdpa, flash_attention_2" in lines["any"]
+    assert "dense, so every attention implementation" in moh("info", base_dir).out[0]
+    assert moh("info", moh_dir, "--dtype", "float64").out[1].split()[3] == "sdpa"

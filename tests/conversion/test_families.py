@@ -65,9 +65,9 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e
 def test_with_all_heads_active_every_head_of_the_family_gives_the_originals_output(model_type, auto) -> None:
     dense = dense_model(model_type, auto)
     model = converted(dense, **ALL_HEADS)
-    for implementation in ("sdpa", "eager"):
+    for implementation in ("moh", "sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        if model_type != "gemma2":  # transformers' own model has eager only
+        if model_type != "gemma2" and implementation != "moh":  # transformers' own model has eager only
             dense.set_attn_implementation(implementation)
         for inputs in (inputs_of(model_type), inputs_of(model_type, padded=True)):
             assert_same(*(real_tokens(m(**inputs)[0], inputs) for m in (model, dense)))
@@ -301,8 +301,40 @@ def test_a_model_is_made_from_its_configuration_and_its_routers_are_new() -> Non
     assert model.set_active_heads(3) == 1.0
 
 
-def test_attention_weights_are_not_promised() -> None:
-    model = convert(dense_model("opt"), router="query_norm", **SOME_HEADS)
-    outputs = model(token_ids(2, 8), output_attentions=True, output_hidden_states=True)
-    assert not outputs.attentions
+@pytest.mark.parametrize("model_type", ALL)
+@torch.no_grad()
+def test_attention_weights_are_given_by_eager(model_type) -> None:
+    dense = dense_model(model_type)
+    model = converted(dense, **ALL_HEADS)
+    inputs = inputs_of(model_type) | dict(output_attentions=True, output_hidden_states=True)
+    outputs = model(**inputs)
+    assert not outputs.attentions  # ours computes none
     assert len(outputs.hidden_states) == 3
+    for m in (model, dense):
+        m.set_attn_implementation("eager")
+    got, expected = model(**inputs).attentions, dense(**inputs).attentions
+    assert len(got) == len(expected) == 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ["linear", "query_norm", "two_stage"])
+@pytest.mark.parametrize("model_type", ALL)
+def test_every_implementation_gives_the_same_outputs_and_gradients(model_type, router) -> None:
+    if router == "query_norm" and BY_TYPE[model_type].query_norm:
+        pytest.skip("this router can't read normalised queries")
+    calibration = dict(calibration=None) if router == "query_norm" else {}
+    model = converted(dense_model(model_type), router=router, **calibration, **SOME_HEADS)
+    inputs = with_labels(inputs_of(model_type, 2, 20))
+    runs = []
+    for implementation in ("moh", "moh_reference", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        runs.append((outputs.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    for logits, gradients in runs[1:]:
+        assert_same(logits, runs[0][0])
+        assert gradients.keys() == runs[0][1].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, runs[0][1][name], rtol=1e-3, atol=2e-5, msg=name)

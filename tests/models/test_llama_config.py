@@ -37,7 +37,6 @@ def test_round_trip_through_json(tiny_config, tmp_path):
         router="linear",
         router_aux_loss_coef=0.01,
         attention_bias=True,
-        moh_backend="reference",
     )
     config.save_pretrained(tmp_path)
     loaded = MoHLlamaConfig.from_pretrained(tmp_path)
@@ -76,6 +75,12 @@ def test_heads_that_do_not_add_up_are_refused(tiny_config, options, message):
         tiny_config(**options)
 
 
-def test_unknown_backend_is_refused_when_it_is_needed(tiny_model, tokens):
-    with pytest.raises(ValueError, match=r"backend must be None or one of .*got 'fastest'"):
-        tiny_model(moh_backend="fastest")(tokens)
+def test_an_unknown_backend_is_refused(tiny_model):
+    with pytest.raises(ValueError, match='"moh_fastest"` is not supported'):
+        tiny_model(attn_implementation="moh_fastest")
+
+
+def test_the_field_of_early_versions_names_its_successor(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="moh_backend is now attn_implementation='moh_sdpa', got 'sdpa'"):
+        tiny_config(moh_backend="sdpa")
+    assert not hasattr(tiny_config(moh_backend=None), "moh_backend")

@@ -121,7 +121,6 @@ class Adapter(nn.Linear):
         "adapter",
         "replaced forward",
         "autocast",
-        "eager",
         "other backend",
         "query_norm",
         "static cache",
@@ -134,7 +133,7 @@ class Adapter(nn.Linear):
 def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypatch, reason):
     model = tiny_model(
         router="query_norm" if reason == "query_norm" else "linear",
-        moh_backend="sdpa" if reason == "other backend" else None,
+        attn_implementation="moh_sdpa" if reason == "other backend" else None,
     )
     if reason == "float64":
         model.double()
@@ -154,8 +153,6 @@ def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypa
             layer.o_proj.__class__ = Adapter
         if reason == "replaced forward":
             layer.v_proj.forward = layer.v_proj.forward
-    if reason == "eager":
-        model.set_attn_implementation("eager")
     decoded.clear()
     with torch.set_grad_enabled(reason == "gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
         if reason == "two tokens":

@@ -21,7 +21,7 @@ def golden() -> dict[str, Tensor]:
     return load_file(GOLDEN)
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=["moh", "moh_reference", "sdpa", "eager"])
 def model(request, golden) -> MoHLlamaForCausalLM:
     with safe_open(GOLDEN, "pt") as file:
         published = json.loads(file.metadata()["config"])

@@ -45,7 +45,7 @@ every_kind = pytest.mark.parametrize("model", KINDS, indirect=True)
 def choose_grouped(model) -> None:
     """Sets the backend by name, if it handles the unit."""
     if model.config.routing_unit == "group_balanced":
-        model.config.moh_backend = "grouped"
+        model.set_attn_implementation("moh_grouped")
 
 
 @every_kind
@@ -125,7 +125,7 @@ def test_saving_and_loading_keeps_the_unit(model, tokens, tmp_path):
 def test_a_group_balanced_model_compiles_to_one_graph(tiny_model, tokens):
     torch.compiler.reset()
     heads = dict(shared_heads=0, active_heads=3, router="linear", routing_unit="group_balanced")
-    model = tiny_model(**GROUPS, **heads, moh_backend="grouped", num_hidden_layers=1)
+    model = tiny_model(**GROUPS, **heads, attn_implementation="moh_grouped", num_hidden_layers=1)
     compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     got = compiled(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(got, model(tokens).logits, rtol=1e-4, atol=2e-5)

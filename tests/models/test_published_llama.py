@@ -105,7 +105,7 @@ def test_the_published_directory_gives_the_published_numbers_without_its_code(
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
 @torch.no_grad()
 def test_every_backend_gives_the_published_numbers(published: Path, golden, asked: None, backend: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(published, moh_backend=backend).eval()
+    model = AutoModelForCausalLM.from_pretrained(published, attn_implementation=f"moh_{backend}").eval()
     assert_parity(model(golden["input_ids"]).logits, golden["logits"])
 
 

@@ -49,7 +49,7 @@ def test_a_packed_document_has_the_logits_it_has_alone(dense, moh_model, backend
         model = dense
     else:
         model = moh_model
-        model.config.moh_backend = backend
+        model.set_attn_implementation(f"moh_{backend}")
     block = _block(lengths)
     other = _block(tuple(reversed(lengths)))  # documents start at different places in the rows of a batch
     batch = {name: torch.stack([block[name], other[name]]) for name in block}

@@ -11,13 +11,23 @@ from moh.cli.options import add_command
 if TYPE_CHECKING:
     from moh.cli.options import Commands
 
+_TOKENS = 512
+"""Length of the text for which a model's backend is chosen."""
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_parser(sub: Commands) -> None:
     """Add the command to the parser of all commands."""
-    text = "Versions, devices, and which attention backends work here."
+    text = (
+        "Versions, devices, and which attention backends work here; or how the attention of a model would be computed."
+    )
     parser = add_command(sub, "info", text, run)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="model of transformers, dense or MoH: what its attention implementations compute and save",
+    )
     parser.add_argument(
         "--shape", nargs=5, type=int, metavar=("B", "H", "HKV", "N", "D"),
         help="sequences, query heads, key/value heads, tokens, width of a head: which backend handles such a call",
@@ -35,12 +45,14 @@ def add_parser(sub: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what is installed and works, or which backend handles `--shape`.
+    """Print what is installed and works, what a model's attention computes, or which backend handles `--shape`.
 
     Raises:
         ValueError: the shape, the device, the probability of dropout or the share of heads is invalid.
     """
-    if arguments.shape:
+    if arguments.model:
+        _print_model(arguments)
+    elif arguments.shape:
         _print_choice(arguments)
     else:
         _print_all()
@@ -67,6 +79,43 @@ def _print_all() -> None:
         reason = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
         works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
         print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
+
+
+def _print_model(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from moh.attention import Call, backends_passed_over
+    from moh.models.heads import HasLayerHeads
+    from moh.models.transformers.loading import load_config
+
+    config: Any = load_config(arguments.model)
+    is_routed = isinstance(config, HasLayerHeads)
+    if not is_routed:
+        print(f"{config.model_type}: dense, so every attention implementation computes all heads")
+        return
+    from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS
+
+    device, layers = _device(arguments.device), config.layer_configs()
+    H, width = config.num_attention_heads, getattr(config, "head_dim", None)
+    Hkv, D = getattr(config, "num_key_value_heads", None) or H, width or config.hidden_size // H
+    number = torch.zeros(1, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=arguments.train)
+    q, k = number.expand(1, H, _TOKENS, D), number.expand(1, Hkv, _TOKENS, D)
+    call = Call(q, k, k, number.expand(1, _TOKENS, H), heads_per_group=layers[0].heads_per_group)
+    reasons = backends_passed_over(call._replace(dropout_p=arguments.dropout))
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    saves = (
+        f"computes {config.share:.0%} of the heads" if chosen != "reference" else "computes all heads, saves nothing"
+    )
+    print(f"{config.model_type}: {len(layers)} layers of {H} heads, {config.share:.0%} of them active")
+    print(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
+    for name, backend in IMPLEMENTATIONS.items():
+        if backend not in (None, "reference"):
+            print(f"  {name:18s} that backend; computes {config.share:.0%} of the heads")
+    print(f"  {DEFAULT + '_reference':18s} the definition; computes all heads, saves nothing")
+    print(
+        "  any other          transformers' own (eager, sdpa, flash_attention_2, ...), gates in front of W_O; computes"
+    )
+    print("                     all heads, saves nothing")
 
 
 def _print_choice(arguments: argparse.Namespace) -> None:

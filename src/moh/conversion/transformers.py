@@ -127,7 +127,6 @@ class DenseTransformersModel(DenseModel):
             config=config,
             state_dict=state,
             dtype=dense.dtype,
-            attn_implementation="sdpa",
             **self._construction(),
         )
         if dense.can_generate():

@@ -1,6 +1,7 @@
 """The MoH attention of all families: what each family's attention computes, for the heads that each token chooses.
 
-`families` states where projections, norms and scale are; rotary embedding is the family's own function.
+`families` states where projections, norms and scale are; rotary embedding is the family's own function. With an
+`attn_implementation` that is not ours, the family's own `forward` computes all heads, weighted in front of W_O.
 """
 
 from __future__ import annotations
@@ -10,12 +11,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from moh.attention import moh_attention, project_output, route_and_project
+from moh.attention import BACKENDS, moh_attention, project_output, route_and_project
 from moh.models.transformers.decoding import decode
 from moh.models.transformers.families import Family
 from moh.routing import Router, RoutingInfo
+
+_LOGGER = logging.get_logger(__name__)
+
+DEFAULT = "moh"
+"""The `attn_implementation` of our models unless another is chosen."""
+
+IMPLEMENTATIONS: dict[str, str | None] = {DEFAULT: None} | {f"{DEFAULT}_{name}": name for name in BACKENDS}
+"""Values of `attn_implementation` that compute the active heads alone -> attention backend, None for the fastest."""
+
+for _name in IMPLEMENTATIONS:
+    # A layer without a router uses all of its heads; ours don't get as far as looking up the function.
+    AttentionInterface.register(_name, AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register(_name, AttentionMaskInterface()["sdpa"])
 
 
 class RoutedAttention(nn.Module):
@@ -25,6 +41,7 @@ class RoutedAttention(nn.Module):
 
     Attributes:
         family: where the parts of the attention are.
+        family_attention: the family's own class.
         rotate: the family's rotary embedding `(q, k, cos, sin) -> (q, k)`; None where it has none.
         router: of this layer.
         core: what holds the projections, `scaling`, `is_causal` and `config`.
@@ -36,6 +53,7 @@ class RoutedAttention(nn.Module):
     """
 
     family: ClassVar[Family]
+    family_attention: ClassVar[type[nn.Module]]
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None]
     router: Router
     core: Any
@@ -53,10 +71,18 @@ class RoutedAttention(nn.Module):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         family, core, layer = self.family, self.core, self.router.config
-        # `eager` is the definition
-        backend = "reference" if core.config._attn_implementation == "eager" else core.config.moh_backend
+        implementation = core.config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            given = dict(kwargs, past_key_values=past_key_values, position_embeddings=position_embeddings)
+            return self._with_all_heads(hidden_states, attention_mask, given)
+        backend = IMPLEMENTATIONS[implementation]
+        if kwargs.get("output_attentions"):
+            _LOGGER.warning_once(
+                f"attn_implementation={implementation!r} gives no attention weights: they are None with "
+                "output_attentions=True; model.set_attn_implementation('eager') gives them"
+            )
         if family.is_plain:
             decoded = decode(self, hidden_states, position_embeddings, attention_mask, past_key_values, backend)
             if decoded is not None:
@@ -85,6 +111,21 @@ class RoutedAttention(nn.Module):
         out = project_output(self.output_projection, heads, routing.gates, layer.share, backend)
         return family.finish(self, out, hidden_states), None
 
+    def _with_all_heads(
+        self, x: Tensor, attention_mask: Tensor | None, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The family's own attention, its heads weighted by the gates in front of W_O; also the attention weights."""
+        if not self.router.reads_queries:
+            gates = self.router(x).gates
+        elif self.family.fused:
+            gates = self._project(self.core, x, None)[0].gates
+        else:  # projected twice, as families differ in what they do to queries before the attention sees them
+            gates = self.router(q=self.query_projection(x).unflatten(-1, (self.router.heads_here, -1))).gates
+        attention = _WithGates(self, self.family.output.split("."), gates)
+        given = {name: value for name, value in given.items() if value is not None}
+        own: Callable[..., tuple[Tensor, Tensor | None]] = self.family_attention.forward
+        return own(attention, x, attention_mask=attention_mask, **given)
+
     def _project(self, core: Any, x: Tensor, backend: str | None) -> tuple[RoutingInfo, Tensor, Tensor, Tensor]:
         """The routing of x `[B, N, C]`, by x or its queries; then queries, keys and values, split into heads."""
         if not self.family.fused:
@@ -105,6 +146,33 @@ class RoutedAttention(nn.Module):
             return rotate(q, k, cos, sin)
         rotated_q, rotated_k = rotate(q[..., :width], k[..., :width], cos, sin)
         return torch.cat((rotated_q, q[..., width:]), dim=-1), torch.cat((rotated_k, k[..., width:]), dim=-1)
+
+
+class _WithGates:
+    """Stands in for a module in one call of its class's `forward`, and weights the heads that W_O gets.
+
+    No hook or attribute of the module is changed, so several threads may call it.
+    """
+
+    def __init__(self, module: nn.Module, output: list[str], gates: Tensor) -> None:
+        """`output` is W_O's path from the module."""
+        self._module = module
+        name, *rest = output
+        part = getattr(module, name)
+        setattr(self, name, _WithGates(part, rest, gates) if rest else lambda heads: part(_weighted(heads, gates)))
+
+    def __getattr__(self, name: str) -> Any:  # whatever else the class's code reads
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)
+
+
+def _weighted(heads: Tensor, gates: Tensor) -> Tensor:
+    """Heads `[B, N, H * D]`, weighted by gates `[B, N, H]`; as in `moh_attention`, a gate of 0 gets no gradient."""
+    gates = gates[..., None].to(heads.dtype)
+    weighted = torch.where(gates != 0, heads.unflatten(-1, (gates.shape[-2], -1)), 0.0) * gates
+    return weighted.flatten(-2)
 
 
 def parts(family: Family) -> dict[str, property]:

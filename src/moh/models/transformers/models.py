@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
-from moh.models.transformers.attention import RoutedAttention, parts
+from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
 from moh.routing import build_router, record_routing
 
@@ -36,7 +36,6 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "active_heads": (int | list[int], 0),
     "routing_unit": (str, "head"),
     "router_aux_loss_coef": (float, 0.0),
-    "moh_backend": (str | None, None),
 }
 """Fields of every configuration -> type and default; what they mean is in `RoutedConfig`."""
 
@@ -52,7 +51,6 @@ class RoutedConfig(HasLayerHeads):
         routing_unit: as in `moh.MoHConfig`.
         router_aux_loss_coef: beta, weight of the load-balance loss that is added to `outputs.loss` when labels are
             given (0.01 in the paper); 0 adds none.
-        moh_backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
 
     Raises:
         ValueError: the heads of a layer don't add up, or the family's attention is set up in a way that can't be
@@ -62,6 +60,8 @@ class RoutedConfig(HasLayerHeads):
     model_type: str
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if backend := kwargs.pop("moh_backend", None):  # of early versions
+            raise ValueError(f"moh_backend is now attn_implementation='{DEFAULT}_{backend}', got {backend!r}")
         if self.model_type == "moh_llama":
             _check_not_an_imitation(self, kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -114,18 +114,32 @@ def refusal(config: Any) -> str | None:
 class RoutedModel(HasActiveHeads):
     """Mixed into a model class of a family: it is built as usual, then its attention layers get routers."""
 
-    # These compute all heads of all tokens; ours is chosen by config.moh_backend.
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_sdpa = True  # Gemma 2 only lacks it for the cap on its scores, which ours don't have
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        implementation = config._attn_implementation or "sdpa"
-        config._attn_implementation = "eager"  # first a dense model is built, and not every dense family supports sdpa
+        implementation = config._attn_implementation or DEFAULT
+        config._attn_implementation = DEFAULT  # first a dense model is built, and not every dense family supports sdpa
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         route(self)
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
         self.post_init()  # again, for the routers
+
+
+class _BatchedContinuously:
+    """Mixed into models that generate: continuous batching, which knows only names of transformers, gets `sdpa`."""
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        implementation = self.config._attn_implementation  # type: ignore[attr-defined]
+        if implementation not in IMPLEMENTATIONS:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
+            raise
+        manager._original_attn_impl = implementation  # what it sets when it stops
+        return manager
 
 
 def route(model: Any) -> None:
@@ -197,19 +211,19 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"transformers' `{dense.__name__}` with MoH attention, and the load-balance loss in its loss if it has one.",
         "config_class": _config_class(family),
     }
-    recorded = getattr(dense, "_can_record_outputs", None) or {}
-    namespace["_can_record_outputs"] = {n: kind for n, kind in recorded.items() if "attentions" not in n}
     if "labels" in inspect.signature(dense.forward).parameters:
         namespace["forward"] = with_balance_loss(dense.forward)
-    return type(f"MoH{dense.__name__}", (RoutedModel, dense), namespace)
+    bases = (_BatchedContinuously, RoutedModel) if issubclass(dense, GenerationMixin) else (RoutedModel,)
+    return type(f"MoH{dense.__name__}", (*bases, dense), namespace)
 
 
 @functools.cache
 def _routed_attention_class(family: Family) -> type[nn.Module]:
     module = modeling(family)
     rotate = staticmethod(module.apply_rotary_pos_emb) if family.rotary else None
-    namespace = {"__module__": _MODULE, "family": family, "rotate": rotate, **parts(family)}
-    return type(f"MoH{family.attention}", (RoutedAttention, getattr(module, family.attention)), namespace)
+    dense = getattr(module, family.attention)
+    namespace = {"__module__": _MODULE, "family": family, "family_attention": dense, "rotate": rotate, **parts(family)}
+    return type(f"MoH{family.attention}", (RoutedAttention, dense), namespace)
 
 
 def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
