@@ -112,6 +112,7 @@ def _register_classes() -> None:
         mapping.register(config.model_type, config, exist_ok=True)
         for auto_class, model in family.moh_models.items():
             getattr(auto, auto_class).register(config, getattr(package, model), exist_ok=True)
+    _add_model_names()  # the Trainer looks there whether labels are to be shifted
 
 
 def _add_config_names() -> None:

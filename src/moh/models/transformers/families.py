@@ -28,6 +28,10 @@ def _residual_norm(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor
     return normalised
 
 
+PACKAGE = "moh.models.transformers"
+"""Where the classes that are made for the families are found."""
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """One family. Paths are dotted attributes, from the attention module unless stated otherwise.

@@ -1,4 +1,4 @@
-"""The classes of a family: transformers' own with our attention, and the load-balance loss added to their loss.
+"""The classes of a family: transformers' own with our attention and a load-balance loss (`balance`).
 
 Made from the table on first use (`moh.models.transformers`). Method: docs/method.md. Tensor names are the family's; a
 learned router adds `router.*` to its layer's attention.
@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
-from moh.models.transformers.families import FAMILIES, Family, at, family_of
-from moh.routing import build_router, record_routing
-
-_MODULE = "moh.models.transformers"
+from moh.models.transformers.balance import output_class, with_balance_loss
+from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, family_of
+from moh.routing import build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "router": (str, "two_stage"),
@@ -36,6 +30,7 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "active_heads": (int | list[int], 0),
     "routing_unit": (str, "head"),
     "router_aux_loss_coef": (float, 0.0),
+    "output_router_logits": (bool, False),
 }
 """Fields of every configuration -> type and default; what they mean is in `RoutedConfig`."""
 
@@ -49,8 +44,9 @@ class RoutedConfig(HasLayerHeads):
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
         routing_unit: as in `moh.MoHConfig`.
-        router_aux_loss_coef: beta, weight of the load-balance loss that is added to `outputs.loss` when labels are
-            given (0.01 in the paper); 0 adds none.
+        router_aux_loss_coef: beta, weight of the load-balance loss in `outputs.loss` and, in training, in the gradient
+            of any other loss (0.01 in the paper); 0 adds none.
+        output_router_logits: whether outputs have `router_logits` and `aux_loss` unless the argument says otherwise.
 
     Raises:
         ValueError: the heads of a layer don't add up, or the family's attention is set up in a way that can't be
@@ -74,6 +70,17 @@ class RoutedConfig(HasLayerHeads):
                 f"num_attention_heads must be a multiple of num_key_value_heads = {kv_heads}, got {self.num_attention_heads}"
             )
         self.check_heads()
+
+    @property
+    def num_experts(self) -> int:
+        """Routed heads of the layer that has most; width of `outputs.router_logits`."""
+        return max(layer.num_routed for layer in self.layer_configs())
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Routed heads that a token activates, as the mean of the layers that route, rounded."""
+        active = [layer.active_heads for layer in self.layer_configs() if layer.active_heads]
+        return round(sum(active) / max(1, len(active)))
 
 
 def _check_not_an_imitation(config: Any, fields: dict[str, Any]) -> None:
@@ -167,12 +174,25 @@ def make_class(name: str) -> type:
     Raises:
         AttributeError: no family has it.
     """
+    dense_name = name.removeprefix("MoH")
     for family in FAMILIES:
         if name == family.moh_config:
             return _config_class(family)
         if name in family.moh_models.values():
-            return _routed_model_class(getattr(modeling(family), name.removeprefix("MoH")))
-    raise AttributeError(f"module {_MODULE!r} has no attribute {name!r}")
+            return _routed_model_class(getattr(modeling(family), dense_name))
+    # What is needed to read a pickled model or its outputs: classes that transformers has no Auto class for
+    kind: Any = getattr(modeling_outputs, dense_name, None)
+    if isinstance(kind, type) and issubclass(kind, ModelOutput):
+        made: type = output_class(kind)
+        return made
+    for family in FAMILIES:
+        if dense_name == family.attention:
+            return _routed_attention_class(family)
+        kind = getattr(modeling(family), dense_name, None)
+        is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        if is_model and family_of(kind.config_class.model_type) is family:
+            return _routed_model_class(kind)
+    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
 
 
 def modeling(family: Family) -> ModuleType:
@@ -194,7 +214,7 @@ def _config_class(family: Family) -> type[PreTrainedConfig]:
     inherited = {name: (dense.__dataclass_fields__[name].type, value) for name, value in family.defaults.items()}
     fields = _FIELDS | inherited
     namespace = {
-        "__module__": _MODULE,
+        "__module__": PACKAGE,
         "__doc__": RoutedConfig.__doc__,
         "__annotations__": {name: kind for name, (kind, _) in fields.items()},
         "model_type": f"moh_{family.model_type}",
@@ -207,12 +227,11 @@ def _config_class(family: Family) -> type[PreTrainedConfig]:
 def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     family = family_of_config(dense.config_class)
     namespace: dict[str, Any] = {
-        "__module__": _MODULE,
+        "__module__": PACKAGE,
         "__doc__": f"transformers' `{dense.__name__}` with MoH attention, and the load-balance loss in its loss if it has one.",
         "config_class": _config_class(family),
+        "forward": with_balance_loss(dense.forward),
     }
-    if "labels" in inspect.signature(dense.forward).parameters:
-        namespace["forward"] = with_balance_loss(dense.forward)
     bases = (_BatchedContinuously, RoutedModel) if issubclass(dense, GenerationMixin) else (RoutedModel,)
     return type(f"MoH{dense.__name__}", (*bases, dense), namespace)
 
@@ -222,86 +241,5 @@ def _routed_attention_class(family: Family) -> type[nn.Module]:
     module = modeling(family)
     rotate = staticmethod(module.apply_rotary_pos_emb) if family.rotary else None
     dense = getattr(module, family.attention)
-    namespace = {"__module__": _MODULE, "family": family, "family_attention": dense, "rotate": rotate, **parts(family)}
+    namespace = {"__module__": PACKAGE, "family": family, "family_attention": dense, "rotate": rotate, **parts(family)}
     return type(f"MoH{family.attention}", (RoutedAttention, dense), namespace)
-
-
-def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `forward` with the load-balance loss in `outputs.loss`, its signature as before.
-
-    If labels are given and `config.router_aux_loss_coef` is above 0, the balance loss is added with that weight; without
-    it, it is in `outputs.aux_loss`.
-    """
-    names = [name for name in inspect.signature(dense_forward).parameters if name != "self"]
-
-    @functools.wraps(dense_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        labels, coefficient = given.get("labels"), self.config.router_aux_loss_coef
-        if labels is None or coefficient == 0:
-            return dense_forward(self, *args, **kwargs | {"return_dict": True})
-        with record_routing(self.base_model) as routing:
-            outputs = dense_forward(self, *args, **kwargs | {"return_dict": True})
-        balance = routing.balance_loss(_token_mask(given))
-        if self.training:
-            _check_balance_gradient(balance, (m for m in self.modules() if isinstance(m, RoutedAttention)))
-        counted = labels[..., 1:] if self.can_generate() else labels  # nothing predicts a sequence's first token
-        weight = coefficient * _share_of_batch(counted, kwargs.get("num_items_in_batch"))
-        outputs.loss = outputs.loss + weight * balance.to(outputs.loss.device)
-        return _with_aux_loss(type(outputs))(**outputs, aux_loss=balance)
-
-    unpacked: Callable[..., Any] = can_return_tuple(forward)
-    return unpacked
-
-
-def _token_mask(given: dict[str, Any]) -> Tensor | None:
-    """The padding mask `[B, N]` if there is one of the inputs' own length."""
-    mask, inputs = given.get("attention_mask"), given.get("input_ids")
-    if inputs is None:
-        inputs = given.get("inputs_embeds")
-    if mask is None or inputs is None or mask.dim() != 2 or mask.shape != inputs.shape[:2]:
-        return None
-    return mask  # type: ignore[no-any-return]
-
-
-def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This call's share of an optimiser step's labels; -100 is not a label.
-
-    With gradient accumulation the Trainer passes the step's number of labels and adds up the losses of its calls. The
-    balance loss has to be averaged over the calls like the loss itself.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels != -100).sum() / num_items_in_batch
-
-
-def _check_balance_gradient(balance: Tensor, attentions: Iterable[RoutedAttention]) -> None:
-    """Refuse a balance loss without a gradient where a router is to be trained by it.
-
-    Raises:
-        RuntimeError: reentrant gradient checkpointing has cut off the gradient.
-    """
-    if torch.is_grad_enabled() and not balance.requires_grad and any(map(_is_trained, attentions)):
-        raise RuntimeError(
-            "the load-balance loss has no gradient: reentrant gradient checkpointing runs the layers without one; "
-            "use gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
-        )
-
-
-def _is_trained(attention: RoutedAttention) -> bool:
-    """Whether anything that decides the routing of a layer with routed heads is to be trained."""
-    router = attention.router
-    source = attention.query_projection if router.reads_queries else router
-    return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
-
-
-@torch.compiler.assume_constant_result  # torch.compile can't trace the making of a class
-def _with_aux_loss(kind: type[ModelOutput]) -> type[ModelOutput]:
-    """The model output `kind` with a field `aux_loss`; the same class for each call."""
-    if kind not in _OUTPUTS:
-        fields = {"__annotations__": {"aux_loss": Tensor | None}, "aux_loss": None, "__module__": __name__}
-        _OUTPUTS[kind] = dataclass(type(f"MoH{kind.__name__}", (kind,), fields))
-    return _OUTPUTS[kind]
-
-
-_OUTPUTS: dict[type[ModelOutput], type[ModelOutput]] = {}
