@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,44 @@ def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -
     inputs = inputs_of(model_type, padded=True)
     assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
+
+
+@pytest.mark.parametrize("model_type", ALL)
+@torch.no_grad()
+def test_models_and_outputs_are_pickled_and_copied(model_type) -> None:
+    model = converted(dense_model(model_type), **SOME_HEADS)
+    model.config.router_aux_loss_coef = 0.5
+    inputs = with_labels(inputs_of(model_type)) | dict(output_router_logits=True)
+    expected = model(**inputs)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert torch.equal(other(**inputs).logits, expected.logits)
+        other.set_attn_implementation("eager")
+        other.set_active_heads(3)
+        assert model.config._attn_implementation == "moh" and model.config.share == 0.5
+        assert not torch.equal(other(**inputs).logits, expected.logits)
+    for outputs in (pickle.loads(pickle.dumps(expected)), copy.deepcopy(expected)):
+        assert type(outputs) is type(expected) and outputs.keys() == expected.keys()
+        assert torch.equal(outputs.loss, expected.loss) and torch.equal(outputs.aux_loss, expected.aux_loss)
+
+
+READ = """
+import pickle, sys, torch
+model, inputs, expected = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    got = model(**inputs)
+assert type(got) is type(expected) and torch.equal(got.loss, expected.loss), (got, expected)
+"""
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "opt", "bert"])  # a part of an OPT is a class without an Auto class
+@torch.no_grad()
+def test_a_process_that_has_made_none_of_the_classes_reads_them(model_type, tmp_path: Path) -> None:
+    model = converted(dense_model(model_type), router_aux_loss_coef=0.5, **SOME_HEADS)
+    inputs = with_labels(inputs_of(model_type))
+    (tmp_path / "sent").write_bytes(pickle.dumps((model, inputs, model(**inputs))))
+    run = subprocess.run([sys.executable, "-c", READ, tmp_path / "sent"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
