@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -47,6 +48,26 @@ def test_a_served_model_has_the_requested_share(moh_dir: Path) -> None:
     serving.make_servable(str(moh_dir), 0.75)
     model = served().from_pretrained(moh_dir)
     assert model.config.share == 0.75
+
+
+def test_continuous_batching_gives_the_tokens_of_generate(moh_dir: Path) -> None:
+    pytest.importorskip("uvicorn")
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.cli.serving.utils import CBGenerateManager
+
+    serving.make_servable(str(moh_dir), 0.75)
+    model, tokenizer = served().from_pretrained(moh_dir), load_tokenizer(moh_dir)
+    prompt = tokenizer("the head reads").input_ids
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = model.generate(torch.tensor([prompt]), options)[0, len(prompt) :].tolist()
+    manager = CBGenerateManager(ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64))
+    manager.init_cb(model, options)
+    try:
+        answer = manager.generate_non_streaming(model, tokenizer, {"input_ids": prompt}, options, "request")
+        assert asyncio.run(asyncio.wait_for(answer, 60))[2] == expected
+    finally:
+        manager.stop()
+    assert model.config._attn_implementation == "moh"
 
 
 def test_the_command_hands_over_with_the_options_of_transformers(
