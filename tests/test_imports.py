@@ -68,6 +68,29 @@ def test_torch_is_imported_when_a_name_is_first_used():
 
 @needs_transformers
 @pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints.load_published",
+        "evaluation.perplexity",
+        "evaluation.evaluate_images",
+        "inspection.inspect_groups",
+        "training.load_recipe",
+        "training.MoHTrainer",
+    ],
+)
+def test_a_package_is_imported_when_it_is_first_used(name):
+    package, function = name.split(".")
+    code = f"""
+    import sys
+    import moh
+    assert "moh.{package}" not in sys.modules and "{package}" in dir(moh)
+    assert callable(moh.{package}.{function}) and vars(moh)["{package}"] is sys.modules["moh.{package}"]
+    """
+    in_new_interpreter(code)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
     "first",
     [
         pytest.param("from transformers import AutoConfig, AutoModelForCausalLM", id="auto-classes-loaded"),

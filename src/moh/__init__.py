@@ -15,9 +15,12 @@ from moh.models.registration import register_with_timm, register_with_transforme
 if TYPE_CHECKING:
     from moh import attention as attention
     from moh import checkpoints as checkpoints
+    from moh import evaluation as evaluation
+    from moh import inspection as inspection
     from moh import layer as layer
     from moh import models as models
     from moh import routing as routing
+    from moh import training as training
     from moh.attention import moh_attention
     from moh.conversion import convert
     from moh.layer import MoHAttention
@@ -50,6 +53,8 @@ __getattr__, __dir__ = lazy(
         "balance_over_processes": "moh.routing",
         "checkpoints": "moh.checkpoints",
         "convert": "moh.conversion",
+        "evaluation": "moh.evaluation",
+        "inspection": "moh.inspection",
         "layer": "moh.layer",
         "load_published": "moh.models.published",
         "models": "moh.models",
@@ -57,6 +62,7 @@ __getattr__, __dir__ = lazy(
         "record_routing": "moh.routing",
         "routing": "moh.routing",
         "set_active_heads": "moh.models.dial",
+        "training": "moh.training",
     },
 )
 

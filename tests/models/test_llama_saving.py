@@ -43,6 +43,27 @@ def test_saved_model_is_loaded_by_the_auto_classes(tiny_model, tokens, tmp_path,
     assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
 
+def test_a_readme_says_which_package_the_model_needs_and_how_to_load_it(tiny_model, tokens, tmp_path):
+    model = tiny_model("Qwen2")
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "`moh_qwen2`" in card.read_text() and 'pip install "mixture-of-heads[llm]"' in card.read_text()
+    code = card.read_text().partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(code.replace("PATH OR NAME", str(tmp_path)), found)
+    assert torch.equal(found["model"](tokens).logits, model(tokens).logits)
+
+    card.write_text("Our own words.")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "Our own words."
+
+
+def test_models_are_tagged_each_for_itself(tiny_model):
+    tagged, other = tiny_model(), tiny_model()
+    tagged.add_model_tags("mine")
+    assert tagged.model_tags == ["mixture-of-heads", "mine"] and other.model_tags == ["mixture-of-heads"]
+
+
 def test_tensor_names_are_those_of_llama_and_the_router(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -131,6 +132,39 @@ class RoutedModel(HasActiveHeads):
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
         self.post_init()  # again, for the routers
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and a README.md that says which package the model needs, unless there is one."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        card = Path(save_directory, "README.md")
+        if card.parent.is_dir() and not card.exists():
+            family, name = family_of_config(type(self.config)), type(self).__name__  # type: ignore[attr-defined]
+            auto = next((auto for auto, made in family.moh_models.items() if made == name), "AutoModel")
+            card.write_text(_CARD.format(model_type=f"moh_{family.model_type}", auto=auto), encoding="utf-8")
+
+
+_TAG = "mixture-of-heads"
+_CARD = f"""\
+---
+library_name: transformers
+tags:
+- {_TAG}
+---
+
+A transformer with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842). It needs the package `mixture-of-heads`:
+unless `moh` is imported, transformers doesn't recognize the model type `{{model_type}}`.
+
+```console
+$ pip install "mixture-of-heads[llm]"
+```
+
+```python
+import moh
+from transformers import {{auto}}
+
+model = {{auto}}.from_pretrained("PATH OR NAME")
+```
+"""
+
 
 class _BatchedContinuously:
     """Mixed into models that generate: continuous batching, which knows only names of transformers, gets `sdpa`."""
@@ -156,6 +190,7 @@ def route(model: Any) -> None:
     router keeps it.
     """
     family = family_of_config(type(model.config))
+    model.add_model_tags(_TAG)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, RoutedModel):
             module.__class__ = _routed_model_class(type(module))  # type: ignore[arg-type]
