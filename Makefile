@@ -20,10 +20,10 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo bench test test-all sanitize lint format docs clean
+.PHONY: help demo bench test test-all test-versions sanitize lint format docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options: make demo ARGS="--help"
 	$(BIN)/moh demo $(ARGS)
@@ -36,6 +36,9 @@ test: $(VENV)/.stamp-dev ## the fast tests; options for pytest: make test ARGS="
 
 test-all: $(VENV)/.stamp-dev ## all tests, the slow ones too
 	$(PYTEST) -m "" $(ARGS)
+
+test-versions: $(VENV)/.stamp-venv ## the models' tests with the oldest and the newest libraries; options: make test-versions ARGS="--help"
+	$(BIN)/python tests/versions.py $(ARGS)
 
 sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and undefined-behaviour sanitizers
 	tests/sanitize/run.sh $(abspath $(BIN))/python $(ARGS)
@@ -52,8 +55,8 @@ format: $(VENV)/.stamp-dev ## let ruff fix what it can
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean: ## remove .venv, caches and built files; results (moh-demo/, runs/) stay
-	rm -rf "$(VENV)" build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv and .venv-versions, caches and built files; results (moh-demo/, runs/) stay
+	rm -rf "$(VENV)" .venv-versions build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.stamp-llm: $(STAMPED_BY)

@@ -16,13 +16,13 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
 from benchmarks.dense import heads_of, weigh_heads
 from moh.config import MoHConfig
 from moh.conversion.transformers import DenseTextModel
+from moh.evaluation.speed import cache_of
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.families import family_of
 from moh.models.transformers.loading import load_causal_lm
@@ -217,12 +217,12 @@ def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
     if case.mode == "prefill":  # as in `generate`: logits of only the last token
         return lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
 
-    cache: list[DynamicCache] = []
+    cache: list[dict[str, Any]] = []
 
     def decode() -> None:
         if not cache:
-            cache.append(model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values)
+            cache.append(cache_of(model(input_ids=tokens, use_cache=True, logits_to_keep=1)))
         # The cache grows as in generation, by tens of tokens in total
-        model(input_ids=tokens[:, -1:], past_key_values=cache[0], use_cache=True)
+        model(input_ids=tokens[:, -1:], **cache[0], use_cache=True)
 
     return decode

@@ -279,11 +279,13 @@ def test_quantised_weights_are_refused_before_anything_changes(convert: Callable
     assert [r.config.active_heads for r in moh_routers(model)] == [1, 1]
 
 
+VIT = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+
+
 def timm_vit() -> Any:
     import timm
 
-    sizes = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
-    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    return timm.create_model("vit_tiny_patch16_224", **VIT).eval()
 
 
 def transformers_vit() -> Any:
@@ -324,7 +326,7 @@ def saved_and_loaded(model: Any, directory: Path) -> Any:
         return type(model).from_pretrained(directory).eval()
     from moh.models.timm import from_pretrained, save_pretrained
 
-    save_pretrained(model, directory)
+    save_pretrained(model, directory, model_args=VIT)  # which timm does not record before 1.0.31
     return from_pretrained(directory)
 
 

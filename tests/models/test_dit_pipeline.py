@@ -80,7 +80,11 @@ def test_a_saved_pipeline_keeps_the_setting_of_the_dial(tmp_path):
     assert np.array_equal(draw(loaded), turned)
 
 
-def test_bfloat16_draws_the_same_picture_as_float32():
+def test_bfloat16_draws_the_same_picture_as_float32(monkeypatch):
+    def noise(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, **_) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)  # torch 2.11 draws other numbers in bfloat16
+
+    monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", noise)
     pipe = pipeline()
     expected = draw(pipe)
     got = draw(pipe.to(torch.bfloat16))

@@ -50,6 +50,23 @@ def test_chunks_with_the_cache_are_one_full_forward(tiny_model, tokens, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
+def test_attention_takes_the_cache_by_its_old_and_by_its_new_name(tiny_model, tokens, kind):
+    """transformers 5.24 renames `past_key_values` to `cache`."""
+    model = tiny_model(**kind).model
+    x = model.embed_tokens(tokens)  # [B, N, C]
+    outputs = []
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config)
+        for part in (slice(0, 7), slice(7, 8), slice(8, 9)):  # the prompt, then two tokens that are decoded
+            angles = model.rotary_emb(x, torch.arange(12)[None, part])
+            out, _ = model.layers[0].self_attn(x[:, part], position_embeddings=angles, **{name: cache})
+        assert cache.get_seq_length() == 9
+        outputs.append(out)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_static_cache_is_one_full_forward(tiny_model, tokens, kind):
     model = tiny_model(**kind)
     full = model(tokens).logits

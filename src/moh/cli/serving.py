@@ -57,7 +57,7 @@ def make_servable(model: str, active_heads: int | float | list[int] | None = Non
 
     recognise_published_llama()  # `transformers serve` reads the configuration again, in this process
     config = load_config(model)
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         raise ValueError(f"model must be a causal language model, got one of type {config.model_type!r}")
     names = config.architectures or [kind.__name__]

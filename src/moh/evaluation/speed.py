@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -184,6 +184,12 @@ def measure_speed(
     )
 
 
+def cache_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache in a model's outputs, as the argument of its next call; transformers 5.24 has renamed both to `cache`."""
+    name = "cache" if "cache" in outputs else "past_key_values"
+    return {name: outputs[name]}
+
+
 @torch.no_grad()
 def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and for decoding after it."""
@@ -194,7 +200,7 @@ def _time_once(model: PreTrainedModel, prompt: Tensor, decode_tokens: int) -> tu
     middle = clock()
     for _ in range(decode_tokens):
         token = outputs.logits[:, -1:].argmax(-1)  # [B, 1]
-        outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model(input_ids=token, **cache_of(outputs), use_cache=True)
     return middle - start, clock() - middle
 
 

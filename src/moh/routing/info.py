@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moh.config import MoHConfig
 
-_group: ContextVar[dist.ProcessGroup | None] = ContextVar("balance_group", default=None)
+_group: dist.ProcessGroup | None = None  # not a ContextVar, which torch.compile can't read in torch 2.11
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,17 @@ def balance_over_processes(group: dist.ProcessGroup | None = None) -> Iterator[N
     """
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    token = _group.set(group)
+    global _group
+    before, _group = _group, group
     try:
         yield
     finally:
-        _group.reset(token)
+        _group = before
 
 
 def balance_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The processes that a balance loss is computed over: `group`, else those of the block; None for this one alone."""
-    group = _group.get() if group is None else group
+    group = _group if group is None else group
     return group if group is not None and group.size() > 1 else None
 
 

@@ -183,7 +183,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
         self.gradient_checkpointing = False
 
         grid = sample_size // patch_size
-        positions = get_2d_sincos_pos_embed(hidden_size, grid, base_size=grid).float()
+        positions = get_2d_sincos_pos_embed(hidden_size, grid, base_size=grid, output_type="pt").float()
         self.register_buffer("pos_embed", positions[None])  # [1, N, C]; saved, as in the published checkpoints
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)

@@ -84,7 +84,8 @@ class RoutedAttention(nn.Module):
                 "output_attentions=True; model.set_attn_implementation('eager') gives them"
             )
         if family.is_plain:
-            decoded = decode(self, hidden_states, position_embeddings, attention_mask, past_key_values, backend)
+            cache = kwargs.get("cache", past_key_values)
+            decoded = decode(self, hidden_states, position_embeddings, attention_mask, cache, backend)
             if decoded is not None:
                 return decoded, None
         routing, q, k, v = self._project(core, hidden_states, backend)  # [B, N, H, D], [B, N, Hkv, D] twice
@@ -93,7 +94,9 @@ class RoutedAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if position_embeddings is not None and self.rotate is not None:
             q, k = self._rotated(q, k, *position_embeddings)
-        if past_key_values is not None:
+        if kwargs.get("cache") is not None:  # the name since transformers 5.24; before, that of a paged cache
+            k, v = kwargs["cache"].update(k, v, core.layer_idx, kwargs=kwargs)
+        elif past_key_values is not None:
             k, v = past_key_values.update(k, v, core.layer_idx)
         # transformers omits the mask where it is plainly causal, or where a single token sees everything before it
         heads = moh_attention(

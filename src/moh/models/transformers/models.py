@@ -194,7 +194,8 @@ def route(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, RoutedModel):
             module.__class__ = _routed_model_class(type(module))  # type: ignore[arg-type]
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs  # as its constructor does for its first class
+            # As its constructor does for its first class; `dict`'s own, as the key is the class's name in every version
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
     layers = at(model.base_model, family.layers)
     for layer, config in zip(layers, model.config.layer_configs(), strict=True):
         attention = at(layer, family.attention_of_layer)

@@ -120,7 +120,7 @@ def _converted(config: Any, asked: Mapping[str, Any]) -> Any:
         name: value for name, value in asked.items() if hasattr(MoHLlamaConfig, name) and not hasattr(config, name)
     }
     ours = MoHLlamaConfig.from_dict(fields | {"architectures": ["MoHLlamaForCausalLM"]})
-    ours._name_or_path = config._name_or_path
+    ours.name_or_path = config.name_or_path
     return ours
 
 

@@ -1,0 +1,84 @@
+"""Run the models' tests with the oldest and the newest published versions of the libraries, in an environment each.
+
+    python tests/versions.py                               # both; `make test-versions` does this
+    python tests/versions.py --only newest -- -k decoding  # one of them, with options for pytest
+
+The oldest are the lower bounds in pyproject.toml. The newest are what pip finds if upper bounds are left out, so that a
+release that came after them shows up here first. An environment is kept, and brought up to date on the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ("oldest", "newest")
+EXTRAS = ("llm", "vision", "diffusion", "test")
+LEFT_OUT = ("deepspeed", "playwright")  # large, and no test of a model needs them
+LIBRARIES = ("torch", "transformers", "timm", "diffusers", "accelerate", "peft", "safetensors", "torchvision", "numpy")
+TESTS = "tests/test_imports.py tests/models tests/conversion tests/training/test_lora.py tests/training/test_run.py"
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+(?:\[[\w,-]+\])?)(?:>=(?P<lowest>[\w.]+))?[^;]*")
+
+
+def requirements(versions: str) -> list[str]:
+    """What pip is to install for "oldest" or "newest" versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    found = []
+    for line in lines:
+        match = REQUIREMENT.match(line)
+        assert match is not None, line
+        name, lowest = match["name"], match["lowest"]
+        if name.partition("[")[0] not in (project["name"], *LEFT_OUT):
+            found.append(f"{name}=={lowest}" if versions == "oldest" else name)
+    return found
+
+
+def install(versions: str, environment: Path) -> Path:
+    """The environment's interpreter, with these versions installed."""
+    python = environment / "bin" / "python"
+    if not python.exists():
+        venv.create(environment, with_pip=True)
+    upgrade = ["--upgrade", "--upgrade-strategy", "eager"] if versions == "newest" else []
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *upgrade, *requirements(versions)], check=True)
+    return python
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Library -> its version in an environment."""
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    return json.loads(subprocess.run([python, "-c", code, *LIBRARIES], check=True, capture_output=True).stdout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=VERSIONS, help="instead of both")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="directory that holds them")
+    parser.add_argument("options", nargs="*", help="for pytest, after --")
+    arguments = parser.parse_args()
+    report, failed = [], False
+    for versions in VERSIONS if arguments.only is None else (arguments.only,):
+        print(f"{versions}: installing into {arguments.environments / versions}", flush=True)
+        python = install(versions, arguments.environments / versions)
+        had = ", ".join(f"{name} {version}" for name, version in installed(python).items())
+        print(f"{versions}: {had}", flush=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
+        command = [python, "-m", "pytest", *TESTS.split(), *arguments.options]
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        failed |= code != 0
+        report.append(f"{versions}: {'FAILED' if code else 'passed'} with {had}")
+    print(*report, sep="\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
