@@ -88,6 +88,9 @@ MODEL_FILES = (
 )
 """Files of a model and its tokenizer, as patterns; the first is the one that every model has."""
 
+CARD_MARK = "<!-- Without this line, the file is kept: its directory is then not replaced by another model. -->"
+"""In a README.md of ours, which is replaced together with the model as long as nobody has made it their own."""
+
 PIPELINE_FILES = (
     *("model_index.json", "scheduler/scheduler_config.json"),
     *(f"{part}/{kind}" for part in ("transformer", "vae") for kind in ("config.json", "diffusion_pytorch_model*")),
@@ -130,7 +133,7 @@ def check_replaceable(
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} {directory} must be a directory, but it is a file")
     found = sorted(_entries(target)) if target.is_dir() else []
-    others = [file for file in found if not any(_is_like(file, kind) for kind in kinds)]
+    others = [f for f in found if not any(_is_like(f, kind) for kind in kinds) and not _is_our_card(target / f)]
     if found and not others and not known and target not in _written:
         others = [] if kinds[0] in found and _is_ours(target / kinds[0]) else found
     if others:
@@ -152,6 +155,10 @@ def _entries(directory: Path, within: str = "") -> Iterator[str]:
 
 def _is_like(file: str, pattern: str) -> bool:
     return fnmatchcase(file, pattern) and file.count("/") == pattern.count("/")  # its * would match folders too
+
+
+def _is_our_card(file: Path) -> bool:
+    return file.name == "README.md" and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _is_ours(file: Path) -> bool:

@@ -183,3 +183,14 @@ def test_a_generation_config_that_samples_is_kept(tiny_model, tmp_path, recwarn)
     loaded = load_causal_lm(tmp_path).generation_config
     assert (loaded.temperature, loaded.top_p, loaded.do_sample) == (0.9, 0.6, True)
     assert not [warning for warning in recwarn if "generation_config" in str(warning.message)]
+
+
+def test_a_card_of_ours_is_replaced_with_its_model_and_a_users_own_is_kept(tiny_model, tmp_path: Path) -> None:
+    from moh._files import check_replaceable
+
+    target = tmp_path / "model"
+    tiny_model().save_pretrained(target)
+    check_replaceable(target, name="out")
+    (target / "README.md").write_text("My model card.")
+    with pytest.raises(ValueError, match=r"holds other files, which are kept, such as README.md"):
+        check_replaceable(target, name="out")

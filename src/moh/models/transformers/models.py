@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, mod
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from moh._files import CARD_MARK
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
@@ -149,6 +150,7 @@ library_name: transformers
 tags:
 - {_TAG}
 ---
+{CARD_MARK}
 
 A transformer with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842). It needs the package `mixture-of-heads`:
 unless `moh` is imported, transformers doesn't recognize the model type `{{model_type}}`.
