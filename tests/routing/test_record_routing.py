@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -240,3 +243,67 @@ def test_distributed_data_parallel_records_and_gives_the_same_gradients(one_proc
     assert names(routing) == [f"module.{name}" for name in NAMES]
     for name in expected:
         torch.testing.assert_close(grads[name], expected[name], msg=name)
+
+
+def test_a_thread_records_its_own_calls_alone():
+    net, x = Net(), inputs()
+    both_open, both_ran = Barrier(2, timeout=60), Barrier(2, timeout=60)
+
+    def run(tokens: int) -> tuple[list[str], list[int]]:
+        with record_routing(net) as routing:
+            both_open.wait()
+            net(x[:, :tokens])
+            both_ran.wait()
+        return names(routing), [info.gates.shape[1] for _, info in routing]
+
+    with ThreadPoolExecutor(2) as pool:
+        records = list(pool.map(run, (3, 5)))
+    assert records == [(NAMES, [3] * 3), (NAMES, [5] * 3)]
+
+
+def test_a_task_records_its_own_calls_alone():
+    net, x = Net(), inputs()
+
+    async def run(tokens: int) -> list[int]:
+        with record_routing(net) as routing:
+            await asyncio.sleep(0)
+            net(x[:, :tokens])
+            await asyncio.sleep(0)
+        return [info.gates.shape[1] for _, info in routing]
+
+    async def run_both() -> list[list[int]]:
+        return await asyncio.gather(run(3), run(5))
+
+    assert asyncio.run(run_both()) == [[3] * 3, [5] * 3]
+
+
+def test_balance_losses_of_two_threads_on_one_model_are_those_of_each_alone():
+    net, batches = Net(), [torch.randn(2, 6, C) for _ in range(16)]
+
+    def loss(x: Tensor) -> float:
+        with record_routing(net) as routing:
+            net(x)
+        return routing.balance_loss().item()
+
+    alone = [loss(x) for x in batches]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(loss, batches)) == pytest.approx(alone)
+
+
+def test_a_task_that_outlives_the_block_is_not_recorded():
+    net, x = Net(), inputs()
+
+    async def run() -> int:
+        async def later() -> None:
+            await over.wait()
+            net(x)
+
+        over = asyncio.Event()
+        with record_routing(net) as routing:
+            task = asyncio.create_task(later())
+            await asyncio.sleep(0)
+        over.set()
+        await task
+        return len(routing)
+
+    assert asyncio.run(run()) == 0

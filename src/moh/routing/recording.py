@@ -1,14 +1,15 @@
 """Read a model's routing while it runs: `with record_routing(model) as routing: ...`.
 
-Nothing global: each router of that one model holds the recorders of the open `with` blocks and forgets them at the end.
-Works with gradient checkpointing (`use_reentrant=False`), DDP/FSDP wrappers and `torch.compile`.
+A recording belongs to the thread or asyncio task that opened it: what others run on the same model is not in it. It works
+with gradient checkpointing (`use_reentrant=False`), DDP/FSDP wrappers and `torch.compile`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
     from moh.routing.routers import Router
 
 
-class Recorder(Protocol):
-    """What a router reports to."""
-
-    def record(self, router: Router, info: RoutingInfo) -> None: ...
+_open: ContextVar[tuple[RoutingRecord, ...]] = ContextVar("open_recordings", default=())
 
 
 class RoutingRecord:
@@ -34,7 +32,11 @@ class RoutingRecord:
         self.layers: list[tuple[str, RoutingInfo]] = []
         """(name of the router in the model, its routing), one entry per layer and forward pass."""
 
+    def __contains__(self, router: object) -> bool:
+        return router in self._names
+
     def record(self, router: Router, info: RoutingInfo) -> None:
+        """Add what a router has decided."""
         if _in_backward():
             return  # gradient checkpointing runs the forward pass again: the same routing, already here
         self.layers.append((self._names[router], info))
@@ -88,7 +90,7 @@ class RoutingRecord:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Record the routing of every MoH layer of `model` while the block runs.
+    """Record the routing of every MoH layer of `model` while the block runs, in this thread or asyncio task alone.
 
     The recorded tensors keep their autograd graph, so that `task_loss + 0.01 * routing.balance_loss()` trains the
     router. A model without MoH layers gives an empty record. To compile with `fullgraph=True` *and* use gradient
@@ -104,13 +106,28 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 
     routers = {module: name for name, module in model.named_modules() if isinstance(module, Router)}
     record = RoutingRecord(routers)
-    for router in routers:
-        router._recorders = (*router._recorders, record)
+    # The compiler can't trace a change of a ContextVar. Attributes do as well there: a traced block begins and ends inside
+    # the graph, so that no other thread ever sees them changed.
+    traced = torch.compiler.is_compiling()
+    if traced:
+        for router in routers:
+            router._traced_recordings = (*router._traced_recordings, record)
+    else:
+        _open.set((*_open.get(), record))
     try:
         yield record
     finally:
-        for router in routers:
-            router._recorders = tuple(r for r in router._recorders if r is not record)
+        if traced:
+            for router in routers:
+                router._traced_recordings = tuple(r for r in router._traced_recordings if r is not record)
+        else:
+            _open.set(tuple(r for r in _open.get() if r is not record))
+            routers.clear()  # tasks that were started inside the block have copies of its context, and may still run
+
+
+def recordings_of(router: Router) -> tuple[RoutingRecord, ...]:
+    """The open recordings of this thread or task that cover the router."""
+    return (*router._traced_recordings, *(record for record in _open.get() if router in record))
 
 
 def _in_backward() -> bool:

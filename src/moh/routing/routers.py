@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moh.config import ROUTERS, MoHConfig
 from moh.routing.info import RoutingInfo
-from moh.routing.recording import Recorder
+from moh.routing.recording import RoutingRecord, recordings_of
 from moh.routing.units import choose, order
 
 
@@ -59,7 +59,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._recorders: tuple[Recorder, ...] = ()
+        self._traced_recordings: tuple[RoutingRecord, ...] = ()  # of `record_routing` inside a compiled graph
         self.heads_here = config.num_heads  # fewer where processes split the heads among them
         self._set_heads(config)
 
@@ -81,17 +81,21 @@ class Router(nn.Module):
         """
         return max(1, round(cls.shared_share * num_heads)) // step * step
 
+    @property
+    def _recorders(self) -> tuple[RoutingRecord, ...]:
+        return recordings_of(self)
+
     def forward(self, x: Tensor | None = None, q: Tensor | None = None) -> RoutingInfo:
         source, name = (q, "q") if self.reads_queries else (x, "x")
         if source is None:
             raise ValueError(f"{name} must be given: the {self.config.router!r} router decides by it")
         info = self._route(source)
-        for recorder in self._recorders:
-            recorder.record(self, info)
+        for recording in self._recorders:
+            recording.record(self, info)
         return info
 
     def is_observed(self) -> bool:
-        """Whether anything observes `forward`: a recorder, a hook, or a patched `forward`."""
+        """Whether anything observes `forward`: a recording, a hook, or a patched `forward`."""
         hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return bool(self._recorders or hooked) or "forward" in vars(self)
 
