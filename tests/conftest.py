@@ -73,6 +73,19 @@ def tokenizer(base_dir: Path):
     return AutoTokenizer.from_pretrained(base_dir)
 
 
+@pytest.fixture
+def bos_tokenizer(base_dir: Path) -> Any:
+    """The word tokenizer, but with a beginning-of-text token that it puts before every text, as Gemma's and Llama's do."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 paragraphs of random sentences in the tokenizer's words."""

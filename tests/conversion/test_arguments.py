@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from moh import convert
+from moh.data.text.blocks import calibration_blocks
 
 HEADS = dict(shared_heads=1, active_heads=1)
 
@@ -36,6 +37,21 @@ def test_texts_id_lists_and_tensors_give_the_same_model(base_dir: Path, texts, r
     assert states_equal(convert(dense, calibration=blocks.int(), **options), expected)
     assert states_equal(convert(base_dir, calibration=texts, **options), expected)  # finds the tokenizer itself
     assert not states_equal(convert(dense, calibration=blocks[:5], **options), expected)
+
+
+def test_calibration_blocks_begin_as_the_tokenizer_begins_a_text(bos_tokenizer) -> None:
+    texts = ["the head reads .", "a token", "the value of the router"]
+    bos, eos, vocabulary = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id, len(bos_tokenizer)
+    bare = [[*bos_tokenizer(text, add_special_tokens=False).input_ids, eos] for text in texts]
+    blocks = calibration_blocks(texts, bos_tokenizer, 100, 4, vocabulary)
+    row = [i for ids in bare for i in ids]
+    assert blocks.tolist() == [[bos, *row[i : i + 3]] for i in range(0, 12, 3)]
+    begun = [[bos, *ids] for ids in bare]
+    for sequences, tokenizer in ((bare, bos_tokenizer), (begun, bos_tokenizer), (begun, None)):
+        assert torch.equal(calibration_blocks(sequences, tokenizer, 100, 4, vocabulary, bos_token_id=bos), blocks)
+    plain = calibration_blocks(bare, None, 100, 4, vocabulary, bos_token_id=bos)  # nothing says that they begin with it
+    assert plain.flatten().tolist() == row[:12]
+    assert calibration_blocks(["a token"], bos_tokenizer, 100, 64, vocabulary).tolist() == [[bos, *bare[1]]]
 
 
 def test_calibration_tokens_bound_what_is_looked_at(make_dense, tokens) -> None:

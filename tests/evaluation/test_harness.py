@@ -244,3 +244,59 @@ def test_an_interrupted_download_names_its_task(base_dir: Path, tasks_dir: Path,
     monkeypatch.setattr(datasets, "load_dataset", cut)
     with pytest.raises(RuntimeError, match=r"the data of the task is not available: tiny_last .*IncompleteRead"):
         evaluate_tasks([base_dir], ["tiny_last"], include_paths=[tasks_dir])
+
+
+@pytest.fixture
+def begun(base_dir: Path, moh_dir: Path, bos_tokenizer) -> dict[str, LoadedModel]:
+    """The tiny model, dense and converted, with a tokenizer that puts its token before every text, and a chat template."""
+    bos_tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ 'head ' if m.role == 'user' else 'gate ' }}{{ m.content }}{{ ' . ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'gate ' }}{% endif %}"
+    )
+    models = {name: load_causal_lm(path) for name, path in (("dense", base_dir), ("MoH", moh_dir))}
+    for model in models.values():
+        model.resize_token_embeddings(len(bos_tokenizer))
+    return {name: LoadedModel(model, bos_tokenizer) for name, model in models.items()}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The token ids of all requests, without padding, as the models read them."""
+    rows: list[list[int]] = []
+
+    def keep(ids, mask=None) -> None:
+        rows.extend(row[row != 0].tolist() for row in ids)
+
+    call, generate = runner.HFLM._model_call, runner.HFLM._model_generate
+    monkeypatch.setattr(runner.HFLM, "_model_call", lambda m, ids, **k: keep(ids) or call(m, ids, **k))
+    monkeypatch.setattr(
+        runner.HFLM, "_model_generate", lambda m, context, **k: keep(context) or generate(m, context=context, **k)
+    )
+    return rows
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": True, "max_length": 12}], ids=["whole", "cut"])
+def test_every_request_begins_as_the_tokenizer_begins_a_text(begun, tasks_dir: Path, asked, options) -> None:
+    tasks = ["tiny_choice:2", "tiny_write:3", "tiny_last"]
+    result = evaluate_tasks(begun, tasks, include_paths=[tasks_dir], limit=3, progress=False, batch_size=2, **options)
+    bos = begun["dense"].tokenizer.bos_token_id
+    assert asked and all(row[0] == bos and bos not in row[1:] for row in asked)
+    assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]  # dense and MoH
+    assert any(score.truncated for score in result.models[0].scores) == bool(options)
+    assert max(map(len, asked)) <= options.get("max_length", 64)
+
+
+def test_questions_are_asked_in_the_models_chat_template_on_request(begun, base_dir, tasks_dir, asked) -> None:
+    options = {"include_paths": [tasks_dir], "limit": 2, "progress": False, "apply_chat_template": True}
+    result = evaluate_tasks(begun, ["tiny_write:1"], **options)
+    tokenizer = begun["dense"].tokenizer
+    line = json.loads((tasks_dir / "tiny_write.jsonl").read_text().splitlines()[0])
+    texts = [tokenizer.decode(row) for row in asked]
+    assert texts[0].startswith("<bos> head ") and texts[0].endswith(f". head {line['text']} . gate")
+    assert texts[0].count("<bos>") == 1 and texts[0].count("gate ") >= 1
+    assert "apply_chat_template True" in result.to_markdown()
+    with pytest.raises(
+        ValueError, match="apply_chat_template needs a chat template, and the model's tokenizer has none"
+    ):
+        evaluate_tasks([base_dir], ["tiny_write"], **options)

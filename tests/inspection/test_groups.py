@@ -196,6 +196,20 @@ def test_middle_passages_of_spread_texts_are_read_and_a_texts_passages_are_one_u
     assert [unit for unit, _ in read[1]] == [4, 4, 5, 5] and len({unit for unit, _ in read[0]}) == 4
 
 
+def test_every_passage_begins_as_the_tokenizer_begins_a_text(language_model, bos_tokenizer) -> None:
+    language_model.resize_token_embeddings(len(bos_tokenizer))
+    seen = []
+    language_model.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["input_ids"]), with_kwargs=True
+    )
+    texts = {"long": ["the " * 6 + "gate " * 5], "short": ["a key"]}
+    for batch in text_groups(language_model, bos_tokenizer, texts, seq_len=4, max_tokens=12).batches():
+        batch.run()
+    bos, the, gate, a, key = bos_tokenizer("the gate a key").input_ids
+    rows = [[bos, the, the, the], [bos, a, key, 0], [bos, the, the, the], [bos, gate, gate, gate]]
+    assert torch.cat(seen).tolist() == rows
+
+
 def test_passages_of_a_single_text_are_units(language_model, base_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     inputs = text_groups(language_model, tokenizer, {"one": ["the head " * 8]}, seq_len=4, max_tokens=16)

@@ -45,6 +45,9 @@ def add_parser(sub: Commands) -> Command:
     parser.add_argument("--max-length", type=int, help="tokens of the longest request (default: the model's positions)")
     parser.add_argument("--truncate", action="store_true", help="cut the beginning off contexts that are longer")
     parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask in the format of each model's chat template"
+    )
+    parser.add_argument(
         "--output", metavar="DIR", help="for results.json, table.md and table.csv; results already there are reused"
     )
     return parser
@@ -69,6 +72,7 @@ def run(arguments: Namespace) -> None:
             seed=arguments.seed,
             max_length=arguments.max_length,
             truncate=arguments.truncate,
+            apply_chat_template=arguments.apply_chat_template,
             output_dir=arguments.output,
         )
         if state.is_main_process:

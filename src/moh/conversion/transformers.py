@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
-from moh.data.text.blocks import are_texts, calibration_blocks
+from moh.data.text.blocks import are_texts, calibration_blocks, start_tokens
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
 from moh.models.transformers.loading import mend_generation_config
@@ -161,7 +161,8 @@ class DenseTextModel(DenseTransformersModel):
         start, end = _special_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
         inside = max(2, seq_len - len(start) - len(end)) if seq_len > 1 else seq_len  # a length of 1 is refused below
         room = -(-max_tokens * inside // max(1, seq_len))  # rounded up: at least 1, if max_tokens is
-        blocks = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size)
+        bos = getattr(config, "bos_token_id", None)
+        blocks = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos)
         ends = [torch.tensor(ids, dtype=torch.long).expand(len(blocks), -1) for ids in (start, end)]
         blocks = torch.cat([ends[0], blocks, ends[1]], dim=1)
         if most is not None and blocks.shape[1] > most:
@@ -285,6 +286,8 @@ def _as_kept_by(linear: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
-    """What an encoder's tokenizer puts before and after a text."""
-    ids = (getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None))
-    return tuple([] if i is None else [i] for i in ids)  # type: ignore[return-value]
+    """What an encoder's tokenizer puts before and after a text, without a beginning that `calibration_blocks` adds."""
+    if tokenizer is None:
+        return [], []
+    start, end = ([] if i is None else [i] for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    return [] if start == start_tokens(tokenizer) else start, end

@@ -75,7 +75,7 @@ def text_groups(
     max_tokens: int = 8_192,
     batch_size: int = 4,
 ) -> GroupedInputs:
-    """Passages of each group's texts, each read by itself.
+    """Passages of each group's texts, each read by itself and so begun as the tokenizer begins a text.
 
     If a group has more texts than the number of passages needed, its texts are sampled evenly and each gives its middle
     passage (beginnings are often titles and licences); otherwise each gives several passages, evenly spread. In tests a
@@ -95,6 +95,9 @@ def text_groups(
     """
     if seq_len < 2 or max_tokens < seq_len:
         raise ValueError(f"seq_len must be at least 2 and max_tokens at least seq_len, got {seq_len}, {max_tokens}")
+    from moh.data.text.blocks import start_tokens  # needs transformers, this module does not
+
+    start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
     single = any(len(group) < 2 for group in texts.values())
     passages: dict[str, list[_Passage]] = {}
     unit = 0
@@ -108,12 +111,11 @@ def text_groups(
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) < 2:
                 raise ValueError(f"a text of group {name!r} must have at least 2 tokens, got {text[:40]!r}")
-            pieces = torch.tensor(ids).split(seq_len)
-            pieces = (
-                pieces[:-1] if len(pieces) > 1 and len(pieces[-1]) < seq_len else pieces
-            )  # a short rest is left out
+            room = seq_len - len(start)
+            pieces = torch.tensor(ids).split(room)
+            pieces = pieces[:-1] if len(pieces) > 1 and len(pieces[-1]) < room else pieces  # a short rest is left out
             for place in _spread(len(pieces), max(1, wanted // len(chosen))):
-                found.append(_Passage(number, unit, pieces[place]))
+                found.append(_Passage(number, unit, torch.cat([start, pieces[place]])))
                 unit += single
             unit += not single
     return _grouped(model, passages, batch_size)

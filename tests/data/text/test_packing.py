@@ -29,6 +29,17 @@ def test_another_end_token_can_be_given(tokenizer) -> None:
     assert pack_tokens(["the head"], tokenizer, seq_len=3, eos_token_id=7)[0, -1] == 7
 
 
+def test_every_block_begins_as_the_tokenizer_begins_a_text(bos_tokenizer) -> None:
+    texts = ["the head reads .", "a token", "the value of the router"]
+    bos, eos = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id
+    row = [i for text in texts for i in [*bos_tokenizer(text)["input_ids"][1:], eos]]
+    assert len(row) == 14 and bos not in row
+    blocks = pack_tokens(texts, bos_tokenizer, seq_len=4)
+    assert blocks.tolist() == [[bos, *row[i : i + 3]] for i in range(0, 12, 3)]
+    with pytest.raises(ValueError, match="hold 14 tokens, too few for one block of seq_len = 16"):
+        pack_tokens(texts, bos_tokenizer, seq_len=16)
+
+
 @pytest.mark.parametrize(
     ("texts", "seq_len", "message"),
     [

@@ -55,6 +55,13 @@ def test_one_pass_over_a_source_gives_the_blocks_of_its_store(sources, tokenizer
         assert streamed[: len(stored)] == expected
 
 
+def test_blocks_begin_with_the_start_token_as_stored_ones_do(sources, bos_tokenizer, tmp_path: Path) -> None:
+    stored = StoredBlocks(open_store(sources[0], DocumentTokenizer(bos_tokenizer), tmp_path), SEQ_LEN)
+    streamed = list(islice(_stream(sources[:1], bos_tokenizer), len(stored)))
+    assert all(item["input_ids"][0] == bos_tokenizer.bos_token_id for item in streamed)
+    assert Counter(_rows(streamed)) == Counter(_rows(stored[index] for index in range(len(stored))))
+
+
 @pytest.mark.parametrize("at", [4, 5, 16, 17, 40, 77])
 @pytest.mark.parametrize("behind", [0, 3], ids=["exact", "state_from_before"])
 def test_a_stream_goes_on_from_any_sequence(sources, tokenizer, at: int, behind: int) -> None:

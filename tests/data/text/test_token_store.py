@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moh.data.text import store as store_module
+from moh.data.text.blocks import IGNORED
 from moh.data.text.order import StoredMixture
 from moh.data.text.readers import SourceRecipe
 from moh.data.text.sources import Source, open_source
@@ -48,17 +49,24 @@ def test_a_store_holds_the_documents_ids_in_a_row_and_where_each_begins(source, 
     assert len(pickle.dumps(store)) < 1000  # mapped again, not copied
 
 
-def test_a_start_token_is_added_where_the_tokenizer_adds_one(source, tokenizer, tmp_path: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    plain = DocumentTokenizer(tokenizer).identity
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    documents = DocumentTokenizer(tokenizer)
+def test_a_start_token_is_added_where_the_tokenizer_adds_one(source, tokenizer, bos_tokenizer, tmp_path: Path) -> None:
+    documents = DocumentTokenizer(bos_tokenizer)
     store = open_store(source, documents, tmp_path)
-    assert [int(store.tokens[i]) for i in store.offsets[:-1]] == [bos] * 4
-    assert documents.identity != plain
+    assert [int(store.tokens[i]) for i in store.offsets[:-1]] == [bos_tokenizer.bos_token_id] * 4
+    assert documents.identity != DocumentTokenizer(tokenizer).identity
+
+
+def test_every_block_begins_with_the_start_token(source, bos_tokenizer, tmp_path: Path) -> None:
+    store, bos = open_store(source, DocumentTokenizer(bos_tokenizer), tmp_path), bos_tokenizer.bos_token_id
+    blocks = StoredBlocks(store, 6)  # 20 tokens in documents of 6, 4, 7 and 3
+    assert len(blocks) == 4
+    rows = [block["input_ids"].tolist() for block in blocks]
+    assert [row[0] for row in rows] == [bos] * 4
+    assert [i for row in rows for i in row[1:]] == store.tokens.tolist()
+    # before a whole document it is alone, before the rest of one it is its beginning
+    assert blocks[0]["position_ids"].tolist() == [0, 0, 1, 2, 3, 4]
+    assert blocks[1]["position_ids"].tolist() == [0, 1, 0, 1, 2, 3]
+    assert (blocks[1]["labels"] == IGNORED).tolist() == [True, True, True, False, False, False]
 
 
 def test_ids_above_16_bits_get_32(tokenizer, tmp_path: Path, source) -> None:

@@ -27,12 +27,13 @@ def pack_tokens(
 ) -> Tensor:
     """Tokenise texts, end each with the end-of-text token, join them in order and cut the row into blocks.
 
-    A block may hold the end of one text and the start of the next. An incomplete last block is dropped.
+    A block may hold the end of one text and the start of the next. Each is read on its own, and so begins with what the
+    tokenizer puts before a text (`start_tokens`). An incomplete last block is dropped.
 
     Args:
         texts: documents, in reading order.
         tokenizer: any transformers tokenizer; no other special tokens are added.
-        seq_len: tokens per block.
+        seq_len: tokens per block, its beginning included.
         eos_token_id: the token after each text; None takes the tokenizer's, if it has one.
         progress: show a progress bar (only on a terminal).
 
@@ -55,10 +56,27 @@ def pack_tokens(
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             pieces.append(torch.tensor([*ids, eos] if eos is not None else ids, dtype=torch.long))
     row = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
-    blocks = len(row) // seq_len
-    if blocks == 0:
+    blocks = _cut(row, start_tokens(tokenizer), seq_len)
+    if len(blocks) == 0:
         raise ValueError(f"the texts hold {len(row)} tokens, too few for one block of seq_len = {seq_len}")
-    return row[: blocks * seq_len].view(blocks, seq_len)
+    return blocks
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: its beginning-of-text token, or nothing.
+
+    Models whose tokenizer does so (Gemma, Llama, Mistral, Phi-3) never saw a text without it, and are far worse then.
+    """
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _cut(row: Tensor, start: Sequence[int], seq_len: int) -> Tensor:
+    """The token ids `row` `[T]` as blocks `[n, seq_len]` that all begin with `start`; an incomplete last one is dropped."""
+    room = seq_len - len(start)
+    blocks = len(row) // room
+    starts = torch.tensor(start, dtype=torch.long).expand(blocks, -1)
+    return torch.cat([starts, row[: blocks * room].view(blocks, room)], dim=1)
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
@@ -81,22 +99,29 @@ IGNORED = -100
 """The label that losses ignore."""
 
 
-def packed_block(ids: NDArray[np.integer], starts: NDArray[np.integer]) -> dict[str, Tensor]:
+def packed_block(ids: NDArray[np.integer], starts: NDArray[np.integer], start: Sequence[int] = ()) -> dict[str, Tensor]:
     """One block.
 
     Args:
-        ids: `[seq_len]` token ids of one or several documents; the first and the last may be cut.
+        ids: `[T]` token ids of one or several documents; the first and the last may be cut.
         starts: ascending indices in `ids` at which documents start.
+        start: what the block begins with, as every document does; before a whole document it is one of its own, which
+            no other token sees.
 
     Returns:
-        int64 tensors `[seq_len]`: `input_ids`; `position_ids`, from 0 in every document and at the block's start;
-        `labels`, the ids, but `IGNORED` for the first of each document, which nothing predicts.
+        int64 tensors `[len(start) + T]`: `input_ids`; `position_ids`, from 0 in every document and at the block's start;
+        `labels`, the ids, but `IGNORED` for the first of each document, which nothing predicts, and for the first after
+        `start`, before which its document was cut.
     """
+    if start:
+        ids, starts = np.concatenate([np.asarray(start, dtype=ids.dtype), ids]), starts + len(start)
     places = np.arange(len(ids))
     begins = np.zeros(len(ids), dtype=np.int64)
     begins[starts] = starts
     labels = ids.astype(np.int64)
     labels[starts] = IGNORED
+    if start:
+        labels[: len(start) + 1] = IGNORED
     return {
         "input_ids": torch.from_numpy(ids.astype(np.int64)),
         # the running maximum is the start of each token's document
@@ -111,15 +136,19 @@ def calibration_blocks(
     max_tokens: int,
     seq_len: int,
     vocab_size: int,
+    *,
+    bos_token_id: int | None = None,
 ) -> Tensor:
     """Token ids `[n, N]`, int64, at most `max_tokens` of them, spread evenly over the calibration text.
 
     Args:
         calibration: texts, sequences of token ids, or token ids `[n, N]` (used as they are, up to `max_tokens`).
-        tokenizer: for texts; its end-of-text token, if any, goes between them.
+        tokenizer: for texts; its end-of-text token, if any, goes between them, and every block begins with what it puts
+            before a text (`start_tokens`).
         max_tokens: upper bound, at least one block.
         seq_len: N, for texts and sequences, which are joined and cut into blocks.
         vocab_size: of the model, to check ids against.
+        bos_token_id: the model's. If there is no tokenizer and all sequences begin with it, every block does.
 
     Raises:
         ValueError: no usable calibration data, no tokenizer for texts, or an id outside the vocabulary.
@@ -135,7 +164,7 @@ def calibration_blocks(
             )
         blocks = calibration.long()
     else:
-        blocks = _pack(calibration, tokenizer, seq_len)
+        blocks = _pack(calibration, tokenizer, seq_len, bos_token_id)
     count = max(1, max_tokens // blocks.shape[1])
     blocks = evenly_spread(blocks, count)
     if not 0 <= int(blocks.min()) <= int(blocks.max()) < vocab_size:
@@ -152,24 +181,31 @@ def are_texts(calibration: object) -> bool:
 
 
 def _pack(
-    sequences: Sequence[str] | Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int
+    sequences: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    bos_token_id: int | None,
 ) -> Tensor:
     """The sequences, tokenised if they are texts and joined, as `[n, seq_len]`; a single shorter block if too few."""
+    if tokenizer is not None:
+        start = start_tokens(tokenizer)
+    else:
+        begun = all(len(s) and s[0] == bos_token_id for s in sequences)
+        start = [bos_token_id] if begun and bos_token_id is not None else []
     ids: list[int] = []
     for sequence in sequences:
         if isinstance(sequence, str):
             if tokenizer is None:
                 raise ValueError("tokenizer must be given when calibration is texts and the model is an object")
-            ids.extend(tokenizer(sequence, add_special_tokens=False).input_ids)
+            ids.extend(tokenizer(sequence, add_special_tokens=False, verbose=False).input_ids)
             if tokenizer.eos_token_id is not None:
                 ids.append(tokenizer.eos_token_id)
         else:
-            ids.extend(int(i) for i in sequence)
+            own = [int(i) for i in sequence]
+            ids.extend(own[len(start) :] if own[: len(start)] == start else own)
     if len(ids) < 2:
         raise ValueError(f"calibration must hold at least 2 tokens, got {len(ids)}")
-    seq_len = min(seq_len, len(ids))
-    usable = len(ids) // seq_len * seq_len
-    return torch.tensor(ids[:usable]).view(-1, seq_len)
+    return _cut(torch.tensor(ids), start, min(seq_len, len(start) + len(ids)))
 
 
 def evenly_spread(samples: Tensor, count: int) -> Tensor:

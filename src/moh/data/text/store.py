@@ -25,7 +25,7 @@ from moh.data.text.blocks import packed_block
 from moh.data.text.sources import Source
 from moh.data.text.tokenising import DocumentTokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _logger = logging.getLogger(__name__)
 
 
@@ -38,6 +38,7 @@ class TokenStore:
     Attributes:
         name: the source's, for messages.
         digest: hash of the tokens and of the documents' offsets.
+        start: the token ids that every document begins with; often none.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -45,6 +46,7 @@ class TokenStore:
         self.directory = directory
         self.name: str = about["name"]
         self.digest: str = about["digest"]
+        self.start: list[int] = about["start"]
         self._dtype = np.dtype(about["dtype"])
         self._map()
 
@@ -67,27 +69,30 @@ class TokenStore:
 class StoredBlocks(Dataset[dict[str, Tensor]]):
     """The blocks of `seq_len` tokens of a store, in order; an incomplete last block is dropped.
 
+    Each begins as a document does, also where it resumes one (`packed_block`).
+
     Raises:
         ValueError: the store has too few tokens for one block.
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
-        if len(store.tokens) < seq_len:
+        self._room = seq_len - len(store.start)
+        if len(store.tokens) < self._room:
             raise too_short(store.name, len(store.tokens), seq_len)
         self.store = store
         self.seq_len = seq_len
 
     def __len__(self) -> int:
-        return len(self.store.tokens) // self.seq_len
+        return len(self.store.tokens) // self._room
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        begin = index * self.seq_len
+        begin = index * self._room
         offsets = self.store.offsets
-        first, last = np.searchsorted(offsets[:-1], [begin, begin + self.seq_len])
+        first, last = np.searchsorted(offsets[:-1], [begin, begin + self._room])
         starts = np.asarray(offsets[first:last]) - begin
-        return packed_block(np.asarray(self.store.tokens[begin : begin + self.seq_len]), starts)
+        return packed_block(np.asarray(self.store.tokens[begin : begin + self._room]), starts, self.store.start)
 
 
 _FILES = ("store.json", "tokens.bin", "documents.npy")
@@ -134,7 +139,7 @@ def _made_of(directory: Path) -> Any:
         return None
 
 
-def _write(source: Source, tokenizer: DocumentTokenizer, directory: Path, progress: bool) -> dict[str, str]:
+def _write(source: Source, tokenizer: DocumentTokenizer, directory: Path, progress: bool) -> dict[str, Any]:
     """Write tokens and the documents' offsets; returns their entries for `store.json`."""
     from tqdm.auto import tqdm
 
@@ -156,4 +161,4 @@ def _write(source: Source, tokenizer: DocumentTokenizer, directory: Path, progre
     places = np.array(offsets, dtype="<i8")
     digest.update(places.tobytes())
     np.save(directory / "documents.npy", places)
-    return {"dtype": ids.dtype.newbyteorder("<").str, "digest": digest.hexdigest()}
+    return {"dtype": ids.dtype.newbyteorder("<").str, "digest": digest.hexdigest(), "start": tokenizer.start}

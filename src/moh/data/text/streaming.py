@@ -55,7 +55,7 @@ class SourceStream:
     Args:
         source: the documents.
         tokenizer: for the token ids.
-        seq_len: tokens per block.
+        seq_len: tokens per block, which begins as a document does.
         buffer: blocks per chunk.
         key: for the order.
         cursor: where to begin.
@@ -68,6 +68,7 @@ class SourceStream:
         self, source: Source, tokenizer: DocumentTokenizer, seq_len: int, buffer: int, key: int, cursor: Cursor
     ) -> None:
         self.source, self.tokenizer, self.seq_len, self.buffer, self.key = source, tokenizer, seq_len, buffer, key
+        self._room = seq_len - len(tokenizer.start)
         self.cursor = cursor
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -76,14 +77,15 @@ class SourceStream:
             for chunk, blocks in self._chunks(self.cursor):
                 for index in range(chunk.taken, len(blocks)):
                     self.cursor = replace(chunk, taken=index + 1)
-                    yield packed_block(*blocks[permuted(index, len(blocks), make_key(self.key, chunk.chunk))])
+                    ids, starts = blocks[permuted(index, len(blocks), make_key(self.key, chunk.chunk))]
+                    yield packed_block(ids, starts, self.tokenizer.start)
             if chunk is None:
                 raise ValueError(f"{self.source.name} holds too little text for a sequence of {self.seq_len} tokens")
             self.cursor = Cursor(chunk=chunk.chunk + 1)
 
     def _chunks(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[_Block]]]:
         """The chunks from the cursor's to the end of the source, each with the cursor of its start."""
-        size = self.buffer * self.seq_len
+        size = self.buffer * self._room
         first, skipped = Position(cursor.part, cursor.place, cursor.ordinal), cursor.offset
         filled, pieces, starts = 0, [], []
         for position, ids in self.tokenizer.tokenise(self.source.documents(first)):
@@ -97,11 +99,11 @@ class SourceStream:
                 pieces.append(piece)
                 filled, offset = filled + len(piece), offset + len(piece)
                 if filled == size:
-                    yield cursor, _blocks(pieces, starts, self.seq_len)
+                    yield cursor, _blocks(pieces, starts, self._room)
                     cursor = replace(cursor, chunk=cursor.chunk + 1, taken=0)
                     filled, pieces, starts = 0, [], []
-        if filled >= self.seq_len:
-            yield cursor, _blocks(pieces, starts, self.seq_len)
+        if filled >= self._room:
+            yield cursor, _blocks(pieces, starts, self._room)
 
 
 class StreamedMixture(IterableDataset[dict[str, Tensor]]):
@@ -168,11 +170,11 @@ class StreamedMixture(IterableDataset[dict[str, Tensor]]):
             yield {**block, STREAM_KEY: torch.tensor(state)}
 
 
-def _blocks(pieces: Sequence[NDArray[Any]], document_starts: Sequence[int], seq_len: int) -> list[_Block]:
+def _blocks(pieces: Sequence[NDArray[Any]], document_starts: Sequence[int], length: int) -> list[_Block]:
     """Full blocks of the joined pieces, each with the indices at which its documents start."""
     row, starts = np.concatenate(pieces), np.array(document_starts, dtype=np.int64)
     found = []
-    for begin in range(0, len(row) - seq_len + 1, seq_len):
-        first, last = np.searchsorted(starts, [begin, begin + seq_len])
-        found.append((row[begin : begin + seq_len], starts[first:last] - begin))
+    for begin in range(0, len(row) - length + 1, length):
+        first, last = np.searchsorted(starts, [begin, begin + length])
+        found.append((row[begin : begin + length], starts[first:last] - begin))
     return found

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moh._files import replacing_directory
+from moh.data.text.blocks import start_tokens
 from moh.data.text.sources import Position, Source
 
 _CHARACTERS = 1 << 20  # about this many per call: enough for the tokenizer's threads
@@ -32,15 +33,15 @@ class DocumentTokenizer:
         tokenizer: any transformers tokenizer.
 
     Attributes:
+        start: what the tokenizer puts before a document (`start_tokens`).
         largest_id: of the vocabulary.
         dtype: of the ids: uint16 if every id fits, else uint32.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        begins = tokenizer("a")["input_ids"][:1]  # only what the tokenizer itself puts before a text
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._before = [bos] if bos is not None and begins == [bos] else []
+        eos = tokenizer.eos_token_id
+        self.start = start_tokens(tokenizer)
         self._after = [eos] if eos is not None else []
         self.largest_id = max(tokenizer.get_vocab().values())
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if self.largest_id < 1 << 16 else np.uint32)
@@ -54,7 +55,7 @@ class DocumentTokenizer:
         else:
             rules = json.loads(backend.to_str())
             rules.pop("truncation", None), rules.pop("padding", None)  # left over from earlier calls
-        rules = {"rules": rules, "before": self._before, "after": self._after}
+        rules = {"rules": rules, "before": self.start, "after": self._after}
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def tokenise(self, documents: Iterable[tuple[Position, str]]) -> Iterator[tuple[Position, NDArray[Any]]]:
@@ -63,7 +64,7 @@ class DocumentTokenizer:
             # verbose=False: texts longer than the model's context are expected here
             rows = self._tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
             for (position, _), ids in zip(batch, rows, strict=True):
-                yield position, np.array([*self._before, *ids, *self._after], dtype=self.dtype)
+                yield position, np.array([*self.start, *ids, *self._after], dtype=self.dtype)
 
 
 def _batches(documents: Iterator[tuple[Position, str]]) -> Iterator[list[tuple[Position, str]]]:

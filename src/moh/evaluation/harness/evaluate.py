@@ -31,6 +31,7 @@ def evaluate_tasks(
     seed: int = 1234,
     max_length: int | None = None,
     truncate: bool = False,
+    apply_chat_template: bool = False,
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> TaskEvaluation:
@@ -50,13 +51,15 @@ def evaluate_tasks(
         seed: for drawing solved examples and everything else random.
         max_length: tokens of the longest request; None allows each model's positions.
         truncate: cut off the beginning of contexts that are longer; otherwise they are an error.
+        apply_chat_template: ask each question as a user's turn, after the solved examples as earlier turns, in the format of
+            the model's chat template.
         output_dir: where results.json, table.md and table.csv go, and a cache of scores, so that those of the same
             model, task and settings aren't computed again. None writes nothing.
         progress: show progress bars (only on a terminal).
 
     Raises:
-        ValueError: a task, a suite or an option is unknown, a model can't be loaded or does not match its tokenizer, or
-            a request is longer than its positions.
+        ValueError: a task, a suite or an option is unknown, a model can't be loaded or does not match its tokenizer, its
+            tokenizer lacks the chat template, or a request is longer than its positions.
         RuntimeError: the data of some tasks is not available.
     """
     named = _named(models)
@@ -68,7 +71,15 @@ def evaluate_tasks(
     _check(named, specs, limit, batch_size, dtype)
     state = PartialState(cpu=not torch.accelerator.is_available())
     options = Options(
-        limit, batch_size, dtype, _device(device, state), seed, max_length, truncate, progress and state.is_main_process
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=_device(device, state),
+        seed=seed,
+        max_length=max_length,
+        truncate=truncate,
+        apply_chat_template=apply_chat_template,
+        progress=progress and state.is_main_process,
     )
     if batch_size == "auto" and options.device.type == "cpu":
         raise ValueError("batch_size 'auto' fits requests to a GPU's memory: on the CPU give a number")

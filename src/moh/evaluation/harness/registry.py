@@ -190,7 +190,7 @@ class TaskRegistry:
         """A digest that changes with the files that define the task, and with the local data they refer to."""
         return hashlib.sha256(json.dumps(list(self._definitions(task.name)), default=str).encode()).hexdigest()
 
-    def load(self, tasks: Sequence[HarnessTask], *, seed: int) -> list[LoadedTask]:
+    def load(self, tasks: Sequence[HarnessTask]) -> list[LoadedTask]:
         """Load the data of tasks of this registry.
 
         Raises:
@@ -209,7 +209,7 @@ class TaskRegistry:
         if missing:
             count = f"{len(missing)} of {len(tasks)} tasks" if len(tasks) > 1 else "the task"
             raise RuntimeError(f"the data of {count} is not available: {'; '.join(missing)}{_ADVICE}")
-        return [_with_shots(task, seed) for task in loaded]
+        return [_with_shots(task) for task in loaded]
 
     def _expand(self, task: HarnessTask) -> list[HarnessTask]:
         """The task itself, or the tasks that replace it."""
@@ -239,7 +239,7 @@ class TaskRegistry:
             yield from self._definitions(child)
 
 
-def _with_shots(task: LoadedTask, seed: int) -> LoadedTask:
+def _with_shots(task: LoadedTask) -> LoadedTask:
     shots = task.spec.shots
     for part in task.parts:
         own = part.config.num_fewshot
@@ -248,7 +248,6 @@ def _with_shots(task: LoadedTask, seed: int) -> LoadedTask:
                 f"task {part.task_name!r} has no place for solved examples (its shots are fixed at 0), got {shots} shots"
             )
         part.set_config(key="num_fewshot", value=shots if shots is not None else own or 0)
-        part.set_fewshot_seed(seed=seed)
     used = {part.config.num_fewshot for part in task.parts}
     return replace(task, spec=replace(task.spec, shots=used.pop() if len(used) == 1 else None))
 

@@ -25,8 +25,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moh.data.text.blocks import start_tokens
 from moh.evaluation.harness.registry import HarnessTask, LoadedTask, TaskRegistry
 from moh.evaluation.harness.results import ModelScores, ScoreStore, model_identity
 from moh.evaluation.harness.scores import TaskScore, read_score
@@ -45,6 +47,8 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         max_length: most tokens of a request; None allows the model's positions.
         truncate: cut off the beginning of a context that is too long, and count it; otherwise it is an error.
         progress: show progress bars (only on a terminal).
+
+    Every request begins as the tokenizer begins a text (`start_tokens`), also where its beginning was cut off.
 
     Attributes:
         truncated: requests of this process that were cut.
@@ -68,10 +72,12 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length is not None and positions is not None and max_length > positions:
             raise ValueError(f"max_length must be at most the model's {positions} positions, got {max_length}")
+        self._start = start_tokens(tokenizer)
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
+            add_bos_token=True if self._start else None,  # some versions of the harness decide by the model's name
             batch_size=batch_size,
             max_length=max_length,
             softmax_dtype="float32",
@@ -86,32 +92,48 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
+        checked = []
         for (text, answer), context, continuation in requests:
             if not continuation:  # the harness has only a bare assertion
                 raise ValueError(
                     f"the answer {answer!r} has no token of its own after {text[-40:]!r}: does it need a space?"
                 )
             # the last token is predicted, not read
-            self._check_length(len(context) + len(continuation) - 1, uncut=len(continuation))
-        return super()._loglikelihood_tokens(requests, disable_tqdm or self._silent, override_bs)
+            if self._is_cut(len(context) + len(continuation) - 1, uncut=len(continuation)):
+                kept = self.max_length + 1 - len(continuation) - len(self._start)
+                context = [*self._start, *context[len(context) - kept :]]
+            checked.append(((text, answer), context, continuation))
+        return super()._loglikelihood_tokens(checked, disable_tqdm or self._silent, override_bs)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         for request in requests:
             context, options = request.args
             new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            self._check_length(len(self.tok_encode(context)) + new, uncut=new + 1)
+            self._is_cut(len(self.tok_encode(context)) + new, uncut=new + 1)
         return super().generate_until(requests, disable_tqdm or self._silent)
 
-    def _check_length(self, tokens: int, *, uncut: int) -> None:
-        """Check a request of `tokens` tokens, `uncut` of which can't be cut off."""
+    def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The harness's, with the beginning of a text before a context whose own was cut off."""
+        ids, mask = super().tok_batch_encode(*args, **kwargs)
+        if self._start and kwargs.get("left_truncate_len"):
+            ids[mask[:, 0] == 1, : len(self._start)] = torch.tensor(self._start)  # padding is on the left
+        return ids, mask
+
+    def _is_cut(self, tokens: int, *, uncut: int) -> bool:
+        """Whether a request of `tokens` tokens, `uncut` of which can't be cut off, is too long; counted then.
+
+        Raises:
+            ValueError: it is, and may not be cut.
+        """
         if tokens <= self.max_length:
-            return
+            return False
         if not self.truncate or uncut > self.max_length:
             raise ValueError(
                 f"a request has {tokens} tokens, {uncut} of them its answer, but the model takes {self.max_length}: "
                 "use fewer shots, or truncate to cut off the beginning of its context"
             )
         self.truncated += 1
+        return True
 
 
 _BOOTSTRAP = 1000
@@ -137,11 +159,12 @@ class Options:
     seed: int
     max_length: int | None
     truncate: bool
+    apply_chat_template: bool
     progress: bool
 
     def settings(self) -> dict[str, Any]:
         """What scores depend on besides model and task."""
-        names = ("dtype", "seed", "max_length", "truncate")
+        names = ("dtype", "seed", "max_length", "truncate", "apply_chat_template")
         return {"lm-eval": version("lm-eval"), **{name: getattr(self, name) for name in names}}
 
 
@@ -187,7 +210,7 @@ class Runner:
         """Load the data of all tasks before the first question, so that missing data is reported at once."""
         new = [task for task in tasks if task.name not in self._tasks]
         with self.state.main_process_first(), _quiet(self.options.progress):
-            loaded = self.registry.load(new, seed=self.options.seed)
+            loaded = self.registry.load(new)
         self._tasks |= {task.spec.name: task for task in loaded}
 
     def _model(self, label: str, source: str | Path | LoadedModel) -> HarnessModel:
@@ -199,6 +222,8 @@ class Runner:
                 tokenizer = load_tokenizer(source)
                 dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
                 model = load_causal_lm(source, dtype=dtype, device=options.device)
+            if options.apply_chat_template and not tokenizer.chat_template:
+                raise ValueError("apply_chat_template needs a chat template, and the model's tokenizer has none")
             with _quiet(self.options.progress):
                 return HarnessModel(
                     model,
@@ -220,12 +245,16 @@ class Runner:
         try:
             with _quiet(self.options.progress):
                 _seed(options.seed)
+                for part in task.parts:  # otherwise each model would see other solved examples than the last
+                    part.set_fewshot_seed(seed=options.seed)
                 # not `simple_evaluate`: it lists all packages of this machine for every task
                 results = lm_eval.evaluate(
                     model,
                     self.registry.manager.load([task.item]),
                     limit=options.limit,
                     bootstrap_iters=_BOOTSTRAP,
+                    apply_chat_template=options.apply_chat_template,
+                    fewshot_as_multiturn=options.apply_chat_template,
                 )
         except ValueError as error:
             raise ValueError(f"model {label!r}, task {task.spec.name!r}: {error}") from None
