@@ -191,3 +191,17 @@ def test_an_encoder_is_refused_by_its_type_where_a_language_model_is_needed(
     result = moh("generate", tmp_path / "model", "the head")
     assert result.code == 2 and len(result.err[-1]) < 300
     assert "is of type 'moh_bert', which AutoModelForCausalLM can't load" in result.err[-1]
+
+
+def test_the_dtype_to_calibrate_in_and_to_save_can_be_chosen(moh, base_dir, text_file: Path, tmp_path: Path) -> None:
+    source = dense_dir("LlamaForCausalLM", base_dir, tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e4)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(6e4)
+    model.save_pretrained(source)
+    command = ("convert", source, tmp_path / "model", *HEADS[:4], "--files", text_file)
+    result = moh(*command)
+    assert result.code == 2 and "layer 1 gives NaN or infinity on the calibration data" in result.err[-1]
+    result = moh(*command, "--dtype", "float32")
+    assert result.code == 0, result.err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.float32

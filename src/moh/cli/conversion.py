@@ -55,6 +55,10 @@ def add_parser(sub: Commands) -> None:
         help="tokens, or patches of images, to calibrate on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the weights, to calibrate in and to save (default: the checkpoint's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
         help="of heads to layers (default: sensitivity for a causal language model with the linear router, else even)",
@@ -89,6 +93,8 @@ def run(arguments: Namespace) -> None:
 
 def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path], object]]:
     """The MoH model, the share of heads that a token uses, and a function that writes it with its tokenizer or processor."""
+    import torch
+
     from moh.conversion import convert
     from moh.conversion.convert import load_dense
     from moh.models.dial import head_share, moh_routers
@@ -109,7 +115,8 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path],
         model = convert(arguments.model, router=arguments.router or "two_stage", **options)
         save: Callable[[Path], object] = model.save_pretrained
     else:
-        dense = load_dense(arguments.model).to(default_device())
+        dense = load_dense(arguments.model)
+        dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
         options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
         # timm's models have no config; that of others gives the kind, which a hub name does not
         reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTr
 
 from moh.config import ROUTERS, MoHConfig
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
-from moh.conversion.dense import DenseModel
+from moh.conversion.dense import DenseModel, check_weights
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
@@ -94,7 +94,8 @@ def convert(
         original's (nearly, with a fitted two-stage router).
 
     Raises:
-        ValueError: the model can't be converted, or an argument is out of range or missing; nothing was changed.
+        ValueError: the model can't be converted, holds NaN or infinity or computes them on the calibration, or an argument
+            is out of range or missing; nothing was changed.
 
     Examples:
         >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", active_heads=5, calibration=texts)  # doctest: +SKIP
@@ -121,6 +122,7 @@ def convert(
 
         return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
     dense = _dense_model(model_or_path, router)
+    check_weights(dense.model)
     layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
     kind = router_class(router)
@@ -165,6 +167,7 @@ def convert(
         model.config.head_costs = dial_costs(costs)
     if changes:
         keep_output_changes(model, change_numbers, changes)
+    check_weights(model)  # what was fitted may be out of the range of float16
     return model
 
 

@@ -106,8 +106,8 @@ class DenseModel(ABC):
         """N, how many tokens the model makes of each of `samples`."""
 
     @abstractmethod
-    def run(self, samples: Tensor) -> None:
-        """One forward pass over `samples`, without a head where that saves time."""
+    def run(self, samples: Tensor) -> Tensor | None:
+        """One forward pass over `samples`, without a head where that saves time; its output, to see that it is finite."""
 
     @abstractmethod
     def loss(self, samples: Tensor) -> Tensor:
@@ -145,8 +145,8 @@ class DenseImageModel(DenseModel):
     def logits(self, images: Tensor) -> Tensor | None:
         """`[B, classes]`, or None if the model has no classifier."""
 
-    def run(self, samples: Tensor) -> None:
-        self.logits(samples)
+    def run(self, samples: Tensor) -> Tensor | None:
+        return self.logits(samples)
 
     def samples(self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | None) -> Tensor:
         """Images `[n, C, H, W]` in the model's dtype, spread evenly over a tensor, or the first ones of batches."""
@@ -202,9 +202,45 @@ class DenseImageModel(DenseModel):
                 "allocation='sensitivity' needs a classifier, whose loss shows what a layer needs; this model has none: "
                 "convert the classifier that was trained on it, or use allocation='even'"
             )
+        check_finite(logits, f"layer {len(self.attentions) - 1} gives")
         probs = logits.detach().float().softmax(-1).cpu()
         labels = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
         return nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse what the calibration shows if it is NaN or infinity, from which nothing can be fitted.
+
+    Args:
+        tensor: what was seen.
+        what: begins the message, such as "layer 3 gives".
+
+    Raises:
+        ValueError: it isn't finite; says what to do.
+    """
+    if not bool(tensor.isfinite().all()):
+        advice = (
+            "its weights or the calibration must be damaged"
+            if tensor.dtype in (torch.float32, torch.float64)
+            else "load the model in float32 and convert that"
+        )
+        raise ValueError(f"{what} NaN or infinity on the calibration data, computed in {tensor.dtype}: {advice}")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model that is damaged.
+
+    Raises:
+        ValueError: a parameter isn't finite; names it, its layer and what to do.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
+            numbers = [part for part in name.split(".") if part.isdecimal()]
+            where = f"layer {numbers[0]} ({name})" if numbers else name
+            raise ValueError(
+                f"{where} of the model holds NaN or infinity, in {parameter.dtype}: load it in float32, or from another "
+                "source if it is damaged there too"
+            )
 
 
 def make_undecided(router: Router) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moh.config import ROUTERS
-from moh.conversion.dense import make_undecided
+from moh.conversion.dense import check_weights, make_undecided
 from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.routing import Router, router_class
 
@@ -69,6 +69,7 @@ def convert_dit(
             f"router must be one of {', '.join(map(repr, UNFITTED))} for a diffusion model, got {router!r}"
         )
     model = load_dit(model_or_path) if isinstance(model_or_path, str | Path) else model_or_path
+    check_weights(model)
     if isinstance(model, MoHDiTTransformer2DModel):
         fields, state = _of_ours(model), dict(model.state_dict())
     elif isinstance(model, DiTTransformer2DModel):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh.conversion.dense import DenseAttention, DenseModel
+from moh.conversion.dense import DenseAttention, DenseModel, check_finite
 from moh.routing import Router
 
 SUMS_BYTES = 4 << 30
@@ -171,6 +171,7 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
         tokens += len(order) if index == 0 else 0
 
         def see_gradient(gradient: Tensor) -> None:
+            check_finite(gradient, f"layer {index} has gradients of")
             effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
             ordered = effect.flatten(0, -2).gather(-1, order)
             skipped = (
@@ -186,7 +187,9 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
         # The caller may have gradients off
         with torch.enable_grad(), _evaluating(model), _tapped(dense.attentions, see):
             for batch in batches:
-                dense.loss(batch).backward()
+                loss = dense.loss(batch)
+                check_finite(loss.detach(), f"the loss, behind layer {len(dense.attentions) - 1}, is")
+                loss.backward()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -201,7 +204,9 @@ def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, Tenso
 
     with torch.no_grad(), _evaluating(dense.model), _tapped(dense.attentions, see):
         for batch in batches:
-            dense.run(batch)
+            output = dense.run(batch)
+            if output is not None:
+                check_finite(output, f"layer {len(dense.attentions) - 1} gives")
 
 
 @contextmanager
@@ -216,15 +221,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`."""
+    """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`.
+
+    Raises:
+        ValueError: one of them is not finite, when the model runs.
+    """
     inputs: dict[int, Tensor] = {}
     handles = []
     for index, attention in enumerate(attentions):
 
         def see_input(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            check_finite(args[0], f"layer {index - 1} gives layer {index}" if index else "layer 0 is given")
             inputs[index] = args[0]
 
         def see_heads(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            check_finite(args[0], f"the attention of layer {index} gives")
             see(index, inputs.pop(index), args[0])
 
         handles.append(attention.entry.register_forward_pre_hook(see_input))

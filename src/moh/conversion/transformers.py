@@ -175,8 +175,9 @@ class DenseTextModel(DenseTransformersModel):
     def tokens_per_sample(self, samples: Tensor) -> int:
         return samples.shape[1]
 
-    def run(self, samples: Tensor) -> None:
-        self.model.base_model(input_ids=samples, use_cache=False)
+    def run(self, samples: Tensor) -> Tensor:
+        states: Tensor = self.model.base_model(input_ids=samples, use_cache=False)[0]
+        return states
 
     def loss(self, samples: Tensor) -> Tensor:
         """Next-token cross-entropy; for a model that predicts none, a random projection of each token's last state.
