@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and early checks that they can be written."""
+"""Files and directories that appear whole or not at all, early checks that they can be written, and what a directory holds."""
 
 from __future__ import annotations
 
@@ -223,3 +223,41 @@ def replacing_directory(
             _written.add(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or directory is a tool's and no data: `.git`, `.venv`, `.ipynb_checkpoints`, `node_modules`, ..."""
+    return name.startswith(".") or name == "node_modules"
+
+
+def files_below(
+    directory: str | Path, suffixes: tuple[str, ...], *, follow_links: bool = False
+) -> list[tuple[str, str]]:
+    """The files below a directory that end in one of `suffixes`, in any case, as sorted `(folder, name)`.
+
+    What `is_hidden` is left out, and a warning names it, the first time.
+
+    Args:
+        directory: where to look.
+        suffixes: in lower case.
+        follow_links: also look into directories that are links.
+    """
+    found, hidden = [], []
+    for folder, folders, names in os.walk(directory, followlinks=follow_links):
+        hidden += [os.path.join(folder, name) for name in folders if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            if name.lower().endswith(suffixes):
+                if is_hidden(name):
+                    hidden.append(os.path.join(folder, name))
+                else:
+                    found.append((folder, name))
+    _report_hidden(str(directory), tuple(sorted(os.path.relpath(path, directory) for path in hidden)))
+    return sorted(found)
+
+
+@functools.cache  # a directory is looked through several times
+def _report_hidden(directory: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _logger.warning("left out of %s: %s%s (hidden, or a tool's)", directory, ", ".join(names[:5]), more)

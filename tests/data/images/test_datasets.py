@@ -285,3 +285,37 @@ def test_a_bomb_and_an_unsafe_format_are_unreadable_in_every_source(hostile: dic
         ):
             with pytest.raises(UnreadableImage, match=message):
                 read()
+
+
+def test_numbered_class_folders_are_numbered_as_timm_numbers_them(tmp_path: Path) -> None:
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    for name in [*map(str, range(12)), "b10", "b9", "C1", "a"]:
+        write_picture(tmp_path / name / "x.png")
+    found = FolderImages(tmp_path)
+    assert found.classes == (*map(str, range(12)), "a", "b9", "b10", "C1")
+    images, index = find_images_and_targets(str(tmp_path))
+    assert list(index) == list(found.classes)
+    assert dict(images) == dict(zip(found.paths, found.labels.tolist(), strict=True))
+
+
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path: Path, caplog) -> None:
+    for name in (
+        ".ipynb_checkpoints/x.png",
+        "a/x.png",
+        "a/.ipynb_checkpoints/x-checkpoint.png",
+        "a/._x.png",
+        "b/y/x.png",
+    ):
+        write_picture(tmp_path / name)
+    write_picture(tmp_path / "beside.png")
+    found = FolderImages(tmp_path)
+    assert found.classes == ("a", "b")
+    assert found.paths == [str(tmp_path / "a/x.png"), str(tmp_path / "b/y/x.png")]
+    for name in (".ipynb_checkpoints", "a/.ipynb_checkpoints", "a/._x.png"):
+        assert name in caplog.text
+
+
+def write_picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2)).save(path)

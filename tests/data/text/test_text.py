@@ -38,6 +38,25 @@ def test_a_file_without_text_is_an_error(tmp_path: Path, content: str) -> None:
         read_texts([file])
 
 
+def test_hidden_names_in_a_directory_are_left_out_and_named(tmp_path: Path, caplog) -> None:
+    for name in (".venv/lib/x/LICENSE.txt", ".git/notes.txt", "a/node_modules/readme.md", ".b.txt", "a/c.txt", "d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read_texts([tmp_path]) == ["a/c.txt", "d.txt"]
+    assert f"left out of {tmp_path}: .b.txt, .git, .venv, a/node_modules (hidden" in caplog.text
+    assert read_texts([tmp_path / ".venv", tmp_path / ".b.txt"]) == [".venv/lib/x/LICENSE.txt", ".b.txt"]  # if named
+
+
+def test_an_empty_file_does_not_stop_a_directory(tmp_path: Path, caplog) -> None:
+    for name, text in (("a.txt", "text"), ("__init__.md", ""), ("b.html", "<nav>menu</nav>")):
+        (tmp_path / name).write_text(text)
+    assert read_texts([tmp_path]) == ["text"]
+    assert f"left out, without text: {tmp_path / '__init__.md'}, {tmp_path / 'b.html'}" in caplog.text
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no text"):
+        read_texts([tmp_path])
+
+
 def test_missing_files_and_directories_without_text_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such text file or directory: .*gone\.txt"):
         read_texts([tmp_path / "gone.txt"])

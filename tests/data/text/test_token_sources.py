@@ -102,6 +102,18 @@ def test_paragraphs_of_text_files_are_held_out_not_files(tmp_path: Path) -> None
     assert heldout
 
 
+@pytest.mark.parametrize("split", [None, "train"])
+def test_hidden_and_empty_files_of_a_directory_are_left_out(tmp_path: Path, split: str | None) -> None:
+    for name in (".ipynb_checkpoints/a.txt", ".venv/b.jsonl", "node_modules/c.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("hidden")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "d.txt").write_text("\n\n".join(f"part {n}" for n in range(20)))
+    found = open_source(SourceRecipe(str(tmp_path), split=split), name="x").documents()
+    text = " ".join(text for _, text in found)
+    assert "part 0" in text and "hidden" not in text
+
+
 def test_a_split_of_a_data_set_is_its_own(tmp_path: Path) -> None:
     import datasets
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
+import re
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moh._files import files_below, is_hidden
 from moh.data.fetch import apt_download
 from moh.data.images.sources import HELDOUT_NAMES, TensorImages, UnreadableImage
 from moh.data.text.corpora import default_cache_dir
@@ -33,10 +37,13 @@ _PACKAGE = "dataset-fashion-mnist"
 _BELOW = Path("usr/share/datasets/fashion-mnist")  # in the package
 _PARTS = ("train", "t10k")
 _IMAGES, _LABELS = "images-idx3", "labels-idx1"
+_PARTS_OF_NAME = re.compile(r"(\d+)")  # text and numbers in turn
 
 
 class FolderImages:
-    """The images of one folder per class, `ROOT/CLASS/**/IMAGE.jpg`, sorted by class and file name.
+    """The images of one folder per class, `ROOT/CLASS/**/IMAGE.jpg`, sorted by class (`in_order`) and file name.
+
+    Hidden folders and files (`moh._files.is_hidden`) are left out, with a warning.
 
     Raises:
         ValueError: there are no class folders, or a class folder (named) has no images.
@@ -44,14 +51,21 @@ class FolderImages:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        try:
-            names, index = find_classes(str(root))
-        except FileNotFoundError:
-            raise ValueError(f"{root} must hold one folder per class, but it has no folders") from None
-        samples = make_dataset(str(root), index, extensions=IMG_EXTENSIONS, allow_empty=True)
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] if self.root.is_dir() else []
+        names = in_order(name for name in folders if not is_hidden(name))
+        if not names:
+            raise ValueError(f"{root} must hold one folder per class, but it has no folders")
+        index = {name: label for label, name in enumerate(names)}
+        below = len(os.path.join(root, ""))
+        samples = [
+            (index[folder[below:].split(os.sep, 1)[0]], os.path.join(folder, name))
+            for folder, name in files_below(root, IMG_EXTENSIONS, follow_links=True)
+            if len(folder) > below  # not those beside the class folders
+        ]
+        samples.sort(key=lambda sample: sample[0])  # within a class they are in order
         self.classes = tuple(names)
-        self.paths: list[str] = [path for path, _ in samples]
-        self.labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        self.paths: list[str] = [path for _, path in samples]
+        self.labels = torch.tensor([label for label, _ in samples], dtype=torch.int64)
         counts = self.labels.bincount(minlength=len(names))
         empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
         if empty:
@@ -78,6 +92,18 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 """Pillow's names of the formats that are read; others have decoders that are rarely used, and EPS starts a program."""
 MAX_PIXELS = 8192 * 8192
 """Pixels of the largest image that is decoded, 200 MB in colour: a few kB of PNG can claim any size."""
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their labels, as timm numbers them: "2" before "10", "a2" before "a10".
+
+    A model without label names knows its classes by this order alone.
+    """
+
+    def key(name: str) -> tuple[list[str | int], str]:
+        return [int(part) if part.isdecimal() else part for part in _PARTS_OF_NAME.split(name.lower())], name
+
+    return sorted(names, key=key)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -209,7 +235,8 @@ class HubImages:
             if len(values) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
                 raise ValueError(f"data.label_column {label!r} must have a class in every row, but some are outside")
         else:
-            names = sorted(set(values))
+            found = set(values)
+            names = in_order(found) if all(isinstance(value, str) for value in found) else sorted(found)
             self.classes = tuple(map(str, names))
             places = {name: place for place, name in enumerate(names)}
             self.labels = torch.tensor([places[value] for value in values], dtype=torch.int64)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+
+from moh._files import files_below
+
+_logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".md", ".html", ".htm")
 """Endings of the files that are read from a directory."""
@@ -24,14 +29,22 @@ def read_texts(paths: Iterable[str | Path]) -> list[str]:
 
     Args:
         paths: files of any suffix, or directories, whose files ending in `SUFFIXES` are read in the order of their
-            names. Files ending in .html or .htm are reduced to their paragraphs.
+            names; hidden ones (`moh._files.is_hidden`) and those without text are left out, with a warning. Files ending
+            in .html or .htm are reduced to their paragraphs.
 
     Raises:
         FileNotFoundError: a path does not exist, or a directory holds no text file.
-        ValueError: a file is not UTF-8 (names the byte) or holds no text.
+        ValueError: a file is not UTF-8 (names the byte), or a path holds no text.
     """
-    files = [file for path in paths for file in _files(Path(path))]
-    return [_read_file(file) for file in files]
+    texts: list[str] = []
+    for path in map(Path, paths):
+        found = {file: read_text(file) for file in _files(path)}
+        if not any(found.values()):
+            raise ValueError(f"{path} holds no text")
+        if empty := [str(file) for file, text in found.items() if not text]:
+            _logger.warning("left out, without text: %s", ", ".join(empty))
+        texts += filter(None, found.values())
+    return texts
 
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # a visible sign for each
@@ -72,7 +85,7 @@ def decode_utf8(data: bytes, *, name: str | Path) -> str:
 
 def _files(path: Path) -> Sequence[Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = sorted(file for folder, name in files_below(path, SUFFIXES) if (file := Path(folder, name)).is_file())
         if not found:
             raise FileNotFoundError(f"no text file ({', '.join(SUFFIXES)}) in the directory {path}")
         return found
@@ -81,13 +94,16 @@ def _files(path: Path) -> Sequence[Path]:
     return [path]
 
 
-def _read_file(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of one file, of HTML its paragraphs; "" if it holds none.
+
+    Raises:
+        ValueError: it is not UTF-8; names the byte.
+    """
     text = decode_utf8(file.read_bytes(), name=file)
     if file.suffix.lower() in (".html", ".htm"):
         text = "\n\n".join(html_paragraphs(text))
-    if not text.strip():
-        raise ValueError(f"{file} holds no text")
-    return text
+    return text if text.strip() else ""
 
 
 class _ParagraphParser(HTMLParser):

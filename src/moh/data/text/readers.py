@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from moh._extras import require
-from moh.data.text.files import read_texts
+from moh.data.text.files import read_text
 
 Kind = Literal["auto", "text", "jsonl", "parquet", "dataset", "corpus"]
 
@@ -107,7 +107,7 @@ class TextFile:
         return file_identity(self.path)
 
     def read(self, place: int) -> Iterator[tuple[int, str]]:
-        yield 0, read_texts([self.path])[0]
+        yield 0, read_text(self.path)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from moh._files import files_below
 from moh.data.text.corpora import CORPORA, HELDOUT_EVERY, Corpus, corpus_from_files, load_corpus
 from moh.data.text.files import SUFFIXES
 from moh.data.text.readers import JsonLines, Parquet, Part, SourceRecipe, TextFile, Texts, open_data_set
@@ -118,7 +119,7 @@ def open_source(
     if (
         kind == "text" and recipe.split is not None
     ):  # one file may hold a whole book: paragraphs are held out, not files
-        corpus = corpus_from_files(files)
+        corpus = corpus_from_files([recipe.path])
         return Source(recipe, [Texts(corpus.train if recipe.split == "train" else corpus.heldout)])
     if kind == "text":
         return Source(recipe, [TextFile(file) for file in files])
@@ -164,4 +165,4 @@ def _files(path: Path, kind: str, name: str) -> list[Path]:
 
 
 def _below(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
+    return sorted(file for folder, name in files_below(path, suffixes) if (file := Path(folder, name)).is_file())

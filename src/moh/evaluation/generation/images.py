@@ -17,10 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from moh._files import files_below
 from moh.data.images.formats import MAX_PIXELS, decode
 from moh.data.images.sources import UnreadableImage
 
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ImageDataset(Protocol):
@@ -72,8 +73,8 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
     """Open a source of images.
 
     Args:
-        source: a directory (with its subdirectories, in order of the files' paths, without the `grid.png` that
-            `moh sample` writes), an `.npz` file with `arr_0` `[n, H, W, C]` or `[n, H, W]` uint8 as the ADM evaluation
+        source: a directory (with its subdirectories, in order of the files' paths, without hidden ones and the `grid.png`
+            that `moh sample` writes), an `.npz` file with `arr_0` `[n, H, W, C]` or `[n, H, W]` uint8 as the ADM evaluation
             suite reads it, or a Dataset of PIL images or uint8 tensors `[C, H, W]`, alone or first in a tuple.
         channels: 3 or 1; grey images are converted to colour and vice versa.
         size: crop the middle square of each image and resize it to size x size; None leaves them unchanged.
@@ -88,7 +89,7 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
     if not isinstance(source, str | Path):
         images = Images(type(source).__name__, len(source), lambda: _dataset(source, channels, size))
     elif Path(source).is_dir():
-        found = {file for file in Path(source).rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file()}
+        found = {file for folder, name in files_below(source, _SUFFIXES) if (file := Path(folder, name)).is_file()}
         files = sorted(found - {Path(source) / "grid.png"})
         images = Images(str(source), len(files), lambda: _files(files, channels, size))
     elif Path(source).is_file() and Path(source).suffix == ".npz":
@@ -98,7 +99,7 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
         what = "another file" if Path(source).is_file() else "not there"
         raise ValueError(f"images must be a directory, an .npz file or a Dataset, but {str(source)!r} is {what}")
     if images.count == 0:
-        raise ValueError(f"{images.name} holds no images ({', '.join(sorted(_SUFFIXES))})")
+        raise ValueError(f"{images.name} holds no images ({', '.join(_SUFFIXES)})")
     return images
 
 
