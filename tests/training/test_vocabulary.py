@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from moh import convert
 from moh.cli.main import main
@@ -82,6 +90,47 @@ def test_text_of_known_tokens_gives_the_same_logits(old, new) -> None:
     after = model(torch.tensor([[NEW.index(token) for token in ("a", "b", "c", "ab")]])).logits
     both = [token for token in NEW if token in OLD]
     torch.testing.assert_close(after[..., [NEW.index(t) for t in both]], before[..., [OLD.index(t) for t in both]])
+
+
+def _of_bytes(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """Byte-level, as SmolLM2's and GPT-2's: a space is "Ġ", "é" the byte 0xE9 and the letter é "Ã©"."""
+    tokens = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    pairs = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<eos>")
+
+
+def _of_pieces(tokens: list[str]) -> PreTrainedTokenizerBase:
+    """As Llama's: a space is "▁", which is also put before a text and left out at its beginning."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<0x0A>", *tokens])}
+    return LlamaTokenizer(vocab=vocabulary, merges=[])
+
+
+def test_a_token_with_a_leading_space_begins_as_the_one_with_the_space() -> None:
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "t"), ("Ġ", "Ġ"), ("Ã", "©")]
+    old = _of_bytes(merges)
+    new = _of_pieces(["▁", "t", "he", "the", "▁the", "▁t", "▁▁", "é", "▁é", "."])
+    model, old_ids, new_ids = _model(tied=True, rows=len(old)), old.get_vocab(), new.get_vocab()
+    before = model.get_input_embeddings().weight.detach().clone()
+    extend_vocabulary(model, old, new)
+    after = model.get_input_embeddings().weight
+    spelled = {
+        "▁": "Ġ", "t": "t", "the": "the", "▁the": "Ġthe", "▁t": "Ġt", "▁▁": "ĠĠ", "é": "Ã©", "▁é": "Ġ Ã©", "he": "h e",
+        ".": ".", "<0x0A>": "Ċ",
+    }  # fmt: skip
+    for token, parts in spelled.items():
+        expected = before[[old_ids[part] for part in parts.split()]].mean(0)
+        torch.testing.assert_close(after[new_ids[token]], expected, msg=f"{token} is not {parts}")
+
+
+def test_a_token_within_a_word_begins_without_the_space_that_the_old_tokenizer_puts_before_a_text() -> None:
+    old, new = _of_pieces(["▁", "▁the", "the", "."]), _of_bytes([("t", "h"), ("th", "e"), ("Ġ", "t")])
+    model, old_ids, new_ids = _model(tied=True, rows=len(old)), old.get_vocab(), new.get_vocab()
+    before = model.get_input_embeddings().weight.detach().clone()
+    extend_vocabulary(model, old, new)
+    after = model.get_input_embeddings().weight
+    for token, piece in (("the", "the"), ("Ġ", "▁"), (".", ".")):
+        torch.testing.assert_close(after[new_ids[token]], before[old_ids[piece]], msg=f"{token} is not {piece}")
 
 
 def test_rows_are_rounded_up(old, new) -> None:

@@ -1,10 +1,12 @@
 """Give a language model, dense or MoH, the vocabulary of another tokenizer: what the paper does between its two stages.
 
-A token that both tokenizers have keeps its row; a new one starts as the mean of the rows of its old pieces.
+A token that both tokenizers have keeps its row; a new one starts as the mean of the rows of its old pieces. What a token
+says is taken from the middle of a text: at its beginning, some tokenizers leave out a space ("▁the" says " the").
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ class ExtendedVocabulary:
     """Where the new rows came from.
 
     Attributes:
-        kept: tokens that both tokenizers have.
+        kept: tokens that both tokenizers have and that say the same in both.
         averaged: new tokens that start as the mean of their pieces' rows.
         unspelled: new tokens that the old tokenizer can't spell (such as special ones); they start as the mean of all
             rows.
@@ -110,22 +112,49 @@ def _pieces(
     pieces: dict[int, list[int]] = {}
     kept = averaged = 0
     special = set(new.all_special_ids)
+    old_text, new_text = _decoder(old), _decoder(new)
     for token, index in new_ids.items():
-        if token in old_ids:
-            pieces[index] = [old_ids[token]]
+        known = old_ids.get(token)
+        # the same letters may say another thing: where bytes are spelled as letters, "é" is a byte
+        if known is not None and (index in special or old_text(known) == new_text(index)):
+            pieces[index] = [known]
             kept += 1
-        elif index not in special and (spelled := _spelled(old, new.decode([index]))):
+        elif index not in special and (spelled := _spelled(old, new_text(index))):
             pieces[index] = spelled
             averaged += 1
     return pieces, ExtendedVocabulary(kept, averaged, len(new_ids) - kept - averaged)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """Id -> what the token adds to a text that has begun."""
+    for lead in ("a", "1", "."):
+        begun: list[int] = tokenizer(lead, add_special_tokens=False)["input_ids"]
+        text: str = tokenizer.decode(begun, clean_up_tokenization_spaces=False)
+        if text:
+            break
+
+    def decode(index: int) -> str:
+        whole: str = tokenizer.decode([*begun, index], clean_up_tokenization_spaces=False)
+        return whole.removeprefix(text)
+
+    return decode
 
 
 def _spelled(old: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The old ids of a new token's text; none if a part of it is unknown or not a whole character."""
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         return []
-    ids: list[int] = old(text, add_special_tokens=False)["input_ids"]
+    ids = _ids_within(old, text)
     return [] if old.unk_token_id is not None and old.unk_token_id in ids else ids
+
+
+def _ids_within(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text in the middle of another, after what it does not merge with; at the beginning if there is no such."""
+    for lead in ("\n", ".", "a"):
+        begun, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (lead, lead + text))
+        if begun and len(whole) > len(begun) and whole[: len(begun)] == begun:
+            return list(whole[len(begun) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _extended(weight: Tensor, pieces: dict[int, list[int]], rows: int, used: Tensor) -> Tensor:
