@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from moh.evaluation.harness import SUITES, HarnessTask, parse_task, registry, suite
+from moh.evaluation.harness import (
+    SUITES,
+    HarnessTask,
+    ModelScores,
+    TaskEvaluation,
+    TaskScore,
+    parse_task,
+    registry,
+    suite,
+)
 from moh.evaluation.harness.registry import TaskRegistry
 
 HUB_TASKS = {task.name: task for name in ("paper14", "scratch6") for task in SUITES[name]}
@@ -54,12 +63,36 @@ def test_groups_hold_all_their_tasks(found: TaskRegistry, name: str, parts: int)
 
 def test_the_papers_tasks_and_shots() -> None:
     assert {task.title: task.shots for task in suite("paper14")} == {
-        "MMLU": 5, "C-Eval": 5, "CMMLU": 5, "GSM8K": 8, "TruthfulQA": 0, "HellaSwag": 10, "LogiQA": 0, "BoolQ": 32,
+        "MMLU": 5, "C-Eval": 5, "CMMLU": 5, "GSM8K": 8, "TruthfulQA mc1": 0, "TruthfulQA mc2": 0, "HellaSwag": 10,
+        "LogiQA": 0, "BoolQ": 32,
         "LAMBADA": 0, "SciQ": 0, "PIQA": 0, "WinoGrande": 0, "NaturalQuestions": 32, "ARC-Challenge": 25,
     }  # fmt: skip
     six = [task.title for task in suite("scratch6")]
-    assert six == ["SciQ", "PIQA", "WinoGrande", "OpenBookQA", "LogiQA", "TruthfulQA"]
+    assert six == ["SciQ", "PIQA", "WinoGrande", "OpenBookQA", "LogiQA", "TruthfulQA mc1", "TruthfulQA mc2"]
     assert {task.shots for task in suite("scratch6")} == {0}
+
+
+def test_both_scores_of_truthfulqa_are_shown_and_count_as_one_task() -> None:
+    for name, tasks in (("paper14", 14), ("scratch6", 6)):
+        weights = {task.name: task.weight for task in suite(name)}
+        assert (weights["truthfulqa_mc1"], weights["truthfulqa_mc2"]) == (0.5, 0.5)
+        assert sum(weights.values()) == tasks
+    assert parse_task("truthfulqa_mc1").weight == 1
+    values = {"a": (0.8, 1.0), "mc1": (0.2, 0.5), "mc2": (0.4, 0.5)}  # value, weight
+    models = tuple(
+        ModelScores(
+            label, label, 1.0, tuple(_score(name, value + more, weight) for name, (value, weight) in values.items())
+        )
+        for label, more in (("dense", 0.0), ("MoH", 0.1))
+    )
+    result = TaskEvaluation("paper14", models, None, {}, "a machine")
+    assert result.average(0).value == pytest.approx((0.8 + (0.2 + 0.4) / 2) / 2)
+    assert result.average(0).stderr == pytest.approx(0.01 * (1 + 0.5**2 + 0.5**2) ** 0.5 / 2)
+    assert result.average_difference(1).value == pytest.approx(0.1)
+
+
+def _score(name: str, value: float, weight: float) -> TaskScore:
+    return TaskScore(name, name, 0, "acc", "none", value, 0.01, 100, 0, (), {}, weight)
 
 
 def test_a_task_by_name_keeps_what_its_suite_knows_of_it() -> None:

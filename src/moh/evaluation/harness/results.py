@@ -56,8 +56,11 @@ class TaskEvaluation:
     machine: str
 
     def average(self, model: int) -> Estimate | None:
-        """Mean over the tasks measured in percent, as a share of 1; None if there are fewer than two."""
-        return _mean([Estimate(score.value, score.stderr) for score in _percent(self.models[model].scores)])
+        """Mean over the tasks measured in percent, as a share of 1; None if there are fewer than two.
+
+        Tasks have weights: the two scores of TruthfulQA in a suite count as one task.
+        """
+        return _mean([(s.weight, Estimate(s.value, s.stderr)) for s in _percent(self.models[model].scores)])
 
     def difference(self, model: int, task: int) -> Estimate:
         """A model's score on a task minus the first model's, with the standard error of the paired difference."""
@@ -66,7 +69,7 @@ class TaskEvaluation:
     def average_difference(self, model: int) -> Estimate | None:
         """As `average`, but of the differences."""
         pairs = zip(_percent(self.models[model].scores), _percent(self.models[0].scores), strict=True)
-        return _mean([difference(score, reference) for score, reference in pairs])
+        return _mean([(score.weight, difference(score, reference)) for score, reference in pairs])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row per task and model, for a data frame or a CSV file."""
@@ -160,13 +163,14 @@ def _percent(scores: Sequence[TaskScore]) -> list[TaskScore]:
     return [score for score in scores if is_percent(score.metric)]
 
 
-def _mean(estimates: list[Estimate]) -> Estimate | None:
-    """Mean of independent estimates."""
+def _mean(estimates: list[tuple[float, Estimate]]) -> Estimate | None:
+    """Mean of independent estimates, each with its weight."""
     if len(estimates) < 2:
         return None
-    squares = math.fsum(estimate.stderr**2 for estimate in estimates)
-    value = math.fsum(estimate.value for estimate in estimates) / len(estimates)
-    return Estimate(value, math.sqrt(squares) / len(estimates))
+    total = math.fsum(weight for weight, _ in estimates)
+    value = math.fsum(weight * estimate.value for weight, estimate in estimates) / total
+    squares = math.fsum((weight * estimate.stderr) ** 2 for weight, estimate in estimates)
+    return Estimate(value, math.sqrt(squares) / total)
 
 
 def _metric(score: TaskScore) -> str:

@@ -46,6 +46,7 @@ class TaskScore:
         truncated: requests longer than the model's positions, whose beginning was cut off.
         parts: the scores of the questions; empty if `value` is not a mean of them, such as a perplexity.
         harness: all that the harness returned except the questions themselves.
+        weight: in averages (`HarnessTask.weight`).
     """
 
     task: str
@@ -59,6 +60,7 @@ class TaskScore:
     truncated: int
     parts: tuple[Part, ...]
     harness: Mapping[str, Any] = field(repr=False, compare=False)
+    weight: float = 1.0
 
 
 def read_score(results: Mapping[str, Any], spec: HarnessTask, weights: Mapping[str, bool], truncated: int) -> TaskScore:
@@ -92,6 +94,7 @@ def read_score(results: Mapping[str, Any], spec: HarnessTask, weights: Mapping[s
         truncated=truncated,
         parts=parts,
         harness={name: found for name, found in results.items() if name != "samples"},
+        weight=spec.weight,
     )
 
 
