@@ -53,8 +53,9 @@ def test_models_of_different_vocabularies_are_refused() -> None:
         distillation_loss(torch.zeros(1, 5, 7), torch.zeros(1, 5, 8), torch.ones(1, 5, dtype=torch.long))
 
 
-def _trainer(model, out, **kwargs) -> MoHTrainer:
-    settings = TrainingRecipe(str(out), max_steps=2, per_device_train_batch_size=2, extra={"report_to": []})
+def _trainer(model, out, extra: dict | None = None, **kwargs) -> MoHTrainer:
+    extra = {"report_to": [], **(extra or {})}
+    settings = TrainingRecipe(str(out), max_steps=2, per_device_train_batch_size=2, extra=extra)
     return MoHTrainer(
         model=model,
         args=training_arguments(settings, precision="fp32"),
@@ -64,11 +65,15 @@ def _trainer(model, out, **kwargs) -> MoHTrainer:
     )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("items", [None, 40], ids=["mean_of_batch", "share_of_step"])
-def test_the_trainer_mixes_next_token_loss_teacher_and_balance(moh_model, dense, tmp_path, weight, items) -> None:
+def test_the_trainer_mixes_next_token_loss_teacher_and_balance(
+    moh_model, dense, tmp_path, weight, items, smoothing
+) -> None:
     moh_model.config.router_aux_loss_coef = 0.1
-    trainer = _trainer(moh_model, tmp_path, teacher=dense, distillation_weight=weight, distillation_temperature=2.0)
+    options = dict(teacher=dense, distillation_weight=weight, distillation_temperature=2.0)
+    trainer = _trainer(moh_model, tmp_path, {"label_smoothing_factor": smoothing}, **options)
     ids = torch.randint(20, (2, 6))
     moh_model.train()
     loss, outputs = trainer.compute_loss(
@@ -77,11 +82,49 @@ def test_the_trainer_mixes_next_token_loss_teacher_and_balance(moh_model, dense,
     with torch.no_grad():
         teacher_logits = dense(ids).logits
     here, total = 10, items or 10
-    next_token = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    next_token = F.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum", label_smoothing=smoothing
+    )
     kl = _definition(outputs.logits, teacher_logits, ids, 2.0)
     expected = ((1 - weight) * next_token + weight * kl + 0.1 * outputs.aux_loss * here) / total
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert not any(p.requires_grad for p in dense.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dense", "moh"])
+def test_labels_are_smoothed_as_torch_does_it_and_ignored_ones_do_not_count(kind, request, tmp_path) -> None:
+    model = request.getfixturevalue("dense" if kind == "dense" else "moh_model").train()
+    trainer = _trainer(model, tmp_path, {"label_smoothing_factor": 0.3})
+    ids = torch.randint(20, (2, 6))
+    labels = ids.clone()
+    labels[0, 2] = labels[1, 5] = -100
+    loss, outputs = trainer.compute_loss(model, {"input_ids": ids, "labels": labels}, return_outputs=True)
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weight = model.get_output_embeddings().weight
+    mine, right = (torch.autograd.grad(of, weight, retain_graph=True)[0] for of in (loss, expected))
+    torch.testing.assert_close(mine, right)
+
+
+def test_a_run_with_a_teacher_and_smoothed_labels_ends(dense, moh_model, tmp_path) -> None:
+    extra = {"label_smoothing_factor": 0.1}
+    assert _trainer(moh_model, tmp_path, extra, teacher=dense).train().global_step == 2
+
+
+def test_liger_kernels_which_give_no_logits_are_refused_where_they_are_needed(
+    dense, moh_model, tmp_path, monkeypatch
+) -> None:
+    init = MoHTrainer.__mro__[1].__init__
+
+    def with_liger(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.args.use_liger_kernel = True  # without the package transformers refuses it
+
+    monkeypatch.setattr(MoHTrainer.__mro__[1], "__init__", with_liger)
+    for options in (dict(teacher=dense), dict(extra={"label_smoothing_factor": 0.1})):
+        with pytest.raises(ValueError, match="use_liger_kernel must be False with distillation or label_smoothing"):
+            _trainer(moh_model, tmp_path, **options)
 
 
 def test_evaluation_loss_is_the_next_token_loss_alone(dense, moh_model, tmp_path) -> None:

@@ -144,6 +144,10 @@ def test_labels_are_dropped_as_often_as_the_model_says(options: list[str], monke
         ("--training.per_device_train_batch_size=100", "there are 24 training images, fewer than the 100"),
         ("--training.samples.classes=[0, 2]", "training.samples.classes must be between 0 and 1, got 2"),
         ("--training.extra={'fsdp': true}", "training.extra must not set fsdp"),
+        (
+            "--training.extra={'label_smoothing_factor': 0.1}",
+            "label_smoothing_factor: a diffusion model predicts no labels",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_told_before_training(

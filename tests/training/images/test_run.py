@@ -222,6 +222,10 @@ def test_weights_that_are_not_the_models_are_refused_whatever_the_classes(tmp_pa
         ("--training.per_device_train_batch_size=500", "there are 60 training images, fewer than the 500"),
         ("--training.extra={'fsdp': true}", "fsdp is not supported for image classifiers"),
         ("--training.extra={'weight_decay': 1}", "extra must not set weight_decay: set training.weight_decay"),
+        (
+            "--training.extra={'label_smoothing_factor': 0.1}",
+            "label_smoothing_factor: set augmentation.label_smoothing",
+        ),
         ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
         ("--augmentation.auto_augment=nonsense", "auto_augment 'nonsense' is not one of timm's"),
     ],

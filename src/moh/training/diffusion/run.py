@@ -58,6 +58,8 @@ def train(
     settings, arguments, checkpoint = recipe.training, session.arguments, session.checkpoint
     if arguments.fsdp:
         raise ValueError("training.extra must not set fsdp: averaged weights of sharded models are not supported")
+    if arguments.label_smoothing_factor:
+        raise ValueError("training.extra must not set label_smoothing_factor: a diffusion model predicts no labels")
     if vae is None and recipe.data.vae is not None:
         vae = load_vae(recipe.data.vae)
     if images is None:

@@ -194,4 +194,6 @@ def image_arguments(settings: ImageTrainingRecipe, *, precision: str) -> Trainin
         raise ValueError(
             "training.extra.fsdp is not supported for image classifiers: every process holds the whole model"
         )
+    if arguments.label_smoothing_factor:
+        raise ValueError("training.extra must not set label_smoothing_factor: set augmentation.label_smoothing")
     return arguments

@@ -1,4 +1,4 @@
-"""The transformers Trainer for causal language models: distillation from a frozen teacher, and the position in a stream."""
+"""The transformers Trainer for causal language models: distillation, smoothed labels, and the position in a stream."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ def _summed_kl(student: Tensor, teacher: Tensor, counts: Tensor, temperature: fl
     return torch.where(counts, per_token, 0.0).sum()
 
 
+def smoothing_change(logits: Tensor, labels: Tensor) -> Tensor:
+    """What smoothing with weight 1 adds to the summed next-token loss, a float32 scalar: `sum_n (z_label - mean_v z_v)`.
+
+    The loss with the uniform distribution as its target is `log sum_v exp z_v - mean_v z_v`, with the label
+    `log sum_v exp z_v - z_label`: no softmax is left in the difference.
+
+    Args:
+        logits: z `[B, N, V]`, with gradient.
+        labels: `[B, N]` token ids, or -100; each is predicted from the position before.
+    """
+    targets = labels[:, 1:]  # [B, N - 1]
+    z = logits[:, :-1]
+    chosen = z.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1).float()
+    return torch.where(targets != -100, chosen - z.mean(-1, dtype=torch.float32), 0.0).sum()
+
+
 class StreamPosition(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Keeps the state of a stream with the Trainer's own, in `trainer_state.json`, the last file of a checkpoint.
 
@@ -98,7 +114,8 @@ class MoHTrainer(RoutingTrainer):
 
     With a teacher the loss is `(1 - w) L + w T^2 KL(teacher || student) + balance`: L the next-token loss, w the
     `distillation_weight`, T the temperature, both means over all predicted tokens of the step; the load-balance term
-    (`config.router_aux_loss_coef` times the loss) keeps its weight.
+    (`config.router_aux_loss_coef` times the loss) keeps its weight. `label_smoothing_factor` smooths the labels of L in
+    training.
 
     A `StoredMixture` is read in its own order; checkpoints keep the position in a `StreamedMixture`.
 
@@ -108,6 +125,10 @@ class MoHTrainer(RoutingTrainer):
         distillation_weight: w, between 0 and 1.
         distillation_temperature: T, above 0.
         kwargs: all arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: a weight or temperature is out of range, or `use_liger_kernel`, which computes no logits, is combined
+            with a teacher or label smoothing, which need them.
     """
 
     def __init__(
@@ -128,6 +149,12 @@ class MoHTrainer(RoutingTrainer):
         self.distillation_temperature = distillation_temperature
         if teacher is not None:
             teacher.requires_grad_(False).eval().to(self.args.device)
+        # transformers' own takes the labels away from the model, which then adds no balance loss, and from the teacher's loss
+        self.label_smoother = None
+        if self.args.use_liger_kernel and (teacher is not None or self.args.label_smoothing_factor):
+            raise ValueError(
+                "use_liger_kernel must be False with distillation or label_smoothing_factor, which need the logits"
+            )
         self._stream = StreamPosition()
         if isinstance(self.train_dataset, StreamedMixture):
             self.add_callback(self._stream)
@@ -154,11 +181,14 @@ class MoHTrainer(RoutingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss, mixed with the teacher's while training."""
+        """The Trainer's loss; while training, of smoothed labels and mixed with the teacher's."""
         with self.recording(model):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
+        if model.training and self.args.label_smoothing_factor:
+            change = self.args.label_smoothing_factor * smoothing_change(outputs.logits, inputs["labels"])
+            loss = loss + self._share_of_step(change, inputs["labels"], num_items_in_batch)
         if self.teacher is not None and model.training:
             loss = (1 - self.distillation_weight) * loss + self._teacher_loss(
                 model, inputs, outputs, num_items_in_batch
@@ -175,13 +205,17 @@ class MoHTrainer(RoutingTrainer):
             without_labels = {key: value for key, value in inputs.items() if key != "labels"}
             teacher_logits = self.teacher(**without_labels, use_cache=False).logits
         loss = distillation_loss(outputs.logits, teacher_logits, labels, temperature=self.distillation_temperature)
-        here = (labels[:, 1:] != -100).sum()  # predicted tokens of this call
         coefficient = getattr(self.accelerator.unwrap_model(model).config, "router_aux_loss_coef", 0.0)
         balance = outputs.get("aux_loss")
         if coefficient and balance is not None:
-            loss = loss + coefficient * balance * here  # the call's share of the step, as in the model's own loss
+            # the call's share of the step, as in the model's own loss
+            loss = loss + coefficient * balance * (labels[:, 1:] != -100).sum()
+        return self.distillation_weight * self._share_of_step(loss, labels, num_items_in_batch)
+
+    def _share_of_step(self, total: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """A sum over the predicted tokens of this call, scaled like the Trainer's loss."""
         if num_items_in_batch is None:
-            return self.distillation_weight * loss / here
+            return total / (labels[:, 1:] != -100).sum()
         # Every process divides by the tokens of all, and DDP averages: times their number undoes the average
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self.distillation_weight * loss / num_items_in_batch * processes
+        return total / num_items_in_batch * processes
