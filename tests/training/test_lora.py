@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from moh import convert
+from moh import convert, set_active_heads
 from moh.data.text.blocks import TokenBlocks
 from moh.routing import record_routing
 
@@ -73,3 +75,48 @@ def test_a_lora_trains_merges_and_loads(converted, tmp_path: Path) -> None:
 def _logits(model, state, ids):
     model.load_state_dict(state)
     return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("first", ["moh", "peft"])
+def test_the_default_target_modules_are_those_of_the_family(first: str) -> None:
+    """In a new process: PEFT and ours may be imported in either order."""
+    script = f"""
+import {first}, moh, peft
+from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM
+sizes = dict(num_hidden_layers=1, num_attention_heads=4, hidden_size=16, vocab_size=20, shared_heads=1, active_heads=2)
+for config, kind, expected in (
+    (MoHLlamaConfig(**sizes, intermediate_size=16), MoHLlamaForCausalLM, {{"q_proj", "v_proj"}}),
+    (MoHGPT2Config(**sizes), MoHGPT2LMHeadModel, {{"c_attn"}}),
+):
+    for method in (peft.LoraConfig, peft.AdaLoraConfig, peft.LoKrConfig):
+        more = dict(total_step=9) if method is peft.AdaLoraConfig else {{}}
+        try:
+            model = peft.get_peft_model(kind(config), method(task_type="CAUSAL_LM", **more))
+        except TypeError as error:  # a method that can't change the layers of GPT-2, ours or transformers'
+            assert kind is MoHGPT2LMHeadModel and method is not peft.LoraConfig, error
+        else:
+            assert set(model.peft_config["default"].target_modules) == expected
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("router", ["query_norm", "linear"])
+def test_prefix_tuning_of_grouped_queries_is_the_dense_models_with_all_heads(dense, router: str) -> None:
+    assert dense.config.num_key_value_heads < dense.config.num_attention_heads
+    ids, mask = torch.randint(3, 23, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    calibration = None if router == "query_norm" else torch.randint(3, 23, (8, 16))
+    options = dict(allocation="even", refit_output=False, calibration=calibration)
+    moh_model = convert(dense, shared_heads=1, active_heads=3, router=router, **options)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    models = [peft.get_peft_model(model, config) for model in (dense, moh_model)]
+    models[1].prompt_encoder.load_state_dict(models[0].prompt_encoder.state_dict())
+    of_dense, of_moh = (model.train()(input_ids=ids, attention_mask=mask, labels=ids) for model in models)
+    torch.testing.assert_close(of_moh.logits, of_dense.logits, rtol=1e-3, atol=1e-4)
+    of_moh.loss.backward()
+    assert (models[1].prompt_encoder.default.embedding.weight.grad.abs().sum(1) > 0).all()
+    set_active_heads(moh_model, 1)  # the dial afterwards
+    with torch.no_grad(), record_routing(models[1].eval()) as routing:
+        models[1](input_ids=ids, attention_mask=mask)
+        new = models[1].generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert routing.share() == pytest.approx(2 / 4) and new.shape == (2, 11)

@@ -1,8 +1,8 @@
-"""Register our models with transformers' Auto classes and timm, whichever package is imported first.
+"""Register our models with transformers' Auto classes, PEFT and timm, whichever package is imported first.
 
 transformers keeps its own models as names and imports them on first use; until its Auto classes are imported, ours are
 added the same way, afterwards through its public `register`. Our packages for timm register their models with timm's own
-decorator when they are imported; this module only decides when. It imports neither transformers nor timm by itself.
+decorator when they are imported; this module only decides when. It imports none of them by itself.
 """
 
 from __future__ import annotations
@@ -128,6 +128,22 @@ def _add_model_names() -> None:
     for family in FAMILIES:
         for auto_class, model in family.moh_models.items():
             getattr(auto, _MODEL_NAMES[auto_class])[f"moh_{family.model_type}"] = model
+
+
+_PEFT = "peft.utils.constants"
+
+
+def register_with_peft() -> None:
+    """Give PEFT's defaults for each family to our models of it, as soon as PEFT is imported."""
+    when_imported(_PEFT, _add_peft_defaults)
+
+
+def _add_peft_defaults() -> None:
+    for name, table in vars(sys.modules[_PEFT]).items():  # a table per method: which modules of a model type it changes
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            for family in FAMILIES:
+                if family.model_type in table:
+                    table.setdefault(f"moh_{family.model_type}", table[family.model_type])
 
 
 _PACKAGES = ("moh.models.timm.transnext", "moh.models.timm")
