@@ -48,6 +48,9 @@ def write_tasks(folder: Path, *, questions: int = 12) -> Path:
     no_space = {"doc_to_text": "{{text}} head", "doc_to_target": "s"}
     _write(folder, "tiny_glued", "loglikelihood", last, no_space, ["acc"])
     _write(folder, "tiny_write", "generate_until", last, {**texts, **few, **generation}, ["exact_match"])
+    running = [{"text": " ".join(words(count))} for count in (40, 5)]
+    fields = {"doc_to_text": "", "doc_to_target": "text"}
+    _write(folder, "tiny_running", "loglikelihood_rolling", running, fields, ["word_perplexity"])
     joined = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     for name, more in (("tiny_group", joined), ("tiny_list", {})):
         group = {"group": name, "task": ["tiny_choice", "tiny_fixed"], **more}

@@ -287,6 +287,30 @@ def test_every_request_begins_as_the_tokenizer_begins_a_text(begun, tasks_dir: P
     assert max(map(len, asked)) <= options.get("max_length", 64)
 
 
+def test_every_window_of_a_running_text_begins_as_the_tokenizer_begins_a_text(begun, tasks_dir: Path, asked) -> None:
+    models, tokenizer = {"dense": begun["dense"]}, begun["dense"].tokenizer
+    options = {"include_paths": [tasks_dir], "progress": False, "max_length": 16}
+    score = evaluate_tasks(models, ["tiny_running"], **options).models[0].scores[0]
+    texts = [json.loads(line)["text"] for line in (tasks_dir / "tiny_running.jsonl").read_text().splitlines()]
+    bos = tokenizer.bos_token_id
+    assert len(asked) == 4 and all(row[0] == bos and bos not in row[1:] for row in asked)
+    total = 0.0
+    for ids in (tokenizer(text, add_special_tokens=False).input_ids for text in texts):
+        pieces = [ids[:15], ids[15:31], ids[31:]] if len(ids) > 16 else [ids]
+        befores = [[], [], ids[31 - (16 - len(ids[31:])) : 31]]
+        for before, piece in zip(befores, pieces, strict=False):
+            row = torch.tensor([[bos, *before, *piece]])
+            with torch.no_grad():
+                found = models["dense"].model(row).logits.log_softmax(-1)[0, :-1].gather(-1, row[0, 1:, None])
+            total += float(found[-len(piece) :].sum())
+    assert score.value == pytest.approx(math.exp(-total / 45), rel=1e-4)
+
+
+def test_running_text_of_a_model_without_such_a_token(base_dir: Path, tasks_dir: Path) -> None:
+    result = evaluate_tasks([base_dir], ["tiny_running"], include_paths=[tasks_dir], progress=False)
+    assert result.models[0].scores[0].value > 1
+
+
 def test_questions_are_asked_in_the_models_chat_template_on_request(begun, base_dir, tasks_dir, asked) -> None:
     options = {"include_paths": [tasks_dir], "limit": 2, "progress": False, "apply_chat_template": True}
     result = evaluate_tasks(begun, ["tiny_write:1"], **options)

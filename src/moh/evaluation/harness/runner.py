@@ -93,8 +93,12 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
         checked = []
-        for (text, answer), context, continuation in requests:
+        for pair, context, continuation in requests:
+            if pair is None:  # a window of a text whose perplexity is measured
+                checked.append((pair, *self._begun(context, continuation)))
+                continue
             if not continuation:  # the harness has only a bare assertion
+                text, answer = pair
                 raise ValueError(
                     f"the answer {answer!r} has no token of its own after {text[-40:]!r}: does it need a space?"
                 )
@@ -102,8 +106,17 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
             if self._is_cut(len(context) + len(continuation) - 1, uncut=len(continuation)):
                 kept = self.max_length + 1 - len(continuation) - len(self._start)
                 context = [*self._start, *context[len(context) - kept :]]
-            checked.append(((text, answer), context, continuation))
+            checked.append((pair, context, continuation))
         return super()._loglikelihood_tokens(checked, disable_tqdm or self._silent, override_bs)
+
+    def _begun(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """A window with the beginning of a text, once: the first one has it twice, the others lack it."""
+        start = self._start
+        if context[: len(start)] == start:
+            again = bool(start) and continuation[: len(start)] == start and len(continuation) > len(start)
+            return context, continuation[len(start) :] if again else continuation
+        room = self.max_length + 1 - len(continuation) - len(start)  # the last token is predicted, not read
+        return [*start, *context[len(context) - min(room, len(context)) :]], continuation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         for request in requests:
