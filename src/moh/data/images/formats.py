@@ -60,7 +60,7 @@ class FolderImages:
         samples = [
             (index[folder[below:].split(os.sep, 1)[0]], os.path.join(folder, name))
             for folder, name in files_below(root, IMG_EXTENSIONS, follow_links=True)
-            if len(folder) > below  # not those beside the class folders
+            if len(folder) > below  # not those next to the class folders
         ]
         samples.sort(key=lambda sample: sample[0])  # within a class they are in order
         self.classes = tuple(names)

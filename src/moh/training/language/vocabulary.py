@@ -1,7 +1,7 @@
 """Give a language model, dense or MoH, the vocabulary of another tokenizer: what the paper does between its two stages.
 
-A token that both tokenizers have keeps its row; a new one starts as the mean of the rows of its old pieces. What a token
-says is taken from the middle of a text: at its beginning, some tokenizers leave out a space ("▁the" says " the").
+A token that both tokenizers have keeps its row; a new one starts as the mean of the rows of its old pieces. A token's
+text is what it stands for in the middle of a text: at the beginning some tokenizers leave out a space ("▁the" is " the").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ExtendedVocabulary:
     """Where the new rows came from.
 
     Attributes:
-        kept: tokens that both tokenizers have and that say the same in both.
+        kept: tokens that both tokenizers have, for the same text.
         averaged: new tokens that start as the mean of their pieces' rows.
         unspelled: new tokens that the old tokenizer can't spell (such as special ones); they start as the mean of all
             rows.
@@ -115,7 +115,7 @@ def _pieces(
     old_text, new_text = _decoder(old), _decoder(new)
     for token, index in new_ids.items():
         known = old_ids.get(token)
-        # the same letters may say another thing: where bytes are spelled as letters, "é" is a byte
+        # the same name may stand for another text: in a byte-level vocabulary "é" is a single byte
         if known is not None and (index in special or old_text(known) == new_text(index)):
             pieces[index] = [known]
             kept += 1
@@ -149,7 +149,7 @@ def _spelled(old: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _ids_within(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text in the middle of another, after what it does not merge with; at the beginning if there is no such."""
+    """The ids of a text after another that it does not merge with; of the text alone if it merges with all that are tried."""
     for lead in ("\n", ".", "a"):
         begun, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (lead, lead + text))
         if begun and len(whole) > len(begun) and whole[: len(begun)] == begun:
