@@ -120,3 +120,29 @@ def test_prefix_tuning_of_grouped_queries_is_the_dense_models_with_all_heads(den
         models[1](input_ids=ids, attention_mask=mask)
         new = models[1].generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
     assert routing.share() == pytest.approx(2 / 4) and new.shape == (2, 11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(modules_to_save=["router"], target_modules=["q_proj"]), dict(target_modules="all-linear")],
+    ids=["router_saved", "all_linear"],
+)
+def test_the_router_can_be_trained_with_adapters_merged_and_the_dial_turned(dense, options) -> None:
+    ids = torch.randint(3, 23, (2, 8))
+    converted = convert(
+        dense, shared_heads=1, active_heads=2, router="two_stage", calibration=torch.randint(3, 23, (8, 16))
+    )
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    model = peft.get_peft_model(converted, config).train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    of_router = [p.grad for name, p in model.named_parameters() if p.requires_grad and ".router." in name]
+    assert of_router and all(grad.abs().sum() > 0 for grad in of_router)
+    with torch.no_grad(), record_routing(model.eval()) as routing:
+        adapted = model(input_ids=ids).logits
+    assert len(routing) == 2 and routing.share() == pytest.approx(3 / 4)
+    assert set_active_heads(model, 1) == pytest.approx(2 / 4)
+    set_active_heads(model, 2)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert type(merged) is type(converted) and set_active_heads(merged, 1) == pytest.approx(2 / 4)
