@@ -88,6 +88,10 @@ def test_the_trainer_mixes_next_token_loss_teacher_and_balance(
     kl = _definition(outputs.logits, teacher_logits, ids, 2.0)
     expected = ((1 - weight) * next_token + weight * kl + 0.1 * outputs.aux_loss * here) / total
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = [p for name, p in moh_model.named_parameters() if "self_attn" in name]  # the balance loss counts once
+    found, right = (torch.autograd.grad(of, weights, retain_graph=True, allow_unused=True) for of in (loss, expected))
+    for mine, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert not any(p.requires_grad for p in dense.parameters())
 
 
