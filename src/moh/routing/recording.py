@@ -1,11 +1,13 @@
 """Read a model's routing while it runs: `with record_routing(model) as routing: ...`.
 
 A recording belongs to the thread or asyncio task that opened it: what others run on the same model is not in it. It works
-with gradient checkpointing (`use_reentrant=False`), DDP/FSDP wrappers and `torch.compile`.
+with gradient checkpointing (`use_reentrant=False`), DDP/FSDP wrappers and `torch.compile`. With torch 2.11 a graph that
+is recorded from outside is broken at each router, and refused with `fullgraph=True`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 
 _open: ContextVar[tuple[RoutingRecord, ...]] = ContextVar("open_recordings", default=())
+_lock = threading.Lock()
+_number_open = 0
+_any_open = False
+"""Whether any thread or task records: where none does, a compiled graph need not read `_open`, which torch 2.11 can't."""
 
 
 class RoutingRecord:
@@ -113,6 +119,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         for router in routers:
             router._traced_recordings = (*router._traced_recordings, record)
     else:
+        _count(1)
         _open.set((*_open.get(), record))
     try:
         yield record
@@ -122,12 +129,22 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
                 router._traced_recordings = tuple(r for r in router._traced_recordings if r is not record)
         else:
             _open.set(tuple(r for r in _open.get() if r is not record))
+            _count(-1)
             routers.clear()  # tasks that were started inside the block have copies of its context, and may still run
 
 
 def recordings_of(router: Router) -> tuple[RoutingRecord, ...]:
     """The open recordings of this thread or task that cover the router."""
+    if not _any_open:
+        return router._traced_recordings
     return (*router._traced_recordings, *(record for record in _open.get() if router in record))
+
+
+def _count(change: int) -> None:
+    global _number_open, _any_open
+    with _lock:
+        _number_open += change
+        _any_open = _number_open > 0
 
 
 def _in_backward() -> bool:
