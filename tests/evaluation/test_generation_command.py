@@ -103,7 +103,7 @@ def test_the_weights_that_are_missing_are_told_in_one_line(capsys, files, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--features", "nowhere/at/all"], "model 'nowhere/at/all' can't be loaded"),
+        (["--features", "nowhere/at/all"], "there is no 'nowhere/at/all'"),
         (["--inception", "nowhere.pth"], "there is no file with Inception weights at nowhere.pth"),
         (["--save-reference", "statistics.npz"], "--save-reference must be a file that ends in .safetensors"),
         (["--size", "0"], "size must be at least 1, got 0"),
