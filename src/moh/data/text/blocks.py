@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -43,23 +43,30 @@ def pack_tokens(
     Raises:
         ValueError: `seq_len` below 2, or texts too short for one block.
     """
-    from tqdm.auto import tqdm
-
     if seq_len < 2:
         raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    row = _joined(texts, tokenizer, eos_token_id, progress)
+    blocks = _cut(row, start_tokens(tokenizer), seq_len)
+    if len(blocks) == 0:
+        raise ValueError(f"the texts hold {len(row)} tokens, too few for one block of seq_len = {seq_len}")
+    return blocks
+
+
+def _joined(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None, progress: bool
+) -> Tensor:
+    """The token ids `[T]` of all texts in order, each followed by the end-of-text token."""
+    from tqdm.auto import tqdm
+
     eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    pieces: list[Tensor] = []
+    pieces = [torch.empty(0, dtype=torch.long)]
     starts = range(0, len(texts), _TEXTS_PER_CALL)
     for start in tqdm(starts, desc="tokenising", unit="batch", disable=None if progress else True, leave=False):
         batch = list(texts[start : start + _TEXTS_PER_CALL])
         # verbose=False: texts longer than the model's context are expected here
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             pieces.append(torch.tensor([*ids, eos] if eos is not None else ids, dtype=torch.long))
-    row = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
-    blocks = _cut(row, start_tokens(tokenizer), seq_len)
-    if len(blocks) == 0:
-        raise ValueError(f"the texts hold {len(row)} tokens, too few for one block of seq_len = {seq_len}")
-    return blocks
+    return torch.cat(pieces)
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -187,25 +194,21 @@ def _pack(
     bos_token_id: int | None,
 ) -> Tensor:
     """The sequences, tokenised if they are texts and joined, as `[n, seq_len]`; a single shorter block if too few."""
+    start: list[int] = []
     if tokenizer is not None:
         start = start_tokens(tokenizer)
+    elif bos_token_id is not None and all(len(s) and s[0] == bos_token_id for s in sequences):
+        start = [bos_token_id]
+    if are_texts(sequences):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given when calibration is texts and the model is an object")
+        row = _joined(cast(Sequence[str], sequences), tokenizer, None, progress=False)
     else:
-        begun = all(len(s) and s[0] == bos_token_id for s in sequences)
-        start = [bos_token_id] if begun and bos_token_id is not None else []
-    ids: list[int] = []
-    for sequence in sequences:
-        if isinstance(sequence, str):
-            if tokenizer is None:
-                raise ValueError("tokenizer must be given when calibration is texts and the model is an object")
-            ids.extend(tokenizer(sequence, add_special_tokens=False, verbose=False).input_ids)
-            if tokenizer.eos_token_id is not None:
-                ids.append(tokenizer.eos_token_id)
-        else:
-            own = [int(i) for i in sequence]
-            ids.extend(own[len(start) :] if own[: len(start)] == start else own)
-    if len(ids) < 2:
-        raise ValueError(f"calibration must hold at least 2 tokens, got {len(ids)}")
-    return _cut(torch.tensor(ids), start, min(seq_len, len(start) + len(ids)))
+        owns = ([int(i) for i in sequence] for sequence in sequences)
+        row = torch.tensor([i for own in owns for i in (own[len(start) :] if own[: len(start)] == start else own)])
+    if len(row) < 2:
+        raise ValueError(f"calibration must hold at least 2 tokens, got {len(row)}")
+    return _cut(row, start, min(seq_len, len(start) + len(row)))
 
 
 def evenly_spread(samples: Tensor, count: int) -> Tensor:
