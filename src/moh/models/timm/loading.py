@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import timm
 import torch
+from timm.data.config import resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 
-from moh._extras import require
 from moh.data.images.recipe import ImageInput
 from moh.models.kinds import TIMM_SOURCES, kind_of, looks_local, saved_config
 
@@ -40,7 +42,6 @@ def load_image_classifier(path_or_name: str | Path, *, device: torch.device | No
         name = f"local-dir:{local}"
     elif looks_local(path_or_name):
         raise ValueError(f"model must be a directory or a name that timm knows, but there is no {name!r}")
-    timm = require("timm", extra="vision")  # not at the top: its import registers our models, some of which import this
     from safetensors import SafetensorError
 
     try:
@@ -57,7 +58,6 @@ def check_local_model(directory: Path) -> None:
         ValueError: its config.json names no model of timm or sets an argument that loads other weights, or its weights
             are a pickle of more than tensors; names the file.
     """
-    timm = require("timm", extra="vision")
     config = saved_config(directory)
     architecture, arguments = str(config.get("architecture", "")), config.get("model_args") or {}
     where = f"model {str(directory)!r} can't be loaded: its config.json"
@@ -95,7 +95,7 @@ def save_image_classifier(model: nn.Module, directory: str | Path, *, model_args
         model_args: arguments of `timm.create_model` that rebuild the model, without the number of classes.
     """
     names = class_names(model)
-    require("timm.models", extra="vision").save_for_hf(
+    save_for_hf(
         model,
         str(directory),
         model_config={} if names is None else {"label_names": list(names)},
@@ -114,7 +114,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def image_input(model: nn.Module) -> ImageInput:
     """The model's input."""
-    config = require("timm.data", extra="vision").resolve_data_config({}, model=model)
+    config = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
     size = tuple(config["input_size"])
     mean, std = (_per_channel(config[name], size[0]) for name in ("mean", "std"))
     return ImageInput(size, mean, std, float(config["crop_pct"]), str(config["interpolation"]))
