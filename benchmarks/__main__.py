@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks import report
 
     options = _parser().parse_args(words)
-    if options.output_dir is None and options.grid == "quick":
+    if options.output_dir is None and options.grid == "quick" and not options.compare:
         options.output_dir = ROOT / "runs" / "benchmarks"
     home: Path | None = options.output_dir
     results = home or ROOT / "benchmarks" / "results"
@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases = _cases(options)
             if options.list:
                 print("\n".join(case.key for case in cases))
+                return 0
+            if options.compare:
+                _compare(options, list(dict.fromkeys(case.subject for case in cases)))
                 return 0
             failed = _measure(options, cases, results)
     except (ValueError, BuildError, OSError, ImportError) as error:
@@ -98,6 +101,19 @@ def _measure(options: argparse.Namespace, cases: Sequence[Case], results: Path) 
     return failed
 
 
+def _compare(options: argparse.Namespace, subjects: Sequence[str]) -> None:
+    """Print what the working tree changed against another commit, in these subjects."""
+    from benchmarks import compare, report
+
+    if options.output_dir or options.resume:
+        raise ValueError("--compare prints its tables and keeps nothing: it takes neither --output-dir nor --resume")
+    same = [] if options.grid == "default" else [f"--{options.grid}"]
+    for name in ("only", "seconds", "threads", "isa", "model"):
+        if value := getattr(options, name):
+            same += [f"--{name}", str(value)]
+    report.print_all(compare.compare(ROOT, options.compare, subjects, same))
+
+
 def _resumed(partial: Path, machine: Machine) -> Run:
     """The results of an interrupted run.
 
@@ -139,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--isa", help="instruction set of our kernels (default: the most capable)")
     parser.add_argument("--model", metavar="DIR", help="language model to use instead of random weights, dense or MoH")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="everything goes here")
+    parser.add_argument(
+        "--compare",
+        metavar="COMMIT",
+        help="measure with the code of COMMIT too, in turns, and print what changed, with its spread; writes nothing",
+    )
     parser.add_argument("--report-only", action="store_true", help="only write page and pictures from existing results")
     return parser
 

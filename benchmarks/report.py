@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks import plots, tables
-from benchmarks.results import Run
+from benchmarks.results import Run, kernels_changed
 from moh._files import write_text
 
 INTRODUCTION = """\
@@ -36,7 +36,7 @@ between the quartiles."""
 
 def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> None:
     """Write the page and its pictures; `results` may have a `<cpu>.md` per CPU with remarks, included unchanged."""
-    pictures = plots.draw(runs, images)
+    pictures, kernels = plots.draw(runs, images), kernels_changed()
     parts = ["# Speed", INTRODUCTION, _markdown(tables.machines(runs)), _markdown(tables.targets(runs))]
     parts.append(
         "Reached: the median of all cases of the target (lowest to highest). A target counts as missed if a single case "
@@ -52,29 +52,35 @@ def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> 
     for title, picture in pictures:
         parts.append(f"## {title}\n\n![{title}]({_relative(picture, page.parent)})")
     for subject in tables.SUBJECTS:
-        table = tables.subject_table(subject, runs)
+        table = tables.subject_table(subject, runs, kernels)
         if table is not None:
             parts.append(_markdown(table))
+    if kernels:
+        parts.append(f"{tables.OLDER.strip()} measured before the CPU kernels changed last, on {kernels[:10]}.")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, "\n\n".join(parts) + "\n")
 
 
 def print_tables(run: Run, subjects: Sequence[str]) -> None:
     """The tables of some subjects, for the terminal."""
+    found = (tables.subject_table(subject, [run]) for subject in subjects)
+    console = print_all([table for table in found if table is not None])
+    console.print(f"{run.machine.cpu}, {run.machine.threads} threads, {run.machine.instruction_set}", highlight=False)
+
+
+def print_all(found: Sequence[tables.Table]) -> Console:
+    """Print tables on the terminal; in a file they get 200 columns."""
     console = Console()
     if not console.is_terminal:
         console.width = 200
-    for subject in subjects:
-        table = tables.subject_table(subject, [run])
-        if table is None:
-            continue
+    for table in found:
         shown = RichTable(title=table.title, title_justify="left")
         for index, name in enumerate(table.header):
             shown.add_column(name, justify="left" if index < 2 else "right")
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    console.print(f"{run.machine.cpu}, {run.machine.threads} threads, {run.machine.instruction_set}", highlight=False)
+    return console
 
 
 def _markdown(table: tables.Table) -> str:

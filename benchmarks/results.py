@@ -41,8 +41,8 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """The name as a file name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.cpu.lower()).strip("-")
+        """CPU and instruction set as a file name: results of two instruction sets never replace each other."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.cpu} {self.instruction_set}".lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,30 @@ def this_machine() -> Machine:
 
 def commit() -> str | None:
     """The commit of the code that runs."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return _git(Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*") or None
+
+
+def kernels_changed() -> str:
+    """When the CPU kernels' sources changed last, ISO 8601 in UTC; empty where git can't tell.
+
+    Uncommitted changes count as now, commits of `.git-blame-ignore-revs` (moves, names and comments) don't count.
+    """
+    root = Path(__file__).parents[1]
+    sources = ("--", "src/moh/attention/cpu/csrc")
+    if _git(root, "status", "--porcelain", *sources):
+        return now()
+    ignored = (root / ".git-blame-ignore-revs").read_text(encoding="utf-8").split()
+    commits = (line.split() for line in _git(root, "log", "--format=%H %ct", *sources).splitlines())
+    seconds = next((int(time) for commit, time in commits if commit not in ignored), None)
+    return "" if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git prints; empty where it fails."""
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        return None
-    return done.stdout.strip() or None
+        return ""
 
 
 def now() -> str:

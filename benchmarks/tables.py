@@ -11,6 +11,7 @@ from benchmarks.targets import TARGETS, Reached, judge
 from benchmarks.timing import Row
 
 NOTHING = "–"
+OLDER = " †"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def missed(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
-    """All cases of a subject; None if nothing was measured."""
+def subject_table(subject: str, runs: Sequence[Run], kernels: str = "") -> Table | None:
+    """All cases of a subject; None if nothing was measured. Rows older than `kernels`, a time in ISO 8601, are marked."""
     found: dict[str, list[tuple[str, Result]]] = {}
     for letter, run in zip(letters(runs), runs, strict=True):
         for result in run.results:
@@ -129,6 +130,7 @@ def subject_table(subject: str, runs: Sequence[Run]) -> Table | None:
     for same in sorted(found.values(), key=lambda same: _order(same[0][1].case)):
         for letter, result in same:
             label = _label(result.case)
+            letter += OLDER if result.date < kernels else ""
             if result.error is not None:
                 rows.append((label, letter, f"failed: {result.error}", *[NOTHING] * (len(header) - 3)))
                 continue

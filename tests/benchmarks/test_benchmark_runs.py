@@ -143,7 +143,10 @@ def test_aims_depend_on_the_machine_and_the_dtype() -> None:
     assert target.aim_of(replace(MACHINE, amx=True), case) == 0.70
 
 
-def test_page_shows_all_cpus_side_by_side_the_misses_and_the_remarks(tmp_path: Path) -> None:
+def test_page_shows_all_cpus_side_by_side_the_misses_and_the_remarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "kernels_changed", lambda: "2025-01-01")
     first = Run(MACHINE, [result(case, 0.5, 0.9) for case in CASES])
     second = Run(
         replace(MACHINE, cpu="Other CPU"), [result(CASES[2], 0.25, 0.5), Result(CASES[0], (), error="too slow")]
