@@ -53,7 +53,8 @@ format: $(VENV)/.stamp-dev ## let ruff fix what it can
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/zensical build --clean --strict
 
 clean: ## remove .venv and .venv-versions, caches and built files; results (moh-demo/, runs/) stay
 	rm -rf "$(VENV)" .venv-versions build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
