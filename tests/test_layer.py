@@ -179,6 +179,88 @@ def test_repr_tells_the_heads():
     assert "heads=6, shared=[0, 1], active=2, share=0.67" in repr(MoHAttention(C, H, shared_heads=2, active_heads=2))
 
 
+@pytest.mark.parametrize("router", ["two_stage", "linear"])
+@pytest.mark.parametrize("options", [{}, dict(qk_norm=True, num_kv_heads=2), dict(window=3)], ids=str)
+@pytest.mark.parametrize("steps", [[1] * N, [4, 1, 1, 1], [2, 3, 2], [N]], ids=str)
+def test_a_cache_continues_the_text(router, options, steps):
+    layer = MoHAttention(C, H, shared_heads=1, active_heads=2, router=router, **options)
+    rotate, cache = moh.RotaryEmbedding(layer.head_dim), moh.KVCache(N)
+    x = torch.randn(B, N, C)
+    with torch.no_grad():
+        parts = [layer(part, is_causal=True, rotate=rotate, cache=cache) for part in x.split(steps, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, is_causal=True, rotate=rotate))
+    assert cache.length == N
+    with pytest.raises(ValueError, match=f"holds max_length = {N} tokens, got {N + 1}"):
+        layer(x[:, :1], is_causal=True, cache=cache)
+
+
+def test_a_cache_with_padding_on_the_left_is_the_text_without_it():
+    layer, cache = MoHAttention(C, H, shared_heads=1, active_heads=2), moh.KVCache(N)
+    x, real = torch.randn(1, N, C), torch.tensor([[False, False] + [True] * (N - 2)])
+    with torch.no_grad():
+        parts = [
+            layer(x[:, a:b], is_causal=True, cache=cache, key_padding_mask=real[:, :b])
+            for a, b in ((0, 5), (5, 6), (6, N))
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1)[:, 2:], layer(x[:, 2:], is_causal=True))
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_window_is_a_band_mask(kind):
+    layer, x = all_heads(window=3), torch.randn(B, N, C)
+    band = torch.ones(N, N, dtype=torch.bool).tril().triu(-2)
+    extra = torch.rand(N, N) < 0.7 if kind == "bool" else torch.randn(N, N)
+    if kind == "bool":
+        extra.fill_diagonal_(True)
+    both = band & extra if kind == "bool" else extra.masked_fill(~band, -torch.inf)
+    assert_equals_ordinary(layer, layer(x, is_causal=True), ordinary(layer, x, attn_mask=band))
+    assert_equals_ordinary(layer, layer(x, is_causal=True, attn_mask=extra), ordinary(layer, x, attn_mask=both))
+
+
+def test_rotary_embedding_is_that_of_llama():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    rotate, q, start = moh.RotaryEmbedding(8, base=500.0), torch.randn(B, H, N, 8), 5
+    angles = torch.outer(torch.arange(start, start + N).float(), 500.0 ** (-torch.arange(0, 8, 2) / 8)).repeat(1, 2)
+    expected, _ = apply_rotary_pos_emb(q, q, angles.cos()[None], angles.sin()[None])
+    torch.testing.assert_close(rotate(q, start), expected)
+    with pytest.raises(ValueError, match="head_dim must be even and at least 2, got 5"):
+        moh.RotaryEmbedding(5)
+
+
+def test_rotation_makes_scores_depend_on_the_distance_alone():
+    rotate, q, k = moh.RotaryEmbedding(8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    scores = [(rotate(q, start + 3) * rotate(k, start)).sum() for start in (0, 11, 100)]
+    torch.testing.assert_close(scores[1:], scores[:1] * 2, rtol=1e-4, atol=1e-5)
+
+
+def test_query_and_key_norms():
+    layer, x = all_heads(qk_norm=True, num_kv_heads=2), torch.randn(B, N, C)
+    torch.nn.init.uniform_(layer.q_norm.weight)
+    q = layer.q_norm(layer.q_proj(x).unflatten(-1, (H, -1))).transpose(1, 2)
+    k = layer.k_norm(layer.k_proj(x).unflatten(-1, (2, -1))).transpose(1, 2)
+    v = layer.v_proj(x).unflatten(-1, (2, -1)).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(x), layer.proj(expected))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, is_causal=True, rotate=moh.RotaryEmbedding(layer.head_dim)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"qk_norm .* router='query_norm'"):
+        all_heads(qk_norm=True, router="query_norm")
+
+
+def test_arguments_of_self_attention_alone_are_refused_elsewhere():
+    layer, x = all_heads(), torch.randn(B, N, C)
+    for options in (dict(cache=moh.KVCache(N)), dict(rotate=moh.RotaryEmbedding(4))):
+        with pytest.raises(ValueError, match="context must be None"):
+            layer(x, x, **options)
+    with pytest.raises(ValueError, match=r"is_causal must be True .* window=3"):
+        all_heads(window=3)(x)
+    cache = moh.KVCache(N)
+    layer(x[:, :2], is_causal=True, cache=cache)
+    with pytest.raises(ValueError, match=r"\[2, 6\], got \[1, 6\]"):
+        layer(x[:1, :1], is_causal=True, cache=cache)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -192,6 +274,7 @@ def test_repr_tells_the_heads():
         ),
         pytest.param(dict(shared_heads=0, active_heads=0), "active_heads must be at least 1", id="no-heads"),
         pytest.param(dict(router="best"), "router must be one of .*got 'best'", id="router"),
+        pytest.param(dict(window=0), "window must be at least 1 or None, got 0", id="window"),
         pytest.param(dict(attn_drop=1.0), "attn_drop must be at least 0 and below 1, got 1.0", id="attn-drop"),
         pytest.param(dict(proj_drop=-0.5), "-0.5", id="proj-drop"),
     ],

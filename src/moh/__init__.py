@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moh import training as training
     from moh.attention import moh_attention
     from moh.conversion import convert
-    from moh.layer import MoHAttention
+    from moh.layer import KVCache, MoHAttention, RotaryEmbedding
     from moh.models.dial import active_heads, set_active_heads
     from moh.models.published import load_published
     from moh.routing import RoutingInfo, balance_over_processes, record_routing
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
     "MoHAttention",
     "MoHConfig",
+    "RotaryEmbedding",
     "RoutingInfo",
     "active_heads",
     "balance_over_processes",
@@ -46,7 +48,9 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "KVCache": "moh.layer",
         "MoHAttention": "moh.layer",
+        "RotaryEmbedding": "moh.layer",
         "RoutingInfo": "moh.routing",
         "active_heads": "moh.models.dial",
         "attention": "moh.attention",
