@@ -31,6 +31,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | dict(head_dim=8, query_pre_attn_scalar=24, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     "phi": GROUPED | dict(partial_rotary_factor=0.5),
     "phi3": GROUPED | dict(sliding_window=5),
+    "olmo2": GROUPED,
+    "granite": GROUPED
+    | dict(attention_multiplier=0.4, residual_multiplier=0.7, embedding_multiplier=3.0, logits_scaling=2.0),
+    "cohere": GROUPED | dict(use_qk_norm=True, logit_scale=0.5),
+    "cohere2": GROUPED | dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "starcoder2": GROUPED | dict(sliding_window=5),
+    "gpt_neox": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     "gpt2": dict(n_inner=48, scale_attn_by_inverse_layer_idx=True),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
     "bert": dict(),

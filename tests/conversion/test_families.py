@@ -28,6 +28,7 @@ from family_cases import (
     DECODERS,
     IMAGES,
     NO_DROPOUT,
+    OPTIONS,
     TRAINED_HEAD,
     dense_model,
     images,
@@ -168,7 +169,7 @@ def test_heads_are_shared_out_and_the_output_refitted_from_calibration_and_the_o
     assert not ours & theirs
 
 
-@pytest.mark.parametrize(("model_type", "auto"), BARE_AND_TRAINED)
+@pytest.mark.parametrize(("model_type", "auto"), HEADED)
 @torch.no_grad()
 def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -> None:
     dense = dense_model(model_type, auto)
@@ -315,7 +316,7 @@ def test_gradient_checkpointing_changes_neither_the_loss_nor_the_gradients(model
 
 
 @pytest.mark.parametrize("unit", ["group_balanced", "kv_group"])
-@pytest.mark.parametrize("model_type", [t for t in DECODERS if t not in ("gpt2", "opt")])
+@pytest.mark.parametrize("model_type", [t for t in DECODERS if "num_key_value_heads" in OPTIONS[t]])
 @torch.no_grad()
 def test_groups_can_be_what_a_token_chooses(model_type, unit) -> None:
     model = converted(dense_model(model_type), routing_unit=unit, shared_heads=0, active_heads=2)

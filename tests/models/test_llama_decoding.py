@@ -41,6 +41,8 @@ SERVED = [
         ),
         id="gemma2",
     ),
+    pytest.param(dict(router="linear", family="Granite", attention_multiplier=0.4), id="granite"),
+    pytest.param(dict(router="linear", family="Starcoder2", residual_dropout=0.2), id="starcoder2"),
 ]
 
 

@@ -41,6 +41,8 @@ _NEAREST = {
     "mixtral": "the type without experts, mistral, can be converted",
     "qwen2_moe": "the type without experts, qwen2, can be converted",
     "qwen3_moe": "the type without experts, qwen3, can be converted",
+    "olmoe": "the type without experts, olmo2, can be converted",
+    "granitemoe": "the type without experts, granite, can be converted",
     "phimoe": "the type without experts, phi3, can be converted",
     "roberta": "encoders of type bert can be converted",
     "xlm-roberta": "encoders of type bert can be converted",

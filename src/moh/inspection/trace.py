@@ -153,5 +153,5 @@ def _dense_heads(module: nn.Module, projection: nn.Module) -> int | None:
     for name in ("num_heads", "heads", "num_attention_heads"):
         if isinstance(heads := getattr(module, name, None), int):
             return heads
-    head_dim = getattr(module, "head_dim", None)
+    head_dim = getattr(module, "head_dim", getattr(module, "head_size", None))
     return int(projection.in_features) // head_dim if isinstance(head_dim, int) else None  # type: ignore[arg-type]

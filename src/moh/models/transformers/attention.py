@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from moh.attention import BACKENDS, moh_attention, project_output, route_and_project
 from moh.models.transformers.decoding import decode
-from moh.models.transformers.families import Family
+from moh.models.transformers.families import Family, at
 from moh.routing import Router, RoutingInfo
 
 _LOGGER = logging.get_logger(__name__)
@@ -48,6 +48,7 @@ class RoutedAttention(nn.Module):
         query_projection: the projection of the queries, alone or with keys and values.
         key_projection, value_projection: None where one projection gives all three.
         output_projection: W_O.
+        rotates: whether this layer rotates queries and keys.
         rotated_channels: how many channels are rotated; None for all.
         dropout_rate: probability of dropping an attention weight in training.
     """
@@ -61,6 +62,7 @@ class RoutedAttention(nn.Module):
     key_projection: Any
     value_projection: Any
     output_projection: Any
+    rotates: bool
     rotated_channels: int | None
     dropout_rate: float
 
@@ -77,6 +79,8 @@ class RoutedAttention(nn.Module):
         if implementation not in IMPLEMENTATIONS:
             given = dict(kwargs, past_key_values=past_key_values, position_embeddings=position_embeddings)
             return self._with_all_heads(hidden_states, attention_mask, given)
+        if past_key_values is None:
+            past_key_values = kwargs.get("layer_past")  # GPT-NeoX's name
         backend = IMPLEMENTATIONS[implementation]
         if kwargs.get("output_attentions"):
             _LOGGER.warning_once(
@@ -87,12 +91,13 @@ class RoutedAttention(nn.Module):
             cache = kwargs.get("cache", past_key_values)
             decoded = decode(self, hidden_states, position_embeddings, attention_mask, cache, backend)
             if decoded is not None:
-                return decoded, None
+                return family.finish(self, decoded, hidden_states), None
         routing, q, k, v = self._project(core, hidden_states, backend)  # [B, N, H, D], [B, N, Hkv, D] twice
         if family.query_norm and hasattr(core, family.query_norm):
-            q, k = getattr(core, family.query_norm)(q), getattr(core, family.key_norm)(k)
+            q = self._normalised(q, getattr(core, family.query_norm))
+            k = self._normalised(k, getattr(core, family.key_norm))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if position_embeddings is not None and self.rotate is not None:
+        if position_embeddings is not None and self.rotates:
             q, k = self._rotated(q, k, *position_embeddings)
         if kwargs.get("cache") is not None:  # the name since transformers 5.24; before, that of a paged cache
             k, v = kwargs["cache"].update(k, v, core.layer_idx, kwargs=kwargs)
@@ -131,15 +136,24 @@ class RoutedAttention(nn.Module):
 
     def _project(self, core: Any, x: Tensor, backend: str | None) -> tuple[RoutingInfo, Tensor, Tensor, Tensor]:
         """The routing of x `[B, N, C]`, by x or its queries; then queries, keys and values, split into heads."""
-        if not self.family.fused:
-            routing, q = route_and_project(self.router, self.query_projection, x, backend)
+        family = self.family
+        if not family.fused:
+            # A norm over all heads together reads the queries of all of them: "reference" computes them all
+            of_queries = "reference" if family.joint_norms else backend
+            routing, q = route_and_project(self.router, self.query_projection, x, of_queries)
             k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in (self.key_projection, self.value_projection))
             return routing, q, k, v
-        H = self.router.config.num_heads
-        Hkv = getattr(core.config, "num_key_value_heads", H)
-        qkv = self.query_projection(x).unflatten(-1, (H + 2 * Hkv, -1))  # [B, N, H + 2 Hkv, D]
-        q, k, v = qkv.split((H, Hkv, Hkv), dim=2)
+        H, qkv = self.router.config.num_heads, self.query_projection(x)
+        if family.fused_by_head:
+            q, k, v = qkv.unflatten(-1, (H, -1)).chunk(3, dim=-1)
+        else:
+            Hkv = getattr(core.config, "num_key_value_heads", H)
+            q, k, v = qkv.unflatten(-1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), dim=2)
         return self.router(q=q) if self.router.reads_queries else self.router(x), q, k, v
+
+    def _normalised(self, heads: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """Queries or keys `[B, N, H, D]` after their norm, which is of each head or of all heads together."""
+        return norm(heads.flatten(-2)).view_as(heads) if self.family.joint_norms else norm(heads)
 
     def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         rotate = type(self).rotate
@@ -186,6 +200,7 @@ def parts(family: Family) -> dict[str, property]:
         "key_projection": _at(family.core, family.keys, exists=not family.fused),
         "value_projection": _at(family.core, family.values, exists=not family.fused),
         "output_projection": _at(family.output),
+        "rotates": property(lambda attention: bool(family.rotary) and at(attention, family.rotary_where) is not None),
         "rotated_channels": _at(family.rotary_width, exists=bool(family.rotary_width)),
         "dropout_rate": _at(family.core, family.dropout),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # `import moh` reads the table, which must not load torch
     from torch import Tensor
@@ -21,6 +21,14 @@ def _as_it_is(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
 def _residual_dropout(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
     dropped: Tensor = attention.resid_dropout(out)
     return dropped
+
+
+def _residual_rate(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    if not attention.training:
+        return out
+    from torch.nn.functional import dropout
+
+    return dropout(out, attention.residual_dropout)
 
 
 def _residual_norm(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
@@ -46,10 +54,13 @@ class Family:
         core: path of what holds the projections, `scaling`, `is_causal` and `config`; "" for the attention itself.
         queries, keys, values: the projections, from the core.
         fused: one projection for all three instead, its rows those of queries, keys and values; "" for none.
+        fused_by_head: whether its rows are those of each head's query, key and value instead.
         output: the output projection W_O.
         query_norm, key_norm: norms of each head's queries and keys, from the core; "" or absent for none.
-        rotary: whether queries and keys are rotated, first half of the channels against second half.
-        rotary_width: path of how many of the first channels are rotated; "" for all channels.
+        joint_norms: whether these are norms over the channels of all heads together.
+        rotary: which channels of queries and keys are rotated against each other: "halves", "neighbours", or "" for none.
+        rotary_width: path of how many of the first channels are rotated; "" for all, or if the family's function knows.
+        rotary_where: path of what is None in layers that rotate nothing; "" if all layers rotate.
         dropout: path of the probability of dropping an attention weight, from the core.
         finish: `(attention, W_O's output, input) -> output`, the last step of the attention module.
         encoder: whether tokens see what comes after them and a head predicts no next token.
@@ -70,11 +81,14 @@ class Family:
     keys: str = "k_proj"
     values: str = "v_proj"
     fused: str = ""
+    fused_by_head: bool = False
     output: str = "o_proj"
     query_norm: str = ""
     key_norm: str = ""
-    rotary: bool = True
+    joint_norms: bool = False
+    rotary: Literal["halves", "neighbours", ""] = "halves"
     rotary_width: str = ""
+    rotary_where: str = ""
     dropout: str = "attention_dropout"
     finish: Callable[[Any, Tensor, Tensor], Tensor] = _as_it_is
     encoder: bool = False
@@ -94,17 +108,20 @@ class Family:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether each attention is three projections, rotary embedding of all channels and W_O, in this order, and no more.
+        """Whether each attention is three projections, rotary embedding of all channels by halves and W_O, but for dropout.
 
         Such attention decodes a token by one operator (`decoding`) and can be split over processes (`tensor_parallel`).
         """
-        more = self.core or self.fused or self.query_norm or self.rotary_width or self.finish is not _as_it_is
-        return self.rotary and not more
+        more = self.core or self.fused or self.query_norm or self.rotary_width or self.rotary_where
+        return self.rotary == "halves" and not more and self.finish in (_as_it_is, _residual_rate)
 
 
-def _decoder(model: str, causal_lm: str, classifier: str = "") -> dict[str, str]:
-    names = {"AutoModel": model, "AutoModelForCausalLM": causal_lm}
-    return names | ({"AutoModelForSequenceClassification": classifier} if classifier else {})
+_SEQUENCES, _TOKENS, _ANSWERS = "SequenceClassification", "TokenClassification", "QuestionAnswering"
+
+
+def _decoder(stem: str, *heads: str) -> dict[str, str]:
+    """Names of a decoder's classes, which begin with `stem`, for the Auto classes `AutoModelFor{head}`."""
+    return {"AutoModel": f"{stem}Model"} | {f"AutoModelFor{head}": f"{stem}For{head}" for head in ("CausalLM", *heads)}
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -113,28 +130,28 @@ FAMILIES: tuple[Family, ...] = (
         "llama",
         "LlamaConfig",
         "LlamaAttention",
-        _decoder("LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"),
+        _decoder("Llama", _SEQUENCES, _TOKENS, _ANSWERS),
     ),
     Family(
         "mistral",
         "mistral",
         "MistralConfig",
         "MistralAttention",
-        _decoder("MistralModel", "MistralForCausalLM", "MistralForSequenceClassification"),
+        _decoder("Mistral", _SEQUENCES, _TOKENS, _ANSWERS),
     ),
     Family(
         "qwen2",
         "qwen2",
         "Qwen2Config",
         "Qwen2Attention",
-        _decoder("Qwen2Model", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+        _decoder("Qwen2", _SEQUENCES, _TOKENS, _ANSWERS),
     ),
     Family(
         "qwen3",
         "qwen3",
         "Qwen3Config",
         "Qwen3Attention",
-        _decoder("Qwen3Model", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+        _decoder("Qwen3", _SEQUENCES, _TOKENS, _ANSWERS),
         query_norm="q_norm",
         key_norm="k_norm",
     ),
@@ -143,14 +160,14 @@ FAMILIES: tuple[Family, ...] = (
         "gemma",
         "GemmaConfig",
         "GemmaAttention",
-        _decoder("GemmaModel", "GemmaForCausalLM", "GemmaForSequenceClassification"),
+        _decoder("Gemma", _SEQUENCES, _TOKENS),
     ),
     Family(
         "gemma2",
         "gemma2",
         "Gemma2Config",
         "Gemma2Attention",
-        _decoder("Gemma2Model", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+        _decoder("Gemma2", _SEQUENCES, _TOKENS),
         defaults={"attn_logit_softcapping": None},
     ),
     Family(
@@ -158,7 +175,7 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3",
         "Gemma3TextConfig",
         "Gemma3Attention",
-        _decoder("Gemma3TextModel", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+        _decoder("Gemma3Text", _SEQUENCES) | {"AutoModelForCausalLM": "Gemma3ForCausalLM"},
         query_norm="q_norm",
         key_norm="k_norm",
     ),
@@ -167,7 +184,7 @@ FAMILIES: tuple[Family, ...] = (
         "phi",
         "PhiConfig",
         "PhiAttention",
-        _decoder("PhiModel", "PhiForCausalLM", "PhiForSequenceClassification"),
+        _decoder("Phi", _SEQUENCES, _TOKENS),
         output="dense",
         query_norm="q_layernorm",  # there only with qk_layernorm
         key_norm="k_layernorm",
@@ -178,20 +195,69 @@ FAMILIES: tuple[Family, ...] = (
         "phi3",
         "Phi3Config",
         "Phi3Attention",
-        _decoder("Phi3Model", "Phi3ForCausalLM", "Phi3ForSequenceClassification"),
+        _decoder("Phi3", _SEQUENCES, _TOKENS),
         fused="qkv_proj",
+    ),
+    Family(
+        "olmo2",
+        "olmo2",
+        "Olmo2Config",
+        "Olmo2Attention",
+        _decoder("Olmo2", _SEQUENCES),
+        query_norm="q_norm",
+        key_norm="k_norm",
+        joint_norms=True,
+    ),
+    Family("granite", "granite", "GraniteConfig", "GraniteAttention", _decoder("Granite")),
+    Family(
+        "cohere",
+        "cohere",
+        "CohereConfig",
+        "CohereAttention",
+        _decoder("Cohere"),
+        query_norm="q_norm",  # there only with use_qk_norm
+        key_norm="k_norm",
+        rotary="neighbours",
+    ),
+    Family(
+        "cohere2",
+        "cohere2",
+        "Cohere2Config",
+        "Cohere2Attention",
+        _decoder("Cohere2"),
+        rotary="neighbours",
+        rotary_where="sliding_window",
+    ),
+    Family(
+        "starcoder2",
+        "starcoder2",
+        "Starcoder2Config",
+        "Starcoder2Attention",
+        _decoder("Starcoder2", _SEQUENCES, _TOKENS),
+        finish=_residual_rate,
+    ),
+    Family(
+        "gpt_neox",
+        "gpt_neox",
+        "GPTNeoXConfig",
+        "GPTNeoXAttention",
+        _decoder("GPTNeoX", _SEQUENCES, _TOKENS, _ANSWERS),
+        attention_of_layer="attention",
+        fused="query_key_value",
+        fused_by_head=True,
+        output="dense",
     ),
     Family(
         "gpt2",
         "gpt2",
         "GPT2Config",
         "GPT2Attention",
-        _decoder("GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        _decoder("GPT2", _SEQUENCES, _TOKENS, _ANSWERS) | {"AutoModelForCausalLM": "GPT2LMHeadModel"},
         layers="h",
         attention_of_layer="attn",
         fused="c_attn",
         output="c_proj",
-        rotary=False,
+        rotary="",
         dropout="attn_dropout.p",
         finish=_residual_dropout,
         max_positions="max_position_embeddings",
@@ -201,10 +267,10 @@ FAMILIES: tuple[Family, ...] = (
         "opt",
         "OPTConfig",
         "OPTAttention",
-        _decoder("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification"),
+        _decoder("OPT", _SEQUENCES, _ANSWERS),
         layers="decoder.layers",
         output="out_proj",
-        rotary=False,
+        rotary="",
         dropout="dropout",
         max_positions="max_position_embeddings",
     ),
@@ -227,7 +293,7 @@ FAMILIES: tuple[Family, ...] = (
         keys="key",
         values="value",
         output="output.dense",
-        rotary=False,
+        rotary="",
         dropout="dropout.p",
         finish=_residual_norm,
         encoder=True,
@@ -240,7 +306,7 @@ FAMILIES: tuple[Family, ...] = (
         "ViTAttention",
         {"AutoModel": "ViTModel", "AutoModelForImageClassification": "ViTForImageClassification"},
         attention_of_layer="attention",
-        rotary=False,
+        rotary="",
         encoder=True,
         images=True,
     ),
