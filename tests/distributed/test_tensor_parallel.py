@@ -83,7 +83,13 @@ def _compare(team, size: int, fields, **tolerances) -> None:
 
 @pytest.mark.parametrize(
     ("family", "router"),
-    [("Llama", "two_stage"), ("Llama", "linear"), ("Llama", "query_norm"), ("Qwen2", "linear")],
+    [
+        ("Llama", "two_stage"),
+        ("Llama", "linear"),
+        ("Llama", "query_norm"),
+        ("Qwen2", "linear"),
+        ("Starcoder2", "linear"),
+    ],
 )
 def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, family: str, router: str) -> None:
     _compare(team, 2, {"family": family, "router": router, "shared_heads": 4})

@@ -1,8 +1,8 @@
 """Tensor parallelism: every process holds a slice of the heads, shared and routed ones alike.
 
-For families whose attention is plain (Llama, Mistral, Qwen2, Gemma). PyTorch's DTensor splits the projections and the MLP;
-MoH also needs the heads in an order in which equal slices have equal shares of shared and routed heads, and the gates:
-every process computes all of them and uses those of its slice.
+For families whose attention is plain (Llama, Mistral, Qwen2, Gemma, Granite, StarCoder2). PyTorch's DTensor splits the
+projections and the MLP; MoH also needs the heads in an order in which equal slices have equal shares of shared and routed
+heads, and the gates: every process computes all of them and uses those of its slice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from moh.config import MoHConfig
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
 from moh.routing import Router, RoutingInfo
+
+_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+"""Names in transformers' own plans (`config.base_model_tp_plan`) -> how torch splits such a projection."""
 
 
 @torch.no_grad()
@@ -84,12 +87,12 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
     if config.output_changes is not None:
         raise ValueError("model must not have config.output_changes: these changes of W_O are not split")
     attention = family.attention_of_layer
-    by_heads = [f"{attention}.{name}" for name in (family.queries, family.keys, family.values)]
-    plan = {name: ColwiseParallel() for name in (*by_heads, "mlp.gate_proj", "mlp.up_proj")}
+    plan = {f"{attention}.{name}": "colwise" for name in (family.queries, family.keys, family.values)}
+    plan[f"{attention}.{family.output}"] = "rowwise"
+    named = {name.removeprefix(f"{family.layers}.*."): style for name, style in config.base_model_tp_plan.items()}
+    plan |= {name: style for name, style in named.items() if name.startswith("mlp.")}
     for layer in at(model.base_model, family.layers):
-        parallelize_module(
-            layer, mesh, {**plan, f"{attention}.{family.output}": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-        )
+        parallelize_module(layer, mesh, {name: _STYLES[style]() for name, style in plan.items()})
         _GatesOfSlice(at(layer, attention).router, mesh)
 
 
