@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from moh.models.transformers.families import FAMILIES, Family
+from moh.models.transformers.families import Family, known_families
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TEXT = dict(
@@ -38,6 +38,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": GROUPED | dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     "starcoder2": GROUPED | dict(sliding_window=5),
     "gpt_neox": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    "lfm3": GROUPED
+    | dict(
+        head_dim=8,
+        sliding_window=5,
+        num_hidden_layers=3,
+        layer_types=["conv", "sliding_attention", "full_attention"],
+        conv_bias=True,
+    ),
     "gpt2": dict(n_inner=48, scale_attn_by_inverse_layer_idx=True),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
     "bert": dict(),
@@ -48,7 +56,7 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "opt": dict(dropout=0.0),
     "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
 }
-BY_TYPE = {family.model_type: family for family in FAMILIES}
+BY_TYPE = {family.model_type: family for family in known_families()}
 ALL = list(BY_TYPE)
 IMAGES = [name for name, family in BY_TYPE.items() if family.images]
 ENCODERS = [name for name, family in BY_TYPE.items() if family.encoder and not family.images]

@@ -41,6 +41,9 @@ CLASSIFIERS = [
 ]
 
 
+needs_lfm3 = pytest.mark.skipif("lfm3" not in BY_TYPE, reason="this transformers has no LFM3")
+
+
 def converted(dense: Any, **options: Any) -> Any:
     return convert(dense, **dict(router="linear", calibration=token_ids(), progress=False) | options)
 
@@ -122,3 +125,60 @@ def test_a_classifiers_loss_holds_the_balance_term_and_trains_the_routers(model_
     assert torch.allclose(outputs.loss, model(ids, **labels).loss + 0.5 * outputs.aux_loss)
     outputs.loss.backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "router" in n)
+
+
+@needs_lfm3
+@pytest.mark.parametrize("implementation", ["moh", "eager"])
+@torch.no_grad()
+def test_a_head_that_the_models_own_gate_closes_is_not_chosen_and_the_gate_still_weights_the_others(
+    implementation,
+) -> None:
+    dense = dense_model("lfm3")
+    dense.model.embed_tokens.weight[:, 0] = 30.0  # a channel that is positive in every layer's input
+    for layer in dense.model.layers[1:]:
+        layer.self_attn.g_proj.weight[2] = 0.0
+        layer.self_attn.g_proj.weight[2, 0] = -30.0
+    model = converted(dense, refit_output=False, allocation="even", **SOME_HEADS)
+    model.set_attn_implementation(implementation)
+    ids = token_ids(4, 12)
+    with record_routing(model) as routing:
+        before = model(ids).logits
+    assert len(routing) == 2 and not any(info.active[..., 2].any() for _, info in routing)
+    for layer in model.model.layers[1:]:
+        layer.self_attn.g_proj.weight.mul_(0.5)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+@needs_lfm3
+@torch.no_grad()
+def test_gates_of_the_models_own_that_round_to_0_are_computed_alike_by_every_implementation() -> None:
+    model = converted(dense_model("lfm3"), routing_unit="group_balanced", shared_heads=0, active_heads=2)
+    for layer in model.model.layers[1:]:
+        layer.self_attn.g_proj.weight.mul_(1e4)
+    ids = token_ids(4, 12)
+    expected = model(ids).logits
+    for implementation in ("moh_grouped", "moh_reference", "eager"):
+        model.set_attn_implementation(implementation)
+        assert_same(model(ids).logits, expected)
+
+
+@needs_lfm3
+def test_a_hybrids_layers_without_heads_have_no_entry_in_its_configuration() -> None:
+    from moh.models.transformers import MoHLfm3Config
+
+    sizes = dict(num_hidden_layers=3, layer_types=["conv", "sliding_attention", "full_attention"])
+    config = MoHLfm3Config(**sizes, active_heads=[2, 3])
+    assert [layer.active_heads for layer in config.layer_configs()] == [2, 3]
+    with pytest.raises(ValueError, match=r"active_heads must be .* one entry per layer \(2\), got 3 entries"):
+        MoHLfm3Config(**sizes, active_heads=[2, 3, 4])
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_refused_and_its_auto_classes_know_nothing(
+    monkeypatch,
+) -> None:
+    from moh.models.transformers import families, models
+
+    monkeypatch.setattr(families, "find_spec", lambda name: None if name.endswith(".lfm3") else name)
+    assert [f.model_type for f in families.FAMILIES if f not in families.known_families()] == ["lfm3"]
+    with pytest.raises(ImportError, match="MoHLfm3Model needs a transformers that has models of type 'lfm3'"):
+        models.make_class("MoHLfm3Model")

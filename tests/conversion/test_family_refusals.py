@@ -99,6 +99,7 @@ CASES = {
         {},
         "got 'qwen3_moe'; the type without experts, qwen3, can be converted",
     ),
+    "olmo2-query-norms": (lambda: dense_model("olmo2"), dict(router="query_norm"), "query_norm.*'olmo2'.*router='linear'"),
     "foreign-attention": (with_foreign_attention, {}, "layer 1's attention must be .*Qwen3Attention, got a Other"),
     "adapter-inside": (with_adapter, {}, r"transformer.h.0.attn.c_attn must be a plain linear layer.*merge an adapter"),
     "llama-adapter-inside": (llama_with_adapter, {}, r"layers.0.self_attn.o_proj must be a plain linear layer"),

@@ -10,7 +10,7 @@ import moh
 from moh import MoHAttention
 from moh.conversion.passes import head_contributions
 from moh.inspection.trace import trace
-from moh.models.transformers.families import FAMILIES
+from moh.models.transformers.families import known_families
 
 
 def explicit(layer: MoHAttention, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_a_dense_language_model_uses_every_head(base_dir) -> None:
         assert (layer.gates == 1).all() and (layer.contributions > 0).all()
 
 
-@pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES])
+@pytest.mark.parametrize("model_type", [family.model_type for family in known_families()])
 @pytest.mark.parametrize("kind", ["dense", "MoH"])
 def test_every_family_is_traced(model_type: str, kind: str) -> None:
     from family_cases import IMAGES, SIZES, dense_model, images, inputs_of, token_ids

@@ -52,7 +52,7 @@ def convert(
 
     Args:
         model_or_path: a language model of transformers (Llama, Mistral, Qwen2, SmolLM, Qwen3, Gemma, Phi, Phi-3, OLMo 2,
-            Granite, Cohere, StarCoder 2, GPT-NeoX, GPT-2, OPT), an encoder (BERT, MiniLM), a `ViTModel` or
+            Granite, Cohere, StarCoder 2, GPT-NeoX, LFM3, GPT-2, OPT), an encoder (BERT, MiniLM), a `ViTModel` or
             `ViTForImageClassification`, or a timm `VisionTransformer` (vit_*, deit_*, deit3_*, ..., distilled ones too);
             or a directory to load one from, a hub name or .gguf file of a language model, or "hf-hub:NAME" of a timm
             model. Or a diffusers `DiTTransformer2DModel`, a dense DiT of ours, or a directory of one or of a pipeline with

@@ -19,7 +19,7 @@ from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
 from moh.data.text.blocks import are_texts, calibration_blocks, start_tokens
 from moh.models.heads import compact_heads
-from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of
 from moh.models.transformers.loading import mend_generation_config
 from moh.models.transformers.models import modeling, refusal
 from moh.routing import Router, build_router, router_class
@@ -43,6 +43,8 @@ _NEAREST = {
     "qwen3_moe": "the type without experts, qwen3, can be converted",
     "olmoe": "the type without experts, olmo2, can be converted",
     "granitemoe": "the type without experts, granite, can be converted",
+    "laguna": "mixtures of experts can't be converted; of models with a gate per head, lfm3 can",
+    "step3p7": "mixtures of experts can't be converted; of models with a gate per head, lfm3 can",
     "phimoe": "the type without experts, phi3, can be converted",
     "roberta": "encoders of type bert can be converted",
     "xlm-roberta": "encoders of type bert can be converted",
@@ -81,7 +83,7 @@ class DenseTransformersModel(DenseModel):
         reason = refusal(model.config)
         if reason is not None:
             raise ValueError(reason)
-        layers = [at(layer, family.attention_of_layer) for layer in at(model.base_model, family.layers)]
+        layers = attentions(family, model.base_model)
         for index, attention in enumerate(layers):
             if type(attention) is not getattr(own, family.attention):
                 raise ValueError(
@@ -117,8 +119,8 @@ class DenseTransformersModel(DenseModel):
         )
         names = {module: name for name, module in dense.named_modules()}
         state = {name: tensor.clone() if self._copied else tensor for name, tensor in dense.state_dict().items()}
-        for layer, router in zip(at(dense.base_model, self._family.layers), routers, strict=bool(routers)):
-            prefix = names[at(layer, self._family.attention_of_layer)]
+        for module, router in zip(attentions(self._family, dense.base_model), routers, strict=bool(routers)):
+            prefix = names[module]
             for name, tensor in router.state_dict().items():
                 state[f"{prefix}.router.{name}"] = tensor.to(dense.device, dense.dtype)
         for attention, weight in zip(self.attentions, output_weights, strict=bool(output_weights)):

@@ -256,10 +256,10 @@ def _configurations(model: nn.Module) -> list[tuple[HasLayerHeads, list[Router]]
         if not isinstance(config, HasLayerHeads) or id(config) in found:
             continue
         own = _routers(module)
-        if len(own) == config.num_hidden_layers:
+        if len(own) == config.num_attention_layers:
             found[id(config)] = config, own
         else:
-            others.setdefault(id(config), f"{config.num_hidden_layers} layers, got {len(own)} routers")
+            others.setdefault(id(config), f"{config.num_attention_layers} layers, got {len(own)} routers")
     wrong = [what for key, what in others.items() if key not in found]
     if wrong:
         raise ValueError(

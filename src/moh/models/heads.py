@@ -86,14 +86,19 @@ class HasLayerHeads:
             raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
         self.layer_configs()
 
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that have heads."""
+        return self.num_hidden_layers
+
     def layer_configs(self) -> list[MoHConfig]:
-        """The heads and routing of each layer.
+        """The heads and routing of each layer that has heads.
 
         Raises:
             ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
         """
         return layer_configs(
-            self.num_hidden_layers,
+            self.num_attention_layers,
             self.num_attention_heads,
             shared_heads=self.shared_heads,
             active_heads=self.active_heads,

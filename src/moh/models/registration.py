@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from moh.models.transformers.families import FAMILIES
+from moh.models.transformers.families import FAMILIES, known_families
 
 
 class _CallbackLoader(Loader):
@@ -107,7 +107,7 @@ def _register_classes() -> None:
     auto = importlib.import_module(f"{_AUTO}.modeling_auto")
     mapping = importlib.import_module(f"{_AUTO}.configuration_auto").CONFIG_MAPPING
     package = importlib.import_module(_PACKAGE)
-    for family in FAMILIES:
+    for family in known_families():
         config = getattr(package, family.moh_config)
         mapping.register(config.model_type, config, exist_ok=True)
         for auto_class, model in family.moh_models.items():
@@ -117,7 +117,7 @@ def _register_classes() -> None:
 
 def _add_config_names() -> None:
     names = sys.modules[f"{_AUTO}.configuration_auto"].CONFIG_MAPPING_NAMES
-    for family in FAMILIES:
+    for family in known_families():
         module = f"transformers.models.moh_{family.model_type}"
         sys.modules[module] = _LazyPackage(module)
         names[f"moh_{family.model_type}"] = family.moh_config
@@ -125,7 +125,7 @@ def _add_config_names() -> None:
 
 def _add_model_names() -> None:
     auto = sys.modules[f"{_AUTO}.modeling_auto"]
-    for family in FAMILIES:
+    for family in known_families():
         for auto_class, model in family.moh_models.items():
             getattr(auto, _MODEL_NAMES[auto_class])[f"moh_{family.model_type}"] = model
 

@@ -103,12 +103,15 @@ class RoutedAttention(nn.Module):
             k, v = kwargs["cache"].update(k, v, core.layer_idx, kwargs=kwargs)
         elif past_key_values is not None:
             k, v = past_key_values.update(k, v, core.layer_idx)
+        gates = routing.gates
+        if family.gate and (own := getattr(core, family.gate)) is not None:
+            gates = gates * own(hidden_states).sigmoid()
         # transformers omits the mask where it is plainly causal, or where a single token sees everything before it
         heads = moh_attention(
             q,
             k,
             v,
-            routing.gates,
+            gates,
             is_causal=bool(core.is_causal) and attention_mask is None and q.shape[2] > 1,
             attn_mask=attention_mask,
             scale=core.scaling,
@@ -116,7 +119,7 @@ class RoutedAttention(nn.Module):
             heads_per_group=layer.heads_per_group,
             backend=backend,
         )  # [B, N, H, D]
-        out = project_output(self.output_projection, heads, routing.gates, layer.share, backend)
+        out = project_output(self.output_projection, heads, gates, layer.share, backend)
         return family.finish(self, out, hidden_states), None
 
     def _with_all_heads(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # `import moh` reads the table, which must not load torch
@@ -50,11 +51,13 @@ class Family:
         config, attention: names of its configuration's and its attention's class.
         models: name of an Auto class -> name of the dense model's class.
         layers: path of the layers, from the backbone (`base_model`).
-        attention_of_layer: path of a layer's attention.
+        attention_of_layer: path of a layer's attention; layers of hybrid models that have none are left as they are.
         core: path of what holds the projections, `scaling`, `is_causal` and `config`; "" for the attention itself.
         queries, keys, values: the projections, from the core.
         fused: one projection for all three instead, its rows those of queries, keys and values; "" for none.
         fused_by_head: whether its rows are those of each head's query, key and value instead.
+        gate: projection of the input to a logit per head, whose sigmoid weights the head's output, from the core; "" or None
+            for none.
         output: the output projection W_O.
         query_norm, key_norm: norms of each head's queries and keys, from the core; "" or absent for none.
         joint_norms: whether these are norms over the channels of all heads together.
@@ -82,6 +85,7 @@ class Family:
     values: str = "v_proj"
     fused: str = ""
     fused_by_head: bool = False
+    gate: str = ""
     output: str = "o_proj"
     query_norm: str = ""
     key_norm: str = ""
@@ -112,7 +116,7 @@ class Family:
 
         Such attention decodes a token by one operator (`decoding`) and can be split over processes (`tensor_parallel`).
         """
-        more = self.core or self.fused or self.query_norm or self.rotary_width or self.rotary_where
+        more = self.core or self.fused or self.query_norm or self.rotary_width or self.rotary_where or self.gate
         return self.rotary == "halves" and not more and self.finish in (_as_it_is, _residual_rate)
 
 
@@ -248,6 +252,16 @@ FAMILIES: tuple[Family, ...] = (
         output="dense",
     ),
     Family(
+        "lfm3",
+        "lfm3",
+        "Lfm3Config",
+        "Lfm3Attention",
+        _decoder("Lfm3"),
+        query_norm="q_norm",
+        key_norm="k_norm",
+        gate="g_proj",
+    ),
+    Family(
         "gpt2",
         "gpt2",
         "GPT2Config",
@@ -316,6 +330,17 @@ FAMILIES: tuple[Family, ...] = (
 def family_of(model_type: str) -> Family | None:
     """The family with this `config.model_type`, dense or ours, or None."""
     return next((f for f in FAMILIES if model_type in (f.model_type, f"moh_{f.model_type}")), None)
+
+
+def known_families() -> list[Family]:
+    """The families that the installed transformers has; to be asked once it is imported."""
+    return [family for family in FAMILIES if find_spec(f"transformers.models.{family.package}") is not None]
+
+
+def attentions(family: Family, backbone: Any) -> list[Any]:
+    """The attention modules of a model's layers, in order; of a hybrid model without the layers that have none."""
+    first = family.attention_of_layer.split(".")[0]
+    return [at(layer, family.attention_of_layer) for layer in at(backbone, family.layers) if hasattr(layer, first)]
 
 
 def check_positions(config: Any, tokens: int, *, name: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_outputs
@@ -23,7 +24,7 @@ from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
-from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, family_of
+from moh.models.transformers.families import FAMILIES, PACKAGE, Family, attentions, family_of, known_families
 from moh.routing import build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
@@ -72,6 +73,11 @@ class RoutedConfig(HasLayerHeads):
                 f"num_attention_heads must be a multiple of num_key_value_heads = {kv_heads}, got {self.num_attention_heads}"
             )
         self.check_heads()
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that have heads: in a hybrid model not those of convolutions."""
+        return self.num_hidden_layers - (getattr(self, "layer_types", None) or []).count("conv")
 
     @property
     def num_experts(self) -> int:
@@ -198,9 +204,7 @@ def route(model: Any) -> None:
             module.__class__ = _routed_model_class(type(module))  # type: ignore[arg-type]
             # As its constructor does for its first class; `dict`'s own, as the key is the class's name in every version
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
-    layers = at(model.base_model, family.layers)
-    for layer, config in zip(layers, model.config.layer_configs(), strict=True):
-        attention = at(layer, family.attention_of_layer)
+    for attention, config in zip(attentions(family, model.base_model), model.config.layer_configs(), strict=True):
         if not isinstance(attention, RoutedAttention):
             attention.__class__ = _routed_attention_class(family)
             attention.router = build_router(config, model.config.hidden_size)
@@ -211,9 +215,16 @@ def make_class(name: str) -> type:
 
     Raises:
         AttributeError: no family has it.
+        ImportError: the installed transformers is older than the family.
     """
     dense_name = name.removeprefix("MoH")
+    known = known_families()
     for family in FAMILIES:
+        if name in (family.moh_config, *family.moh_models.values()) and family not in known:
+            raise ImportError(
+                f"{name} needs a transformers that has models of type {family.model_type!r}: {transformers.__version__} "
+                "has none; pip install --upgrade transformers"
+            )
         if name == family.moh_config:
             return _config_class(family)
         if name in family.moh_models.values():
@@ -223,7 +234,7 @@ def make_class(name: str) -> type:
     if isinstance(kind, type) and issubclass(kind, ModelOutput):
         made: type = output_class(kind)
         return made
-    for family in FAMILIES:
+    for family in known:
         if dense_name == family.attention:
             return _routed_attention_class(family)
         kind = getattr(modeling(family), dense_name, None)
