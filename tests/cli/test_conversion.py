@@ -73,7 +73,7 @@ def test_settings_are_passed_on_as_given(
     assert [(kw["allocation"], kw["refit_output"]) for kw in seen] == [expected]
 
 
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "LlamaForTokenClassification"])
 def test_a_model_keeps_the_head_that_it_was_saved_with(
     moh, base_dir: Path, text_file: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_other_commands_dial_a_model_with_output_changes(moh, base_dir: Path, te
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["LlamaForTokenClassification", "BertForPreTraining"])
+@pytest.mark.parametrize("kind", ["GPT2DoubleHeadsModel", "BertForPreTraining"])
 def test_another_head_is_refused_and_not_replaced_by_a_random_one(
     moh, base_dir: Path, text_file: Path, tmp_path: Path, kind: str
 ) -> None:
