@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, StableLmConfig, StableLmForCausalLM
 
 from moh import convert
 from moh.data.text.blocks import calibration_blocks
@@ -116,9 +116,9 @@ def test_an_argument_out_of_range_is_refused_and_nothing_changes(make_dense, tok
 
 def test_a_family_that_is_not_supported_is_named_with_those_that_are() -> None:
     sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
-    with pytest.raises(ValueError, match=r"model must be of a type among llama, mistral, qwen2.*, got 'gpt_neox'"):
-        convert(neox, router="query_norm", **HEADS)
+    model = StableLmForCausalLM(StableLmConfig(**sizes, num_key_value_heads=2))
+    with pytest.raises(ValueError, match=r"model must be of a type among llama, mistral, qwen2.*, got 'stablelm'"):
+        convert(model, router="query_norm", **HEADS)
 
 
 def test_a_model_that_normalises_its_queries_is_pointed_to_the_contribution_router(make_dense) -> None:
