@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moh.layer import KVCache, MoHAttention, RotaryEmbedding
     from moh.models.dial import active_heads, set_active_heads
     from moh.models.published import load_published
-    from moh.routing import RoutingInfo, balance_over_processes, record_routing
+    from moh.routing import RoutingInfo, balance_over_processes, loss_scale, record_routing
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "balance_over_processes",
     "convert",
     "load_published",
+    "loss_scale",
     "moh_attention",
     "record_routing",
     "set_active_heads",
@@ -61,6 +62,7 @@ __getattr__, __dir__ = lazy(
         "inspection": "moh.inspection",
         "layer": "moh.layer",
         "load_published": "moh.models.published",
+        "loss_scale": "moh.routing",
         "models": "moh.models",
         "moh_attention": "moh.attention",
         "record_routing": "moh.routing",

@@ -1,6 +1,9 @@
-"""Promise: `moh info --shape` prints which backend would handle such a call, and why the others would not."""
+"""Promises of `moh info`: which backend would handle a call, why the others would not, and what a model runs."""
 
 from __future__ import annotations
+
+import json
+import shutil
 
 import pytest
 import torch
@@ -94,4 +97,39 @@ def test_it_tells_what_a_models_implementations_compute(moh, moh_dir, base_dir) 
     assert not any("saves nothing" in lines[name] for name in ("moh", "moh_sdpa"))
     assert "saves nothing" in lines["moh_reference"] and "eager, sdpa, flash_attention_2" in lines["any"]
     assert "dense, so every attention implementation" in moh("info", base_dir).out[0]
-    assert moh("info", moh_dir, "--dtype", "float64").out[1].split()[3] == "sdpa"
+    assert moh("info", moh_dir, "--dtype", "float64").out[2].split()[3] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "field, said",
+    [
+        pytest.param({}, "moh, the default; computes 50% of the heads", id="default"),
+        pytest.param({"attn_implementation": "moh_sdpa"}, "moh_sdpa, from config.json; computes 50% of", id="ours"),
+        pytest.param(
+            {"attn_implementation": "moh_reference"}, "moh_reference, from config.json; computes all", id="slow"
+        ),
+        pytest.param(
+            {"attn_implementation": "eager"}, "eager, from config.json; computes all heads, saves", id="foreign"
+        ),
+        pytest.param({"_attn_implementation": "sdpa"}, "sdpa, from config.json; computes all heads", id="old-name"),
+        pytest.param({"attn_implementation": "flash"}, "flash, from config.json; can't be loaded so: ", id="unknown"),
+    ],
+)
+def test_it_says_what_a_model_is_loaded_with_and_whether_that_saves_anything(
+    moh, moh_dir, tmp_path, field, said
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(moh_dir, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | field), encoding="utf-8")
+    result = moh("info", folder)
+    assert result.code == 0
+    runs = result.out[1].split(maxsplit=1)
+    assert runs[0] == "runs" and runs[1].startswith(said)
+    if "can't" not in said:
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config._attn_implementation == said.split(",")[0]
+    else:
+        assert "attn_implementation='moh' works" in runs[1]

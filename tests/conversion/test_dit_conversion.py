@@ -16,6 +16,7 @@ from moh.conversion.diffusers import UNFITTED, convert_dit
 from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.models.diffusers.published import published_state
 from moh.models.published import load_published
+from moh.routing import Router
 
 SIZES = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8)
 PUBLISHED = dict(model="dit", patch_size=2, input_size=8, depth=2, hidden_size=32, num_heads=4, num_classes=5)
@@ -120,9 +121,13 @@ def test_convert_takes_models_and_directories_of_both_kinds(tmp_path, source, su
         assert torch.equal(moh.convert(model, **heads)(**inputs()).sample, expected)
 
 
-@pytest.mark.parametrize(
-    "option", [dict(calibration=torch.ones(1)), dict(refit_output=True), dict(router_aux_loss_coef=0.1)], ids=str
-)
+def test_the_balance_losss_weight_is_kept():
+    model = moh.convert(our_model(), shared_heads=2, active_heads=1, router="two_stage", router_aux_loss_coef=0.1)
+    assert model.config.router_aux_loss_coef == 0.1
+    assert {m.balance.coefficient for m in model.modules() if isinstance(m, Router)} == {0.1}
+
+
+@pytest.mark.parametrize("option", [dict(calibration=torch.ones(1)), dict(refit_output=True)], ids=str)
 def test_convert_refuses_what_only_calibrated_models_have(option):
     with pytest.raises(ValueError, match="must be left out for a diffusion model"):
         moh.convert(our_model(), shared_heads=2, active_heads=1, router="two_stage", **option)

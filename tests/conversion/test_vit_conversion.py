@@ -295,7 +295,7 @@ REFUSALS = {
     ),
     "nan": (timm_model, dict(calibration=torch.full((2, 3, 32, 32), torch.nan)), "must be finite"),
     "tokenizer": (timm_model, dict(seq_len=3), r"tokenizer and seq_len are for language models"),
-    "aux-loss": (timm_model, dict(router_aux_loss_coef=0.01), r"add 0.01 \* routing.balance_loss\(\)"),
+    "aux-loss": (timm_model, dict(router_aux_loss_coef=-0.01), r"router_aux_loss_coef must be at least 0, got -0.01"),
     "no-classifier": (
         lambda: timm_model(num_classes=0),
         dict(allocation="sensitivity"),

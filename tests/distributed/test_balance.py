@@ -25,6 +25,29 @@ def test_two_processes_have_the_balance_loss_and_gradient_of_one(team, router, i
             torch.testing.assert_close(averaged[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def assert_same(got, expected) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind, extra", [("timm", "timm"), ("dit", "diffusers")])
+def test_a_bare_loop_under_ddp_has_the_balance_loss_of_its_model(team, kind, extra) -> None:
+    pytest.importorskip(extra)
+    expected = team("attached_balance", 2, kind=kind, attached=False)
+    for got in team("attached_balance", 2, kind=kind, attached=True):
+        assert_same(got, expected[0])
+
+
+def test_a_trainers_own_loss_weights_the_balance_loss_by_labels_over_all_processes(team) -> None:
+    """With `average_tokens_across_devices`, the default; docs/language.md says what happens without."""
+    pytest.importorskip("transformers")
+    (expected,) = team("foreign_loss", 1, average=True, by_hand=True)
+    for processes in (1, 2):
+        for got in team("foreign_loss", processes, average=True, by_hand=False):
+            assert_same(got, expected)
+
+
 def test_without_other_processes_the_block_changes_nothing() -> None:
     layer, x = moh.MoHAttention(16, 4, shared_heads=1, active_heads=2), torch.randn(2, 5, 16)
     with moh.record_routing(layer) as routing:

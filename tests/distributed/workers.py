@@ -62,6 +62,82 @@ def balance(router: str, inside: bool, checkpointed: bool):
     return loss.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
+def attached_balance(kind: str, attached: bool):
+    """Averaged gradients of a step of a bare loop, under DDP, on this process's part of a batch.
+
+    The balance loss is attached by the model, or added by hand.
+    """
+    coefficient = 0.3
+    options = {"shared_heads": 1, "active_heads": 1, "router_aux_loss_coef": coefficient if attached else 0.0}
+    if kind == "timm":
+        import timm
+
+        sizes = {"depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 4}
+        net = timm.create_model("moh_vit_micro_patch4_28_50", **sizes, **options)
+        inputs: tuple = (torch.randn(4, 3, 28, 28),)
+    else:
+        from moh.models.diffusers import MoHDiTTransformer2DModel
+
+        sizes = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_classes": 4}
+        net = MoHDiTTransformer2DModel(**sizes, class_dropout_prob=0.0, **options)
+        inputs = (torch.randn(4, 4, 8, 8), torch.arange(4) * 100, torch.arange(4))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5 if "router" in name else 0.2)
+    model = nn.parallel.DistributedDataParallel(net.train())
+    with moh.record_routing(net) as routing:
+        output = model(*(part.chunk(size)[rank] for part in inputs))  # noqa: F821
+    loss = (output if kind == "timm" else output.sample).square().mean()
+    (loss if attached else loss + coefficient * routing.balance_loss()).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def foreign_loss(average: bool, by_hand: bool):
+    """The routers' gradients of one step of a Trainer with a loss of its own; four rows, each a batch, are accumulated.
+
+    By hand each row's balance loss is weighted by its share of the labels.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
+
+    coefficient = 0.3
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MoHLlamaConfig(**sizes, num_attention_heads=4, active_heads=2, shared_heads=1)
+    model = MoHLlamaForCausalLM(config).train()
+    rows = torch.randint(3, 30, (4, 12))
+    labels = rows.clone()
+    for row in range(4):
+        labels[row, : 2 * row] = -100
+    found: dict = {}
+
+    def loss_of(outputs, labels, num_items_in_batch):
+        flat = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return nn.functional.cross_entropy(*flat, reduction="sum") / num_items_in_batch
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.update({n: p.grad.clone() for n, p in model.named_parameters() if "router" in n})
+
+    if by_hand:
+        items = (labels[:, 1:] != -100).sum()
+        for row, target in zip(rows.split(1), labels.split(1), strict=True):
+            with moh.record_routing(model) as routing:
+                loss = loss_of(model(row), target, items)
+            (loss + coefficient * (target[:, 1:] != -100).sum() / items * routing.balance_loss()).backward()
+        return {n: p.grad for n, p in model.named_parameters() if "router" in n}
+    model.config.router_aux_loss_coef = coefficient
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=1, gradient_accumulation_steps=4 // size, max_steps=1, max_grad_norm=0.0,  # noqa: F821
+        learning_rate=0.0, use_cpu=True, report_to=[], save_strategy="no", average_tokens_across_devices=average,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": target} for row, target in zip(rows, labels, strict=True)]
+    Trainer(model, arguments, train_dataset=data, compute_loss_func=loss_of, callbacks=[Keep()]).train()
+    return found
+
+
 def tensor_parallel(ways: int, family: str = "Llama", **fields):
     """Loss, balance loss and gradients of a model whose heads `ways` processes split, on this process's part of a batch.
 
@@ -135,7 +211,7 @@ def refusal(options: list[str]):
 if __name__ == "<run_path>":
     torch.manual_seed(0)
     work = globals()[job]  # noqa: F821
-    if work not in (train, losses, refusal) and size > 1:  # noqa: F821
+    if work not in (train, losses, refusal, foreign_loss) and size > 1:  # noqa: F821
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)  # noqa: F821
     result = work(**arguments)  # noqa: F821
     torch.save(result, f"{folder}/{rank}.pt")  # noqa: F821

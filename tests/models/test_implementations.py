@@ -13,6 +13,7 @@ from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
 )
+from transformers.generation.continuous_batching import RequestStatus
 
 KINDS = [
     pytest.param(dict(router="linear"), id="linear"),
@@ -84,6 +85,39 @@ def test_continuous_batching_gives_the_tokens_of_generate(tiny_model, tokens, ki
     assert model.config._attn_implementation == implementation
     if implementation != "paged|eager":
         assert model.generate(torch.tensor([prompts[0]]), **options)[0, 5:].tolist() == expected[0]
+
+
+@pytest.mark.parametrize("implementation", ["moh", "sdpa"])
+def test_a_request_longer_than_the_cache_fails_with_a_reason_and_leaves_the_model_usable(tiny_model, implementation):
+    model = tiny_model(max_position_embeddings=1024, attn_implementation=implementation)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = model.generate(torch.tensor([[4] * 6]), **options)[0, 6:].tolist()
+    small = ContinuousBatchingConfig(num_blocks=2, max_batch_tokens=64)
+    long, short = model.generate_batch([[3] * 700, [4] * 6], GenerationConfig(**options), small, warmup=False).values()
+    assert long.status == RequestStatus.FAILED and "can be scheduled" in long.error and not long.generated_tokens
+    assert short.generated_tokens == expected  # it was done before
+    assert model.config._attn_implementation == implementation
+    (again,) = model.generate_batch([[4] * 6], GenerationConfig(**options), small, warmup=False).values()
+    assert again.generated_tokens == expected
+
+
+@pytest.mark.parametrize("implementation", ["moh", "sdpa"])
+def test_a_cancelled_request_ends_and_the_others_get_their_tokens(tiny_model, tokens, implementation):
+    model = tiny_model(max_position_embeddings=1024, attn_implementation=implementation)
+    options = dict(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompt = tokens[0, :6].tolist()
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, **options)[0, 6:].tolist()
+    small = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    with model.continuous_batching_context_manager(
+        GenerationConfig(**options), continuous_batching_config=small, warmup=False
+    ) as manager:
+        cancelled = manager.add_request([3] * 5, max_new_tokens=900)
+        manager.add_request(prompt, request_id="kept", max_new_tokens=8)
+        manager.cancel_request(cancelled)
+        kept = manager.get_result(timeout=60)
+        assert kept.request_id == "kept" and kept.generated_tokens == expected
+        assert manager.get_result(timeout=0.5) is None  # nothing of the cancelled one
+    assert model.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

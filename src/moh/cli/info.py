@@ -103,10 +103,14 @@ def _print_model(arguments: argparse.Namespace) -> None:
     call = Call(q, k, k, number.expand(1, _TOKENS, H), heads_per_group=layers[0].heads_per_group)
     reasons = backends_passed_over(call._replace(dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    saves = (
-        f"computes {config.share:.0%} of the heads" if chosen != "reference" else "computes all heads, saves nothing"
-    )
+    some, everything = f"computes {config.share:.0%} of the heads", "computes all heads, saves nothing"
+    saves = some if chosen != "reference" else everything
     print(f"{config.model_type}: {len(layers)} layers of {H} heads, {config.share:.0%} of them active")
+    requested = config._attn_implementation
+    origin = "the default" if requested is None else "from config.json"
+    name, problem = _loaded_implementation(config)
+    backend = IMPLEMENTATIONS.get(name, "reference") or chosen
+    print(f"  {'runs':18s} {name}, {origin}; {problem or (some if backend != 'reference' else everything)}")
     print(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, "reference"):
@@ -116,6 +120,24 @@ def _print_model(arguments: argparse.Namespace) -> None:
         "  any other          transformers' own (eager, sdpa, flash_attention_2, ...), gates in front of W_O; computes"
     )
     print("                     all heads, saves nothing")
+
+
+def _loaded_implementation(config: Any) -> tuple[str, str | None]:
+    """The `attn_implementation` that a model with this configuration is loaded with, and why it can't be loaded, if so."""
+    import torch
+    from transformers import AutoModel
+
+    from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS
+
+    name: str = config._attn_implementation or DEFAULT
+    if name in IMPLEMENTATIONS:
+        return name, None
+    try:
+        with torch.device("meta"):  # transformers checks and resolves the name as it builds the model
+            built: str = AutoModel.from_config(config).config._attn_implementation
+    except (ValueError, ImportError) as error:
+        return name, f"can't be loaded so: {' '.join(str(error).split())}; attn_implementation={DEFAULT!r} works"
+    return built, None
 
 
 def _print_choice(arguments: argparse.Namespace) -> None:

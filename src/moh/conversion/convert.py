@@ -85,7 +85,8 @@ def convert(
             (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer uses at them and
             kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` set
             the dial's first position. For models of transformers with router="linear".
-        router_aux_loss_coef: weight of the load-balance loss in `outputs.loss` (0: none) of a transformers model.
+        router_aux_loss_coef: weight of the load-balance loss in the model's own loss, if it has one, and in training in the
+            gradient of any other loss; 0 for none.
         progress: show progress bars.
 
     Returns:
@@ -105,10 +106,10 @@ def convert(
         >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
     """
     if _is_diffusion(model_or_path):
-        if calibration is not None or allocation == "sensitivity" or refit_output or shares or router_aux_loss_coef:
+        if calibration is not None or allocation == "sensitivity" or refit_output or shares:
             raise ValueError(
-                "calibration, allocation, refit_output, shares and router_aux_loss_coef must be left out for a diffusion model: "
-                "it is converted without calibration, and its training weighs the load-balance loss"
+                "calibration, allocation, refit_output and shares must be left out for a diffusion model: it is converted "
+                "without calibration"
             )
         if routing_unit != "head":
             raise ValueError(
@@ -121,7 +122,13 @@ def convert(
             )
         from moh.conversion.diffusers import convert_dit
 
-        return convert_dit(model_or_path, shared_heads=shared_heads, active_heads=active_heads, router=router)
+        return convert_dit(
+            model_or_path,
+            shared_heads=shared_heads,
+            active_heads=active_heads,
+            router=router,
+            router_aux_loss_coef=router_aux_loss_coef,
+        )
     dense = _dense_model(model_or_path, router)
     check_weights(dense.model)
     layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)

@@ -47,6 +47,7 @@ def convert_dit(
     shared_heads: int | Sequence[int | Sequence[int]],
     active_heads: int | Sequence[int],
     router: str = "two_stage",
+    router_aux_loss_coef: float = 0.0,
 ) -> MoHDiTTransformer2DModel:
     """Turn a pretrained dense diffusion transformer into a MoH model with the same weights.
 
@@ -57,6 +58,7 @@ def convert_dit(
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "two_stage" or "single_stage" (learned; new weights that let every active head weigh 1 and choose the
             routed heads almost at random, to be trained) or "query_norm" (no parameters).
+        router_aux_loss_coef: as in `MoHDiTTransformer2DModel`.
 
     Returns:
         the MoH model, in evaluation mode. With all heads active its outputs are the original's.
@@ -77,6 +79,7 @@ def convert_dit(
     else:
         raise ValueError(f"model must be a DiTTransformer2DModel or a dense model of ours, got {type(model).__name__}")
     routing = dict(shared_heads=_plain(shared_heads), active_heads=_plain(active_heads), router=router)
+    routing |= dict(router_aux_loss_coef=router_aux_loss_coef)
     with torch.device("meta"):
         moh = MoHDiTTransformer2DModel(**fields | routing)
     moh = moh.to_empty(device=model.device)

@@ -18,6 +18,7 @@ from moh.models.timm import dense_attentions, replace_attention
 from moh.models.timm.vit import changes_heads
 from moh.models.timm.vit_presets import described_as_moh
 from moh.routing import Router, router_class
+from moh.routing.attached import attach_to_layers
 
 
 class DenseTimmViT(DenseImageModel):
@@ -47,11 +48,6 @@ class DenseTimmViT(DenseImageModel):
                 "refit_output must be False for a model that normalises or gates its heads before the output projection "
                 "(scale_attn_norm, gated): what the projection reads is then not a sum over heads"
             )
-        if router_aux_loss_coef:
-            return (
-                "router_aux_loss_coef must be 0 for a timm model, whose loss is the training loop's: add "
-                f"{router_aux_loss_coef} * routing.balance_loss() there (moh.record_routing)"
-            )
         return None
 
     def logits(self, images: Tensor) -> Tensor | None:
@@ -68,6 +64,7 @@ class DenseTimmViT(DenseImageModel):
     ) -> nn.Module:
         model: Any = copy.deepcopy(self.model)
         attentions = replace_attention(model, layers)
+        attach_to_layers([attention.router for attention in attentions], router_aux_loss_coef)
         for attention in attentions:
             make_undecided(attention.router)
         for attention, router in zip(attentions, routers, strict=bool(routers)):
@@ -80,6 +77,8 @@ class DenseTimmViT(DenseImageModel):
             model.pretrained_cfg = model.default_cfg = described_as_moh(described)
             recorded = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "pretrained_cfg"}
             model.moh_arguments = {**recorded, "base": described["architecture"]}
+            if router_aux_loss_coef:
+                model.moh_arguments["router_aux_loss_coef"] = router_aux_loss_coef
         return model.eval()  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ from moh.config import MoHConfig
 from moh.models.heads import HasLayerHeads, compact_heads
 from moh.models.output_changes import add_output_changes, switches, used_heads
 from moh.routing import Router
+from moh.routing.attached import count_layers
 
 
 def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
@@ -230,6 +231,7 @@ def _apply(model: nn.Module, routers: Sequence[Router], layers: Sequence[MoHConf
         changes.switch(weight, before, after)
     for router, layer in zip(routers, layers, strict=True):
         router.config = layer
+    count_layers(routers)
     for config, own in _configurations(model):
         configs = [router.config for router in own]
         for name, value in compact_heads(configs).items():

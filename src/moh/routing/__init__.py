@@ -1,5 +1,6 @@
 """Routing: a layer's input or queries -> which heads each token uses, and with what weight."""
 
+from moh.routing.attached import loss_scale
 from moh.routing.info import RoutingInfo, balance_over_processes
 from moh.routing.recording import RoutingRecord, record_routing
 from moh.routing.routers import (
@@ -22,6 +23,7 @@ __all__ = [
     "TwoStageRouter",
     "balance_over_processes",
     "build_router",
+    "loss_scale",
     "record_routing",
     "router_class",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.config import ROUTERS, MoHConfig
+from moh.routing.attached import Balance, attach
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import RoutingRecord, recordings_of
 from moh.routing.units import choose, order
@@ -61,6 +62,7 @@ class Router(nn.Module):
         super().__init__()
         self._traced_recordings: tuple[RoutingRecord, ...] = ()  # of `record_routing` inside a compiled graph
         self.heads_here = config.num_heads  # fewer where processes split the heads among them
+        self.balance = Balance()  # shared with the model's other layers by `attached.attach_to_layers`
         self._set_heads(config)
 
     def _set_heads(self, config: MoHConfig) -> None:
@@ -90,9 +92,19 @@ class Router(nn.Module):
         if source is None:
             raise ValueError(f"{name} must be given: the {self.config.router!r} router decides by it")
         info = self._route(source)
+        if self.balance.coefficient and self.training and torch.is_grad_enabled() and info.probs is not None:
+            info = self._with_balance(info, info.probs)
         for recording in self._recorders:
             recording.record(self, info)
         return info
+
+    def _with_balance(self, info: RoutingInfo, probs: Tensor) -> RoutingInfo:
+        """The same routing, whose gates carry the gradient of the balance loss."""
+        balance = info.balance_loss()
+        if not balance.requires_grad:  # nothing that decides is trained
+            return info
+        _, (gates,), (probs,) = attach(balance, self.balance.weight, [info.gates], [probs])
+        return RoutingInfo(info.config, gates, probs)
 
     def is_observed(self) -> bool:
         """Whether anything observes `forward`: a recording, a hook, or a patched `forward`."""

@@ -19,6 +19,8 @@ from moh.config import MoHConfig
 from moh.layer import MoHAttention
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import layer_configs
+from moh.routing import Router
+from moh.routing.attached import attach_to_layers
 
 MODULATION_EPS = 1e-6
 """Epsilon of the norms inside diffusers' adaptive norms, of the published models, and of the last norm."""
@@ -128,6 +130,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
         freq_shift: shift in the time step's frequencies `10000 ** (-i / (128 - freq_shift))`: 0 in the published models, 1 in
             diffusers' `DiTTransformer2DModel`.
         moh_backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
+        router_aux_loss_coef: weight of the load-balance loss, whose gradient joins that of any training loop's loss.
 
     Raises:
         ValueError: a size is out of range or does not match another; names the argument.
@@ -157,6 +160,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
         norm_eps: float = 1e-6,
         freq_shift: int = 0,
         moh_backend: str | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         if (shared_heads is None) != (active_heads is None):
@@ -199,6 +203,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
             )
             for heads in layers
         )
+        attach_to_layers((m for m in self.modules() if isinstance(m, Router)), router_aux_loss_coef)
         self.norm_out = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=MODULATION_EPS)
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * out_channels)

@@ -1,6 +1,7 @@
 """Named vision transformers with MoH attention, registered with timm: sizes for 224 pixels, and small ones for a CPU.
 
-The number at the end is the share of active heads in per cent, over all layers. `moh_vit` makes all others.
+The number at the end is the share of active heads in per cent, over all layers. `moh_vit` makes all others. With
+`router_aux_loss_coef` above 0 the gradient of any training loop's loss has that of the balance loss too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from moh.models.heads import layer_configs
 from moh.models.kinds import TIMM_SOURCES
 from moh.models.timm.vit import dense_attentions, replace_attention
+from moh.routing.attached import attach_to_layers
 
 SHARES = (50, 75, 90)
 """Shares of active heads, in per cent."""
@@ -70,6 +72,7 @@ def _with_heads(
     shared_heads: int | list[int | list[int]] | None = None,
     active_heads: int | list[int] | None = None,
     router: str = "two_stage",
+    router_aux_loss_coef: float = 0.0,
     backend: str | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -87,7 +90,7 @@ def _with_heads(
     if shared_heads is None or active_heads is None:
         raise ValueError("shared_heads and active_heads must be given: numbers, or lists with one entry per layer")
     layers = layer_configs(depth, num_heads, shared_heads=shared_heads, active_heads=active_heads, router=router)
-    replace_attention(model, layers, backend=backend)
+    attach_to_layers([a.router for a in replace_attention(model, layers, backend=backend)], router_aux_loss_coef)
     return model
 
 
@@ -163,7 +166,8 @@ def moh_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> VisionTran
 
     Args:
         base: "vit_base_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", ...
-        kwargs: `active_heads` (needed), `shared_heads`, `router`, `backend`, and what `base` itself takes.
+        kwargs: `active_heads` (needed), `shared_heads`, `router`, `router_aux_loss_coef`, `backend`, and what `base` itself
+            takes.
 
     Raises:
         ValueError: the model is not a `VisionTransformer` that timm knows by name, an argument names other weights, or the

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -21,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from moh.models.transformers.attention import RoutedAttention
 from moh.models.transformers.families import PACKAGE
 from moh.routing import RoutingInfo, record_routing
+from moh.routing.attached import attach
 from moh.routing.recording import RoutingRecord
 
 _PART = "is_part_of_moh_model"
@@ -90,55 +90,10 @@ def _attach(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Put the balance loss into the graph of a call's outputs; returns it and the router's logits as part of that graph."""
     names = [n for n, x in outputs.items() if n != "loss" and isinstance(x, Tensor) and x.requires_grad]
-    tensors = [outputs[name] for name in names]
-    balance, *attached = _Attached.apply(len(tensors), weight, items, balance, *tensors, *logits)
-    for name, tensor in zip(names, attached[: len(names)], strict=True):
+    balance, attached, logits = attach(balance, weight, [outputs[name] for name in names], logits, items)
+    for name, tensor in zip(names, attached, strict=True):
         outputs[name] = tensor
-    return balance, tuple(attached[len(names) :])
-
-
-class _Attached(torch.autograd.Function):
-    """Passes a call's outputs through, and in the backward pass adds the gradient of the balance loss.
-
-    Args:
-        count: number of outputs; the router's logits follow them.
-        weight: of the balance loss, beside a mean over this call's tokens.
-        items: number of labels of an optimiser step if that is what the loss is divided by.
-        balance: the balance loss.
-        tensors: outputs and logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, count: int, weight: float, items: Tensor | int | None, balance: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.count, ctx.weight = count, weight
-        saved = [] if items is None else [torch.as_tensor(items, device=balance.device)]
-        ctx.save_for_backward(balance, *saved)
-        # Detached and not viewed: what a function returns as a view can't be changed in place.
-        return balance.detach(), *(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, of_balance: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
-        balance, *items = ctx.saved_tensors
-        of_outputs, of_logits = gradients[: ctx.count], gradients[ctx.count :]
-        added = torch.full_like(balance, ctx.weight)
-        of_first = next((g for g in of_outputs if g is not None), None)
-        if items and of_first is not None:
-            # A token without a label has no gradient. Trainers multiply such a loss by the number of processes, whose
-            # gradients are then averaged.
-            labels = (torch.linalg.vector_norm(of_first, torch.inf, dim=-1) > 0).sum().to(balance.device)
-            added = added * labels * _processes() / items[0]
-        # A loss that has a balance loss of its own gets no second one. A compiled graph gives 0 for what is not used.
-        for used in (of_balance, *of_logits):
-            if used is not None:
-                added = torch.where((used != 0).any().to(balance.device), 0.0, added)
-        return None, None, None, added if of_balance is None else of_balance + added, *gradients
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return balance, logits
 
 
 def _token_mask(given: dict[str, Any]) -> Tensor | None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from moh.models.timm.transnext.architecture import Architecture
 from moh.models.timm.transnext.attention import AggregatedAttention, PlainAttention
 from moh.models.timm.transnext.layers import Block, OverlapPatchEmbed, Stage
+from moh.routing import Router
+from moh.routing.attached import attach_to_layers
 
 POOLS = ("avg", "")
 
@@ -30,6 +32,7 @@ class MoHTransNeXt(nn.Module):
         proj_drop_rate: dropout of output projections and in MLPs.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, growing from 0 in the first block to this in the last.
+        router_aux_loss_coef: weight of the load-balance loss, whose gradient joins that of any training loop's loss.
         backend: attention backend, None for the fastest that supports the call.
         architecture: the fields of `Architecture`.
 
@@ -47,6 +50,7 @@ class MoHTransNeXt(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        router_aux_loss_coef: float = 0.0,
         backend: str | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -94,6 +98,7 @@ class MoHTransNeXt(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes, **factory)
         self.apply(_init_weights)
+        attach_to_layers((m for m in self.modules() if isinstance(m, Router)), router_aux_loss_coef)
 
     def _classifier(self, num_classes: int, **factory: Any) -> nn.Module:
         return nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
