@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moh.models.transformers
-from moh import record_routing
+from moh import loss_scale, record_routing
 
 every_router = pytest.mark.parametrize("router", ["two_stage", "query_norm", "linear"])
 
@@ -125,6 +126,25 @@ def test_a_loss_divided_by_the_labels_of_a_step_gets_the_calls_share(tiny_model)
         got.append(gradients(model, loss))
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
+
+
+def test_float16_needs_the_scale_of_a_loss_that_is_not_the_models_own(tiny_model, tokens):
+    model = tiny_model(router="two_stage", router_aux_loss_coef=0.3).train()
+
+    def foreign(scale: float | None) -> Tensor:
+        with nullcontext() if scale is None else loss_scale(scale), torch.autocast("cpu", torch.float16):
+            return next_token_loss(model(tokens).logits.float(), tokens)
+
+    with torch.autocast("cpu", torch.float16):
+        expected = gradients(model, 64 * model(tokens, labels=tokens).loss)
+    with pytest.raises(RuntimeError, match=r"moh.loss_scale\(scaler.get_scale\(\)\)"):
+        foreign(None).backward()
+    model.zero_grad()
+    got = gradients(model, 64 * foreign(64.0))
+    wrong = gradients(model, 64 * foreign(1.0))
+    for name in (n for n in expected if "router" in n):
+        assert (got[name] - expected[name]).norm() < 0.02 * expected[name].norm()
+    assert any((wrong[n] - expected[n]).norm() > 0.1 * expected[n].norm() for n in expected if "router" in n)
 
 
 def test_gradient_checkpointing_and_compiling_change_nothing(tiny_model, tokens):
