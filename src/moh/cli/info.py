@@ -109,8 +109,8 @@ def _print_model(arguments: argparse.Namespace) -> None:
     requested = config._attn_implementation
     origin = "the default" if requested is None else "from config.json"
     name, problem = _loaded_implementation(config)
-    backend = IMPLEMENTATIONS.get(name, "reference") or chosen
-    print(f"  {'runs':18s} {name}, {origin}; {problem or (some if backend != 'reference' else everything)}")
+    used = IMPLEMENTATIONS.get(name, "reference") or chosen
+    print(f"  {'runs':18s} {name}, {origin}; {problem or (some if used != 'reference' else everything)}")
     print(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, "reference"):
