@@ -92,7 +92,7 @@ for config, kind, expected in (
         more = dict(total_step=9) if method is peft.AdaLoraConfig else {{}}
         try:
             model = peft.get_peft_model(kind(config), method(task_type="CAUSAL_LM", **more))
-        except (TypeError, ValueError) as error:  # the latter in PEFT 0.19; a method that can't change the layers of GPT-2, ours or transformers'
+        except (TypeError, ValueError) as error:  # (the latter in PEFT 0.19) can't change GPT-2's layers, ours or not
             assert kind is MoHGPT2LMHeadModel and method is not peft.LoraConfig, error
         else:
             assert set(model.peft_config["default"].target_modules) == expected
