@@ -112,7 +112,22 @@ def test_padding_on_either_side_changes_no_real_token(model_type, heads, side) -
         assert_same(model(**inputs).logits[mask.bool()], expected)
 
 
-@every_decoder
+HYBRID = [name for name in DECODERS if name == "lfm3"]
+"""Some layers are convolutions, which transformers' continuous batching doesn't take."""
+
+
+@pytest.mark.parametrize("model_type", HYBRID)
+def test_continuous_batching_refuses_what_it_refuses_in_the_dense_model(model_type) -> None:
+    dense, model = pair(model_type, "chosen-heads")
+    model.set_attn_implementation("moh")
+    for refused in (dense, model):
+        implementation = refused.config._attn_implementation
+        with pytest.raises(ValueError, match="Invalid layer type: conv"):
+            refused.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2, pad_token_id=0), warmup=False)
+        assert refused.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("model_type", [name for name in DECODERS if name not in HYBRID])
 def test_continuous_batching_gives_the_tokens_of_generate(model_type) -> None:
     """More implementations and routers: tests/models/test_implementations.py."""
     model, reference = references(model_type, "chosen-heads")
