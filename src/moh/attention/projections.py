@@ -7,7 +7,7 @@ a group share, always take dense products.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from moh.attention.call import transforms_are_active, unsupported_dtype
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
-from moh.routing import Router, RoutingInfo
+from moh.routing import Router, RoutingInfo, Scorer
 
 MIN_TOKENS = 64
 """With fewer tokens reading the weights limits the product, and the sparse one reads them less efficiently."""
@@ -135,12 +135,12 @@ def projections_passed_over(
 
 
 def is_plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear` is PyTorch's own, of x's dtype and device: no adapter, hook, quantisation or offloading."""
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
+    """Whether `linear` is PyTorch's own or a router's, of x's dtype and device: no adapter, hook, quantisation or offloading."""
+    if type(linear) not in (nn.Linear, Scorer) or "forward" in vars(linear):
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False
-    weight = linear.weight
+    weight: Any = linear.weight
     plain = type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling()
     return plain and weight.dtype == x.dtype and weight.device == x.device
 

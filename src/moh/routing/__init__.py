@@ -12,6 +12,7 @@ from moh.routing.routers import (
     build_router,
     router_class,
 )
+from moh.routing.scorer import Scorer
 
 __all__ = [
     "LinearRouter",
@@ -19,6 +20,7 @@ __all__ = [
     "Router",
     "RoutingInfo",
     "RoutingRecord",
+    "Scorer",
     "SingleStageRouter",
     "TwoStageRouter",
     "balance_over_processes",

@@ -19,6 +19,7 @@ from moh.config import ROUTERS, MoHConfig
 from moh.routing.attached import Balance, attach
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import RoutingRecord, recordings_of
+from moh.routing.scorer import Scorer
 from moh.routing.units import choose, order
 
 
@@ -115,8 +116,8 @@ class Router(nn.Module):
         """Every k that this router can be set to, from 0 or 1 up to h_r; the routing unit may allow only some of them."""
         return range(self.config.num_routed + 1)
 
-    def linear_scores(self) -> nn.Linear | None:
-        """The linear layer on x whose outputs alone decide, with gates of 1 and 0; None if routing takes more than that.
+    def linear_scores(self) -> Scorer | None:
+        """The linear map of x whose outputs alone decide, with gates of 1 and 0; None if routing takes more than that.
 
         For kernels that choose the heads themselves. It has a row for every head, shared ones included.
         """
@@ -152,13 +153,13 @@ class Router(nn.Module):
         shared = set(self.config.shared_indices)
         places = tuple(place for place, head in enumerate(heads) if head in shared)
         self._set_heads(dataclasses.replace(self.config, shared_heads=places))
-        for before, (linear, after) in zip(former, self._scored(), strict=True):
+        for before, (scorer, after) in zip(former, self._scored(), strict=True):
             rows = [before.index(heads[i]) for i in after]
-            for tensor in linear.parameters():
+            for tensor in scorer.parameters():
                 tensor.copy_(tensor[rows])
 
-    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
-        """The linear layers whose outputs belong to heads, and which heads those are, row by row."""
+    def _scored(self) -> Iterator[tuple[Scorer, Sequence[int]]]:
+        """The linear maps whose outputs belong to heads, and which heads those are, row by row."""
         return iter(())
 
     def _route(self, source: Tensor) -> RoutingInfo:
@@ -202,13 +203,13 @@ class TwoStageRouter(Router):
     ) -> None:
         super().__init__(config, dim)
 
-        def linear(out_features: int, needed: bool) -> nn.Linear | None:
-            return nn.Linear(dim, out_features, bias=False, device=device, dtype=dtype) if needed else None
+        def scorer(out_features: int, needed: bool) -> Scorer | None:
+            return Scorer(dim, out_features, bias=False, device=device, dtype=dtype) if needed else None
 
-        self.shared = linear(config.num_shared, config.num_shared > 1)
-        self.routed = linear(config.num_routed, config.active_heads > 0)
+        self.shared = scorer(config.num_shared, config.num_shared > 1)
+        self.routed = scorer(config.num_routed, config.active_heads > 0)
         both = config.num_shared > 0 and config.active_heads > 0
-        self.stage = linear(2, both and self.has_stage)
+        self.stage = scorer(2, both and self.has_stage)
 
     def active_range(self) -> range:
         # Without W_r there are no scores; with it, a k of 0 would be saved as a router without one
@@ -222,7 +223,7 @@ class TwoStageRouter(Router):
         if self.routed is not None:
             self.routed.weight.copy_(ranking(self.config.routed_indices))
 
-    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
+    def _scored(self) -> Iterator[tuple[Scorer, Sequence[int]]]:
         if self.shared is not None:
             yield self.shared, self.config.shared_indices
         if self.routed is not None:
@@ -320,7 +321,7 @@ class LinearRouter(_HardRouter):
         self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, dim)
-        self.contribution = nn.Linear(dim, config.num_heads, device=device, dtype=dtype)
+        self.contribution = Scorer(dim, config.num_heads, device=device, dtype=dtype)
 
     def _route(self, source: Tensor) -> RoutingInfo:
         # The fit has large weights along directions that x hardly uses: back through them, the gates' gradient would
@@ -334,15 +335,16 @@ class LinearRouter(_HardRouter):
         logits[..., list(self._shared)] = torch.inf
         return order(logits, self.config)
 
-    def linear_scores(self) -> nn.Linear:
+    def linear_scores(self) -> Scorer:
         return self.contribution
 
     @torch.no_grad()
     def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
+        assert self.contribution.bias is not None
         self.contribution.weight.copy_(weight)
         self.contribution.bias.copy_(bias)
 
-    def _scored(self) -> Iterator[tuple[nn.Linear, Sequence[int]]]:
+    def _scored(self) -> Iterator[tuple[Scorer, Sequence[int]]]:
         yield self.contribution, range(self.config.num_heads)
 
 

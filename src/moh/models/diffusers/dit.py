@@ -19,7 +19,7 @@ from moh.config import MoHConfig
 from moh.layer import MoHAttention
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import layer_configs
-from moh.routing import Router
+from moh.routing import Router, Scorer
 from moh.routing.attached import attach_to_layers
 
 MODULATION_EPS = 1e-6
@@ -212,7 +212,7 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
     def _init_weights(self) -> None:
         """As in the DiT paper: blocks start as the identity and the output as 0."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d | Scorer):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

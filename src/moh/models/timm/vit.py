@@ -81,6 +81,10 @@ class MoHViTAttention(Attention):
         self.backend = backend
         self.router = build_router(config, self.qkv.in_features, device=weight.device, dtype=weight.dtype)
         self.router.train(self.training)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise the router; timm's `VisionTransformer.init_weights` calls it after the layers inside."""
         for parameter in self.router.parameters():
             if parameter.dim() > 1:
                 nn.init.trunc_normal_(parameter, std=ROUTER_STD)

@@ -25,7 +25,7 @@ from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
 from moh.models.transformers.families import FAMILIES, PACKAGE, Family, attentions, family_of, known_families
-from moh.routing import build_router
+from moh.routing import Scorer, build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "router": (str, "two_stage"),
@@ -138,6 +138,10 @@ class RoutedModel(HasActiveHeads):
         route(self)
         self.set_attn_implementation(implementation)  # type: ignore[attr-defined]
         self.post_init()  # again, for the routers
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # A router starts as the family's linear layers do
+        super()._init_weights(module.as_linear() if isinstance(module, Scorer) else module)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a README.md that says which package the model needs, unless there is one."""

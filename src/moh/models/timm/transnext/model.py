@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moh.models.timm.transnext.architecture import Architecture
 from moh.models.timm.transnext.attention import AggregatedAttention, PlainAttention
 from moh.models.timm.transnext.layers import Block, OverlapPatchEmbed, Stage
-from moh.routing import Router
+from moh.routing import Router, Scorer
 from moh.routing.attached import attach_to_layers
 
 POOLS = ("avg", "")
@@ -242,7 +242,7 @@ def _checked_pool(global_pool: str) -> str:
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | Scorer):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
