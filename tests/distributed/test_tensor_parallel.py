@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM
+from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM, models
+from moh.models.transformers.families import FAMILIES
 from moh.models.transformers.tensor_parallel import interleave_shared_heads
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -98,3 +99,75 @@ def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team,
 @pytest.mark.slow
 def test_four_processes_split_heads_in_pairs_and_shard_over_the_pairs(team) -> None:
     _compare(team, 4, {"router": "two_stage", "shared_heads": 4})
+
+
+PLANNED = {
+    "llama": ("Llama", {"router": "two_stage", "shared_heads": 4}),
+    "llama_uneven": ("Llama", {"router": "linear", "shared_heads": [[0, 1, 2], 4], "tie_word_embeddings": True}),
+    "llama_query_norm": ("Llama", {"router": "query_norm", "shared_heads": 4}),
+    "llama_balanced": ("Llama", {**BALANCED, "router": "linear"}),
+    "qwen2": ("Qwen2", {"router": "linear", "shared_heads": 4}),
+    "qwen3": ("Qwen3", {"router": "linear", "shared_heads": 4, "head_dim": 4}),
+    "mistral": ("Mistral", {"router": "linear", "shared_heads": 4}),
+    "gemma": ("Gemma", {"router": "linear", "shared_heads": 4, "head_dim": 4}),
+    "gemma2": ("Gemma2", {"router": "linear", "shared_heads": 4, "head_dim": 4}),
+    "gemma3": ("Gemma3", {"router": "linear", "shared_heads": 4, "head_dim": 4}),
+    "phi": ("Phi", {"router": "linear", "shared_heads": 4}),
+    "phi3": ("Phi3", {"router": "linear", "shared_heads": 4}),
+}
+"""Name -> family and fields of models whose heads transformers splits by our configuration's plan."""
+
+REFUSED = {
+    "heads": (
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 18},
+        "tp_size must divide num_attention_heads = 9, got 2",
+    ),
+    "groups": ({"num_key_value_heads": 1}, "tp_size must divide num_key_value_heads = 1, got 2"),
+    "unit": ({"routing_unit": "kv_group", "active_heads": 2}, 'routing_unit must be "head" or "group_balanced"'),
+}
+
+
+def _saved(folder, family: str, fields) -> str:
+    torch.manual_seed(0)
+    heads = {"shared_heads": 4, "active_heads": 2, "router_aux_loss_coef": 0.5}
+    options = {**SMALL, **GROUPED, **heads, "pad_token_id": 0, **fields}
+    config = models.make_class(f"MoH{family}{'Text' if family == 'Gemma3' else ''}Config")(**options)
+    model = models.make_class(f"MoH{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("llama", "llama_query_norm", "qwen2", "qwen3", "gemma"), id="usual"),
+        pytest.param(tuple(PLANNED), marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_transformers_splits_models_by_their_plan_and_they_compute_the_same(team, tmp_path, names) -> None:
+    paths = {name: _saved(tmp_path / name, *PLANNED[name]) for name in names}
+    refused = {name: _saved(tmp_path / name, "Llama", fields) for name, (fields, _) in REFUSED.items()}
+    (expected,) = team("planned", 1, paths=paths)
+    for results in team("planned", 2, paths=paths | refused):
+        for model, whole in expected.items():
+            for name, tensor in whole.items():
+                found = results[model][name]
+                torch.testing.assert_close(
+                    found, tensor, rtol=1e-3, atol=1e-5, msg=lambda s, n=(model, name): f"{n}: {s}"
+                )
+        for name, (_, message) in REFUSED.items():
+            assert message in results[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_the_plan_has_a_part_for_routers_exactly_where_heads_are_split(family) -> None:
+    config = models.make_class(family.moh_config)
+    plan, queries = config.base_model_tp_plan, family.fused or family.queries
+    if plan is None:
+        return
+    names = {name.rpartition(".")[2]: style for name, style in plan.items()}
+    assert ("router" in names) is (names[queries] == "colwise")
+    assert plan.items() >= config.__mro__[3].base_model_tp_plan.items()

@@ -174,6 +174,43 @@ def tensor_parallel(ways: int, family: str = "Llama", **fields):
     return output.loss.detach(), output.aux_loss.detach(), whole
 
 
+def planned(paths: dict[str, str]):
+    """Logits, greedy tokens, balance loss and gradients of saved models that transformers splits over all processes.
+
+    For a model that is refused, the error's message instead.
+    """
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    split = {"distributed_config": DistributedConfig(tp_plan="auto")} if size > 1 else {}  # noqa: F821
+    tokens = torch.randint(3, 30, (2, 40), generator=torch.Generator().manual_seed(5))
+    results = {}
+    for name, path in paths.items():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **split)
+        except ValueError as error:
+            results[name] = str(error)
+            continue
+        found = {}
+        for implementation in ("moh", "eager"):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                found[f"{implementation} logits"] = model(tokens).logits
+                new = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            found[f"{implementation} tokens"] = new
+        output = model.train()(tokens, labels=tokens)
+        output.loss.backward()
+        found["balance loss"] = output.aux_loss.detach()
+        for parameter_name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            found[parameter_name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        parts = [isinstance(parameter, DTensor) for parameter in model.model.layers.parameters()]
+        found["is split"] = any(parts) or size == 1  # noqa: F821
+        results[name] = found
+    return results
+
+
 def train(options: list[str]):
     """The logged entries of a run."""
     from moh.training import load_recipe, train

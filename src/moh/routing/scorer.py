@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        linear: Any = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
 

@@ -25,6 +25,7 @@ from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
 from moh.models.transformers.families import FAMILIES, PACKAGE, Family, attentions, family_of, known_families
+from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads
 from moh.routing import Scorer, build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
@@ -142,6 +143,13 @@ class RoutedModel(HasActiveHeads):
     def _init_weights(self, module: nn.Module) -> None:
         # A router starts as the family's linear layers do
         super()._init_weights(module.as_linear() if isinstance(module, Scorer) else module)  # type: ignore[misc]
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any) -> Any:
+        """As in transformers, after a check that the heads can be split."""
+        if distributed_config is not None and distributed_config.tp_size > 1 and splits_heads(model.tp_plan):
+            check_split(model.config, distributed_config.tp_size, name="tp_size")
+        return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a README.md that says which package the model needs, unless there is one."""
@@ -271,6 +279,7 @@ def _config_class(family: Family) -> type[PreTrainedConfig]:
         "__doc__": RoutedConfig.__doc__,
         "__annotations__": {name: kind for name, (kind, _) in fields.items()},
         "model_type": f"moh_{family.model_type}",
+        "base_model_tp_plan": plan_with_gates(family, dense.base_model_tp_plan),
         **{name: default for name, (_, default) in fields.items()},
     }
     return strict(type(family.moh_config, (RoutedConfig, dense), namespace))

@@ -1,14 +1,15 @@
 """Tensor parallelism: every process holds a slice of the heads, shared and routed ones alike.
 
-For families whose attention is plain (Llama, Mistral, Qwen2, Gemma, Granite, StarCoder2). PyTorch's DTensor splits the
-projections and the MLP; MoH also needs the heads in an order in which equal slices have equal shares of shared and routed
-heads, and the gates: every process computes all of them and uses those of its slice.
+DTensor splits the projections and the MLP: by transformers' plan for the family (`from_pretrained(distributed_config=...)`)
+or, in families whose attention is plain (Llama, Mistral, Qwen2, Gemma, Granite, StarCoder2), by `split_heads`. MoH also
+needs the gates, of which every process computes all and uses those of its slice, and works best with the heads in an order
+in which equal slices have equally many shared heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from moh.config import MoHConfig
 from moh.models.heads import compact_heads
@@ -24,6 +26,50 @@ from moh.routing import Router, RoutingInfo
 
 _STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 """Names in transformers' own plans (`config.base_model_tp_plan`) -> how torch splits such a projection."""
+
+_GATES = "moh_gates_of_slice"
+
+
+def plan_with_gates(family: Family, dense: Mapping[str, str] | None) -> dict[str, str] | None:
+    """`base_model_tp_plan` of our configuration: the dense family's, with the routers' part; None where it doesn't hold.
+
+    Where every process gets all queries, it computes all heads (Phi-3), and the dense plan holds as it is.
+    """
+    attention = f"{family.layers}.*.{family.attention_of_layer}"
+    queries = ".".join(filter(None, (attention, family.core, family.fused or family.queries)))
+    style = (dense or {}).get(queries)
+    if dense is None or style is None:
+        return None
+    if style == "colwise":
+        # A slice of a fused projection would be taken for all heads
+        return None if family.fused else {**dense, f"{attention}.router": _GATES}
+    return dict(dense) if style in ("colwise_gather_output", "colwise_rep") else None
+
+
+def splits_heads(plan: Mapping[str, str] | None) -> bool:
+    """Whether a plan of transformers, made by `plan_with_gates`, gives every process a slice of the heads."""
+    return _GATES in (plan or {}).values()
+
+
+def check_split(config: Any, ranks: int, *, name: str) -> None:
+    """Check that the heads of a model can be split over processes.
+
+    Args:
+        config: of any of our models of transformers.
+        ranks: number of processes.
+        name: what gives this number, for the message.
+
+    Raises:
+        ValueError: the heads can't be divided, or the model routes or projects in a way that can't be split.
+    """
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if heads is not None and (ranks < 1 or heads % ranks):
+            raise ValueError(f"{name} must divide {field} = {heads}, got {ranks}")
+    if config.routing_unit == "kv_group":
+        raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
+    if config.output_changes is not None:
+        raise ValueError("model must not have config.output_changes: these changes of W_O are not split")
 
 
 @torch.no_grad()
@@ -80,12 +126,9 @@ def split_heads(model: Any, mesh: DeviceMesh) -> None:
             be split.
     """
     config, family = model.config, _checked_family(model.config, mesh.size())
+    check_split(config, mesh.size(), name="ranks")
     if config.intermediate_size % mesh.size():
         raise ValueError(f"ranks must divide intermediate_size = {config.intermediate_size}, got {mesh.size()}")
-    if config.routing_unit == "kv_group":
-        raise ValueError('routing_unit must be "head" or "group_balanced" to split heads, got "kv_group"')
-    if config.output_changes is not None:
-        raise ValueError("model must not have config.output_changes: these changes of W_O are not split")
     attention = family.attention_of_layer
     plan = {f"{attention}.{name}": "colwise" for name in (family.queries, family.keys, family.values)}
     plan[f"{attention}.{family.output}"] = "rowwise"
@@ -165,6 +208,17 @@ class _GatesOfSlice:
             -1, self.rank * router.heads_here, router.heads_here
         )
         return dataclasses.replace(info, gates=gates.to(self.dtype or gates.dtype))
+
+
+class _GatesStyle(TensorParallelLayer):  # type: ignore[misc]  # untyped
+    """A router in a plan of transformers: whole on every process, which uses the gates of its slice."""
+
+    def install_forward(self, module: Router, mesh: DeviceMesh) -> Router:
+        _GatesOfSlice(module, mesh)
+        return module
+
+
+ALL_PARALLEL_STYLES.register(_GATES, _GatesStyle())
 
 
 class _Gathered(torch.autograd.Function):
