@@ -78,6 +78,27 @@ def test_with_all_heads_active_every_head_of_the_family_gives_the_originals_outp
 
 
 @pytest.mark.parametrize("model_type", ALL)
+@torch.no_grad()
+def test_an_engines_attention_is_called_as_supports_attention_backend_promises(model_type, monkeypatch) -> None:
+    model = converted(dense_model(model_type), **SOME_HEADS)
+    assert model._supports_attention_backend
+    called = []
+
+    def engine(module, *args, **kwargs):
+        called.append(module)
+        return transformers.AttentionInterface()["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "engine", engine)
+    masks = transformers.AttentionMaskInterface
+    monkeypatch.setitem(masks._global_mapping, "engine", masks()["sdpa"])
+    inputs = inputs_of(model_type, padded=True)
+    expected = model(**inputs)[0]
+    model.set_attn_implementation("engine")
+    assert_same(*(real_tokens(output, inputs) for output in (model(**inputs)[0], expected)))
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("model_type", ALL)
 def test_with_all_heads_active_the_gradients_are_the_originals(model_type) -> None:
     dense = dense_model(model_type)
     model = converted(dense, **ALL_HEADS)
