@@ -114,6 +114,11 @@ PLANNED = {
     "gemma3": ("Gemma3", {"router": "linear", "shared_heads": 4, "head_dim": 4}),
     "phi": ("Phi", {"router": "linear", "shared_heads": 4}),
     "phi3": ("Phi3", {"router": "linear", "shared_heads": 4}),
+    "olmo2": ("Olmo2", {"router": "linear", "shared_heads": 4}),
+    "granite": ("Granite", {"router": "linear", "shared_heads": 4}),
+    "cohere": ("Cohere", {"router": "linear", "shared_heads": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "cohere2": ("Cohere2", {"router": "linear", "shared_heads": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "starcoder2": ("Starcoder2", {"router": "linear", "shared_heads": 4}),
 }
 """Name -> family and fields of models whose heads transformers splits by our configuration's plan."""
 
