@@ -117,7 +117,7 @@ def _attention_plan(kernel: str, width: int, itemsize: int, major: int, is_causa
     }  # fmt: skip
     if kernel in ("forward", "decode"):
         constants["SPLIT"] = kernel == "decode"
-    floats = ("lse_ptr", "delta_ptr", *["out_ptr"] * (kernel == "decode"))
+    floats = ("most_ptr", "total_ptr", "delta_ptr", *["out_ptr"] * (kernel == "decode"))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     aligned = tuple(f"stride_{x}" for x in "qkvo")
     return _Plan(functions.get(kernel, forward_kernels.forward_kernel), constants, options, floats, aligned)

@@ -11,7 +11,7 @@ from torch import Tensor
 import moh.attention
 from moh.attention import Backend, moh_attention
 from moh.attention.testing import SHAPES, assert_same, compare, gradients
-from moh.attention.testing_inputs import ACTIVITIES, MASKS, Inputs, make_inputs
+from moh.attention.testing_inputs import ACTIVITIES, MASKS, SPECIAL_MASKS, Inputs, make_inputs
 
 __all__ = [
     "ACTIVITIES",
@@ -19,6 +19,7 @@ __all__ = [
     "FAST_BACKENDS",
     "MASKS",
     "SHAPES",
+    "SPECIAL_MASKS",
     "Inputs",
     "assert_like_reference",
     "assert_same",

@@ -12,6 +12,7 @@ from attention_cases import (
     FAST_BACKENDS,
     MASKS,
     SHAPES,
+    SPECIAL_MASKS,
     Inputs,
     assert_like_reference,
     assert_same,
@@ -22,10 +23,19 @@ from attention_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from moh.attention.call import hide
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_fast_backend = pytest.mark.parametrize("backend", FAST_BACKENDS)
 causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="full"), pytest.param(True, id="causal")])
+
+
+def _fill_free_memory(like: Tensor) -> None:
+    """Leave NaN in memory that a result of this size is likely to get, so that one that isn't written shows."""
+    for spoilt in [torch.full_like(like, math.nan) for _ in range(20)]:
+        del spoilt
 
 
 def by_hand(inputs: Inputs) -> Tensor:
@@ -103,6 +113,58 @@ def test_dtypes_are_served_like_the_reference(backend, dtype, mask, is_causal):
 
 
 @every_fast_backend
+@causal_or_not
+@pytest.mark.parametrize("size", [dict(Nk=6), dict(Nq=70), dict(Nq=1, Nk=9)], ids=["N5", "N70", "one-query"])
+@pytest.mark.parametrize("activity", ["all", "random", "idle_head"])
+@pytest.mark.parametrize("mask", SPECIAL_MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[-1])
+def test_special_masks_are_served_like_the_reference(backend, dtype, mask, activity, size, is_causal):
+    assert_like_reference(
+        backend, make_inputs(mask=mask, activity=activity, is_causal=is_causal, dtype=dtype, D=16, **size)
+    )
+
+
+@causal_or_not
+@pytest.mark.parametrize("mask", [*MASKS[1:], *SPECIAL_MASKS])
+def test_masks_are_read_as_by_the_plain_formula_of_pytorch(mask, is_causal):
+    inputs = make_inputs(mask=mask, activity="all", is_causal=is_causal, Nk=6)
+    inputs.gates = torch.ones_like(inputs.gates)
+    inputs.attn_mask = inputs.call.attn_mask.detach()
+    seen = torch.ones(5, 6, dtype=torch.bool).tril() if is_causal else torch.ones(5, 6, dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            inputs.q, inputs.k, inputs.v, hide(inputs.attn_mask, seen), enable_gqa=True
+        )
+    assert_same(attend(BACKENDS[-1].values[0], inputs), expected.transpose(1, 2), "output")
+
+
+@every_backend
+@causal_or_not
+@pytest.mark.parametrize("number", ["lowest", "-inf", "False", "nan", "inf"])
+@pytest.mark.parametrize("N", [4, 40])
+def test_row_with_one_number_throughout_is_the_average_hidden_or_nan(backend, N, number, is_causal):
+    inputs = make_inputs(Nq=N, Nk=N, activity="all", is_causal=is_causal)
+    mask = torch.ones(N, N, dtype=torch.bool) if number == "False" else torch.zeros(N, N)
+    mask[2] = torch.finfo(torch.float32).min if number == "lowest" else False if number == "False" else float(number)
+    inputs.attn_mask = mask
+    row = attend(backend, inputs)[:, 2] / inputs.gates[:, 2, :, None]
+    keys = slice(0, 3 if is_causal else N)
+    average = inputs.v[:, :, keys].mean(2).repeat_interleave(2, dim=1)
+    expected = {"lowest": average, "nan": average * math.nan, "inf": average * math.nan}.get(number, average * 0)
+    torch.testing.assert_close(row, expected, equal_nan=True)
+
+
+@every_backend
+@pytest.mark.parametrize("number", [math.nan, math.inf], ids=str)
+def test_mask_of_an_inactive_head_is_not_read(backend, number):
+    inputs = make_inputs(activity="half", Nk=6)  # heads 1 and 3
+    clean = attend(backend, inputs)
+    inputs.attn_mask = torch.zeros(4, 5, 6)
+    inputs.attn_mask[[0, 2]] = number
+    assert_same(attend(backend, inputs), clean, "output")
+
+
+@every_fast_backend
 @given(
     B=st.integers(1, 3),
     Hkv=st.integers(1, 3),
@@ -153,9 +215,12 @@ def test_inactive_heads_cost_nothing_in_output_and_gradient(backend, N, is_causa
 
 
 @every_backend
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("N", [1, 5, 70])
-def test_nothing_active_gives_0_and_gradients_of_0(backend, N):
-    inputs = make_inputs(activity="none", Nq=N)
+def test_nothing_active_gives_0_and_gradients_of_0(backend, N, dtype, is_causal):
+    inputs = make_inputs(activity="none", Nq=N, dtype=dtype, is_causal=is_causal)
+    _fill_free_memory(inputs.k)
     out = attend(backend, inputs)
     assert (out == 0).all()
     for name, grad in gradients(out, inputs, torch.ones_like(out)).items():
@@ -260,12 +325,17 @@ def test_very_large_logits_give_the_reference(backend, dtype, size, is_causal):
         pytest.param(dict(Nq=0, Nk=4), id="no-queries"),
         pytest.param(dict(Nq=4, Nk=0), id="no-keys"),
         pytest.param(dict(Nq=0, Nk=0), id="no-tokens"),
+        pytest.param(dict(G=0), id="no-heads"),
+        pytest.param(dict(G=0, Nq=40), id="no-heads-of-many-queries"),
+        pytest.param(dict(G=0, Nk=0), id="neither-heads-nor-keys"),
+        pytest.param(dict(Dv=0), id="values-of-width-0"),
     ],
 )
 def test_empty_inputs_give_0_and_gradients_for_all(backend, size, is_causal):
     inputs = make_inputs(is_causal=is_causal, **size)
+    _fill_free_memory(inputs.k)
     out = attend(backend, inputs)
-    assert out.shape == (*inputs.gates.shape, 8)
+    assert out.shape == (*inputs.gates.shape, inputs.v.shape[-1])
     assert (out == 0).all()
     for name, grad in gradients(out, inputs, torch.ones_like(out)).items():
         assert grad.shape == inputs.tensors[name].shape

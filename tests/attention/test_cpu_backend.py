@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import ACTIVITIES, MASKS, Inputs, assert_same, gradients, make_inputs
+from attention_cases import ACTIVITIES, MASKS, SPECIAL_MASKS, Inputs, assert_same, gradients, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from moh.attention import choose_backend, cpu, moh_attention
 from moh.attention.cpu.build import IMITATION, INSTRUCTION_SETS, BuildError, supported_instruction_sets
+from moh.attention.testing import compare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per key/value head
@@ -200,16 +201,29 @@ def test_very_large_logits_do_not_overflow(isa, is_causal, shape, dtype):
 
 @each_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_log_sum_exp_is_that_of_the_scores_and_left_out_on_request(isa, shape, dtype):
+def test_what_is_kept_of_the_softmax_is_its_log_sum_exp_and_left_out_on_request(isa, shape, dtype):
     inputs = make_inputs(**shape, dtype=dtype)
     arguments = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.gates)]
-    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
-    bare, nothing = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_lse=False)
-    assert nothing.shape == (0, *lse.shape[1:]) and torch.equal(bare, out)
+    out, softmax = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
+    bare, nothing = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_softmax=False)
+    assert nothing.shape == (2, 0, *softmax.shape[2:]) and torch.equal(bare, out)
     q, k = arguments[0].float(), arguments[1].float().repeat_interleave(shape["G"], dim=1)
     scores = (q @ k.mT) / math.sqrt(shape["D"])
     expected = torch.where(inputs.gates.mT != 0, scores.logsumexp(-1) / math.log(2), math.inf)
-    torch.testing.assert_close(lse, expected)
+    most, total = softmax
+    idle = inputs.gates.mT == 0
+    assert (most[idle] == math.inf).all() and (total[idle] == 0).all()
+    torch.testing.assert_close(torch.where(idle, math.inf, most + total.log2()), expected)
+
+
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[-1])
+@pytest.mark.parametrize("mask", SPECIAL_MASKS)
+@causal_or_not
+def test_special_masks_are_read_by_the_rule_of_all_backends(isa, is_causal, mask, shape, dtype):
+    inputs = make_inputs(is_causal=is_causal, mask=mask, dtype=dtype, **shape)
+    inputs.attn_mask = inputs.attn_mask.detach()
+    compare(attend, inputs)
 
 
 @each_path
@@ -489,19 +503,19 @@ def test_operator_is_registered_correctly(kernels, kind):
     bare = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.moh.cpu_attention.default, bare, {"keep_lse": False}, test_utils=utilities, atol=1e-5, rtol=1e-5
+        torch.ops.moh.cpu_attention.default, bare, {"keep_softmax": False}, test_utils=utilities, atol=1e-5, rtol=1e-5
     )
 
 
-def test_backward_operator_refuses_an_output_and_a_log_sum_exp_of_another_call(kernels):
+def test_backward_operator_refuses_an_output_and_a_softmax_of_another_call(kernels):
     inputs = make_inputs()
     arguments = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.gates)]
-    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_lse=False)
-    with pytest.raises(ValueError, match="keep_lse=True"):
-        torch.ops.moh.cpu_attention_backward(out, *arguments, None, out, lse, False, None, None)
-    out, lse = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
+    out, softmax = torch.ops.moh.cpu_attention(*arguments, None, False, None, None, keep_softmax=False)
+    with pytest.raises(ValueError, match="keep_softmax=True"):
+        torch.ops.moh.cpu_attention_backward(out, *arguments, None, out, softmax, False, None, None)
+    out, softmax = torch.ops.moh.cpu_attention(*arguments, None, False, None, None)
     with pytest.raises(ValueError, match="grad and out"):
-        torch.ops.moh.cpu_attention_backward(out[:, 1:], *arguments, None, out, lse, False, None, None)
+        torch.ops.moh.cpu_attention_backward(out[:, 1:], *arguments, None, out, softmax, False, None, None)
 
 
 def assert_compiled_equals_eager(compiled: Callable[..., Tensor], inputs: Inputs) -> None:

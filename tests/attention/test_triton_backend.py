@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import make_inputs
+from attention_cases import SPECIAL_MASKS, make_inputs
 
 import moh
 from moh.attention import Call, choose_backend, moh_attention
@@ -30,6 +30,11 @@ FEW = {
     "bias": dict(B=1, Hkv=1, Nq=6, mask="bias_per_head"),
     "small-gates-in-float16": dict(B=1, Hkv=1, Nq=20, D=24, dtype="float16", gates=3e-7),
     "nothing-active": dict(B=1, Hkv=1, Nq=6, activity="none"),
+    "lowest-rows": dict(B=1, Hkv=1, Nq=40, mask="lowest_rows", is_causal=True),
+}
+NOT_FINITE = {
+    "nan-rows": dict(B=2, Hkv=1, Nq=6, mask="nan_rows"),
+    "inf-in-parts": dict(B=2, Hkv=1, G=4, Nq=1, Nk=600, mask="inf_keys"),
 }
 MANY = {
     "padding": dict(B=2, Hkv=1, Nq=6, mask="padding"),
@@ -46,13 +51,19 @@ MANY = {
     "own-scale": dict(B=1, scale=0.3),
 }
 
+MANY_SPECIAL = {
+    f"{m}-{c}-{n}": dict(mask=m, is_causal=c, B=2, Hkv=1, Nq=n, Nk=k, activity="uneven")
+    for m in SPECIAL_MASKS
+    for c, n, k in ((1, 40, 40), (0, 40, 70), (0, 1, 600))
+}
+
 SCRIPT = """
 import sys, functools, json
 import torch
 from moh.attention import moh_attention
 from moh.attention.call import hide
 from moh.attention.gpu import backend as gpu
-from moh.attention.testing import assert_same, gradients
+from moh.attention.testing import assert_same, compare_gradients
 from moh.attention.testing_inputs import make_inputs
 operator = gpu.triton_attention_op
 torch.set_num_threads(1)
@@ -74,21 +85,22 @@ for name, kind in json.loads(sys.argv[1]).items():
     outs.append(moh_attention(*tensors, backend="reference", **inputs.options))
     assert_same(*outs, f"{name}: output")
     weight = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
-    got, expected = (gradients(out, inputs, weight) for out in outs)
-    for what in expected:
-        assert_same(got[what], expected[what], f"{name}: gradient of {what}")
+    got = compare_gradients(*outs, inputs, weight)
     idle = inputs.gates == 0
     assert (outs[0][idle] == 0).all() and (got["q"].transpose(1, 2)[idle] == 0).all(), name
     print(name, flush=True)
 """
 
 
-def interpret(kinds: dict[str, dict[str, object]]) -> list[str]:
-    """Names of the kinds that agree with the reference in the interpreter, in a new process."""
+def interpret(kinds: dict[str, dict[str, object]], *, warnings: str = "error") -> list[str]:
+    """Names of the kinds that agree with the reference in the interpreter, in a new process.
+
+    NumPy warns of NaN and of differences of infinities.
+    """
     import json
 
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", SCRIPT, json.dumps(kinds)]
+    command = [sys.executable, "-W", f"{warnings}::RuntimeWarning", "-c", SCRIPT, json.dumps(kinds)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()
@@ -100,10 +112,16 @@ def test_calls_are_served_like_the_reference_in_the_interpreter():
 
 
 @needs_triton
+def test_nan_and_infinity_in_masks_are_read_like_the_reference_in_the_interpreter():
+    assert interpret(NOT_FINITE, warnings="ignore") == list(NOT_FINITE)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_more_calls_are_served_like_the_reference_in_the_interpreter():
     assert interpret(MANY) == list(MANY)
+    assert interpret(MANY_SPECIAL, warnings="ignore") == list(MANY_SPECIAL)
 
 
 @needs_triton
@@ -170,7 +188,8 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
 
     function = getattr(forward_kernels, kernel, None) or getattr(backward_kernels, kernel)
     parts = kernel == "combine_kernel" or constants.get("SPLIT")
-    floats = {"lse_ptr", "delta_ptr", "part_lse_ptr", "parts_ptr"} | ({"out_ptr"} if constants.get("SPLIT") else set())
+    floats = {"most_ptr", "total_ptr", "delta_ptr", "part_most_ptr", "part_total_ptr", "parts_ptr"}
+    floats |= {"out_ptr"} if constants.get("SPLIT") else set()
     mask = "u8" if constants.get("MASK") == 1 else element
 
     def type_of(name: str) -> str:
@@ -184,7 +203,7 @@ def compile_to_ptx(kernel: str, element: str, constants: dict[str, object]) -> N
     signature = {name: "constexpr" if name in constants else type_of(name) for name in function.arg_names}
     source = ASTSource(function, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
-    assert ".entry" in compiled.asm["ptx"] and (parts or "lse_ptr" in function.arg_names)
+    assert ".entry" in compiled.asm["ptx"] and (parts or "most_ptr" in function.arg_names)
 
 
 @needs_triton
@@ -198,8 +217,8 @@ def test_launches_fit_the_grid_and_happen_on_the_tensors_device(Nk, recorded_lau
     B = 70_000 if Nk == 1 else 2
     q, k, gates = (torch.zeros(1).expand(shape) for shape in ((B, 1, 3, 8), (B, 1, Nk, 8), (B, 3, 1)))
     packed = [torch.zeros(1, dtype=torch.int32).expand(shape) for shape in ((B, 1, 3), (B, 1), (B, 1, 4))]
-    out, lse = triton_attention_op(q, k, k, gates, None, *packed, False, None, None)
-    triton_attention_backward_op(out, q, k, k, gates, None, *packed, out, lse, False, None, None)
+    out, softmax = triton_attention_op(q, k, k, gates, None, *packed, False, None, None)
+    triton_attention_backward_op(out, q, k, k, gates, None, *packed, out, softmax, False, None, None)
     expected = {"forward_kernel", "backward_rows_kernel", "backward_keys_kernel"}
     assert set(launches) == expected | ({"combine_kernel"} if Nk > 1 else set())
     for grid in launches.values():
@@ -286,7 +305,8 @@ def test_operators_know_their_shapes_without_running():
         q, k, v = torch.empty(2, 4, 5, 8), torch.empty(2, 2, 6, 8), torch.empty(2, 2, 6, 3)
         gates, rows = torch.empty(2, 5, 4), torch.empty(2, 2, 10, dtype=torch.int32)
         rest = (rows, torch.empty(2, 2, dtype=torch.int32), torch.empty(2, 2, 6, dtype=torch.int32))
-        out, lse = triton_attention_op(q, k, v, gates, None, *rest, True, None, None)
-        assert out.shape == (2, 5, 4, 3) and lse.shape == (2, 2, 10) and lse.dtype == torch.float32
-        grads = triton_attention_backward_op(out, q, k, v, gates, None, *rest, out, lse, True, None, None)
+        out, softmax = triton_attention_op(q, k, v, gates, None, *rest, True, None, None)
+        assert out.shape == (2, 5, 4, 3) and softmax.shape == (2, 2, 2, 10)
+        assert softmax.dtype == torch.float32
+        grads = triton_attention_backward_op(out, q, k, v, gates, None, *rest, out, softmax, True, None, None)
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape, gates.shape]

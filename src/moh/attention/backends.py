@@ -92,7 +92,8 @@ def moh_attention(
         gates: `[B, Nq, H]`, each head's weight for each token; exactly 0 means inactive, not computed.
         is_causal: query i sees keys 0 to i (aligned at the first query and key, as in
             `torch.nn.functional.scaled_dot_product_attention`); may be combined with `attn_mask`.
-        attn_mask: broadcastable to `[B, H, Nq, Nk]`; bool (True = may be seen) or added to the scores.
+        attn_mask: broadcastable to `[B, H, Nq, Nk]`; bool (True = may be seen) or added to the scores. Only False and -inf
+            hide a key; `moh.attention.call` has the rule for rows of the lowest number, NaN and +inf.
         scale: factor of the scores; None means `1 / sqrt(D)`.
         dropout_p: probability of dropping an attention weight. As in PyTorch's function it is applied whenever it is
             above 0, so pass 0 in evaluation.

@@ -1,6 +1,20 @@
 """`Call`: the arguments of one call of `moh_attention`; their checks, the combining of masks, and what all our kernels refuse.
 
 The twin of the C++ kernels' `Problem` (`cpu/csrc/kernels/problem.h`).
+
+All backends read masks by one rule, that of the plain formula of `scaled_dot_product_attention` in float32:
+
+- False and -inf hide a key, whatever else the mask holds for it if it is hidden by causality too. A query that may see no
+  key gives 0, with gradients of 0.
+- Every finite number is added to the score. Next to `torch.finfo(dtype).min` a score of usual size is lost to rounding, so a
+  query whose keys all have it gives the average of the keys that causality lets it see.
+- NaN and +inf make that query's output NaN, in the heads that read the mask there, and with it the gradients of its query and
+  its gate, and of the keys and values of that key/value head; inactive heads and everything else keep their numbers.
+- A mask in another floating-point dtype than q's is refused. In autocast it is converted, as in PyTorch, and a number beyond
+  the new range becomes infinite: float32's lowest number then hides a key of a bfloat16 call.
+
+PyTorch's own kernels keep a log-sum-exp, which has no room for the number of keys next to the lowest numbers: `flex`, and `sdpa`
+and `grouped` on GPUs and in compiled graphs, give a row of n keys that all have them n times the gradient.
 """
 
 from __future__ import annotations
@@ -66,7 +80,10 @@ def check(call: Call) -> None:
 
 def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
     if attn_mask.dtype not in (torch.bool, q.dtype):
-        raise ValueError(f"attn_mask must be bool or of q's dtype {q.dtype}, got {attn_mask.dtype}")
+        raise ValueError(
+            f"attn_mask must be bool or of q's dtype {q.dtype}, got {attn_mask.dtype}: make it bool (True = may be seen), or "
+            "convert it with .to(q.dtype), where numbers beyond that range become infinite and so hide keys"
+        )
     full = (*q.shape[:3], Nk)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != 4 or any(s not in (1, f) for s, f in zip(shape, full, strict=True)):

@@ -63,7 +63,7 @@ def attend(call: Call) -> Tensor:
     blocks = block_mask_of(packing, G, k.shape[2], is_causal=call.is_causal, attn_mask=mask)
     score_mod = None
     if mask is not None and mask.dtype != torch.bool:
-        score_mod = _bias_of(mask, packing.rows.to(torch.int32), G)
+        score_mod = _bias_of(mask, packing.rows.to(torch.int32), packing.counts, G)
 
     live = torch.arange(Nq * G, device=q.device) < packing.counts[..., None]  # [B, Hkv, M]
     rows = packed_rows_of(q, packing.rows, live)  # [B, Hkv, M, D]
@@ -75,13 +75,22 @@ def attend(call: Call) -> Tensor:
     return token_major(heads, Nq) * gates[..., None]
 
 
-def _bias_of(mask: Tensor, rows: Tensor, G: int) -> Callable[..., Tensor]:
-    """The score_mod that adds the mask `[1 or B, 1 or H, 1 or Nq, 1 or Nk]` to packed rows."""
+def _bias_of(mask: Tensor, rows: Tensor, counts: Tensor, G: int) -> Callable[..., Tensor]:
+    """The score_mod that adds the mask `[1 or B, 1 or H, 1 or Nq, 1 or Nk]` to packed rows.
+
+    FlexAttention computes in units of log2, where the lowest numbers would become -inf and hide a key, and takes rows that
+    are NaN throughout for hidden ones, which it does not with +inf. Rows from `counts` on are inactive: 0, as NaN would get
+    into the keys' gradient.
+    """
     batch, head, query, key = (int(size > 1) for size in mask.shape)
+    lowest = torch.finfo(torch.float32).min * math.log(2)
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, r: Tensor, n: Tensor) -> Tensor:
         row = rows[b, h, r]
-        return score + mask[b * batch, (h * G + row % G) * head, (row // G) * query, n * key]
+        bias = mask[b * batch, (h * G + row % G) * head, (row // G) * query, n * key].to(score.dtype)
+        bias = torch.where((bias < lowest) & (bias > -torch.inf), lowest, bias)
+        bias = torch.where(bias.isnan(), torch.inf, bias)
+        return score + torch.where(r < counts[b, h], bias, 0.0)
 
     return add_bias
 

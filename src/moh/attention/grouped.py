@@ -7,16 +7,18 @@ shape.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moh.attention.call import Call, hide, seen_by
+from moh.attention.sdpa import pytorch_attention
 
 
 def why_not(call: Call) -> str | None:
     """Why the shapes of the call are not static, or None if they are."""
     if call.heads_per_group is None:
         return "it needs heads_per_group, which routing_unit='group_balanced' gives"
+    if call.q.shape[1] == 0:
+        return "it needs at least one query head"
     return None
 
 
@@ -36,20 +38,21 @@ def attend(call: Call) -> Tensor:
     heads = _heads_in_groups((gates != 0).view(B, N, Hkv, H // Hkv), m)  # [B, N, R], R = Hkv * m
 
     rows_active = (gates != 0).gather(2, heads)[..., None]  # [B, N, R, 1]
+    live = rows_active.squeeze(-1).transpose(1, 2)  # [B, R, N]
     rows = torch.where(rows_active, _take(q.transpose(1, 2), heads), 0.0).transpose(1, 2)  # [B, R, N, D]
     mask_per_head = attn_mask is not None and attn_mask.shape[1] > 1
     if attn_mask is not None and mask_per_head:
         attn_mask = attn_mask.expand(B, -1, N, -1).transpose(1, 2)  # [B, N, H, 1 or Nk]
         attn_mask = _take(attn_mask, heads).transpose(1, 2)  # [B, R, N, 1 or Nk]
     if N == 1:  # a group's heads as queries of one head: its keys and values are read once
-        rows = rows.view(B, Hkv, m, q.shape[-1])
+        rows, live = rows.view(B, Hkv, m, q.shape[-1]), live.view(B, Hkv, m)
         if attn_mask is not None and mask_per_head:
             attn_mask = attn_mask.view(B, Hkv, m, attn_mask.shape[-1])
     elif is_causal and (attn_mask is not None or call.scale == 0):
         # PyTorch's kernel masks by -inf before it scales: by 0 that gives NaN
         attn_mask, is_causal = hide(attn_mask, seen_by(torch.arange(N, device=k.device)[:, None], k.shape[2])), False
-    out = F.scaled_dot_product_attention(
-        rows, k, v, attn_mask, call.dropout_p, is_causal, scale=call.scale, enable_gqa=N > 1 and m > 1
+    out = pytorch_attention(
+        rows, k, v, attn_mask, call.dropout_p, is_causal, live=live, scale=call.scale, enable_gqa=N > 1 and m > 1
     )
     out = out.reshape(B, Hkv * m, N, v.shape[-1]).transpose(1, 2)  # [B, N, R, Dv]
     out = torch.where(rows_active, out, 0.0) * gates.gather(2, heads)[..., None]

@@ -39,6 +39,7 @@ def attend(call: Call) -> Tensor:
         allowed = hide(allowed, seen_by(torch.arange(q.shape[2], device=q.device)[:, None], k.shape[2]))
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
+    scores = torch.where(active.transpose(1, 2), scores, 0.0)  # the mask may hold NaN there
 
     blind = (scores == -math.inf).all(-1, keepdim=True)  # [B, H, Nq, 1]: their softmax would be NaN
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

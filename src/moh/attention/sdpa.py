@@ -10,11 +10,13 @@ forward pass again, which plain autograd need not.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moh.attention.call import Call, hide, seen_by
 from moh.attention.rows import packed_rows_of, rows_of, token_major
@@ -31,6 +33,9 @@ MIN_BUCKET_QUERIES = 64
 
 BUCKET_FILL = 0.85
 """Heads that share a call have at least this part of the fullest one's rows: the rest is padding."""
+
+LARGEST_BIAS = 2.0**16
+"""In float32, a log-sum-exp next to scores of this size is known to within 1/256."""
 
 
 # The body reads counts from the device, which a CUDA graph can't record.
@@ -58,6 +63,8 @@ def packed_attention(call: Call) -> Tensor:
     B, H, Nq, _ = q.shape
     Hkv = k.shape[1]
     G = H // Hkv
+    if H == 0:  # nothing to compute, but all inputs get gradients
+        return gates[..., None].expand(B, Nq, 0, v.shape[-1]) * sum(x.flatten()[:0].sum() for x in (q, k, v))
     if Nq < MIN_BUCKET_QUERIES or Hkv == 1 or B == 0:
         return _attend_bucket(call)
     counts = (gates != 0).view(B, Nq, Hkv, G).sum((1, 3)).amax(0)  # [Hkv]: rows that each has to work through
@@ -97,9 +104,7 @@ def _attend_bucket(call: Call) -> Tensor:
         is_causal = call.is_causal
         if is_causal and attn_mask is not None:
             attn_mask, is_causal = hide(attn_mask, seen_by(torch.arange(Nq, device=q.device)[:, None], Nk)), False
-        heads = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, call.dropout_p, is_causal, scale=call.scale, enable_gqa=Hkv < H
-        )
+        heads = pytorch_attention(q, k, v, attn_mask, call.dropout_p, is_causal, scale=call.scale, enable_gqa=Hkv < H)
         return heads.transpose(1, 2) * gates[..., None]
 
     active = rows_of(active.transpose(1, 2), Hkv)  # [B, Hkv, Nq*G]
@@ -107,7 +112,7 @@ def _attend_bucket(call: Call) -> Tensor:
     # The order of `rows.pack`. Sorting takes half as long for the few rows of decoding, and hardly counts for many.
     rows = torch.argsort(~active, dim=-1, stable=True)[..., :most]  # [B, Hkv, M]
     live = active.gather(2, rows)  # less full heads compute some inactive rows too, whose output is dropped
-    packed = _attend_rows(call._replace(q=packed_rows_of(q, rows, live)), rows, H // Hkv)  # [B, Hkv, M, Dv]
+    packed = _attend_rows(call._replace(q=packed_rows_of(q, rows, live)), rows, live, H // Hkv)  # [B, Hkv, M, Dv]
 
     packed_gates = rows_of(gates.transpose(1, 2), Hkv).gather(2, rows)[..., None]  # [B, Hkv, M, 1]
     packed = torch.where(live[..., None], packed, 0.0) * packed_gates
@@ -115,13 +120,13 @@ def _attend_bucket(call: Call) -> Tensor:
     return token_major(out.scatter(2, rows[..., None].expand_as(packed), packed), Nq)
 
 
-def _attend_rows(call: Call, rows: Tensor, G: int) -> Tensor:
+def _attend_rows(call: Call, rows: Tensor, live: Tensor, G: int) -> Tensor:
     """Attention of the packed rows `[B, Hkv, M, D]` in the call's q; when causal, in runs, each with the keys it may see."""
     q, k, v, attn_mask, dropout_p, scale = call.q, call.k, call.v, call.attn_mask, call.dropout_p, call.scale
     Hkv, Nk = k.shape[1:3]
     if not call.is_causal:
         mask = None if attn_mask is None else _packed_mask(attn_mask, rows, G, Hkv)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+        return pytorch_attention(q, k, v, mask, dropout_p, live=live, scale=scale)
     outputs: list[Tensor] = []
     size = max(MIN_CHUNK_ROWS, -(-q.shape[2] // CAUSAL_CHUNKS))
     for run in rows.split(size, dim=2):  # [B, Hkv, m]
@@ -130,11 +135,47 @@ def _attend_rows(call: Call, rows: Tensor, G: int) -> Tensor:
         keys = min(int(tokens.max()) + 1, Nk)
         mask = None if attn_mask is None else _packed_mask(attn_mask[..., :keys], run, G, Hkv)
         mask = hide(mask, seen_by(tokens[..., None], keys))  # [B, Hkv, m, keys]
-        run_q = q[:, :, start : start + size]
-        outputs.append(
-            F.scaled_dot_product_attention(run_q, k[:, :, :keys], v[:, :, :keys], mask, dropout_p, scale=scale)
-        )
+        run_q, run_live = q[:, :, start : start + size], live[..., start : start + size]
+        run_k, run_v = k[:, :, :keys], v[:, :, :keys]
+        outputs.append(pytorch_attention(run_q, run_k, run_v, mask, dropout_p, live=run_live, scale=scale))
     return torch.cat(outputs, dim=2)
+
+
+def pytorch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool = False,
+    *,
+    live: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`scaled_dot_product_attention`, by its plain formula where its fast kernels break the rule for masks (`call.py`).
+
+    In 16 bits they overlook +inf on the CPU, and next to the lowest numbers a log-sum-exp loses the sum that the backward
+    pass needs. A maximum over the keys shows it. Not on GPUs, where reading it would wait for the device, nor in a graph.
+
+    Args:
+        q: as there.
+        k: as there.
+        v: as there.
+        attn_mask: as there.
+        dropout_p: as there.
+        is_causal: as there.
+        live: which rows of q count, `[B, heads, rows]`: the mask of others is then not read. None means all.
+        **options: `scale` and `enable_gqa`.
+    """
+    plain: Any = contextlib.nullcontext()
+    is_eager = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_eager and attn_mask is not None and attn_mask.is_floating_point() and attn_mask.shape[-1] > 0:
+        most = attn_mask.detach().amax(-1).double()  # [1 or B, 1 or H, 1 or Nq]
+        if bool((~(most.abs() <= LARGEST_BIAS) & (most != -torch.inf)).any()):  # or NaN
+            plain = sdpa_kernel(SDPBackend.MATH)
+            attn_mask = attn_mask if live is None else torch.where(live[..., None], attn_mask, 0.0)
+    with plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
 
 def _packed_mask(mask: Tensor, rows: Tensor, G: int, Hkv: int) -> Tensor:

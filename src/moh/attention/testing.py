@@ -22,7 +22,7 @@ from torch import Tensor
 from moh.attention.backends import BACKENDS, Backend, moh_attention
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu.projections import expand, sum_heads
-from moh.attention.testing_inputs import ACTIVITIES, MASKS, Inputs, make_inputs
+from moh.attention.testing_inputs import ACTIVITIES, MASKS, SPECIAL_MASKS, Inputs, make_inputs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative to the largest expected number, or to 1 if that is larger: inputs are of size 1, and a sum may cancel."""
@@ -52,7 +52,7 @@ LARGE: dict[str, dict[str, Any]] = {
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Check that `got` is finite and equals `expected` to within `TOLERANCE`.
+    """Check that `got` is NaN where `expected` is, finite elsewhere, and there equals it to within `TOLERANCE`.
 
     Raises:
         AssertionError: a number is not finite, or the two differ by more; the message states by how much.
@@ -61,6 +61,12 @@ def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
         raise AssertionError(f"{what}: {tuple(got.shape)} instead of {tuple(expected.shape)}")
     if got.dtype != expected.dtype:
         raise AssertionError(f"{what}: {got.dtype} instead of {expected.dtype}")
+    unknown = expected.isnan()
+    if not torch.equal(got.isnan(), unknown):
+        raise AssertionError(
+            f"{what}: not finite, or NaN in other places: {int(got.isnan().sum())}, not {int(unknown.sum())}"
+        )
+    got, expected = got.masked_fill(unknown, 0.0), expected.masked_fill(unknown, 0.0)
     if not got.isfinite().all():
         raise AssertionError(f"{what}: not finite")
     if expected.numel():
@@ -86,10 +92,26 @@ def compare(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
     got = attend(inputs)
     expected = moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="reference", **inputs.options)
     assert_same(got, expected, "output")
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    expected_grads = gradients(expected, inputs, weight)
-    for name, grad in gradients(got, inputs, weight).items():
-        assert_same(grad, expected_grads[name], f"gradient of {name}")
+    compare_gradients(got, expected, inputs, torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def compare_gradients(got: Tensor, expected: Tensor, inputs: Inputs, weight: Tensor) -> dict[str, Tensor]:
+    """Check that the gradients of two outputs of `inputs` are the same; returns those of `got`.
+
+    Raises:
+        AssertionError: one differs; the message names it.
+    """
+    found, expected_grads = gradients(got, inputs, weight), gradients(expected, inputs, weight)
+    for name, grad in found.items():
+        wanted = expected_grads[name]
+        if name in ("k", "v", "attn_mask"):  # a NaN may spread to the other keys of its key/value head, and need not
+            grad, wanted = (_spread(x, (-2, -1)) for x in (grad, wanted))
+        assert_same(grad, wanted, f"gradient of {name}")
+    return found
+
+
+def _spread(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.masked_fill(x.isnan().any(dims, keepdim=True), math.nan)
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,9 @@ def kinds(*, min_width: int = 1, large: bool = True) -> Iterator[tuple[str, dict
         for mask in MASKS:
             yield f"mask {mask}, {how}", dict(common, mask=mask, Nk=6)
             yield f"mask {mask}, N 260, {how}", dict(common, mask=mask, Nq=260, activity="uneven")
+        for mask in SPECIAL_MASKS:
+            yield f"mask {mask}, {how}", dict(common, mask=mask, Nk=6)
+            yield f"mask {mask}, N 70, {how}", dict(common, mask=mask, Nq=70)
         yield f"token-major, {how}", dict(common, token_major=True, Nq=70)
         for dtype in (torch.float16, torch.float64):
             yield f"{str(dtype).removeprefix('torch.')}, {how}", dict(common, dtype=dtype, Nq=70)

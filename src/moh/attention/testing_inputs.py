@@ -23,6 +23,17 @@ MASKS = (
     "bias_per_query",  # float [B, 1, Nq, 1]: changes nothing but gradients, which are 0
     "bias_blind_rows",  # float [1, 1, Nq, Nk] with -inf, some rows throughout
 )
+SPECIAL_MASKS = (
+    "lowest_rows",  # float [B, 1, Nq, Nk], some rows at the lowest finite number throughout
+    "lowest_padding",  # float [B, 1, 1, Nk] of 0 and that number, which the first sequence has throughout
+    "nan_pairs",  # float [1, H, Nq, Nk], NaN in the first head alone: for one pair, and for one that causality hides
+    "nan_rows",  # float [B, 1, Nq, Nk], NaN throughout one row of the first sequence
+    "nan_keys",  # float [B, 1, 1, Nk], NaN for a key of the first sequence
+    "inf_pairs",  # the same with +inf
+    "inf_rows",
+    "inf_keys",
+)
+"""Masks of unusual numbers; `call.py` has the rule for them."""
 
 
 @dataclass
@@ -128,7 +139,7 @@ def make_active(activity: str, coin: Callable[..., Tensor], B: int, Nq: int, H: 
 def make_mask(
     mask: str, coin: Callable[..., Tensor], normal: Callable[..., Tensor], B: int, H: int, Nq: int, Nk: int
 ) -> Tensor | None:
-    """A mask of one of the kinds in `MASKS`, broadcastable to `[B, H, Nq, Nk]`."""
+    """A mask of one of the kinds in `MASKS` and `SPECIAL_MASKS`, broadcastable to `[B, H, Nq, Nk]`."""
     if mask == "none":
         return None
     if mask == "padding":
@@ -145,7 +156,34 @@ def make_mask(
         return normal(B, H, 1, Nk)
     if mask == "bias_per_query":
         return normal(B, 1, Nq, 1)
+    if mask in SPECIAL_MASKS:
+        return _make_special_mask(mask, coin, normal, B, H, Nq, Nk)
     if mask != "bias_blind_rows":
-        raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))}, got {mask!r}")
+        raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS + SPECIAL_MASKS))}, got {mask!r}")
     seen = coin(0.8, 1, 1, Nq, Nk) & coin(0.6, 1, 1, Nq, 1)
     return normal(1, 1, Nq, Nk).masked_fill(~seen, -torch.inf)
+
+
+def _make_special_mask(
+    mask: str, coin: Callable[..., Tensor], normal: Callable[..., Tensor], B: int, H: int, Nq: int, Nk: int
+) -> Tensor:
+    what, where = mask.split("_")
+    if where == "padding":
+        found = normal(B, 1, 1, Nk).zero_()
+        seen = coin(0.7, B, 1, 1, Nk)
+        seen[:1] = False
+        return found.masked_fill(~seen, torch.finfo(found.dtype).min)
+    if what == "lowest":
+        found = normal(B, 1, Nq, Nk)
+        return found.masked_fill(coin(0.4, B, 1, Nq, 1), torch.finfo(found.dtype).min)
+    number = torch.nan if what == "nan" else torch.inf
+    found = (
+        normal(B, 1, 1, Nk) if where == "keys" else normal(1, H, Nq, Nk) if where == "pairs" else normal(B, 1, Nq, Nk)
+    )
+    if where == "rows":
+        found[:1, :, Nq // 2] = number
+    elif where == "keys":
+        found[:1, ..., Nk // 2] = number
+    else:
+        found[:, 0, Nq - 1, :1] = found[:, 0, 0, Nk - 1] = number
+    return found

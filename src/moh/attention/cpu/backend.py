@@ -112,8 +112,8 @@ def why_not(call: Call) -> str | None:
 def attend(call: Call) -> Tensor:
     """Routed attention by the C++ kernels."""
     attn_mask = None if call.attn_mask is None else call.attn_mask.detach()
-    # For gradients the operator keeps the log-sum-exp whatever `keep_lse` is.
+    # For gradients the operator keeps what the softmax leaves whatever `keep_softmax` is.
     out: Tensor = torch.ops.moh.cpu_attention(
-        call.q, call.k, call.v, call.gates, attn_mask, call.is_causal, None, call.scale, keep_lse=False
+        call.q, call.k, call.v, call.gates, attn_mask, call.is_causal, None, call.scale, keep_softmax=False
     )[0]
     return out

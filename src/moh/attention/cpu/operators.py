@@ -52,10 +52,10 @@ def _attention_shapes(
     is_causal: bool,
     window: int | None,
     scale: float | None,
-    keep_lse: bool = True,
+    keep_softmax: bool = True,
 ) -> tuple[Tensor, Tensor]:
     B, H, Nq = q.shape[:3]
-    return q.new_empty(B, Nq, H, v.shape[-1]), q.new_empty(B if keep_lse else 0, H, Nq, dtype=torch.float32)
+    return q.new_empty(B, Nq, H, v.shape[-1]), q.new_empty(2, B if keep_softmax else 0, H, Nq, dtype=torch.float32)
 
 
 def _attention_backward_shapes(

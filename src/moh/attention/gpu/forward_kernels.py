@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST_BIAS = tl.constexpr(-2.3586341e38)  # times log2(e) it is still a finite float32
 
 
 @triton.jit
@@ -34,7 +35,9 @@ def seen_and_bias(
         if MASK == 1:
             seen = seen & (m != 0)
         else:
-            s = s + m.to(tl.float32) * LOG2_E
+            # Only -inf hides a key: in units of log2 the lowest numbers would become infinite. NaN stays.
+            m = m.to(tl.float32)
+            s = s + tl.where((m < LOWEST_BIAS) & (m != -float("inf")), LOWEST_BIAS, m) * LOG2_E
     return s, seen
 
 
@@ -93,7 +96,7 @@ def packed_rows(rows_ptr, start, end, kv_head, G: tl.constexpr, BLOCK_M: tl.cons
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, gates_ptr, mask_ptr, rows_ptr, counts_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, gates_ptr, mask_ptr, rows_ptr, counts_ptr, out_ptr, most_ptr, total_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gn, stride_gh, stride_mb, stride_mh, stride_mq, stride_mk, stride_ob, stride_on, stride_oh,
     Hkv, Nk, M, window, chunk, scale,
@@ -101,7 +104,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     PER_KEY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv * row blocks, splits of the keys). With SPLIT, `out` and `lse` are `[splits, B*Hkv, M, ...]` parts."""
+    """Grid (B * Hkv * row blocks, splits of the keys). With SPLIT, `out`, `most`, `total` are `[splits, B*Hkv, M, ...]`."""
     # When causal, later blocks see more keys: the longest go first.
     blocks = tl.cdiv(M, BLOCK_M)
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -150,11 +153,11 @@ def forward_kernel(
     )  # fmt: skip
 
     saw_nothing = total == 0.0
-    total = tl.where(saw_nothing, 1.0, total)
-    acc = acc / total[:, None]
+    acc = acc / tl.where(saw_nothing, 1.0, total)[:, None]
     if SPLIT:
         part = (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + bh) * M + offs_m
-        tl.store(lse_ptr + part, m + tl.log2(total), mask=live)  # -inf where nothing was seen
+        tl.store(most_ptr + part, m, mask=live)  # -inf where nothing was seen
+        tl.store(total_ptr + part, total, mask=live)
         tl.store(out_ptr + part[:, None] * DV + offs_v[None, :], acc, mask=live[:, None] & (offs_v < DV)[None, :])
     else:
         gate = tl.load(gates_ptr + b * stride_gb + token64 * stride_gn + head64 * stride_gh, mask=live, other=0.0)
@@ -162,13 +165,14 @@ def forward_kernel(
         at_o = b * stride_ob + token64[:, None] * stride_on + head64[:, None] * stride_oh + offs_v[None, :]
         tl.store(out_ptr + at_o, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (offs_v < DV)[None, :])
         # +inf makes every weight of such a row 2^-inf = 0 in the backward pass.
-        lse = tl.where(saw_nothing, float("inf"), m + tl.log2(total))
-        tl.store(lse_ptr + bh.to(tl.int64) * M + offs_m, lse, mask=live)
+        at = bh.to(tl.int64) * M + offs_m
+        tl.store(most_ptr + at, tl.where(saw_nothing, float("inf"), m), mask=live)
+        tl.store(total_ptr + at, total, mask=live)
 
 
 @triton.jit
 def combine_kernel(
-    parts_ptr, part_lse_ptr, gates_ptr, rows_ptr, counts_ptr, out_ptr, lse_ptr,
+    parts_ptr, part_most_ptr, part_total_ptr, gates_ptr, rows_ptr, counts_ptr, out_ptr, most_ptr, total_ptr,
     stride_gb, stride_gn, stride_gh, stride_ob, stride_on, stride_oh, Hkv, M, BH, splits,
     G: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -181,16 +185,17 @@ def combine_kernel(
     token64, head64 = (row // G).to(tl.int64), (kv_head * G + row % G).to(tl.int64)
     offs_s, offs_v = tl.arange(0, BLOCK_S), tl.arange(0, BDV)
     part = (offs_s.to(tl.int64) * BH + bh) * M + place
-    part_lse = tl.load(part_lse_ptr + part, mask=offs_s < splits, other=-float("inf"))
-    m = tl.max(part_lse, 0)
-    weight = tl.exp2(part_lse - tl.where(m == -float("inf"), 0.0, m))
+    part_most = tl.load(part_most_ptr + part, mask=offs_s < splits, other=-float("inf"))
+    m = tl.max(part_most, 0)
+    weight = tl.exp2(part_most - tl.where(m == -float("inf"), 0.0, m))
+    weight = weight * tl.load(part_total_ptr + part, mask=offs_s < splits, other=0.0)
     total = tl.sum(weight, 0)
     saw_nothing = total == 0.0
-    total = tl.where(saw_nothing, 1.0, total)
     used = (weight > 0)[:, None] & (offs_v < DV)[None, :]
     parts = tl.load(parts_ptr + part[:, None] * DV + offs_v[None, :], mask=used, other=0.0)
     gate = tl.load(gates_ptr + b * stride_gb + token64 * stride_gn + head64 * stride_gh).to(tl.float32)
-    out = tl.sum(parts * weight[:, None], 0) * (gate / total)
+    out = tl.sum(parts * weight[:, None], 0) * (gate / tl.where(saw_nothing, 1.0, total))
     at_o = b * stride_ob + token64 * stride_on + head64 * stride_oh + offs_v
     tl.store(out_ptr + at_o, out.to(out_ptr.dtype.element_ty), mask=offs_v < DV)
-    tl.store(lse_ptr + bh.to(tl.int64) * M + place, tl.where(saw_nothing, float("inf"), m + tl.log2(total)))
+    tl.store(most_ptr + bh.to(tl.int64) * M + place, tl.where(saw_nothing, float("inf"), m))
+    tl.store(total_ptr + bh.to(tl.int64) * M + place, total)

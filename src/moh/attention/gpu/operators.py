@@ -76,14 +76,18 @@ def triton_attention_op(
     window: int | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(weighted heads `[B, Nq, H, Dv]`, log2 of each packed row's sum, float32 `[B, Hkv, M]`); int32 rows."""
+    """(weighted heads `[B, Nq, H, Dv]`, what the backward pass needs of each packed row's softmax); int32 rows.
+
+    The latter is float32 `[2, B, Hkv, M]`: the largest score in units of log2, +inf where a row sees no key, and the sum
+    of `2^(score - largest)`. One number for both, the log-sum-exp, would lose the sum next to very large or low scores.
+    """
     from moh.attention.gpu.forward_kernels import LOG2_E, combine_kernel, forward_kernel
 
     B, H, Nq, D = q.shape
     Hkv, Nk, Dv = v.shape[1:]
     M = rows.shape[-1]
     out = q.new_zeros(B, Nq, H, Dv)
-    lse = q.new_empty(B, Hkv, M, dtype=torch.float32)
+    softmax = q.new_empty(2, B, Hkv, M, dtype=torch.float32)
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
     splits = _splits(q, Hkv, Nk, M)
@@ -92,14 +96,14 @@ def triton_attention_op(
     # Parts of whole tiles, rounded up; below, that may leave fewer parts.
     chunk = -(-Nk // splits // tile.keys) * tile.keys if splits > 1 else Nk
     chunk = max(chunk, tile.keys)
-    parts, part_lse = out, lse
+    parts, part_softmax = out, softmax
     if splits > 1:
         splits = -(-Nk // chunk)
         parts = q.new_empty(splits, B * Hkv, M, Dv, dtype=torch.float32)
-        part_lse = q.new_empty(splits, B * Hkv, M, dtype=torch.float32)
+        part_softmax = q.new_empty(2, splits, B * Hkv, M, dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         forward_kernel[(-(-M // tile.rows) * B * Hkv, splits)](
-            q, k, v, gates, mask[0], rows, counts, parts, part_lse,
+            q, k, v, gates, mask[0], rows, counts, parts, *part_softmax,
             *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2), *_strides(gates, 0, 1, 2), *mask[3],
             *_strides(out, 0, 1, 2), Hkv, Nk, M, window or 0, chunk, _factor(q, scale) * LOG2_E.value,
             **constants, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=splits > 1, num_warps=tile.warps,
@@ -107,16 +111,17 @@ def triton_attention_op(
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(B * Hkv * M,)](
-                parts, part_lse, gates, rows, counts, out, lse, *_strides(gates, 0, 1, 2), *_strides(out, 0, 1, 2),
-                Hkv, M, B * Hkv, splits, G=H // Hkv, DV=Dv, BDV=padded(Dv), BLOCK_S=padded(splits), num_warps=4,
+                parts, *part_softmax, gates, rows, counts, out, *softmax, *_strides(gates, 0, 1, 2),
+                *_strides(out, 0, 1, 2), Hkv, M, B * Hkv, splits, G=H // Hkv, DV=Dv, BDV=padded(Dv),
+                BLOCK_S=padded(splits), num_warps=4,
             )  # fmt: skip
-    return out, lse
+    return out, softmax
 
 
 @triton_attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, attn_mask: Tensor | None, rows: Tensor, *_: Any) -> Any:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    return out, torch.empty_like(rows, dtype=torch.float32)
+    return out, rows.new_empty(2, *rows.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("moh::triton_attention_backward", mutates_args=())
@@ -131,7 +136,7 @@ def triton_attention_backward_op(
     counts: Tensor,
     before: Tensor,
     out: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     is_causal: bool,
     window: int | None,
     scale: float | None,
@@ -146,7 +151,7 @@ def triton_attention_backward_op(
     dq = q.new_zeros(B, Nq, H, D)
     dk, dv = k.new_empty(B, Hkv, Nk, D), v.new_empty(B, Hkv, Nk, Dv)
     dgates = gates.new_zeros(B, Nq, H)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(softmax[0])
     mask = _mask(attn_mask, q)
     constants = _constants(q, v, H // Hkv, is_causal, window, mask)
     table = tiles(max(D, Dv), q.element_size(), major_of(q.device))
@@ -157,11 +162,11 @@ def triton_attention_backward_op(
     by_rows, by_keys = table.rows, table.keys
     with torch.cuda.device_of(q):
         backward_rows_kernel[(-(-M // by_rows.rows) * B * Hkv,)](
-            grad, q, k, v, gates, mask[0], rows, counts, out, lse, dq, dgates, delta, *sizes, **constants,
+            grad, q, k, v, gates, mask[0], rows, counts, out, *softmax, dq, dgates, delta, *sizes, **constants,
             BLOCK_M=by_rows.rows, BLOCK_N=by_rows.keys, num_warps=by_rows.warps, num_stages=by_rows.stages,
         )  # fmt: skip
         backward_keys_kernel[(-(-Nk // by_keys.keys) * B * Hkv,)](
-            grad, q, k, v, gates, mask[0], rows, counts, before, lse, delta, dk, dv, *sizes, **constants,
+            grad, q, k, v, gates, mask[0], rows, counts, before, *softmax, delta, dk, dv, *sizes, **constants,
             BLOCK_M=by_keys.rows, BLOCK_N=by_keys.keys, num_warps=by_keys.warps, num_stages=by_keys.stages,
         )  # fmt: skip
     return dq.transpose(1, 2), dk, dv, dgates
@@ -183,7 +188,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, gates, attn_mask, rows, counts, before, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, grad_softmax: Tensor) -> tuple[Tensor | None, ...]:
     grads = triton_attention_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.is_causal, ctx.window, ctx.scale)
     return (*grads, *[None] * 7)
 

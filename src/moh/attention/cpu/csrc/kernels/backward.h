@@ -1,10 +1,10 @@
-// Gradients of a block of active rows, with weights from the saved log-sum-exp: no softmax and no N x N matrix.
+// Gradients of a block of active rows, with weights from what the softmax has kept: no second one, no N x N matrix.
 //
-//   P = 2^(S - lse),   dP = grad V',   delta = grad . out
+//   P = 2^(S - m) / l,   dP = grad V',   delta = grad . out
 //   dS = scale * P * (gate * dP - delta),   dV = (gate * P)' grad,   dQ = dS K,   dK = dS' Q
 //   dgate = sum(P * dP)
 //
-// dgate is not delta / gate, which would carry the rounding of the output: a small gate may have rounded that to 0.
+// Everything is linear in P, so 1 / l is multiplied into a row's gate, delta and dgate instead. dgate is not delta / gate, which would carry the rounding of the output: a small gate may have rounded that to 0.
 #pragma once
 
 #include "kernels/block.h"
@@ -145,18 +145,18 @@ struct Backward {
     const Blocks<Isa> blocks(p, rows);
     const int64_t D = p.width, count = blocks.count, all = count * kWidth;
     float* grad_queries = scratch;            // [block, D, kWidth]
-    float* lse = grad_queries + all * D;      // [all]
-    float* gates = lse + all;                 // [all]
-    float* delta = gates + all;               // [all], times the scale
-    float* grad_gates = delta + all;          // [all]
+    float* most = grad_queries + all * D;     // [all]
+    float* gates = most + all;                // [all], divided by the softmax's denominator
+    float* delta = gates + all;               // [all], likewise, times the scale
+    float* grad_gates = delta + all;          // [all], to be divided likewise
     Operands operands(p, rows, count, grad_gates + all);
 
-    std::fill(grad_queries, lse, 0.0f);
-    std::fill(lse, gates, kInfinity);  // Lanes without a row get weights 2^(s - inf) = 0.
+    std::fill(grad_queries, most, 0.0f);
+    std::fill(most, gates, kInfinity);  // Lanes without a row get weights 2^(s - inf) = 0.
     std::fill(gates, grad_gates + all, 0.0f);
     for (int64_t block = 0; block < count; ++block) {
       operands.put(block, blocks.lanes[block]);
-      load(p, rows.batch, blocks.lanes[block], lse + block * kWidth, gates + block * kWidth, delta + block * kWidth);
+      load(p, rows.batch, blocks.lanes[block], most + block * kWidth, gates + block * kWidth, delta + block * kWidth);
     }
     const int64_t end = blocks.key_end(p);
     for (int64_t first = blocks.key_begin(p); first < end; first += kTile) {
@@ -181,7 +181,7 @@ struct Backward {
           hide<V, T>(p, rows.batch, lanes, first, seen, operands.scores(block), operands.stride());
           operands.template differentiate_weights<V>(block, seen);
           for (int lane = 0; lane < V * Isa::kLanes; lane += Isa::kLanes)
-            differentiate(operands, block, lane, seen, p.scale, lse, gates, delta, grad_gates);
+            differentiate(operands, block, lane, seen, p.scale, most, gates, delta, grad_gates);
           operands.template add_queries<V>(block, seen, grad_queries + block * D * kWidth);
         };
         by_vectors<Isa>(lanes, work);
@@ -197,7 +197,7 @@ struct Backward {
       const Lanes<Isa>& lanes = blocks.lanes[block];
       for (int i = 0; i < lanes.count; ++i)
         static_cast<T*>(p.grad_gates)[lanes.by_token(p, rows.batch, i)] =
-            static_cast<T>(grad_gates[block * kWidth + i]);
+            static_cast<T>(grad_gates[block * kWidth + i] * share(p, rows.batch, lanes, i));
       take_off_lanes<Isa>(
           lanes.count, D, grad_queries + block * D * kWidth, [](int) { return 1.0f; },
           [&](int i) { return grad_q + lanes.by_head(p, rows.batch, i) * D; });
@@ -207,18 +207,17 @@ struct Backward {
  private:
   // Turns scores and dP of one vector of a block's lanes, from `lane` on, into gate * P and dS, and adds to dgate.
   [[gnu::always_inline]] static void differentiate(const Operands& operands, int64_t block, int lane, int64_t seen,
-                                                   float scale, const float* lse, const float* gates,
+                                                   float scale, const float* most, const float* gates,
                                                    const float* delta, float* grad_gates) {
     const typename S::Exp2 exp2;
     const int64_t row = block * kWidth + lane, stride = operands.stride();
     const typename Operands::Sink sink = operands.sink(block, lane);
     const float *scores = operands.scores(block) + lane, *grad_weights = operands.grad_weights(block) + lane;
-    const Floats shift = S::load(lse + row), gate = S::load(gates + row), scaled_delta = S::load(delta + row);
+    const Floats shift = S::load(most + row), gate = S::load(gates + row), scaled_delta = S::load(delta + row);
     const Floats slope = S::set(scale) * gate;
     Floats grad_gate = S::load(grad_gates + row);
     const auto key = [&](int64_t n, Floats& weight, Floats& grad_score) {
-      // P is at most 1, but beyond scores of some 10^7 lse has no room for log2(l), and a score that was summed in
-      // another order may exceed it.
+      // The weight of the largest score is 1, but one that was summed in another order may exceed it.
       weight = exp2(S::min(Floats{}, S::load(scores + n * stride) - shift));
       const Floats grad = S::load(grad_weights + n * stride);
       grad_gate += weight * grad;
@@ -240,8 +239,14 @@ struct Backward {
     S::store(grad_gates + row, grad_gate);
   }
 
-  // Loads lse, gate and scale * delta of a block's rows.
-  static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, float* lse, float* gates, float* delta) {
+  // What turns 2^(s - m) of lane i into weights: 1 / l, or 0 where the row saw no key.
+  static float share(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int i) {
+    const float total = p.totals[lanes.by_head(p, batch, i)];
+    return total == 0.0f ? 0.0f : 1.0f / total;
+  }
+
+  // Loads m, gate / l and scale * delta / l of a block's rows.
+  static void load(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, float* most, float* gates, float* delta) {
     const int64_t Dv = p.value_width;
     for (int i = 0; i < lanes.count; ++i) {
       const int64_t entry = lanes.by_token(p, batch, i);
@@ -251,9 +256,10 @@ struct Backward {
       for (; d + Isa::kLanes <= Dv; d += Isa::kLanes) dots += S::load(grad + d) * S::load(out + d);
       float dot = S::sum(dots);
       for (; d < Dv; ++d) dot += static_cast<float>(grad[d]) * static_cast<float>(out[d]);
-      lse[i] = p.lse[lanes.by_head(p, batch, i)];
-      gates[i] = static_cast<float>(static_cast<const T*>(p.gates)[entry]);
-      delta[i] = p.scale * dot;
+      const float part = share(p, batch, lanes, i);
+      most[i] = p.most[lanes.by_head(p, batch, i)];
+      gates[i] = part * static_cast<float>(static_cast<const T*>(p.gates)[entry]);
+      delta[i] = part * p.scale * dot;
     }
   }
 };

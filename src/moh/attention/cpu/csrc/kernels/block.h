@@ -197,13 +197,40 @@ template <class T>
 [[gnu::always_inline]] inline float masked(const Mask& m, int64_t index, float score) {
   if (m.kind == MaskKind::kBool) return static_cast<const char*>(m.data)[index] ? score : -kInfinity;
   // Only -inf hides a key. The lowest finite number, which many masks use, would overflow to -inf in units of log2, and
-  // a row with nothing else would give 0 instead of its softmax; hence the bound.
+  // a row with nothing else would give 0 instead of its softmax; hence the bound. std::max keeps a NaN in first place.
   const float bias = static_cast<float>(static_cast<const T*>(m.data)[index]);
-  return score + (bias == -kInfinity ? bias : std::max(-kLargest, kLog2e * bias));
+  return score + (bias == -kInfinity ? bias : std::max(kLog2e * bias, -kLargest));
 }
 
-// Applies causality, the window and the mask to scores [count, stride] of keys from `first` on, in the first V vectors
-// of a block's lanes.
+// Applies the mask to scores [count, stride] of keys from `first` on, in the first V vectors of a block's lanes.
+template <int V, class T, class Isa>
+void apply_mask(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t first, int64_t count, float* scores,
+                int64_t stride) {
+  using S = Simd<Isa::kLanes>;
+  const Mask& m = p.mask;
+  if (m.head == 0 && m.query == 0) {  // The mask is the same for every row, as for padding.
+    for (int64_t n = 0; n < count; ++n) {
+      const float change = masked<T>(m, batch * m.batch + (first + n) * m.key, 0.0f);
+      if (change == 0.0f) continue;
+      for (int j = 0; j < V; ++j) {
+        float* s = scores + n * stride + j * Isa::kLanes;
+        // A hidden score may be NaN, so it is set to -inf and not added to.
+        S::store(s, m.kind == MaskKind::kBool ? S::set(-kInfinity) : S::load(s) + change);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < V * Isa::kLanes; ++i) {
+    const int64_t row = batch * m.batch + lanes.head[i] * m.head + lanes.token[i] * m.query + first * m.key;
+    for (int64_t n = 0; n < count; ++n) {
+      float* s = scores + n * stride + i;
+      *s = masked<T>(m, row + n * m.key, *s);
+    }
+  }
+}
+
+// Applies the mask, causality and the window, likewise. The mask comes first: whatever it holds for keys that the other
+// two hide, NaN and +inf included, is overwritten.
 template <int V, class T, class Isa>
 void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t first, int64_t count, float* scores,
           int64_t stride) {
@@ -211,6 +238,7 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
   using Ints = typename S::Ints;
   constexpr int kWidth = VectorProduct<Isa>::kWidth;
   const auto hidden = S::set(-kInfinity);
+  if (p.mask.kind != MaskKind::kNone) apply_mask<V, T>(p, batch, lanes, first, count, scores, stride);
   if (p.causal) {
     const int64_t from = std::max<int64_t>(first, lanes.token[0] + 1);
     for (int64_t n = from; n < first + count; ++n)
@@ -228,27 +256,6 @@ void hide(const Problem& p, int64_t batch, const Lanes<Isa>& lanes, int64_t firs
         const Ints seen_until = Ints{} + static_cast<int32_t>(n + p.window);
         S::store(s, lanes.tokens(j) < seen_until ? S::load(s) : hidden);
       }
-  }
-  const Mask& m = p.mask;
-  if (m.kind == MaskKind::kNone) return;
-  if (m.head == 0 && m.query == 0) {  // The mask is the same for every row, as for padding.
-    for (int64_t n = 0; n < count; ++n) {
-      const float change = masked<T>(m, batch * m.batch + (first + n) * m.key, 0.0f);
-      if (change == 0.0f) continue;
-      for (int j = 0; j < V; ++j) {
-        float* s = scores + n * stride + j * Isa::kLanes;
-        // A hidden score may be NaN, so it is set to -inf and not added to.
-        S::store(s, m.kind == MaskKind::kBool ? hidden : S::load(s) + change);
-      }
-    }
-    return;
-  }
-  for (int i = 0; i < V * Isa::kLanes; ++i) {
-    const int64_t row = batch * m.batch + lanes.head[i] * m.head + lanes.token[i] * m.query + first * m.key;
-    for (int64_t n = 0; n < count; ++n) {
-      float* s = scores + n * stride + i;
-      *s = masked<T>(m, row + n * m.key, *s);
-    }
   }
 }
 

@@ -113,12 +113,13 @@ struct Decode {
 
   static void hide_row(const Problem& p, int64_t batch, int64_t head, int64_t token, int64_t first, int64_t count,
                        float* scores) {
+    if (p.mask.kind != MaskKind::kNone) {  // It comes first, as in `hide`.
+      const int64_t row = batch * p.mask.batch + head * p.mask.head + token * p.mask.query + first * p.mask.key;
+      for (int64_t n = 0; n < count; ++n) scores[n] = masked<T>(p.mask, row + n * p.mask.key, scores[n]);
+    }
     const int64_t from = p.key_begin(token) - first, to = p.key_end(token) - first;
     for (int64_t n = 0; n < std::min(from, count); ++n) scores[n] = -kInfinity;
     for (int64_t n = std::max<int64_t>(to, 0); n < count; ++n) scores[n] = -kInfinity;
-    if (p.mask.kind == MaskKind::kNone) return;
-    const int64_t row = batch * p.mask.batch + head * p.mask.head + token * p.mask.query + first * p.mask.key;
-    for (int64_t n = 0; n < count; ++n) scores[n] = masked<T>(p.mask, row + n * p.mask.key, scores[n]);
   }
 
   // The online softmax of the forward pass, for one row with keys on the lanes; returns r, the factor for earlier sums.

@@ -172,7 +172,9 @@ struct Forward {
     for (int i = 0; i < lanes.count; ++i) {
       const bool blind = totals[i] == 0.0f;  // The row saw no key: otherwise its largest score alone adds 1.
       factors[i] = blind ? 0.0f : static_cast<float>(gates[lanes.by_token(p, batch, i)]) / totals[i];
-      if (p.lse != nullptr) p.lse[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i] + std::log2(totals[i]);
+      if (p.most == nullptr) continue;
+      p.most[lanes.by_head(p, batch, i)] = blind ? kInfinity : most[i];
+      p.totals[lanes.by_head(p, batch, i)] = totals[i];
     }
     take_off_lanes<Isa>(
         lanes.count, p.value_width, sums, [&](int i) { return factors[i]; },

@@ -47,9 +47,11 @@ struct Problem {
   Mask mask;
   const void* gates = nullptr;  // [B, Nq, H] contiguous
   void* out = nullptr;          // [B, Nq, H, Dv] contiguous
-  // [B, H, Nq]: log2 of the softmax's denominator, +inf where a query sees no key (so that backward its weights are 0).
-  // Null if it is not needed.
-  float* lse = nullptr;
+  // Both [B, H, Nq], null if they are not needed: each row's largest score in units of log2, +inf where a query sees no
+  // key (so that backward its weights are 0), and the softmax's denominator relative to it, 0 there. Their logarithm in
+  // one number, the log-sum-exp, would lose the second beside scores of some 10^7, and beside the lowest numbers that
+  // masks use.
+  float *most = nullptr, *totals = nullptr;
 
   // Backward only.
   const void* grad = nullptr;  // [B, Nq, H, Dv] contiguous

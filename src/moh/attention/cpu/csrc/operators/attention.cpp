@@ -142,8 +142,9 @@ void write_out(const Problem& p, const Rows& rows, const Partial& all) {
     const float weight = blind ? 0.0f : static_cast<float>(gates[entry]) / all.total[r];
     T* to = static_cast<T*>(p.out) + entry * p.value_width;
     for (int64_t d = 0; d < p.value_width; ++d) to[d] = static_cast<T>(weight * all.sum[r * p.value_width + d]);
-    if (p.lse != nullptr)
-      p.lse[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : all.max[r] + std::log2(all.total[r]);
+    if (p.most == nullptr) continue;
+    p.most[(rows.batch * p.heads + h) * p.queries + t] = blind ? INFINITY : all.max[r];
+    p.totals[(rows.batch * p.heads + h) * p.queries + t] = all.total[r];
   }
 }
 
@@ -220,51 +221,62 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,
-                                             std::optional<double> scale, bool keep_lse) {
+                                             std::optional<double> scale, bool keep_softmax) {
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
   const at::Tensor out = at::empty({p.batches, p.queries, p.heads, p.value_width}, q.options());
-  const at::Tensor lse = at::empty({keep_lse ? p.batches : 0, p.heads, p.queries}, q.options().dtype(at::kFloat));
-  std::fill_n(lse.mutable_data_ptr<float>(), lse.numel(), INFINITY);
-  if (out.numel() == 0) return {out, lse};
+  // The largest scores, then the denominators; those of inactive heads are as where a query sees no key.
+  const at::Tensor softmax =
+      at::empty({2, keep_softmax ? p.batches : 0, p.heads, p.queries}, q.options().dtype(at::kFloat));
+  const int64_t entries = softmax.numel() / 2;
+  std::fill_n(softmax.mutable_data_ptr<float>(), entries, INFINITY);
+  std::fill_n(softmax.mutable_data_ptr<float>() + entries, entries, 0.0f);
+  if (out.numel() == 0) return {out, softmax};
   p.out = out.mutable_data_ptr();
-  p.lse = keep_lse ? lse.mutable_data_ptr<float>() : nullptr;
+  p.most = keep_softmax ? softmax.mutable_data_ptr<float>() : nullptr;
+  p.totals = keep_softmax ? p.most + entries : nullptr;
   const ActiveRows active(call.gates, p.kv_heads);
   zero_inactive(p, active, out, false);
-  if (active.total() == 0) return {out, lse};
+  if (active.total() == 0) return {out, softmax};
   if (p.queries * p.group <= kDecodeRows)
     decode_rows(call, active);
   else
     forward_rows(call, active);
-  return {out, lse};
+  return {out, softmax};
 }
 
 namespace {
 
 Gradients attention_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& gates, const std::optional<at::Tensor>& mask, const at::Tensor& out,
-                             const at::Tensor& lse, bool is_causal, std::optional<int64_t> window,
+                             const at::Tensor& softmax, bool is_causal, std::optional<int64_t> window,
                              std::optional<double> scale) {
   Call call(q, k, v, gates, mask, is_causal, window, scale);
   Problem& p = call.problem;
-  TORCH_CHECK_VALUE(lse.sizes() == at::IntArrayRef({p.batches, p.heads, p.queries}) && lse.scalar_type() == at::kFloat,
-                    "lse must be that of a forward pass with keep_lse=True, [B, H, Nq] in float32, got ", lse.sizes());
+  TORCH_CHECK_VALUE(softmax.sizes() == at::IntArrayRef({2, p.batches, p.heads, p.queries}) &&
+                        softmax.scalar_type() == at::kFloat,
+                    "softmax must be that of a forward pass with keep_softmax=True, [2, B, H, Nq] in float32, got ",
+                    softmax.sizes());
   TORCH_CHECK_VALUE(grad.sizes() == out.sizes() && out.scalar_type() == q.scalar_type() &&
                         grad.scalar_type() == q.scalar_type() &&
                         out.sizes() == at::IntArrayRef({p.batches, p.queries, p.heads, p.value_width}),
                     "grad and out must be [B, Nq, H, Dv] in q's dtype, got ", grad.sizes(), " and ", out.sizes());
+  const ActiveRows active(call.gates, p.kv_heads);
+  if (active.total() == 0)
+    return {at::zeros(q.sizes(), q.options()), at::zeros(k.sizes(), k.options()), at::zeros(v.sizes(), v.options()),
+            at::zeros(gates.sizes(), gates.options())};
   const Kernels& kernel = kernels();
-  const at::Tensor grad_out = grad.contiguous(), saved_out = out.contiguous(), saved_lse = lse.contiguous();
+  const at::Tensor grad_out = grad.contiguous(), saved_out = out.contiguous(), saved_softmax = softmax.contiguous();
   const at::Tensor grad_q = at::empty(q.sizes(), q.options());
   const at::Tensor grad_k = at::empty(k.sizes(), k.options());
   const at::Tensor grad_v = at::empty(v.sizes(), v.options());
   const at::Tensor grad_gates = at::zeros(gates.sizes(), gates.options());
   p.grad = grad_out.const_data_ptr();
   p.out = saved_out.mutable_data_ptr();
-  p.lse = saved_lse.mutable_data_ptr<float>();
+  p.most = saved_softmax.mutable_data_ptr<float>();
+  p.totals = p.most + saved_softmax.numel() / 2;
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_gates = grad_gates.mutable_data_ptr();
-  const ActiveRows active(call.gates, p.kv_heads);
   zero_inactive(p, active, grad_q, true);
 
   // Each bundle is cut into parts with sums of their own, which are then added up in order. There are at most as many
@@ -337,13 +349,13 @@ class Autograd : public torch::autograd::Function<Autograd> {
                                                 const std::optional<at::Tensor>& mask, bool is_causal,
                                                 std::optional<int64_t> window, std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, lse] = forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, true);
-    ctx->save_for_backward({q, k, v, gates, mask.value_or(at::Tensor()), out, lse});
+    auto [out, softmax] = forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, true);
+    ctx->save_for_backward({q, k, v, gates, mask.value_or(at::Tensor()), out, softmax});
     ctx->saved_data["is_causal"] = is_causal;
     ctx->saved_data["window"] = window;
     ctx->saved_data["scale"] = scale;
-    ctx->mark_non_differentiable({lse});
-    return {out, lse};
+    ctx->mark_non_differentiable({softmax});
+    return {out, softmax};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -364,11 +376,11 @@ class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& grad,
                                                 const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                 const at::Tensor& gates, const std::optional<at::Tensor>& mask,
-                                                const at::Tensor& out, const at::Tensor& lse, bool is_causal,
+                                                const at::Tensor& out, const at::Tensor& softmax, bool is_causal,
                                                 std::optional<int64_t> window, std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [grad_q, grad_k, grad_v, grad_gates] =
-        backward_operator().call(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
+        backward_operator().call(grad, q, k, v, gates, mask, out, softmax, is_causal, window, scale);
     return {grad_q, grad_k, grad_v, grad_gates};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
@@ -382,9 +394,9 @@ class BackwardAutograd : public torch::autograd::Function<BackwardAutograd> {
 Gradients attention_backward_autograd(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
                                       const at::Tensor& v, const at::Tensor& gates,
                                       const std::optional<at::Tensor>& mask, const at::Tensor& out,
-                                      const at::Tensor& lse, bool is_causal, std::optional<int64_t> window,
+                                      const at::Tensor& softmax, bool is_causal, std::optional<int64_t> window,
                                       std::optional<double> scale) {
-  auto g = BackwardAutograd::apply(grad, q, k, v, gates, mask, out, lse, is_causal, window, scale);
+  auto g = BackwardAutograd::apply(grad, q, k, v, gates, mask, out, softmax, is_causal, window, scale);
   return {g[0], g[1], g[2], g[3]};
 }
 
@@ -397,11 +409,11 @@ bool is_differentiated(const Tensors&... x) {
 std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                       const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                                       bool is_causal, std::optional<int64_t> window,
-                                                      std::optional<double> scale, bool keep_lse) {
+                                                      std::optional<double> scale, bool keep_softmax) {
   // In decoding, what `apply` sets up for a gradient would take noticeable time.
   if (!is_differentiated(q, k, v, gates)) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, keep_lse);
+    return forward_operator().call(q, k, v, gates, mask, is_causal, window, scale, keep_softmax);
   }
   auto results = Autograd::apply(q, k, v, gates, mask, is_causal, window, scale);
   return {results[0], results[1]};
@@ -413,10 +425,10 @@ std::tuple<at::Tensor, at::Tensor> attention_autograd(const at::Tensor& q, const
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def(
       "cpu_attention(Tensor q, Tensor k, Tensor v, Tensor gates, Tensor? attn_mask, bool is_causal, int? window, "
-      "float? scale, bool keep_lse=True) -> (Tensor, Tensor)");
+      "float? scale, bool keep_softmax=True) -> (Tensor, Tensor)");
   m.def(
       "cpu_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gates, Tensor? attn_mask, Tensor out, "
-      "Tensor lse, bool is_causal, int? window, float? scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor softmax, bool is_causal, int? window, float? scale) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) {

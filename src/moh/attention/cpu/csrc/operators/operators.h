@@ -109,11 +109,12 @@ class ActiveRows {
   std::vector<int64_t> counts_;
 };
 
-// The operator `moh::cpu_attention` without gradients (attention.cpp): output and log-sum-exp, which is empty without
-// `keep_lse`. Where a gradient may follow, the operator's autograd wrapper always keeps it.
+// The operator `moh::cpu_attention` without gradients (attention.cpp): output and what the softmax leaves for a backward
+// pass, `Problem::most` and `totals` in one tensor [2, B, H, Nq], which is empty without `keep_softmax`. Where a gradient
+// may follow, the operator's autograd wrapper always keeps it.
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& gates, const std::optional<at::Tensor>& mask,
                                              bool is_causal, std::optional<int64_t> window,
-                                             std::optional<double> scale, bool keep_lse);
+                                             std::optional<double> scale, bool keep_softmax);
 
 }  // namespace moh
