@@ -24,6 +24,10 @@ export PYTHONMALLOC=malloc
 # AddressSanitizer must load before Python and torch, and looks for libstdc++ then, which Python has not loaded yet.
 preload="$runtime $("$compiler" -print-file-name=libstdc++.so.6)"
 
+# The build comes first, by itself: it may take longer than a test is allowed to.
+export MOH_CPU_IMITATE_AMX="${MOH_CPU_IMITATE_AMX:-1}"
+LD_PRELOAD="$preload" PYTHONPATH="$PWD/src" "$python" -c "from moh.attention import cpu; cpu.instruction_sets()"
+
 # Without capturing: a finding ends the process, and a captured report would be lost. Inductor's own C++ is left out.
 LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_decode_layer.py tests/attention/test_attention_conformance.py \
     tests/models/test_transnext_attention.py \
