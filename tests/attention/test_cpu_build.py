@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from moh.attention import Call, choose_backend, cpu, moh_attention
 from moh.attention.cpu import backend, build
@@ -82,7 +84,7 @@ def test_broken_compiler_leaves_its_reason_and_a_log_and_no_half_made_library(ca
     compiler(tmp_path, monkeypatch, script)
     assert_sdpa_serves_after_one_warning(r"error: the disk is on fire \(all of it: .*\.log\)")
     left = sorted((cache / "cpu").iterdir())
-    assert {file.suffix for file in left} <= {".log", ".lock"}
+    assert {file.suffix for file in left} <= {".log", ".lock", ".failed"}
     (log,) = (file for file in left if file.suffix == ".log")
     assert "more words" in log.read_text(encoding="utf-8")
 
@@ -91,16 +93,124 @@ def test_compiler_that_makes_nothing_is_a_failed_build(cache, tmp_path, monkeypa
     compiler(tmp_path, monkeypatch, "exit 0")
     with pytest.raises(BuildError):
         compile_kernels()
-    assert {file.suffix for file in (cache / "cpu").iterdir()} <= {".log", ".lock"}
+    assert {file.suffix for file in (cache / "cpu").iterdir()} <= {".log", ".lock", ".failed"}
 
 
-def test_failed_build_is_tried_again_by_the_next_process(cache, tmp_path, monkeypatch):
-    file = compiler(tmp_path, monkeypatch, f"echo called >> {tmp_path}/calls; exit 1")
+def counting(folder: Path, script: str) -> str:
+    return f"echo called >> '{folder}/calls'; {script}"
+
+
+def calls(folder: Path) -> int:
+    """How often the compiler was called since the last time."""
+    file = folder / "calls"
+    number = len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+    file.unlink(missing_ok=True)
+    return number
+
+
+def fail_to_compile() -> str:
+    with pytest.raises(BuildError) as error:
+        compile_kernels()
+    return str(error.value)
+
+
+def test_failed_build_is_remembered_with_its_reason_and_how_to_try_again(cache, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, counting(tmp_path, BURNING))
+    first = fail_to_compile()
+    assert calls(tmp_path) > 0
+    again = fail_to_compile()
+    assert calls(tmp_path) == 0
+    assert again.startswith(first) and "the disk is on fire" in first
+    (failure,) = (cache / "cpu").glob("*.failed")
+    assert again.endswith(f"an earlier process tried, to try again delete {failure}")
+    failure.unlink()
+    assert fail_to_compile() == first
+    assert calls(tmp_path) > 0
+
+
+@pytest.mark.parametrize("change", ["compiler", "flag", "source", "environment"])
+def test_failed_build_is_tried_again_with_another_compiler_flag_source_or_environment(
+    cache, tmp_path, monkeypatch, change
+):
+    compiler(tmp_path, monkeypatch, counting(tmp_path, BURNING))
+    fail_to_compile()
+    assert calls(tmp_path) > 0
+    if change == "environment":
+        monkeypatch.setattr(torch, "__file__", "/elsewhere/torch/__init__.py")
+    else:
+        {"compiler": another_compiler, "flag": another_flag, "source": another_source}[change](monkeypatch, tmp_path)
+    fail_to_compile()
+    assert calls(tmp_path) > 0
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Killed signal terminated program cc1plus"])
+def test_failure_that_passes_is_not_remembered(cache, tmp_path, monkeypatch, words):
+    compiler(tmp_path, monkeypatch, counting(tmp_path, f"{TELLS_ITS_VERSION}\necho 'error: {words}' >&2; exit 1"))
     for _ in range(2):
-        (tmp_path / "calls").unlink(missing_ok=True)
-        with pytest.raises(BuildError):
-            compile_kernels()
-        assert (tmp_path / "calls").exists(), file
+        assert words in fail_to_compile()
+        assert calls(tmp_path) > 0
+
+
+def test_process_that_waited_for_a_failed_build_does_not_repeat_it(cache, tmp_path, monkeypatch):
+    slow = f"{TELLS_ITS_VERSION}\nsleep 1; {BURNING}"
+    compiler(tmp_path, monkeypatch, counting(tmp_path, slow))
+    code = "from moh.attention.cpu.build import compile_kernels; compile_kernels()"
+    builds = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in builds]
+    assert all("the disk is on fire" in error for error in errors), errors
+    assert sum("compiling the CPU kernels" in error for error in errors) == 1
+    assert sum("an earlier process tried" in error for error in errors) == 1
+
+
+def test_directory_that_a_killed_build_left_is_removed_by_the_next(cache, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, BURNING)
+    left = put_library(cache).parent
+    left.rename(f"{left}.abc.building")
+    fail_to_compile()
+    assert not list((cache / "cpu").glob("*.building"))
+
+
+@pytest.mark.parametrize("missing", [["avx512_bf16"], ["amx", "amx_imitated"], ["avx2", "avx512"]], ids="-".join)
+def test_instruction_set_that_the_compiler_does_not_know_is_left_out_alone(tmp_path, monkeypatch, capsys, missing):
+    targets = {
+        "avx512_bf16": "_mm512_dpbf16_ps",
+        "avx2": "vector_size(32)",
+        "avx512": "vector_size(64)",
+        "amx": "tdpbf16ps",
+    }
+    words = "\\|".join(targets.get(name, "nothing") for name in missing)
+    compiler(
+        tmp_path, monkeypatch, f"grep -q '{words}' \"$(echo \"$@\" | grep -o '[^ ]*probe.cpp')\" && exit 1; exit 0"
+    )
+    sets = [*build.INSTRUCTION_SETS, build.IMITATION]
+    known = build._buildable(os.environ["CXX"], sets)
+    gone = {name for name in sets if name in missing} - {"amx_imitated"}
+    if "avx512_bf16" in missing:
+        gone |= {"amx", "amx_imitated"}  # they need its products
+    assert known == [name for name in sets if name not in gone]
+    assert all(name in capsys.readouterr().err for name in list(gone)[:1])
+
+
+def test_path_of_torch_with_a_space_reaches_the_linker_in_one_piece(cache, tmp_path, monkeypatch):
+    libraries = tmp_path / "a b" / "torch" / "lib"
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(libraries))
+    compiles = (
+        'case "$*" in *" -c "*) for x; do case "$last" in -MF | -o) : > "$x";; esac; last=$x; done; exit 0;; esac'
+    )
+    links = f"printf '%s\\n' \"$@\" > '{tmp_path}/linked'; exit 1"
+    compiler(tmp_path, monkeypatch, f"{TELLS_ITS_VERSION}\n{compiles}\n{links}")
+    fail_to_compile()
+    assert f"-L{libraries}" in (tmp_path / "linked").read_text(encoding="utf-8").splitlines()
+    assert str(libraries) == cpp_extension.TORCH_LIB_PATH
+
+
+@needs_compiler
+def test_instruction_sets_of_the_machine_are_known_to_its_compiler(monkeypatch):
+    for name in ("CXX", "MOH_CPU_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    sets = build.supported_instruction_sets()
+    assert build._buildable("g++", sets) == sets
+    assert build._buildable("g++ -D__clang__", sets) == []  # it takes no instruction set from a pragma
 
 
 def test_switched_off_kernels_are_neither_built_nor_warned_of(cache, monkeypatch):
@@ -112,6 +222,32 @@ def test_switched_off_kernels_are_neither_built_nor_warned_of(cache, monkeypatch
     assert not cache.exists()
 
 
+def test_user_without_a_home_is_told_of_the_variable(cache, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch)
+    for name in ("MOH_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert_sdpa_serves_after_one_warning("this user has no home directory for them; set MOH_CACHE_DIR to a directory")
+
+
+@pytest.mark.parametrize("operation", ["exists", "mkdir"])
+def test_cache_of_another_user_is_named_with_the_remedy(cache, tmp_path, monkeypatch, operation):
+    compiler(tmp_path, monkeypatch)
+    allowed = getattr(Path, operation)
+
+    def refused(path: Path, *args: object, **options: object) -> object:
+        if cache in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return allowed(path, *args, **options)
+
+    monkeypatch.setattr(Path, operation, refused)
+    assert_sdpa_serves_after_one_warning(
+        r"cache/cpu can't be written: .*Permission denied.*; set MOH_CACHE_DIR to another"
+    )
+
+
 def test_cache_that_cannot_be_written_is_named(cache, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch)
     cache.write_text("a file, not a directory", encoding="utf-8")
@@ -121,7 +257,8 @@ def test_cache_that_cannot_be_written_is_named(cache, tmp_path, monkeypatch):
 def put_library(cache: Path) -> Path:
     """Writes a file that is not a library where this machine's library would be cached; returns its path."""
     program = os.environ["CXX"]
-    library = cache / "cpu" / build._key(program, build.supported_instruction_sets()) / LIBRARY
+    key = f"{build._key(build.supported_instruction_sets())}-{build._compiler_key(program)}"
+    library = cache / "cpu" / key / LIBRARY
     library.parent.mkdir(parents=True)
     library.write_text("not a library", encoding="utf-8")
     return library
@@ -132,6 +269,16 @@ def test_cached_library_is_used_without_the_compiler(cache, tmp_path, monkeypatc
     library = put_library(cache)
     assert compile_kernels() == library
     assert not (tmp_path / "called").exists()
+
+
+def test_cached_library_for_this_processor_is_used_where_there_is_no_compiler(cache, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch)
+    library = put_library(cache)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert compile_kernels() == library
+    without_avx512(monkeypatch, tmp_path)
+    with pytest.raises(BuildError, match="'/nowhere/g\\+\\+' was not found"):
+        compile_kernels()
 
 
 @pytest.mark.parametrize("how", ["writable", "linked", "linked directory", "of another user"])
@@ -267,4 +414,25 @@ def test_instruction_set_is_chosen_by_the_environment_and_checked(kernels):
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | {"MOH_CPU_ISA": "sse9"}, capture_output=True, text=True
     )
-    assert "must be one of" in done.stderr and "'sse9'" in done.stderr
+    best = cpu.instruction_sets()[0]
+    assert done.stdout.split() == ["None", best]
+    assert done.stderr.count("RuntimeWarning: MOH_CPU_ISA=sse9 is not an instruction set") == 1
+    assert f"portable; {best} is used" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        pytest.param(errno.ENOSPC, "alternate signal stack", id="signal-stack"),
+        pytest.param(errno.EINVAL, "Linux refuses it: Invalid argument", id="old-kernel"),
+        pytest.param(0, "its products are not right", id="granted"),
+    ],
+)
+def test_instruction_sets_left_out_are_named_with_their_reason(kernels, monkeypatch, error, reason):
+    sets = ["avx2", "avx512_bf16", "amx"]
+    monkeypatch.setattr(backend, "supported_instruction_sets", lambda: sets)
+    monkeypatch.setattr(backend, "instruction_sets", lambda: ["avx512_bf16", "portable"])
+    monkeypatch.setattr(backend, "_request_tiles", lambda: error)
+    reasons = cpu.instruction_sets_left_out()
+    assert list(reasons) == ["avx2", "amx"]
+    assert "can't build it" in reasons["avx2"] and reason in reasons["amx"]

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from moh.attention import BACKENDS, Call, choose_backend
+from moh.attention import BACKENDS, Call, choose_backend, cpu
 
 SHAPE = ["--shape", 2, 4, 2, 8, 16]
 
@@ -133,3 +133,12 @@ def test_it_says_what_a_model_is_loaded_with_and_whether_that_saves_anything(
         assert loaded.config._attn_implementation == said.split(",")[0]
     else:
         assert "attn_implementation='moh' works" in runs[1]
+
+
+def test_it_lists_the_instruction_sets_and_why_one_cannot_be_used(moh, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ["avx512", "portable"])
+    monkeypatch.setattr(cpu, "instruction_sets_left_out", lambda: {"amx": "Linux refuses it"})
+    lines = [line.split() for line in moh("info").out[-3:]]
+    assert lines == [["avx512", "in", "use"], ["portable", "works"], "amx does not work: Linux refuses it".split()]

@@ -79,6 +79,20 @@ def _print_all() -> None:
         reason = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
         works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
         print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
+    _print_instruction_sets()
+
+
+def _print_instruction_sets() -> None:
+    from moh.attention import cpu
+
+    if cpu.unavailable() is not None:
+        return
+    used, known = cpu.instruction_set(), cpu.instruction_sets()
+    print("instruction sets of the C++ kernels, MOH_CPU_ISA chooses one")
+    for name in known:
+        print(f"  {name:13s} {'in use' if name == used else 'works'}")
+    for name, reason in cpu.instruction_sets_left_out().items():
+        print(f"  {name:13s} does not work: {reason}")
 
 
 def _print_model(arguments: argparse.Namespace) -> None:

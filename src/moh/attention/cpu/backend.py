@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import threading
 import warnings
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh.attention.call import Call, unsupported_dtype, unsupported_options
-from moh.attention.cpu.build import BuildError, compile_kernels
+from moh.attention.cpu.build import BuildError, compile_kernels, supported_instruction_sets
 from moh.attention.cpu.operators import register
 
 MAX_WIDTH = 256
@@ -37,9 +39,17 @@ def _try_to_load() -> str | None:
         warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
         return reason
     register()
+    known = torch.ops.moh.cpu_instruction_sets()  # asks for AMX now, while there are few threads: see `_request_tiles`
     chosen = os.environ.get("MOH_CPU_ISA")
-    if chosen:
+    if chosen and chosen in known:
         _use(chosen)
+    elif chosen:
+        warnings.warn(
+            f"MOH_CPU_ISA={chosen} is not an instruction set of this machine's kernels, which are {', '.join(known)}; "
+            f"{known[0]} is used",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None
 
 
@@ -81,6 +91,39 @@ def _use(name: str) -> None:
     if name not in known:
         raise ValueError(f"name must be one of {', '.join(map(repr, known))} on this machine, got {name!r}")
     torch.ops.moh.cpu_use_instruction_set(name)
+
+
+def instruction_sets_left_out() -> dict[str, str]:
+    """Why the kernels can't use instruction sets that this processor has, by name.
+
+    Raises:
+        BuildError: there are no kernels.
+    """
+    known = instruction_sets()
+    reasons = {name: "the compiler or its assembler can't build it" for name in supported_instruction_sets()}
+    if "amx" in reasons and "avx512_bf16" in known:
+        reasons["amx"] = _why_no_tiles()
+    return {name: reason for name, reason in reasons.items() if name not in known}
+
+
+def _why_no_tiles() -> str:
+    error = _request_tiles()
+    if error == errno.ENOSPC:
+        return "Linux refuses it, as a thread has an alternate signal stack too small for it: import moh and use it before that"
+    if error:
+        return f"Linux refuses it: {os.strerror(error)}"
+    return "its products are not right, or the compiler or its assembler can't build it"
+
+
+def _request_tiles() -> int:
+    """Ask Linux for AMX's tiles, as the kernels do when they are loaded; returns the error's number, 0 if it grants them.
+
+    It does so for all threads or none: not if one has an alternate signal stack of a size from before AMX (8 KiB).
+    """
+    request, tiles = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XTILEDATA
+    arch_prctl = 158
+    libc = ctypes.CDLL(None, use_errno=True)
+    return ctypes.get_errno() if libc.syscall(arch_prctl, request, tiles) != 0 else 0
 
 
 def _require() -> None:

@@ -1,8 +1,8 @@
 // The kernels for processors with a matrix unit (AMX): those of avx512_bf16.cpp with the products of attention and
 // projections on its tiles. Decoding and the gradients of weights stay on the vectors.
 //
-// They have not run on such a processor yet. Tests run the same kernels on imitated tiles (amx_imitated.cpp), and
-// `amx_works` checks a product on the processor itself before they are used.
+// Tests run the same kernels on imitated tiles too (amx_imitated.cpp), and `amx_works` checks a product on the processor
+// itself before they are used.
 #include "isa/avx512_bf16.h"
 
 #include <sys/syscall.h>
