@@ -19,6 +19,7 @@ TEXT = dict(
     eos_token_id=None,
 )
 TINY = SIZES | TEXT
+PIXELS = dict(image_size=16, patch_size=4, num_labels=5)
 GROUPED = dict(num_key_value_heads=2)
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": GROUPED | dict(attention_bias=True, mlp_bias=True, head_dim=6, tie_word_embeddings=True),
@@ -49,12 +50,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_inner=48, scale_attn_by_inverse_layer_idx=True),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
     "bert": dict(),
-    "vit": dict(image_size=16, patch_size=4, num_labels=5),
+    "roberta": dict(max_position_embeddings=66, type_vocab_size=1),
+    "xlm-roberta": dict(max_position_embeddings=66, type_vocab_size=1),
+    "modernbert": dict(local_attention=6, cls_token_id=1, sep_token_id=2),
+    "vit": PIXELS,
+    "deit": PIXELS,
+    "dinov2": PIXELS | dict(layerscale_value=0.7),
+    "dinov2_with_registers": PIXELS | dict(layerscale_value=0.7, num_register_tokens=3),
 }
+BERT_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "opt": dict(dropout=0.0),
-    "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "bert": BERT_DROPOUT,
+    "roberta": BERT_DROPOUT,
+    "xlm-roberta": BERT_DROPOUT,
 }
 BY_TYPE = {family.model_type: family for family in known_families()}
 ALL = list(BY_TYPE)
@@ -72,7 +82,7 @@ def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any
     """The family's model for an Auto class, by default the one with the trained head, in evaluation mode."""
     family: Family = BY_TYPE[model_type]
     fields = SIZES | ({} if family.images else TEXT) | OPTIONS[model_type] | options
-    if model_type == "gpt2":
+    if model_type in ("gpt2", "dinov2", "dinov2_with_registers"):
         del fields["intermediate_size"]
     config = getattr(transformers, family.config)(**fields)
     model = getattr(transformers, family.models[auto or TRAINED_HEAD[model_type]])(config).eval()

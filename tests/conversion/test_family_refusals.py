@@ -72,7 +72,8 @@ CASES = {
         {},
         "add_cross_attention must be False: .*another model's tokens",
     ),
-    "bert-decoder": (lambda: dense_model("bert", is_decoder=True), {}, "is_decoder must be False: .*encoders"),
+    "bert-decoder": (lambda: dense_model("bert", is_decoder=True), {}, "is_decoder must be False: .*'bert' only encoders"),
+    "roberta-decoder": (lambda: dense_model("roberta", is_decoder=True), {}, "is_decoder must be False: .*'roberta' only"),
     "gpt2-two-heads": (
         lambda: transformers.GPT2DoubleHeadsModel(dense_model("gpt2").config),
         {},
@@ -93,7 +94,11 @@ CASES = {
         dict(router="query_norm"),
         "query_norm.*'phi'.*normalises its queries.*router='linear'",
     ),
-    "roberta": (lambda: neighbour("Roberta"), {}, "got 'roberta'; encoders of type bert can be converted"),
+    "distilbert": (
+        lambda: neighbour("DistilBert", dim=32, n_heads=4, n_layers=2, hidden_dim=48),
+        {},
+        "got 'distilbert'; encoders of type bert, roberta and modernbert can be converted",
+    ),
     "qwen3-experts": (
         lambda: neighbour("Qwen3Moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
         {},
@@ -110,6 +115,11 @@ CASES = {
         lambda: dense_model("bert"),
         dict(calibration=token_ids(2, 65)),
         "must be at most the model's 64 positions, got 65",
+    ),
+    "positions-after-the-padding-token": (
+        lambda: dense_model("roberta"),  # with 66 positions, and padding token 0
+        dict(calibration=token_ids(2, 66)),
+        "must be at most the model's 65 positions, got 66",
     ),
     "groups-without-groups": (lambda: dense_model("gpt2"), dict(routing_unit="kv_group"), "routing_unit must be 'head'"),
     "too-many-heads": (lambda: dense_model("opt"), dict(active_heads=4), "active_heads must be between 0 and .* = 3, got 4"),

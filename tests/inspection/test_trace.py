@@ -77,7 +77,8 @@ def test_every_family_is_traced(model_type: str, kind: str) -> None:
         how = dict(shared_heads=heads // 2, active_heads=1, calibration=calibration, allocation="even")
         model = moh.convert(dense, refit_output=False, progress=False, **how)
     inputs = inputs_of(model_type, count=2)
-    tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 17  # 4 x 4 patches and the class token
+    patches = {"deit": 18, "dinov2_with_registers": 20}.get(model_type, 17)  # 4 x 4, the class token and others
+    tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else patches
     layers = trace(model, lambda: model(**inputs))
     assert len(layers) == SIZES["num_hidden_layers"]
     for layer in layers:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
 from moh.data.text.blocks import are_texts, calibration_blocks, start_tokens
 from moh.models.heads import compact_heads
-from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of
+from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
 from moh.models.transformers.loading import mend_generation_config
 from moh.models.transformers.models import modeling, refusal
 from moh.routing import Router, build_router, router_class
@@ -46,10 +47,10 @@ _NEAREST = {
     "laguna": "mixtures of experts can't be converted; of models with a gate per head, lfm3 can",
     "step3p7": "mixtures of experts can't be converted; of models with a gate per head, lfm3 can",
     "phimoe": "the type without experts, phi3, can be converted",
-    "roberta": "encoders of type bert can be converted",
-    "xlm-roberta": "encoders of type bert can be converted",
-    "distilbert": "encoders of type bert can be converted",
-    "mpnet": "encoders of type bert can be converted",
+    "distilbert": "encoders of type bert, roberta and modernbert can be converted",
+    "mpnet": "encoders of type bert, roberta and modernbert can be converted",
+    "deberta-v2": "encoders of type bert, roberta and modernbert can be converted",
+    "dinov3_vit": "its predecessors, dinov2 and dinov2_with_registers, can be converted",
     "t5": "encoder-decoder models can't be converted, models of one stack can",
     "bart": "encoder-decoder models can't be converted, models of one stack can",
 }
@@ -74,11 +75,11 @@ class DenseTransformersModel(DenseModel):
     def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
         self._family = family = _checked_family(model.config)
         own = modeling(family)
-        if type(model) not in [getattr(own, name) for name in family.models.values()]:
+        if type(model) not in [getattr(own, name) for name in family.dense_models]:
             base = type(model.base_model).__name__
-            nearest = f"; its {base}, model.base_model, can be" if base in family.models.values() else ""
+            nearest = f"; its {base}, model.base_model, can be" if base in family.dense_models else ""
             raise ValueError(
-                f"model must be one of {', '.join(family.models.values())}, got {type(model).__name__}{nearest}"
+                f"model must be one of {', '.join(family.dense_models)}, got {type(model).__name__}{nearest}"
             )
         reason = refusal(model.config)
         if reason is not None:
@@ -95,8 +96,12 @@ class DenseTransformersModel(DenseModel):
         self.num_heads = model.config.num_attention_heads
         self.kv_heads = getattr(model.config, "num_key_value_heads", None)
         self._copied = copied
+        scales: list[Tensor | None] = [None] * len(layers)
+        if family.scale_of_layer:
+            scales = [at(block, family.scale_of_layer) for block in at(model.base_model, family.layers)]
         self.attentions = [
-            DenseAttention(at(at(a, family.core), family.fused or family.queries), at(a, family.output)) for a in layers
+            DenseAttention(at(at(a, family.core), family.fused or family.queries), at(a, family.output), scale)
+            for a, scale in zip(layers, scales, strict=True)
         ]
         _check_projections(model, self.attentions)
 
@@ -159,7 +164,7 @@ class DenseTextModel(DenseTransformersModel):
             ValueError: as in `calibration_blocks`, or a sequence is longer than the model's learned positions.
         """
         config, family = self.model.config, self._family
-        most = getattr(config, family.max_positions) if family.max_positions else None
+        most = most_positions(config)
         if seq_len is None:
             seq_len = min(ENCODER_SEQ_LEN if family.encoder else SEQ_LEN, most or SEQ_LEN)
         start, end = _special_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
@@ -220,7 +225,8 @@ class DenseViT(DenseTransformersModel, DenseImageModel):
         return super().build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
 
     def _construction(self) -> dict[str, Any]:
-        masks = {"use_mask_token": True} if self.model.base_model.embeddings.mask_token is not None else {}
+        takes = "use_mask_token" in inspect.signature(type(self.model).__init__).parameters
+        masks = {"use_mask_token": True} if takes and self.model.embeddings.mask_token is not None else {}
         return super()._construction() | masks
 
 

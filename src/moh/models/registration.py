@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from moh.models.transformers.families import FAMILIES, known_families
+from moh.models.transformers.families import FAMILIES, Family, known_families
 
 
 class _CallbackLoader(Loader):
@@ -77,6 +77,7 @@ _MODEL_NAMES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
@@ -110,15 +111,24 @@ def _register_classes() -> None:
     for family in known_families():
         config = getattr(package, family.moh_config)
         mapping.register(config.model_type, config, exist_ok=True)
-        for auto_class, model in family.moh_models.items():
-            getattr(auto, auto_class).register(config, getattr(package, model), exist_ok=True)
+        for auto_class, model in _named(family):
+            names = (model,) if isinstance(model, str) else model
+            kinds = tuple(getattr(package, name) for name in names)
+            getattr(auto, auto_class).register(config, kinds if len(kinds) > 1 else kinds[0], exist_ok=True)
     _add_model_names()  # the Trainer looks there whether labels are to be shifted
+
+
+def _named(family: Family) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """Auto classes and the names of our classes that they load; several where the checkpoint decides."""
+    for auto_class, model in family.moh_models.items():
+        more = family.more_models.get(auto_class)
+        yield auto_class, (model, f"MoH{more}") if more else model
 
 
 def _add_config_names() -> None:
     names = sys.modules[f"{_AUTO}.configuration_auto"].CONFIG_MAPPING_NAMES
     for family in known_families():
-        module = f"transformers.models.moh_{family.model_type}"
+        module = f"transformers.models.moh_{family.model_type.replace('-', '_')}"  # where transformers looks
         sys.modules[module] = _LazyPackage(module)
         names[f"moh_{family.model_type}"] = family.moh_config
 
@@ -126,7 +136,7 @@ def _add_config_names() -> None:
 def _add_model_names() -> None:
     auto = sys.modules[f"{_AUTO}.modeling_auto"]
     for family in known_families():
-        for auto_class, model in family.moh_models.items():
+        for auto_class, model in _named(family):
             getattr(auto, _MODEL_NAMES[auto_class])[f"moh_{family.model_type}"] = model
 
 

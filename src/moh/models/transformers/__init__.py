@@ -24,5 +24,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    made = {name for family in FAMILIES for name in (family.moh_config, *family.moh_models.values())}
+    made = {
+        name for family in FAMILIES for name in (family.moh_config, *(f"MoH{dense}" for dense in family.dense_models))
+    }
     return sorted({*globals(), *made})

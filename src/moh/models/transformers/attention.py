@@ -114,7 +114,7 @@ class RoutedAttention(nn.Module):
             gates,
             is_causal=bool(core.is_causal) and attention_mask is None and q.shape[2] > 1,
             attn_mask=attention_mask,
-            scale=core.scaling,
+            scale=getattr(core, "scaling", None),  # the usual one where a class keeps none
             dropout_p=self.dropout_rate if self.training else 0.0,
             heads_per_group=layer.heads_per_group,
             backend=backend,

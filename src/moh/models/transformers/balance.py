@@ -41,7 +41,7 @@ def with_balance_loss(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(dense_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         wants_logits = kwargs.pop("output_router_logits", None)
-        if kwargs.pop(_PART, False):
+        if kwargs.get(_PART):  # and so do its own parts
             return dense_forward(self, *args, **kwargs)
         if wants_logits is None:
             wants_logits = self.config.output_router_logits
@@ -97,13 +97,13 @@ def _attach(
 
 
 def _token_mask(given: dict[str, Any]) -> Tensor | None:
-    """The padding mask `[B, N]` if there is one of the inputs' own length."""
+    """The padding mask `[B, N]` if there is one of the inputs' own length; of B * choices rows for a multiple choice."""
     mask, inputs = given.get("attention_mask"), given.get("input_ids")
     if inputs is None:
         inputs = given.get("inputs_embeds")
-    if not isinstance(mask, Tensor) or inputs is None or mask.dim() != 2 or mask.shape != inputs.shape[:2]:
+    if not isinstance(mask, Tensor) or inputs is None or mask.dim() < 2 or mask.shape != inputs.shape[: mask.dim()]:
         return None
-    return mask
+    return mask.flatten(0, -2)
 
 
 def _share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -37,6 +37,11 @@ def _residual_norm(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor
     return normalised
 
 
+def _output_dropout(attention: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    dropped: Tensor = attention.out_drop(out)
+    return dropped
+
+
 PACKAGE = "moh.models.transformers"
 """Where the classes that are made for the families are found."""
 
@@ -50,8 +55,11 @@ class Family:
         package: its folder in `transformers.models`.
         config, attention: names of its configuration's and its attention's class.
         models: name of an Auto class -> name of the dense model's class.
+        more_models: the same for a second class that an Auto class loads where a checkpoint names it.
         layers: path of the layers, from the backbone (`base_model`).
         attention_of_layer: path of a layer's attention; layers of hybrid models that have none are left as they are.
+        scale_of_layer: path of `[C]` factors of the attention's output on its way into the residual stream, from the layer;
+            "" for none.
         core: path of what holds the projections, `scaling`, `is_causal` and `config`; "" for the attention itself.
         queries, keys, values: the projections, from the core.
         fused: one projection for all three instead, its rows those of queries, keys and values; "" for none.
@@ -69,6 +77,7 @@ class Family:
         encoder: whether tokens see what comes after them and a head predicts no next token.
         images: whether the model reads pixels; others read token ids.
         max_positions: the configuration's number of learned positions; "" for none.
+        positions_after_padding: whether the first of them that a token gets is the one after the padding token's id.
         defaults: fields of the configuration whose default isn't supported -> ours.
     """
 
@@ -77,8 +86,10 @@ class Family:
     config: str
     attention: str
     models: Mapping[str, str]
+    more_models: Mapping[str, str] = field(default_factory=dict)
     layers: str = "layers"
     attention_of_layer: str = "self_attn"
+    scale_of_layer: str = ""
     core: str = ""
     queries: str = "q_proj"
     keys: str = "k_proj"
@@ -98,6 +109,7 @@ class Family:
     encoder: bool = False
     images: bool = False
     max_positions: str = ""
+    positions_after_padding: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,6 +121,11 @@ class Family:
     def moh_models(self) -> dict[str, str]:
         """Name of an Auto class -> name of our model's class."""
         return {auto: f"MoH{name}" for auto, name in self.models.items()}
+
+    @property
+    def dense_models(self) -> tuple[str, ...]:
+        """Names of all classes of the dense model."""
+        return (*self.models.values(), *self.more_models.values())
 
     @cached_property
     def is_plain(self) -> bool:
@@ -126,6 +143,56 @@ _SEQUENCES, _TOKENS, _ANSWERS = "SequenceClassification", "TokenClassification",
 def _decoder(stem: str, *heads: str) -> dict[str, str]:
     """Names of a decoder's classes, which begin with `stem`, for the Auto classes `AutoModelFor{head}`."""
     return {"AutoModel": f"{stem}Model"} | {f"AutoModelFor{head}": f"{stem}For{head}" for head in ("CausalLM", *heads)}
+
+
+_ENCODER_HEADS = ("MaskedLM", _SEQUENCES, _TOKENS, _ANSWERS, "MultipleChoice")
+
+
+def _encoder(name: str) -> dict[str, str]:
+    return {"AutoModel": f"{name}Model"} | {f"AutoModelFor{head}": f"{name}For{head}" for head in _ENCODER_HEADS}
+
+
+def _like_bert(model_type: str, package: str, name: str, *, positions_after_padding: bool = False) -> Family:
+    return Family(
+        model_type,
+        package,
+        f"{name}Config",
+        f"{name}Attention",
+        _encoder(name),
+        layers="encoder.layer",
+        attention_of_layer="attention",
+        core="self",
+        queries="query",
+        keys="key",
+        values="value",
+        output="output.dense",
+        rotary="",
+        dropout="dropout.p",
+        finish=_residual_norm,
+        encoder=True,
+        max_positions="max_position_embeddings",
+        positions_after_padding=positions_after_padding,
+    )
+
+
+def _like_vit(
+    model_type: str, name: str, *, more: str = "", layers: str = "layers", scale_of_layer: str = ""
+) -> Family:
+    classifier = "AutoModelForImageClassification"
+    return Family(
+        model_type,
+        model_type,
+        f"{name}Config",
+        f"{name}Attention",
+        {"AutoModel": f"{name}Model", classifier: f"{name}ForImageClassification"},
+        {classifier: more} if more else {},
+        layers=layers,
+        attention_of_layer="attention",
+        scale_of_layer=scale_of_layer,
+        rotary="",
+        encoder=True,
+        images=True,
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -288,42 +355,25 @@ FAMILIES: tuple[Family, ...] = (
         dropout="dropout",
         max_positions="max_position_embeddings",
     ),
+    _like_bert("bert", "bert", "Bert"),
+    _like_bert("roberta", "roberta", "Roberta", positions_after_padding=True),
+    _like_bert("xlm-roberta", "xlm_roberta", "XLMRoberta", positions_after_padding=True),
     Family(
-        "bert",
-        "bert",
-        "BertConfig",
-        "BertAttention",
-        {
-            "AutoModel": "BertModel",
-            "AutoModelForMaskedLM": "BertForMaskedLM",
-            "AutoModelForSequenceClassification": "BertForSequenceClassification",
-            "AutoModelForTokenClassification": "BertForTokenClassification",
-            "AutoModelForQuestionAnswering": "BertForQuestionAnswering",
-        },
-        layers="encoder.layer",
-        attention_of_layer="attention",
-        core="self",
-        queries="query",
-        keys="key",
-        values="value",
-        output="output.dense",
-        rotary="",
-        dropout="dropout.p",
-        finish=_residual_norm,
+        "modernbert",
+        "modernbert",
+        "ModernBertConfig",
+        "ModernBertAttention",
+        _encoder("ModernBert"),
+        attention_of_layer="attn",
+        fused="Wqkv",
+        output="Wo",
+        finish=_output_dropout,
         encoder=True,
-        max_positions="max_position_embeddings",
     ),
-    Family(
-        "vit",
-        "vit",
-        "ViTConfig",
-        "ViTAttention",
-        {"AutoModel": "ViTModel", "AutoModelForImageClassification": "ViTForImageClassification"},
-        attention_of_layer="attention",
-        rotary="",
-        encoder=True,
-        images=True,
-    ),
+    _like_vit("vit", "ViT"),
+    _like_vit("deit", "DeiT", more="DeiTForImageClassificationWithTeacher"),
+    _like_vit("dinov2", "Dinov2", layers="encoder.layer", scale_of_layer="layer_scale1.lambda1"),
+    _like_vit("dinov2_with_registers", "Dinov2WithRegisters", layers="encoder.layer", scale_of_layer="layer_scale1.lambda1"),
 )  # fmt: skip
 
 
@@ -343,6 +393,16 @@ def attentions(family: Family, backbone: Any) -> list[Any]:
     return [at(layer, family.attention_of_layer) for layer in at(backbone, family.layers) if hasattr(layer, first)]
 
 
+def most_positions(config: Any) -> int | None:
+    """Most tokens of a sequence, of a model with learned positions; None for one without. `config` as `check_positions`."""
+    family = family_of(config.model_type)
+    if family is None or not family.max_positions:
+        return None
+    taken = config.pad_token_id + 1 if family.positions_after_padding else 0
+    most: int = getattr(config, family.max_positions) - taken
+    return most
+
+
 def check_positions(config: Any, tokens: int, *, name: str) -> None:
     """Check that a sequence is within a model's learned positions; models without them have no limit.
 
@@ -354,8 +414,7 @@ def check_positions(config: Any, tokens: int, *, name: str) -> None:
     Raises:
         ValueError: the sequence is longer.
     """
-    family = family_of(config.model_type)
-    most = getattr(config, family.max_positions) if family is not None and family.max_positions else None
+    most = most_positions(config)
     if most is not None and tokens > most:
         raise ValueError(f"{name} must be at most the model's {most} positions, got {tokens} tokens")
 

@@ -122,8 +122,12 @@ def refusal(config: Any) -> str | None:
         )
     if getattr(config, "add_cross_attention", False):
         return "add_cross_attention must be False: layers that read another model's tokens can't be converted"
-    if config.model_type.removeprefix("moh_") == "bert" and config.is_decoder:
-        return "is_decoder must be False: of BERT only encoders can be converted; a GPT-2 is a decoder of the same kind"
+    family = family_of(config.model_type)
+    if family is not None and family.encoder and getattr(config, "is_decoder", False):
+        return (
+            f"is_decoder must be False: of type {family.model_type!r} only encoders can be converted; a GPT-2 is a decoder of "
+            "the same kind"
+        )
     return None
 
 
@@ -157,7 +161,8 @@ class RoutedModel(HasActiveHeads):
         card = Path(save_directory, "README.md")
         if card.parent.is_dir() and not card.exists():
             family, name = family_of_config(type(self.config)), type(self).__name__  # type: ignore[attr-defined]
-            auto = next((auto for auto, made in family.moh_models.items() if made == name), "AutoModel")
+            named = (*family.models.items(), *family.more_models.items())
+            auto = next((auto for auto, dense in named if f"MoH{dense}" == name), "AutoModel")
             card.write_text(_CARD.format(model_type=f"moh_{family.model_type}", auto=auto), encoding="utf-8")
 
 
@@ -239,7 +244,7 @@ def make_class(name: str) -> type:
             )
         if name == family.moh_config:
             return _config_class(family)
-        if name in family.moh_models.values():
+        if dense_name in family.dense_models:
             return _routed_model_class(getattr(modeling(family), dense_name))
     # What is needed to read a pickled model or its outputs: classes that transformers has no Auto class for
     kind: Any = getattr(modeling_outputs, dense_name, None)
@@ -250,6 +255,8 @@ def make_class(name: str) -> type:
         if dense_name == family.attention:
             return _routed_attention_class(family)
         kind = getattr(modeling(family), dense_name, None)
+        if isinstance(kind, type) and issubclass(kind, ModelOutput):
+            return output_class(kind)
         is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if is_model and family_of(kind.config_class.model_type) is family:
             return _routed_model_class(kind)
