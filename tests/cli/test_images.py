@@ -45,7 +45,7 @@ def test_a_classifier_needs_images_and_images_need_a_classifier(moh, classifiers
         result = moh(command[0], classifiers["75"], *command[1:])
         assert result.code == 2 and "--images must be given, because" in result.err[0] and len(result.err) == 1
         result = moh(command[0], base_dir, *command[1:], "--images", folder)
-        assert result.code == 2 and "--images needs an image classifier in timm's format" in result.err[0]
+        assert result.code == 2 and "--images needs an image classifier, and" in result.err[0]
     assert "must not both be given" in moh("eval", base_dir, "--images", folder, "--files", folder).err[0]
     assert "--classes is for image classifiers" in moh("inspect", base_dir, "--out", "x", "--classes", "ant").err[0]
 

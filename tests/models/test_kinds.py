@@ -64,6 +64,7 @@ def test_a_configuration_and_a_name_are_told_too() -> None:
     assert kind_of("hf-hub:timm/vit") == Kind("images", "timm")
     assert kind_of("some/model.gguf") == kind_of("org/name") == Kind("language", "transformers")
     assert kind_of("resnet18", named="images") == Kind("images", "timm")
+    assert kind_of("org/name", named="images") == Kind("images", "transformers")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moh.cli.options import Commands
+    from moh.data.images.augmentation import ProcessorInput
     from moh.data.images.recipe import ImageInput
 
 _HELP = "Turn a pretrained dense model of text, images or diffusion into a MoH model, without training."
@@ -162,19 +163,18 @@ def _of_images(
             f"--images must name the images to calibrate on, because {arguments.model} reads images (or choose a --router that "
             "needs none: query_norm, or a learned one to be trained)"
         )
+    from moh.data.images.augmentation import ProcessorInput
+    from moh.models.classifiers import image_input
+
+    wanted = image_input(dense)
+    calibration = None if arguments.images is None else _images(arguments, wanted)
+    model = convert(dense, calibration=calibration, **options)
     if not hasattr(dense, "config"):
         from moh.models.timm import save_pretrained
-        from moh.models.timm.loading import image_input
 
-        calibration = None if arguments.images is None else _images(arguments, image_input(dense))
-        model = convert(dense, calibration=calibration, **options)
         return model, partial(save_pretrained, model)
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(arguments.model, trust_remote_code=False)
-    calibration = None if arguments.images is None else _images(arguments, _input_of(dense, processor))
-    model = convert(dense, calibration=calibration, **options)
-    return model, partial(_save_all, (model, processor))
+    processors = (wanted.processor,) if isinstance(wanted, ProcessorInput) else ()
+    return model, partial(_save_all, (model, *processors))
 
 
 def _save_all(parts: tuple[Any, ...], directory: Path) -> None:
@@ -182,18 +182,7 @@ def _save_all(parts: tuple[Any, ...], directory: Path) -> None:
         part.save_pretrained(directory)
 
 
-def _input_of(dense: Any, processor: Any) -> ImageInput:
-    """The input of a ViT of transformers."""
-    from moh.data.images.recipe import ImageInput
-
-    size, channels = dense.config.image_size, dense.config.num_channels
-    mean, std = (
-        (tuple(processor.image_mean), tuple(processor.image_std)) if processor.do_normalize else ((0.0,), (1.0,))
-    )
-    return ImageInput((channels, size, size), mean, std, interpolation="bilinear")
-
-
-def _images(arguments: Namespace, wanted: ImageInput) -> Iterator[Tensor]:
+def _images(arguments: Namespace, wanted: ImageInput | ProcessorInput) -> Iterator[Tensor]:
     """Batches of images; their classes do not matter, because only the heads' contributions are used."""
     from torch.utils.data import DataLoader
 

@@ -42,11 +42,11 @@ def run(arguments: Namespace) -> None:
     check_writable(arguments.out, name="--out")
     if reads_images(arguments):
         from moh.evaluation.curve import image_curve
-        from moh.models.timm.loading import load_image_classifier
+        from moh.models.classifiers import load_classifier
         from moh.models.transformers.loading import default_device
 
-        model = load_image_classifier(arguments.model, device=default_device())
-        dense = None if arguments.dense is None else load_image_classifier(arguments.dense, device=default_device())
+        model = load_classifier(arguments.model, device=default_device())
+        dense = None if arguments.dense is None else load_classifier(arguments.dense, device=default_device())
         curve = image_curve(
             model,
             read_images(arguments),

@@ -69,10 +69,10 @@ def _run_text(arguments: Namespace) -> None:
 def _run_images(arguments: Namespace) -> None:
     """Top-1 and more of a classifier."""
     from moh.evaluation import evaluate_images
-    from moh.models.timm.loading import load_image_classifier
+    from moh.models.classifiers import load_classifier
     from moh.models.transformers.loading import default_device
 
-    model = load_image_classifier(arguments.model, device=default_device())
+    model = load_classifier(arguments.model, device=default_device())
     images = read_images(arguments)
     result = evaluate_images(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
     if arguments.json:

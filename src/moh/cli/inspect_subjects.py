@@ -131,11 +131,11 @@ class _OfImages(Subject):
 
 class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.timm.loading import load_image_classifier
+        from moh.models.classifiers import load_classifier
         from moh.models.transformers.loading import default_device
 
         super().__init__(arguments)
-        self.model = load_image_classifier(arguments.model, device=default_device())
+        self.model = load_classifier(arguments.model, device=default_device())
         self.images = read_images(arguments)
 
     def _groups(self, images: ImageSource) -> GroupedInputs:
@@ -236,7 +236,7 @@ def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSourc
     """A page of the first images of each class: the given classes, or up to ten; each class is a group."""
     from moh.data.images.augmentation import eval_transform
     from moh.inspection.page import head_page, image_sample
-    from moh.models.timm.loading import image_input
+    from moh.models.classifiers import image_input
 
     chosen = arguments.classes or list(images.classes)[:_MOST_CLASSES]
     if unknown := [name for name in chosen if name not in images.classes]:

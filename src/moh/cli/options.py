@@ -95,8 +95,7 @@ def reads_images(arguments: Namespace) -> bool:
     """Whether the model is an image classifier: read from a directory; a hub name is one if `--images` is given.
 
     Raises:
-        ValueError: a classifier without images, images for another model, images and text, or a model that is neither a
-            language model nor a classifier in timm's format.
+        ValueError: a classifier without images, images for another model, images and text, or a diffusion model.
     """
     from moh.models.kinds import kind_of
 
@@ -107,10 +106,10 @@ def reads_images(arguments: Namespace) -> bool:
         raise ValueError(
             f"model must be a language model or an image classifier, and {arguments.model} is a diffusion model"
         )
-    if kind.library == "timm" and arguments.images is None:
+    if kind.task == "images" and arguments.images is None:
         raise ValueError(f"--images must be given, because {arguments.model} is an image classifier")
-    if kind.library != "timm" and (arguments.images is not None or kind.task == "images"):
-        raise ValueError(f"--images needs an image classifier in timm's format, and {arguments.model} is not one")
+    if kind.task != "images" and arguments.images is not None:
+        raise ValueError(f"--images needs an image classifier, and {arguments.model} is not one")
     return kind.task == "images"
 
 

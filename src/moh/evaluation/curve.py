@@ -193,7 +193,7 @@ def image_curve(
     """Top-1 accuracy and images per second of a classifier at each share of heads.
 
     Args:
-        model: a MoH model of timm; left as it was.
+        model: a MoH model of timm or transformers; left as it was.
         images: labelled images, as `evaluate_images` takes them.
         dense: a dense model with the same dtype and device, to measure as well.
         shares: shares of all heads, each above 0 and at most 1; None means `dial_shares(model)`.
@@ -201,14 +201,15 @@ def image_curve(
         workers: processes that load images.
 
     Raises:
-        ValueError: a model is not a timm classifier, `model` has no MoH layer, `dense` has one or does not match it, or
+        ValueError: a model is not an image classifier, `model` has no MoH layer, `dense` has one or does not match it, or
             `moh.set_active_heads` or `evaluate_images` raises it.
     """
     from moh.evaluation.images import evaluate_images
+    from moh.models.classifiers import is_classifier
 
     for name, each in (("model", model), ("dense", dense)):
-        if each is not None and not hasattr(each, "num_classes"):
-            raise ValueError(f"{name} must be an image classifier of timm, got a {type(each).__name__}")
+        if each is not None and not is_classifier(each):
+            raise ValueError(f"{name} must be an image classifier of timm or transformers, got a {type(each).__name__}")
     wanted = _wanted(model, shares)
     if dense is not None:
         _check_dense(model, dense)

@@ -1,6 +1,6 @@
 """Top-1, top-5 and per-class accuracy of an image classifier, its images per second and the share of heads it uses.
 
-Works for any timm model, MoH or dense.
+Works for any classifier of timm or transformers, MoH or dense.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.batches import ImageBatches, readable_batches, report_damaged
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import ImageSource, take, with_classes
 from moh.evaluation.speed import device_clock
-from moh.models.timm.loading import class_names, image_input
+from moh.models.classifiers import class_names, image_input, logits_of, num_classes
 from moh.routing import record_routing
 
 
@@ -52,7 +53,7 @@ def evaluate_images(
     model: nn.Module,
     dataset: ImageSource,
     *,
-    wanted: ImageInput | None = None,
+    wanted: ImageInput | ProcessorInput | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = True,
@@ -60,9 +61,9 @@ def evaluate_images(
     """Classify all images once.
 
     Args:
-        model: a timm model; used in evaluation mode and left in its own.
+        model: of timm or transformers; used in evaluation mode and left in its own.
         dataset: labelled images, with the model's classes in any order.
-        wanted: the model's expected input; None takes it from the model (`moh.models.timm.loading.image_input`).
+        wanted: the model's expected input; None takes it from the model (`moh.models.classifiers.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
         progress: show a progress bar (only on a terminal).
@@ -87,7 +88,7 @@ def evaluate_images(
             images, labels = images.to(device), labels.to(device)
             with record_routing(model) as routing:
                 start = clock()
-                logits = model(images).float()  # [B, K]
+                logits = logits_of(model, images).float()  # [B, K]
                 times.append((len(images), clock() - start))
             moh = bool(len(routing))
             first, fifth = accuracy(logits, labels, topk=(1, 5))  # type: ignore[no-untyped-call]
@@ -129,7 +130,7 @@ def image_loader(
     model: nn.Module,
     dataset: ImageSource,
     *,
-    wanted: ImageInput | None = None,
+    wanted: ImageInput | ProcessorInput | None = None,
     batch_size: int = 64,
     workers: int = 0,
 ) -> DataLoader[dict[str, Tensor]]:
@@ -145,9 +146,9 @@ def image_loader(
     names = class_names(model)
     if names is not None:
         dataset = with_classes(dataset, names, what="the images", than="the model")
-    elif model.num_classes != len(dataset.classes):
+    elif num_classes(model) != len(dataset.classes):
         raise ValueError(
-            f"the images must have the {model.num_classes} classes of the model, but have {len(dataset.classes)}"
+            f"the images must have the {num_classes(model)} classes of the model, but have {len(dataset.classes)}"
         )
     batches = ImageBatches(dataset, image_input(model) if wanted is None else wanted)
     return DataLoader(batches, batch_size=batch_size, collate_fn=take, num_workers=workers)

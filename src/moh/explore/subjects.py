@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -267,38 +267,15 @@ def _reference(model: nn.Module, dial: Dial, dense: nn.Module | None, path: str 
 
 
 def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes]:
+    from moh.data.images.augmentation import eval_transform
+    from moh.models.classifiers import class_names, image_input, load_classifier, logits_of, num_classes
     from moh.models.transformers.loading import default_device
 
     device = default_device()
-    if kind_of(path).library == "timm":
-        from moh.data.images.augmentation import eval_transform
-        from moh.models.timm.loading import class_names, image_input, load_image_classifier
+    model = load_classifier(path, device=device)
+    names = class_names(model) or tuple(f"class {index}" for index in range(num_classes(model)))
 
-        timm_model: Any = load_image_classifier(path, device=device)
-        names = class_names(timm_model) or tuple(f"class {index}" for index in range(timm_model.num_classes))
-        return timm_model, names, Eyes(eval_transform(image_input(timm_model)), _on(device, timm_model))
-    require("transformers", extra="llm")
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    model = (
-        AutoModelForImageClassification.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
-        .to(device)
-        .eval()
-    )
-    processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-
-    def transform(image: Image) -> Tensor:
-        pixels: Tensor = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return pixels
-
-    labels = model.config.id2label
-    return model, tuple(labels[i] for i in range(len(labels))), Eyes(transform, _on(device, model))
-
-
-def _on(device: torch.device, model: Any) -> Callable[[Tensor], Tensor]:
     def logits(pixels: Tensor) -> Tensor:
-        outputs = model(pixels[None].to(device))
-        found: Tensor = getattr(outputs, "logits", outputs)
-        return found[0].float()
+        return logits_of(model, pixels[None].to(device))[0].float()
 
-    return logits
+    return model, names, Eyes(eval_transform(image_input(model)), logits)

@@ -8,27 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.batches import ImageBatches, readable_batches, report_damaged
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import ImageSource
 from moh.evaluation.images import image_loader
 from moh.inspection.inputs import GroupBatch, GroupedInputs
+from moh.models.classifiers import logits_of
 
 
 def image_groups(
     model: nn.Module,
     dataset: ImageSource,
     *,
-    wanted: ImageInput | None = None,
+    wanted: ImageInput | ProcessorInput | None = None,
     batch_size: int = 64,
     workers: int = 0,
 ) -> GroupedInputs:
     """The images of each class; each image is a unit. Damaged ones are left out, with a warning at the end.
 
     Args:
-        model: a timm model, MoH or dense.
+        model: of timm or transformers, MoH or dense.
         dataset: labelled images, with the model's classes in any order.
-        wanted: the model's expected input; None takes it from the model (`moh.models.timm.loading.image_input`).
+        wanted: the model's expected input; None takes it from the model (`moh.models.classifiers.image_input`).
         batch_size: images per forward pass.
         workers: processes that load images; 0 loads them here.
 
@@ -52,6 +54,6 @@ def image_groups(
 
 def _batch(model: nn.Module, pixels: Tensor, labels: Tensor, units: Tensor) -> GroupBatch:
     def losses() -> Tensor:
-        return F.cross_entropy(model(pixels).float(), labels.to(pixels.device), reduction="none")
+        return F.cross_entropy(logits_of(model, pixels).float(), labels.to(pixels.device), reduction="none")
 
     return GroupBatch(groups=labels, units=units, run=lambda: model(pixels), losses=losses)

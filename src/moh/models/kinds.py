@@ -73,7 +73,8 @@ def kind_of(model: str | Path | Mapping[str, Any], *, named: Task = "language") 
         return _of_config(config, f"the config.json of model {name!r}")
     if looks_local(model):
         raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {name!r}")
-    return Kind(named, {"language": "transformers", "images": "timm", "diffusion": "diffusers"}[named])  # type: ignore[arg-type]
+    of_timm = named == "images" and "/" not in name  # "hf-hub:OWNER/NAME" is timm's too
+    return Kind(named, "diffusers" if named == "diffusion" else "timm" if of_timm else "transformers")
 
 
 def saved_config(directory: str | Path) -> dict[str, Any]:

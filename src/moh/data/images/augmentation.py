@@ -6,7 +6,9 @@ Mixing is in `batches`. Randomness comes from outside: a seed per image and epoc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -26,8 +28,35 @@ ImageTransform = Callable[[Image.Image], Tensor]
 """PIL image -> `[C, H, W]` float32, normalised."""
 
 
-def eval_transform(wanted: ImageInput) -> ImageTransform:
-    """Resize, middle crop, normalise."""
+@dataclass(frozen=True)
+class ProcessorInput:
+    """A model's input as an image processor of transformers makes it; for evaluation and calibration.
+
+    Args:
+        processor: as `AutoImageProcessor` loads it.
+        channels: of the model's input.
+    """
+
+    processor: Any
+    channels: int = 3
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """`[C, H, W]` float32."""
+        readable = image.convert("L" if self.channels == 1 else "RGB")
+        pixels: Tensor = self.processor(readable, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    @cached_property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        channels, height, width = self(Image.new("RGB", (64, 64))).shape
+        return channels, height, width
+
+
+def eval_transform(wanted: ImageInput | ProcessorInput) -> ImageTransform:
+    """Resize, middle crop, normalise; or what the processor does."""
+    if isinstance(wanted, ProcessorInput):
+        return wanted
     transform = create_transform(
         wanted.size, mean=wanted.mean, std=wanted.std, crop_pct=wanted.crop_pct, interpolation=wanted.interpolation
     )
@@ -112,9 +141,11 @@ class PixelTransform:
         self._drawn: dict[str, Tensor] = {}
 
     @staticmethod
-    def fits(source: object, wanted: ImageInput, recipe: AugmentationRecipe | None) -> bool:
+    def fits(source: object, wanted: ImageInput | ProcessorInput, recipe: AugmentationRecipe | None) -> bool:
         """Whether this handles the images and everything in the recipe."""
-        if not isinstance(source, TensorImages) or tuple(source.pixels.shape[1:]) != tuple(wanted.size):
+        if not isinstance(source, TensorImages) or not isinstance(wanted, ImageInput):
+            return False
+        if tuple(source.pixels.shape[1:]) != tuple(wanted.size):
             return False
         if recipe is None:
             return wanted.crop_pct == 1

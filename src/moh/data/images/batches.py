@@ -14,7 +14,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moh.data.images.augmentation import PixelTransform, eval_transform, train_transform
+from moh.data.images.augmentation import PixelTransform, ProcessorInput, eval_transform, train_transform
 from moh.data.images.recipe import AugmentationRecipe, ImageInput
 from moh.data.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
 from moh.data.seeds import generators_kept, seed_all
@@ -39,7 +39,7 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
     def __init__(
         self,
         source: ImageSource,
-        wanted: ImageInput,
+        wanted: ImageInput | ProcessorInput,
         *,
         augmentation: AugmentationRecipe | None = None,
         seed: int = 0,
@@ -49,9 +49,18 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         self.seed = seed
         self.wanted = wanted
         self.pixels: PixelTransform | None = None
-        if isinstance(source, TensorImages) and PixelTransform.fits(source, wanted, augmentation):
+        if isinstance(wanted, ProcessorInput) and augmentation is not None:
+            raise ValueError("augmentation must be None for an image processor, which is for evaluation")
+        if (
+            isinstance(source, TensorImages)
+            and isinstance(wanted, ImageInput)
+            and PixelTransform.fits(source, wanted, augmentation)
+        ):
             self.pixels = PixelTransform(source, wanted, augmentation, seed)
-        self.transform = eval_transform(wanted) if augmentation is None else train_transform(wanted, augmentation)
+        if augmentation is None or isinstance(wanted, ProcessorInput):
+            self.transform = eval_transform(wanted)
+        else:
+            self.transform = train_transform(wanted, augmentation)
         self.mixup = None
         if augmentation is not None and augmentation.mixes:
             self.mixup = Mixup(  # type: ignore[no-untyped-call]

@@ -120,6 +120,13 @@ def image_input(model: nn.Module) -> ImageInput:
     return ImageInput(size, mean, std, float(config["crop_pct"]), str(config["interpolation"]))
 
 
+def default_input(size: tuple[int, int, int]) -> ImageInput:
+    """timm's defaults for a model of this input size (channels, height, width) that states nothing else."""
+    config = resolve_data_config({"input_size": size})  # type: ignore[no-untyped-call]
+    mean, std = (_per_channel(config[name], size[0]) for name in ("mean", "std"))
+    return ImageInput(size, mean, std, float(config["crop_pct"]), str(config["interpolation"]))
+
+
 def describe(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> None:
     """Set what `image_input` and `class_names` return for a model; it is saved with the model."""
     described: dict[str, Any] = {
