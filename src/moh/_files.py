@@ -88,6 +88,12 @@ MODEL_FILES = (
 )
 """Files of a model and its tokenizer, as patterns; the first is the one that every model has."""
 
+SENTENCE_FILES = (
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),
+    *("[0-9]_*/*.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin", "[0-9]_Normalize"),
+)
+"""Those of sentence-transformers around a transformer; a part without settings may be an empty directory."""
+
 CARD_MARK = "<!-- Without this line, the file is kept: its directory is then not replaced by another model. -->"
 """In a README.md of ours, which is replaced together with the model as long as nobody has made it their own."""
 
@@ -169,9 +175,11 @@ def _is_ours(file: Path) -> bool:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    names = (
-        [config.get(key) for key in ("model_type", "architecture", "_class_name")] if isinstance(config, dict) else []
-    )
+    if not isinstance(config, dict):
+        return False
+    names = [config.get(key) for key in ("model_type", "architecture", "_class_name")]
+    if isinstance(config.get("transformer"), list):  # a pipeline's parts: [package, class]
+        names += config["transformer"][-1:]
     return any(str(name).lower().startswith("moh") for name in names)
 
 

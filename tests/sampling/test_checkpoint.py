@@ -113,7 +113,9 @@ def test_without_names_only_ids_will_do(tiny) -> None:
 
 
 def test_what_cannot_be_read_is_told(tiny, vae, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoint must be a directory, but there is no '/nowhere'"):
+    with pytest.raises(
+        ValueError, match="checkpoint must be a directory or a hub name, but there is no directory '/nowhere'"
+    ):
         load_image_model("/nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' has no configuration that can be read"):

@@ -79,64 +79,78 @@ def add_parser(sub: Commands) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from moh._files import check_replaceable, replacing_directory
+    from moh._files import MODEL_FILES, PIPELINE_FILES, SENTENCE_FILES, check_replaceable, replacing_directory
+    from moh.models.dial import head_share, moh_routers
+    from moh.models.hub import kind_at, local_diffusion
 
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
-    check_replaceable(arguments.output, name="output")
+    drawing = local_diffusion(arguments.model) if kind_at(arguments.model).task == "diffusion" else None
+    of_pipeline = drawing is not None and (drawing / "model_index.json").is_file()
+    kinds = PIPELINE_FILES if of_pipeline else (*MODEL_FILES, *SENTENCE_FILES)
+    check_replaceable(arguments.output, name="output", kinds=kinds)
     if arguments.images is not None and arguments.files:
         raise ValueError("--images and --files must not both be given")
-    model, share, save = _converted(arguments)
-    with replacing_directory(Path(arguments.output)) as scratch:
+    model, save = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
+    with replacing_directory(Path(arguments.output), kinds=kinds) as scratch:
         save(scratch)
+    share = head_share([router.config for router in moh_routers(model)])
     print(f"{arguments.output}: MoH model, each token uses {100 * share:.0f} % of the heads")
 
 
-def _converted(arguments: Namespace) -> tuple[nn.Module, float, Callable[[Path], object]]:
-    """The MoH model, the share of heads that a token uses, and a function that writes it with its tokenizer or processor."""
+def _options(arguments: Namespace) -> dict[str, Any]:
+    names = ("shared_heads", "active_heads", "routing_unit", "allocation", "refit_output", "shares")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callable[[Path], object]]:
+    """The MoH model, and a function that writes it: as a pipeline with all that `source` holds if that is one."""
+    from moh.conversion import convert
+
+    if arguments.images is not None or arguments.files:
+        raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
+    model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
+    if not (source / "model_index.json").is_file():
+        return model, model.save_pretrained
+    from moh.sampling import save_with_parts_of
+
+    return model, partial(save_with_parts_of, model, source)
+
+
+def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object]]:
+    """The MoH model, and a function that writes it with its tokenizer or processor."""
     import torch
 
-    from moh.conversion import convert
     from moh.conversion.convert import load_dense
-    from moh.models.dial import head_share, moh_routers
     from moh.models.kinds import kind_of
     from moh.models.transformers.loading import default_device
 
-    options = {
-        "shared_heads": arguments.shared_heads,
-        "active_heads": arguments.active_heads,
-        "routing_unit": arguments.routing_unit,
-        "allocation": arguments.allocation,
-        "refit_output": arguments.refit_output,
-        "shares": arguments.shares,
-    }
-    if kind_of(arguments.model).task == "diffusion":
-        if arguments.images is not None or arguments.files:
-            raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
-        model = convert(arguments.model, router=arguments.router or "two_stage", **options)
-        save: Callable[[Path], object] = model.save_pretrained
-    else:
-        dense = load_dense(arguments.model)
-        dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
-        options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
-        # timm's models have no config; that of others gives the kind, which a hub name does not
-        reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
-        of_kind = _of_images if reads_images else _of_text
-        model, save = of_kind(arguments, dense, options)
-    return model, head_share([router.config for router in moh_routers(model)]), save
+    dense = load_dense(arguments.model)
+    dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
+    options = _options(arguments)
+    options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
+    # timm's models have no config; that of others gives the kind, which a hub name does not
+    reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
+    return (_of_images if reads_images else _of_text)(arguments, dense, options)
 
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
     from moh.models.transformers.loading import load_tokenizer
+    from moh.models.transformers.sentences import copy_parts, sentence_parts
     from moh.routing import router_class
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer, parts = load_tokenizer(arguments.model), sentence_parts(arguments.model)
     texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
-    return model, partial(_save_all, (model, tokenizer))
+
+    def save(directory: Path) -> None:
+        _save_all((model, tokenizer), directory)
+        copy_parts(parts, directory)
+
+    return model, save
 
 
 def _texts(arguments: Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moh.cli.options import read_images, reads_images
-from moh.models.kinds import kind_of
+from moh.models.hub import kind_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +34,7 @@ def family_of(arguments: Namespace) -> type[Subject]:
     Raises:
         ValueError: images are given for a language model, or missing for a classifier.
     """
-    if kind_of(arguments.model).task == "diffusion":
+    if kind_at(arguments.model).task == "diffusion":
         return _Diffusion
     return _Images if reads_images(arguments) else _Texts
 

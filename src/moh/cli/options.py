@@ -92,16 +92,17 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def reads_images(arguments: Namespace) -> bool:
-    """Whether the model is an image classifier: read from a directory; a hub name is one if `--images` is given.
+    """Whether the model is an image classifier: by its configuration; a hub name whose
+    configuration can't be fetched is one if `--images` is given.
 
     Raises:
         ValueError: a classifier without images, images for another model, images and text, or a diffusion model.
     """
-    from moh.models.kinds import kind_of
+    from moh.models.hub import kind_at
 
     if arguments.images is not None and arguments.files:
         raise ValueError("--images and --files must not both be given")
-    kind = kind_of(arguments.model, named="language" if arguments.images is None else "images")
+    kind = kind_at(arguments.model, named="language" if arguments.images is None else "images")
     if kind.library == "diffusers":
         raise ValueError(
             f"model must be a language model or an image classifier, and {arguments.model} is a diffusion model"

@@ -17,7 +17,9 @@ _HELP = "Draw images of given classes with a diffusion model; under torchrun the
 def add_parser(sub: Commands) -> None:
     """Add `sample` to the commands."""
     parser = add_command(sub, "sample", _HELP, run)
-    parser.add_argument("checkpoint", help="directory: model/ of a run, one of its checkpoints, or a diffusers model")
+    parser.add_argument(
+        "checkpoint", help="directory or hub name: model/ of a run, one of its checkpoints, or a diffusers model"
+    )
     parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
     parser.add_argument("--num", type=int, help="images in total, cycling through the classes (default: one per class)")
     parser.add_argument("--out", metavar="DIR", help="write grid.png and images/*.png here")

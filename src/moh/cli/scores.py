@@ -32,7 +32,9 @@ def add_parser(sub: Commands) -> Command:
     network = parser.add_mutually_exclusive_group()
     network.add_argument("--inception", metavar="FILE", help="weights of FID's network (default: fetched if necessary)")
     network.add_argument(
-        "--features", metavar="CHECKPOINT", help="compare features of this classifier; the distance is then not FID"
+        "--features",
+        metavar="CHECKPOINT",
+        help="compare features of this classifier of timm's (directory or hub name); the distance is then not FID",
     )
     parser.add_argument("--size", type=int, help="crop the middle square of each image and resize it to this side")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")

@@ -19,6 +19,7 @@ from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_change
 from moh.conversion.dense import DenseModel, check_weights
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
+from moh.models.hub import is_hub_name, kind_at
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
@@ -182,7 +183,7 @@ def convert(
 def _is_diffusion(model_or_path: nn.Module | str | Path) -> bool:
     if isinstance(model_or_path, nn.Module):
         return type(model_or_path).__name__ in DIFFUSION_TRANSFORMERS
-    return kind_of(model_or_path).task == "diffusion"
+    return kind_at(model_or_path).task == "diffusion"
 
 
 def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseModel:
@@ -247,11 +248,11 @@ def load_dense(path: str | Path) -> Any:
     Raises:
         ValueError: there is no such model, or it can't be read.
     """
-    kind = kind_of(path)
+    kind = kind_at(path)
     if kind.library == "timm":
         from moh.models.timm.loading import load_image_classifier  # needs the extra `vision`
 
-        return load_image_classifier(path)
+        return load_image_classifier(f"hf-hub:{path}" if is_hub_name(path) else path)
     if Path(path).suffix == ".gguf":
         return load_causal_lm(path)
     config = load_config(path)

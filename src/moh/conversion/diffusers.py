@@ -19,6 +19,7 @@ from torch import Tensor
 from moh.config import ROUTERS
 from moh.conversion.dense import check_weights, make_undecided
 from moh.models.diffusers import MoHDiTTransformer2DModel
+from moh.models.hub import local_diffusion
 from moh.routing import Router, router_class
 
 UNFITTED = tuple(name for name in ROUTERS if not router_class(name).needs_fit)
@@ -103,11 +104,8 @@ def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DMod
     Raises:
         ValueError: there is no such model, or it can't be read.
     """
-    local = Path(path).expanduser()
-    where: dict[str, Any] = {}
-    if (local / "transformer").is_dir() or not local.is_dir():
-        where = {"subfolder": "transformer"}
-    source = local if local.is_dir() else path
+    source = local_diffusion(path)
+    where = {"subfolder": "transformer"} if (source / "transformer").is_dir() else {}
     try:
         config = MoHDiTTransformer2DModel.load_config(source, **where)
         kind = MoHDiTTransformer2DModel if config["_class_name"] == OURS else DiTTransformer2DModel

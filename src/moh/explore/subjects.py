@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moh._extras import require
 from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
-from moh.models.kinds import kind_of
+from moh.models.hub import kind_at
 from moh.routing import Router
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
     Raises:
         ValueError: there is no such model, or the dense one has other classes or another vocabulary.
     """
-    kinds = {path: kind_of(path).task for path in (checkpoint, dense) if path is not None}
+    kinds = {path: kind_at(path).task for path in (checkpoint, dense) if path is not None}
     for path, task in kinds.items():
         if task == "diffusion":
             raise ValueError(f"moh explore shows language models and image classifiers, and {path} is neither")

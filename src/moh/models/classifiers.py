@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.recipe import ImageInput
-from moh.models.kinds import kind_of
+from moh.models.hub import is_hub_name, kind_at
 from moh.models.timm import loading as timm_loading
 
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -25,16 +25,17 @@ def load_classifier(path_or_name: str | Path, *, device: torch.device | None = N
     """Load a classifier with its weights, in evaluation mode.
 
     Args:
-        path_or_name: a directory in the format of timm or transformers; "hf-hub:NAME" or a plain name for one of timm's;
-            "OWNER/NAME" for one of transformers on the hub.
+        path_or_name: a directory in the format of timm or transformers; "OWNER/NAME" for one on the hub;
+            "hf-hub:OWNER/NAME" or a plain name for one of timm's.
         device: where the model goes; None leaves it on the CPU.
 
     Raises:
         ValueError: the directory or name does not exist, is not an image classifier, or is damaged.
     """
-    kind = kind_of(path_or_name, named="images")
+    kind = kind_at(path_or_name, named="images")
     if kind.library != "transformers":
-        return timm_loading.load_image_classifier(path_or_name, device=device)
+        of_hub = kind.library == "timm" and is_hub_name(path_or_name)
+        return timm_loading.load_image_classifier(f"hf-hub:{path_or_name}" if of_hub else path_or_name, device=device)
     from transformers import AutoModelForImageClassification
 
     from moh.models.transformers.loading import load_as, load_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moh._files import write_text
+from moh.models.hub import local_diffusion
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.sampling.schedulers import diffusion_scheduler, read_scheduler
 
@@ -115,16 +117,14 @@ def load_image_model(path: str | Path, *, vae: str | Path | None = None) -> Imag
     """Load a model for sampling, in evaluation mode.
 
     Args:
-        path: directory of a pipeline (`model_index.json`), as training and its checkpoints write it; or of a
+        path: directory or hub name of a pipeline (`model_index.json`), as training and its checkpoints write it; or of a
             transformer alone, MoH or dense, assumed to be trained on 1,000 steps of linear betas.
         vae: directory of an `AutoencoderKL` to use instead of the pipeline's.
 
     Raises:
         ValueError: there is no such model, it can't be read, or it works on latents and has no VAE.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"checkpoint must be a directory, but there is no {str(path)!r}")
+    root = local_diffusion(path)
     pipeline = (root / _INDEX).is_file()
     index = json.loads((root / _INDEX).read_text(encoding="utf-8")) if pipeline else {}
     transformer = _load_transformer(root / "transformer" if pipeline else root)
@@ -184,6 +184,30 @@ def save_image_model(model: ImageModel, target: Path, *, with_vae: bool = True) 
         "transformer": [DIFFUSION_TRANSFORMERS[name], name],
         "vae": ["diffusers", "AutoencoderKL"] if vae is not None else [None, None],
     }
+    write_text(target / _INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_with_parts_of(transformer: ModelMixin, source: Path, target: Path) -> None:
+    """Write a transformer as a pipeline with another pipeline's scheduler, VAE and class names, copied as they are.
+
+    Args:
+        transformer: one of `DIFFUSION_TRANSFORMERS`.
+        source: the other pipeline's directory.
+        target: an existing directory.
+    """
+    name = type(transformer).__name__
+    index = json.loads((source / _INDEX).read_text(encoding="utf-8"))
+    transformer.save_pretrained(target / "transformer")
+    for part in ("scheduler", "vae"):
+        files = [*(source / part).glob("*.json"), *(source / part).glob("*.safetensors")]
+        for file in files:
+            (target / part).mkdir(exist_ok=True)
+            shutil.copyfile(file, target / part / file.name)
+    if (source / "vae").is_dir() and not any(
+        (source / "vae").glob("*.safetensors")
+    ):  # pickled weights are not passed on
+        load_vae(source / "vae").save_pretrained(target / "vae")
+    index["transformer"] = [DIFFUSION_TRANSFORMERS[name], name]
     write_text(target / _INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
 
 

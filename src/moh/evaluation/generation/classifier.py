@@ -16,7 +16,8 @@ from torchvision.transforms.v2.functional import resize
 
 from moh.data.images.recipe import ImageInput
 from moh.evaluation.generation.features import Extracted, weights_fingerprint
-from moh.models.timm.loading import image_input, load_image_classifier
+from moh.models.classifiers import load_classifier as load_any_classifier
+from moh.models.timm.loading import image_input
 
 _SPATIAL_CHANNELS = 7
 """sFID uses the first 7 channels of a 17 x 17 map: 2,023 numbers, about as many as the 2,048 of FID."""
@@ -177,10 +178,10 @@ def load_classifier(path_or_name: str | Path, *, device: torch.device | None = N
     """The classifier for `--features`, with its trained weights.
 
     Args:
-        path_or_name: as for `load_image_classifier`: a directory of a classifier saved by us or timm, or a timm name.
+        path_or_name: a directory of a classifier saved by us or timm, one of timm's names, or "OWNER/NAME" on the hub.
         device: moves the model there and computes there.
 
     Raises:
-        ValueError: there is no such model, or it can't be read or downloaded.
+        ValueError: there is no such model, it can't be read or downloaded, or it is not timm's.
     """
-    return ClassifierFeatures(load_image_classifier(path_or_name), name=str(path_or_name), device=device)
+    return ClassifierFeatures(load_any_classifier(path_or_name), name=str(path_or_name), device=device)
