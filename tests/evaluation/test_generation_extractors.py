@@ -189,7 +189,10 @@ def test_a_classifier_is_read_from_its_directory(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("nowhere_at_all", "model 'nowhere_at_all' can't be loaded: "),
-        ("no/such/place", "model must be a directory or a name that timm knows, but there is no 'no/such/place'"),
+        (
+            "no/such/place",
+            "model must be a directory, a hub name or one that timm knows, but there is no 'no/such/place'",
+        ),
         ("broken", "model 'broken' can't be loaded: "),
     ],
 )

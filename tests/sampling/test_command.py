@@ -93,7 +93,7 @@ def test_wrong_options_are_told(moh, checkpoint: Path, tmp_path: Path, argv: lis
 
 def test_wrong_checkpoints_and_targets_are_told(moh, checkpoint: Path, tmp_path: Path) -> None:
     code, _, err = moh("sample", tmp_path / "nowhere", "--out", tmp_path / "out")
-    assert code == 2 and "checkpoint must be a directory, but there is no" in err[0]
+    assert code == 2 and "checkpoint must be a directory or a hub name, but there is no directory" in err[0]
     code, _, err = moh("sample", checkpoint)
     assert code == 2 and "--out DIR or --npz FILE must be given for the images" in err[0]
     code, _, err = moh("sample", checkpoint, "--out", checkpoint / "model_index.json" / "below")

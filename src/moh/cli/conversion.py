@@ -79,12 +79,20 @@ def add_parser(sub: Commands) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from moh._files import MODEL_FILES, PIPELINE_FILES, SENTENCE_FILES, check_replaceable, replacing_directory
+    from moh._files import (
+        MODEL_FILES,
+        PIPELINE_FILES,
+        SENTENCE_FILES,
+        check_replaceable,
+        check_writable,
+        replacing_directory,
+    )
     from moh.models.dial import head_share, moh_routers
     from moh.models.hub import kind_at, local_diffusion
 
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
+    check_writable(arguments.output, name="output")  # before anything is fetched
     drawing = local_diffusion(arguments.model) if kind_at(arguments.model).task == "diffusion" else None
     of_pipeline = drawing is not None and (drawing / "model_index.json").is_file()
     kinds = PIPELINE_FILES if of_pipeline else (*MODEL_FILES, *SENTENCE_FILES)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.recipe import ImageInput
 from moh.models.hub import is_hub_name, kind_at
+from moh.models.kinds import looks_local
 from moh.models.timm import loading as timm_loading
 
 _PROCESSOR_FILE = "preprocessor_config.json"
@@ -32,6 +33,10 @@ def load_classifier(path_or_name: str | Path, *, device: torch.device | None = N
     Raises:
         ValueError: the directory or name does not exist, is not an image classifier, or is damaged.
     """
+    if looks_local(path_or_name) and not Path(path_or_name).expanduser().is_dir():
+        raise ValueError(
+            f"model must be a directory, a hub name or one that timm knows, but there is no {str(path_or_name)!r}"
+        )
     kind = kind_at(path_or_name, named="images")
     if kind.library != "transformers":
         of_hub = kind.library == "timm" and is_hub_name(path_or_name)
