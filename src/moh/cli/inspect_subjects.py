@@ -75,12 +75,17 @@ class _Texts(Subject):
             raise ValueError("--classes is for image classifiers: give --images too")
 
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
+        from moh.models.transformers.families import is_text_encoder
+        from moh.models.transformers.loading import default_device, load_text_model, load_tokenizer
 
         super().__init__(arguments)
         self.texts = _read_groups(arguments)
         self.tokenizer = load_tokenizer(arguments.model)
-        self.model = load_causal_lm(arguments.model, device=default_device())
+        self.model = load_text_model(arguments.model, device=default_device())
+        if is_text_encoder(self.model.config) and (arguments.ablate or arguments.curve):
+            raise ValueError(
+                f"--ablate and --curve need a model that predicts the next token; {arguments.model} is an encoder"
+            )
         if len(self.texts) > 1 and any(len(texts) < 2 for texts in self.texts.values()):
             self.notes = (
                 "A group has a single text, so the tests exchange passages: a difference is one between these texts, not "
@@ -220,8 +225,9 @@ def _write_text_page(
 ) -> None:
     """A page of the first texts of each group."""
     from moh.inspection.page import head_page, text_sample
+    from moh.models.transformers.families import most_positions
 
-    limit = min(2_000, arguments.max_tokens)
+    limit = min(2_000, arguments.max_tokens, most_positions(model.config) or 2_000)
     shown = [(group, text) for group, members in texts.items() for text in members[:_TEXTS]]
     samples = [
         text_sample(model, tokenizer, text, name=f"{number}: {group}", group=group, max_tokens=limit)

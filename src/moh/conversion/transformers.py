@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
-from moh.data.text.blocks import are_texts, calibration_blocks, start_tokens
+from moh.data.text.blocks import are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
 from moh.models.transformers.loading import mend_generation_config
@@ -167,7 +167,9 @@ class DenseTextModel(DenseTransformersModel):
         most = most_positions(config)
         if seq_len is None:
             seq_len = min(ENCODER_SEQ_LEN if family.encoder else SEQ_LEN, most or SEQ_LEN)
-        start, end = _special_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
+        start, end = encoder_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
+        if tokenizer is not None and start == start_tokens(tokenizer):
+            start = []  # which `calibration_blocks` adds
         inside = max(2, seq_len - len(start) - len(end)) if seq_len > 1 else seq_len  # a length of 1 is refused below
         room = -(-max_tokens * inside // max(1, seq_len))  # rounded up: at least 1, if max_tokens is
         bos = getattr(config, "bos_token_id", None)
@@ -294,11 +296,3 @@ def _check_router(family: Family, attention: nn.Module, router: str) -> None:
 
 def _as_kept_by(linear: nn.Module, weight: Tensor) -> Tensor:
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
-    """What an encoder's tokenizer puts before and after a text, without a beginning that `calibration_blocks` adds."""
-    if tokenizer is None:
-        return [], []
-    start, end = ([] if i is None else [i] for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    return [] if start == start_tokens(tokenizer) else start, end

@@ -95,7 +95,7 @@ def shaded_tokens(
     spans = []
     for index, (token, loss) in enumerate(zip(tokens, losses, strict=True)):
         beside = None if other is None else other[index]
-        shade, said = "", "the first token: nothing predicts it"
+        shade, said = "", "the first token: nothing predicts it" if index == 0 else "no loss: the model is an encoder"
         if loss is not None:
             said = f"loss {loss:.2f}, probability {math.exp(-loss):.2%}"
             strength, colour = loss / _LOSS_OF_FULL_SHADE, _ORANGE

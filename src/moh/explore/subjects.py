@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moh._extras import require
 from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
 from moh.models.hub import kind_at
+from moh.models.transformers.families import is_text_encoder, most_positions
 from moh.routing import Router
 
 if TYPE_CHECKING:
@@ -166,11 +167,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class TextSubject(Subject):
-    """A causal language model with its tokenizer; reads up to `max_tokens` tokens of a text."""
+    """A causal language model or an encoder with its tokenizer; reads up to `max_tokens` tokens of a text."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts the next token; an encoder does not."""
+        return not is_text_encoder(self.model.config)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
     """Load a model for `moh explore`.
 
     Args:
-        checkpoint: a language model, MoH or dense, as for `moh.models.transformers.loading.load_causal_lm`; or an image
+        checkpoint: a language model or encoder of text, MoH or dense, as for `load_text_model`; or an image
             classifier: a directory in timm's or transformers' format, or "hf-hub:NAME" for one of timm's.
         dense: the dense model to compare with, of the same kind.
 
@@ -223,7 +229,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
 
 def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
     require("transformers", extra="llm")
-    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
+    from moh.models.transformers.loading import default_device, load_text_model, load_tokenizer
     from moh.training.session import choose_precision
 
     tokenizer = load_tokenizer(checkpoint)
@@ -232,14 +238,17 @@ def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -
     device = default_device()
     # some CPUs emulate bfloat16, many times slower than float32
     dtype = torch.float32 if choose_precision(device) == "fp32" else "auto"
-    model = load_causal_lm(checkpoint, dtype=dtype, device=device).eval()
-    other = None if dense is None else load_causal_lm(dense, dtype=dtype, device=device).eval()
+    model = load_text_model(checkpoint, dtype=dtype, device=device).eval()
+    other = None if dense is None else load_text_model(dense, dtype=dtype, device=device).eval()
     dial = Dial(model)
-    longest = getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS
-    if other is not None:
-        longest = min(longest, getattr(other.config, "max_position_embeddings", None) or longest)
+    if other is not None and is_text_encoder(other.config) != is_text_encoder(model.config):
+        raise ValueError(
+            f"--dense must predict the next token if {checkpoint} does, and must not otherwise: {dense} differs"
+        )
+    configs = [each.config for each in (model, other) if each is not None]
+    limits = [most_positions(c) or getattr(c, "max_position_embeddings", None) or MOST_TOKENS for c in configs]
     reference = _reference(model, dial, other, dense)
-    return TextSubject(name, model, dial, reference, tokenizer, min(MOST_TOKENS, longest))
+    return TextSubject(name, model, dial, reference, tokenizer, min(MOST_TOKENS, *limits))
 
 
 def _image_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> ImageSubject:

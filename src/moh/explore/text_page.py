@@ -50,7 +50,13 @@ def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
     compared = subject.reference is not None
     with gr.Row():
         read = gr.Button("Read", variant="primary", elem_id="read", scale=0, min_width=140)
-        shade = gr.Radio([LOSS, DIFFERENCE], value=LOSS, label="Shade tokens by", visible=compared, elem_id="shade")
+        shade = gr.Radio(
+            [LOSS, DIFFERENCE],
+            value=LOSS,
+            label="Shade tokens by",
+            visible=compared and subject.predicts,
+            elem_id="shade",
+        )
     problem = gr.HTML("", elem_id="problem")
     summary = gr.HTML("", elem_id="summary")
     with gr.Tab("Tokens"), gr.Row():
@@ -59,9 +65,9 @@ def add_text_page(app: gr.Blocks, subject: TextSubject) -> None:
             tokens = chooser("tokens")
         with gr.Column(scale=2, min_width=320):
             heads = gr.HTML("", elem_id="heads")
-    with gr.Tab("Next token"):
+    with gr.Tab("Next token", visible=subject.predicts):
         following = gr.HTML("", elem_id="next")
-    with gr.Tab("All shares", visible=bool(subject.dial.values)):
+    with gr.Tab("All shares", visible=bool(subject.dial.values) and subject.predicts):
         draw = gr.Button("Read the text at every share of heads", elem_id="draw")
         curve = gr.LinePlot(
             x=HEADS_USED, y=PERPLEXITY, color=MODEL, height=280, elem_id="curve", tooltip="all", visible=False
@@ -147,6 +153,10 @@ class _TextPage:
         times = ["measuring …"] * len(columns)
         if seconds is not None:
             times = [markup.duration(taken) for taken in seconds if taken is not None]
+        if not self.subject.predicts:
+            return markup.table(
+                columns, [("tokens read", [f"{len(comparison.ids):,}"] * len(columns)), (TIME_ROW, times)]
+            )
         predicted = len(comparison.ids) - 1
         return markup.table(
             columns,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ class TextReading:
     """One model's reading of a text of N tokens.
 
     Attributes:
-        losses: N numbers, `-log p(token | those before it)` in nats; None for the first, which nothing predicts.
-        next_tokens: the likeliest next tokens with their probabilities, the likeliest first.
+        losses: N numbers, `-log p(token | those before it)` in nats; None for the first, which nothing predicts, and for
+            all tokens of an encoder.
+        next_tokens: the likeliest next tokens with their probabilities, the likeliest first; none from an encoder.
     """
 
     losses: list[float | None]
@@ -96,13 +97,13 @@ def read_text(subject: TextSubject, text: str, value: int | None) -> TextCompari
     ids, tokens, left_out = _tokens(subject, text)
     batch = torch.tensor([ids], device=subject.model.device)
     with subject.at(value) as share:
-        output, layers = observed(subject.model, lambda: subject.model(input_ids=batch, use_cache=False))
-        model = _reading(output.logits[0], ids, subject.tokenizer)
+        options = {"use_cache": False} if subject.predicts else {}
+        output, layers = observed(subject.model, lambda: subject.model(input_ids=batch, **options))
+        model = _reading(subject, output, ids)
         reference = None
         if subject.reference is not None:
             with subject.reference_at() as other, torch.no_grad():
-                logits = other(input_ids=batch, use_cache=False).logits[0]
-                reference = _reading(logits, ids, subject.tokenizer)
+                reference = _reading(subject, other(input_ids=batch, **options), ids)
     return TextComparison(ids, tokens, left_out, model, reference, share, layers)
 
 
@@ -114,10 +115,11 @@ def time_text(subject: TextSubject, ids: list[int], value: int | None) -> tuple[
     """
     batch = torch.tensor([ids], device=subject.model.device)
     clock = device_clock(batch.device)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1} if subject.predicts else {}
 
     def run(model: nn.Module) -> float:
         start = clock()
-        model(input_ids=batch, use_cache=False, logits_to_keep=1)
+        model(input_ids=batch, **options)
         return clock() - start
 
     def run_reference() -> float:
@@ -143,9 +145,11 @@ def share_curve(
         progress: called after each value with the number done and the total.
 
     Raises:
-        ValueError: the dial has no values, the text is too short, or as in `read_text`.
+        ValueError: the model is an encoder, the dial has no values, the text is too short, or as in `read_text`.
     """
     values = subject.dial.values
+    if not subject.predicts:
+        raise ValueError("This model predicts no next token, and so has no perplexity.")
     if not values:
         raise ValueError("This model has no share of heads to set, and so no curve.")
     ids, _, _ = _tokens(subject, text)
@@ -181,7 +185,10 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _reading(logits: Tensor, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> TextReading:
+def _reading(subject: TextSubject, output: Any, ids: list[int]) -> TextReading:
+    if not subject.predicts:
+        return TextReading([None] * len(ids), [])
+    logits, tokenizer = output.logits[0], subject.tokenizer
     top = logits[-1].float().softmax(-1).topk(min(NEXT_TOKENS, logits.shape[-1]))
     likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     losses: list[float | None] = [None, *_losses(logits, ids).tolist()]

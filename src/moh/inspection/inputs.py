@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moh.models.transformers.families import is_text_encoder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -83,7 +85,7 @@ def text_groups(
     between these texts, not between kinds of text.
 
     Args:
-        model: a causal language model, MoH or dense.
+        model: a causal language model or an encoder of text, MoH or dense.
         tokenizer: the model's.
         texts: name of the group -> its texts, at least one.
         seq_len: most tokens of a passage.
@@ -95,9 +97,12 @@ def text_groups(
     """
     if seq_len < 2 or max_tokens < seq_len:
         raise ValueError(f"seq_len must be at least 2 and max_tokens at least seq_len, got {seq_len}, {max_tokens}")
-    from moh.data.text.blocks import start_tokens  # needs transformers, this module does not
+    from moh.data.text.blocks import encoder_tokens, start_tokens  # need transformers, this module does not
 
-    start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
+    before, after = encoder_tokens(tokenizer) if is_text_encoder(model.config) else (start_tokens(tokenizer), [])
+    if seq_len < len(before) + len(after) + 2:
+        raise ValueError(f"seq_len must leave room for two tokens besides the tokenizer's own, got {seq_len}")
+    start, end = (torch.tensor(ids, dtype=torch.long) for ids in (before, after))
     single = any(len(group) < 2 for group in texts.values())
     passages: dict[str, list[_Passage]] = {}
     unit = 0
@@ -111,11 +116,11 @@ def text_groups(
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) < 2:
                 raise ValueError(f"a text of group {name!r} must have at least 2 tokens, got {text[:40]!r}")
-            room = seq_len - len(start)
+            room = seq_len - len(start) - len(end)
             pieces = torch.tensor(ids).split(room)
             pieces = pieces[:-1] if len(pieces) > 1 and len(pieces[-1]) < room else pieces  # a short rest is left out
             for place in _spread(len(pieces), max(1, wanted // len(chosen))):
-                found.append(_Passage(number, unit, torch.cat([start, pieces[place]])))
+                found.append(_Passage(number, unit, torch.cat([start, pieces[place], end])))
                 unit += single
             unit += not single
     return _grouped(model, passages, batch_size)
@@ -164,13 +169,17 @@ def _batch(model: PreTrainedModel, passages: Sequence[_Passage]) -> GroupBatch:
     ids = torch.stack([F.pad(passage.ids, (0, longest - len(passage.ids))) for passage in passages])  # [B, N]
     lengths = torch.tensor([len(passage.ids) for passage in passages])
     real = torch.arange(longest) < lengths[:, None]  # [B, N]
-    # Padding is at the end, where causal attention hides it from real tokens: no mask is needed
-    ids = ids.to(model.device)
+    ids, encodes = ids.to(model.device), is_text_encoder(model.config)
 
     def run() -> object:
+        if encodes:
+            return model.base_model(input_ids=ids, attention_mask=real.long().to(ids.device))
+        # Padding is at the end, where causal attention hides it from real tokens: no mask is needed
         return model.get_decoder()(input_ids=ids, use_cache=False)
 
     def losses() -> Tensor:
+        if encodes:
+            raise ValueError(f"a {type(model).__name__} predicts no next token, so that its inputs have no losses")
         logits = model(input_ids=ids, use_cache=False).logits
         rows = zip(logits, ids, lengths.tolist(), strict=True)
         return torch.stack([F.cross_entropy(row[: n - 1].float(), target[1:n]) for row, target, n in rows])

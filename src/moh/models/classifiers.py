@@ -50,7 +50,8 @@ def load_classifier(path_or_name: str | Path, *, device: torch.device | None = N
         raise ValueError(
             f"model {str(path_or_name)!r} is not an image classifier: its config.json names {' and '.join(classes) or 'no class'}"
         )
-    return load_as(AutoModelForImageClassification, path_or_name, device=device).eval()
+    model: nn.Module = load_as(AutoModelForImageClassification, path_or_name, device=device)
+    return model.eval()
 
 
 def image_input(model: Any) -> ImageInput | ProcessorInput:

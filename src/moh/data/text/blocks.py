@@ -78,6 +78,14 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
+def encoder_tokens(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
+    """What an encoder's tokenizer puts before and after a text, such as [CLS] and [SEP]."""
+    if tokenizer is None:
+        return [], []
+    start, end = ([] if i is None else [i] for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    return start, end
+
+
 def _cut(row: Tensor, start: Sequence[int], seq_len: int) -> Tensor:
     """The token ids `row` `[T]` as blocks `[n, seq_len]` that all begin with `start`; an incomplete last one is dropped."""
     room = seq_len - len(start)

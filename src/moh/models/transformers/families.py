@@ -393,6 +393,12 @@ def attentions(family: Family, backbone: Any) -> list[Any]:
     return [at(layer, family.attention_of_layer) for layer in at(backbone, family.layers) if hasattr(layer, first)]
 
 
+def is_text_encoder(config: Any) -> bool:
+    """Whether a model of this configuration reads texts and predicts no next token."""
+    family = family_of(config.model_type)
+    return family is not None and family.encoder and not family.images
+
+
 def most_positions(config: Any) -> int | None:
     """Most tokens of a sequence, of a model with learned positions; None for one without. `config` as `check_positions`."""
     family = family_of(config.model_type)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 
 from moh._files import shard_files
 from moh.models.kinds import looks_local
+from moh.models.transformers.families import family_of, is_text_encoder
 from moh.models.transformers.published import recognised
 
 
@@ -52,6 +54,17 @@ def load_causal_lm(
     Warns where the model's `generation_config` can't be saved and was mended.
     """
     return load_as(AutoModelForCausalLM, path, dtype=dtype, device=device, **kwargs)
+
+
+def load_text_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model, or an encoder of text as the class that it was saved as; arguments as `load_causal_lm`."""
+    if Path(path).suffix == ".gguf" or not is_text_encoder(config := load_config(path)):
+        return load_causal_lm(path, **kwargs)
+    saved = {name.removeprefix("MoH") for name in config.architectures or ()}
+    family = family_of(config.model_type)
+    assert family is not None
+    auto = next((auto for auto, dense in family.models.items() if dense in saved), "AutoModel")
+    return load_as(getattr(transformers, auto), path, **kwargs)
 
 
 def load_as(

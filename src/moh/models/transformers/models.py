@@ -256,7 +256,8 @@ def make_class(name: str) -> type:
             return _routed_attention_class(family)
         kind = getattr(modeling(family), dense_name, None)
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
-            return output_class(kind)
+            made = output_class(kind)
+            return made
         is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         if is_model and family_of(kind.config_class.model_type) is family:
             return _routed_model_class(kind)
