@@ -138,6 +138,31 @@ def test_a_backbone_without_classes_is_refused(moh, folder: Path, tmp_path: Path
     assert result.code == 2 and "Dinov2Model" in result.err[-1] and "not an image classifier" in result.err[-1]
 
 
+@pytest.mark.parametrize("has_processor", [True, False])
+def test_the_processor_of_a_hub_name_is_looked_for_on_the_hub(tmp_path: Path, monkeypatch, has_processor: bool) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from moh.data.images.augmentation import ProcessorInput
+    from moh.models import classifiers
+
+    def download(name: str, file: str) -> str:
+        if not has_processor:
+            raise EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    model = save_dense("vit", tmp_path)
+    model.name_or_path = "owner/vit"
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name, **_: processor)
+    if has_processor:
+        assert classifiers.image_input(model) == ProcessorInput(processor, 3)
+        return
+    with pytest.warns(UserWarning, match="owner/vit has no preprocessor_config.json"):
+        assert classifiers.image_input(model).size == (3, 8, 8)
+
+
 def test_a_hub_name_is_loaded_by_transformers_and_a_plain_one_by_timm(monkeypatch) -> None:
     from moh.models import classifiers
 

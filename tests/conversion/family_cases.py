@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from moh.models.transformers.families import Family, known_families
@@ -66,7 +67,8 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "roberta": BERT_DROPOUT,
     "xlm-roberta": BERT_DROPOUT,
 }
-BY_TYPE = {family.model_type: family for family in known_families()}
+INSTALLED = Version(transformers.__version__)
+BY_TYPE = {f.model_type: f for f in known_families() if not f.since or Version(f.since) <= INSTALLED}
 ALL = list(BY_TYPE)
 IMAGES = [name for name, family in BY_TYPE.items() if family.images]
 ENCODERS = [name for name, family in BY_TYPE.items() if family.encoder and not family.images]

@@ -18,7 +18,7 @@ from moh import convert
 
 sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers of this folder
 
-from family_cases import TINY, dense_model, token_ids
+from family_cases import BY_TYPE, TINY, dense_model, token_ids
 
 HEADS = dict(shared_heads=1, active_heads=1)
 
@@ -139,6 +139,16 @@ def test_what_cannot_be_converted_is_refused_with_advice_before_anything_changes
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.skipif("dinov2" not in BY_TYPE, reason="this version of transformers is the old one")
+def test_a_version_of_transformers_with_other_modules_is_refused(monkeypatch) -> None:
+    dense = dense_model("dinov2")
+    model = convert(dense, router="query_norm", **HEADS)
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    for make in (lambda: convert(dense, router="query_norm", **HEADS), lambda: type(model)(model.config)):
+        with pytest.raises(ValueError, match=r"'dinov2' need transformers 5\.18 or newer, and 5\.17\.0 is installed"):
+            make()
 
 
 def test_a_moh_model_of_a_family_is_not_converted_again() -> None:

@@ -67,8 +67,10 @@ def test_a_dense_language_model_uses_every_head(base_dir) -> None:
 @pytest.mark.parametrize("model_type", [family.model_type for family in known_families()])
 @pytest.mark.parametrize("kind", ["dense", "MoH"])
 def test_every_family_is_traced(model_type: str, kind: str) -> None:
-    from family_cases import IMAGES, SIZES, dense_model, images, inputs_of, token_ids
+    from family_cases import BY_TYPE, IMAGES, SIZES, dense_model, images, inputs_of, token_ids
 
+    if model_type not in BY_TYPE:
+        pytest.skip("this version of transformers is too old for the family")
     dense = dense_model(model_type)
     heads = SIZES["num_attention_heads"]
     model = dense

@@ -22,7 +22,7 @@ from moh.data.text.blocks import are_texts, calibration_blocks, encoder_tokens, 
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
 from moh.models.transformers.loading import mend_generation_config
-from moh.models.transformers.models import modeling, refusal
+from moh.models.transformers.models import check_version, modeling, refusal
 from moh.routing import Router, build_router, router_class
 
 SEQ_LEN = 512
@@ -74,6 +74,7 @@ class DenseTransformersModel(DenseModel):
 
     def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
         self._family = family = _checked_family(model.config)
+        check_version(family)
         own = modeling(family)
         if type(model) not in [getattr(own, name) for name in family.dense_models]:
             base = type(model.base_model).__name__

@@ -114,6 +114,11 @@ def _is_of_transformers(model: Any) -> bool:
 def _has_processor(source: str) -> bool:
     if Path(source).is_dir():
         return Path(source, _PROCESSOR_FILE).is_file()
-    from huggingface_hub import file_exists
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
-    return file_exists(source, _PROCESSOR_FILE)
+    try:  # from the cache where there is no connection
+        huggingface_hub.hf_hub_download(source, _PROCESSOR_FILE)
+    except EntryNotFoundError:
+        return False
+    return True

@@ -79,6 +79,7 @@ class Family:
         max_positions: the configuration's number of learned positions; "" for none.
         positions_after_padding: whether the first of them that a token gets is the one after the padding token's id.
         defaults: fields of the configuration whose default isn't supported -> ours.
+        since: the first version of transformers whose modules are laid out like this; "" for all that we work with.
     """
 
     model_type: str
@@ -111,6 +112,7 @@ class Family:
     max_positions: str = ""
     positions_after_padding: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    since: str = ""
 
     @property
     def moh_config(self) -> str:
@@ -175,9 +177,7 @@ def _like_bert(model_type: str, package: str, name: str, *, positions_after_padd
     )
 
 
-def _like_vit(
-    model_type: str, name: str, *, more: str = "", layers: str = "layers", scale_of_layer: str = ""
-) -> Family:
+def _like_vit(model_type: str, name: str, *, more: str = "", **differs: Any) -> Family:
     classifier = "AutoModelForImageClassification"
     return Family(
         model_type,
@@ -186,13 +186,15 @@ def _like_vit(
         f"{name}Attention",
         {"AutoModel": f"{name}Model", classifier: f"{name}ForImageClassification"},
         {classifier: more} if more else {},
-        layers=layers,
         attention_of_layer="attention",
-        scale_of_layer=scale_of_layer,
         rotary="",
         encoder=True,
         images=True,
+        **differs,
     )
+
+
+_DINO: dict[str, Any] = dict(layers="encoder.layer", scale_of_layer="layer_scale1.lambda1", since="5.18")
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -372,8 +374,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _like_vit("vit", "ViT"),
     _like_vit("deit", "DeiT", more="DeiTForImageClassificationWithTeacher"),
-    _like_vit("dinov2", "Dinov2", layers="encoder.layer", scale_of_layer="layer_scale1.lambda1"),
-    _like_vit("dinov2_with_registers", "Dinov2WithRegisters", layers="encoder.layer", scale_of_layer="layer_scale1.lambda1"),
+    _like_vit("dinov2", "Dinov2", **_DINO),
+    _like_vit("dinov2_with_registers", "Dinov2WithRegisters", **_DINO),
 )  # fmt: skip
 
 

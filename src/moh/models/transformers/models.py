@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, modeling_outputs
 from transformers.utils import ModelOutput
@@ -215,6 +216,7 @@ def route(model: Any) -> None:
     router keeps it.
     """
     family = family_of_config(type(model.config))
+    check_version(family)
     model.add_model_tags(_TAG)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, RoutedModel):
@@ -262,6 +264,19 @@ def make_class(name: str) -> type:
         if is_model and family_of(kind.config_class.model_type) is family:
             return _routed_model_class(kind)
     raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+
+
+def check_version(family: Family) -> None:
+    """Check that the installed transformers has the family's modules where its entry says.
+
+    Raises:
+        ValueError: it is too old.
+    """
+    if family.since and Version(transformers.__version__) < Version(family.since):
+        raise ValueError(
+            f"models of type {family.model_type!r} need transformers {family.since} or newer, and {transformers.__version__} is "
+            "installed: pip install --upgrade transformers"
+        )
 
 
 def modeling(family: Family) -> ModuleType:
