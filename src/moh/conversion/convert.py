@@ -54,11 +54,11 @@ def convert(
     Args:
         model_or_path: a language model of transformers (Llama, Mistral, Qwen2, SmolLM, Qwen3, Gemma, Phi, Phi-3, OLMo 2,
             Granite, Cohere, StarCoder 2, GPT-NeoX, LFM3, GPT-2, OPT), an encoder (BERT, MiniLM, RoBERTa, XLM-R, ModernBERT),
-            a ViT, DeiT or DINOv2, or a timm `VisionTransformer`
-            (vit_*, deit_*, deit3_*, ..., distilled ones too); or a directory to load one from, a hub name or .gguf file
-            of a language model, or "hf-hub:NAME" of a timm model. Or a diffusers `DiTTransformer2DModel`, a dense DiT of
-            ours, or a directory of one or of a pipeline with one; these are converted without calibration
-            (`moh.conversion.diffusers`). A model that is passed stays as it is: its weights are copied.
+            a ViT, DeiT or DINOv2, or a timm `VisionTransformer` (vit_*, deit_*, deit3_*, ..., distilled ones too); or a
+            directory to load one from, a hub name ("hf-hub:NAME" too for timm's), or a .gguf file of a language model. Or a
+            diffusers `DiTTransformer2DModel`, a dense DiT of ours, or a directory or hub name of one or of a pipeline with
+            one; these are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
+            is: its weights are copied.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
             or half with the paper's router (`Router.shared_share`); for a diffusion model it must be given.
