@@ -13,7 +13,7 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 import timm
 from timm.layers.attention import Attention
 from timm.models import VisionTransformer
-from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import BeitConfig, BeitForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
 
 import moh
 from moh import convert, record_routing
@@ -270,10 +270,10 @@ REFUSALS = {
     ),
     "own-attention": (own_attention, {}, r"block 1 \(Block\) holds no timm.layers.Attention"),
     "adapter": (with_adapter, {}, r"qkv of attention layer 1 is a Sequential: merge adapters"),
-    "deit-of-transformers": (
-        lambda: DeiTForImageClassification(DeiTConfig(**TRANSFORMERS)),
+    "beit-of-transformers": (
+        lambda: BeitForImageClassification(BeitConfig(**TRANSFORMERS)),
         {},
-        r"model must be of a type among .*vit.*got 'deit'",
+        r"model must be of a type among .*vit.*got 'beit'",
     ),
     "no-model": (lambda: nn.Linear(3, 3), {}, r"must be a language model, .* or a timm VisionTransformer, got Linear"),
     "moh": (lambda: convert(timm_model(), **HEADS, router="query_norm"), {}, "model is a MoH model already"),
