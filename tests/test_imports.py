@@ -113,7 +113,10 @@ def test_missing_extra_is_named():
         ("diffusers", "import moh.sampling", "diffusion"),
         ("timm", "import moh.training.images.run", "vision"),
         ("timm", "from moh.evaluation import evaluate_images", "vision"),
-        ("transformers", "from moh.training import MoHTrainer", "llm"),
+        ("transformers", "from moh.training import MoHTrainer", "train"),
+        ("transformers", "import moh.conversion", "hf"),
+        ("yaml", "from moh.training.parsing import read_yaml; read_yaml('a: 1')", "train"),
+        ("matplotlib", "from moh.inspection.plots import new_figure; new_figure(1, 1)", "plot"),
     ],
 )
 def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):

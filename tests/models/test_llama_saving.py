@@ -47,7 +47,7 @@ def test_a_readme_says_which_package_the_model_needs_and_how_to_load_it(tiny_mod
     model = tiny_model("Qwen2")
     model.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
-    assert "`moh_qwen2`" in card.read_text() and 'pip install "mixture-of-heads[llm]"' in card.read_text()
+    assert "`moh_qwen2`" in card.read_text() and 'pip install "mixture-of-heads[hf]"' in card.read_text()
     code = card.read_text().partition("```python\n")[2].partition("```")[0]
     found = {}
     exec(code.replace("PATH OR NAME", str(tmp_path)), found)

@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> None:
     from moh._extras import require
     from moh._files import check_writable
 
-    require("matplotlib", extra="llm")  # before minutes of measuring
+    require("matplotlib", extra="plot")  # before minutes of measuring
     check_writable(arguments.out, name="--out")
     if reads_images(arguments):
         from moh.evaluation.curve import image_curve

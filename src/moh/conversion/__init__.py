@@ -1,8 +1,8 @@
-"""Conversion: a pretrained dense model -> the same model with MoH attention (extra `llm`; `vision` for timm's)."""
+"""Conversion: a pretrained dense model -> the same model with MoH attention (extra `hf`; `vision` for timm's)."""
 
 from moh._extras import require
 
-require("transformers", extra="llm")
+require("transformers", extra="hf")
 
 from moh.conversion.convert import convert
 

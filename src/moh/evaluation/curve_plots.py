@@ -1,6 +1,6 @@
 """Pictures of a trade-off curve (`moh.evaluation.curve`): quality above, speed below, share of heads along both.
 
-Needs matplotlib (extra `llm`), but no display.
+Needs matplotlib (extra `plot`), but no display.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def plot_curve(curve: Curve, *, title: str = "Quality and speed against the shar
 
     Speed is relative to the dense model if it was measured, else to the largest share.
     """
-    figure_module = require("matplotlib.figure", extra="llm")
+    figure_module = require("matplotlib.figure", extra="plot")
     points, dense = curve.points, curve.dense
     text = points[0].perplexity is not None
     timed = points[0].images is not None or points[0].prefill is not None

@@ -228,7 +228,7 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
 
 
 def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
-    require("transformers", extra="llm")
+    require("transformers", extra="app")
     from moh.models.transformers.loading import default_device, load_text_model, load_tokenizer
     from moh.training.session import choose_precision
 

@@ -1,7 +1,7 @@
 """Pictures of how groups of inputs use heads: loads per group (the paper's figure "head load per class"), shared against
 routed heads, distances between groups, and what each head is worth.
 
-Needs the extra `llm` (matplotlib); `plots` saves them, with the rows that they show.
+Needs the extra `plot` (matplotlib); `plots` saves them, with the rows that they show.
 """
 
 from __future__ import annotations
@@ -252,6 +252,6 @@ def _figure(*, columns: int, width: float, height: float, ratios: list[float] | 
 
 
 def _finish(axes: Any) -> None:
-    axes.xaxis.set_major_locator(require("matplotlib.ticker", extra="llm").MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(require("matplotlib.ticker", extra="plot").MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -123,7 +123,7 @@ class HeadUse:
         ]
 
     def to_pandas(self) -> DataFrame:
-        """`rows()` as a data frame (extra `llm`)."""
+        """`rows()` as a data frame (extra `plot`)."""
         return to_pandas(self.rows())
 
     def save_csv(self, path: str | Path) -> None:
@@ -131,7 +131,7 @@ class HeadUse:
         save_rows(path, self.rows())
 
     def save_parquet(self, path: str | Path) -> None:
-        """Write `rows()` as parquet (extra `llm`), whole or not at all."""
+        """Write `rows()` as parquet (extra `plot`), whole or not at all."""
         save_parquet(path, self.rows())
 
     def select(self, groups: Sequence[str]) -> HeadUse:

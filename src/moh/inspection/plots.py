@@ -1,4 +1,4 @@
-"""Pictures of all heads of a model and of their loads over training, and loss curves (extra `llm`, matplotlib).
+"""Pictures of all heads of a model and of their loads over training, and loss curves (extra `plot`, matplotlib).
 
 Each function returns a figure; `save` writes it. Colours are distinct in print and to colour-blind readers. No display
 is needed.
@@ -29,7 +29,7 @@ DASHES = ("-", "--", "-.", ":")
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
-    figure: Figure = require("matplotlib.figure", extra="llm").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = require("matplotlib.figure", extra="plot").Figure(figsize=(width, height), layout="constrained")
     return figure
 
 

@@ -33,7 +33,7 @@ def save_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def save_parquet(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows with the same columns as parquet (extra `llm`), whole or not at all.
+    """Write rows with the same columns as parquet (extra `plot`), whole or not at all.
 
     Raises:
         ValueError: there are no rows.
@@ -45,8 +45,8 @@ def save_parquet(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None
 
 
 def to_pandas(rows: Sequence[Mapping[str, object]]) -> DataFrame:
-    """Rows as a data frame (extra `llm`)."""
-    frame: DataFrame = require("pandas", extra="llm").DataFrame(list(rows))
+    """Rows as a data frame (extra `plot`)."""
+    frame: DataFrame = require("pandas", extra="plot").DataFrame(list(rows))
     return frame
 
 

@@ -73,7 +73,7 @@ def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[
     """
     if isinstance(path_or_state_dict, Mapping):
         return {name: tensor.clone() for name, tensor in path_or_state_dict.items()}  # the caller's must not change
-    SafetensorError = require("safetensors", extra="llm").SafetensorError
+    SafetensorError = require("safetensors", extra="hf").SafetensorError
     path = Path(path_or_state_dict)
     try:
         return _read(path)
@@ -117,7 +117,7 @@ def _some(names: list[str]) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file or directory; never by unpickling arbitrary objects."""
-    safetensors = require("safetensors.torch", extra="llm")
+    safetensors = require("safetensors.torch", extra="hf")
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         files = shard_files(index) if index.is_file() else sorted(path.glob("*.safetensors"))

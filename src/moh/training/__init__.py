@@ -1,4 +1,4 @@
-"""Training: recipes, data, and runs on the transformers Trainer (extra `llm`), for every family of models.
+"""Training: recipes, data, and runs on the transformers Trainer (extra `train`), for every family of models.
 
 Importing this needs no extra: modules that need one are imported on first use.
 """
@@ -62,7 +62,7 @@ def train(recipe: Any, **overrides: Any) -> Any:
         ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     for package in ("transformers", "accelerate", "tensorboard"):
-        require(package, extra="llm")
+        require(package, extra="train")
     return importlib.import_module(_RUNS[recipe.task]).train(recipe, **overrides)
 
 
@@ -77,8 +77,8 @@ __getattr__, __dir__ = lazy(
         "pack_tokens": "moh.data.text.blocks",
     },
     extras={
-        "moh.training.language.run": ("transformers", "llm"),
-        "moh.training.language.trainer": ("transformers", "llm"),
-        "moh.training.session": ("accelerate", "llm"),
+        "moh.training.language.run": ("transformers", "train"),
+        "moh.training.language.trainer": ("transformers", "train"),
+        "moh.training.session": ("accelerate", "train"),
     },
 )

@@ -30,7 +30,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML; says where, in one line.
     """
-    yaml = require("yaml", extra="llm")
+    yaml = require("yaml", extra="train")
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc,name-defined]
         pass

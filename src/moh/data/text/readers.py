@@ -152,8 +152,8 @@ class Parquet:
         return [*file_identity(self.path), self.text_field]
 
     def read(self, place: int) -> Iterator[tuple[int, str]]:
-        parquet = require("pyarrow.parquet", extra="llm")
-        arrow = require("pyarrow", extra="llm")
+        parquet = require("pyarrow.parquet", extra="train")
+        arrow = require("pyarrow", extra="train")
         try:
             with parquet.ParquetFile(self.path) as file:
                 names = file.schema_arrow.names
@@ -207,7 +207,7 @@ def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSe
         ValueError: there is no such data set, configuration, split or column; the message names the field.
         RuntimeError: the download fails.
     """
-    datasets = require("datasets", extra="llm")
+    datasets = require("datasets", extra="train")
     path, split = Path(recipe.path), recipe.split or "train"
     try:
         if (path / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""Models of transformers with Mixture-of-Head attention, as ordinary transformers models (extra `llm`).
+"""Models of transformers with Mixture-of-Head attention, as ordinary transformers models (extra `hf`).
 
 `MoHLlamaForCausalLM`, `MoHViTForImageClassification` and so on, one for each dense class in `families.FAMILIES`, and their
 configurations `MoHLlamaConfig`; each is made on first use. Importing `moh` is enough for the Auto classes to find them.
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from moh._extras import require
 
-    require("transformers", extra="llm")
+    require("transformers", extra="hf")
     from moh.models.transformers.models import make_class
 
     globals()[name] = made = make_class(name)

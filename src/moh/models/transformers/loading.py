@@ -1,6 +1,6 @@
 """Load causal language models and tokenizers from a directory, a hub name or a .gguf file, as our commands do.
 
-A thin layer over transformers' Auto classes (extra `llm`). Code that comes with a model is never run; the published
+A thin layer over transformers' Auto classes (extra `hf`). Code that comes with a model is never run; the published
 MoH-LLaMA3-8B is loaded with ours.
 """
 

@@ -180,7 +180,7 @@ A transformer with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842)
 unless `moh` is imported, transformers doesn't recognize the model type `{{model_type}}`.
 
 ```console
-$ pip install "mixture-of-heads[llm]"
+$ pip install "mixture-of-heads[hf]"
 ```
 
 ```python

@@ -1,1 +1,1 @@
-"""Training of causal language models (extra `llm`)."""
+"""Training of causal language models (extra `train`)."""
