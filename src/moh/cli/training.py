@@ -38,12 +38,15 @@ def add_train(sub: Commands) -> None:
     train = add_command(
         sub,
         "train",
-        "Train from a recipe: moh train RECIPE.yaml [--training.max_steps 10 ...]; resumes automatically.",
+        "Train from a recipe: moh train RECIPE [--training.max_steps 10 ...]; resumes automatically.",
         run_train,
     )
     train.add_argument(
-        "recipe", help="YAML file; every field can be overridden, for example --training.learning_rate 5e-5"
+        "recipe",
+        nargs="?",
+        help="YAML file, or a name from --list; every field can be overridden, for example --training.learning_rate 5e-5",
     )
+    train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
 
 
 def add_extension(sub: Commands) -> None:
@@ -74,7 +77,15 @@ def run_demo(arguments: Namespace) -> None:
 
 def run_train(arguments: Namespace) -> None:
     from moh.training import load_recipe, train
+    from moh.training.shipped import about, recipes_directory, shipped_recipes
 
+    if arguments.list:
+        width = max(map(len, shipped_recipes()))
+        print(*(f"{name:{width}}  {about(file)}" for name, file in shipped_recipes().items()), sep="\n")
+        print(f"They are in {recipes_directory()}, with configurations for `accelerate launch` in accelerate/.")
+        return
+    if arguments.recipe is None:
+        raise ValueError("RECIPE must be given: a YAML file or a name; `moh train --list` lists those of the package")
     result = train(load_recipe(arguments.recipe, arguments.overrides))
     step, loss = result.losses[-1] if result.losses else (0, float("nan"))
     print(f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}")

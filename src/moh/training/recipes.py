@@ -12,6 +12,7 @@ from typing import Any, Literal
 from moh._checks import at_least
 from moh._extras import require
 from moh.training.parsing import build, merge, override, read_file, split_options
+from moh.training.shipped import find_recipe
 
 TASKS = {
     "language": ("moh.training.language.recipe", "Recipe"),
@@ -25,7 +26,8 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a recipe from a YAML file and apply overrides.
 
     Args:
-        path: the YAML file; None if the overrides give everything.
+        path: the YAML file, or the name of a recipe of this package such as "llm/tiny_75" (`moh train --list`); None if the
+            overrides give everything.
         overrides: as on a command line: `["--training.max_steps", "10", "--conversion", "null"]`; `--config FILE` takes
             over the fields of another file.
 
@@ -33,13 +35,14 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         the recipe, of its task's class (`TASKS`).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, and no such recipe in this package.
         ValueError: an unknown, missing or wrong field; one line that names it.
     """
-    data = {} if path is None else read_file(path)
+    data = {} if path is None else read_file(find_recipe(path))
     try:
         options: list[tuple[str, Any]] = [
-            (name, read_file(value) if name == "config" else value) for name, value in split_options(overrides)
+            (name, read_file(find_recipe(value)) if name == "config" else value)
+            for name, value in split_options(overrides)
         ]
         recipe_class = _recipe_class(data, options)
         for name, value in options:
@@ -51,7 +54,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def dump_recipe(recipe: Any) -> str:
     """The recipe as YAML that `load_recipe` reads."""
-    yaml = require("yaml", extra="llm")
+    yaml = require("yaml", extra="train")
     return str(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
 
 
