@@ -4,6 +4,9 @@
 VENV ?= .venv
 ARGS ?=
 PIP_FLAGS ?= $(if $(CI),--quiet)
+# How install/environment.py chooses PyTorch: TORCH=cpu or index, and another index, for example TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= auto
+TORCH_INDEX ?=
 # Choose an interpreter with PYTHON=...; the default is the first of these that is at least 3.11 and can make a venv.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3.13 python3.14 python3 python)
@@ -11,8 +14,8 @@ CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3.13 python3.14 python3
 BIN := $(VENV)/bin
 # Tests run in several processes, one per core up to four, as each imports everything.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt --editable
-STAMPED_BY := pyproject.toml constraints.txt $(VENV)/.stamp-venv
+INSTALL := $(BIN)/python install/environment.py --pip-flags="$(PIP_FLAGS)" --torch $(TORCH) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+STAMPED_BY := pyproject.toml constraints.txt install/environment.py $(VENV)/.stamp-venv
 
 ifeq ($(OS),Windows_NT)
 $(error this Makefile is for Linux and macOS; on Windows use WSL, or install with: pip install -c constraints.txt ".[llm]")
@@ -20,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo bench test test-all test-versions sanitize lint format docs clean
+.PHONY: help demo bench test test-all test-versions sanitize dist lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +46,9 @@ test-versions: $(VENV)/.stamp-venv ## the models' tests with the oldest and the 
 sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and undefined-behaviour sanitizers
 	tests/sanitize/run.sh $(abspath $(BIN))/python $(ARGS)
 
+dist: $(VENV)/.stamp-venv ## build sdist and wheel into dist/, install the wheel elsewhere and run README.md's snippets there
+	$(BIN)/python install/dist.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
+
 lint: $(VENV)/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,17 +67,15 @@ clean: ## remove .venv and .venv-versions, caches and built files; results (moh-
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.stamp-llm: $(STAMPED_BY)
-	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes some minutes."
-	$(INSTALL) ".[llm]"
+	$(INSTALL) llm
 	@touch $@
 
 $(VENV)/.stamp-dev: $(STAMPED_BY)
-	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes some minutes."
-	$(INSTALL) ".[all,test,lint]"
+	$(INSTALL) all test lint
 	@touch $@
 
 $(VENV)/.stamp-docs: $(STAMPED_BY)
-	$(INSTALL) ".[docs]"
+	$(INSTALL) docs
 	@touch $@
 
 # A working environment is kept; a broken one (moved, half made, too old) is made again.
