@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 torch.set_num_threads(1)
 
 WORDS = "the a head token gate router layer value key query sees skips picks weighs reads and or not of in".split()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests were skipped, and why; a group for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section(f"{len(skipped)} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:5}  {' '.join(reason.split())}")
 
 
 @pytest.fixture(autouse=True)

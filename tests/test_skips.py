@@ -1,0 +1,81 @@
+"""The test run ends with the number of skipped tests and their reasons; `.ci/run` brings a browser where it may."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPING = """
+import pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_in_a_browser(number):
+    pytest.skip("no Chromium is installed")
+
+@pytest.mark.skipif(True, reason="there is\\n a GPU")
+def test_without_a_gpu():
+    pass
+
+def test_that_runs():
+    pass
+"""
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_skipped_tests_are_counted_by_their_reason(tmp_path: Path, processes: str) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_skipping.py").write_text(SKIPPING)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", processes, "-p", "no:cacheprovider", tmp_path]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"=+ 4 skipped =+\n +3  no Chromium is installed\n +1  there is a GPU\n", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("user", "system", "there", "works", "expected"),
+    [
+        pytest.param("0", "debian", False, True, "apt update install", id="root-on-debian"),
+        pytest.param("0", "debian", False, False, "apt update", id="no-network-is-no-failure"),
+        pytest.param("0", "debian", True, True, "", id="already-there"),
+        pytest.param("1000", "debian", False, True, "", id="not-root"),
+        pytest.param("0", "ubuntu", False, True, "", id="ubuntu-has-only-a-snap"),
+    ],
+)
+def test_ci_brings_chromium_where_it_may(
+    tmp_path: Path, user: str, system: str, there: bool, works: bool, expected: str
+) -> None:
+    programs, root = tmp_path / "bin", tmp_path / "root"
+    (root / ".ci").mkdir(parents=True)
+    programs.mkdir()
+    (tmp_path / "os-release").write_text(f"ID={system}\n")
+    script = (ROOT / ".ci" / "run").read_text().replace("/etc/os-release", str(tmp_path / "os-release"))
+    (root / ".ci" / "run").write_text(script)
+    log = tmp_path / "log"
+    result_of_apt = "true" if works else "exit 100"
+    fakes = {
+        "id": f"echo {user}",
+        "apt-get": f'for word; do case $word in update|install) echo "apt $word" >> {log};; esac; done; {result_of_apt}',
+        "make": f"echo make $1 >> {log}",
+    } | ({"chromium": "true"} if there else {})
+    for name, text in fakes.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    for name in ("bash", "dirname", "sh", "env"):
+        (programs / name).symlink_to(next(f for f in (Path("/bin") / name, Path("/usr/bin") / name) if f.exists()))
+    result = subprocess.run(
+        [programs / "bash", root / ".ci" / "run"],
+        env=os.environ | {"PATH": str(programs)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    done = " ".join(log.read_text().split()).replace("apt install", "install")
+    assert done == f"{expected} make lint make test".strip()
+    assert ("could not be installed" in result.stderr) is (expected != "" and not works)
