@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("oldest", "newest")
-EXTRAS = ("llm", "vision", "diffusion", "test")
+EXTRAS = ("hf", "train", "plot", "vision", "diffusion", "test")
 LEFT_OUT = {  # deepspeed and playwright: large, and no test of a model needs them
     # TRL and the quantisers need newer libraries than we do; their tests are skipped
     "oldest": ("deepspeed", "playwright", "trl", "bitsandbytes", "torchao"),
