@@ -137,7 +137,7 @@ def test_our_pages_install_the_package_by_its_name_on_pypi() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")]
     for page in pages:
         for command in re.findall(
-            r"^\W*((?:uv )?pip install .*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
+            r"^\s*\$?\s*((?:uv )?pip install .*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE
         ):
             assert not re.search(r"install (?:-\S+ )*[\"']?moh\b", command), (
                 f"{page}: {command}: another project on PyPI"
