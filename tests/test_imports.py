@@ -102,6 +102,43 @@ def test_transformers_first_is_registered_with_at_once(tmp_path, first):
     in_new_interpreter(code + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
 
 
+needs_diffusers = pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None, reason="the diffusion extra is not installed"
+)
+
+SAVE_PIPELINE = """
+import sys
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from moh.models.diffusers import MoHDiTTransformer2DModel
+sizes = dict(num_layers=1, sample_size=4, patch_size=2, num_classes=3, shared_heads=1, active_heads=1)
+vae = AutoencoderKL(
+    block_out_channels=(8,), norm_num_groups=2, latent_channels=4, layers_per_block=1,
+    down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+)
+pipeline = DiTPipeline(MoHDiTTransformer2DModel(2, 8, **sizes), vae, DDIMScheduler())
+pipeline.save_pretrained(sys.argv[1])
+"""
+
+LOAD_PIPELINE = """
+import sys
+{imports}
+from diffusers import {pipeline} as Pipeline
+pipeline = Pipeline.from_pretrained(sys.argv[1])
+assert type(pipeline.transformer).__name__ == "MoHDiTTransformer2DModel", type(pipeline.transformer)
+assert pipeline.transformer.share == 1.0
+"""
+
+
+@needs_diffusers
+def test_a_pipeline_of_diffusers_is_read_after_import_moh_alone(tmp_path):
+    in_new_interpreter(SAVE_PIPELINE, str(tmp_path))
+    for imports, pipeline in (
+        ("import moh", "DiffusionPipeline"),
+        ("from diffusers import DiTPipeline\nimport moh", "DiTPipeline"),
+    ):
+        in_new_interpreter(LOAD_PIPELINE.format(imports=imports, pipeline=pipeline), str(tmp_path))
+
+
 def test_missing_extra_is_named():
     with pytest.raises(ImportError, match=r"needs not_there_at_all.*pip install 'mixture-of-heads\[llm\]'"):
         require("not_there_at_all.sub", extra="llm")

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from moh._lazy import lazy
 from moh.config import MoHConfig
-from moh.models.registration import register_with_peft, register_with_timm, register_with_transformers
+from moh.models.registration import (
+    register_with_diffusers,
+    register_with_peft,
+    register_with_timm,
+    register_with_transformers,
+)
 
 if TYPE_CHECKING:
     from moh import attention as attention
@@ -75,3 +80,4 @@ __getattr__, __dir__ = lazy(
 register_with_transformers()
 register_with_peft()
 register_with_timm()
+register_with_diffusers()

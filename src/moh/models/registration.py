@@ -1,8 +1,8 @@
-"""Register our models with transformers' Auto classes, PEFT and timm, whichever package is imported first.
+"""Register our models with transformers' Auto classes, PEFT, timm and diffusers, whichever package is imported first.
 
 transformers keeps its own models as names and imports them on first use; until its Auto classes are imported, ours are
 added the same way, afterwards through its public `register`. Our packages for timm register their models with timm's own
-decorator when they are imported; this module only decides when. It imports none of them by itself.
+decorator when they are imported, and diffusers finds ours once it is; this module only decides when. It imports none of them by itself.
 """
 
 from __future__ import annotations
@@ -156,20 +156,26 @@ def _add_peft_defaults() -> None:
                     table.setdefault(f"moh_{family.model_type}", table[family.model_type])
 
 
-_PACKAGES = ("moh.models.timm.transnext", "moh.models.timm")
-"""Packages whose import registers models."""
-
-
 def register_with_timm() -> None:
     """Register now if timm's models are imported, else as soon as they are."""
-    when_imported("timm.models", _import_packages)
+    when_imported("timm.models", lambda: _import_for("timm", "moh.models.timm.transnext", "moh.models.timm"))
 
 
-def _import_packages() -> None:
-    for package in _PACKAGES:
+def register_with_diffusers() -> None:
+    """Import our model now if diffusers' pipelines are imported, else as soon as they are.
+
+    A pipeline's directory names the module of each part, and diffusers takes only modules that are already imported.
+    """
+    when_imported(
+        "diffusers.pipelines.pipeline_loading_utils", lambda: _import_for("diffusers", "moh.models.diffusers")
+    )
+
+
+def _import_for(library: str, *packages: str) -> None:
+    for package in packages:
         try:
             importlib.import_module(package)
-        except ImportError as error:  # timm is older than we need: its own models should still work
+        except ImportError as error:  # the library is older than we need: its own models should still work
             warnings.warn(
-                f"the models of {package} are not registered with timm: {error}", RuntimeWarning, stacklevel=2
+                f"the models of {package} are not registered with {library}: {error}", RuntimeWarning, stacklevel=2
             )
