@@ -226,7 +226,7 @@ class MoHAttention(nn.Module):
         if self.window is not None and not is_causal:
             raise ValueError(f"is_causal must be True in a layer with window={self.window}")
         context = x if context is None else context
-        share = self.config.share
+        share = self.router.usual_share()
         routing, q = route_and_project(self.router, self.q_proj, x, self.backend)  # q: [B, Nq, h, D]
         q = self.q_norm(q).transpose(1, 2)
         k = self.k_norm(self.k_proj(context).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, Hkv, Nk, D]
@@ -251,7 +251,7 @@ class MoHAttention(nn.Module):
             is_causal=is_causal,
             attn_mask=attn_mask,
             dropout_p=self.attn_drop if self.training else 0.0,
-            heads_per_group=self.config.heads_per_group,
+            heads_per_group=self.router.heads_per_group,
             backend=self.backend,
         )  # [B, Nq, h, D]
         out: Tensor = self.proj_drop(project_output(self.proj, heads, routing.gates, share, self.backend))

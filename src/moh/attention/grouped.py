@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moh.attention.call import Call, hide, seen_by
 from moh.attention.sdpa import pytorch_attention
+from moh.routing.units import is_for_all_settings
 
 
 def why_not(call: Call) -> str | None:
@@ -51,8 +52,9 @@ def attend(call: Call) -> Tensor:
     elif is_causal and (attn_mask is not None or call.scale == 0):
         # PyTorch's kernel masks by -inf before it scales: by 0 that gives NaN
         attn_mask, is_causal = hide(attn_mask, seen_by(torch.arange(N, device=k.device)[:, None], k.shape[2])), False
+    shares_keys = bool(N > 1 and (is_for_all_settings() or m > 1))
     out = pytorch_attention(
-        rows, k, v, attn_mask, call.dropout_p, is_causal, live=live, scale=call.scale, enable_gqa=N > 1 and m > 1
+        rows, k, v, attn_mask, call.dropout_p, is_causal, live=live, scale=call.scale, enable_gqa=shares_keys
     )
     out = out.reshape(B, Hkv * m, N, v.shape[-1]).transpose(1, 2)  # [B, N, R, Dv]
     out = torch.where(rows_active, out, 0.0) * gates.gather(2, heads)[..., None]
@@ -63,7 +65,7 @@ def _heads_in_groups(active: Tensor, m: int) -> Tensor:
     """Indices of heads `[B, N, Hkv * m]`: in each group of `[B, N, Hkv, G]` the active ones, filled up to m with others."""
     B, N, Hkv, G = active.shape
     start = torch.arange(0, Hkv * G, G, device=active.device)[:, None]  # [Hkv, 1]
-    if m == G:
+    if not is_for_all_settings() and m == G:
         return (start + torch.arange(G, device=active.device)).expand(B, N, Hkv, G).flatten(2)
     return (start + active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :m]).flatten(2)
 

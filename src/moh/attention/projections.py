@@ -46,7 +46,7 @@ def route_and_project(
         q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
         return router(q=q), q
     routing: RoutingInfo = router(x)
-    return routing, project_queries(q_proj, x, routing.gates, router.config.share, backend)
+    return routing, project_queries(q_proj, x, routing.gates, router.usual_share(), backend)
 
 
 def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None) -> Tensor:

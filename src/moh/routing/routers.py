@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from moh.routing.attached import Balance, attach
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import RoutingRecord, recordings_of
 from moh.routing.scorer import Scorer
-from moh.routing.units import choose, order
+from moh.routing.units import Chosen, choose, is_for_all_settings, order
 
 
 class Router(nn.Module):
@@ -73,6 +73,29 @@ class Router(nn.Module):
         self._shared = config.shared_indices
         self._routed_runs = tuple(_runs(config.routed_indices))
         self._order = tuple(_order(config))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "config":  # the dial's turn; reading it, which decoding does often, stays a plain attribute
+            self._chosen = Chosen(value.active_heads // value.step)
+
+    @property
+    def active_heads(self) -> int:
+        """k; in a compiled graph a symbolic number, as the graph holds for every k."""
+        return self._chosen() * self.config.step
+
+    @property
+    def heads_per_group(self) -> int | None:
+        """`MoHConfig.heads_per_group`, in a compiled graph as a symbolic number."""
+        config = self.config
+        if config.routing_unit != "group_balanced":
+            return None
+        return config.num_shared // config.step + self._chosen()
+
+    @torch.compiler.assume_constant_result
+    def usual_share(self) -> float:
+        """Share of the heads in use, to choose between products; a compiled graph keeps that of its first setting."""
+        return self.config.share
 
     @classmethod
     def default_shared_heads(cls, num_heads: int, *, step: int = 1) -> int:
@@ -248,9 +271,9 @@ class TwoStageRouter(Router):
             routed = source.new_zeros((*source.shape[:-1], config.num_routed), dtype=torch.float32)
             return RoutingInfo(config, self._join(shared, routed).to(source.dtype), None)
         probs = self.routed(source).float().softmax(-1)  # [B, N, h_r]
-        chosen = torch.where(choose(probs, config), probs, 0.0)
+        chosen = torch.where(choose(probs, config, self._chosen()), probs, 0.0)
         total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(source.dtype).eps)
-        chosen = config.active_heads * chosen / total  # they sum to k, so active heads average 1
+        chosen = self.active_heads * chosen / total  # they sum to k, so active heads average 1
         return RoutingInfo(config, self._join(shared, a_routed * chosen).to(source.dtype), probs)
 
 
@@ -265,9 +288,15 @@ class _HardRouter(Router):
 
     is_hard = True
 
+    def _routes(self) -> bool:
+        """Whether tokens choose any head. A compiled graph sees that only if it is recorded: its balance loss needs it."""
+        if is_for_all_settings() and not self._recorders:
+            return self.config.num_routed > 0
+        return bool(self._chosen() > 0)
+
     def _hard_gates(self, scores: Tensor, surrogate: Tensor, dtype: torch.dtype) -> Tensor:
         """`scores` decide the top k and `surrogate` gets the gates' gradient; both `[B, N, h_r]` -> `[B, N, H]`."""
-        routed = choose(scores, self.config).to(surrogate.dtype)
+        routed = choose(scores, self.config, self._chosen()).to(surrogate.dtype)
         if surrogate.requires_grad:
             routed = routed + (surrogate - surrogate.detach())  # adds 0: the value stays exactly 1 or 0
         shared = routed.new_ones((*routed.shape[:-1], self.config.num_shared))
@@ -289,7 +318,7 @@ class QueryNormRouter(_HardRouter):
         config = self.config
         if source.dim() != 4 or source.shape[-2] != config.num_heads:
             raise ValueError(f"q must have shape [B, N, num_heads = {config.num_heads}, D], got {tuple(source.shape)}")
-        if config.active_heads == 0:
+        if not self._routes():
             gates = self._hard_gates_without_routing(source)
             return RoutingInfo(config, gates, None)
         norms = self._of_routed(source, -2).float().norm(dim=-1)  # [B, N, h_r]
@@ -327,7 +356,7 @@ class LinearRouter(_HardRouter):
         # The fit has large weights along directions that x hardly uses: back through them, the gates' gradient would
         # swamp that of the attention itself (thousands of times, measured on SmolLM2). So it stops at the router.
         logits = self._of_routed(self.contribution(source.detach()).float(), -1)  # [B, N, h_r]
-        probs = logits.softmax(-1) if self.config.active_heads else None
+        probs = logits.softmax(-1) if self._routes() else None
         return RoutingInfo(self.config, self._hard_gates(logits, logits, source.dtype), probs)
 
     def order(self, x: Tensor) -> Tensor:

@@ -11,22 +11,46 @@ from torch import Tensor
 from moh.config import MoHConfig
 
 
-def choose(scores: Tensor, config: MoHConfig) -> Tensor:
+class Chosen:
+    """How many units a token chooses of those that are routed, k / `MoHConfig.step`: the number that the dial changes.
+
+    A graph of `torch.compile` holds for every setting: a plain number would be a constant of it, and each setting a graph
+    of its own, of which torch keeps eight. The size of a tensor is an input of the graph. It is 2 larger than the number,
+    since sizes of 0 and 1 are constants too. An exported program keeps the number that it was exported with.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        with torch.inference_mode(False):  # a graph is for tensors of inference mode or for others
+            self._size = torch.empty(number + 2, 0, device="cpu")  # no memory; the device is not in the graph
+        torch._dynamo.maybe_mark_dynamic(self._size, 0)
+
+    def __call__(self) -> int:
+        return self._size.shape[0] - 2 if is_for_all_settings() else self._number
+
+
+def is_for_all_settings() -> bool:
+    """Whether this is traced into a graph that holds for every setting of the dial."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def choose(scores: Tensor, config: MoHConfig, chosen: int | None = None) -> Tensor:
     """Which routed heads are active, by the scores of the routed heads `[..., h_r]`: bool `[..., h_r]`, k of them True.
 
-    A group's score is the sum of its heads'.
+    A group's score is the sum of its heads'. `chosen` is the number of units, a `Chosen()`; None for the configuration's.
     """
-    k = config.active_heads
-    if k == config.num_routed:
+    if chosen is None:
+        chosen = config.active_heads // config.step
+    if not is_for_all_settings() and chosen * config.step == config.num_routed:
         return torch.ones_like(scores, dtype=torch.bool)
     if config.routing_unit == "head":
-        return _largest(scores, k)
+        return _largest(scores, chosen)
     if config.routing_unit == "group_balanced":
         in_groups = scores.unflatten(-1, (config.step, -1))  # [..., Hkv, h_r / Hkv]
-        return _largest(in_groups, k // config.step).flatten(-2)
+        return _largest(in_groups, chosen).flatten(-2)
     groups = scores.unflatten(-1, (-1, config.step)).sum(-1)  # [..., routed groups]
-    chosen = _largest(groups, k // config.step)[..., None]
-    return chosen.expand(*chosen.shape[:-1], config.step).flatten(-2)
+    active = _largest(groups, chosen)[..., None]
+    return active.expand(*active.shape[:-1], config.step).flatten(-2)
 
 
 def order(scores: Tensor, config: MoHConfig) -> Tensor:
@@ -56,8 +80,13 @@ def strongest(mean: Tensor, count: int, config: MoHConfig) -> tuple[int, ...]:
 
 def _largest(scores: Tensor, k: int) -> Tensor:
     """Bool mask of the k largest of each row."""
-    top = scores.topk(k, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)
+    if is_for_all_settings():  # no shape may depend on k; sorting all takes about as long
+        top = scores.argsort(dim=-1, descending=True, stable=True)
+        first = (torch.arange(scores.shape[-1], device=scores.device) < k).expand_as(scores)
+    else:
+        top = scores.topk(k, dim=-1).indices
+        first = torch.ones_like(top, dtype=torch.bool)  # torch.jit.trace can't scatter the value True
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, first)
 
 
 def _ranks(scores: Tensor) -> Tensor:

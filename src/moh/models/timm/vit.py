@@ -100,7 +100,7 @@ class MoHViTAttention(Attention):
             is_causal: token i sees tokens 0 to i.
         """
         B, N, _ = x.shape
-        share = self.router.config.share
+        share = self.router.usual_share()
         if self.router.reads_queries:
             q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, h, D]
             routing = self.router(q=q)

@@ -74,7 +74,7 @@ class RoutedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        family, core, layer = self.family, self.core, self.router.config
+        family, core, router = self.family, self.core, self.router
         implementation = core.config._attn_implementation
         if implementation not in IMPLEMENTATIONS:
             given = dict(kwargs, past_key_values=past_key_values, position_embeddings=position_embeddings)
@@ -116,10 +116,10 @@ class RoutedAttention(nn.Module):
             attn_mask=attention_mask,
             scale=getattr(core, "scaling", None),  # the usual one where a class keeps none
             dropout_p=self.dropout_rate if self.training else 0.0,
-            heads_per_group=layer.heads_per_group,
+            heads_per_group=router.heads_per_group,
             backend=backend,
         )  # [B, N, H, D]
-        out = project_output(self.output_projection, heads, gates, layer.share, backend)
+        out = project_output(self.output_projection, heads, gates, router.usual_share(), backend)
         return family.finish(self, out, hidden_states), None
 
     def _with_all_heads(

@@ -134,7 +134,7 @@ def _is_trained(attention: RoutedAttention) -> bool:
     """Whether anything that decides the routing of a layer with routed heads is to be trained."""
     router = attention.router
     source = attention.query_projection if router.reads_queries else router
-    return bool(router.config.active_heads) and any(p.requires_grad for p in source.parameters())
+    return any(p.requires_grad for p in source.parameters()) and bool(router.config.active_heads)
 
 
 @torch.compiler.assume_constant_result  # torch.compile can't trace the making of a class
