@@ -53,7 +53,7 @@ def published_config() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["one_file", "shards"])
+@pytest.fixture(params=["one_file", "shards", "bin_file", "bin_shards"])
 def published(request: pytest.FixtureRequest, golden, published_config, tmp_path: Path) -> Path:
     state = {name.removeprefix("state."): t.clone() for name, t in golden.items() if name.startswith("state.")}
     (tmp_path / "config.json").write_text(json.dumps(published_config))
@@ -61,13 +61,20 @@ def published(request: pytest.FixtureRequest, golden, published_config, tmp_path
     if request.param == "one_file":
         save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
         return tmp_path
+    if request.param == "bin_file":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        return tmp_path
     names = sorted(state)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    # The hub repository has 33 files pytorch_model-000NN-of-00033.bin and no safetensors
+    stem, suffix, count = ("model", "safetensors", 2) if request.param == "shards" else ("pytorch_model", "bin", 5)
+    shards = {f"{stem}-{i + 1:05}-of-{count:05}.{suffix}": names[i::count] for i in range(count)}
     for file, members in shards.items():
-        save_file({name: state[name] for name in members}, tmp_path / file, {"format": "pt"})
+        part = {name: state[name] for name in members}
+        torch.save(part, tmp_path / file) if suffix == "bin" else save_file(part, tmp_path / file, {"format": "pt"})
     weight_map = {name: file for file, members in shards.items() for name in members}
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    index_name = f"{stem}.{suffix}.index.json"
+    (tmp_path / index_name).write_text(json.dumps(index))
     return tmp_path
 
 
@@ -131,13 +138,51 @@ def test_asking_twice_replaces_the_function_once(asked: None) -> None:
     assert AutoConfig.from_pretrained.__func__ is replaced
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", "..", "a\\b"])
+@pytest.mark.parametrize("published", ["shards", "bin_shards"], indirect=True)
+@pytest.mark.parametrize("name", ["../elsewhere.bin", "/elsewhere.safetensors", "..", "a\\b"])
 def test_an_index_names_only_files_next_to_it(published: Path, name: str) -> None:
-    index = published / "model.safetensors.index.json"
+    (index,) = published.glob("*.index.json")
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     for load in (load_published, load_causal_lm):
-        with pytest.raises(ValueError, match=r"model.safetensors.index.json must name files next to it, got"):
+        with pytest.raises(ValueError, match=rf"{index.name} must name files next to it, got"):
             load(published)
+
+
+class Pickled:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("published", ["bin_file", "bin_shards"], indirect=True)
+def test_weights_that_are_pickled_objects_are_refused(published: Path, tmp_path: Path) -> None:
+    file = sorted(published.glob("*.bin"))[0]
+    torch.save({**torch.load(file), "lm_head.weight": Pickled(tmp_path / "written")}, file)
+    for load in (load_published, load_causal_lm):
+        with pytest.raises(ValueError, match="can't be read"):
+            load(published)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("published", ["bin_shards"], indirect=True)
+def test_a_shard_that_is_missing_is_named(published: Path) -> None:
+    (published / "pytorch_model-00003-of-00005.bin").unlink()
+    with pytest.raises(ValueError, match=r"no file or directory .*pytorch_model-00003-of-00005\.bin"):
+        load_published(published)
+
+
+def test_the_published_model_has_as_many_parameters_as_its_index_says() -> None:
+    """8,297,648,128: LLaMA3-8B with a vocabulary of 160,896, and no parameter of routing."""
+    sizes = dict(vocab_size=160_896, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32)
+    with torch.device("meta"):
+        model = MoHLlamaForCausalLM(
+            MoHLlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, **published_heads(32))
+        )
+    assert sum(p.numel() for p in model.parameters()) == 8_297_648_128
 
 
 def test_remote_code_is_neither_run_nor_asked_about(published: Path, published_config, monkeypatch) -> None:

@@ -37,8 +37,9 @@ def load_published(
     """Build our model from a published checkpoint.
 
     Args:
-        path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a directory with one, or
-            with the shards that `model.safetensors.index.json` lists; or a PyTorch file, read with `weights_only=True`.
+        path_or_state_dict: tensors by their published names; or a `.safetensors` file; or a PyTorch file, read with
+            `weights_only=True`; or a directory with a `.safetensors` file or `pytorch_model.bin`, or with the shards that
+            `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists.
         config: `model`, which names the family, and the published keys of the family's `load`: "moh_llama"
             (`moh.models.transformers.published`), "transnext" (`moh.models.timm.transnext.published`) or "dit"
             (`moh.models.diffusers.published`).
@@ -115,16 +116,28 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def _files(directory: Path) -> list[Path]:
+    """The files of weights in a directory, as transformers names them; safetensors if it has both kinds."""
+    for index, files in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (directory / index).is_file():
+            return shard_files(directory / index)
+        if found := sorted(directory.glob(files)):
+            return found
+    raise ValueError(
+        f"path_or_state_dict: the directory {directory} holds no .safetensors file, no pytorch_model.bin and no "
+        "pytorch_model.bin.index.json"
+    )
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file or directory; never by unpickling arbitrary objects."""
     safetensors = require("safetensors.torch", extra="hf")
     if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        files = shard_files(index) if index.is_file() else sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"path_or_state_dict: the directory {path} holds no .safetensors file")
         tensors: dict[str, Tensor] = {}
-        for file in files:
+        for file in _files(path):
             tensors |= _read(file)
         return tensors
     if not path.is_file():

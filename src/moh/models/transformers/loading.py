@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -72,23 +73,25 @@ def load_as(
 ) -> PreTrainedModel:
     """Load a model by an Auto class or a class of its own; all else as in `load_causal_lm`."""
     source, gguf = _source(path)
-    index = Path(source) / "model.safetensors.index.json"
-    if index.is_file():
-        shard_files(index)  # all next to it
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = Path(source) / name
+        if index.is_file():
+            shard_files(index)  # all next to it
     try:
         if not gguf:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if (published := recognised(config, source)) is not config:
                 kwargs = {"config": published, **kwargs}
         model: PreTrainedModel = kind.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **gguf, **kwargs
-        )
+            source, dtype=dtype, use_safetensors=not _has_only_pytorch_files(Path(source)), weights_only=True,
+            trust_remote_code=False, **gguf, **kwargs,
+        )  # fmt: skip
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):  # followed by hundreds that are
             raise
         what = load_config(path).model_type
         raise ValueError(f"model {str(path)!r} is of type {what!r}, which {kind.__name__} can't load") from None
-    except (SafetensorError, StrictDataclassError, KeyError, TypeError) as error:
+    except (SafetensorError, UnpicklingError, StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(path)!r} has a configuration or weights that can't be read: {error}") from None
     if gguf:
         # The tensors are dequantised: from here on it is a plain model, which may be saved.
@@ -97,6 +100,11 @@ def load_as(
         del model.config.quantization_config
     mend_generation_config(model)
     return model if device is None else model.to(device)
+
+
+def _has_only_pytorch_files(directory: Path) -> bool:
+    """Whether a directory's weights are `pytorch_model*.bin`, which are read with `weights_only=True`."""
+    return any(directory.glob("pytorch_model*.bin")) and not any(directory.glob("*.safetensors"))
 
 
 def mend_generation_config(model: Any) -> None:
