@@ -14,6 +14,7 @@ from moh.models.registration import (
     register_with_diffusers,
     register_with_peft,
     register_with_timm,
+    register_with_torch,
     register_with_transformers,
 )
 
@@ -77,6 +78,7 @@ __getattr__, __dir__ = lazy(
     },
 )
 
+register_with_torch()
 register_with_transformers()
 register_with_peft()
 register_with_timm()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh.attention import cpu, flex, grouped, reference, sdpa
-from moh.attention.call import Call, check
+from moh.attention.call import Call, autocasts, check
 from moh.attention.gpu import backend as gpu
 
 
@@ -63,7 +63,7 @@ BACKENDS = {
             flex.why_not,
             chosen_on=("cuda",),
         ),
-        Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", sdpa.attend, _handles_all),
+        Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", sdpa.attend, sdpa.why_not),
         Backend("reference", "the definition: every head, then weighted", reference.attend, _handles_all),
     )
 }
@@ -111,7 +111,7 @@ def moh_attention(
         ValueError: a shape, dtype, probability or backend name is not as above, or the named backend can't handle
             the call; the message states which and why.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as with PyTorch's own function
+    if autocasts(q) and q.dtype != torch.float64:  # as with PyTorch's own function
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, gates = q.to(dtype), k.to(dtype), v.to(dtype), gates.to(dtype)
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask

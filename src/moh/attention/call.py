@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that our compiled kernels support."""
@@ -125,3 +127,15 @@ def unsupported_options(attn_mask: Tensor | None, dropout_p: float) -> str | Non
 def transforms_are_active() -> bool:
     """Whether the call is inside `torch.func.grad`, `vmap` or the like."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def vmap_is_active() -> bool:
+    """Whether the call is inside `torch.func.vmap`, alone or among other transforms."""
+    if not transforms_are_active():
+        return False
+    return any(level.key() == TransformType.Vmap for level in retrieve_all_functorch_interpreters())
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; it has no meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

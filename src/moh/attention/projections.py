@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.attention import cpu
-from moh.attention.call import transforms_are_active, unsupported_dtype
+from moh.attention.call import autocasts, transforms_are_active, unsupported_dtype
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
@@ -170,7 +170,7 @@ def _why_dense(
         return f"on {device} it is used only by name"
     if name == "triton" and (unavailable := gpu.unavailable(device)) is not None:
         return str(unavailable)
-    if torch.is_autocast_enabled(device):
+    if autocasts(x):
         return "autocast is on"
     if not is_plain(linear, x):
         return "the layer is more than a product with its weight: an adapter, a hook, quantised or of another dtype"

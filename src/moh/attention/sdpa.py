@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moh.attention.call import Call, hide, seen_by
+from moh.attention import reference
+from moh.attention.call import Call, hide, seen_by, vmap_is_active
 from moh.attention.rows import packed_rows_of, rows_of, token_major
 
 CAUSAL_CHUNKS = 8
@@ -42,10 +43,18 @@ LARGEST_BIAS = 2.0**16
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
+def why_not(call: Call) -> str | None:
+    """Why the backend can't handle the call, or None."""
+    return "it has no rule for torch.func.vmap, under which rows can't be counted" if vmap_is_active() else None
+
+
 def attend(call: Call) -> Tensor:
     """Routed attention on the active pairs only."""
     mask = call.attn_mask
-    if torch.compiler.is_compiling() and not call.dropout_p and not (mask is not None and mask.requires_grad):
+    if call.q.is_meta:  # no numbers to count rows by: shapes and dtypes are those of the definition
+        return reference.attend(call)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a trace would keep the number of rows
+    if traced and not call.dropout_p and not (mask is not None and mask.requires_grad):
         out: Tensor = packed_attention_op(call.q, call.k, call.v, call.gates, mask, call.is_causal, call.scale)
         return out
     eager: Tensor = _attend_eager(call)

@@ -2,7 +2,8 @@
 
 transformers keeps its own models as names and imports them on first use; until its Auto classes are imported, ours are
 added the same way, afterwards through its public `register`. Our packages for timm register their models with timm's own
-decorator when they are imported, and diffusers finds ours once it is; this module only decides when. It imports none of them by itself.
+decorator when they are imported, and diffusers finds ours once it is; this module only decides when. It imports none of
+them by itself. PyTorch finds our operators by name, as a program that was saved with `torch.export` needs them.
 """
 
 from __future__ import annotations
@@ -70,6 +71,34 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
         callback()
     else:
         sys.meta_path.insert(0, _Finder(name, callback))  # before the finders that would load it without the callback
+
+
+def register_with_torch() -> None:
+    """Let `torch.ops.moh` find our operators now if torch is imported, else as soon as it is."""
+    when_imported("torch", _add_operators)
+
+
+def _add_operators() -> None:
+    torch = sys.modules["torch"]
+
+    class Operators(torch._ops._OpNamespace):  # type: ignore[name-defined,misc]
+        """`torch.ops.moh`, which defines an operator that is looked up first: those in C++ by loading the kernels."""
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("__") or not _defined(name):
+                    raise
+                return super().__getattr__(name)
+
+    Operators.__module__ = torch._ops._OpNamespace.__module__  # part of an operator's name in saved programs
+    torch.ops.moh = Operators("moh")
+
+
+def _defined(operator: str) -> bool:
+    attention = importlib.import_module("moh.attention")
+    return attention.cpu.unavailable() is None if operator.startswith("cpu_") else True
 
 
 _MODEL_NAMES = {

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
+from moh.attention.call import transforms_are_active
 from moh.config import MoHConfig
 from moh.layer import MoHAttention
 from moh.models.dial import HasActiveHeads
@@ -289,8 +290,8 @@ class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type
             raise ValueError(f"timestep must be a scalar or have shape [B = {batch}], got {list(timestep.shape)}")
         if class_labels.shape != (batch,):
             raise ValueError(f"class_labels must have shape [B = {batch}], got {list(class_labels.shape)}")
-        if torch.compiler.is_compiling() or class_labels.is_meta or batch == 0:
-            return  # ids are data: a compiled graph can't branch on them
+        if torch.compiler.is_compiling() or transforms_are_active() or class_labels.is_meta or batch == 0:
+            return  # ids are data: neither a compiled graph nor vmap can branch on them
         low, high = (int(bound) for bound in class_labels.aminmax())
         if low < 0 or high > c.num_classes:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moh.attention.call import autocasts, transforms_are_active
 from moh.config import MoHConfig
 
 Size = tuple[int, int]
@@ -180,7 +181,7 @@ class PositionBias(nn.Module):
             if not torch.compiler.is_compiling():
                 self._kept = None  # fused optimisers change weights without raising their version
             return self._compute(size)
-        key = (size, torch.is_autocast_enabled(self.fc1.weight.device.type), *self._fingerprint())
+        key = (size, autocasts(self.fc1.weight), *self._fingerprint())
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._compute(size))
         return self._kept[1]
@@ -191,6 +192,8 @@ class PositionBias(nn.Module):
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or transforms_are_active()
             or any(p.is_inference() for p in self.parameters())
         )
 
