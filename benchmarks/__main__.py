@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import GRIDS, Case
 from benchmarks.results import Machine, Run, this_machine
+from moh._extras import require
 from moh.attention.cpu import BuildError
 
 ROOT = Path(__file__).parents[1]
@@ -76,14 +78,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _cases(options: argparse.Namespace) -> list[Case]:
     from benchmarks import runner
 
-    options.subjects = options.subjects or list(runner.SUBJECTS)
     unknown = sorted(set(options.subjects) - set(runner.SUBJECTS))
     if unknown:
         raise ValueError(f"SUBJECT must be of {', '.join(runner.SUBJECTS)}, got {', '.join(unknown)}")
+    for subject in runner.NEEDED.keys() & set(options.subjects):
+        package, extra = runner.NEEDED[subject]
+        require(package, extra=extra)
+    if not options.subjects:
+        options.subjects = _possible(runner.SUBJECTS, runner.NEEDED)
     cases = runner.select(options.subjects, options.grid, checkpoint=options.model, only=options.only)
     if not cases:
         raise ValueError(f"no case of {', '.join(options.subjects)} has {options.only!r} in its name")
     return cases
+
+
+def _possible(subjects: Sequence[str], needed: Mapping[str, tuple[str, str]]) -> list[str]:
+    """The subjects whose packages are installed; says in one line which are left out."""
+    missing = {s: extra for s, (package, extra) in needed.items() if importlib.util.find_spec(package) is None}
+    if missing:
+        extras = ",".join(missing.values())
+        print(
+            f"benchmarks: without {' and '.join(missing)}, which need more packages: "
+            f"{sys.executable} -m pip install -e '.[{extras}]'",
+            file=sys.stderr,
+        )
+    return [subject for subject in subjects if subject not in missing]
 
 
 def _measure(options: argparse.Namespace, cases: Sequence[Case], results: Path) -> int:

@@ -5,18 +5,18 @@ Random weights. One case is one size of model at one batch size, with a contende
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import timm
 import torch
 from torch import Tensor, nn
 
 import moh  # noqa: F401  (registers our models with timm)
 from benchmarks.cases import Case, Contender
 from benchmarks.dense import weigh_heads
-from moh.models.diffusers import create_dit
+from moh._extras import require
 
 Make = Callable[..., nn.Module]
 
@@ -107,7 +107,9 @@ def contenders(case: Case) -> list[Contender]:
 def _makers(case: Case, family: Family) -> tuple[Make, Make]:
     """A model by name, and the dense model with the MoH model's number of heads in each layer (published ones differ)."""
     if case.subject == "images":
+        timm = require("timm", extra="vision")
         return timm.create_model, lambda _: timm.create_model(family.dense)
+    create_dit = importlib.import_module("moh.models.diffusers").create_dit
     side = 2 * int(case.length**0.5)  # patches of 2
     make = partial(create_dit, sample_size=side)
     return make, partial(make, shared_heads=None, active_heads=None)

@@ -27,6 +27,8 @@ TIMED: dict[str, tuple[Callable[[str], list[Case]], Callable[[Case], list[Conten
 }
 """subject -> (its cases in a grid, the contenders of one)."""
 SUBJECTS = (*TIMED, "memory")
+NEEDED = {"images": ("timm", "vision"), "diffusion": ("diffusers", "diffusion")}
+"""subject -> (the package that it needs beyond the extra `llm`, that package's extra)."""
 
 Measure = Callable[[Case], Sequence[Row]]
 

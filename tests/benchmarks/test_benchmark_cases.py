@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from types import ModuleType
 
@@ -148,3 +150,32 @@ def test_dense_then_mask_computes_the_same_function(dense: str, moh: str, side: 
         weigh_heads(attention, attention.proj, other.router)
     torch.testing.assert_close(masked(x), ours(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, masked(x), atol=1e-3)
+
+
+def run_without(missing: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks` where a package is not installed."""
+    code = f"""
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {missing.split()} else found(name, *rest)
+sys.modules |= dict.fromkeys({missing.split()})
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_subjects_whose_packages_are_missing_are_left_out_in_one_line() -> None:
+    result = run_without("timm diffusers", "--quick", "--list")
+    assert result.returncode == 0, result.stderr
+    subjects = {line.split("/")[0].split()[0] for line in result.stdout.splitlines()}
+    assert any("core" in subject for subject in subjects)
+    assert not any("images" in subject or "diffusion" in subject for subject in subjects)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("benchmarks:")]
+    assert "without images and diffusion" in line and "pip install -e '.[vision,diffusion]'" in line
+
+
+def test_a_subject_that_is_asked_for_names_what_to_install() -> None:
+    result = run_without("timm", "images", "--quick", "--list")
+    assert result.returncode == 2 and "pip install 'mixture-of-heads[vision]'" in result.stderr

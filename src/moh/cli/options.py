@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS
@@ -24,11 +24,18 @@ class Command(argparse.ArgumentParser):
     """
 
     longer: Mapping[str, Command] = {}
+    more_help: Callable[[Sequence[str]], str] | None = None
+    """What `--help` adds, from the words of the command line."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args and args[0] in self.longer:
             return self.longer[args[0]].parse_known_args(args[1:], namespace)
+        self._words = tuple(args or ())
         return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        more = "" if self.more_help is None else f"\n{self.more_help(self._words)}\n"
+        return super().format_help() + more
 
 
 if TYPE_CHECKING:

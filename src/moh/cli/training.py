@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moh.cli.options import add_command, add_text
@@ -47,6 +48,16 @@ def add_train(sub: Commands) -> None:
         help="YAML file, or a name from --list; every field can be overridden, for example --training.learning_rate 5e-5",
     )
     train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
+    train.more_help = _fields
+
+
+def _fields(words: Sequence[str]) -> str:
+    from moh.training.fields import fields_of
+
+    try:
+        return fields_of(words)
+    except (ValueError, OSError, ImportError) as error:  # help is printed whatever the other words are
+        return f"its fields: {' '.join(str(error).split())}"
 
 
 def add_extension(sub: Commands) -> None:

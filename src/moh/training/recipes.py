@@ -44,10 +44,10 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             (name, read_file(find_recipe(value)) if name == "config" else value)
             for name, value in split_options(overrides)
         ]
-        recipe_class = _recipe_class(data, options)
+        kind = recipe_class(data, options)
         for name, value in options:
-            data = merge(recipe_class, data, value) if name == "config" else override(recipe_class, data, name, value)
-        return build(recipe_class, data)
+            data = merge(kind, data, value) if name == "config" else override(kind, data, name, value)
+        return build(kind, data)
     except (ValueError, RecursionError) as error:  # YAML can describe a list that holds itself
         raise ValueError(f"{path or 'recipe'}: {error}") from None
 
@@ -58,15 +58,15 @@ def dump_recipe(recipe: Any) -> str:
     return str(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
 
 
-def _recipe_class(data: Mapping[str, Any], options: Sequence[tuple[str, Any]]) -> Any:
+def recipe_class(data: Mapping[str, Any], options: Sequence[tuple[str, Any]]) -> Any:
     """The class of the last task that file and options name; a language model's by default."""
     task = data.get("task", "language")
     for name, value in options:
         task = value.get("task", task) if name == "config" else value if name == "task" else task
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    module, recipe_class = TASKS[task]
-    return getattr(importlib.import_module(module), recipe_class)
+    module, name = TASKS[task]
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
