@@ -50,7 +50,9 @@ def test_types_defaults_and_meanings_are_given() -> None:
     assert "optimiser steps." in text and "weight beta of the load-balance loss" in text  # of a base class
 
 
-@pytest.mark.parametrize(("recipe", "task"), [("llm", "language"), ("vit", "image_classification"), ("dit", "diffusion")])
+@pytest.mark.parametrize(
+    ("recipe", "task"), [("llm", "language"), ("vit", "image_classification"), ("dit", "diffusion")]
+)
 def test_a_recipes_own_fields_are_listed(moh, recipe: str, task: str) -> None:
     file = sorted((RECIPES / recipe).glob("*.yaml"))[0]
     for name in (file, f"{recipe}/{file.stem}"):

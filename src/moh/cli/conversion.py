@@ -137,6 +137,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
     dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
     options = _options(arguments)
     options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
+    options["copy_weights"] = False  # the dense model is not needed any more
     # timm's models have no config; that of others gives the kind, which a hub name does not
     reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
     return (_of_images if reads_images else _of_text)(arguments, dense, options)

@@ -47,6 +47,7 @@ def convert(
     refit_output: bool | None = None,
     shares: Sequence[float] | None = None,
     router_aux_loss_coef: float = 0.0,
+    copy_weights: bool = True,
     progress: bool = True,
 ) -> Any:
     """Turn a pretrained dense language, image or diffusion model into a MoH model with the same weights, but for a refitted W_O.
@@ -58,7 +59,7 @@ def convert(
             directory to load one from, a hub name ("hf-hub:NAME" too for timm's), or a .gguf file of a language model. Or a
             diffusers `DiTTransformer2DModel`, a dense DiT of ours, or a directory or hub name of one or of a pipeline with
             one; these are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
-            is: its weights are copied.
+            is, as its weights are copied, unless `copy_weights` is False.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
             or half with the paper's router (`Router.shared_share`); for a diffusion model it must be given.
@@ -88,6 +89,9 @@ def convert(
             the dial's first position. For models of transformers with router="linear".
         router_aux_loss_coef: weight of the load-balance loss in the model's own loss, if it has one, and in training in the
             gradient of any other loss; 0 for none.
+        copy_weights: False shares a passed model's weights with the MoH model, which then takes hardly more memory than the
+            dense model alone. Don't use that one afterwards: training or the dial may change its weights. For language and
+            image models; a model that is loaded from a path is never held twice.
         progress: show progress bars.
 
     Returns:
@@ -112,6 +116,8 @@ def convert(
                 "calibration, allocation, refit_output and shares must be left out for a diffusion model: it is converted "
                 "without calibration"
             )
+        if not copy_weights:
+            raise ValueError("copy_weights must be True for a diffusion model")
         if routing_unit != "head":
             raise ValueError(
                 "routing_unit must be 'head' for a diffusion model, whose heads don't share keys and values in groups, "
@@ -130,7 +136,7 @@ def convert(
             router=router,
             router_aux_loss_coef=router_aux_loss_coef,
         )
-    dense = _dense_model(model_or_path, router)
+    dense = _dense_model(model_or_path, router, copy_weights=copy_weights)
     check_weights(dense.model)
     layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
@@ -186,20 +192,20 @@ def _is_diffusion(model_or_path: nn.Module | str | Path) -> bool:
     return kind_at(model_or_path).task == "diffusion"
 
 
-def _dense_model(model_or_path: nn.Module | str | Path, router: str) -> DenseModel:
+def _dense_model(model_or_path: nn.Module | str | Path, router: str, *, copy_weights: bool) -> DenseModel:
     """The adapter of the model's family.
 
     Raises:
         ValueError: the model belongs to no family.
     """
-    given = isinstance(model_or_path, nn.Module)
+    copied = copy_weights and isinstance(model_or_path, nn.Module)
     model: Any = model_or_path if isinstance(model_or_path, nn.Module) else load_dense(model_or_path)
     if isinstance(model, PreTrainedModel):
-        return adapter(model, router, copied=given)
+        return adapter(model, router, copied=copied)
     if any(kind.__module__.startswith(("timm.", "moh.models.timm.transnext")) for kind in type(model).__mro__):
         from moh.conversion.timm import DenseTimmViT
 
-        return DenseTimmViT(model)
+        return DenseTimmViT(model, copied=copied)
     raise ValueError(
         "model must be a language model, an encoder or a ViT of transformers, or a timm VisionTransformer, got "
         f"{type(model).__name__} (with peft pass model.merge_and_unload(); for diffusion transformers use "

@@ -24,14 +24,19 @@ from moh.routing.attached import attach_to_layers
 class DenseTimmViT(DenseImageModel):
     """A dense timm vision transformer.
 
+    Args:
+        model: the dense model.
+        copied: False shares its tensors with the MoH model.
+
     Raises:
         ValueError: the model is of another class, or its attention can't be replaced.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, copied: bool = True) -> None:
         attentions = dense_attentions(model)
         scales = _layer_scales(model)
         self.model = model
+        self._copied = copied
         self.num_heads = attentions[0].num_heads
         self.attentions = [DenseAttention(a.qkv, a.proj, scales.get(a)) for a in attentions]
         self._normalises_queries = not isinstance(attentions[0].q_norm, nn.Identity)
@@ -62,7 +67,10 @@ class DenseTimmViT(DenseImageModel):
         *,
         router_aux_loss_coef: float,
     ) -> nn.Module:
-        model: Any = copy.deepcopy(self.model)
+        tensors = () if self._copied else (*self.model.parameters(), *self.model.buffers())
+        model: Any = copy.deepcopy(
+            self.model, {id(tensor): tensor for tensor in tensors}
+        )  # these are taken as they are
         attentions = replace_attention(model, layers)
         attach_to_layers([attention.router for attention in attentions], router_aux_loss_coef)
         for attention in attentions:

@@ -80,13 +80,14 @@ def strongest(mean: Tensor, count: int, config: MoHConfig) -> tuple[int, ...]:
 
 def _largest(scores: Tensor, k: int) -> Tensor:
     """Bool mask of the k largest of each row."""
+    none = torch.zeros_like(scores, dtype=torch.bool)
     if is_for_all_settings():  # no shape may depend on k; sorting all takes about as long
-        top = scores.argsort(dim=-1, descending=True, stable=True)
-        first = (torch.arange(scores.shape[-1], device=scores.device) < k).expand_as(scores)
-    else:
-        top = scores.topk(k, dim=-1).indices
-        first = torch.ones_like(top, dtype=torch.bool)  # torch.jit.trace can't scatter the value True
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, first)
+        falling = scores.argsort(dim=-1, descending=True, stable=True)
+        return none.scatter(-1, falling, (torch.arange(scores.shape[-1], device=scores.device) < k).expand_as(scores))
+    top = scores.topk(k, dim=-1).indices
+    if torch.jit.is_tracing():  # it can't scatter the value True
+        return none.scatter(-1, top, torch.ones_like(top, dtype=torch.bool))
+    return none.scatter(-1, top, True)
 
 
 def _ranks(scores: Tensor) -> Tensor:

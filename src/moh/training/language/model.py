@@ -170,6 +170,7 @@ def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
         calibration_tokens=settings.calibration_tokens,
         allocation=settings.allocation,
         refit_output=settings.refit_output,
+        copy_weights=False,
     )
 
 
