@@ -53,7 +53,9 @@ def attend(call: Call) -> Tensor:
     mask = call.attn_mask
     if call.q.is_meta:  # no numbers to count rows by: shapes and dtypes are those of the definition
         return reference.attend(call)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a trace would keep the number of rows
+    traced = (
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    )  # a trace would keep the number of rows
     if traced and not call.dropout_p and not (mask is not None and mask.requires_grad):
         out: Tensor = packed_attention_op(call.q, call.k, call.v, call.gates, mask, call.is_causal, call.scale)
         return out

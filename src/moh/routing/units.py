@@ -85,7 +85,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
         falling = scores.argsort(dim=-1, descending=True, stable=True)
         return none.scatter(-1, falling, (torch.arange(scores.shape[-1], device=scores.device) < k).expand_as(scores))
     top = scores.topk(k, dim=-1).indices
-    if torch.jit.is_tracing():  # it can't scatter the value True
+    if torch._C._get_tracing_state() is not None:  # it can't scatter the value True
         return none.scatter(-1, top, torch.ones_like(top, dtype=torch.bool))
     return none.scatter(-1, top, True)
 

@@ -192,7 +192,7 @@ class PositionBias(nn.Module):
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            or torch._C._get_tracing_state() is not None
             or transforms_are_active()
             or any(p.is_inference() for p in self.parameters())
         )
