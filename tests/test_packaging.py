@@ -26,6 +26,8 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
     "conversion/diffusers.py": "diffusion",
     "data": "hf",
     "data/images": "vision",
+    "models/classifiers.py": "vision",
+    "models/hub.py": "hf",
     "models/published.py": "hf",
     "models/transformers": "hf",
     "models/timm": "vision",
