@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moh import MoHConfig
-from moh.config import ROUTERS, ROUTING_UNITS
+from moh.config import FIXED, ROUTERS, ROUTING_UNITS
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_config_is_immutable_and_compares_by_value():
         pytest.param((2.0, 1, 1), "num_heads must be an integer of at least 1, got 2.0", id="fractional-heads"),
         pytest.param(
             (8, 2, 2, "top_p"),
-            "router must be one of 'two_stage', 'single_stage', 'query_norm', 'linear', got 'top_p'",
+            "router must be one of 'two_stage', 'single_stage', 'query_norm', 'linear', 'fixed', got 'top_p'",
             id="router",
         ),
     ],
@@ -145,3 +145,11 @@ def test_groups_may_be_of_another_size_than_there_are_groups():
 def test_heads_that_a_unit_does_not_allow_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_fixed_layer_is_its_shared_heads_and_may_have_none():
+    some, none = MoHConfig(4, [1, 3], 0, FIXED), MoHConfig(4, (), 0, FIXED)
+    assert (some.shared_indices, some.routed_indices, some.num_routed, some.share) == ((1, 3), (), 0, 0.5)
+    assert (none.num_shared, none.num_routed, none.share) == (0, 0, 0.0)
+    with pytest.raises(ValueError, match=r"active_heads must be 0 for router='fixed', whose layers .*, got 1"):
+        MoHConfig(4, 1, 1, FIXED)

@@ -13,6 +13,9 @@ ROUTERS = ("two_stage", "single_stage", "query_norm", "linear")
 """Names of the routers: the paper's (learned, its ablation without the first stage, parameter-free), and ours, fitted to
 contributions."""
 
+FIXED = "fixed"
+"""The name of no routing: every token uses the layer's shared heads, and its other heads do not exist."""
+
 ROUTING_UNITS = ("head", "group_balanced", "kv_group")
 """What a token chooses: any heads; the same number in every group that shares keys and values; or whole such groups."""
 
@@ -26,7 +29,8 @@ class MoHConfig:
         shared_heads: h_s, either a number (the first h_s heads are shared) or the indices of the shared heads.
         active_heads: k, how many of the other, *routed*, heads each token activates.
         router: "two_stage" (learned from scratch), "single_stage" (the same without the weighing of shared against routed
-            heads), "query_norm" (no parameters) or "linear" (contribution router).
+            heads), "query_norm" (no parameters) or "linear" (contribution router); or "fixed", where nothing is routed: a
+            layer is its shared heads, which may be none, and k is 0.
         routing_unit: what a token chooses. "head": any k routed heads (the paper). "group_balanced": with grouped-query
             attention, k / kv_heads of the routed heads in every group of heads that share keys and values; all
             groups have the same number of shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared
@@ -58,16 +62,21 @@ class MoHConfig:
             self._check_multiple("shared_heads", self.shared_heads)  # type: ignore[arg-type]
         else:
             object.__setattr__(self, "shared_heads", self._checked_indices(self.shared_heads))
+        if self.router == FIXED and self.active_heads != 0:
+            raise ValueError(
+                f"active_heads must be 0 for router={FIXED!r}, whose layers have their shared heads alone, got "
+                f"{self.active_heads!r}"
+            )
         if not _is_int(self.active_heads) or not 0 <= self.active_heads <= self.num_routed:
             raise ValueError(
                 f"active_heads must be between 0 and num_heads - shared_heads = {self.num_routed}, "
                 f"got {self.active_heads!r}"
             )
         self._check_multiple("active_heads", self.active_heads)
-        if self.num_shared + self.active_heads == 0:
+        if self.num_shared + self.active_heads == 0 and self.router != FIXED:
             raise ValueError("active_heads must be at least 1 when shared_heads = 0: no head would be used at all")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {self.router!r}")
+        if self.router not in (*ROUTERS, FIXED):
+            raise ValueError(f"router must be one of {', '.join(map(repr, (*ROUTERS, FIXED)))}, got {self.router!r}")
 
     def _check_unit(self) -> None:
         if self.routing_unit not in ROUTING_UNITS:
@@ -120,7 +129,9 @@ class MoHConfig:
 
     @property
     def routed_indices(self) -> tuple[int, ...]:
-        """Indices of the routed heads, ascending."""
+        """Indices of the routed heads, ascending; none where the heads are fixed."""
+        if self.router == FIXED:
+            return ()
         shared = set(self.shared_indices)
         return tuple(i for i in range(self.num_heads) if i not in shared)
 
@@ -131,8 +142,8 @@ class MoHConfig:
 
     @property
     def num_routed(self) -> int:
-        """h_r = h - h_s."""
-        return self.num_heads - self.num_shared
+        """h_r = h - h_s; 0 where the heads are fixed."""
+        return 0 if self.router == FIXED else self.num_heads - self.num_shared
 
     @property
     def share(self) -> float:
@@ -151,7 +162,7 @@ class MoHConfig:
         """How many heads each token uses in every key/value group; None where it differs."""
         if self.routing_unit != "group_balanced" or self.kv_heads is None:
             return None
-        return (self.num_shared + self.active_heads) // self.kv_heads
+        return (self.num_shared + self.active_heads) // self.kv_heads or None  # a layer without heads promises nothing
 
 
 def _is_int(value: object) -> bool:

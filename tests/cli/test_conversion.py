@@ -41,6 +41,27 @@ def test_every_router_can_be_asked_for(moh, base_dir: Path, text_file: Path, tmp
     assert (model.config.router, model.config.share) == (router, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [(["--router", "fixed", "--allocation", "even"], {2}), (["--layers", "drop"], {0, 4}), (["--layers", "mix"], None)],
+    ids=["fixed", "drop", "mix"],
+)
+def test_layers_with_fixed_heads_and_without_any(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, options, numbers
+) -> None:
+    heads = ["--active-heads", 2, "--calibration-tokens", 1024]
+    result = moh("convert", base_dir, tmp_path / "model", *heads, "--files", text_file, *options)
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    layers = model.config.layer_configs()
+    if numbers is not None:
+        assert {layer.num_shared for layer in layers} == numbers and model.config.share == 0.5
+    info = moh("info", tmp_path / "model")
+    count = sum(layer.router == "fixed" for layer in layers)
+    assert info.code == 0 and (f"{count} layers have fixed heads" in "\n".join(info.out) or not count)
+    assert moh("generate", tmp_path / "model", "the head", "--max-new-tokens", 3).code == 0
+
+
 @pytest.mark.parametrize("options", [["--corpus", "django-docs", "botchan"], []], ids=["named", "default"])
 def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path: Path, monkeypatch, options) -> None:
     texts = {"django-docs": ["the head"] * 10, "botchan": ["some other text"] * 100}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moh import MoHConfig
-from moh.config import ROUTERS
+from moh import MoHAttention, MoHConfig
+from moh.config import FIXED, ROUTERS
 from moh.models.dial import allowed_counts
 from moh.routing import build_router, router_class
 
@@ -79,3 +79,22 @@ def test_a_ranking_router_orders_heads_as_layers_of_fewer_heads_use_them(name) -
         assert torch.equal(torch.zeros_like(used).scatter(-1, order[..., :n], True), used)
     other = router.with_config(MoHConfig(H, (5,), 2, name))
     assert other(x).active[..., 5].all() and router.config.shared_indices == (0, 3)
+
+
+@pytest.mark.parametrize("shared", [(0, 3), (5,), (), (0, 1, 2, 3, 4, 5)])
+def test_fixed_heads_have_gates_of_1_whatever_the_input_is_and_nothing_is_routed(shared) -> None:
+    router = router_of(FIXED, shared, 0)
+    info = router(torch.randn(2, 5, C))
+    assert torch.equal(info.gates, torch.tensor([float(h in shared) for h in range(H)]).expand(2, 5, H))
+    assert info.probs is None and allowed_counts(router) == [0] and not list(router.parameters())
+
+
+def test_a_layer_with_fixed_heads_is_that_of_the_others_weighted_by_0() -> None:
+    torch.manual_seed(0)
+    layer = MoHAttention(24, num_heads=H, shared_heads=(0, 3), active_heads=0, router=FIXED)
+    whole = MoHAttention(24, num_heads=H, shared_heads=H, active_heads=0, router=FIXED)
+    whole.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        whole.proj.weight.unflatten(1, (H, -1))[:, [1, 2, 4, 5]] = 0.0
+    x = torch.randn(2, 7, 24)
+    torch.testing.assert_close(layer(x), whole(x))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moh.cli.options import add_command, add_files, add_images, read_corpus, read_images
-from moh.config import ROUTERS, ROUTING_UNITS
+from moh.config import FIXED, ROUTERS, ROUTING_UNITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,9 +36,23 @@ def add_parser(sub: Commands) -> None:
         type=int,
         help="heads that every token uses (default: 2 in 9, half with query_norm; required for a diffusion model)",
     )
-    parser.add_argument("--active-heads", type=int, required=True, help="routed heads that each token activates")
     parser.add_argument(
-        "--router", choices=ROUTERS, help="(default: linear; two_stage for a diffusion model, which is not calibrated)"
+        "--active-heads",
+        type=int,
+        required=True,
+        help="routed heads that each token activates; where heads are fixed, those that a layer keeps on average",
+    )
+    parser.add_argument(
+        "--router",
+        choices=(*ROUTERS, FIXED),
+        help="fixed: the same heads for every token, the others cut out of the projections (default: linear; two_stage for a "
+        "diffusion model, which is not calibrated)",
+    )
+    parser.add_argument(
+        "--layers",
+        choices=("keep", "drop", "mix"),
+        help="keep: every layer keeps heads; drop: a layer keeps all of its heads or none; mix: routed, fixed or none "
+        "(default: mix with --router fixed, else keep)",
     )
     parser.add_argument("--routing-unit", choices=ROUTING_UNITS, default="head", help="what a token chooses")
     text = parser.add_mutually_exclusive_group()
@@ -107,7 +121,7 @@ def run(arguments: Namespace) -> None:
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
-    names = ("shared_heads", "active_heads", "routing_unit", "allocation", "refit_output", "shares")
+    names = ("shared_heads", "active_heads", "routing_unit", "layers", "allocation", "refit_output", "shares")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -136,7 +150,8 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
     dense = load_dense(arguments.model)
     dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
     options = _options(arguments)
-    options |= {"router": arguments.router or "linear", "calibration_tokens": arguments.calibration_tokens}
+    router = arguments.router or (FIXED if arguments.layers == "drop" else "linear")
+    options |= {"router": router, "calibration_tokens": arguments.calibration_tokens}
     options["copy_weights"] = False  # the dense model is not needed any more
     # timm's models have no config; that of others gives the kind, which a hub name does not
     reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"

@@ -99,6 +99,7 @@ def _print_model(arguments: argparse.Namespace) -> None:
     import torch
 
     from moh.attention import Call, backends_passed_over
+    from moh.config import FIXED
     from moh.models.heads import HasLayerHeads
     from moh.models.transformers.loading import load_config
 
@@ -114,7 +115,10 @@ def _print_model(arguments: argparse.Namespace) -> None:
     Hkv, D = getattr(config, "num_key_value_heads", None) or H, width or config.hidden_size // H
     number = torch.zeros(1, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=arguments.train)
     q, k = number.expand(1, H, _TOKENS, D), number.expand(1, Hkv, _TOKENS, D)
-    call = Call(q, k, k, number.expand(1, _TOKENS, H), heads_per_group=layers[0].heads_per_group)
+    fixed = [layer for layer in layers if layer.router == FIXED]
+    routed = next((layer for layer in layers if layer.router != FIXED), None)
+    per_group = None if routed is None else routed.heads_per_group
+    call = Call(q, k, k, number.expand(1, _TOKENS, H), heads_per_group=per_group)
     reasons = backends_passed_over(call._replace(dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
     some, everything = f"computes {config.share:.0%} of the heads", "computes all heads, saves nothing"
@@ -125,6 +129,12 @@ def _print_model(arguments: argparse.Namespace) -> None:
     name, problem = _loaded_implementation(config)
     used = IMPLEMENTATIONS.get(name, "reference") or chosen
     print(f"  {'runs':18s} {name}, {origin}; {problem or (some if used != 'reference' else everything)}")
+    if fixed:
+        without = sum(layer.num_shared == 0 for layer in fixed)
+        print(
+            f"  {len(fixed)} layers have fixed heads, {without} of these none: their other heads do not exist, whatever computes "
+            "them"
+        )
     print(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, "reference"):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
+from moh.conversion.allocation import MIN_HEADS
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
@@ -36,6 +37,7 @@ from moh.conversion.passes import (
     layer_costs,
     layer_groups,
 )
+from moh.conversion.recording import Playback, Recording
 from moh.data.text.blocks import evenly_spread
 from moh.models.dial import allowed_counts, spend
 from moh.models.output_changes import add_output_changes, output_projection, routed_attentions, used_heads
@@ -44,9 +46,6 @@ from moh.routing.units import strongest
 
 COST_TOKENS = 4096
 """Calibration tokens of the pass that estimates the layers' costs: its backward half makes it three times as slow."""
-
-MIN_HEADS = 4
-"""Fewest heads of a layer under the "sensitivity" allocation (or all, if the model has fewer)."""
 
 TOO_FEW = 1e3
 """Penalty per squared head below `MIN_HEADS`, in nats per token: estimates are far too low there, and the penalty spreads
@@ -63,15 +62,17 @@ class Calibrator:
     """The calibration passes over one dense model.
 
     Attributes:
+        dense: the dense model.
         fits: what `fit_routers` last found for each layer.
     """
 
     def __init__(self, dense: DenseModel, samples: Tensor, batch_size: int, progress: bool) -> None:
         """`samples` `[n, ...]` as the model reads them, `batch_size` of them in one pass."""
-        self._dense = dense
+        self.dense = dense
         self.fits: list[ContributionFit] = []
         self._samples = samples
-        self._batch_size = batch_size
+        self.batch_size = batch_size
+        self._recording = Recording(samples.to(dense.device).split(batch_size))
         self._progress = progress
 
     def fit_routers(self, layers: Sequence[MoHConfig], *, refitted: bool = False) -> list[Router]:
@@ -82,11 +83,11 @@ class Calibrator:
             refitted: W_O will be refitted: count only the part of a contribution that other heads can't replace.
         """
         unique = self._unique_parts() if refitted else None
-        batches = self._batches("recording what each head contributes", self._samples, self._batch_size)
-        sums = collect_contributions(self._dense, batches, unique)
+        batches = self.playback("recording what each head contributes")
+        sums = collect_contributions(self.dense, batches, unique)
         self.fits = [fit_contributions(s) for s in sums]
         routers: list[Router] = []
-        for layer, layer_sums, fit, attention in zip(layers, sums, self.fits, self._dense.attentions, strict=True):
+        for layer, layer_sums, fit, attention in zip(layers, sums, self.fits, self.dense.attentions, strict=True):
             config = layer
             if isinstance(layer.shared_heads, int):
                 config = dataclasses.replace(layer, shared_heads=strongest(fit.mean, layer.shared_heads, layer))
@@ -98,10 +99,10 @@ class Calibrator:
     def _unique_parts(self) -> list[Tensor]:
         """Map of each layer to what is unique to its heads (`moh.conversion.fit.unique_part`), float32."""
         maps: list[Tensor] = []
-        for group in layer_groups(self._dense, matrices=1):
-            batches = self._batches("comparing the heads", self._samples, self._batch_size)
-            sums = collect_heads(self._dense, group, batches)
-            maps += [unique_part(sums[layer], self._dense.num_heads).float() for layer in group]
+        for group in layer_groups(self.dense, matrices=1):
+            batches = self.playback("comparing the heads")
+            sums = collect_heads(self.dense, group, batches)
+            maps += [unique_part(sums[layer].zz, self.dense.num_heads).float() for layer in group]
         return maps
 
     def costs(self, routers: Sequence[Router], *, refitted: bool = False) -> Tensor:
@@ -110,45 +111,55 @@ class Calibrator:
         Args:
             refitted: W_O will be refitted: count only the cost that remains, which differs much between layers.
         """
-        count = max(1, COST_TOKENS // self._dense.tokens_per_sample(self._samples))
-        # Spread out: calibration data of several kinds often comes one kind after the other
-        samples = evenly_spread(self._samples, count)
-        batches = self._batches("estimating what each layer needs", samples, max(1, self._batch_size // 2))
-        costs = layer_costs(self._dense, routers, batches)
-        return costs * self._left_by_refit(routers, samples) if refitted else costs
-
-    def _left_by_refit(self, routers: Sequence[Router], samples: Tensor) -> Tensor:
-        """Fraction of the cost of n heads that remains after W_O is refitted, `[L, H + 1]`; 1 for all heads."""
-        h, step = self._dense.num_heads, routers[0].config.step
+        costs = layer_costs(self.dense, routers, self.cost_batches())
+        if not refitted:
+            return costs
+        h, step = self.dense.num_heads, routers[0].config.step
         first = max(min(MIN_HEADS, h - 1) // step * step, *(r.config.num_shared for r in routers), step)
         numbers = range(first, h, step)
-        numbers = numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]  # the others are interpolated
+        return costs * self.left_by_refit(routers, thinned(numbers))[0]
+
+    def left_by_refit(
+        self, routers: Sequence[Router], numbers: Sequence[int], *, few: int = 0
+    ) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+        """Fraction of the cost of n heads that remains after W_O is refitted, `[L, H + 1]`; 1 for all heads.
+
+        Args:
+            numbers: of heads, for which it is measured; between them it is interpolated.
+            few: up to this number of heads the refitted weights are returned too, by layer and number.
+        """
+        h = self.dense.num_heads
         left = torch.ones(len(routers), h + 1, dtype=torch.float64)
-        for group in layer_groups(self._dense, matrices=2 * len(numbers) + 2) if numbers else ():
-            chosen = {layer: [with_heads(routers[layer], n) for n in (*numbers, h)] for layer in group}
-            batches = self._batches("estimating what a refit regains", samples, self._batch_size)
-            for layer, (*kept, whole) in collect_several_outputs(self._dense, chosen, batches).items():
-                written = self._dense.attentions[layer].written
-                measured = [error_left_by_refit(sums, whole.gz, written) for sums in kept]
+        weights: dict[tuple[int, int], Tensor] = {}
+        for group in layer_groups(self.dense, matrices=2 * len(numbers) + 2) if numbers else ():
+            chosen = {layer: [self.with_number(routers[layer], layer, n) for n in (*numbers, h)] for layer in group}
+            batches = self.playback("estimating what a refit regains", self._chosen(COST_TOKENS))
+            for layer, (*kept, whole) in collect_several_outputs(self.dense, chosen, batches).items():
+                attention = self.dense.attentions[layer]
+                measured = [error_left_by_refit(sums, whole.gz, attention.written) for sums in kept]
                 left[layer, :-1] = torch.from_numpy(np.interp(range(h), numbers, measured))  # constant beyond them
-        return left
+                for n, sums in zip(numbers, kept, strict=True):
+                    if n <= few:
+                        weights[layer, n] = refit_output_projection(sums, attention.output_weight)
+        return left, weights
+
+    def with_number(self, router: Router, layer: int, heads: int) -> Router:
+        """A layer's router for another number of heads, of which at most as many are shared as before."""
+        shared = strongest(self.fits[layer].mean, min(router.config.num_shared, heads), router.config)
+        config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
+        return router.with_config(config)
 
     def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:
         """Routers with `total` heads over all layers, distributed by `costs`."""
-        reallocated = []
         used = hand_out(costs, total, step=routers[0].config.step)
-        for router, fit, heads in zip(routers, self.fits, used, strict=True):
-            shared = strongest(fit.mean, min(router.config.num_shared, heads), router.config)
-            config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
-            reallocated.append(router.with_config(config))
-        return reallocated
+        return [self.with_number(router, layer, n) for layer, (router, n) in enumerate(zip(routers, used, strict=True))]
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
         """New weights of each layer's output projection."""
-        sums = collect_outputs(self._dense, routers, self.refit_batches())
+        sums = collect_outputs(self.dense, routers, self.refit_batches())
         return [
             refit_output_projection(s, attention.output_weight)
-            for s, attention in zip(sums, self._dense.attentions, strict=True)
+            for s, attention in zip(sums, self.dense.attentions, strict=True)
         ]
 
     def fit_output_changes(
@@ -168,20 +179,44 @@ class Calibrator:
             per layer and number `(left [C, r], right [r, H*D])` (`moh.conversion.fit.low_rank_change`).
         """
         factors: list[list[tuple[Tensor, Tensor]]] = []
-        for group in layer_groups(self._dense, matrices=2 * len(heads)):
+        for group in layer_groups(self.dense, matrices=2 * len(heads)):
             chosen = {layer: [with_heads(routers[layer], n) for n in heads] for layer in group}
-            for layer, sums in collect_several_outputs(self._dense, chosen, self.refit_batches()).items():
-                weight = self._dense.attentions[layer].output_weight
+            for layer, sums in collect_several_outputs(self.dense, chosen, self.refit_batches()).items():
+                weight = self.dense.attentions[layer].output_weight
                 factors.append([low_rank_change(s, weight, rank=rank) for s in sums])
         return factors
 
-    def refit_batches(self) -> Iterator[Tensor]:
-        """All calibration data, for one pass of refitting."""
-        return self._batches("refitting the output projections", self._samples, self._batch_size)
+    def some(self, tokens: int) -> Tensor:
+        return self._samples[self._chosen(tokens)]
 
-    def _batches(self, title: str, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
-        batches = samples.to(self._dense.device).split(batch_size)
-        yield from tqdm(batches, desc=title, unit="batch", disable=not self._progress)
+    def _chosen(self, tokens: int) -> list[int]:
+        """Samples of about this many tokens, spread out: calibration data of several kinds often comes one after the other."""
+        count = max(1, tokens // self.dense.tokens_per_sample(self._samples))
+        chosen: list[int] = evenly_spread(torch.arange(len(self._samples)), count).tolist()
+        return chosen
+
+    def refit_batches(self) -> Playback:
+        """All calibration data, for one pass of refitting."""
+        return self.playback("refitting the output projections")
+
+    def playback(self, title: str, chosen: Sequence[int] | None = None) -> Playback:
+        """A pass over all calibration data, or over the samples with these indices."""
+        rows: dict[int, list[int]] = {}
+        for sample in range(len(self._samples)) if chosen is None else chosen:
+            rows.setdefault(sample // self.batch_size, []).append(sample % self.batch_size)
+        order = tqdm(list(rows), desc=title, unit="batch", disable=not self._progress)
+        return Playback(self._recording, order, None if chosen is None else rows)
+
+    def cost_batches(self) -> Iterator[Tensor]:
+        """The samples on which gradients show what each layer needs, in smaller batches: the graph takes memory."""
+        batches = self.some(COST_TOKENS).to(self.dense.device).split(max(1, self.batch_size // 2))
+        title = "estimating what each layer needs"
+        return iter(tqdm(batches, desc=title, unit="batch", disable=not self._progress))
+
+
+def thinned(numbers: Sequence[int]) -> Sequence[int]:
+    """At most `REFIT_NUMBERS` of some numbers of heads, evenly spaced."""
+    return numbers[:: max(1, math.ceil(len(numbers) / REFIT_NUMBERS))]
 
 
 def with_heads(router: Router, heads: int) -> Router:

@@ -14,9 +14,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moh.config import ROUTERS, MoHConfig
+from moh.config import FIXED, ROUTERS, MoHConfig
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
-from moh.conversion.dense import DenseModel, check_weights
+from moh.conversion.dense import DenseModel, OutputWeight, check_weights
+from moh.conversion.layer_kinds import LayerKinds
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.hub import is_hub_name, kind_at
@@ -27,6 +28,9 @@ from moh.routing import Router, router_class
 ALLOCATIONS = ("even", "sensitivity")
 """How `moh.convert` distributes the heads: the same number in every layer, or more to layers that need them more."""
 
+LAYERS = ("keep", "drop", "mix")
+"""What may become of a layer: it keeps heads; it keeps all or none; it is routed, fixed or without heads."""
+
 RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks_heads)
 """Routers that the uneven allocation and the refits of W_O work with, for messages."""
 
@@ -36,7 +40,8 @@ def convert(
     *,
     shared_heads: int | Sequence[int] | None = None,
     active_heads: int | Sequence[int],
-    router: str = "linear",
+    router: str | None = None,
+    layers: str | None = None,
     routing_unit: str = "head",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -63,9 +68,18 @@ def convert(
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
             or half with the paper's router (`Router.shared_share`); for a diffusion model it must be given.
-        active_heads: k, routed heads that each token activates; a number, or one per layer.
+        active_heads: k, routed heads that each token activates; a number, or one per layer. Where nothing is routed, the
+            heads that a layer keeps, `shared_heads` being None.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
-            or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model).
+            or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model), or
+            "fixed": the same heads for every token, the others cut out of the projections, in models of transformers. None
+            means "linear", or "fixed" with layers="drop".
+        layers: what may become of a layer, by what it is estimated or measured to cost. "keep": it keeps some heads, all
+            routed, or all fixed. "drop": it keeps all of its heads, or has no attention at all, no cache and no
+            queries, keys and values; with `refit_output` it then adds a linear map of its input. "mix": it is routed, fixed
+            or without heads, whatever costs least. The last two are for a language model that generates and take the
+            total of `active_heads` and `shared_heads`. None means "mix" for router="fixed" with heads by
+            `allocation="sensitivity"`, else "keep".
         routing_unit: what a token chooses (`moh.MoHConfig`): "head", or, in a language model with grouped-query
             attention, "group_balanced" or "kv_group".
         calibration: for a language model texts, sequences of token ids, or token ids `[n, N]`; for an image model
@@ -118,6 +132,10 @@ def convert(
             )
         if not copy_weights:
             raise ValueError("copy_weights must be True for a diffusion model")
+        if layers is not None:
+            raise ValueError(
+                f"layers must be left out for a diffusion model, got {layers!r}: its layers all keep heads"
+            )
         if routing_unit != "head":
             raise ValueError(
                 "routing_unit must be 'head' for a diffusion model, whose heads don't share keys and values in groups, "
@@ -133,29 +151,34 @@ def convert(
             model_or_path,
             shared_heads=shared_heads,
             active_heads=active_heads,
-            router=router,
+            router=router or "linear",
             router_aux_loss_coef=router_aux_loss_coef,
         )
+    router = router or (FIXED if layers == "drop" else "linear")
     dense = _dense_model(model_or_path, router, copy_weights=copy_weights)
     check_weights(dense.model)
-    layers = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
+    requested = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
     kind = router_class(router)
-    best = kind.ranks_heads and generates
+    best = (kind.ranks_heads or router == FIXED) and generates
     if allocation is None:
         numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
         allocation = "sensitivity" if best and numbers else "even"
     if refit_output is None:
-        refit_output = best and shares is None
+        refit_output = (best or router == FIXED) and shares is None
+    if layers is None:
+        layers = "mix" if router == FIXED and generates and allocation == "sensitivity" else "keep"
+    _check_layers(layers, router, allocation, shares, generates=generates)
     _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
     if shares is not None:
         _check_shares(dense, shares, router=router, refit_output=refit_output)
     refits = refit_output or shares is not None
-    refusal = dense.refusal(router=router, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
+    may_be_fixed = FIXED if layers == "mix" else router
+    refusal = dense.refusal(router=may_be_fixed, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
     if refusal is not None:
         raise ValueError(refusal)
     routers: list[Router] = []
-    output_weights: list[Tensor] = []
+    output_weights: list[OutputWeight] = []
     costs: Tensor | None = None
     change_numbers: list[int] = []
     changes: list[list[tuple[Tensor, Tensor]]] = []
@@ -167,17 +190,22 @@ def convert(
         calibrator = Calibrator(dense, samples, batch_size, progress)
         # Only for language models with uneven layers: it made those with even ones worse, and encoders too
         counts_on_refit = refits and generates and allocation == "sensitivity"
-        routers = calibrator.fit_routers(layers, refitted=counts_on_refit)
-        if allocation == "sensitivity":
-            total = sum(c.num_shared + c.active_heads for c in layers)
-            costs = calibrator.costs(routers, refitted=counts_on_refit)
-            routers = calibrator.reallocate(routers, costs, total)
-        layers = [r.config for r in routers]
-        if refit_output:
-            output_weights = calibrator.refit_outputs(routers)
+        if router == FIXED or layers == "mix":
+            kinds = LayerKinds(calibrator, requested, refitted=refit_output)
+            chosen, costs = (kinds.as_requested(), None) if allocation == "even" else kinds.choose(layers)
+            routers, output_weights = kinds.assemble(chosen)
+        else:
+            routers = calibrator.fit_routers(requested, refitted=counts_on_refit)
+            if allocation == "sensitivity":
+                total = sum(c.num_shared + c.active_heads for c in requested)
+                costs = calibrator.costs(routers, refitted=counts_on_refit)
+                routers = calibrator.reallocate(routers, costs, total)
+            if refit_output:
+                output_weights = [OutputWeight(weight) for weight in calibrator.refit_outputs(routers)]
+        requested = [r.config for r in routers]
         if shares is not None and (change_numbers := needed_heads(routers, costs, shares)):
             changes = calibrator.fit_output_changes(routers, change_numbers)
-    model = dense.build(layers, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
+    model = dense.build(requested, routers, output_weights, router_aux_loss_coef=router_aux_loss_coef)
     if isinstance(model, PreTrainedModel) and costs is not None:
         model.config.head_costs = dial_costs(costs)
     if changes:
@@ -242,6 +270,18 @@ def _requested_layers(
             f"groups, got {unit!r}"
         )
     h, kv_heads = dense.num_heads, None if unit == "head" else dense.kv_heads
+    if router == FIXED:
+        if shared_heads is not None:
+            raise ValueError(
+                f"shared_heads must be left out for router={FIXED!r}, where active_heads is how many heads a layer keeps, got "
+                f"{shared_heads!r}"
+            )
+        if not sum(active) > 0 or not all(0 <= k <= h for k in active):
+            raise ValueError(
+                f"active_heads must be between 0 and {h} in each layer for router={FIXED!r}, and not 0 in all, got "
+                f"{active_heads}"
+            )
+        return [MoHConfig(h, k, 0, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
     if shared_heads is None:
         step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
         shared_heads = router_class(router).default_shared_heads(h, step=step)
@@ -284,13 +324,45 @@ def _check(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
-    if not router_class(router).ranks_heads and (allocation != "even" or refit_output):
-        raise ValueError(f"allocation='sensitivity' and refit_output=True need router={RANKING}, got router={router!r}")
+    if router != FIXED and not router_class(router).ranks_heads and (allocation != "even" or refit_output):
+        raise ValueError(
+            f"allocation='sensitivity' and refit_output=True need router={RANKING} or {FIXED!r}, got router={router!r}"
+        )
     if allocation == "sensitivity" and not isinstance(shared_heads, int | None):
         raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
     if calibration is None and dense.needs_calibration(router):
         kind = "texts or token ids" if isinstance(dense, DenseTextModel) else "images"
         raise ValueError(f"calibration must be given for router={router!r}: {kind} to fit the router on")
+
+
+def _check_layers(
+    layers: str, router: str, allocation: str, shares: Sequence[float] | None, *, generates: bool
+) -> None:
+    """Refuse what `layers` can't be combined with.
+
+    Raises:
+        ValueError: `layers` is unknown, or another argument or the model rules it out.
+    """
+    if layers not in LAYERS:
+        raise ValueError(f"layers must be one of {', '.join(map(repr, LAYERS))}, got {layers!r}")
+    if layers == "drop" and router != FIXED:
+        raise ValueError(
+            f"router must be None or {FIXED!r} for layers='drop', which leaves nothing to route, got {router!r}"
+        )
+    if layers == "mix" and router != FIXED and not router_class(router).ranks_heads:
+        raise ValueError(f"router must be {RANKING} or {FIXED!r} for layers='mix', got {router!r}")
+    if layers != "keep" and not generates:
+        raise ValueError(
+            f"layers must be 'keep' for this model, got {layers!r}: what a layer without heads costs is measured by the loss of "
+            "a language model that generates"
+        )
+    if layers != "keep" and allocation != "sensitivity":
+        raise ValueError(f"allocation must be 'sensitivity' for layers={layers!r}, got {allocation!r}")
+    if shares is not None and (layers != "keep" or router == FIXED):
+        raise ValueError(
+            f"shares needs layers that all route: router={RANKING} and layers='keep', got router={router!r} and "
+            f"layers={layers!r}"
+        )
 
 
 def _check_shares(dense: DenseModel, shares: Sequence[float], *, router: str, refit_output: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,18 @@ class DenseAttention:
         """`[C, H*D]`, how heads reach the residual stream: W_O transposed, with the layer's scale."""
         weight = self.output_weight.detach()
         return weight if self.scale is None else weight * self.scale.detach()[:, None]
+
+
+class OutputWeight(NamedTuple):
+    """What a converted layer's output projection holds.
+
+    Attributes:
+        weight: W_O transposed `[C, heads * D]`; of a layer without heads the map of its input, `[C, C]`, or None.
+        bias: `[C]`, which is added to the dense one's; None for none.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
 
 
 class DenseModel(ABC):
@@ -122,7 +134,7 @@ class DenseModel(ABC):
         self,
         layers: Sequence[MoHConfig],
         routers: Sequence[Router],
-        output_weights: Sequence[Tensor],
+        output_weights: Sequence[OutputWeight],
         *,
         router_aux_loss_coef: float,
     ) -> nn.Module:
@@ -131,7 +143,7 @@ class DenseModel(ABC):
         Args:
             layers: heads and routing of each layer.
             routers: fitted routers, one per layer; empty where routers have no parameters.
-            output_weights: refitted weights of the output projections; empty to keep the dense ones.
+            output_weights: of the output projections, one per layer; empty to keep the dense ones.
         """
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moh.config import MoHConfig
 from moh.conversion.passes import ContributionSums, OutputSums
 
 ROUTER_RIDGE = 1e-2
@@ -98,6 +99,126 @@ def fit_ranking(sums: ContributionSums, heads: Sequence[int], *, ridge: float = 
         w * RANKING_SCALE / variance.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     ).T.contiguous()
     return logits_weight
+
+
+def order_of_removal(
+    zz: Tensor, o_proj: Tensor, layer: MoHConfig, *, ridge: float = OUTPUT_RIDGE
+) -> tuple[list[int], Tensor]:
+    """Which heads a refit of W_O can do without: they are left out one after the other, always the one that costs least then.
+
+    The cost of leaving out heads c is the least `||Z_s U - Z_c W_c||^2 + lambda ||U||^2` over changes U of the other
+    heads' W_O. With `P = (Z'Z + lambda)^-1` it is `tr W_c' P_cc^-1 W_c - lambda ||W_c||^2`, and leaving out one more head is
+    a step of block elimination on P and W (docs/method.md, M19).
+
+    Args:
+        zz: sum z z' over tokens, z all heads, concatenated, `[H*D, H*D]`, float64.
+        o_proj: weight of the original output projection as it reaches the residual stream, `[C, H*D]`.
+        layer: its routing unit states which heads are left out together.
+        ridge: lambda as a fraction of the heads' mean square.
+
+    Returns:
+        the heads, the last ones to be left out first; and `[H + 1]`, what the refit leaves of the squared error with the first
+        n of them alone, as a fraction (1 for 0 heads; between the numbers that the unit allows, the next lower one's).
+    """
+    h = layer.num_heads
+    width, penalty = zz.shape[0] // h, _penalty_of(zz, ridge)
+    original = o_proj.detach().double().cpu().T  # [H*D, C]
+    w = original.clone()
+    inverse = torch.linalg.inv(_measure(zz, ridge))
+    size = layer.step if layer.routing_unit == "kv_group" else 1
+    present = [list(range(first, first + size)) for first in range(0, h, size)]
+    removed: list[int] = []
+    left, error = torch.ones(h + 1, dtype=torch.float64), 0.0
+
+    def rows(heads: Sequence[int]) -> Tensor:
+        return torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
+
+    def cost(heads: list[int]) -> float:
+        index = rows(heads)
+        added = (w[index] * torch.linalg.solve(inverse[index][:, index], w[index])).sum()
+        return float(added - penalty * original[index].square().sum())
+
+    while present:
+        heads = min(_removable(present, layer), key=cost)
+        error += cost(heads)
+        index = rows(heads)
+        step = torch.linalg.solve(inverse[index][:, index], torch.cat([w[index], inverse[index]], dim=1))
+        w -= inverse[:, index] @ step[:, : w.shape[1]]
+        inverse = inverse - inverse[:, index] @ step[:, w.shape[1] :]
+        present.remove(heads)
+        removed += heads[::-1]
+        gone = rows(removed)
+        without = float((original[gone] * (zz[gone][:, gone] @ original[gone])).sum())
+        fraction = min(1.0, max(0.0, error) / without) if without > 0 else 1.0
+        left[h - len(removed) : h - len(removed) + size] = fraction
+    left[h] = 1.0
+    return removed[::-1], left
+
+
+def _removable(present: list[list[int]], layer: MoHConfig) -> list[list[int]]:
+    """The heads that may be left out next: in balanced groups only those of a group that has most."""
+    if layer.routing_unit != "group_balanced" or layer.kv_heads is None:
+        return present
+    size = layer.num_heads // layer.kv_heads
+    counts = [sum(heads[0] // size == group for heads in present) for group in range(layer.kv_heads)]
+    return [heads for heads in present if counts[heads[0] // size] == max(counts)]
+
+
+def refit_fixed(
+    zz: Tensor, o_proj: Tensor, heads: Sequence[int], num_heads: int, *, ridge: float = OUTPUT_RIDGE
+) -> Tensor:
+    """W_O of some heads alone, refitted to make up for the others: `[C, len(heads)*D]`, in o_proj's dtype and on its device.
+
+    Args:
+        zz: as in `order_of_removal`.
+        o_proj: weight of the original output projection, `[C, H*D]`.
+        heads: those that are kept, at least one.
+        num_heads: H.
+    """
+    width = zz.shape[0] // num_heads
+    kept = torch.zeros(num_heads, width, dtype=torch.bool)
+    kept[list(heads)] = True
+    kept = kept.flatten()
+    w_o = o_proj.detach().double().cpu().T
+    change = torch.linalg.solve(_measure(zz, ridge)[kept][:, kept], zz[kept][:, ~kept] @ w_o[~kept])
+    refitted: Tensor = (w_o[kept] + change).T.to(o_proj).contiguous()
+    return refitted
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """The linear map of a layer's input that is nearest to what its attention adds: `weight x + bias`.
+
+    Attributes:
+        weight: `[C, C_in]`, float64.
+        bias: `[C]`, float64.
+        left: what it leaves of the squared error of adding nothing, as a fraction.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    left: float
+
+
+def fit_linear_map(xx: Tensor, xz: Tensor, zz: Tensor, o_proj: Tensor, *, ridge: float = ROUTER_RIDGE) -> LinearMap:
+    """Least squares of the attention's output, without the bias of W_O, on the layer's input; its bias is not penalised.
+
+    Args:
+        xx: sum x x' with a 1 appended to x, `[C + 1, C + 1]`, float64.
+        xz: sum x z', `[C + 1, H*D]`, float64.
+        zz: sum z z', `[H*D, H*D]`, float64.
+        o_proj: weight of the original output projection, `[C, H*D]`.
+        ridge: as a fraction of the inputs' mean square.
+    """
+    w_o = o_proj.detach().double().cpu().T
+    penalty = torch.full((xx.shape[0],), ridge * float(xx.diagonal()[:-1].mean()), dtype=torch.float64)
+    penalty[-1] = 0.0
+    wanted = xz @ w_o  # sum x a'
+    w = torch.linalg.solve(xx + penalty.diag(), wanted)  # [C + 1, C]
+    without = float((w_o * (zz @ w_o)).sum())
+    after = without - 2 * float((w * wanted).sum()) + float((w * (xx @ w)).sum())
+    left = min(1.0, max(0.0, after) / without) if without > 0 else 1.0
+    return LinearMap(w[:-1].T.contiguous(), w[-1].contiguous(), left)
 
 
 def refit_output_projection(sums: OutputSums, o_proj: Tensor, *, ridge: float = OUTPUT_RIDGE) -> Tensor:

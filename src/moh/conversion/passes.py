@@ -7,15 +7,15 @@ Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moh.conversion.dense import DenseAttention, DenseModel, check_finite
+from moh.conversion.dense import DenseModel, check_finite
+from moh.conversion.recording import Batches, evaluating, run, tapped
 from moh.routing import Router
 
 SUMS_BYTES = 4 << 30
@@ -34,6 +34,18 @@ class ContributionSums:
     xc: Tensor  # [C + 1, H]
     cc: Tensor  # [H, H]
     tokens: int = 0
+
+
+@dataclass
+class HeadSums:
+    """Sums over calibration tokens of one layer: z all heads, concatenated, `[HD]`, and x its input with a 1 appended, `[C + 1]`.
+
+    `zz` = sum z z', `xx` = sum x x' and `xz` = sum x z', float64; the last two are empty where inputs are not asked for.
+    """
+
+    zz: Tensor  # [HD, HD]
+    xx: Tensor  # [C + 1, C + 1]
+    xz: Tensor  # [C + 1, HD]
 
 
 @dataclass
@@ -62,24 +74,41 @@ def head_contributions(z: Tensor, o_proj: Tensor, num_heads: int) -> Tensor:
     return torch.stack([(h @ w).norm(dim=-1) for h, w in zip(heads, parts, strict=True)], dim=-1)
 
 
-def collect_heads(dense: DenseModel, layers: Iterable[int], batches: Iterator[Tensor]) -> dict[int, Tensor]:
-    """Run the dense model over `batches` and sum up z z' of some layers, z all heads, concatenated: `[HD, HD]`, float64."""
-    sums: dict[int, Tensor] = {}
+def _roots(o_proj: Tensor, num_heads: int) -> Tensor:
+    """R_i `[H, D, D]`, float32, with `||h R_i|| = ||h W_O^i||`: the length of a contribution from a product of width D, not C."""
+    parts = o_proj.double().unflatten(-1, (num_heads, -1)).permute(1, 2, 0)  # [H, D, C]
+    values, vectors = torch.linalg.eigh(parts @ parts.transpose(1, 2))
+    roots: Tensor = vectors * values.clamp_min(0).sqrt()[:, None]
+    return roots.float()
+
+
+def collect_heads(
+    dense: DenseModel, layers: Iterable[int], batches: Batches, *, inputs: bool = False
+) -> dict[int, HeadSums]:
+    """Run the dense model over `batches` and sum up the heads of some layers; with `inputs` also their inputs."""
+    sums: dict[int, HeadSums] = {}
     for index in layers:
-        width = dense.attentions[index].output_weight.shape[1]
-        sums[index] = torch.zeros(width, width, dtype=torch.float64)
+        attention = dense.attentions[index]
+        width = attention.output_weight.shape[1]
+        x, z = (attention.width + 1 if inputs else 0), width
+        sums[index] = HeadSums(*(torch.zeros(*sizes, dtype=torch.float64) for sizes in ((z, z), (x, x), (x, z))))
 
     def add(index: int, x: Tensor, z: Tensor) -> None:
-        if index in sums:
-            z = z.float()
-            sums[index] += (z.T @ z).cpu().double()
+        if index not in sums:
+            return
+        z, layer = z.float(), sums[index]
+        layer.zz += (z.T @ z).cpu().double()
+        if inputs:
+            x = nn.functional.pad(x.float(), (0, 1), value=1.0)  # [T, C + 1]
+            layer.xx += (x.T @ x).cpu().double()
+            layer.xz += (x.T @ z).cpu().double()
 
-    _run(dense, batches, add)
+    run(dense, batches, add)
     return sums
 
 
 def collect_contributions(
-    dense: DenseModel, batches: Iterator[Tensor], unique: Sequence[Tensor] | None = None
+    dense: DenseModel, batches: Batches, unique: Sequence[Tensor] | None = None
 ) -> list[ContributionSums]:
     """Run the dense model over `batches` and sum up each layer's inputs and contributions.
 
@@ -88,35 +117,40 @@ def collect_contributions(
             (`moh.conversion.fit.unique_part`); None counts the whole.
     """
     num_heads = dense.num_heads
+    roots = [_roots(attention.written, num_heads) for attention in dense.attentions]
     sums: list[ContributionSums] = []
     for attention in dense.attentions:
         zeros = torch.zeros(attention.width + 1, attention.width + 1, dtype=torch.float64)
         sums.append(ContributionSums(zeros, zeros[:, :num_heads].clone(), zeros[:num_heads, :num_heads].clone()))
-    written = [attention.written for attention in dense.attentions]
 
     def add(index: int, x: Tensor, z: Tensor) -> None:
         x = nn.functional.pad(x.float(), (0, 1), value=1.0)  # [T, C + 1]
         # One layer's map at a time on the model's device: all maps may be as large as the model
-        z = z if unique is None else z.float() @ unique[index].to(z.device)
-        c = head_contributions(z, written[index], num_heads)
+        root = roots[index].to(z.device)  # [H, D, D]
+        if unique is None:
+            parts = torch.einsum("thd,hde->the", z.float().unflatten(-1, (num_heads, -1)), root)
+        else:  # both maps in one product with z
+            of_heads = unique[index].to(z.device).unflatten(-1, (num_heads, -1))  # [HD, H, D]
+            parts = (z.float() @ torch.einsum("ihd,hde->ihe", of_heads, root).flatten(1)).unflatten(-1, (num_heads, -1))
+        c = parts.norm(dim=-1)  # [T, H]
         layer = sums[index]
         layer.xx += (x.T @ x).cpu().double()
         layer.xc += (x.T @ c).cpu().double()
         layer.cc += (c.T @ c).cpu().double()
         layer.tokens += x.shape[0]
 
-    _run(dense, batches, add)
+    run(dense, batches, add)
     return sums
 
 
-def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> list[OutputSums]:
+def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Batches) -> list[OutputSums]:
     """Run the dense model again and sum up, per layer, the heads that `routers` keep against all heads."""
     sums = collect_several_outputs(dense, {index: [router] for index, router in enumerate(routers)}, batches)
     return [sums[index][0] for index in range(len(routers))]
 
 
 def collect_several_outputs(
-    dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Iterator[Tensor]
+    dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Batches
 ) -> dict[int, list[OutputSums]]:
     """As `collect_outputs`, for some layers (by index) and several routers each, in one run."""
     sums: dict[int, list[OutputSums]] = {}
@@ -133,7 +167,7 @@ def collect_several_outputs(
             layer.gg += (g.T @ g).cpu().double()
             layer.gz += (g.T @ z).cpu().double()
 
-    _run(dense, batches, add)
+    run(dense, batches, add)
     return sums
 
 
@@ -146,7 +180,15 @@ def layer_groups(dense: DenseModel, *, matrices: int) -> Iterator[range]:
         yield range(start, min(start + at_a_time, layers))
 
 
-def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[Tensor]) -> Tensor:
+class RanksHeads(Protocol):
+    """What states which heads a layer of n heads uses: a router that ranks heads, or a fixed order."""
+
+    def order(self, x: Tensor) -> Tensor:
+        """Head indices of every token of x `[..., C]`: `[..., H]`, the first n of them used by a layer of n heads."""
+        ...
+
+
+def layer_costs(dense: DenseModel, routers: Sequence[RanksHeads], batches: Iterator[Tensor]) -> Tensor:
     """Estimated rise of the loss, in nats per token, if one layer used only n heads.
 
     For a skipped set S of heads it is about E[(sum_S s_i)^2] / 2 per token, with s_i = <dL/dz_i, z_i>: the empirical
@@ -160,24 +202,29 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
     Returns:
         `[L, H + 1]` float64; entry n is the cost of n heads, 0 for n = H.
     """
+    return costs_of_choices(dense, [routers], batches)[0]
+
+
+def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]], batches: Iterator[Tensor]) -> Tensor:
+    """`layer_costs` of several choices of heads, `[choices, L, H + 1]`, by the same pass."""
     model, num_heads = dense.model, dense.num_heads
-    costs = torch.zeros(len(routers), num_heads + 1, dtype=torch.float64)
+    costs = torch.zeros(len(choices), len(dense.attentions), num_heads + 1, dtype=torch.float64)
     tokens = 0
 
     def see(index: int, x: Tensor, z: Tensor) -> None:
         nonlocal tokens
         with torch.no_grad():
-            order = routers[index].order(x.float()).flatten(0, -2)  # [T, H]
-        tokens += len(order) if index == 0 else 0
+            orders = [of_layers[index].order(x.float()).flatten(0, -2) for of_layers in choices]  # [T, H]
+        tokens += len(orders[0]) if index == 0 else 0
 
         def see_gradient(gradient: Tensor) -> None:
             check_finite(gradient, f"layer {index} has gradients of")
             effect = (gradient * z.detach()).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
-            ordered = effect.flatten(0, -2).gather(-1, order)
-            skipped = (
-                ordered.flip(-1).cumsum(-1).flip(-1).cpu().double()
-            )  # entry n: sum over all after the first n heads
-            costs[index, :-1] += skipped.square().sum(0) / 2
+            for choice, order in enumerate(orders):
+                ordered = effect.flatten(0, -2).gather(-1, order)
+                # entry n: sum over all after the first n heads
+                skipped = ordered.flip(-1).cumsum(-1).flip(-1).cpu().double()
+                costs[choice, index, :-1] += skipped.square().sum(0) / 2
 
         z.register_hook(see_gradient)
 
@@ -185,7 +232,7 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
     model.requires_grad_(False)  # only the heads' gradients are needed
     try:
         # The caller may have gradients off
-        with torch.enable_grad(), _evaluating(model), _tapped(dense.attentions, see):
+        with torch.enable_grad(), evaluating(model), tapped(dense.attentions, see):
             for batch in batches:
                 loss = dense.loss(batch)
                 check_finite(loss.detach(), f"the loss, behind layer {len(dense.attentions) - 1}, is")
@@ -194,54 +241,3 @@ def layer_costs(dense: DenseModel, routers: Sequence[Router], batches: Iterator[
         for parameter in trainable:
             parameter.requires_grad_(True)
     return costs / max(tokens, 1)
-
-
-def _run(dense: DenseModel, batches: Iterator[Tensor], add: Callable[[int, Tensor, Tensor], None]) -> None:
-    """Forward passes in evaluation mode; `add(layer, x [T, C], z [T, H*D])` after each layer's attention."""
-
-    def see(index: int, x: Tensor, z: Tensor) -> None:
-        add(index, x.flatten(0, -2), z.flatten(0, -2))
-
-    with torch.no_grad(), _evaluating(dense.model), _tapped(dense.attentions, see):
-        for batch in batches:
-            output = dense.run(batch)
-            if output is not None:
-                check_finite(output, f"layer {len(dense.attentions) - 1} gives")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`.
-
-    Raises:
-        ValueError: one of them is not finite, when the model runs.
-    """
-    inputs: dict[int, Tensor] = {}
-    handles = []
-    for index, attention in enumerate(attentions):
-
-        def see_input(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-            check_finite(args[0], f"layer {index - 1} gives layer {index}" if index else "layer 0 is given")
-            inputs[index] = args[0]
-
-        def see_heads(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
-            check_finite(args[0], f"the attention of layer {index} gives")
-            see(index, inputs.pop(index), args[0])
-
-        handles.append(attention.entry.register_forward_pre_hook(see_input))
-        handles.append(attention.output.register_forward_pre_hook(see_heads))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh.config import MoHConfig
-from moh.conversion.dense import DenseAttention, DenseImageModel, make_undecided
+from moh.config import FIXED, MoHConfig
+from moh.conversion.dense import DenseAttention, DenseImageModel, OutputWeight, make_undecided
 from moh.models.timm import dense_attentions, replace_attention
 from moh.models.timm.vit import changes_heads
 from moh.models.timm.vit_presets import described_as_moh
@@ -48,6 +48,11 @@ class DenseTimmViT(DenseImageModel):
                 f"router {router!r} can't work for a model that normalises its queries (qk_norm): all norms are about "
                 "the same; use router='linear', which decides by the layer's input"
             )
+        if router == FIXED:
+            return (
+                "router='fixed' cuts heads out of the projections, which only models of transformers can be without: load the "
+                "model as a ViTForImageClassification of transformers, or use a router that chooses heads"
+            )
         if refit_output and self._changes_heads:
             return (
                 "refit_output must be False for a model that normalises or gates its heads before the output projection "
@@ -63,7 +68,7 @@ class DenseTimmViT(DenseImageModel):
         self,
         layers: Sequence[MoHConfig],
         routers: Sequence[Router],
-        output_weights: Sequence[Tensor],
+        output_weights: Sequence[OutputWeight],
         *,
         router_aux_loss_coef: float,
     ) -> nn.Module:
@@ -79,7 +84,8 @@ class DenseTimmViT(DenseImageModel):
             attention.router.load_state_dict(router.state_dict())
         with torch.no_grad():
             for attention, weight in zip(attentions, output_weights, strict=bool(output_weights)):
-                attention.proj.weight.copy_(weight)
+                assert weight.weight is not None
+                attention.proj.weight.copy_(weight.weight)
         described: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         if described.get("architecture"):  # else timm did not make it and can't make it again
             model.pretrained_cfg = model.default_cfg = described_as_moh(described)

@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 import moh.models.transformers
-from moh.config import MoHConfig
-from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, make_undecided
+from moh.config import FIXED, MoHConfig
+from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
 from moh.data.text.blocks import are_texts, calibration_blocks, encoder_tokens, start_tokens
-from moh.models.heads import compact_heads
+from moh.models.heads import compact_heads, compact_router
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
+from moh.models.transformers.fixed import cut_weights
 from moh.models.transformers.loading import mend_generation_config
 from moh.models.transformers.models import check_version, modeling, refusal
 from moh.routing import Router, build_router, router_class
@@ -71,6 +72,11 @@ class DenseTransformersModel(DenseModel):
     """
 
     model: PreTrainedModel
+    blocks: list[nn.Module]
+    """All layers, of which attention is a part or, in a hybrid model, of some of them."""
+
+    block_of: list[int]
+    """Index of the layer that each attention is a part of."""
 
     def __init__(self, model: PreTrainedModel, router: str, *, copied: bool) -> None:
         self._family = family = _checked_family(model.config)
@@ -94,6 +100,9 @@ class DenseTransformersModel(DenseModel):
                 )
         _check_router(family, layers[0], router)
         self.model = model
+        self.blocks = list(at(model.base_model, family.layers))
+        first = family.attention_of_layer.split(".")[0]
+        self.block_of = [index for index, block in enumerate(self.blocks) if hasattr(block, first)]
         self.num_heads = model.config.num_attention_heads
         self.kv_heads = getattr(model.config, "num_key_value_heads", None)
         self._copied = copied
@@ -110,7 +119,7 @@ class DenseTransformersModel(DenseModel):
         self,
         layers: Sequence[MoHConfig],
         routers: Sequence[Router],
-        output_weights: Sequence[Tensor],
+        output_weights: Sequence[OutputWeight],
         *,
         router_aux_loss_coef: float,
     ) -> PreTrainedModel:
@@ -118,7 +127,8 @@ class DenseTransformersModel(DenseModel):
         fields = {key: value for key, value in dense.config.to_dict().items() if key not in _NOT_CARRIED}
         config = getattr(moh.models.transformers, self._family.moh_config)(
             **fields,
-            router=layers[0].router,
+            router=compact_router(layers),
+            without_heads="linear" if any(w.bias is not None for w in output_weights) else "nothing",
             routing_unit=layers[0].routing_unit,
             **compact_heads(layers),
             router_aux_loss_coef=router_aux_loss_coef,
@@ -129,8 +139,12 @@ class DenseTransformersModel(DenseModel):
             prefix = names[module]
             for name, tensor in router.state_dict().items():
                 state[f"{prefix}.router.{name}"] = tensor.to(dense.device, dense.dtype)
-        for attention, weight in zip(self.attentions, output_weights, strict=bool(output_weights)):
-            state[f"{names[attention.output]}.weight"] = _as_kept_by(attention.output, weight)
+        for attention, heads in zip(attentions(self._family, dense.base_model), layers, strict=True):
+            if heads.router == FIXED:
+                kept = cut_weights(self._family, attention, heads, self.kv_heads)
+                _replace_inputs(state, names[attention], self._family, kept)
+        for dense_attention, output in zip(self.attentions, output_weights, strict=bool(output_weights)):
+            _replace_output(state, names[dense_attention.output], dense_attention.output, output)
         made = getattr(moh.models.transformers, f"MoH{type(dense).__name__}")
         model = made.from_pretrained(
             None,
@@ -144,6 +158,14 @@ class DenseTransformersModel(DenseModel):
             mend_generation_config(model)
         result: PreTrainedModel = model.to(dense.device).eval()
         return result
+
+    def refusal(self, *, router: str, refit_output: bool, router_aux_loss_coef: float) -> str | None:
+        if router == FIXED and self._family.joint_norms:
+            return (
+                f"heads can't be cut out of a model of type {self._family.model_type!r}, which normalises the queries of all "
+                "heads together: use layers='keep' and a router that chooses heads, such as router='linear'"
+            )
+        return super().refusal(router=router, refit_output=refit_output, router_aux_loss_coef=router_aux_loss_coef)
 
     def _construction(self) -> dict[str, Any]:
         """What the model was built with that its configuration does not hold."""
@@ -217,7 +239,7 @@ class DenseViT(DenseTransformersModel, DenseImageModel):
         self,
         layers: Sequence[MoHConfig],
         routers: Sequence[Router],
-        output_weights: Sequence[Tensor],
+        output_weights: Sequence[OutputWeight],
         *,
         router_aux_loss_coef: float,
     ) -> PreTrainedModel:
@@ -293,6 +315,24 @@ def _check_router(family: Family, attention: nn.Module, router: str) -> None:
             f"router {router!r} can't work for a model of type {family.model_type!r}: it normalises its queries, so "
             "their norms don't show which heads matter; use router='linear', which decides by the layer's input"
         )
+
+
+def _replace_inputs(state: dict[str, Tensor], prefix: str, family: Family, kept: dict[str, Tensor]) -> None:
+    """Replace the input projections and norms of the attention at `prefix` by what is kept of them."""
+    inputs = [family.fused] if family.fused else [family.queries, family.keys, family.values]
+    for path in (*inputs, *filter(None, (family.gate, family.query_norm, family.key_norm))):
+        for part in ("weight", "bias"):
+            state.pop(".".join(filter(None, (prefix, family.core, path, part))), None)
+    state |= {f"{prefix}.{name}": tensor for name, tensor in kept.items()}
+
+
+def _replace_output(state: dict[str, Tensor], prefix: str, dense: nn.Module, output: OutputWeight) -> None:
+    """Replace the output projection at `prefix`; its bias, if it has one, stays."""
+    weight, bias = state.pop(f"{prefix}.weight"), state.get(f"{prefix}.bias")
+    if output.weight is not None:
+        state[f"{prefix}.weight"] = _as_kept_by(dense, output.weight.to(weight))
+    if output.bias is not None:
+        state[f"{prefix}.bias"] = output.bias if bias is None else bias + output.bias
 
 
 def _as_kept_by(linear: nn.Module, weight: Tensor) -> Tensor:

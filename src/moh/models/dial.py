@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moh.config import MoHConfig
+from moh.config import FIXED, MoHConfig
 from moh.models.heads import HasLayerHeads, compact_heads
 from moh.models.output_changes import add_output_changes, switches, used_heads
 from moh.routing import Router
@@ -128,6 +128,11 @@ def _refusal(config: MoHConfig, k: int) -> str | None:
 def _counts(model: nn.Module, routers: Sequence[Router], k: Any) -> list[int]:
     """k of each layer, checked."""
     allowed = [allowed_counts(r) for r in routers]
+    if all(r.config.router == FIXED for r in routers):
+        raise ValueError(
+            "active_heads can't be set: the heads of every layer are fixed (router='fixed'), and the others do not exist; "
+            "convert the dense model with a router that chooses heads, such as router='linear'"
+        )
     if isinstance(k, float):
         return _of_share(model, routers, allowed, k)
     if isinstance(k, int) and not isinstance(k, bool):

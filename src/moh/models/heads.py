@@ -17,7 +17,7 @@ def layer_configs(
     *,
     shared_heads: int | Sequence[int | Sequence[int]] | None,
     active_heads: int | Sequence[int],
-    router: str,
+    router: str | Sequence[str],
     routing_unit: str = "head",
     kv_heads: int | None = None,
 ) -> list[MoHConfig]:
@@ -29,7 +29,7 @@ def layer_configs(
         shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
-        router: `moh.config.ROUTERS`.
+        router: as in `moh.MoHConfig`, one name or a list with one per layer.
         routing_unit: `moh.config.ROUTING_UNITS`.
         kv_heads: key/value heads of every layer; ignored by the unit "head".
 
@@ -45,7 +45,8 @@ def layer_configs(
             shared = heads - active
         try:
             groups = None if routing_unit == "head" else kv_heads
-            layers.append(MoHConfig(heads, shared, active, router, routing_unit=routing_unit, kv_heads=groups))
+            name = _of_layer("router", router, index, num_layers)
+            layers.append(MoHConfig(heads, shared, active, name, routing_unit=routing_unit, kv_heads=groups))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
     return layers
@@ -56,7 +57,7 @@ class HasLayerHeads:
 
     num_hidden_layers: int
     num_attention_heads: int
-    router: str
+    router: str | list[str]
     shared_heads: int | list[int | list[int]] | None
     active_heads: int | list[int]
     router_aux_loss_coef: float
@@ -122,6 +123,12 @@ def compact_heads(layers: Sequence[MoHConfig]) -> dict[str, Any]:
     """`shared_heads` and `active_heads` as `layer_configs` takes them: one number where all layers have the same."""
     shared = [c.shared_heads if isinstance(c.shared_heads, int) else list(c.shared_indices) for c in layers]
     return {"shared_heads": _compact(shared), "active_heads": _compact([c.active_heads for c in layers])}
+
+
+def compact_router(layers: Sequence[MoHConfig]) -> str | list[str]:
+    """`router` as `layer_configs` takes it: one name where all layers have the same."""
+    names = [layer.router for layer in layers]
+    return names[0] if len(set(names)) == 1 else names
 
 
 def _of_layer(name: str, value: Any, index: int, num_layers: int) -> Any:

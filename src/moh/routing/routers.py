@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from moh.config import ROUTERS, MoHConfig
+from moh.config import FIXED, ROUTERS, MoHConfig
 from moh.routing.attached import Balance, attach
 from moh.routing.info import RoutingInfo
 from moh.routing.recording import RoutingRecord, recordings_of
@@ -377,22 +377,38 @@ class LinearRouter(_HardRouter):
         yield self.contribution, range(self.config.num_heads)
 
 
+class FixedRouter(Router):
+    """No routing: gates of 1 for the shared heads and 0 for the others, whatever the input is.
+
+    A model of transformers has no projections for the others (`moh.models.transformers.fixed`).
+    """
+
+    is_hard = True
+    needs_fit = True  # which heads are kept is found on calibration data
+
+    def _route(self, source: Tensor) -> RoutingInfo:
+        ones = source.new_ones((*source.shape[:-1], self.config.num_heads))
+        shared, others = ones.split((self.config.num_shared, self.config.num_heads - self.config.num_shared), dim=-1)
+        return RoutingInfo(self.config, self._join(shared, torch.zeros_like(others)), None)
+
+
 _CLASSES: dict[str, type[Router]] = {
     "two_stage": TwoStageRouter,
     "single_stage": SingleStageRouter,
     "query_norm": QueryNormRouter,
     "linear": LinearRouter,
+    FIXED: FixedRouter,
 }
 
 
 def router_class(name: str) -> type[Router]:
-    """The router class with this name of `moh.config.ROUTERS`.
+    """The router class with this name, one of `moh.config.ROUTERS` or "fixed".
 
     Raises:
         ValueError: no router has this name.
     """
     if name not in _CLASSES:
-        raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {name!r}")
+        raise ValueError(f"router must be one of {', '.join(map(repr, (*ROUTERS, FIXED)))}, got {name!r}")
     return _CLASSES[name]
 
 

@@ -93,19 +93,13 @@ class RoutedAttention(nn.Module):
             if decoded is not None:
                 return family.finish(self, decoded, hidden_states), None
         routing, q, k, v = self._project(core, hidden_states, backend)  # [B, N, H, D], [B, N, Hkv, D] twice
-        if family.query_norm and hasattr(core, family.query_norm):
-            q = self._normalised(q, getattr(core, family.query_norm))
-            k = self._normalised(k, getattr(core, family.key_norm))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if position_embeddings is not None and self.rotates:
-            q, k = self._rotated(q, k, *position_embeddings)
-        if kwargs.get("cache") is not None:  # the name since transformers 5.24; before, that of a paged cache
-            k, v = kwargs["cache"].update(k, v, core.layer_idx, kwargs=kwargs)
-        elif past_key_values is not None:
-            k, v = past_key_values.update(k, v, core.layer_idx)
+        # "cache" is its name since transformers 5.24; before, that of a paged cache
+        paged = None if kwargs.get("cache") is None else kwargs
+        cache = past_key_values if paged is None else kwargs["cache"]
+        q, k, v = self.placed(q, k, v, position_embeddings, cache, paged)
         gates = routing.gates
-        if family.gate and (own := getattr(core, family.gate)) is not None:
-            gates = gates * own(hidden_states).sigmoid()
+        if (own := self.own_gates(hidden_states)) is not None:
+            gates = gates * own
         # transformers omits the mask where it is plainly causal, or where a single token sees everything before it
         heads = moh_attention(
             q,
@@ -121,6 +115,44 @@ class RoutedAttention(nn.Module):
         )  # [B, N, H, D]
         out = project_output(self.output_projection, heads, gates, router.usual_share(), backend)
         return family.finish(self, out, hidden_states), None
+
+    def placed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        paged: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected queries, keys and values `[B, N, heads, D]`, normalised, rotated and joined with the cache.
+
+        Args:
+            paged: the call's arguments where a paged cache needs them.
+
+        Returns:
+            q `[B, H, N, D]`, k and v `[B, Hkv, Nk, D]`.
+        """
+        family, core = self.family, self.core
+        if family.query_norm and hasattr(core, family.query_norm):
+            q = self._normalised(q, getattr(core, family.query_norm))
+            k = self._normalised(k, getattr(core, family.key_norm))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if position_embeddings is not None and self.rotates:
+            q, k = self._rotated(q, k, *position_embeddings)
+        if cache is not None:
+            k, v = cache.update(k, v, core.layer_idx, **({} if paged is None else {"kwargs": paged}))
+        return q, k, v
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Gates `[B, N, H]` of the heads that the layer has, by its input."""
+        gates: Tensor = self.router(x).gates
+        return gates
+
+    def own_gates(self, x: Tensor) -> Tensor | None:
+        """The family's own weights of the layer's heads, by its input: `[B, N, H]`; None where it has none."""
+        gate = getattr(self.core, self.family.gate) if self.family.gate else None
+        return None if gate is None else gate(x).sigmoid()
 
     def _with_all_heads(
         self, x: Tensor, attention_mask: Tensor | None, given: dict[str, Any]

@@ -92,7 +92,7 @@ def decode(
     if scores is not None and not router.is_observed() and is_plain(scores, x):
         weight, bias = scores.weight, scores.bias
     else:
-        gates = router(x).gates
+        gates = attention.gates(x)
     out: Tensor = torch.ops.moh.cpu_decode_layer(
         x,
         gates,

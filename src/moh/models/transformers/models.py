@@ -21,19 +21,22 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moh._files import CARD_MARK
+from moh.config import FIXED
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
 from moh.models.transformers.families import FAMILIES, PACKAGE, Family, attentions, family_of, known_families
+from moh.models.transformers.fixed import WITHOUT_HEADS, FixedAttention, cut, refuse_fixed_heads
 from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads
 from moh.routing import Scorer, build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
-    "router": (str, "two_stage"),
+    "router": (str | list[str], "two_stage"),
     "shared_heads": (int | list[int | list[int]] | None, None),
     "active_heads": (int | list[int], 0),
     "routing_unit": (str, "head"),
+    "without_heads": (str, "nothing"),
     "router_aux_loss_coef": (float, 0.0),
     "output_router_logits": (bool, False),
 }
@@ -44,11 +47,13 @@ class RoutedConfig(HasLayerHeads):
     """A family's configuration with the heads of each layer.
 
     Args:
-        router: as in `moh.MoHConfig`.
+        router: as in `moh.MoHConfig`, one name or a list with one per layer. A layer with "fixed" has the projections of
+            its shared heads alone; these may be none.
         shared_heads: a number (every layer shares its first heads), or a list with one entry per layer: a number or
             the list of that layer's shared heads. None shares all heads that are not active routed ones.
         active_heads: routed heads active per token, a number or a list with one per layer.
         routing_unit: as in `moh.MoHConfig`.
+        without_heads: what a layer without heads adds: "nothing", or "linear", a linear map of its input.
         router_aux_loss_coef: beta, weight of the load-balance loss in `outputs.loss` and, in training, in the gradient
             of any other loss (0.01 in the paper); 0 adds none.
         output_router_logits: whether outputs have `router_logits` and `aux_loss` unless the argument says otherwise.
@@ -59,6 +64,7 @@ class RoutedConfig(HasLayerHeads):
     """
 
     model_type: str
+    without_heads: str
 
     def __post_init__(self, **kwargs: Any) -> None:
         if backend := kwargs.pop("moh_backend", None):  # of early versions
@@ -73,6 +79,10 @@ class RoutedConfig(HasLayerHeads):
         if kv_heads and self.num_attention_heads % kv_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads = {kv_heads}, got {self.num_attention_heads}"
+            )
+        if self.without_heads not in WITHOUT_HEADS:
+            raise ValueError(
+                f"without_heads must be {' or '.join(map(repr, WITHOUT_HEADS))}, got {self.without_heads!r}"
             )
         self.check_heads()
 
@@ -196,6 +206,7 @@ class _BatchedContinuously:
     """Mixed into models that generate: continuous batching, which knows only names of transformers, gets `sdpa`."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_fixed_heads(self.config.layer_configs(), "continuous batching")  # type: ignore[attr-defined]
         implementation = self.config._attn_implementation  # type: ignore[attr-defined]
         if implementation not in IMPLEMENTATIONS:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
@@ -225,8 +236,11 @@ def route(model: Any) -> None:
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
     for attention, config in zip(attentions(family, model.base_model), model.config.layer_configs(), strict=True):
         if not isinstance(attention, RoutedAttention):
-            attention.__class__ = _routed_attention_class(family)
+            is_fixed = config.router == FIXED
+            attention.__class__ = _routed_attention_class(family, fixed=is_fixed)
             attention.router = build_router(config, model.config.hidden_size)
+            if is_fixed:
+                cut(attention, model.config.without_heads)
 
 
 def make_class(name: str) -> type:
@@ -254,8 +268,8 @@ def make_class(name: str) -> type:
         made: type = output_class(kind)
         return made
     for family in known:
-        if dense_name == family.attention:
-            return _routed_attention_class(family)
+        if dense_name.removeprefix("Fixed") == family.attention:
+            return _routed_attention_class(family, fixed=dense_name != family.attention)
         kind = getattr(modeling(family), dense_name, None)
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
             made = output_class(kind)
@@ -322,9 +336,12 @@ def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 @functools.cache
-def _routed_attention_class(family: Family) -> type[nn.Module]:
+def _routed_attention_class(family: Family, *, fixed: bool = False) -> type[nn.Module]:
     module = modeling(family)
     rotate = staticmethod(module.apply_rotary_pos_emb) if family.rotary else None
     dense = getattr(module, family.attention)
     namespace = {"__module__": PACKAGE, "family": family, "family_attention": dense, "rotate": rotate, **parts(family)}
+    if fixed:
+        namespace["eager"] = staticmethod(module.eager_attention_forward)
+        return type(f"MoHFixed{family.attention}", (FixedAttention, dense), namespace)
     return type(f"MoH{family.attention}", (RoutedAttention, dense), namespace)

@@ -22,6 +22,7 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, Tenso
 from moh.config import MoHConfig
 from moh.models.heads import compact_heads
 from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.models.transformers.fixed import refuse_fixed_heads
 from moh.routing import Router, RoutingInfo
 
 _STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -62,6 +63,7 @@ def check_split(config: Any, ranks: int, *, name: str) -> None:
     Raises:
         ValueError: the heads can't be divided, or the model routes or projects in a way that can't be split.
     """
+    refuse_fixed_heads(config.layer_configs(), "splitting the heads over processes")
     for field in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, field, None)
         if heads is not None and (ranks < 1 or heads % ranks):
@@ -149,6 +151,7 @@ def _checked_family(config: Any, ranks: int) -> Family:
     if family is None or not family.is_plain:
         plain = ", ".join(f"moh_{f.model_type}" for f in FAMILIES if f.is_plain)
         raise ValueError(f"model must be of a type among {plain} to split its heads, got {config.model_type!r}")
+    refuse_fixed_heads(config.layer_configs(), "splitting the heads over processes")
     for name in ("num_attention_heads", "num_key_value_heads"):
         if ranks < 1 or getattr(config, name) % ranks:
             raise ValueError(f"ranks must divide {name} = {getattr(config, name)}, got {ranks}")

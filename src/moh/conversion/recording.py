@@ -1,0 +1,155 @@
+"""What the layers of the dense model see of calibration data: by running it, or read from a file where it ran before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moh.conversion.dense import DenseAttention, DenseModel, check_finite
+
+
+def run(dense: DenseModel, batches: Batches, add: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Forward passes in evaluation mode; `add(layer, x [T, C], z [T, H*D])` after each layer's attention."""
+    if isinstance(batches, Playback):
+        batches.play(dense, add)
+        return
+
+    def see(index: int, x: Tensor, z: Tensor) -> None:
+        add(index, x.flatten(0, -2), z.flatten(0, -2))
+
+    with torch.no_grad(), evaluating(dense.model), tapped(dense.attentions, see):
+        for batch in batches:
+            output = dense.run(batch)
+            if output is not None:
+                check_finite(output, f"layer {len(dense.attentions) - 1} gives")
+
+
+class Recording:
+    """What every layer sees of the calibration data, kept in a temporary file: the model runs once, whatever is summed up.
+
+    If the disk has no room for twice as much, nothing is kept and the model runs again for each pass.
+
+    Args:
+        batches: all calibration data, as the model reads it.
+    """
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
+        self._kept: dict[
+            int, list[tuple[int, torch.dtype, torch.Size]]
+        ] = {}  # batch -> x and z of each layer: where, what
+
+    def run(self, index: int, dense: DenseModel, add: Callable[[int, Tensor, Tensor], None]) -> None:
+        """One batch: by the model the first time, then from the file."""
+        if index in self._kept:
+            tensors = map(self._read, self._kept[index])
+            for layer, (x, z) in enumerate(zip(tensors, tensors, strict=True)):
+                device = dense.attentions[layer].device
+                add(layer, x.to(device), z.to(device))
+            return
+        kept: list[tuple[int, torch.dtype, torch.Size]] = []
+        has_room = self._has_room()
+
+        def see(layer: int, x: Tensor, z: Tensor) -> None:
+            kept.extend((self._written(x), self._written(z)) if has_room else ())
+            add(layer, x, z)
+
+        run(dense, iter([self.batches[index]]), see)
+        if has_room:
+            self._kept[index] = kept
+
+    def _has_room(self) -> bool:
+        written = self._file.seek(0, os.SEEK_END)
+        of_a_batch = written // max(1, len(self._kept))
+        return shutil.disk_usage(tempfile.gettempdir()).free > 2 * of_a_batch * (len(self.batches) - len(self._kept))
+
+    def _written(self, tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+        place = self._file.seek(0, os.SEEK_END)
+        self._file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        return place, tensor.dtype, tensor.shape
+
+    def _read(self, kept: tuple[int, torch.dtype, torch.Size]) -> Tensor:
+        place, dtype, shape = kept
+        buffer = bytearray(shape.numel() * dtype.itemsize)
+        self._file.seek(place)
+        self._file.readinto(buffer)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+@dataclass
+class Playback:
+    """One pass over a recording, in place of batches.
+
+    Attributes:
+        recording: of all calibration data.
+        order: the batches of this pass.
+        rows: of each of these batches, the samples that count; None for all.
+    """
+
+    recording: Recording
+    order: Iterable[int]
+    rows: Mapping[int, Sequence[int]] | None = None
+
+    def play(self, dense: DenseModel, add: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Call `add` for each batch and layer, as `run` does."""
+        for index in self.order:
+            rows, count = None if self.rows is None else list(self.rows[index]), len(self.recording.batches[index])
+
+            def add_rows(layer: int, x: Tensor, z: Tensor, rows: Any = rows, count: int = count) -> None:
+                if rows is not None:
+                    x, z = (tensor.unflatten(0, (count, -1))[rows].flatten(0, 1) for tensor in (x, z))
+                add(layer, x, z)
+
+            self.recording.run(index, dense, add_rows)
+
+
+Batches = Iterator[Tensor] | Playback
+"""What a pass reads: batches that the model runs on, or a recording of what its layers saw."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`.
+
+    Raises:
+        ValueError: one of them is not finite, when the model runs.
+    """
+    inputs: dict[int, Tensor] = {}
+    handles = []
+    for index, attention in enumerate(attentions):
+
+        def see_input(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            check_finite(args[0], f"layer {index - 1} gives layer {index}" if index else "layer 0 is given")
+            inputs[index] = args[0]
+
+        def see_heads(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+            check_finite(args[0], f"the attention of layer {index} gives")
+            see(index, inputs.pop(index), args[0])
+
+        handles.append(attention.entry.register_forward_pre_hook(see_input))
+        handles.append(attention.output.register_forward_pre_hook(see_heads))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,72 @@
+"""Promise: the dense model runs once over the calibration data, whatever is summed up, and a pass of the file gives the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from moh import convert
+from moh.conversion.recording import Playback, Recording, run
+from moh.conversion.transformers import DenseTextModel
+
+OPTIONS = dict(shared_heads=1, active_heads=1, progress=False)
+
+
+def seen_by(dense, source):
+    seen = []
+    run(dense, source, lambda layer, x, z: seen.append((layer, x.clone(), z.clone())))
+    return seen
+
+
+def assert_equal(got, expected):
+    assert [layer for layer, *_ in got] == [layer for layer, *_ in expected]
+    for (_, *a), (_, *b) in zip(got, expected, strict=True):
+        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_second_pass_reads_what_the_first_one_saw(make_dense, tokens, dtype) -> None:
+    dense = DenseTextModel(make_dense().to(dtype), "linear", copied=True)
+    batches = tokens[:10].split(4)
+    expected = seen_by(dense, iter(batches))
+    recording = Recording(batches)
+    for _ in range(2):
+        assert_equal(seen_by(dense, Playback(recording, range(3))), expected)
+        dense.model.forward = None  # it isn't run again
+        dense.run = None
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_a_pass_may_be_over_some_samples(make_dense, tokens, runs_before) -> None:
+    dense = DenseTextModel(make_dense(), "linear", copied=True)
+    recording = Recording(tokens[:10].split(4))
+    for _ in range(runs_before):
+        seen_by(dense, Playback(recording, range(3)))
+    got = seen_by(dense, Playback(recording, [2, 0], {0: [1, 3], 2: [0]}))
+    expected = seen_by(dense, iter([tokens[8:9], tokens[[1, 3]]]))
+    for (layer, x, z), (same, *others) in zip(got, expected, strict=True):
+        assert layer == same
+        for one, other in zip((x, z), others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(router="fixed", shared_heads=None), dict(layers="mix"), dict(shares=[0.5])]
+)
+def test_a_conversion_runs_the_model_once_and_needs_no_disk(make_dense, tokens, monkeypatch, options) -> None:
+    runs = []
+    forward = DenseTextModel.run
+    monkeypatch.setattr(DenseTextModel, "run", lambda self, batch: runs.append(len(batch)) or forward(self, batch))
+    models = []
+    for free in (1 << 60, 0):
+        usage = namedtuple("usage", "free")(free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        models.append(convert(make_dense(), calibration=tokens, **OPTIONS | options).state_dict())
+        if free:
+            assert sum(runs) == len(tokens)
+    assert sum(runs) >= 2 * len(tokens)
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
