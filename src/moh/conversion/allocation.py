@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh.conversion.dense import DenseAttention
 from moh.conversion.recording import evaluating
 from moh.conversion.transformers import DenseTextModel
 from moh.models.dial import spend
@@ -112,7 +113,7 @@ class Meter:
         """Rise of the loss, in nats per token, if the attention of this layer added what `change` gives."""
         after = 0.0
         for batch, outputs in zip(self._batches, self._outputs, strict=True):
-            with self._replayed(layer, outputs), self._changed(layer, change):
+            with self._replayed(layer, outputs), changed(self._dense.attentions[layer], change):
                 after += self._loss(batch)
         return (after - self._before) / self._tokens
 
@@ -131,25 +132,25 @@ class Meter:
             for block in blocks:
                 del block.forward
 
-    @contextmanager
-    def _changed(self, layer: int, change: Change) -> Iterator[None]:
-        attention = self._dense.attentions[layer]
-        inputs: list[Tensor] = []
 
-        def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs.append(args[0])
+@contextmanager
+def changed(attention: DenseAttention, change: Change) -> Iterator[None]:
+    """A layer of the dense model whose attention adds what `change` gives, for the block; the bias of W_O stays."""
+    inputs: list[Tensor] = []
 
-        def replace(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            bias = module.bias
-            added = change(inputs.pop(), args[0]).to(output.dtype)
-            return added if bias is None else added + bias
+    def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
 
-        handles = [
-            attention.entry.register_forward_pre_hook(see_input),
-            attention.output.register_forward_hook(replace),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def replace(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        added = change(inputs.pop(), args[0]).to(output.dtype)
+        return added if module.bias is None else added + module.bias
+
+    handles = [
+        attention.entry.register_forward_pre_hook(see_input),
+        attention.output.register_forward_hook(replace),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

