@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import moh
 from moh import record_routing
@@ -119,6 +119,18 @@ def test_convert_takes_models_and_directories_of_both_kinds(tmp_path, source, su
     expected = convert_dit(dense, **heads)(**inputs()).sample
     for model in (dense, tmp_path, str(tmp_path)):
         assert torch.equal(moh.convert(model, **heads)(**inputs()).sample, expected)
+
+
+def test_a_pipeline_is_converted_whole_and_the_original_stays(tmp_path):
+    dense, vae = diffusers_model(), AutoencoderKL(norm_num_groups=4, block_out_channels=(4,))
+    original = DiTPipeline(dense, vae, DDIMScheduler(), id2label={0: "ant, emmet"})
+    heads = dict(shared_heads=2, active_heads=1, router="query_norm")
+    pipeline = moh.convert(original, **heads)
+    assert original.transformer is dense and pipeline.vae is vae and pipeline.labels == {"ant": 0, "emmet": 0}
+    with torch.no_grad():
+        assert torch.equal(pipeline.transformer(**inputs()).sample, convert_dit(dense, **heads)(**inputs()).sample)
+    pipeline.save_pretrained(tmp_path)
+    assert isinstance(DiTPipeline.from_pretrained(tmp_path).transformer, MoHDiTTransformer2DModel)
 
 
 def test_the_balance_losss_weight_is_kept():

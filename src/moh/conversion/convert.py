@@ -36,7 +36,7 @@ RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks
 
 
 def convert(
-    model_or_path: nn.Module | str | Path,
+    model_or_path: Any,
     *,
     shared_heads: int | Sequence[int] | None = None,
     active_heads: int | Sequence[int],
@@ -62,8 +62,8 @@ def convert(
             Granite, Cohere, StarCoder 2, GPT-NeoX, LFM3, GPT-2, OPT), an encoder (BERT, MiniLM, RoBERTa, XLM-R, ModernBERT),
             a ViT, DeiT or DINOv2, or a timm `VisionTransformer` (vit_*, deit_*, deit3_*, ..., distilled ones too); or a
             directory to load one from, a hub name ("hf-hub:NAME" too for timm's), or a .gguf file of a language model. Or a
-            diffusers `DiTTransformer2DModel`, a dense DiT of ours, or a directory or hub name of one or of a pipeline with
-            one; these are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
+            diffusers `DiTTransformer2DModel`, a dense DiT of ours, a `DiTPipeline`, or a directory or hub name of one of
+            these; they are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
             is, as its weights are copied, unless `copy_weights` is False.
         shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
             mean contribution where a router is fitted, else the first ones. None means 2 in 9,
@@ -110,9 +110,9 @@ def convert(
 
     Returns:
         the MoH model, in evaluation mode: a class of `moh.models.transformers` (`MoHLlamaForCausalLM` from a
-        `LlamaForCausalLM`, ...), a `MoHDiTTransformer2DModel`, or a timm model of the same class as before
-        (`moh.models.timm.save_pretrained` saves it). With all heads active and `refit_output=False` its outputs are the
-        original's (nearly, with a fitted two-stage router).
+        `LlamaForCausalLM`, ...), a `MoHDiTTransformer2DModel` (in a pipeline, if one is passed), or a timm model of the
+        same class as before (`moh.models.timm.save_pretrained` saves it). With all heads active and `refit_output=False`
+        its outputs are the original's (nearly, with a fitted two-stage router).
 
     Raises:
         ValueError: the model can't be converted, holds NaN or infinity or computes them on the calibration, or an argument
@@ -214,7 +214,9 @@ def convert(
     return model
 
 
-def _is_diffusion(model_or_path: nn.Module | str | Path) -> bool:
+def _is_diffusion(model_or_path: Any) -> bool:
+    if type(model_or_path).__name__ == "DiTPipeline":  # not imported: diffusers is an extra
+        return True
     if isinstance(model_or_path, nn.Module):
         return type(model_or_path).__name__ in DIFFUSION_TRANSFORMERS
     return kind_at(model_or_path).task == "diffusion"

@@ -6,13 +6,14 @@ published DiT), and only routers that need no fit.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -43,18 +44,18 @@ _PARTS = {
 
 
 def convert_dit(
-    model_or_path: DiTTransformer2DModel | MoHDiTTransformer2DModel | str | Path,
+    model_or_path: DiTTransformer2DModel | MoHDiTTransformer2DModel | DiTPipeline | str | Path,
     *,
     shared_heads: int | Sequence[int | Sequence[int]],
     active_heads: int | Sequence[int],
     router: str = "two_stage",
     router_aux_loss_coef: float = 0.0,
-) -> MoHDiTTransformer2DModel:
+) -> MoHDiTTransformer2DModel | DiTPipeline:
     """Turn a pretrained dense diffusion transformer into a MoH model with the same weights.
 
     Args:
-        model_or_path: the dense model, or a directory or hub name of one or of a pipeline with one. A model that is
-            passed stays as it is: its weights are copied.
+        model_or_path: the dense model, a pipeline with one, or a directory or hub name of either. What is passed stays as
+            it is: the weights are copied.
         shared_heads: h_s, a number (the first heads) or one entry per layer: a number or that layer's shared heads.
         active_heads: k, routed heads that each token activates; a number, or one per layer.
         router: "two_stage" or "single_stage" (learned; new weights that let every active head weigh 1 and choose the
@@ -62,7 +63,8 @@ def convert_dit(
         router_aux_loss_coef: as in `MoHDiTTransformer2DModel`.
 
     Returns:
-        the MoH model, in evaluation mode. With all heads active its outputs are the original's.
+        the MoH model, in evaluation mode; for a pipeline object, one that has it and the same VAE and scheduler. With all
+        heads active its outputs are the original's.
 
     Raises:
         ValueError: the model can't be converted, or an argument is out of range; nothing was changed.
@@ -71,7 +73,11 @@ def convert_dit(
         raise ValueError(
             f"router must be one of {', '.join(map(repr, UNFITTED))} for a diffusion model, got {router!r}"
         )
-    model = load_dit(model_or_path) if isinstance(model_or_path, str | Path) else model_or_path
+    pipeline = copy.copy(model_or_path) if isinstance(model_or_path, DiTPipeline) else None  # keeps its class names
+    if isinstance(model_or_path, DiTPipeline):
+        model = model_or_path.transformer
+    else:
+        model = load_dit(model_or_path) if isinstance(model_or_path, str | Path) else model_or_path
     check_weights(model)
     if isinstance(model, MoHDiTTransformer2DModel):
         fields, state = _of_ours(model), dict(model.state_dict())
@@ -92,6 +98,9 @@ def convert_dit(
     for module in moh.modules():
         if isinstance(module, Router):
             make_undecided(module)
+    if pipeline is not None:
+        pipeline.transformer = moh.eval()
+        return pipeline
     return moh.eval()  # type: ignore[no-any-return]
 
 
