@@ -1,11 +1,10 @@
 const choose = (target) => {
   element.querySelectorAll("[aria-pressed]").forEach((other) => other.removeAttribute("aria-pressed"));
   target.setAttribute("aria-pressed", "true");
-  const { token, layer, head } = target.dataset;
-  trigger("select", token !== undefined ? { token: Number(token) } : { layer: Number(layer), head: Number(head) });
+  trigger("select", { token: Number(target.dataset.token) });
 };
 element.addEventListener("click", (event) => {
-  const target = event.target.closest("[data-token], [data-head]");
+  const target = event.target.closest("[data-token]");
   if (target) choose(target);
 });
 element.addEventListener("keydown", (event) => {

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from moh.explore import markup
+from moh.explore import markup, parts
 from moh.explore.subjects import ImageSubject, TextSubject
+from moh.inspection.page.page import page_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ def build(subject: TextSubject | ImageSubject) -> gr.Blocks:
     """The application for a model; `serve` starts it."""
     app: gr.Blocks
     title = f"{subject.name}: heads at work"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SWEPT_EVERY, markup.KEPT)) as app:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SWEPT_EVERY, parts.KEPT)) as app:
         gr.HTML(markup.heading(subject.name, subject.facts), elem_id="about")
         if isinstance(subject, TextSubject):
             from moh.explore.text_page import add_text_page
@@ -74,7 +75,7 @@ def serve(
         prevent_thread_lock=not wait,
         quiet=not wait,
         theme=theme,
-        css=(files(__package__) / "style.css").read_text(encoding="utf-8"),
+        css=(files(__package__) / "style.css").read_text(encoding="utf-8") + page_file("map.css"),
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,

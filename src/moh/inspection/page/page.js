@@ -1,4 +1,3 @@
-"use strict";
 // The page of `moh.inspection.page`: one input's tokens or patches, the map of layers and heads, and the links between
 // them. Text of the input is inserted only through textContent.
 
@@ -49,21 +48,8 @@ function mean(samples, layer, head, value) {
 
 const groups = () => [...new Set(data.samples.map((s) => s.group))];
 const inGroup = (group) => data.samples.filter((s) => s.group === group);
-const isShared = (layer, head) => data.layers[layer].shared.includes(head);
-const kind = (layer, head) =>
-  !data.layers[layer].routed ? "dense" : isShared(layer, head) ? "shared" : "routed";
+const kind = (layer, head) => kindOf(data.layers[layer], head);
 const shown = (token) => token.trim() || JSON.stringify(token).slice(1, -1) || "(empty)";
-
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("--")) made.style.setProperty(name, value);
-    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== false) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
 
 // ---- the input ----------------------------------------------------------------------------------------------------
 
@@ -81,7 +67,7 @@ function buildInput() {
     return;
   }
   s.tokens.forEach((token, index) => {
-    const span = element("span", { "data-i": index });
+    const span = make("span", { "data-i": index });
     span.textContent = token.replaceAll("\n", "↵\n");
     spans.push(span);
   });
@@ -135,30 +121,7 @@ function placeOf(event) {
 
 // ---- the map ------------------------------------------------------------------------------------------------------
 
-let cells = [];
-
-function buildMap() {
-  const most = Math.max(...data.layers.map((l) => l.heads)), map = $("map");
-  map.style.gridTemplateColumns = `auto repeat(${most}, auto)`;
-  map.style.setProperty("--cell", most > 20 ? "10px" : most > 12 ? "16px" : "26px");
-  map.style.setProperty("--cell-height", data.layers.length > 16 ? "12px" : "18px");
-  const label = (h) => (most <= 12 || h % 4 === 0 ? `${h}` : "");
-  map.replaceChildren(element("div", { class: "row", "aria-hidden": "true" }, element("span", {}),
-    ...Array.from({ length: most }, (_, h) => element("span", { class: "number" }, label(h)))));
-  cells = data.layers.map((layer, l) => {
-    const row = element("div", { class: "row", role: "row" }, element("span", { class: "name", role: "rowheader" }, `${l}`));
-    const buttons = [];
-    for (let h = 0; h < layer.heads; h++) {
-      const cell = element("button", { type: "button", role: "gridcell", tabindex: -1, "data-l": l, "data-h": h });
-      cell.classList.toggle("shared", isShared(l, h));
-      buttons.push(cell);
-    }
-    row.append(...buttons);
-    for (let h = layer.heads; h < most; h++) row.append(element("span", {}));
-    map.append(row);
-    return buttons;
-  });
-}
+let map;
 
 function shadeMap() {
   const s = sample(), value = state.value, token = state.hover ?? state.token;
@@ -168,17 +131,15 @@ function shadeMap() {
       token === null ? mean(members, l, h, value) : number(s, l, h, tokenIn(l, token), value)));
   // contributions grow with depth: each layer is shaded relative to its own largest
   const tops = numbers.map((row) => (value === 0 && token === null ? 1 : Math.max(...row, 1e-9)));
-  const what = value === 0 ? (token === null ? "share of tokens that use it" : "gate") : "contribution";
-  cells.forEach((row, l) => row.forEach((cell, h) => {
-    cell.style.setProperty("--v", numbers[l][h] / tops[l]);
-    cell.classList.toggle("chosen", l === state.layer && h === state.head);
-    cell.tabIndex = l === state.layer && h === state.head ? 0 : -1;
-    cell.setAttribute("aria-label", `layer ${l}, head ${h}, ${kind(l, h)}, ${what} ${numbers[l][h].toPrecision(3)}`);
-  }));
+  map.shade(numbers, {
+    tops,
+    legend: value === 0 && token === null ? "every token" : "largest of the layer",
+    what: value === 0 ? (token === null ? "share of tokens that use it" : "gate") : "contribution",
+    chosen: [state.layer, state.head],
+  });
   $("maptitle").textContent = token === null
     ? `${value === 0 ? "Load" : "Mean contribution"} in “${s.group}”: layers × heads`
     : `Heads of ${describe(token)}: layers × heads`;
-  $("top").textContent = value === 0 && token === null ? "every token" : "largest of the layer";
 }
 
 const describe = (token) =>
@@ -188,9 +149,9 @@ const describe = (token) =>
 // ---- the panels ---------------------------------------------------------------------------------------------------
 
 const bar = (what, share, text) =>
-  element("div", { class: "bar" }, element("span", { class: "what", dir: "auto", title: what }, what),
-    element("div", { class: "track" }, element("div", { class: "fill", "--v": Math.min(1, share) })),
-    element("span", { class: "number" }, text));
+  make("div", { class: "bar" }, make("span", { class: "what", dir: "auto", title: what }, what),
+    make("div", { class: "track" }, make("div", { class: "fill", "--v": Math.min(1, share) })),
+    make("span", { class: "number" }, text));
 
 function showHead() {
   const { layer, head, value } = state;
@@ -207,12 +168,12 @@ function showHead() {
     ? `${order.length} of ${part.tokens - prefix} ${s.image ? "patches" : "tokens"} use it; the most:`
     : `no ${s.image ? "patch" : "token"} of this input uses it`;
   $("uses").replaceChildren(...order.slice(0, MOST).map((i) => {
-    const button = element("button", { type: "button", onclick: () => keep(s.image ? placeOfPatch(i) : i, true) });
+    const button = make("button", { type: "button", onclick: () => keep(s.image ? placeOfPatch(i) : i, true) });
     if (s.image) button.append(describe(placeOfPatch(i)));
-    else button.append(s.tokens.slice(Math.max(0, i - 4), i).join(""), element("b", {}, s.tokens[i].trim() ? s.tokens[i] : shown(s.tokens[i])),
+    else button.append(s.tokens.slice(Math.max(0, i - 4), i).join(""), make("b", {}, s.tokens[i].trim() ? s.tokens[i] : shown(s.tokens[i])),
       s.tokens.slice(i + 1, i + 5).join(""));
     button.append(` · ${number(s, layer, head, i, value).toPrecision(3)}`);
-    return element("li", { dir: "auto" }, button);
+    return make("li", { dir: "auto" }, button);
   }));
 }
 
@@ -327,9 +288,6 @@ function listen() {
   $("picture").addEventListener("mouseleave", (e) => hover(e, null));
   $("picture").addEventListener("click", (e) => keep(placeOf(e)));
   picture.addEventListener("load", drawPicture);
-  $("map").addEventListener("click", (e) => {
-    if (e.target.dataset.l) choose(Number(e.target.dataset.l), Number(e.target.dataset.h));
-  });
   $("sample").addEventListener("change", (e) => open(Number(e.target.value)));
   document.querySelectorAll("input[name=value]").forEach((radio) =>
     radio.addEventListener("change", () => { state.value = Number(radio.value); refresh(); }));
@@ -353,10 +311,7 @@ function onKey(event) {
     return;
   }
   const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-  if (arrows && event.target.closest("#map")) {
-    choose(state.layer + arrows[0], state.head + arrows[1]);
-    cells[state.layer][state.head].focus();
-  } else if (arrows && event.target.id === "picture") {
+  if (arrows && event.target.id === "picture") {
     const [, rows, columns] = sample().layers[state.layer].grid, at = state.token ?? { x: 0.5, y: 0.5 };
     const inside = (v) => Math.min(0.999, Math.max(0, v));
     keep({ x: inside(at.x + arrows[1] / columns), y: inside(at.y + arrows[0] / rows) });
@@ -391,8 +346,8 @@ async function start() {
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
   await Promise.all(data.samples.map(unpack));
   for (const group of groups()) {
-    const box = element("optgroup", { label: group });
-    data.samples.forEach((s, i) => { if (s.group === group) box.append(element("option", { value: i }, s.name)); });
+    const box = make("optgroup", { label: group });
+    data.samples.forEach((s, i) => { if (s.group === group) box.append(make("option", { value: i }, s.name)); });
     $("sample").append(box);
   }
   // a head that half of the tokens use is the most informative
@@ -403,7 +358,7 @@ async function start() {
       if (distance < best) [best, state.layer, state.head] = [distance, l, h];
     }
   });
-  buildMap();
+  map = headMap($("map"), data.layers, choose);
   listen();
   open(0);
   document.body.dataset.ready = "yes";

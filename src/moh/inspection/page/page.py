@@ -1,6 +1,7 @@
 """Samples -> one HTML file: compressed data, no external addresses, none of the user's text as markup.
 
-The page itself is `template.html`, `page.css` and `page.js`.
+The page itself is `template.html`, `page.css` and `page.js`; its map of heads, `map.js` and `map.css`, is that of
+`moh explore` too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from moh._files import write_text
 from moh.inspection.page.samples import PageSample
+from moh.inspection.trace import LayerTrace
 
 _VALUES = ("gates", "contributions")
 
@@ -58,29 +60,38 @@ def head_page(samples: Sequence[PageSample], *, title: str = "Which head does wh
             raise ValueError(f"samples must come from one model, but {sample.name!r} has other layers than the first")
     data = {
         "title": title,
-        "layers": [
-            {
-                "name": layer.name,
-                "heads": layer.gates.shape[-1],
-                "routed": layer.config is not None,
-                "shared": [] if layer.config is None else list(layer.config.shared_indices),
-            }
-            for layer in samples[0].layers
-        ],
+        "layers": layer_facts(samples[0].layers),
         "samples": [_sample(sample) for sample in samples],
     }
-    folder = files(__package__)
-    page = (folder / "template.html").read_text(encoding="utf-8")
+    page = page_file("template.html")
     parts = {
         "title": html.escape(title),
-        "style": (folder / "page.css").read_text(encoding="utf-8"),
-        "script": (folder / "page.js").read_text(encoding="utf-8"),
+        "style": page_file("page.css") + page_file("map.css"),
+        "script": page_file("map.js") + page_file("page.js"),
         # without "<" no token can end the script element
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     # All places at once: a text may hold such a place too. Names of files need not be UTF-8.
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
     return HeadPage(page.encode(errors="replace").decode())
+
+
+def page_file(name: str) -> str:
+    """A file of this folder, such as "map.js"."""
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def layer_facts(layers: Sequence[LayerTrace]) -> list[dict[str, Any]]:
+    """What `map.js` must know of the layers: each one's number of heads, whether tokens choose, and its shared heads."""
+    return [
+        {
+            "name": layer.name,
+            "heads": layer.gates.shape[-1],
+            "routed": layer.config is not None,
+            "shared": [] if layer.config is None else list(layer.config.shared_indices),
+        }
+        for layer in layers
+    ]
 
 
 def _sample(sample: PageSample) -> dict[str, Any]:
