@@ -23,13 +23,23 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo bench test test-all test-versions sanitize dist lint format docs clean
+.PHONY: help demo heads bench test test-all test-versions sanitize dist lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options: make demo ARGS="--help"
 	$(BIN)/moh demo $(ARGS)
+
+# The demo's base model as the demo converts it, before tuning; or MODEL=DIR of your own, such as moh-demo/model.
+MODEL ?= smollm2-moh
+smollm2-moh: | $(VENV)/.stamp-llm
+	$(BIN)/moh convert "$$($(BIN)/python -c 'from moh.demo.base_model import default_base_model as model; print(model())')" $@ \
+		--active-heads 4
+
+heads: $(VENV)/.stamp-llm | $(MODEL) ## the page of heads, docs/heads.html; of another model: make heads MODEL=moh-demo/model
+	$(BIN)/moh inspect $(MODEL) --html docs/heads.html \
+		$(foreach text,story code recipe french,--group $(text)=examples/texts/$(text).txt)
 
 bench: $(VENV)/.stamp-llm ## speed against dense attention, into docs/results/; options: make bench ARGS="--help"
 	$(BIN)/python -m benchmarks $(ARGS)

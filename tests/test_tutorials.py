@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import moh
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "backbone.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -32,7 +34,23 @@ def diffusion(folder: Path) -> None:
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "facebook/DiT-XL-2-256")
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion}
+def heads(folder: Path) -> None:
+    """A MoH model in `smollm2-moh`, whose tokens are bytes."""
+    pytest.importorskip("transformers", reason="the llm extra is not installed")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=256))
+    model = moh.convert(dense, shared_heads=1, active_heads=1, router="query_norm")
+    model.save_pretrained(folder / "smollm2-moh")
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / "smollm2-moh")
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads}
 """Name of a tutorial -> the function that makes tiny models in its directory."""
 
 

@@ -89,7 +89,8 @@ def test_a_person_can_use_all_of_it(text_subject: TextSubject, width: int, heigh
         page.wait_for_function("document.querySelector('#tokens').innerHTML.includes('0 114 178')")
         assert page.get_attribute("#tokens [data-token='2']", "aria-pressed") == "true"
         page.get_by_role("tab", name="Next token").click()
-        assert page.locator("#next li").count() == 20
+        page.wait_for_selector("#next meter")
+        assert page.locator("#next meter").count() == page.locator("#next-of-reference meter").count() == 10
         page.get_by_role("tab", name="All shares").click()
         page.click("#draw")
         assert text_of(page, "#figures", "3 routed heads").count("routed heads") == 4
@@ -117,10 +118,13 @@ def test_an_image_is_classified_and_its_patches_are_shown(
     with opened(image_subject, width, height) as (page, problems):
         page.locator("#image input[type=file]").set_input_files(tmp_path / "image.png")
         before = text_of(page, "#classes", "%")
-        assert page.locator("#classes li").count() == 10
+        assert page.locator("#classes meter").count() == page.locator("#classes-of-reference meter").count() == 5
         text_of(page, "#summary", r"\d ms\s")
         shown = page.get_attribute("#patches img", "src")
-        page.click("#heads [data-layer='1'][data-head='2']")
+        page.click("#heads [data-l='1'][data-h='1']")
+        text_of(page, "#patches", "Layer 1, head 1")
+        page.keyboard.press("ArrowRight")
+        assert page.get_attribute("#heads .chosen", "data-h") == "2"
         text_of(page, "#patches", "Layer 1, head 2")
         assert page.get_attribute("#patches img", "src") != shown
         set_dial(page, 1)
@@ -158,7 +162,8 @@ def test_a_dense_model_has_no_slider(dense_dir: Path) -> None:
         text_of(page, "#summary", r"this model, dense[\s\S]*\d ms")
         assert page.locator("#dial").count() == 0 or page.is_hidden("#dial")
         assert page.get_by_role("tab", name="All shares").count() == 0
-        assert "D: the head of a dense layer (2 of 2 layers)" in page.inner_text("#heads")
+        assert "2 of 2 layers are dense" in text_of(page, "#heads", "dense")
+        assert page.get_attribute("#heads .cell", "title") == "layer 0, head 0, dense, load 1.00"
     assert complaints(problems) == []
 
 

@@ -108,3 +108,12 @@ def test_a_name_may_look_like_a_place_of_the_template_or_not_be_utf_8(tmp_path: 
     shown = name.encode(errors="replace").decode()
     assert data_of(page)["title"] == shown and data_of(page)["samples"][0]["name"] == shown
     assert f"<title>{shown}</title>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_documents_page_is_small_and_has_every_text() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = HeadPage((docs / "heads.html").read_text(encoding="utf-8"))
+    assert len(page.html.encode()) <= 3_000_000
+    assert [sample["group"] for sample in data_of(page)["samples"]] == ["story", "code", "recipe", "french"]
+    assert "heads.html" in (docs / "index.md").read_text(encoding="utf-8")
+    assert "docs/heads.html" in (docs.parent / "README.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """An image under a classifier at a share of heads: the likeliest classes, the time, and which patches used which head.
 
-Only numbers and pictures; `markup` lays them out.
+Only numbers and pictures; `parts` shows them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A text under a language model at a share of heads: losses and heads of its tokens, the next token, time, the curve.
 
-Only numbers; `markup` lays them out.
+Only numbers; `parts` and `markup` show them.
 """
 
 from __future__ import annotations
