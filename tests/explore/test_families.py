@@ -62,6 +62,7 @@ def test_the_application_shows_which_token_used_which_head(directories: dict[str
 def test_the_page_of_an_encoder_has_neither_losses_nor_next_tokens(directories: dict[str, Path]) -> None:
     gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
     from moh.explore.interface import build
+    from moh.explore.parts import TIME_ROW
     from moh.explore.text_page import _TextPage
 
     subject = load_subject(directories["MoH"], dense=directories["dense"])
@@ -69,9 +70,9 @@ def test_the_page_of_an_encoder_has_neither_losses_nor_next_tokens(directories: 
     tabs = {tab.label: tab.visible for tab in build(subject).blocks.values() if isinstance(tab, gradio.Tab)}
     assert tabs == {"Tokens": True, "Next token": False, "All shares": False}
     *_, last = _TextPage(subject).read(TEXT, 1, False, "loss", None)
-    _, problem, summary, tokens, heads, _ = last
-    assert not problem and "tokens read" in summary and "perplexity" not in summary
-    assert "background" not in tokens and "the model is an encoder" in tokens and "head" in heads
+    _, problem, summary, tokens, heads, *_ = last
+    assert not problem and [row[0] for row in summary.value["data"]] == ["tokens read", TIME_ROW]
+    assert "background" not in tokens and "the model is an encoder" in tokens and "each head" in heads["title"]
 
 
 @pytest.mark.parametrize("directories", ["bert", "gpt2"], indirect=True)

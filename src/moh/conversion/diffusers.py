@@ -101,7 +101,7 @@ def convert_dit(
     if pipeline is not None:
         pipeline.transformer = moh.eval()
         return pipeline
-    return moh.eval()  # type: ignore[no-any-return]
+    return moh.eval()
 
 
 def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DModel:
