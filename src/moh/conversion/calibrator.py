@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,6 @@ from moh.conversion.fit import (
 from moh.conversion.passes import (
     collect_contributions,
     collect_heads,
-    collect_outputs,
     collect_several_outputs,
     layer_costs,
     layer_groups,
@@ -156,11 +155,18 @@ class Calibrator:
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
         """New weights of each layer's output projection."""
-        sums = collect_outputs(self.dense, routers, self.refit_batches())
-        return [
-            refit_output_projection(s, attention.output_weight)
-            for s, attention in zip(sums, self.dense.attentions, strict=True)
-        ]
+        refitted = self.refit_some(dict(enumerate(routers)))
+        return [refitted[index] for index in range(len(routers))]
+
+    def refit_some(self, routers: Mapping[int, Router]) -> dict[int, Tensor]:
+        """New weights of the output projections of some layers, by index."""
+        weights: dict[int, Tensor] = {}
+        for group in layer_groups(self.dense, matrices=2):
+            chosen = {index: [routers[index]] for index in group if index in routers}
+            sums = collect_several_outputs(self.dense, chosen, self.refit_batches()) if chosen else {}
+            for index, (of_layer,) in sums.items():
+                weights[index] = refit_output_projection(of_layer, self.dense.attentions[index].output_weight)
+        return weights
 
     def fit_output_changes(
         self, routers: Sequence[Router], heads: Sequence[int], *, rank: int = RANK

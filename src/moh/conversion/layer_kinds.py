@@ -14,9 +14,9 @@ from moh.config import FIXED, MoHConfig
 from moh.conversion.allocation import Change, Meter, Options, allocate, few_heads
 from moh.conversion.calibrator import TOO_FEW, Calibrator, thinned
 from moh.conversion.dense import OutputWeight
-from moh.conversion.fit import fit_linear_map, order_of_removal, refit_output_projection
+from moh.conversion.fit import fit_linear_map, order_of_removal
 from moh.conversion.fixed import FixedFit
-from moh.conversion.passes import RanksHeads, collect_heads, collect_several_outputs, costs_of_choices, layer_groups
+from moh.conversion.passes import RanksHeads, collect_heads, costs_of_choices, layer_groups
 from moh.conversion.transformers import DenseTextModel
 from moh.routing import Router, build_router
 
@@ -131,13 +131,10 @@ class LayerKinds:
                 weights[index] = self.fixed[index].weight(n, self._refitted)
             else:
                 made.append(calibrator.with_number(self.routers[index], index, n))
-        routed = {index: [router] for index, router in enumerate(made) if index not in weights}
-        if self._refitted and routed:
-            batches = calibrator.refit_batches()
-            for index, (sums,) in collect_several_outputs(calibrator.dense, routed, batches).items():
-                weights[index] = OutputWeight(refit_output_projection(sums, attentions[index].output_weight))
+        routed = {index: router for index, router in enumerate(made) if index not in weights}
+        refitted = calibrator.refit_some(routed) if self._refitted else {}
         for index in routed:
-            weights.setdefault(index, OutputWeight(attentions[index].output_weight.detach().clone()))
+            weights[index] = OutputWeight(refitted.get(index, attentions[index].output_weight.detach().clone()))
         return made, [weights[index] for index in range(len(made))]
 
 

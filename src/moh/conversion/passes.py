@@ -18,8 +18,9 @@ from moh.conversion.dense import DenseModel, check_finite
 from moh.conversion.recording import Batches, evaluating, run, tapped
 from moh.routing import Router
 
-SUMS_BYTES = 4 << 30
-"""Memory for the sums of one pass over the calibration data; if all layers' need more, there are more passes."""
+SUMS_BYTES = 1 << 28
+"""Memory for the sums of one pass over the calibration data; if all layers' need more, there are more passes, which read
+the file of a recording in parts."""
 
 
 @dataclass
@@ -103,7 +104,7 @@ def collect_heads(
             layer.xx += (x.T @ x).cpu().double()
             layer.xz += (x.T @ z).cpu().double()
 
-    run(dense, batches, add)
+    run(dense, batches, add, sums.keys())
     return sums
 
 
@@ -143,16 +144,17 @@ def collect_contributions(
     return sums
 
 
-def collect_outputs(dense: DenseModel, routers: Sequence[Router], batches: Batches) -> list[OutputSums]:
-    """Run the dense model again and sum up, per layer, the heads that `routers` keep against all heads."""
-    sums = collect_several_outputs(dense, {index: [router] for index, router in enumerate(routers)}, batches)
-    return [sums[index][0] for index in range(len(routers))]
-
-
 def collect_several_outputs(
     dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Batches
 ) -> dict[int, list[OutputSums]]:
-    """As `collect_outputs`, for some layers (by index) and several routers each, in one run."""
+    """Run the dense model and sum up the heads that routers keep against all heads, of some layers and several routers each.
+
+    Args:
+        routers: index of a layer -> its routers.
+
+    Returns:
+        index of a layer -> the sums of each of its routers.
+    """
     sums: dict[int, list[OutputSums]] = {}
     for index, of_layer in routers.items():
         width = dense.attentions[index].output_weight.shape[1]
@@ -167,7 +169,7 @@ def collect_several_outputs(
             layer.gg += (g.T @ g).cpu().double()
             layer.gz += (g.T @ z).cpu().double()
 
-    run(dense, batches, add)
+    run(dense, batches, add, sums.keys())
     return sums
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from moh.conversion.dense import DenseAttention, DenseModel, check_finite
 
 
-def run(dense: DenseModel, batches: Batches, add: Callable[[int, Tensor, Tensor], None]) -> None:
-    """Forward passes in evaluation mode; `add(layer, x [T, C], z [T, H*D])` after each layer's attention."""
+def run(
+    dense: DenseModel,
+    batches: Batches,
+    add: Callable[[int, Tensor, Tensor], None],
+    layers: Collection[int] | None = None,
+) -> None:
+    """Forward passes in evaluation mode; `add(layer, x [T, C], z [T, H*D])` after each layer's attention.
+
+    Args:
+        layers: the only ones that `add` is for, so that a recording need not read the others; None for all.
+    """
     if isinstance(batches, Playback):
-        batches.play(dense, add)
+        batches.play(dense, add, layers)
         return
 
     def see(index: int, x: Tensor, z: Tensor) -> None:
@@ -48,15 +57,22 @@ class Recording:
             int, list[tuple[int, torch.dtype, torch.Size]]
         ] = {}  # batch -> x and z of each layer: where, what
 
-    def run(self, index: int, dense: DenseModel, add: Callable[[int, Tensor, Tensor], None]) -> None:
-        """One batch: by the model the first time, then from the file."""
+    def run(
+        self,
+        index: int,
+        dense: DenseModel,
+        add: Callable[[int, Tensor, Tensor], None],
+        layers: Collection[int] | None,
+    ) -> None:
+        """One batch: by the model the first time, then from the file; arguments as of the function `run`."""
         if index in self._kept:
-            tensors = map(self._read, self._kept[index])
-            for layer, (x, z) in enumerate(zip(tensors, tensors, strict=True)):
-                device = dense.attentions[layer].device
-                add(layer, x.to(device), z.to(device))
+            kept = self._kept[index]
+            for layer in range(len(kept) // 2):
+                if layers is None or layer in layers:
+                    device = dense.attentions[layer].device
+                    add(layer, self._read(kept[2 * layer]).to(device), self._read(kept[2 * layer + 1]).to(device))
             return
-        kept: list[tuple[int, torch.dtype, torch.Size]] = []
+        kept = []
         has_room = self._has_room()
 
         def see(layer: int, x: Tensor, z: Tensor) -> None:
@@ -99,7 +115,9 @@ class Playback:
     order: Iterable[int]
     rows: Mapping[int, Sequence[int]] | None = None
 
-    def play(self, dense: DenseModel, add: Callable[[int, Tensor, Tensor], None]) -> None:
+    def play(
+        self, dense: DenseModel, add: Callable[[int, Tensor, Tensor], None], layers: Collection[int] | None = None
+    ) -> None:
         """Call `add` for each batch and layer, as `run` does."""
         for index in self.order:
             rows, count = None if self.rows is None else list(self.rows[index]), len(self.recording.batches[index])
@@ -109,7 +127,7 @@ class Playback:
                     x, z = (tensor.unflatten(0, (count, -1))[rows].flatten(0, 1) for tensor in (x, z))
                 add(layer, x, z)
 
-            self.recording.run(index, dense, add_rows)
+            self.recording.run(index, dense, add_rows, layers)
 
 
 Batches = Iterator[Tensor] | Playback
