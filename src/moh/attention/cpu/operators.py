@@ -1,6 +1,6 @@
 """The C++ operators for PyTorch: their shapes for `torch.compile`, and gradients where C++ registers none.
 
-Attention (`csrc/operators/attention.cpp`) registers its own; the layer for one token (`decode_layer.cpp`) has none.
+Attention (`csrc/operators/attention.cpp`) registers its own; those for one token (`decode_*.cpp`) have none.
 
 Projections of active (token, head) pairs alone (`projection.h`), with M `[H * D, C]`: `cpu_expand(x, M, gates)` is
 `heads[t, h] = M[h] x[t]`, `cpu_sum_heads(heads, M, gates)` is `x[t] = sum_h M[h]' heads[t, h]`, both over the pairs whose
@@ -27,6 +27,9 @@ def register() -> None:
         ("attention", _attention_shapes),
         ("attention_backward", _attention_backward_shapes),
         ("decode_layer", _decode_layer_shape),
+        ("decode_norm", _shape_of_x),
+        ("decode_mlp", _shape_of_x),
+        ("decode_linear", _decode_linear_shape),
         ("expand", _expand_shape),
         ("sum_heads", _sum_heads_shape),
         ("outer", _outer_shape),
@@ -67,6 +70,14 @@ def _attention_backward_shapes(
 def _decode_layer_shape(x: Tensor, *others: Any) -> Tensor:
     o_weight: Tensor = others[11]
     return x.new_empty(*x.shape[:2], o_weight.shape[0])
+
+
+def _shape_of_x(x: Tensor, *others: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _decode_linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
 
 
 def _expand_shape(x: Tensor, matrix: Tensor, gates: Tensor) -> Tensor:

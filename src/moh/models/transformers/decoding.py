@@ -52,23 +52,8 @@ def decode(
         cache: of the model.
         backend: the attention backend; None for the fastest.
     """
-    B, N, _ = x.shape
     router = attention.router
-    if (
-        N != 1
-        or B > MAX_BATCH
-        or position_embeddings is None
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or backend not in (None, "cpu")
-        or router.reads_queries
-        or x.device.type != "cpu"
-        or x.dtype not in DTYPES
-        or torch.is_autocast_enabled("cpu")
-        or transforms_are_active()
-        or cpu.unavailable() is not None
-    ):
+    if position_embeddings is None or router.reads_queries or not is_decoded(x, backend):
         return None
     core = attention.core
     projections = (
@@ -85,7 +70,7 @@ def decode(
     ):
         return None
     room = room_for_a_token(cache, core.layer_idx)
-    if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != B:
+    if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != x.shape[0]:
         return None
     gates = weight = bias = None
     scores = router.linear_scores()
@@ -111,6 +96,24 @@ def decode(
     )
     room.take(cache.layers[core.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
     return out
+
+
+def is_decoded(x: Tensor, backend: str | None) -> bool:
+    """Whether x `[B, N, C]` is one new token of a few sequences for which the operators without gradients can be used."""
+    return (
+        x.dim() == 3
+        and x.shape[1] == 1
+        and 0 < x.shape[0] <= MAX_BATCH
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and backend in (None, "cpu")
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not torch.is_autocast_enabled("cpu")
+        and not transforms_are_active()
+        and cpu.unavailable() is None
+    )
 
 
 def _choice(config: MoHConfig) -> tuple[int, int]:

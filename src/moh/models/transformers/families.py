@@ -80,6 +80,13 @@ class Family:
         positions_after_padding: whether the first of them that a token gets is the one after the padding token's id.
         defaults: fields of the configuration whose default isn't supported -> ours.
         since: the first version of transformers whose modules are laid out like this; "" for all that we work with.
+        layer: name of the layer's class if a layer is `y = x + attention(input_layernorm(x))`, then
+            `y + mlp(post_attention_layernorm(y))`; "" for layers of another kind.
+        norm_offset: what such norms add to their weight.
+        residual_scale: what multiplies whatever a layer adds to x, from the layer; "" for 1.
+        mlp_gate, mlp_up, mlp_down, mlp_activation: the MLP `down(activation(gate(x)) * up(x))`, from the layer's `mlp`;
+            without a gate ("") `down(activation(up(x)))`. One name for gate and up is one projection with the gate's rows
+            first.
     """
 
     model_type: str
@@ -113,6 +120,13 @@ class Family:
     positions_after_padding: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
+    layer: str = ""
+    norm_offset: float = 0.0
+    residual_scale: str = ""
+    mlp_gate: str = "gate_proj"
+    mlp_up: str = "up_proj"
+    mlp_down: str = "down_proj"
+    mlp_activation: str = "act_fn"
 
     @property
     def moh_config(self) -> str:
@@ -204,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
         "LlamaConfig",
         "LlamaAttention",
         _decoder("Llama", _SEQUENCES, _TOKENS, _ANSWERS),
+        layer="LlamaDecoderLayer",
     ),
     Family(
         "mistral",
@@ -211,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
         "MistralConfig",
         "MistralAttention",
         _decoder("Mistral", _SEQUENCES, _TOKENS, _ANSWERS),
+        layer="MistralDecoderLayer",
     ),
     Family(
         "qwen2",
@@ -218,6 +234,7 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen2Config",
         "Qwen2Attention",
         _decoder("Qwen2", _SEQUENCES, _TOKENS, _ANSWERS),
+        layer="Qwen2DecoderLayer",
     ),
     Family(
         "qwen3",
@@ -227,6 +244,7 @@ FAMILIES: tuple[Family, ...] = (
         _decoder("Qwen3", _SEQUENCES, _TOKENS, _ANSWERS),
         query_norm="q_norm",
         key_norm="k_norm",
+        layer="Qwen3DecoderLayer",
     ),
     Family(
         "gemma",
@@ -234,6 +252,8 @@ FAMILIES: tuple[Family, ...] = (
         "GemmaConfig",
         "GemmaAttention",
         _decoder("Gemma", _SEQUENCES, _TOKENS),
+        layer="GemmaDecoderLayer",
+        norm_offset=1.0,
     ),
     Family(
         "gemma2",
@@ -270,6 +290,10 @@ FAMILIES: tuple[Family, ...] = (
         "Phi3Attention",
         _decoder("Phi3", _SEQUENCES, _TOKENS),
         fused="qkv_proj",
+        layer="Phi3DecoderLayer",
+        mlp_gate="gate_up_proj",
+        mlp_up="gate_up_proj",
+        mlp_activation="activation_fn",
     ),
     Family(
         "olmo2",
@@ -281,7 +305,15 @@ FAMILIES: tuple[Family, ...] = (
         key_norm="k_norm",
         joint_norms=True,
     ),
-    Family("granite", "granite", "GraniteConfig", "GraniteAttention", _decoder("Granite")),
+    Family(
+        "granite",
+        "granite",
+        "GraniteConfig",
+        "GraniteAttention",
+        _decoder("Granite"),
+        layer="GraniteDecoderLayer",
+        residual_scale="residual_multiplier",
+    ),
     Family(
         "cohere",
         "cohere",
@@ -308,6 +340,11 @@ FAMILIES: tuple[Family, ...] = (
         "Starcoder2Attention",
         _decoder("Starcoder2", _SEQUENCES, _TOKENS),
         finish=_residual_rate,
+        layer="Starcoder2DecoderLayer",
+        mlp_gate="",
+        mlp_up="c_fc",
+        mlp_down="c_proj",
+        mlp_activation="act",
     ),
     Family(
         "gpt_neox",

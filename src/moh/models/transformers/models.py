@@ -26,7 +26,8 @@ from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
-from moh.models.transformers.families import FAMILIES, PACKAGE, Family, attentions, family_of, known_families
+from moh.models.transformers.decoder_layer import DecodedLayer, with_output_layer
+from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, attentions, family_of, known_families
 from moh.models.transformers.fixed import WITHOUT_HEADS, FixedAttention, cut, refuse_fixed_heads
 from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads
 from moh.routing import Scorer, build_router
@@ -241,6 +242,9 @@ def route(model: Any) -> None:
             attention.router = build_router(config, model.config.hidden_size)
             if is_fixed:
                 cut(attention, model.config.without_heads)
+    for layer in at(model.base_model, family.layers) if family.layer else ():
+        if not isinstance(layer, DecodedLayer):
+            layer.__class__ = _decoded_layer_class(family)
 
 
 def make_class(name: str) -> type:
@@ -270,6 +274,8 @@ def make_class(name: str) -> type:
     for family in known:
         if dense_name.removeprefix("Fixed") == family.attention:
             return _routed_attention_class(family, fixed=dense_name != family.attention)
+        if dense_name == family.layer:
+            return _decoded_layer_class(family)
         kind = getattr(modeling(family), dense_name, None)
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
             made = output_class(kind)
@@ -325,13 +331,14 @@ def _config_class(family: Family) -> type[PreTrainedConfig]:
 @functools.cache
 def _routed_model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     family = family_of_config(dense.config_class)
+    generates = issubclass(dense, GenerationMixin)
     namespace: dict[str, Any] = {
         "__module__": PACKAGE,
         "__doc__": f"transformers' `{dense.__name__}` with MoH attention, and the load-balance loss in its loss if it has one.",
         "config_class": _config_class(family),
-        "forward": with_balance_loss(dense.forward),
+        "forward": with_balance_loss(with_output_layer(dense.forward) if generates else dense.forward),
     }
-    bases = (_BatchedContinuously, RoutedModel) if issubclass(dense, GenerationMixin) else (RoutedModel,)
+    bases = (_BatchedContinuously, RoutedModel) if generates else (RoutedModel,)
     return type(f"MoH{dense.__name__}", (*bases, dense), namespace)
 
 
@@ -345,3 +352,17 @@ def _routed_attention_class(family: Family, *, fixed: bool = False) -> type[nn.M
         namespace["eager"] = staticmethod(module.eager_attention_forward)
         return type(f"MoHFixed{family.attention}", (FixedAttention, dense), namespace)
     return type(f"MoH{family.attention}", (RoutedAttention, dense), namespace)
+
+
+@functools.cache
+def _decoded_layer_class(family: Family) -> type[nn.Module]:
+    module = modeling(family)
+    dense = getattr(module, family.layer)
+    # accelerate and FSDP find layers by the name of their class, which therefore stays; pickle finds it by the other name
+    namespace = {
+        "__module__": PACKAGE,
+        "__qualname__": f"MoH{family.layer}",
+        "family": family,
+        "own_module": module.__name__,
+    }
+    return type(family.layer, (DecodedLayer, dense), namespace)

@@ -12,6 +12,7 @@
 #include "isa/avx512.h"
 #include "kernels/bf16x2_backward.h"
 #include "kernels/bf16x2_decode.h"
+#include "kernels/bf16x2_few_tokens.h"
 
 namespace moh {
 
@@ -103,6 +104,14 @@ struct Bf16x2Kernels {
     if (!handles(p)) return avx512_kernels().outer(p, x, tokens, first_channel, channels, scratch);
     Projections::outer(p, static_cast<const c10::BFloat16*>(x), tokens, first_channel, channels, scratch);
   }
+  static void dot_rows(DType dtype, const void* matrix, int64_t stride, int64_t rows, const void* x,
+                       const Segment* segments, int64_t count, float* to) {
+    if (dtype != DType::kBFloat16)
+      return avx512_kernels().dot_rows(dtype, matrix, stride, rows, x, segments, count, to);
+    using T = c10::BFloat16;
+    Bf16x2FewTokens<Isa>::dot_rows(static_cast<const T*>(matrix), stride, rows, static_cast<const T*>(x), segments,
+                                   count, to);
+  }
 
   static Kernels table(const char* name) {
     Kernels k = avx512_kernels();
@@ -116,6 +125,8 @@ struct Bf16x2Kernels {
     k.expand = expand;
     k.sum_heads = sum_heads;
     k.outer = outer;
+    k.dot_bfloat16 = true;
+    k.dot_rows = dot_rows;
     return k;
   }
 };

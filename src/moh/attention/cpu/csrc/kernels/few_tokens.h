@@ -1,10 +1,19 @@
-// Products of a matrix with a few vectors, without the columns of inactive heads. Reading the matrix is the work.
+// What a layer computes for a few tokens: products of a matrix with a few vectors, without the columns of inactive heads,
+// and an MLP's activation. Reading the matrix is the work.
 #pragma once
 
 #include "isa/simd.h"
 #include "kernels/problem.h"
 
 namespace moh {
+
+// Asks for a row's next `bytes` from p on, a line of the cache at a time. An address behind the end does no harm.
+template <int64_t bytes>
+[[gnu::always_inline]] inline void prefetch_lines(const void* p) {
+  constexpr int64_t kLine = 64;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 template <class Isa, class T>
 struct FewTokens {
@@ -22,6 +31,7 @@ struct FewTokens {
 
  private:
   // N rows share the loads of x. Each has two sums, since an addition to a single one would wait for the one before.
+  // The N rows behind are asked for meanwhile: a row is too short for the processor to foresee them.
   template <int N>
   static void dots(const T* m, int64_t stride, const float* x, const Segment* segments, int64_t count, float* to) {
     Floats even[N]{}, odd[N]{};
@@ -33,6 +43,7 @@ struct FewTokens {
         const Floats x0 = S::load(x + i), x1 = S::load(x + i + L);
 #pragma GCC unroll 4
         for (int r = 0; r < N; ++r) {
+          prefetch_lines<2 * L * sizeof(T)>(m + (r + N) * stride + i);
           even[r] += x0 * S::load(m + r * stride + i);
           odd[r] += x1 * S::load(m + r * stride + i + L);
         }
@@ -42,6 +53,31 @@ struct FewTokens {
         for (int r = 0; r < N; ++r) rest[r] += x[i] * static_cast<float>(m[r * stride + i]);
     }
     for (int r = 0; r < N; ++r) to[r] = rest[r] + S::sum(even[r] + odd[r]);
+  }
+};
+
+template <class Isa>
+struct Activations {
+  using S = Simd<Isa::kLanes>;
+  using Floats = typename S::Floats;
+  static constexpr int L = Isa::kLanes;
+
+  // to[i] = activation(x[i]), times factor[i] where there are factors. Both activations are x / (1 + e^-z): SiLU with
+  // z = x, and GELU by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), as 1 + tanh(y) = 2 / (1 + e^(-2 y)).
+  static void run(Activation kind, const float* x, const float* factor, int64_t count, float* to) {
+    const typename S::Exp2 exp2;
+    const bool cubic = kind == Activation::kGelu;
+    const Floats linear = S::set(-kLog2e * (cubic ? 1.5957691216057308f : 1.0f));
+    const Floats cube = S::set(cubic ? 0.044715f : 0.0f), one = S::set(1.0f), most = S::set(127.0f);
+    for (int64_t i = 0; i < count; i += L) {
+      const size_t bytes = static_cast<size_t>(std::min<int64_t>(L, count - i)) * sizeof(float);
+      Floats a{}, f = one;
+      std::memcpy(&a, x + i, bytes);
+      if (factor != nullptr) std::memcpy(&f, factor + i, bytes);
+      const Floats power = S::min(linear * a * (one + cube * a * a), most);
+      const Floats result = a / (one + exp2(power)) * f;
+      std::memcpy(to + i, &result, bytes);
+    }
   }
 };
 

@@ -142,6 +142,9 @@ constexpr int64_t kFarBytes = 4 << 20;
 constexpr int64_t kProjectionRows = 256;
 constexpr int64_t kProjectionChannels = 256;
 
+// What an MLP applies between its layers: SiLU, or GELU by its formula with tanh.
+enum class Activation { kSilu, kGelu };
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -171,9 +174,13 @@ struct Kernels {
   void (*aggregate)(const Aggregate&, const Rows&, float* scratch);
   void (*aggregate_backward)(const Aggregate&, const Rows&, const AggregateSums&, float* scratch);
 
-  // to[r] = row r of a matrix times x, over the columns of some segments (few_tokens.h).
-  void (*dot_rows)(DType, const void* matrix, int64_t stride, int64_t rows, const float* x, const Segment*,
+  // to[r] = row r of a matrix times x, over the columns of some segments (few_tokens.h). x is float32, or bfloat16 where
+  // the matrix is and the kernels `dot_bfloat16`.
+  bool dot_bfloat16;
+  void (*dot_rows)(DType, const void* matrix, int64_t stride, int64_t rows, const void* x, const Segment*,
                    int64_t segments, float* to);
+  // to[i] = activation(x[i]), times factor[i] unless it is null.
+  void (*activate)(Activation, const float* x, const float* factor, int64_t count, float* to);
 };
 
 const Kernels& portable_kernels();

@@ -57,13 +57,15 @@ Kernels kernels(const char* name) {
   };
   k.aggregate = AggregatedAttention<Isa>::forward;
   k.aggregate_backward = AggregatedAttention<Isa>::backward;
-  k.dot_rows = [](DType dtype, const void* matrix, int64_t stride, int64_t rows, const float* x,
+  k.dot_bfloat16 = false;
+  k.dot_rows = [](DType dtype, const void* matrix, int64_t stride, int64_t rows, const void* x,
                   const Segment* segments, int64_t count, float* to) {
     with_type(dtype, [&](auto t) {
-      FewTokens<Isa, decltype(t)>::dot_rows(static_cast<const decltype(t)*>(matrix), stride, rows, x, segments, count,
-                                            to);
+      FewTokens<Isa, decltype(t)>::dot_rows(static_cast<const decltype(t)*>(matrix), stride, rows,
+                                            static_cast<const float*>(x), segments, count, to);
     });
   };
+  k.activate = Activations<Isa>::run;
   return k;
 }
 

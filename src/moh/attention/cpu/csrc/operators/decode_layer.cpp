@@ -26,7 +26,7 @@ struct Choice {
 // Gates [T, H] of the linear router: 1 for the shared heads and for those whose score x W' + b (or its sum over a unit
 // of neighbours) is largest, 0 for the rest. Of equal scores the first wins; NaN counts as the largest, as in at::topk.
 template <class T>
-void hard_gates(const FewTokensProduct& router, const AsFloats& x, int64_t tokens, at::IntArrayRef shared,
+void hard_gates(const FewTokensProduct& router, const FewTokensInput& x, int64_t tokens, at::IntArrayRef shared,
                 const Choice& choice, T* gates) {
   const int64_t active = choice.active, parts = choice.parts, together = choice.together;
   const int64_t heads = router.rows;
@@ -121,7 +121,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
   TORCH_CHECK_VALUE(gates_.has_value() != router_weight.has_value(), "either gates or a router must be given");
   int64_t cos_stride, sin_stride;
   const at::Tensor cosines = angles(cos, B, D, x, &cos_stride), sines = angles(sin, B, D, x, &sin_stride);
-  const AsFloats from(x);
+  const FewTokensInput from(x);
   const at::Tensor q = at::empty({B, H, 1, D}, x.options());
   at::Tensor gates = gates_.has_value() ? gates_->contiguous() : at::empty({B, 1, H}, x.options());
   TORCH_CHECK_VALUE(gates.sizes() == at::IntArrayRef({B, 1, H}) && gates.scalar_type() == x.scalar_type(),
@@ -141,9 +141,15 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
 
     T* queries = q.mutable_data_ptr<T>();
     std::vector<T> new_keys(B * kv_heads * D), new_values(B * kv_heads * D);
-    q_proj.multiply<T>(from, B, queries, flags.data(), H);
-    k_proj.multiply<T>(from, B, new_keys.data());
-    v_proj.multiply<T>(from, B, new_values.data());
+    const int64_t q_blocks = q_proj.blocks(H), kv_blocks = k_proj.blocks(1);
+    for_each_block(q_blocks + 2 * kv_blocks, q_proj.bytes() + 2 * k_proj.bytes(), [&](int64_t i) {
+      if (i < q_blocks)
+        q_proj.multiply_block(i, from, B, queries, flags.data(), H);
+      else if (i < q_blocks + kv_blocks)
+        k_proj.multiply_block(i - q_blocks, from, B, new_keys.data());
+      else
+        v_proj.multiply_block(i - q_blocks - kv_blocks, from, B, new_values.data());
+    });
     const T* c = static_cast<const T*>(cosines.const_data_ptr());
     const T* s = static_cast<const T*>(sines.const_data_ptr());
     std::vector<T> row(D);
@@ -169,7 +175,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
   const at::Tensor heads = std::get<0>(attention(q, keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1),
                                                  gates, mask, false, std::nullopt, scale, false));  // [B, 1, H, D]
   const at::Tensor out = at::empty({B, 1, o_proj.rows}, x.options());
-  const AsFloats weighted(heads);
+  const FewTokensInput weighted(heads);
   with_type(o_proj.dtype, [&](auto type) {
     using T = decltype(type);
     o_proj.multiply_columns<T>(weighted, B, out.mutable_data_ptr<T>(), flags.data(), H);

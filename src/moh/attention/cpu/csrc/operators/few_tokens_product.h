@@ -11,38 +11,77 @@
 
 namespace moh {
 
-// The numbers of a tensor as contiguous float32, copied only where they are not.
-class AsFloats {
+// A few tokens' numbers as the kernels multiply them: float32, or bfloat16 where they have dot products of it.
+class FewTokensInput {
  public:
-  explicit AsFloats(const at::Tensor& x) : tensor_(x.contiguous()) {
+  const Kernels& kernels;  // They are looked up once, so that those which read the numbers agree on their type.
+
+  // Those of a tensor, copied only where they have another type or are not contiguous.
+  explicit FewTokensInput(const at::Tensor& x) : FewTokensInput(dtype_of(x)) {
+    tensor_ = x.contiguous();
     with_type(dtype_of(x), [&](auto t) {
       using T = decltype(t);
       const T* from = static_cast<const T*>(tensor_.const_data_ptr());
-      if constexpr (std::is_same_v<T, float>) {
-        data_ = from;
-      } else {
-        copy_.assign(from, from + x.numel());
-        data_ = copy_.data();
+      if constexpr (std::is_same_v<T, float>) floats_ = from;
+      if constexpr (std::is_same_v<T, c10::BFloat16>) rounded_ = from;
+      if (rounds_ ? rounded_ == nullptr : floats_ == nullptr) {
+        float_copy_.assign(from, from + x.numel());
+        floats_ = float_copy_.data();
       }
     });
   }
-  const float* data() const { return data_; }
+  // `count` numbers that are still to be put.
+  FewTokensInput(DType dtype, int64_t count) : FewTokensInput(dtype) {
+    if (rounds_) {
+      rounded_copy_.resize(count);
+      rounded_ = rounded_copy_.data();
+    } else {
+      float_copy_.resize(count);
+      floats_ = float_copy_.data();
+    }
+  }
+  FewTokensInput(const FewTokensInput&) = delete;
+
+  void put(int64_t first, const float* from, int64_t count) {
+    if (rounds_)
+      std::copy_n(from, count, rounded_copy_.begin() + first);
+    else
+      std::copy_n(from, count, float_copy_.begin() + first);
+  }
+  const void* from(int64_t first) const {
+    return rounds_ ? static_cast<const void*>(rounded_ + first) : floats_ + first;
+  }
 
  private:
+  explicit FewTokensInput(DType dtype)
+      : kernels(moh::kernels()), rounds_(dtype == DType::kBFloat16 && kernels.dot_bfloat16) {}
+
+  bool rounds_;
   at::Tensor tensor_;
-  std::vector<float> copy_;
-  const float* data_ = nullptr;
+  std::vector<float> float_copy_;
+  std::vector<c10::BFloat16> rounded_copy_;
+  const float* floats_ = nullptr;
+  const c10::BFloat16* rounded_ = nullptr;
 };
+
+// Runs task(i) for i < count, on one thread per kBytesPerThread of the `bytes` that all of them read, at most.
+template <class Task>
+void for_each_block(int64_t count, int64_t bytes, const Task& task) {
+  constexpr int64_t kBytesPerThread = 256 * 1024;  // One thread reads this much before another has woken up.
+  const int64_t threads = std::max<int64_t>(1, bytes / kBytesPerThread);
+  at::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
 
 struct FewTokensProduct {
   // All tokens use this many rows of the matrix while these are in the L1 cache.
   static constexpr int64_t kRows = 8;
-  // One thread reads this much of the matrix before another has woken up.
-  static constexpr int64_t kBytesPerThread = 256 * 1024;
 
   at::Tensor matrix, bias;
   DType dtype;
   int64_t rows, columns;
+  std::vector<Segment> whole;  // all columns
 
   FewTokensProduct(const char* name, const at::Tensor& weight, const std::optional<at::Tensor>& bias_,
                    const at::Tensor& x)
@@ -51,32 +90,38 @@ struct FewTokensProduct {
                       "'s weight must have 2 dimensions and x's dtype ", x.scalar_type(), ", got ",
                       matrix.scalar_type(), " of shape ", matrix.sizes());
     rows = matrix.size(0), columns = matrix.size(1);
+    whole = {{0, columns}};
     if (!bias_.has_value()) return;
     bias = bias_->contiguous();
     TORCH_CHECK_VALUE(bias.sizes() == at::IntArrayRef({rows}) && bias.scalar_type() == x.scalar_type(), name,
                       "'s bias must be [", rows, "] of x's dtype, got ", bias.sizes());
   }
+  int64_t bytes() const { return rows * columns * static_cast<int64_t>(matrix.element_size()); }
 
   // to [T, rows] = x [T, columns] times the transposed matrix, plus the bias; 0 for heads not `active` [T, heads].
   template <class T>
-  void multiply(const AsFloats& x, int64_t tokens, T* to, const char* active = nullptr, int64_t heads = 1) const {
-    const std::vector<Segment> whole{{0, columns}};
-    const int64_t width = rows / heads, blocks = (width + kRows - 1) / kRows;
-    for_each_block(heads * blocks, [&](int64_t i) {
-      const int64_t h = i / blocks, d = i % blocks * kRows, count = std::min(kRows, width - d);
-      for (int64_t t = 0; t < tokens; ++t) {
-        T* at = to + t * rows + h * width + d;
-        if (active == nullptr || active[t * heads + h])
-          dot(h * width + d, count, x.data() + t * columns, whole, at);
-        else
-          std::fill_n(at, count, static_cast<T>(0.0f));
-      }
-    });
+  void multiply(const FewTokensInput& x, int64_t tokens, T* to, const char* active = nullptr, int64_t heads = 1) const {
+    for_each_block(blocks(heads), bytes(), [&](int64_t i) { multiply_block(i, x, tokens, to, active, heads); });
   }
+  // The same in `blocks(heads)` parts, the i-th of them.
+  template <class T>
+  void multiply_block(int64_t i, const FewTokensInput& x, int64_t tokens, T* to, const char* active = nullptr,
+                      int64_t heads = 1) const {
+    const int64_t per_head = blocks(heads) / heads, width = rows / heads;
+    const int64_t h = i / per_head, d = i % per_head * kRows, count = std::min(kRows, width - d);
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* at = to + t * rows + h * width + d;
+      if (active == nullptr || active[t * heads + h])
+        dot(h * width + d, count, x, t, whole, at);
+      else
+        std::fill_n(at, count, static_cast<T>(0.0f));
+    }
+  }
+  int64_t blocks(int64_t heads) const { return heads * ((rows / heads + kRows - 1) / kRows); }
 
   // The same, but `active` [T, heads] selects columns, equally many for each head.
   template <class T>
-  void multiply_columns(const AsFloats& x, int64_t tokens, T* to, const char* active, int64_t heads) const {
+  void multiply_columns(const FewTokensInput& x, int64_t tokens, T* to, const char* active, int64_t heads) const {
     const int64_t width = columns / heads;
     std::vector<std::vector<Segment>> segments(tokens);  // Neighbouring active heads share a segment.
     for (int64_t t = 0; t < tokens; ++t)
@@ -87,32 +132,35 @@ struct FewTokensProduct {
         else
           segments[t].push_back({h * width, width});
       }
-    for_each_block((rows + kRows - 1) / kRows, [&](int64_t i) {
+    for_each_block(blocks(1), bytes(), [&](int64_t i) {
       const int64_t first = i * kRows;
       for (int64_t t = 0; t < tokens; ++t)
-        dot(first, std::min(kRows, rows - first), x.data() + t * columns, segments[t], to + t * rows + first);
+        dot(first, std::min(kRows, rows - first), x, t, segments[t], to + t * rows + first);
+    });
+  }
+
+  // to[i] = row first + i times token t's numbers in some columns, plus the bias, for i < count.
+  void sums(int64_t first, int64_t count, const FewTokensInput& x, int64_t t, const std::vector<Segment>& segments,
+            float* to) const {
+    const auto start = [&](const at::Tensor& of, int64_t i) {
+      return static_cast<const char*>(of.const_data_ptr()) + i * static_cast<int64_t>(of.element_size());
+    };
+    x.kernels.dot_rows(dtype, start(matrix, first * matrix.stride(0)), matrix.stride(0), count, x.from(t * columns),
+                       segments.data(), static_cast<int64_t>(segments.size()), to);
+    if (!bias.defined()) return;
+    with_type(dtype, [&](auto type) {
+      const auto* b = static_cast<const decltype(type)*>(bias.const_data_ptr()) + first;
+      for (int64_t i = 0; i < count; ++i) to[i] += static_cast<float>(b[i]);
     });
   }
 
  private:
   template <class T>
-  void dot(int64_t first, int64_t count, const float* x, const std::vector<Segment>& segments, T* to) const {
-    float sums[kRows];
-    const T* m = static_cast<const T*>(matrix.const_data_ptr()) + first * matrix.stride(0);
-    kernels().dot_rows(dtype, m, matrix.stride(0), count, x, segments.data(), static_cast<int64_t>(segments.size()),
-                       sums);
-    const T* b = bias.defined() ? static_cast<const T*>(bias.const_data_ptr()) + first : nullptr;
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = static_cast<T>(b == nullptr ? sums[i] : sums[i] + static_cast<float>(b[i]));
-  }
-
-  // Runs task(i) for i < count, on one thread per kBytesPerThread of the matrix at most.
-  template <class Task>
-  void for_each_block(int64_t count, const Task& task) const {
-    const int64_t threads = std::max<int64_t>(1, rows * columns * matrix.element_size() / kBytesPerThread);
-    at::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(i);
-    });
+  void dot(int64_t first, int64_t count, const FewTokensInput& x, int64_t t, const std::vector<Segment>& segments,
+           T* to) const {
+    float numbers[kRows];
+    sums(first, count, x, t, segments, numbers);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(numbers[i]);
   }
 };
 

@@ -51,8 +51,9 @@ void use(const std::string& name) {
 }  // namespace
 
 const Kernels& kernels() {
+  static const Kernels* const most_capable = available().front();
   const Kernels* chosen = in_use;
-  return chosen != nullptr ? *chosen : *available().front();
+  return chosen != nullptr ? *chosen : *most_capable;
 }
 
 }  // namespace moh

@@ -1,0 +1,193 @@
+"""Promises of the operators for one new token outside attention: a norm, the MLP between two residuals, the output layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CASES = [
+    pytest.param(dict(), id="silu"),
+    pytest.param(dict(activation="gelu_tanh"), id="gelu"),
+    pytest.param(dict(gated=False, activation="gelu_tanh"), id="plain"),
+    pytest.param(dict(gated=False, bias=True, centred=True), id="plain-layer-norm-biases"),
+    pytest.param(dict(B=3, bias=True, offset=1.0), id="batch-biases-offset"),
+    pytest.param(dict(B=16, C=64, M=130, scale=0.22), id="sixteen-rows-scaled"),
+    pytest.param(dict(B=2, C=37, M=19), id="odd-sizes"),
+    pytest.param(dict(C=576, M=1536), id="as-large-as-SmolLM2"),
+]
+
+
+def inputs(
+    B=1, C=48, M=80, gated=True, activation="silu", bias=False, centred=False, offset=0.0, scale=1.0
+) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def linear(rows: int, columns: int) -> list[Tensor | None]:
+        return [normal(rows, columns) / columns**0.5, normal(rows) if bias else None]
+
+    return dict(
+        x=normal(B, 1, C) + 0.3,
+        added=normal(B, 1, C),
+        scale=scale,
+        norm=[1 + 0.3 * normal(C) - offset, normal(C) if centred else None],
+        kind=(1e-5, offset, centred),
+        projections=[*(linear(M, C) if gated else [None, None]), *linear(M, C), *linear(C, M)],
+        activation=activation,
+    )
+
+
+def to(value, dtype: torch.dtype):
+    if isinstance(value, dict):
+        return {name: to(item, dtype) for name, item in value.items()}
+    if isinstance(value, list):
+        return [to(item, dtype) for item in value]
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def arguments(case) -> tuple[object, ...]:
+    return (
+        case["x"],
+        case["added"],
+        case["scale"],
+        *case["norm"],
+        *case["kind"],
+        *case["projections"],
+        case["activation"],
+    )
+
+
+def call(case) -> Tensor:
+    return torch.ops.moh.cpu_decode_mlp(*arguments(case))
+
+
+def normalised(x: Tensor, case) -> Tensor:
+    weight, bias = case["norm"]
+    eps, offset, centred = case["kind"]
+    if centred:
+        return F.layer_norm(x, x.shape[-1:], weight + offset, bias, eps)
+    return F.rms_norm(x, x.shape[-1:], weight + offset, eps)
+
+
+def definition(case) -> Tensor:
+    gate, gate_bias, up, up_bias, down, down_bias = case["projections"]
+    activate = F.silu if case["activation"] == "silu" else lambda t: F.gelu(t, approximate="tanh")
+    y = case["x"] + case["scale"] * case["added"]
+    z = normalised(y, case)
+    hidden = F.linear(z, up, up_bias)
+    hidden = activate(hidden) if gate is None else activate(F.linear(z, gate, gate_bias)) * hidden
+    return y + case["scale"] * F.linear(hidden, down, down_bias)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    allowed = TOLERANCE[got.dtype] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("sizes", CASES)
+@torch.no_grad()
+def test_output_is_that_of_the_definition_in_float32(isa, sizes, dtype):
+    case = to(inputs(**sizes), dtype)
+    exact = to(case, torch.float32)
+    assert_close(call(case), definition(exact))
+    assert_close(torch.ops.moh.cpu_decode_norm(case["x"], *case["norm"], *case["kind"]), normalised(exact["x"], exact))
+    down = case["projections"][4]
+    assert_close(
+        torch.ops.moh.cpu_decode_linear(case["x"], down.t().contiguous(), None), exact["x"] @ exact["projections"][4]
+    )
+
+
+@pytest.mark.parametrize("sizes", [dict(C=576, M=1536), dict(B=16, C=576, M=1536)], ids=["one-row", "sixteen-rows"])
+@torch.no_grad()
+def test_sixteen_bits_err_no_more_than_pytorch_does(kernels, sizes):
+    case = to(inputs(**sizes), torch.bfloat16)
+    exact = definition(to(case, torch.float32))
+    error, of_pytorch = ((result.float() - exact).square().mean().sqrt() for result in (call(case), definition(case)))
+    assert error <= of_pytorch
+
+
+@torch.no_grad()
+def test_activations_far_out_are_their_limits(isa):
+    far = torch.tensor([-1e30, -300.0, -90.0, -20.0, 0.0, 20.0, 90.0, 300.0, 1e30])
+    C = len(far)
+    for activation, expected in (("silu", F.silu), ("gelu_tanh", lambda t: F.gelu(t, approximate="tanh"))):
+        # W_up is 0, so only its bias arrives; W_down is the identity
+        case = inputs(C=C, M=C, gated=False, activation=activation) | dict(added=torch.zeros(1, 1, C))
+        case["x"] = torch.zeros(1, 1, C)
+        case["projections"] = [None, None, torch.zeros(C, C), far, torch.eye(C), None]
+        torch.testing.assert_close(call(case)[0, 0], expected(far), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@torch.no_grad()
+def test_a_nan_stays_in_its_row(isa, row):
+    case = inputs(B=2)
+    case["x"][row, 0, 5] = torch.nan
+    bad = call(case).isnan()
+    assert bad[row].all()
+    assert not bad[1 - row].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_bits_depend_neither_on_threads_nor_on_other_rows(isa, threads, dtype):
+    case = to(inputs(B=3, C=576, M=1536), dtype)
+    results = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        results.append(call(case))
+    assert all(torch.equal(result, results[0]) for result in results)
+    for row in range(3):
+        alone = case | dict(x=case["x"][row : row + 1], added=case["added"][row : row + 1])
+        assert torch.equal(call(alone), results[0][row : row + 1])
+
+
+@torch.no_grad()
+def test_halves_of_one_matrix_and_transposed_weights_are_read_as_they_lie():
+    case = inputs()
+    gate, up, down = case["projections"][::2]
+    expected = definition(case)
+    halves = torch.cat([gate, up]).chunk(2)
+    case["projections"][::2] = [*halves, down.t().contiguous().t()]
+    assert_close(call(case), expected)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_operators_are_registered_correctly(gated):
+    case = inputs(gated=gated, bias=True, centred=True)
+    torch.library.opcheck(torch.ops.moh.cpu_decode_mlp.default, arguments(case))
+    torch.library.opcheck(torch.ops.moh.cpu_decode_norm.default, (case["x"], *case["norm"], *case["kind"]))
+    torch.library.opcheck(torch.ops.moh.cpu_decode_linear.default, (case["x"], *case["projections"][2:4]))
+
+
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        (r"x must be \[B, 1, C\]", dict(x=torch.zeros(1, 2, 48))),
+        ("added must have x's shape", dict(added=torch.zeros(2, 1, 48))),
+        (r"the norm's weight must be \[C = 48\]", dict(norm=[torch.ones(47), None])),
+        (r"the norm's bias must be \[C = 48\]", dict(norm=[torch.ones(48), torch.ones(48).half()])),
+        (r"gate and up weights must be \[I, C = 48\]", dict(projections=0)),
+        ("down's weight must have 2 dimensions and x's dtype", dict(projections=4)),
+        ("activation must be 'silu' or 'gelu_tanh', got 'relu'", dict(activation="relu")),
+    ],
+    ids=["tokens", "added", "norm", "norm-bias", "weights", "dtype", "activation"],
+)
+def test_arguments_that_do_not_fit_are_refused(message, change):
+    case = inputs()
+    if change.get("projections") == 0:
+        case["projections"][0] = case["projections"][0][1:]
+    elif change.get("projections") == 4:
+        case["projections"][4] = case["projections"][4].double()
+    else:
+        case |= change
+    with pytest.raises(ValueError, match=message):
+        call(case)
