@@ -46,7 +46,7 @@ class DecodedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = None if args else _parts(self, hidden_states)
         if parts is None:
-            own: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            own: Tensor = super().forward(hidden_states, *args, **kwargs)
             return own
         normalised = torch.ops.moh.cpu_decode_norm(hidden_states, *parts.first_norm)
         attended, _ = self.self_attn(hidden_states=normalised, **kwargs)
@@ -81,9 +81,9 @@ def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
         return None
     if type(mlp).__module__ != layer.own_module or not _is_untouched(mlp):
         return None
-    gate, up, down = (
-        getattr(mlp, name) if name else None for name in (family.mlp_gate, family.mlp_up, family.mlp_down)
-    )
+    gate: Any = getattr(mlp, family.mlp_gate) if family.mlp_gate else None
+    up: Any = getattr(mlp, family.mlp_up)
+    down: Any = getattr(mlp, family.mlp_down)
     activation = getattr(mlp, family.mlp_activation)
     name = _ACTIVATIONS.get(type(activation))
     if name is None or not _is_untouched(activation):
@@ -93,14 +93,15 @@ def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
     norms = [_norm(layer, norm, x) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     if norms[0] is None or norms[1] is None:
         return None
+    projections: tuple[Tensor | None, ...]
     if gate is up:
         weights, biases = up.weight.chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
-        first = (weights[0], biases[0], weights[1], biases[1])
+        projections = (weights[0], biases[0], weights[1], biases[1])
     else:
-        first = (None, None) if gate is None else (gate.weight, gate.bias)
-        first = (*first, up.weight, up.bias)
+        of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
+        projections = (*of_gate, up.weight, up.bias)
     scale = at(layer, family.residual_scale) if family.residual_scale else 1.0
-    return _Parts(norms[0], norms[1], (*first, down.weight, down.bias), name, scale)
+    return _Parts(norms[0], norms[1], (*projections, down.weight, down.bias), name, scale)
 
 
 def _norm(layer: DecodedLayer, norm: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
