@@ -146,7 +146,7 @@ def test_convert_refuses_what_only_calibrated_models_have(option):
 
 
 def test_convert_wants_the_number_of_shared_heads():
-    with pytest.raises(ValueError, match="shared_heads must be given for a diffusion model"):
+    with pytest.raises(ValueError, match="shared_heads must be given with active_heads for a diffusion model"):
         moh.convert(our_model(), active_heads=1, router="two_stage")
 
 

@@ -6,6 +6,7 @@ of model has one adapter: `transformers`, `timm`, `diffusers`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from moh.conversion.dense import DenseModel, OutputWeight, check_weights
 from moh.conversion.layer_kinds import LayerKinds
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
+from moh.models.heads import heads_of_share, requested_share
 from moh.models.hub import is_hub_name, kind_at
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
@@ -38,8 +40,9 @@ RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks
 def convert(
     model_or_path: Any,
     *,
+    share: float | None = None,
     shared_heads: int | Sequence[int] | None = None,
-    active_heads: int | Sequence[int],
+    active_heads: int | Sequence[int] | None = None,
     router: str | None = None,
     layers: str | None = None,
     routing_unit: str = "head",
@@ -65,20 +68,23 @@ def convert(
             diffusers `DiTTransformer2DModel`, a dense DiT of ours, a `DiTPipeline`, or a directory or hub name of one of
             these; they are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
             is, as its weights are copied, unless `copy_weights` is False.
-        shared_heads: h_s, heads that every token uses, or their indices. A number means the ones with the largest
-            mean contribution where a router is fitted, else the first ones. None means 2 in 9,
-            or half with the paper's router (`Router.shared_share`); for a diffusion model it must be given.
-        active_heads: k, routed heads that each token activates; a number, or one per layer. Where nothing is routed, the
-            heads that a layer keeps, `shared_heads` being None.
+        share: share of all heads that each token uses, shared ones included, in (0, 1]; None means 0.75, unless
+            `active_heads` is given. Layers get the nearest number of heads that they allow; with uneven layers
+            (`allocation`, `layers`) the sum over all layers is the nearest.
+        shared_heads: instead of `share`: h_s, heads that every token uses, or their indices. A number means the ones with
+            the largest mean contribution where a router is fitted, else the first ones. None means 2 in 9, or half with the
+            paper's router (`Router.shared_share`); must be given with `active_heads` for a diffusion model.
+        active_heads: instead of `share`: k, routed heads that each token activates; a number, or one per layer. Where
+            nothing is routed, the heads that a layer keeps, `shared_heads` being None.
         router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
             or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model), or
             "fixed": the same heads for every token, the others cut out of the projections, in models of transformers. None
-            means "linear", or "fixed" with layers="drop".
+            means "linear", "fixed" with layers="drop", or "two_stage" for a diffusion model.
         layers: what may become of a layer, by what it is estimated or measured to cost. "keep": it keeps some heads, all
             routed, or all fixed. "drop": it keeps all of its heads, or has no attention at all, no cache and no
             queries, keys and values; with `refit_output` it then adds a linear map of its input. "mix": it is routed, fixed
             or without heads, whatever costs least. The last two are for a language model that generates and take the
-            total of `active_heads` and `shared_heads`. None means "mix" for router="fixed" with heads by
+            total of `share`, or of `active_heads` and `shared_heads`. None means "mix" for router="fixed" with heads by
             `allocation="sensitivity"`, else "keep".
         routing_unit: what a token chooses (`moh.MoHConfig`): "head", or, in a language model with grouped-query
             attention, "group_balanced" or "kv_group".
@@ -92,14 +98,14 @@ def convert(
         batch_size: blocks or images per forward pass.
         allocation: "even", or "sensitivity" to distribute the same total unevenly, by an estimate of what each
             layer loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a
-            language model that generates, with router="linear" and heads given as numbers, else "even".
+            language model that generates, with router="linear" and heads given as a share or as numbers, else "even".
         refit_output: refit W_O so that the kept heads make up for the skipped ones; in a language model that generates
             and whose layers get uneven numbers of heads, routers and allocation take it into account (docs/method.md, M18). With
             all heads active W_O stays the same; otherwise the model is tied to this number of heads. None means what came
             out best: True for a language model that generates, with router="linear" and without `shares`, else False.
         shares: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the dial of this one model then supports
             (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer uses at them and
-            kept as low-rank changes; with all heads active it is the original's. `shared_heads` and `active_heads` set
+            kept as low-rank changes; with all heads active it is the original's. `share`, or the numbers of heads, set
             the dial's first position. For models of transformers with router="linear".
         router_aux_loss_coef: weight of the load-balance loss in the model's own loss, if it has one, and in training in the
             gradient of any other loss; 0 for none.
@@ -119,11 +125,12 @@ def convert(
             is out of range or missing; nothing was changed.
 
     Examples:
-        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", active_heads=5, calibration=texts)  # doctest: +SKIP
+        >>> model = moh.convert("HuggingFaceTB/SmolLM2-135M", share=0.75, calibration=texts)  # doctest: +SKIP
         >>> model.save_pretrained("smollm2-moh")  # doctest: +SKIP
         >>> dense = timm.create_model("deit3_small_patch16_224", pretrained=True)  # doctest: +SKIP
-        >>> model = moh.convert(dense, shared_heads=1, active_heads=3, calibration=images)  # doctest: +SKIP
+        >>> model = moh.convert(dense, share=0.5, calibration=images)  # doctest: +SKIP
     """
+    share = requested_share(share, shared_heads=shared_heads, active_heads=active_heads)
     if _is_diffusion(model_or_path):
         if calibration is not None or allocation == "sensitivity" or refit_output or shares:
             raise ValueError(
@@ -141,28 +148,25 @@ def convert(
                 "routing_unit must be 'head' for a diffusion model, whose heads don't share keys and values in groups, "
                 f"got {routing_unit!r}"
             )
-        if shared_heads is None:
-            raise ValueError(
-                "shared_heads must be given for a diffusion model: the default was measured with fitted routers"
-            )
         from moh.conversion.diffusers import convert_dit
 
         return convert_dit(
             model_or_path,
+            share=share,
             shared_heads=shared_heads,
             active_heads=active_heads,
-            router=router or "linear",
+            router="two_stage" if router is None else router,
             router_aux_loss_coef=router_aux_loss_coef,
         )
     router = router or (FIXED if layers == "drop" else "linear")
     dense = _dense_model(model_or_path, router, copy_weights=copy_weights)
     check_weights(dense.model)
-    requested = _requested_layers(dense, shared_heads, active_heads, router, routing_unit)
+    requested = _requested_layers(dense, share, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
     kind = router_class(router)
     best = (kind.ranks_heads or router == FIXED) and generates
     if allocation is None:
-        numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int)
+        numbers = isinstance(shared_heads, int | None) and isinstance(active_heads, int | None)
         allocation = "sensitivity" if best and numbers else "even"
     if refit_output is None:
         refit_output = (best or router == FIXED) and shares is None
@@ -190,14 +194,14 @@ def convert(
         calibrator = Calibrator(dense, samples, batch_size, progress)
         # Only for language models with uneven layers: it made those with even ones worse, and encoders too
         counts_on_refit = refits and generates and allocation == "sensitivity"
+        total = _total(requested, share)
         if router == FIXED or layers == "mix":
-            kinds = LayerKinds(calibrator, requested, refitted=refit_output)
+            kinds = LayerKinds(calibrator, requested, refitted=refit_output, total=total)
             chosen, costs = (kinds.as_requested(), None) if allocation == "even" else kinds.choose(layers)
             routers, output_weights = kinds.assemble(chosen)
         else:
             routers = calibrator.fit_routers(requested, refitted=counts_on_refit)
             if allocation == "sensitivity":
-                total = sum(c.num_shared + c.active_heads for c in requested)
                 costs = calibrator.costs(routers, refitted=counts_on_refit)
                 routers = calibrator.reallocate(routers, costs, total)
             if refit_output:
@@ -245,14 +249,16 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str, *, copy_wei
 
 def _requested_layers(
     dense: DenseModel,
+    share: float | None,
     shared_heads: int | Sequence[int] | None,
-    active_heads: int | Sequence[int],
+    active_heads: int | Sequence[int] | None,
     router: str,
     unit: str,
 ) -> list[MoHConfig]:
     """Each layer's heads as requested.
 
     Args:
+        share: of all heads; None where `active_heads` is given.
         shared_heads: a number, indices, or None for the default.
         active_heads: a number, or one per layer.
         unit: `MoHConfig.routing_unit`.
@@ -261,33 +267,46 @@ def _requested_layers(
         ValueError: one of them is out of range, or the model has no groups for such a unit.
     """
     count = len(dense.attentions)
-    active = [active_heads] * count if isinstance(active_heads, int) else list(active_heads)
-    if len(active) != count:
-        raise ValueError(
-            f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
-        )
     if unit != "head" and dense.kv_heads is None:
         raise ValueError(
             f"routing_unit must be 'head' for a {type(dense.model).__name__}, whose heads don't share keys and values in "
             f"groups, got {unit!r}"
         )
     h, kv_heads = dense.num_heads, None if unit == "head" else dense.kv_heads
-    if router == FIXED:
-        if shared_heads is not None:
-            raise ValueError(
-                f"shared_heads must be left out for router={FIXED!r}, where active_heads is how many heads a layer keeps, got "
-                f"{shared_heads!r}"
-            )
+    is_fixed = router == FIXED
+    if is_fixed and shared_heads is not None:
+        raise ValueError(
+            f"shared_heads must be left out for router={FIXED!r}, where active_heads is how many heads a layer keeps, got "
+            f"{shared_heads!r}"
+        )
+    if shared_heads is None:
+        step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
+        default = 0 if is_fixed else router_class(router).default_shared_heads(h, step=step)
+        if share is not None:
+            shared_heads, active_heads = heads_of_share(share, h, default_shared=default, step=step)
+        else:
+            shared_heads = default
+    active = [active_heads] * count if isinstance(active_heads, int) else list(active_heads or ())
+    if len(active) != count:
+        raise ValueError(
+            f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
+        )
+    if is_fixed:
         if not sum(active) > 0 or not all(0 <= k <= h for k in active):
             raise ValueError(
                 f"active_heads must be between 0 and {h} in each layer for router={FIXED!r}, and not 0 in all, got "
                 f"{active_heads}"
             )
         return [MoHConfig(h, k, 0, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
-    if shared_heads is None:
-        step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
-        shared_heads = router_class(router).default_shared_heads(h, step=step)
     return [MoHConfig(h, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
+
+
+def _total(layers: Sequence[MoHConfig], share: float | None) -> int:
+    """Heads of all layers together, as requested: with a share nearer to it than the sum of each layer's nearest number."""
+    if share is None:
+        return sum(c.num_shared + c.active_heads for c in layers)
+    step = layers[0].step
+    return max(len(layers), math.floor(share * sum(c.num_heads for c in layers) / step + 0.5)) * step
 
 
 def load_dense(path: str | Path) -> Any:

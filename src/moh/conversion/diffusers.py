@@ -20,6 +20,7 @@ from torch import Tensor
 from moh.config import ROUTERS
 from moh.conversion.dense import check_weights, make_undecided
 from moh.models.diffusers import MoHDiTTransformer2DModel
+from moh.models.heads import heads_of_share, requested_share
 from moh.models.hub import local_diffusion
 from moh.routing import Router, router_class
 
@@ -46,8 +47,9 @@ _PARTS = {
 def convert_dit(
     model_or_path: DiTTransformer2DModel | MoHDiTTransformer2DModel | DiTPipeline | str | Path,
     *,
-    shared_heads: int | Sequence[int | Sequence[int]],
-    active_heads: int | Sequence[int],
+    share: float | None = None,
+    shared_heads: int | Sequence[int | Sequence[int]] | None = None,
+    active_heads: int | Sequence[int] | None = None,
     router: str = "two_stage",
     router_aux_loss_coef: float = 0.0,
 ) -> MoHDiTTransformer2DModel | DiTPipeline:
@@ -56,8 +58,11 @@ def convert_dit(
     Args:
         model_or_path: the dense model, a pipeline with one, or a directory or hub name of either. What is passed stays as
             it is: the weights are copied.
-        shared_heads: h_s, a number (the first heads) or one entry per layer: a number or that layer's shared heads.
-        active_heads: k, routed heads that each token activates; a number, or one per layer.
+        share: share of all heads that each token uses, in (0, 1]; None means 0.75, unless `active_heads` is given. Up to half
+            of the heads are shared then.
+        shared_heads: instead of `share`: h_s, a number (the first heads) or one entry per layer: a number or that layer's
+            shared heads.
+        active_heads: instead of `share`: k, routed heads that each token activates; a number, or one per layer.
         router: "two_stage" or "single_stage" (learned; new weights that let every active head weigh 1 and choose the
             routed heads almost at random, to be trained) or "query_norm" (no parameters).
         router_aux_loss_coef: as in `MoHDiTTransformer2DModel`.
@@ -69,6 +74,12 @@ def convert_dit(
     Raises:
         ValueError: the model can't be converted, or an argument is out of range; nothing was changed.
     """
+    share = requested_share(share, shared_heads=shared_heads, active_heads=active_heads)
+    if share is None and shared_heads is None:
+        raise ValueError(
+            "shared_heads must be given with active_heads for a diffusion model: the default number was measured with fitted "
+            "routers; or give a share of all heads"
+        )
     if router not in UNFITTED:
         raise ValueError(
             f"router must be one of {', '.join(map(repr, UNFITTED))} for a diffusion model, got {router!r}"
@@ -85,6 +96,9 @@ def convert_dit(
         fields, state = _of_diffusers(model), _state_of_diffusers(model)
     else:
         raise ValueError(f"model must be a DiTTransformer2DModel or a dense model of ours, got {type(model).__name__}")
+    if share is not None:
+        heads = fields["num_attention_heads"]
+        shared_heads, active_heads = heads_of_share(share, heads, default_shared=max(1, heads // 2))
     routing = dict(shared_heads=_plain(shared_heads), active_heads=_plain(active_heads), router=router)
     routing |= dict(router_aux_loss_coef=router_aux_loss_coef)
     with torch.device("meta"):

@@ -29,15 +29,17 @@ class LayerKinds:
 
     Args:
         calibrator: of the dense model.
-        requested: each layer's heads, of which the total counts; all fixed, or all with one router.
+        requested: each layer's heads; all fixed, or all with one router.
         refitted: W_O will be refitted, and a layer without heads gets a linear map of its input.
+        total: heads over all layers, for `choose`.
 
     Attributes:
         fixed: what was fitted for fixed heads, one per layer.
         routers: of routed layers, one per layer, or none.
     """
 
-    def __init__(self, calibrator: Calibrator, requested: Sequence[MoHConfig], *, refitted: bool) -> None:
+    def __init__(self, calibrator: Calibrator, requested: Sequence[MoHConfig], *, refitted: bool, total: int) -> None:
+        self._total = total
         self._calibrator, self._requested, self._refitted = calibrator, requested, refitted
         self._used = [layer.num_shared + layer.active_heads for layer in requested]
         self.fixed = self._fit_fixed()
@@ -71,7 +73,7 @@ class LayerKinds:
             `[L, H + 1]`, None without any.
         """
         options = self.options(layers)
-        chosen = allocate(options, sum(self._used), self.meter())
+        chosen = allocate(options, self._total, self.meter())
         h = self._calibrator.dense.num_heads
         return chosen, options[-1].costs.nan_to_num(posinf=TOO_FEW * h**2) if self.routers else None
 

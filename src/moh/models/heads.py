@@ -1,14 +1,70 @@
 """The heads of each layer of a model, from its configuration: one number for all layers or one per layer.
 
-Shared by the models of all families; a single layer's part is a `moh.MoHConfig`.
+Shared by the models of all families; a single layer's part is a `moh.MoHConfig`. Also what a share of the heads means for a
+layer (`heads_of_share`). Without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from moh.config import MoHConfig
+
+DEFAULT_SHARE = 0.75
+"""Share of its heads that each token of a converted model uses, if nothing else is requested."""
+
+
+def requested_share(share: object = None, *, shared_heads: object = None, active_heads: object = None) -> float | None:
+    """The share of heads that a conversion's arguments request; None where they give numbers of heads.
+
+    Args:
+        share: of all heads, in (0, 1]; None for `DEFAULT_SHARE`, unless there are numbers.
+        shared_heads: None, or a number or a sequence.
+        active_heads: likewise; enough by itself.
+
+    Raises:
+        ValueError: both are given, or the share is out of range, or `shared_heads` is given alone.
+    """
+    if share is None and active_heads is not None:
+        return None
+    if share is None and shared_heads is not None:
+        raise ValueError(
+            f"active_heads must be given with shared_heads = {shared_heads}; or leave both out and give a share of all heads"
+        )
+    if shared_heads is not None or active_heads is not None:
+        raise ValueError(
+            f"share must be left out where shared_heads or active_heads is given, got {share!r}: a share sets both"
+        )
+    if share is None:
+        return DEFAULT_SHARE
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise ValueError(f"share must be a number above 0 and at most 1, such as 0.75 of all heads, got {share!r}")
+    return float(share)
+
+
+def heads_of_share(share: float, num_heads: int, *, default_shared: int, step: int = 1) -> tuple[int, int]:
+    """(h_s, k) of a layer, its shared and its active routed heads, whose sum is as near to a share as the layer allows.
+
+    Args:
+        share: of all heads, in (0, 1].
+        num_heads: h.
+        default_shared: shared heads of a layer that uses many heads. At most two thirds of the heads in use are shared, as in
+            the paper's conversion (16 of 24), so that with a small share tokens still have something to choose.
+        step: both numbers are multiples of it (`MoHConfig.step`).
+
+    Raises:
+        ValueError: the nearest number of heads is 0.
+    """
+    used = math.floor(share * num_heads / step + 0.5) * step
+    if used == 0:
+        what = "head" if step == 1 else f"choice of {step} heads"
+        raise ValueError(
+            f"share must be at least {step / num_heads:.3f}, one {what} of a layer's {num_heads}, got {share:g}"
+        )
+    shared = min(default_shared, 2 * used // 3) // step * step
+    return shared, used - shared
 
 
 def layer_configs(

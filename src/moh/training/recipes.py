@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from moh._checks import at_least
 from moh._extras import require
+from moh.models.heads import requested_share
 from moh.training.parsing import build, merge, override, read_file, split_options
 from moh.training.shipped import find_recipe
 
@@ -170,16 +171,24 @@ class ConversionSettings:
     """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with their own defaults.
 
     Args:
-        shared_heads: heads per layer that every token uses.
-        active_heads: routed heads per layer that each token chooses.
+        share: share of all heads that each token uses; null means 0.75, unless `active_heads` is given.
+        shared_heads: heads per layer that every token uses, instead of `share`; null means what `moh.convert` chooses.
+        active_heads: routed heads per layer that each token chooses, instead of `share`.
         router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
             "two_stage" (the paper's learned one).
         allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
         refit_output: refit the output projections so that the active heads make up for the others.
     """
 
-    shared_heads: int
-    active_heads: int
+    share: float | None = None
+    shared_heads: int | None = None
+    active_heads: int | None = None
     router: str = "linear"
     allocation: Literal["even", "sensitivity"] = "even"
     refit_output: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            requested_share(self.share, shared_heads=self.shared_heads, active_heads=self.active_heads)
+        except ValueError as error:
+            raise ValueError(f"conversion.{error}") from None

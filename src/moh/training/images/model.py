@@ -181,6 +181,7 @@ def _convert(recipe: ImageRecipe, model: nn.Module, wanted: ImageInput, train: I
         calibration = batch["images"][batch["labels"] != SKIPPED]
     return convert(  # type: ignore[no-any-return]
         model,
+        share=settings.share,
         shared_heads=settings.shared_heads,
         active_heads=settings.active_heads,
         router=settings.router,

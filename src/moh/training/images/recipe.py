@@ -54,6 +54,7 @@ class ImageConversionRecipe(ConversionSettings):
     calibration_images: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("conversion.calibration_images", self.calibration_images, 1)
 
 

@@ -162,6 +162,7 @@ def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
     needs_text = router_class(settings.router).is_fitted
     return convert(
         load_dense(recipe.model.path),
+        share=settings.share,
         shared_heads=settings.shared_heads,
         active_heads=settings.active_heads,
         router=settings.router,

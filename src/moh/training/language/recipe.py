@@ -106,6 +106,7 @@ class ConversionRecipe(ConversionSettings):
     calibration_tokens: int = 12_288
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("conversion.calibration_tokens", self.calibration_tokens, 1)
 
 
