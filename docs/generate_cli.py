@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moh.cli.main import build_parser
-from moh.cli.options import Command
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 INTRODUCTION = """\
 # Commands
 
-Made from the commands' own parsers by `docs/generate_cli.py`; `moh COMMAND --help` shows the same in a terminal."""
+Made from the commands' own parsers by `docs/generate_cli.py`; `moh COMMAND --help` shows the same in a terminal.
+
+Every command also takes `--debug`, which shows the full traceback of an error. Exit codes: 0; 1 if a command failed; 2 if it
+was called with something that it can't accept; 130 if it was interrupted.
+
+Commands and options are completed by the shell after `pip install 'mixture-of-heads[completion]'` and, in bash,
+`eval "$(moh --print-completion bash)"`; in zsh, `moh --print-completion zsh > DIR/_moh` for a directory in `fpath`."""
 
 
 def page() -> str:
@@ -28,11 +33,7 @@ def commands(parser: argparse.ArgumentParser, name: str = "moh") -> Iterator[tup
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for word, command in action.choices.items():
-                if " " not in word:
-                    yield from commands(command, f"{name} {word}")
-    if isinstance(parser, Command):
-        for word, command in parser.longer.items():
-            yield from commands(command, f"{name} {word}")
+                yield from commands(command, f"{name} {word}")
 
 
 def _section(name: str, parser: argparse.ArgumentParser) -> str:
@@ -48,7 +49,12 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _is_hidden(action: argparse.Action) -> bool:
-    return isinstance(action, argparse._HelpAction | argparse._SubParsersAction) or action.help == argparse.SUPPRESS
+    everywhere = action.default == argparse.SUPPRESS and action.dest == "debug"
+    return (
+        everywhere
+        or isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+        or action.help == argparse.SUPPRESS
+    )
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

@@ -54,6 +54,20 @@ def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path
     in_new_interpreter(textwrap.dedent(code) + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
 
 
+@needs_transformers
+@pytest.mark.parametrize(
+    "order", ["import moh\nimport transformers", "import transformers\nimport moh"], ids=["first", "last"]
+)
+@pytest.mark.parametrize("then", ["", "import transformers.processing_utils\n"], ids=["plain", "reimported"])
+def test_our_classes_are_attributes_of_transformers(order, then):
+    """processing_utils puts another module `transformers` in its place, where the names must be too."""
+    code = f"{order}\nfrom transformers import AutoConfig\n{then}import transformers\n"
+    code += (
+        "import sys\nassert sys.modules['transformers'].MoHLlamaForCausalLM.config_class.__name__ == 'MoHLlamaConfig'"
+    )
+    in_new_interpreter(code)
+
+
 def test_torch_is_imported_when_a_name_is_first_used():
     code = """
     import sys

@@ -50,6 +50,7 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
     "demo": "llm",
     "cli": "llm",
     "cli/inspect_subjects.py": "vision",
+    "cli/programs.py": "eval",
     "cli/scores.py": "diffusion",
 }
 WITH_TORCH = {"triton"}  # its build with CUDA brings it; the backends ask whether it is there

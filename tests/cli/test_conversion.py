@@ -186,7 +186,7 @@ def test_a_diffusion_model_needs_no_data_and_has_a_learned_router(moh, tmp_path:
         (["generate", "the head", "--max-new-tokens", 63], "a prompt of 2 tokens and 63 new ones must fit into the"),
         (["eval", "--seq-len", 65], "seq_len must be at most the model's 64 positions, got 65 tokens"),
         (
-            ["curve", "--out", "{tmp}", "--seq-len", 32, "--decode-tokens", 33, "--prompt-tokens", 32],
+            ["curve", "--output", "{tmp}", "--seq-len", 32, "--decode-tokens", 33, "--prompt-tokens", 32],
             "prompt_tokens and decode_tokens together must be at most the model's 64 positions, got 65 tokens",
         ),
     ],

@@ -67,7 +67,7 @@ def test_a_converted_pipeline_is_a_pipeline_with_the_same_parts(moh, pipeline: P
     assert result.code == 0, result.err
     assert result.out[-1] == f"{target}: MoH model, each token uses 50 % of the heads"
     check_parts(pipeline, target)
-    drawn = moh("sample", target, "--classes", "goldfish", "--steps", 2, "--out", tmp_path / "drawn")
+    drawn = moh("sample", target, "--classes", "goldfish", "--steps", 2, "--output", tmp_path / "drawn")
     assert drawn.code == 0, drawn.err
 
 
@@ -128,9 +128,9 @@ def test_pipelines_are_converted_and_drawn_with_by_their_hub_names(
     check_parts(pipeline, tmp_path / "moh")
     repositories["owner/moh-dit"] = tmp_path / "moh"
     for name in repositories:
-        drawn = moh("sample", name, "--classes", "ray", "--steps", 2, "--out", tmp_path / name)
+        drawn = moh("sample", name, "--classes", "ray", "--steps", 2, "--output", tmp_path / name)
         assert drawn.code == 0, drawn.err
-    result = moh("sample", "owner/none", "--out", tmp_path / "none")
+    result = moh("sample", "owner/none", "--output", tmp_path / "none")
     assert result.code == 2 and "checkpoint 'owner/none' can't be fetched: no connection" in result.err[-1]
 
 
@@ -139,7 +139,7 @@ def test_a_transformer_alone_is_taken_by_its_hub_name(moh, pipeline: Path, repos
     result = moh("convert", "owner/alone", tmp_path / "moh", *HEADS)
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "moh" / "config.json").read_text())["_class_name"] == "MoHDiTTransformer2DModel"
-    drawn = moh("sample", "owner/alone", "--vae", pipeline / "vae", "--steps", 2, "--out", tmp_path / "drawn")
+    drawn = moh("sample", "owner/alone", "--vae", pipeline / "vae", "--steps", 2, "--output", tmp_path / "drawn")
     assert drawn.code == 0, drawn.err
 
 

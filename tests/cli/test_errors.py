@@ -1,4 +1,4 @@
-"""Promise: bad input ends with exit code 2 and one line that names what is wrong and where."""
+"""Promise: bad input ends with exit code 2, a failure with 1, and one line that names what is wrong and where."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_missing_model_is_named(moh, text_file: Path, tmp_path: Path) -> None:
     assert_one_line(moh("eval", nowhere, *text), "eval", message)
     assert_one_line(moh("generate", nowhere, "the"), "generate", message)
     assert_one_line(moh("convert", nowhere, tmp_path / "out", *HEADS, *text), "convert", message)
-    assert_one_line(moh("inspect", nowhere, "--out", tmp_path / "out", *text), "inspect", message)
+    assert_one_line(moh("inspect", nowhere, "--output", tmp_path / "out", *text), "inspect", message)
     assert_one_line(moh("eval", f"{nowhere}.gguf", *text), "eval", r"existing \.gguf file, got .*nowhere\.gguf")
     assert not (tmp_path / "out").exists()
 
@@ -72,8 +72,8 @@ def test_output_that_cannot_be_written_is_refused_before_anything_runs(moh, in_t
     message = f"{re.escape(str(in_the_way))} can't be written: Not a directory"
     text = ["--files", text_file]
     assert_one_line(moh("convert", "/nowhere/at/all", in_the_way, *HEADS, *text), "convert", message)
-    assert_one_line(moh("inspect", "/nowhere/at/all", "--out", in_the_way, *text), "inspect", message)
-    assert_one_line(moh("demo", "--base", "/nowhere/at/all", "--output-dir", in_the_way, *text), "demo", message)
+    assert_one_line(moh("inspect", "/nowhere/at/all", "--output", in_the_way, *text), "inspect", message)
+    assert_one_line(moh("demo", "--base", "/nowhere/at/all", "--output", in_the_way, *text), "demo", message)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,12 @@ def test_a_recipe_with_an_unknown_override_tells_it(moh, tmp_path: Path, base_di
     "argv",
     [
         ["eval", "x", "--seqlen", "3"],
-        ["info", "--json"],
-        ["convert", "x", "y"],
+        ["eval", "text", "x", "--images", "y"],
+        ["eval"],
+        ["info", "--jason"],
         ["convert", "x", "y", "--shared-heads", "some", "--active-heads", "1"],
+        ["curve", "x"],
+        ["curve", "x", "--output", "y", "--out", "z"],
         ["generate", "x", "y", "--max-new", "3"],
         ["fly"],
         [],
@@ -143,9 +146,31 @@ def test_what_the_parser_does_not_know_ends_with_code_2(moh, argv) -> None:
     assert result.err[0].startswith("usage: moh") and "error: " in result.err[-1]
 
 
-def test_debug_shows_the_traceback(moh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("argv", [["--debug", "generate"], ["generate", "--debug"], ["eval", "text", "--debug"]])
+def test_debug_shows_the_traceback_before_and_after_the_command(moh, tmp_path: Path, argv) -> None:
     with pytest.raises(ValueError, match="there is no"):
-        moh("--debug", "generate", tmp_path / "nowhere", "the")
+        moh(*argv, tmp_path / "nowhere", *(["the"] if "generate" in argv else []))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("shape must be B H"), 2),
+        (FileNotFoundError("no such recipe"), 2),
+        (RuntimeError("CUDA out of memory"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (ImportError("needs timm"), 1),
+        (PermissionError(13, "Permission denied"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_a_failure_is_not_wrong_usage(moh, monkeypatch: pytest.MonkeyPatch, error, code) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moh.demo.run_demo", fail)
+    result = moh("demo")
+    assert result.code == code and len(result.err) == 1 and result.err[0].startswith("moh demo: ")
 
 
 def test_an_interrupted_command_ends_like_a_shell_expects(moh, monkeypatch: pytest.MonkeyPatch) -> None:

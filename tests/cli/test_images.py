@@ -41,13 +41,13 @@ def test_eval_of_some_images_spreads_over_the_classes(moh, classifiers, folder: 
 
 
 def test_a_classifier_needs_images_and_images_need_a_classifier(moh, classifiers, base_dir: Path, folder: Path) -> None:
-    for command in (["eval"], ["inspect", "--out", "x"]):
+    for command in (["eval"], ["inspect", "--output", "x"]):
         result = moh(command[0], classifiers["75"], *command[1:])
         assert result.code == 2 and "--images must be given, because" in result.err[0] and len(result.err) == 1
         result = moh(command[0], base_dir, *command[1:], "--images", folder)
         assert result.code == 2 and "--images needs an image classifier, and" in result.err[0]
     assert "must not both be given" in moh("eval", base_dir, "--images", folder, "--files", folder).err[0]
-    assert "--classes is for image classifiers" in moh("inspect", base_dir, "--out", "x", "--classes", "ant").err[0]
+    assert "--classes is for image classifiers" in moh("inspect", base_dir, "--output", "x", "--classes", "ant").err[0]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> Non
 
 def test_curve_of_a_classifier_draws_accuracy_and_images_per_second(moh, classifiers, folder: Path, tmp_path) -> None:
     out, images = tmp_path / "curve", FolderImages(folder)
-    told = moh("curve", classifiers["75"], "--out", out, "--images", folder, "--dense", classifiers["dense"])
+    told = moh("curve", classifiers["75"], "--output", out, "--images", folder, "--dense", classifiers["dense"])
     assert told.code == 0, told.err
     assert sorted(file.name for file in out.iterdir()) == ["curve.csv", "curve.json", "curve.png", "curve.svg"]
     data = json.loads((out / "curve.json").read_text(encoding="utf-8"))

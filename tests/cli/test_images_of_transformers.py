@@ -88,7 +88,7 @@ def test_which_heads_they_use_is_inspected(moh, directories, folder: Path, tmp_p
         out = tmp_path / f"out-{kind}"
         page = tmp_path / f"{kind}.html"
         options = ["--permutations", 9, "--ablate", 4]
-        result = moh("inspect", directory, "--images", folder, "--out", out, "--html", page, *options)
+        result = moh("inspect", directory, "--images", folder, "--output", out, "--html", page, *options)
         assert result.code == 0, result.err
         assert (out / "summary.md").is_file() and page.stat().st_size > 1000
         expected = "100 % of the heads used; dense" if kind == "dense" else " 50 % of the heads used"
@@ -97,12 +97,12 @@ def test_which_heads_they_use_is_inspected(moh, directories, folder: Path, tmp_p
 
 def test_the_curve_of_the_dial_is_drawn(moh, directories, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "curve"
-    result = moh("curve", directories["MoH"], "--dense", directories["dense"], "--images", folder, "--out", out)
+    result = moh("curve", directories["MoH"], "--dense", directories["dense"], "--images", folder, "--output", out)
     assert result.code == 0, result.err
     data = json.loads((out / "curve.json").read_text(encoding="utf-8"))
     assert [point["share"] for point in data["points"]] == [0.25, 0.5, 0.75, 1.0]
     assert data["points"][-1]["top1"] == data["dense"]["top1"]
-    result = moh("curve", directories["dense"], "--images", folder, "--out", out)
+    result = moh("curve", directories["dense"], "--images", folder, "--output", out)
     assert result.code == 2 and "no layer whose heads are routed" in result.err[-1]
 
 

@@ -43,7 +43,7 @@ def kinds(tmp_path: Path) -> Path:
 def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Path) -> None:
     out = kinds / "new" / "heads"
     groups = ["--group", f"a={kinds / 'a'}", "--group", f"code={kinds / '*.py'}"]
-    told = moh("inspect", moh_dir, *groups, "--out", out, "--seq-len", 8, "--permutations", 19, "--ablate", 2)
+    told = moh("inspect", moh_dir, *groups, "--output", out, "--seq-len", 8, "--permutations", 19, "--ablate", 2)
     assert told.code == 0, told.err
     drawn = figures("head_load", "group_load", "shared_routed", "distances", "ablation")
     assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | TESTED | drawn
@@ -65,7 +65,7 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
 
 def test_the_trade_off_on_the_same_texts_is_drawn_on_demand(moh, moh_dir: Path, kinds: Path) -> None:
     out, file = kinds / "heads", kinds / "0.py"
-    told = moh("inspect", moh_dir, "--files", file, "--out", out, "--seq-len", 8, "--curve")
+    told = moh("inspect", moh_dir, "--files", file, "--output", out, "--seq-len", 8, "--curve")
     assert told.code == 0, told.err
     assert {path.name for path in out.iterdir()} >= {"curve.png", "curve.svg", "curve.csv", "curve.json", "heads.csv"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(moh_dir), AutoTokenizer.from_pretrained(moh_dir)
@@ -73,19 +73,19 @@ def test_the_trade_off_on_the_same_texts_is_drawn_on_demand(moh, moh_dir: Path, 
     points = [(float(row["share"]), float(row["perplexity"])) for row in rows(out / "curve.csv")]
     assert points == [(point.share, pytest.approx(point.perplexity)) for point in expected.points] and len(points) > 1
     told = moh("inspect", moh_dir, "--files", file, "--html", kinds / "page.html", "--curve")
-    assert told.code == 2 and "--curve needs --out DIR" in told.err[0]
+    assert told.code == 2 and "--curve needs --output DIR" in told.err[0]
 
 
 def test_files_are_groups_of_their_names_and_single_texts_are_said_to_be_so(moh, moh_dir: Path, kinds: Path) -> None:
     out = kinds / "heads"
-    told = moh("inspect", moh_dir, "--files", kinds / "0.py", kinds / "1.py", "--out", out, "--seq-len", 8)
+    told = moh("inspect", moh_dir, "--files", kinds / "0.py", kinds / "1.py", "--output", out, "--seq-len", 8)
     assert told.code == 0, told.err
     assert {row["group"] for row in rows(out / "heads.csv")} == {"0.py", "1.py"}
     assert "A group has a single text" in (out / "summary.md").read_text(encoding="utf-8")
 
 
 def test_one_group_is_shown_and_not_tested(moh, moh_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    told = moh("inspect", moh_dir, "--files", text_file, "--out", tmp_path / "heads", "--seq-len", 32)
+    told = moh("inspect", moh_dir, "--files", text_file, "--output", tmp_path / "heads", "--seq-len", 32)
     assert told.code == 0 and "not tested: at least 2 groups with inputs are needed, got 1" in told.out
     names = {path.name for path in (tmp_path / "heads").iterdir()} - {"unusual.csv"}
     assert names == TABLES | figures("head_load", "group_load", "shared_routed")
@@ -94,7 +94,7 @@ def test_one_group_is_shown_and_not_tested(moh, moh_dir: Path, text_file: Path, 
 
 def test_a_dense_model_is_shown_as_what_it_is(moh, base_dir: Path, kinds: Path) -> None:
     groups = ["--group", f"a={kinds / 'a'}", "--group", f"code={kinds / '*.py'}"]
-    told = moh("inspect", base_dir, *groups, "--out", kinds / "heads", "--seq-len", 16)
+    told = moh("inspect", base_dir, *groups, "--output", kinds / "heads", "--seq-len", 16)
     assert told.code == 0, told.err
     assert told.out[0] == "layer   0: 100 % of the heads used; dense"
     assert "not tested: groups can't differ in their heads" in told.out[2]
@@ -105,7 +105,17 @@ def test_a_dense_model_is_shown_as_what_it_is(moh, base_dir: Path, kinds: Path) 
 def test_classes_of_images_become_tables_and_figures(moh, classifiers, folder: Path, tmp_path: Path, kind) -> None:
     out = tmp_path / "heads"
     told = moh(
-        "inspect", classifiers[kind], "--images", folder, "--out", out, "--classes", "cow", "ant", "--permutations", 9
+        "inspect",
+        classifiers[kind],
+        "--images",
+        folder,
+        "--output",
+        out,
+        "--classes",
+        "cow",
+        "ant",
+        "--permutations",
+        9,
     )
     assert told.code == 0, told.err
     drawn = figures("head_load", "group_load", "shared_routed")
@@ -133,12 +143,12 @@ def test_a_diffusion_models_time_steps_and_classes_are_groups(moh, folder: Path,
     save_image_model(ImageModel(model, diffusion_scheduler(clip=True), None, ("ant", "bee", "cow")), tmp_path / "model")
     out = tmp_path / "heads"
     options = ["--by", by, "--bins", 2, "--permutations", 9, "--ablate", 3]
-    told = moh("inspect", tmp_path / "model", "--images", folder, "--out", out, *options)
+    told = moh("inspect", tmp_path / "model", "--images", folder, "--output", out, *options)
     assert told.code == 0, told.err
     expected = {"t 0-499", "t 500-999"} if by == "timestep" else {"ant", "bee", "cow"}
     assert {row["group"] for row in rows(out / "heads.csv")} == expected
     assert "# Which head does what: " in (out / "summary.md").read_text(encoding="utf-8")
-    assert "--images must be given, because" in moh("inspect", tmp_path / "model", "--out", out).err[0]
+    assert "--images must be given, because" in moh("inspect", tmp_path / "model", "--output", out).err[0]
     told = moh("inspect", tmp_path / "model", "--images", folder, "--html", tmp_path / "page.html")
     assert told.code == 2 and "--html shows texts and images of classifiers" in told.err[0]
 
@@ -169,9 +179,9 @@ def test_an_unknown_class_or_no_target_is_refused_before_anything_is_written(
     page = tmp_path / "page.html"
     told = moh("inspect", classifiers["75"], "--images", folder, "--html", page, "--classes", "dog")
     assert told.code == 2 and "--classes must be among ant, bee, cow, got dog" in told.err[0]
-    told = moh("inspect", classifiers["75"], "--images", folder, "--out", tmp_path / "out", "--classes", "dog")
+    told = moh("inspect", classifiers["75"], "--images", folder, "--output", tmp_path / "out", "--classes", "dog")
     assert told.code == 2 and "groups must be among ant, bee, cow, got 'dog'" in told.err[0]
-    assert "--out DIR or --html FILE" in moh("inspect", classifiers["75"], "--images", folder).err[0]
+    assert "--output DIR or --html FILE" in moh("inspect", classifiers["75"], "--images", folder).err[0]
     told = moh("inspect", classifiers["75"], "--images", folder, "--html", tmp_path / "no" / "page.html")
     assert "--html must be a file in a directory that exists" in told.err[0]
     assert list(tmp_path.iterdir()) == []
@@ -191,6 +201,6 @@ def test_an_unknown_class_or_no_target_is_refused_before_anything_is_written(
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_does_not_fit_is_told_in_one_line(moh, moh_dir, text_file, tmp_path: Path, argv, message) -> None:
-    told = moh("inspect", moh_dir, "--files", text_file, "--out", tmp_path / "out", "--max-tokens", 8192, *argv)
+    told = moh("inspect", moh_dir, "--files", text_file, "--output", tmp_path / "out", "--max-tokens", 8192, *argv)
     assert told.code == 2 and len(told.err) == 1 and message in told.err[0], told.err
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,10 @@ def test_a_share_below_half_a_choice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(share=0.5, active_heads=3), "share must be left out where shared_heads or active_heads is given, got 0.5"),
+        (
+            dict(share=0.5, active_heads=3),
+            "share must be left out where shared_heads or active_heads is given, got 0.5",
+        ),
         (dict(share=0.5, shared_heads=1), "share must be left out where"),
         (dict(share=0.5, shared_heads=[0, 1], active_heads=[1]), "share must be left out where"),
         (dict(shared_heads=1), "active_heads must be given with shared_heads = 1"),
@@ -129,3 +132,9 @@ def test_recipes_take_a_share_too(task, conversion, message) -> None:
     else:
         with pytest.raises(ValueError, match=message):
             load_recipe(None, overrides)
+
+
+@pytest.mark.parametrize("options", [dict(router="fixed"), dict(layers="drop"), dict(layers="mix")], ids=str)
+def test_fixed_heads_and_dropped_layers_take_a_share(make_dense, tokens, options) -> None:
+    model = convert(make_dense(), share=0.5, calibration=tokens, progress=False, **options)
+    assert sum(c.num_shared + c.active_heads for c in model.config.layer_configs()) == 4  # of 2 layers of 4 heads

@@ -195,7 +195,7 @@ def test_one_command_writes_picture_table_and_json(base_dir: Path, text_file: Pa
     assert main(["convert", str(base_dir), str(target), *options]) == 0
     sizes = ["--seq-len", "16", "--max-tokens", "64", "--prompt-tokens", "8", "--decode-tokens", "2", "--repeats", "2"]
     dense = ["--dense", str(base_dir)]
-    assert main(["curve", str(target), "--out", str(out), "--files", str(text_file), *dense, *sizes]) == 0
+    assert main(["curve", str(target), "--output", str(out), "--files", str(text_file), *dense, *sizes]) == 0
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "curve.svg").read_text(encoding="utf-8")
     rows = list(csv.DictReader((out / "curve.csv").read_text(encoding="utf-8").splitlines()))
@@ -207,5 +207,5 @@ def test_one_command_writes_picture_table_and_json(base_dir: Path, text_file: Pa
 
 
 def test_a_dense_model_has_no_curve(base_dir: Path, text_file: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["curve", str(base_dir), "--out", str(tmp_path), "--files", str(text_file), "--seq-len", "16"]) == 2
+    assert main(["curve", str(base_dir), "--output", str(tmp_path), "--files", str(text_file), "--seq-len", "16"]) == 2
     assert "moh.convert makes a MoH model of it" in capsys.readouterr().err

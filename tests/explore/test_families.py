@@ -82,7 +82,7 @@ def test_the_command_inspects_them(directories: dict[str, Path], tmp_path: Path,
     files = ["--files", str(tmp_path / "one"), str(tmp_path / "other"), "--seq-len", "16", "--max-tokens", "64"]
     for kind, directory in directories.items():
         out = tmp_path / f"out {kind}"
-        results = ["--out", str(out), "--html", str(tmp_path / "page.html"), "--permutations", "9"]
+        results = ["--output", str(out), "--html", str(tmp_path / "page.html"), "--permutations", "9"]
         assert main(["inspect", str(directory), *files, *results]) == 0
         shown = capfd.readouterr().out
         assert shown.count("100 % of the heads used" if kind == "dense" else " 50 % of the heads used") == 2
@@ -92,7 +92,7 @@ def test_the_command_inspects_them(directories: dict[str, Path], tmp_path: Path,
 @pytest.mark.parametrize("directories", ["bert"], indirect=True)
 def test_what_needs_a_next_token_is_refused_for_an_encoder(directories: dict[str, Path], tmp_path: Path, capfd) -> None:
     for option in (["--ablate", "2"], ["--curve"]):
-        assert main(["inspect", str(directories["MoH"]), "--out", str(tmp_path / "out"), *option]) == 2
+        assert main(["inspect", str(directories["MoH"]), "--output", str(tmp_path / "out"), *option]) == 2
         assert "need a model that predicts the next token" in capfd.readouterr().err
 
 

@@ -42,7 +42,7 @@ def moh(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++"])
 def test_named_classes_are_drawn(moh, checkpoint: Path, tiny, tmp_path: Path, scheduler: str) -> None:
     options = ["--guidance", 1.5, "--steps", 4, "--scheduler", scheduler, "--seed", 7, "--num", 3]
-    code, out, err = moh("sample", checkpoint, "--classes", "dog", 4, *options, "--out", tmp_path / "out")
+    code, out, err = moh("sample", checkpoint, "--classes", "dog", 4, *options, "--output", tmp_path / "out")
     assert code == 0, err
     assert out == [f"{tmp_path}/out: 3 images"]
     expected = sample(tiny(), [1, 4, 1], SamplingSettings(scheduler=scheduler, steps=4, guidance=1.5, seed=7))
@@ -53,7 +53,7 @@ def test_named_classes_are_drawn(moh, checkpoint: Path, tiny, tmp_path: Path, sc
 
 
 def test_all_classes_are_drawn_unless_some_are_named(moh, checkpoint: Path, tmp_path: Path) -> None:
-    code, out, _ = moh("sample", checkpoint, "--steps", 2, "--npz", tmp_path / "x.npz", "--out", tmp_path / "out")
+    code, out, _ = moh("sample", checkpoint, "--steps", 2, "--npz", tmp_path / "x.npz", "--output", tmp_path / "out")
     assert code == 0 and out == [f"{tmp_path}/out and {tmp_path}/x.npz: 5 images"]
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 3, 4]
 
@@ -84,7 +84,7 @@ def test_bfloat16_is_close_to_float32(moh, checkpoint: Path, tmp_path: Path) -> 
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_wrong_options_are_told(moh, checkpoint: Path, tmp_path: Path, argv: list[str], message: str) -> None:
-    target = [] if "--npz" in argv else ["--out", tmp_path / "out"]
+    target = [] if "--npz" in argv else ["--output", tmp_path / "out"]
     code, out, err = moh("sample", checkpoint, *argv, *target)
     assert code == 2 and not out and len(err) == 1, err
     assert re.search(f"^moh sample: .*{message}", err[0])
@@ -92,11 +92,11 @@ def test_wrong_options_are_told(moh, checkpoint: Path, tmp_path: Path, argv: lis
 
 
 def test_wrong_checkpoints_and_targets_are_told(moh, checkpoint: Path, tmp_path: Path) -> None:
-    code, _, err = moh("sample", tmp_path / "nowhere", "--out", tmp_path / "out")
+    code, _, err = moh("sample", tmp_path / "nowhere", "--output", tmp_path / "out")
     assert code == 2 and "checkpoint must be a directory or a hub name, but there is no directory" in err[0]
     code, _, err = moh("sample", checkpoint)
-    assert code == 2 and "--out DIR or --npz FILE must be given for the images" in err[0]
-    code, _, err = moh("sample", checkpoint, "--out", checkpoint / "model_index.json" / "below")
+    assert code == 2 and "--output DIR or --npz FILE must be given for the images" in err[0]
+    code, _, err = moh("sample", checkpoint, "--output", checkpoint / "model_index.json" / "below")
     assert code == 2 and "can't be written" in err[0]
 
 
@@ -105,8 +105,8 @@ def test_nan_ends_with_one_line(moh, checkpoint: Path, tiny, tmp_path: Path) -> 
     with torch.no_grad():
         model.transformer.proj_out.bias[0] = float("nan")
     save_image_model(model, checkpoint)
-    code, _, err = moh("sample", checkpoint, "--steps", 3, "--out", tmp_path / "out")
-    assert code == 2 and len(err) == 1
+    code, _, err = moh("sample", checkpoint, "--steps", 3, "--output", tmp_path / "out")
+    assert code == 1 and len(err) == 1
     assert err[0].startswith(
         "moh sample: the model returned NaN or infinity in step 1 of 3 (t = 999), for image 0, 1, 2, 3, 4"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moh.cli import generation
+from moh.cli.loading import add_loading
 from moh.cli.options import active_heads, add_active_heads, add_command
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--system", metavar="TEXT", help="instructions to the model before the conversation")
     generation.add_sampling(parser, max_new_tokens=256, temperature=0.7)
     add_active_heads(parser)
+    add_loading(parser)
 
 
 def run(arguments: Namespace) -> None:

@@ -11,7 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moh.cli.options import add_command, add_files, add_images, read_corpus, read_images
+from moh.cli.loading import add_loading, placement, refuse_device_map, revision
+from moh.cli.options import (
+    add_command,
+    add_files,
+    add_images,
+    add_json,
+    add_output,
+    output_of,
+    print_result,
+    read_corpus,
+    read_images,
+)
 from moh.config import FIXED, ROUTERS, ROUTING_UNITS
 
 if TYPE_CHECKING:
@@ -30,17 +41,26 @@ def add_parser(sub: Commands) -> None:
 
     parser = add_command(sub, "convert", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; hf-hub:NAME for a timm model")
-    parser.add_argument("output", help="directory for the MoH model")
+    add_output(parser, "directory for the MoH model", positional=True)
     parser.add_argument(
+        "--share", type=float,
+        help="share of all heads that each token uses, shared ones included (default: 0.75, unless --active-heads is given)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plan", action="store_true",
+        help="convert nothing: print what shares save in this model at 512, 4,096 and 32,768 tokens, from its configuration",
+    )  # fmt: skip
+    add_json(parser)
+    numbers = parser.add_argument_group("numbers of heads per layer, instead of --share")
+    numbers.add_argument(
+        "--active-heads",
+        type=int,
+        help="routed heads that each token activates; where heads are fixed, those that a layer keeps on average",
+    )
+    numbers.add_argument(
         "--shared-heads",
         type=int,
         help="heads that every token uses (default: 2 in 9, half with query_norm; required for a diffusion model)",
-    )
-    parser.add_argument(
-        "--active-heads",
-        type=int,
-        required=True,
-        help="routed heads that each token activates; where heads are fixed, those that a layer keeps on average",
     )
     parser.add_argument(
         "--router",
@@ -70,10 +90,6 @@ def add_parser(sub: Commands) -> None:
         help="tokens, or patches of images, to calibrate on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the weights, to calibrate in and to save (default: the checkpoint's)",
-    )  # fmt: skip
-    parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
         help="of heads to layers (default: sensitivity for a causal language model with the linear router, else even)",
@@ -90,9 +106,19 @@ def add_parser(sub: Commands) -> None:
         metavar="SHARE",
         help="store output changes for each of these shares of heads in one model",
     )
+    add_loading(parser, dtype="of the weights, to calibrate in and to save")
 
 
 def run(arguments: Namespace) -> None:
+    if arguments.plan:
+        from moh.cli.plan import show
+
+        show(arguments)
+    else:
+        _convert(arguments)
+
+
+def _convert(arguments: Namespace) -> None:
     from moh._files import (
         MODEL_FILES,
         PIPELINE_FILES,
@@ -102,26 +128,34 @@ def run(arguments: Namespace) -> None:
         replacing_directory,
     )
     from moh.models.dial import head_share, moh_routers
+    from moh.models.heads import requested_share
     from moh.models.hub import kind_at, local_diffusion
 
-    if Path(arguments.output).resolve() == Path(arguments.model).resolve():
-        raise ValueError(f"output must not be the directory of the dense model itself, got {arguments.output}")
-    check_writable(arguments.output, name="output")  # before anything is fetched
-    drawing = local_diffusion(arguments.model) if kind_at(arguments.model).task == "diffusion" else None
+    requested_share(arguments.share, shared_heads=arguments.shared_heads, active_heads=arguments.active_heads)
+    output = output_of(arguments)
+    if Path(output).resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"output must not be the directory of the dense model itself, got {output}")
+    check_writable(output, name="output")  # before anything is fetched
+    drawing = (
+        local_diffusion(arguments.model, **revision(arguments))
+        if kind_at(arguments.model).task == "diffusion"
+        else None
+    )
     of_pipeline = drawing is not None and (drawing / "model_index.json").is_file()
     kinds = PIPELINE_FILES if of_pipeline else (*MODEL_FILES, *SENTENCE_FILES)
-    check_replaceable(arguments.output, name="output", kinds=kinds)
+    check_replaceable(output, name="output", kinds=kinds)
     if arguments.images is not None and arguments.files:
         raise ValueError("--images and --files must not both be given")
     model, save = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
-    with replacing_directory(Path(arguments.output), kinds=kinds) as scratch:
+    with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
     share = head_share([router.config for router in moh_routers(model)])
-    print(f"{arguments.output}: MoH model, each token uses {100 * share:.0f} % of the heads")
+    text = f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"
+    print_result(arguments, {"output": output, "share_of_heads": share}, [text])
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
-    names = ("shared_heads", "active_heads", "routing_unit", "layers", "allocation", "refit_output", "shares")
+    names = ("share", "shared_heads", "active_heads", "routing_unit", "layers", "allocation", "refit_output", "shares")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -131,6 +165,7 @@ def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callab
 
     if arguments.images is not None or arguments.files:
         raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
+    refuse_device_map(arguments)
     model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
     if not (source / "model_index.json").is_file():
         return model, model.save_pretrained
@@ -141,14 +176,10 @@ def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callab
 
 def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object]]:
     """The MoH model, and a function that writes it with its tokenizer or processor."""
-    import torch
-
     from moh.conversion.convert import load_dense
     from moh.models.kinds import kind_of
-    from moh.models.transformers.loading import default_device
 
-    dense = load_dense(arguments.model)
-    dense = dense.to(default_device(), None if arguments.dtype == "auto" else getattr(torch, arguments.dtype))
+    dense = load_dense(arguments.model, **placement(arguments))
     options = _options(arguments)
     router = arguments.router or (FIXED if arguments.layers == "drop" else "linear")
     options |= {"router": router, "calibration_tokens": arguments.calibration_tokens}
@@ -166,7 +197,7 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
-    tokenizer, parts = load_tokenizer(arguments.model), sentence_parts(arguments.model)
+    tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
     texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
 

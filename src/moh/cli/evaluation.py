@@ -1,34 +1,73 @@
-"""`moh eval MODEL`: perplexity of a language model, accuracy of an image classifier.
+"""`moh eval`: perplexity of a language model (`text`), accuracy of an image classifier (`images`).
 
-`moh eval lm` is in `harness`, `moh eval fid` in `scores`.
+`moh eval lm` is in `harness`, `moh eval fid` in `scores`. `moh eval MODEL` is `text` or `images`, by the kind of the model.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from moh.cli import harness, scores
-from moh.cli.options import add_command, add_images, add_text, read_corpus, read_images, reads_images, token_blocks
+from moh.cli.loading import add_loading, classifier, language_model
+from moh.cli.options import (
+    Command,
+    add_command,
+    add_images,
+    add_json,
+    add_text,
+    print_result,
+    read_corpus,
+    read_images,
+    reads_images,
+    token_blocks,
+)
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
 
+_ANY = "MODEL"
+"""Name of the sub-command that `moh eval` takes if none is named."""
+
 
 def add_parser(sub: Commands) -> None:
-    """Add `eval`, `eval fid` and `eval lm` to the commands."""
-    about = "Perplexity of a language model on held-out text, or accuracy of an image classifier."
-    evaluate = add_command(sub, "eval", about, run)
-    evaluate.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
-    add_text(evaluate)
-    add_images(evaluate)
-    evaluate.add_argument("--all-text", action="store_true", help="use all of --files, not their held-out tenth")
-    evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
-    evaluate.add_argument("--max-tokens", type=int, default=32_768, help="at most this many (default: %(default)s)")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.longer = {"fid": scores.add_parser(sub), "lm": harness.add_parser(sub)}
+    """Add `eval` and its sub-commands to the commands."""
+    about = (
+        "Perplexity of a language model, accuracy of an image classifier, standard tasks, scores of generated images."
+    )
+    evaluate = sub.add_parser("eval", help=about, description=about, allow_abbrev=False)
+    evaluate.otherwise = _ANY
+    kinds = evaluate.add_subparsers(
+        dest="eval_command", required=True, metavar="MODEL, or text, images, lm or fid", parser_class=Command
+    )
+    text = add_command(kinds, "text", "Perplexity of a language model on held-out text.", _text, within="eval")
+    images = add_command(kinds, "images", "Accuracy of an image classifier.", _images, within="eval")
+    either = add_command(
+        kinds,
+        _ANY,
+        "Perplexity of a language model on held-out text, or accuracy of an image classifier.",
+        run,
+        hidden=True,
+    )
+    either.prog = "moh eval"
+    either.set_defaults(command="eval")
+    for parser in (text, images, either):
+        parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
+        if parser is not images:
+            add_text(parser)
+            parser.add_argument("--all-text", action="store_true", help="use all of --files, not their held-out tenth")
+            parser.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
+            parser.add_argument(
+                "--max-tokens", type=int, default=32_768, help="at most this many (default: %(default)s)"
+            )
+        if parser is not text:
+            add_images(parser)
+        add_json(parser)
+        add_loading(parser)
+    text.set_defaults(images=None)
+    images.set_defaults(files=[])
+    harness.add_parser(kinds)
+    scores.add_parser(kinds)
 
 
 def run(arguments: Namespace) -> None:
@@ -38,58 +77,65 @@ def run(arguments: Namespace) -> None:
         _run_text(arguments)
 
 
+def _text(arguments: Namespace) -> None:
+    from moh.models.hub import kind_at
+
+    if kind_at(arguments.model).task != "language":
+        raise ValueError(f"model must be a language model, and {arguments.model} is not one (see moh eval images)")
+    _run_text(arguments)
+
+
+def _images(arguments: Namespace) -> None:
+    from moh.models.hub import kind_at
+
+    if kind_at(arguments.model, named="images").task != "images":
+        raise ValueError(f"model must be an image classifier, and {arguments.model} is not one (see moh eval text)")
+    reads_images(arguments)  # it checks --images too
+    _run_images(arguments)
+
+
 def _run_text(arguments: Namespace) -> None:
     from moh.evaluation import perplexity
-    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.model)
+    if arguments.all_text and not arguments.files:
+        raise ValueError("--all-text needs --files")
     if arguments.all_text:
         from moh.training import read_texts
 
-        if not arguments.files:
-            raise ValueError("--all-text needs --files")
         texts = read_texts(arguments.files)
     else:
         texts = read_corpus(arguments).heldout
+    model, tokenizer = language_model(arguments)
     result = perplexity(
-        load_causal_lm(arguments.model, device=default_device()),
-        token_blocks(texts, tokenizer, seq_len=arguments.seq_len, max_tokens=arguments.max_tokens),
+        model, token_blocks(texts, tokenizer, seq_len=arguments.seq_len, max_tokens=arguments.max_tokens)
     )
-    if arguments.json:
-        stderr = None if math.isnan(result.stderr) else result.stderr  # a single block; JSON has no NaN
-        print(json.dumps({"perplexity": result.perplexity, "loss": result.loss, "stderr": stderr,
-                          "tokens": result.tokens}))  # fmt: skip
-    else:
-        print(
-            f"perplexity {result.perplexity:.3f} (loss {result.loss:.4f} ± {result.stderr:.4f} nats per token, "
-            f"{result.tokens:,} tokens)"
-        )
+    # the standard error of a single block is NaN
+    figures = {name: getattr(result, name) for name in ("perplexity", "loss", "stderr", "tokens")}
+    line = (
+        f"perplexity {result.perplexity:.3f} (loss {result.loss:.4f} ± {result.stderr:.4f} nats per token, "
+        f"{result.tokens:,} tokens)"
+    )
+    print_result(arguments, figures, [line])
 
 
 def _run_images(arguments: Namespace) -> None:
     """Top-1 and more of a classifier."""
     from moh.evaluation import evaluate_images
-    from moh.models.classifiers import load_classifier
-    from moh.models.transformers.loading import default_device
 
-    model = load_classifier(arguments.model, device=default_device())
+    model = classifier(arguments)
     images = read_images(arguments)
     result = evaluate_images(model, images, batch_size=arguments.batch_size, workers=arguments.workers)
-    if arguments.json:
-        print(json.dumps({
-            "top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images,
-            "skipped": len(result.skipped), "images_per_second": result.images_per_second, "share": result.share,
-            "per_class": result.per_class,
-        }))  # fmt: skip
-        return
-    print(
-        f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f} "
-        f"({result.images:,} images, {len(result.skipped)} skipped)"
-    )
+    names = "top1 top5 loss images images_per_second share per_class"
+    figures = {name: getattr(result, name) for name in names.split()} | {"skipped": len(result.skipped)}
+    known = sorted((value, name) for name, value in result.per_class.items() if value is not None)
+    named = ", ".join(f"{name} {value:.1f} %" for value, name in known[:5])
     heads = (
         "dense: every token uses all heads" if result.share is None else f"{100 * result.share:.0f} % of the heads used"
     )
-    print(f"{result.images_per_second:,.0f} images/s; {heads}")
-    known = sorted((value, name) for name, value in result.per_class.items() if value is not None)
-    named = ", ".join(f"{name} {value:.1f} %" for value, name in known[:5])
-    print(f"least recognised: {named}")
+    lines = [
+        f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f} "
+        f"({result.images:,} images, {len(result.skipped)} skipped)",
+        f"{result.images_per_second:,.0f} images/s; {heads}",
+        f"least recognised: {named}",
+    ]
+    print_result(arguments, figures, lines)

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moh.cli.loading import add_loading, language_model
 from moh.cli.options import add_active_heads, add_command
 from moh.data.text.files import printable
 
@@ -31,6 +32,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add_sampling(parser, max_new_tokens=100, temperature=0.0)
     add_active_heads(parser)
+    add_loading(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
@@ -52,12 +54,10 @@ def load(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     import torch
 
     import moh
-    from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    tokenizer = load_tokenizer(arguments.model)
-    model = load_causal_lm(arguments.model, device=default_device())
+    model, tokenizer = language_model(arguments)
     if arguments.active_heads is not None:
         moh.set_active_heads(model, arguments.active_heads)
     torch.manual_seed(arguments.seed)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from moh.cli.options import add_command
+from moh.cli.options import add_command, add_json, add_output, print_result
 
 if TYPE_CHECKING:
-    from moh.cli.options import Command, Commands
+    from moh.cli.options import Commands
 
-_COMMAND = "eval lm"
 _HELP = "Language models, dense and MoH side by side, on the tasks of lm-evaluation-harness."
 
 
-def add_parser(sub: Commands) -> Command:
-    """Add `eval lm` to the commands."""
-    parser = add_command(sub, _COMMAND, _HELP, run)
+def add_parser(sub: Commands) -> None:
+    """Add `eval lm` to the commands of `eval`."""
+    parser = add_command(sub, "lm", _HELP, run, within="eval")
     parser.add_argument("checkpoint", nargs="+", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument(
         "--dense",
@@ -47,10 +46,8 @@ def add_parser(sub: Commands) -> Command:
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="ask in the format of each model's chat template"
     )
-    parser.add_argument(
-        "--output", metavar="DIR", help="for results.json, table.md and table.csv; results already there are reused"
-    )
-    return parser
+    add_output(parser, "for results.json, table.md and table.csv; results already there are reused")
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -76,4 +73,4 @@ def run(arguments: Namespace) -> None:
             output_dir=arguments.output,
         )
         if state.is_main_process:
-            print(result.to_markdown(), end="")
+            print_result(arguments, result.to_dict(), [result.to_markdown().rstrip("\n")])

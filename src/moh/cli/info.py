@@ -6,13 +6,17 @@ import argparse
 import platform
 from typing import TYPE_CHECKING, Any
 
-from moh.cli.options import add_command
+from moh.cli.loading import revision
+from moh.cli.options import add_command, add_json, print_result
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
 
 _TOKENS = 512
 """Length of the text for which a model's backend is chosen."""
+
+_Described = tuple[dict[str, Any], list[str]]
+"""What `--json` prints, and the lines that are printed otherwise."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -42,6 +46,8 @@ def add_parser(sub: Commands) -> None:
         metavar="A",
         help="share of active heads: also show what projects such a layer's queries and output",
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a model that is named on the hub")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -50,52 +56,54 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the shape, the device, the probability of dropout or the share of heads is invalid.
     """
-    if arguments.model:
-        _print_model(arguments)
-    elif arguments.shape:
-        _print_choice(arguments)
-    else:
-        _print_all()
+    describe = _of_model if arguments.model else _of_call if arguments.shape else _of_machine
+    print_result(arguments, *describe(arguments))
 
 
-def _print_all() -> None:
+def _of_machine(arguments: argparse.Namespace) -> _Described:
     import torch
 
     import moh
     from moh.attention import BACKENDS, Call
     from moh.evaluation.speed import cpu_name
 
-    print(f"moh {moh.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for name in ("torch", "triton", "transformers", "accelerate", "timm", "diffusers"):
-        print(f"  {name:13s} {_version(name)}")
-    print("devices")
-    print(f"  cpu           {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for index in range(torch.cuda.device_count()):
-        print(f"  cuda:{index}        {torch.cuda.get_device_name(index)}")
+    lines = [f"moh {moh.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    names = ("torch", "triton", "transformers", "accelerate", "timm", "diffusers")
+    versions = {name: _version(name) for name in names}
+    lines += [f"  {name:13s} {number or 'not installed'}" for name, number in versions.items()]
+    devices = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    devices |= {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    lines += ["devices", *(f"  {name:13s} {about}" for name, about in devices.items())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"attention backends on {device}, the first that supports a call handles it; --shape shows one call")
+    lines.append(f"attention backends on {device}, the first that supports a call handles it; --shape shows one call")
     q, gates = torch.zeros(1, 2, 4, 16, device=device), torch.zeros(1, 4, 2, device=device)
+    backends = {}
     for backend in BACKENDS.values():
-        reason = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
+        reason = backends[backend.name] = backend.why_not(Call(q, q, q, gates, heads_per_group=1))
         works = "works" if backend.chosen_on is None or device in backend.chosen_on else "works if named"
-        print(f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}")
-    _print_instruction_sets()
+        lines.append(
+            f"  {backend.name:13s} {works if reason is None else f'does not work: {reason}'} - {backend.description}"
+        )
+    sets, more = _instruction_sets()
+    about = {"moh": moh.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    # of a backend and of an instruction set: why it does not work here, or null
+    return {**about, "versions": versions, "devices": devices, "backends": backends, **sets}, lines + more
 
 
-def _print_instruction_sets() -> None:
+def _instruction_sets() -> _Described:
     from moh.attention import cpu
 
     if cpu.unavailable() is not None:
-        return
-    used, known = cpu.instruction_set(), cpu.instruction_sets()
-    print("instruction sets of the C++ kernels, MOH_CPU_ISA chooses one")
-    for name in known:
-        print(f"  {name:13s} {'in use' if name == used else 'works'}")
-    for name, reason in cpu.instruction_sets_left_out().items():
-        print(f"  {name:13s} does not work: {reason}")
+        return {"instruction_set": None, "instruction_sets": {}}, []
+    used, left_out = cpu.instruction_set(), cpu.instruction_sets_left_out()
+    known = dict.fromkeys(cpu.instruction_sets())
+    lines = ["instruction sets of the C++ kernels, MOH_CPU_ISA chooses one"]
+    lines += [f"  {name:13s} {'in use' if name == used else 'works'}" for name in known]
+    lines += [f"  {name:13s} does not work: {reason}" for name, reason in left_out.items()]
+    return {"instruction_set": used, "instruction_sets": {**known, **left_out}}, lines
 
 
-def _print_model(arguments: argparse.Namespace) -> None:
+def _of_model(arguments: argparse.Namespace) -> _Described:
     import torch
 
     from moh.attention import Call, backends_passed_over
@@ -103,11 +111,11 @@ def _print_model(arguments: argparse.Namespace) -> None:
     from moh.models.heads import HasLayerHeads
     from moh.models.transformers.loading import load_config
 
-    config: Any = load_config(arguments.model)
+    config: Any = load_config(arguments.model, **revision(arguments))
     is_routed = isinstance(config, HasLayerHeads)
     if not is_routed:
-        print(f"{config.model_type}: dense, so every attention implementation computes all heads")
-        return
+        figures = {"model_type": config.model_type, "share_of_heads": None, "runs": None}
+        return figures, [f"{config.model_type}: dense, so every attention implementation computes all heads"]
     from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS
 
     device, layers = _device(arguments.device), config.layer_configs()
@@ -123,27 +131,29 @@ def _print_model(arguments: argparse.Namespace) -> None:
     chosen = next(name for name, reason in reasons.items() if reason is None)
     some, everything = f"computes {config.share:.0%} of the heads", "computes all heads, saves nothing"
     saves = some if chosen != "reference" else everything
-    print(f"{config.model_type}: {len(layers)} layers of {H} heads, {config.share:.0%} of them active")
+    lines = [f"{config.model_type}: {len(layers)} layers of {H} heads, {config.share:.0%} of them active"]
     requested = config._attn_implementation
     origin = "the default" if requested is None else "from config.json"
-    name, problem = _loaded_implementation(config)
-    used = IMPLEMENTATIONS.get(name, "reference") or chosen
-    print(f"  {'runs':18s} {name}, {origin}; {problem or (some if used != 'reference' else everything)}")
+    name_of_run, problem = _loaded_implementation(config)
+    used = IMPLEMENTATIONS.get(name_of_run, "reference") or chosen
+    lines.append(f"  {'runs':18s} {name_of_run}, {origin}; {problem or (some if used != 'reference' else everything)}")
     if fixed:
         without = sum(layer.num_shared == 0 for layer in fixed)
-        print(
+        lines.append(
             f"  {len(fixed)} layers have fixed heads, {without} of these none: their other heads do not exist, whatever computes "
             "them"
         )
-    print(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
+    lines.append(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, "reference"):
-            print(f"  {name:18s} that backend; computes {config.share:.0%} of the heads")
-    print(f"  {DEFAULT + '_reference':18s} the definition; computes all heads, saves nothing")
-    print(
-        "  any other          transformers' own (eager, sdpa, flash_attention_2, ...), gates in front of W_O; computes"
-    )
-    print("                     all heads, saves nothing")
+            lines.append(f"  {name:18s} that backend; computes {config.share:.0%} of the heads")
+    lines += [
+        f"  {DEFAULT + '_reference':18s} the definition; computes all heads, saves nothing",
+        "  any other          transformers' own (eager, sdpa, flash_attention_2, ...), gates in front of W_O; computes",
+        "                     all heads, saves nothing",
+    ]
+    figures = {"model_type": config.model_type, "share_of_heads": config.share, "layers": len(layers), "heads": H}
+    return {**figures, "runs": name_of_run, "problem": problem, "backend": used, "saves": used != "reference"}, lines
 
 
 def _loaded_implementation(config: Any) -> tuple[str, str | None]:
@@ -164,7 +174,7 @@ def _loaded_implementation(config: Any) -> tuple[str, str | None]:
     return built, None
 
 
-def _print_choice(arguments: argparse.Namespace) -> None:
+def _of_call(arguments: argparse.Namespace) -> _Described:
     import torch
 
     from moh.attention import Call, backends_passed_over
@@ -182,16 +192,21 @@ def _print_choice(arguments: argparse.Namespace) -> None:
     q, k, gates = number.expand(B, H, N, D), number.expand(B, Hkv, N, D), number.expand(B, N, H)
     reasons = backends_passed_over(Call(q, k, k, gates, dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    print(
+    lines = [
         f"{chosen} handles B{B} H{H}/{Hkv} N{N} D{D} {arguments.dtype} on {device}{' with gradients' * arguments.train}"
-    )
+    ]
     for name, reason in reasons.items():
-        print(f"  {name:13s} {reason or ('handles it' if name == chosen else 'could handle it, but comes later')}")
+        lines.append(
+            f"  {name:13s} {reason or ('handles it' if name == chosen else 'could handle it, but comes later')}"
+        )
+    figures: dict[str, Any] = {"backend": chosen, "reasons": reasons}
     if arguments.share is not None:
-        _print_projections(number, arguments)
+        projections, more = _of_projections(number, arguments)
+        return {**figures, "projections": projections}, lines + more
+    return figures, lines
 
 
-def _print_projections(number: Any, arguments: argparse.Namespace) -> None:
+def _of_projections(number: Any, arguments: argparse.Namespace) -> _Described:
     from torch import nn
 
     from moh.attention.projections import Kind, projections_passed_over
@@ -200,16 +215,20 @@ def _print_projections(number: Any, arguments: argparse.Namespace) -> None:
     linear = nn.Linear(1, 1, device=number.device, dtype=number.dtype)
     linear.in_features = linear.out_features = H * D
     linear.weight = nn.Parameter(number.detach().expand(H * D, H * D), requires_grad=arguments.train)
-    print(f"projections of {arguments.share:.0%} of the heads, width {H * D}, where the router reads the layer's input")
+    lines = [
+        f"projections of {arguments.share:.0%} of the heads, width {H * D}, where the router reads the layer's input"
+    ]
+    found: dict[str, Any] = {}
     products: tuple[tuple[Kind, Any], ...] = (
         ("queries", number.expand(B, N, H * D)),
         ("output", number.expand(B, N, H, D)),
     )
     for kind, x in products:
         reasons = projections_passed_over(linear, x, kind, H, arguments.share)
-        chosen = next((name for name, reason in reasons.items() if reason is None), "dense")
+        found[kind] = chosen = next((name for name, reason in reasons.items() if reason is None), "dense")
         why = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason is not None)
-        print(f"  {kind:13s} {chosen}{why if chosen == 'dense' else ''}")
+        lines.append(f"  {kind:13s} {chosen}{why if chosen == 'dense' else ''}")
+    return found, lines
 
 
 def _device(name: str) -> Any:
@@ -226,10 +245,10 @@ def _device(name: str) -> Any:
     return device
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moh.cli.options import add_command, add_images
+from moh.cli.loading import add_loading
+from moh.cli.options import add_command, add_images, add_json, add_output, print_result
 
 if TYPE_CHECKING:
     from moh.cli.inspect_subjects import Subject
@@ -22,8 +23,9 @@ def add_parser(sub: Commands) -> None:
     )
     parser = add_command(sub, "inspect", about, run)
     parser.add_argument("model", help="directory or hub name of a language model, image classifier or diffusion model")
-    parser.add_argument("--out", metavar="DIR", help="directory for tables, figures and a summary")
+    add_output(parser, "directory for tables, figures and a summary", old="--out")
     parser.add_argument("--html", metavar="FILE", help="one page to explore tokens or patches and their heads")
+    add_json(parser)
     texts = parser.add_argument_group("language models")
     texts.add_argument(
         "--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS,
@@ -65,6 +67,7 @@ def add_parser(sub: Commands) -> None:
         "--curve", action="store_true",
         help="also perplexity or accuracy against the share of heads, on the same inputs (moh curve also times it)",
     )  # fmt: skip
+    add_loading(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -76,7 +79,7 @@ def run(arguments: Namespace) -> None:
     subject = family(arguments)
     if arguments.html is not None:
         subject.write_page()
-    if arguments.out is not None:
+    if arguments.output is not None:
         _write(subject)
 
 
@@ -100,40 +103,48 @@ def _write(subject: Subject) -> None:
         training=training_rows(find_history(arguments.model) or ()),
         notes=subject.notes,
     )
+    lines: list[str] = []
+    figures: dict[str, Any] = {"layers": [], "test": None, "curve": None}
     choosing = {place for place, _ in choosing_layers(use)}
-    out = Path(arguments.out)
+    out = Path(arguments.output)
     found.save(out, groups=arguments.classes)
     for place, (share, layer) in enumerate(zip(use.share(), use.layers, strict=True)):
         routed = use.load[place][use.inputs > 0][:, layer.routed]
         spread = "dense" if layer.config is None else "no choice"
         if place in choosing:
             spread = f"a group's load of a routed head {routed.min():.2f} to {routed.max():.2f}"
-        print(f"layer {place:3d}: {100 * share:3.0f} % of the heads used; {spread}")
+        figures["layers"].append({"layer": place, "share_of_heads": share})
+        lines.append(f"layer {place:3d}: {100 * share:3.0f} % of the heads used; {spread}")
     if found.untested:
-        print(f"not tested: {found.untested}")
+        lines.append(f"not tested: {found.untested}")
     else:
-        print(f"the groups' loads differ by {found.tests[-1]['divergence']:.4f} bits, p = {found.tests[-1]['p']:.3g}")
+        test = figures["test"] = {name: found.tests[-1][name] for name in ("divergence", "p")}
+        lines.append(f"the groups' loads differ by {test['divergence']:.4f} bits, p = {test['p']:.3g}")
     if arguments.curve:
         from moh.cli.curve import write
 
-        write(subject.curve(), out, _name(Path(arguments.model)))
-    print(f"{out}: summary.md, tables and figures of {len(use.groups)} groups, {int(use.inputs.sum()):,} inputs")
+        curve = subject.curve()
+        figures["curve"] = curve.as_dict()
+        lines += write(curve, out, _name(Path(arguments.model)))
+    figures |= {"output": str(out), "groups": len(use.groups), "inputs": int(use.inputs.sum())}
+    lines.append(f"{out}: summary.md, tables and figures of {figures['groups']} groups, {figures['inputs']:,} inputs")
+    print_result(arguments, figures, lines)
 
 
 def _check_targets(arguments: Namespace) -> None:
     """Check, before anything is computed, that an output is requested and can be written."""
     from moh._files import check_writable
 
-    if arguments.out is None and arguments.html is None:
-        raise ValueError("--out DIR or --html FILE must be given for the result")
-    if arguments.out is not None:
-        check_writable(arguments.out, name="--out")
+    if arguments.output is None and arguments.html is None:
+        raise ValueError("--output DIR or --html FILE must be given for the result")
+    if arguments.output is not None:
+        check_writable(arguments.output, name="--output")
     if arguments.html is not None:
         check_writable(Path(arguments.html).parent, name="--html's directory")
         if not Path(arguments.html).parent.is_dir():
             raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
-    if arguments.curve and arguments.out is None:
-        raise ValueError("--curve needs --out DIR, where the curve is written")
+    if arguments.curve and arguments.output is None:
+        raise ValueError("--curve needs --output DIR, where the curve is written")
     if arguments.ablate < 0:
         raise ValueError(f"--ablate must be at least 0, got {arguments.ablate}")
     if arguments.permutations < 1:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moh.cli.loading import classifier, device_of, placement, refuse_device_map, revision
 from moh.cli.options import read_images, reads_images
 from moh.models.hub import kind_at
 
@@ -76,12 +77,12 @@ class _Texts(Subject):
 
     def __init__(self, arguments: Namespace) -> None:
         from moh.models.transformers.families import is_text_encoder
-        from moh.models.transformers.loading import default_device, load_text_model, load_tokenizer
+        from moh.models.transformers.loading import load_text_model, load_tokenizer
 
         super().__init__(arguments)
         self.texts = _read_groups(arguments)
-        self.tokenizer = load_tokenizer(arguments.model)
-        self.model = load_text_model(arguments.model, device=default_device())
+        self.tokenizer = load_tokenizer(arguments.model, **revision(arguments))
+        self.model = load_text_model(arguments.model, **placement(arguments))
         if is_text_encoder(self.model.config) and (arguments.ablate or arguments.curve):
             raise ValueError(
                 f"--ablate and --curve need a model that predicts the next token; {arguments.model} is an encoder"
@@ -136,11 +137,8 @@ class _OfImages(Subject):
 
 class _Images(_OfImages):
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.classifiers import load_classifier
-        from moh.models.transformers.loading import default_device
-
         super().__init__(arguments)
-        self.model = load_classifier(arguments.model, device=default_device())
+        self.model = classifier(arguments)
         self.images = read_images(arguments)
 
     def _groups(self, images: ImageSource) -> GroupedInputs:
@@ -164,17 +162,20 @@ class _Diffusion(_OfImages):
     def check(arguments: Namespace) -> None:
         if arguments.images is None:
             raise ValueError(f"--images must be given, because {arguments.model} is a diffusion model")
+        refuse_device_map(arguments)
+        if arguments.dtype not in ("auto", "float32"):
+            raise ValueError(f"--dtype must be float32 for a diffusion model here, got {arguments.dtype}")
         if arguments.html is not None:
-            raise ValueError("--html shows texts and images of classifiers, not noisy images: give --out DIR")
+            raise ValueError("--html shows texts and images of classifiers, not noisy images: give --output DIR")
         if arguments.curve:
             raise ValueError("--curve measures perplexity or accuracy, which a diffusion model does not have")
 
     def __init__(self, arguments: Namespace) -> None:
-        from moh.models.transformers.loading import default_device
         from moh.sampling import load_image_model
 
         super().__init__(arguments)
-        self.diffusion = load_image_model(arguments.model, vae=arguments.vae).to(device=default_device())
+        diffusion = load_image_model(arguments.model, vae=arguments.vae, **revision(arguments))
+        self.diffusion = diffusion.to(device=device_of(arguments))
         self.model = self.diffusion.transformer
         self.images = read_images(arguments)
 
@@ -235,7 +236,14 @@ def _write_text_page(
     ]
     page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
     page.save(arguments.html)
-    print(f"{arguments.html}: {len(samples)} texts, {len(page.html.encode()) / 1e6:.1f} MB")
+    print(
+        f"{arguments.html}: {len(samples)} texts, {len(page.html.encode()) / 1e6:.1f} MB",
+        file=sys.stderr if arguments.json else sys.stdout,
+    )
+
+
+def _report(arguments: Namespace, line: str) -> None:
+    print(line, file=sys.stderr if arguments.json else sys.stdout)  # JSON is all of standard output
 
 
 def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSource) -> None:
@@ -257,7 +265,10 @@ def _write_image_page(arguments: Namespace, model: nn.Module, images: ImageSourc
             samples.append(image_sample(model, image, transform, name=f"{name}, {images.name(index)}", group=name))
     page = head_page(samples, title=f"{Path(arguments.model).name}: which head does what")
     page.save(arguments.html)
-    print(f"{arguments.html}: {len(samples)} images, {len(page.html.encode()) / 1e6:.1f} MB")
+    print(
+        f"{arguments.html}: {len(samples)} images, {len(page.html.encode()) / 1e6:.1f} MB",
+        file=sys.stderr if arguments.json else sys.stdout,
+    )
 
 
 def _readable(images: ImageSource, indices: list[int]) -> Iterator[tuple[int, Image]]:

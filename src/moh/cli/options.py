@@ -1,8 +1,13 @@
-"""Shared by the commands: adding a parser, and the options for texts, images and active heads with their readers."""
+"""Shared by the commands: adding a parser, and the options for output, texts, images and active heads with their readers.
+
+The options for loading a model are in `loading`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,35 +23,142 @@ if TYPE_CHECKING:
 
 
 class Command(argparse.ArgumentParser):
-    """The parser of a command; hands over to the longer command if the next word makes it one, such as `moh eval fid`.
+    """The parser of a command.
 
-    With argparse's own sub-parsers the first word must be one of their names, which rules out `moh eval MODEL`.
+    Attributes:
+        otherwise: the sub-command for arguments that name none, as in `moh eval MODEL`; None if one must be named, or if
+            there are none.
+        passes_on: argument that takes all that follows the command, options too (argparse's REMAINDER begins at the first
+            argument without dashes); "" if there is none. `--help` and `--debug` at the beginning are the command's own.
+        more_help: what `--help` adds, from the words of the command line.
     """
 
-    longer: Mapping[str, Command] = {}
+    otherwise: str | None = None
+    passes_on: str = ""
     more_help: Callable[[Sequence[str]], str] | None = None
-    """What `--help` adds, from the words of the command line."""
+    _words: tuple[str, ...] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if args and args[0] in self.longer:
-            return self.longer[args[0]].parse_known_args(args[1:], namespace)
-        self._words = tuple(args or ())
-        return super().parse_known_args(args, namespace)
+        words = list(args or ())
+        self._words = tuple(words)
+        if self.otherwise is not None:
+            named = {"-h", "--help", *self._sub_commands()} - {self.otherwise}
+            if words and words[0] not in named:
+                words.insert(0, self.otherwise)
+        if self.passes_on:
+            own = next((i for i, word in enumerate(words) if word not in ("-h", "--help", "--debug")), len(words))
+            namespace, _ = super().parse_known_args(words[:own], namespace)
+            setattr(namespace, self.passes_on, words[own:])
+            return namespace, []
+        return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
         more = "" if self.more_help is None else f"\n{self.more_help(self._words)}\n"
         return super().format_help() + more
+
+    def _sub_commands(self) -> Mapping[str, Command]:
+        return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
 
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Command]
 
 
-def add_command(sub: Commands, name: str, about: str, run: Callable[[Namespace], None]) -> Command:
-    """Add a command to `sub`; `run` carries it out."""
-    parser = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
-    parser.set_defaults(run=run, command=name)
+def add_command(
+    sub: Commands,
+    name: str,
+    about: str,
+    run: Callable[[Namespace], int | None],
+    *,
+    within: str = "",
+    hidden: bool = False,
+) -> Command:
+    """Add a command to `sub`.
+
+    Args:
+        name: its last word.
+        about: one sentence, for help.
+        run: carries it out; what it returns is the exit code, None for 0.
+        within: the words before the last.
+        hidden: leave it out of the list of commands.
+    """
+    shown: dict[str, Any] = {} if hidden else {"help": about}
+    parser = sub.add_parser(name, **shown, description=about, allow_abbrev=False)
+    parser.set_defaults(run=run, command=f"{within} {name}".strip())
+    # SUPPRESS: the absence of the option here does not undo `moh --debug COMMAND`
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full traceback of an error"
+    )
     return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def print_result(arguments: Namespace, figures: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Print a command's result on standard output: with `--json` its figures in one line, else the lines."""
+    print(json.dumps(_without_nan(figures)) if arguments.json else "\n".join(lines))
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+class _Renamed(argparse.Action):
+    """An earlier name of `--output`: stores its value there and states the new name on standard error."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        print(f"{parser.prog}: {option} is now --output, or -o; the old name will be removed", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_output(
+    parser: argparse.ArgumentParser,
+    about: str,
+    *,
+    old: str | None = None,
+    positional: bool = False,
+    default: str | None = None,
+    required: bool = False,
+) -> None:
+    """`--output DIR`, `-o DIR`; `output_of` reads it where there is also a positional argument.
+
+    Args:
+        about: what is written there.
+        old: an option's name before it was `--output`, still accepted.
+        positional: accept the directory as a positional argument too, as `OUTPUT`.
+        default: the directory if none is given.
+        required: whether one must be given by one of the names.
+    """
+    if positional:
+        parser.add_argument("place", nargs="?", metavar="OUTPUT", help="the same as --output")
+    if old is not None and required:
+        names = parser.add_mutually_exclusive_group(required=True)
+    else:
+        names = parser  # type: ignore[assignment]
+    names.add_argument("-o", "--output", metavar="DIR", default=default, help=about)
+    if old is not None:
+        names.add_argument(old, dest="output", action=_Renamed, default=default, help=argparse.SUPPRESS)
+
+
+def output_of(arguments: Namespace) -> str:
+    """The directory of `add_output(positional=True)`.
+
+    Raises:
+        ValueError: it is missing, or given twice.
+    """
+    if (arguments.place is None) == (arguments.output is None):
+        given = "neither" if arguments.place is None else f"{arguments.place!r} and --output {arguments.output!r}"
+        raise ValueError(f"the output must be given once, as OUTPUT or as --output DIR (-o), got {given}")
+    place: str = arguments.output if arguments.place is None else arguments.place
+    return place
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moh.cli.options import add_command
+from moh.cli.loading import add_loading, device_of, refuse_device_map, revision
+from moh.cli.options import add_command, add_output
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -18,11 +19,13 @@ def add_parser(sub: Commands) -> None:
     """Add `sample` to the commands."""
     parser = add_command(sub, "sample", _HELP, run)
     parser.add_argument(
-        "checkpoint", help="directory or hub name: model/ of a run, one of its checkpoints, or a diffusers model"
+        "model",
+        metavar="CHECKPOINT",
+        help="directory or hub name: model/ of a run, one of its checkpoints, or a diffusers model",
     )
     parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
     parser.add_argument("--num", type=int, help="images in total, cycling through the classes (default: one per class)")
-    parser.add_argument("--out", metavar="DIR", help="write grid.png and images/*.png here")
+    add_output(parser, "write grid.png and images/*.png here", old="--out")
     parser.add_argument(
         "--npz", metavar="FILE", help="write all images as arrays, in the format of ADM's evaluation suite"
     )
@@ -44,21 +47,19 @@ def add_parser(sub: Commands) -> None:
         "--batch-size", type=int, default=64, help="images at a time per process (default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the transformer (default: %(default)s)"
-    )
-    parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL that decodes latents (default: the checkpoint's own)"
     )
+    add_loading(parser, dtype="of the transformer")
 
 
 def run(arguments: Namespace) -> None:
     from moh._files import check_writable
 
-    out = None if arguments.out is None else Path(arguments.out)
+    out = None if arguments.output is None else Path(arguments.output)
     npz = None if arguments.npz is None else Path(arguments.npz)
     if out is None and npz is None:
-        raise ValueError("--out DIR or --npz FILE must be given for the images")
-    for name, target in (("--out", out), ("--npz", npz if npz is None else npz.parent)):
+        raise ValueError("--output DIR or --npz FILE must be given for the images")
+    for name, target in (("--output", out), ("--npz", npz if npz is None else npz.parent)):
         if target is not None:
             check_writable(target, name=name)
     if arguments.num is not None and arguments.num < 1:
@@ -76,12 +77,14 @@ def run(arguments: Namespace) -> None:
         seed=arguments.seed,
         guided_channels=arguments.guided_channels,
     )
-    model = load_image_model(arguments.checkpoint, vae=arguments.vae)
+    refuse_device_map(arguments)
+    model = load_image_model(arguments.model, vae=arguments.vae, **revision(arguments))
     classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
     count = len(classes) if arguments.num is None else arguments.num
     labels = [classes[i % len(classes)] for i in range(count)]
+    dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     with processes() as state:
-        model.to(device=state.device, dtype=getattr(torch, arguments.dtype))
+        model.to(device=state.device if arguments.device is None else device_of(arguments), dtype=dtype)
         sample_to_files(model, labels, settings, out=out, npz=npz, batch_size=arguments.batch_size)
         if state.is_main_process:
             print(f"{' and '.join(str(path) for path in (out, npz) if path is not None)}: {count:,} images")

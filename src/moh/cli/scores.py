@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moh.cli.options import add_command
+from moh.cli.loading import device_of
+from moh.cli.options import add_command, add_json, print_result
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from moh.cli.options import Command, Commands
+    from moh.cli.options import Commands
     from moh.data.images.sources import ImageSource
 
-_COMMAND = "eval fid"
 _HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
 
 
-def add_parser(sub: Commands) -> Command:
-    """Add `eval fid` to the commands."""
-    parser = add_command(sub, _COMMAND, _HELP, run)
+def add_parser(sub: Commands) -> None:
+    """Add `eval fid` to the commands of `eval`."""
+    parser = add_command(sub, "fid", _HELP, run, within="eval")
     parser.add_argument("samples", help="generated images: a directory, or an .npz file with arr_0")
     parser.add_argument(
         "--reference", required=True, metavar="PATH",
@@ -39,8 +38,8 @@ def add_parser(sub: Commands) -> Command:
     parser.add_argument("--size", type=int, help="crop the middle square of each image and resize it to this side")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator if there is one)")
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -53,7 +52,6 @@ def run(arguments: Namespace) -> None:
         save_features,
         score_images,
     )
-    from moh.models.transformers.loading import default_device
 
     target = None if arguments.save_reference is None else Path(arguments.save_reference)
     if target is not None:
@@ -62,7 +60,7 @@ def run(arguments: Namespace) -> None:
         check_writable(target.parent, name="--save-reference")
     open_images(arguments.samples, size=arguments.size)  # errors now, not after the reference has been read
     named = _named_images(arguments.reference)
-    device = default_device()
+    device = device_of(arguments)
     extractor = (
         InceptionFeatures(arguments.inception, device=device)
         if arguments.features is None
@@ -76,7 +74,7 @@ def run(arguments: Namespace) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         save_features(target, reference, extractor)
     result = score_images(arguments.samples, reference, extractor, **options)
-    print(json.dumps(result.to_dict()) if arguments.json else "\n".join(result.lines()))
+    print_result(arguments, result.to_dict(), result.lines())
 
 
 class _Pictures:

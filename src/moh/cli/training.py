@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moh.cli.options import add_command, add_text
+from moh.cli.options import add_command, add_json, add_output, add_text, output_of, print_result
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -20,7 +20,7 @@ def add_demo(sub: Commands) -> None:
         "Convert a pretrained language model, tune it and a dense control, report what it costs.",
         run_demo,
     )
-    demo.add_argument("--output-dir", default="moh-demo", help="where everything goes (default: %(default)s)")
+    add_output(demo, "where everything goes (default: %(default)s)", old="--output-dir", default="moh-demo")
     demo.add_argument("--base", help="dense model: directory, hub name or .gguf file (default: SmolLM2-135M, fetched)")
     add_text(demo)
     demo.add_argument("--shared-heads", type=int, help="heads that every token uses (default: 2 in 9)")
@@ -48,6 +48,7 @@ def add_train(sub: Commands) -> None:
         help="YAML file, or a name from --list; every field can be overridden, for example --training.learning_rate 5e-5",
     )
     train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
+    add_json(train)
     train.more_help = _fields
 
 
@@ -68,10 +69,11 @@ def add_extension(sub: Commands) -> None:
     parser = add_command(sub, "extend-vocabulary", about, run_extension)
     parser.add_argument("model", help="directory or hub name, with its own tokenizer")
     parser.add_argument("tokenizer", help="directory or hub name of the new tokenizer")
-    parser.add_argument("output", help="directory for the model and its new tokenizer")
+    add_output(parser, "directory for the model and its new tokenizer", positional=True)
     parser.add_argument(
         "--multiple-of", type=int, default=1, metavar="N", help="round the number of rows up (default: %(default)s)"
     )
+    add_json(parser)
 
 
 def run_demo(arguments: Namespace) -> None:
@@ -81,9 +83,10 @@ def run_demo(arguments: Namespace) -> None:
         require(module, extra="llm")
     from moh.demo import DemoSettings, run_demo
 
-    names = "output_dir base corpus shared_heads active_heads steps minutes batch_size"
+    names = "base corpus shared_heads active_heads steps minutes batch_size"
     names += " learning_rate distillation_weight full seed"
-    run_demo(DemoSettings(files=tuple(arguments.files), **{name: getattr(arguments, name) for name in names.split()}))
+    options = {name: getattr(arguments, name) for name in names.split()}
+    run_demo(DemoSettings(output_dir=arguments.output, files=tuple(arguments.files), **options))
 
 
 def run_train(arguments: Namespace) -> None:
@@ -99,18 +102,20 @@ def run_train(arguments: Namespace) -> None:
         raise ValueError("RECIPE must be given: a YAML file or a name; `moh train --list` lists those of the package")
     result = train(load_recipe(arguments.recipe, arguments.overrides))
     step, loss = result.losses[-1] if result.losses else (0, float("nan"))
-    print(f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}")
+    figures = {"model": str(result.model_dir), "step": step, "loss": loss, "precision": result.precision}
+    print_result(arguments, figures, [f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}"])
 
 
 def run_extension(arguments: Namespace) -> None:
     from moh._files import check_replaceable
     from moh.training.language.vocabulary import extend_vocabulary_files
 
-    check_replaceable(arguments.output, name="output")
-    counts = extend_vocabulary_files(
-        arguments.model, arguments.tokenizer, arguments.output, multiple_of=arguments.multiple_of
-    )
-    print(
+    output = output_of(arguments)
+    check_replaceable(output, name="output")
+    counts = extend_vocabulary_files(arguments.model, arguments.tokenizer, output, multiple_of=arguments.multiple_of)
+    text = (
         f"{counts.kept:,} tokens kept, {counts.averaged:,} new ones are the mean of their pieces, {counts.unspelled:,} the "
-        f"mean of all; saved in {arguments.output}"
+        f"mean of all; saved in {output}"
     )
+    figures = {"kept": counts.kept, "averaged": counts.averaged, "unspelled": counts.unspelled, "output": output}
+    print_result(arguments, figures, [text])

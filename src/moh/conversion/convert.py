@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moh.config import FIXED, ROUTERS, MoHConfig
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
@@ -309,8 +310,21 @@ def _total(layers: Sequence[MoHConfig], share: float | None) -> int:
     return max(len(layers), math.floor(share * sum(c.num_heads for c in layers) / step + 0.5)) * step
 
 
-def load_dense(path: str | Path) -> Any:
+def load_dense(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+) -> Any:
     """The dense model at a directory, hub name or .gguf file, of the class that it was saved as; not for diffusion models.
+
+    Args:
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        device: where the model goes; None leaves it on the CPU.
+        device_map: for a model of transformers, as in its `from_pretrained`, instead of `device`.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: there is no such model, or it can't be read.
@@ -319,17 +333,29 @@ def load_dense(path: str | Path) -> Any:
     if kind.library == "timm":
         from moh.models.timm.loading import load_image_classifier  # needs the extra `vision`
 
-        return load_image_classifier(f"hf-hub:{path}" if is_hub_name(path) else path)
+        if device_map is not None:
+            raise ValueError(
+                f"device_map must be None for a model of timm, which stays on one device, got {device_map!r}"
+            )
+        name = f"hf-hub:{path}" if is_hub_name(path) else str(path)
+        model = load_image_classifier(name if revision is None else f"{name}@{revision}", device=device)
+        return model if isinstance(dtype, str) else model.to(dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
+    options |= {} if device_map is None else {"device_map": device_map}
     if Path(path).suffix == ".gguf":
-        return load_causal_lm(path)
-    config = load_config(path)
+        return load_causal_lm(path, **options)
+    return load_as(dense_class(load_config(path, revision=revision)), path, **options)
+
+
+def dense_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that a model with this configuration was saved as, or else an Auto class that knows it."""
     for name in config.architectures or ():
         # An Auto class would load a text classifier, say, as a language model with a new, random head
         found = getattr(transformers, name, None)
         if found is not None and found.config_class is type(config):
-            return load_as(found, path)
+            return found
     # by the configuration, because a hub name doesn't show the kind
-    return load_as(AutoModel if kind_of(config.to_dict()).task == "images" else AutoModelForCausalLM, path)
+    return AutoModel if kind_of(config.to_dict()).task == "images" else AutoModelForCausalLM
 
 
 def _check(

@@ -137,6 +137,33 @@ def load_dit(path: str | Path) -> DiTTransformer2DModel | MoHDiTTransformer2DMod
         raise ValueError(f"model {str(path)!r} can't be loaded: {' '.join(str(error).split())}") from None
 
 
+def dit_without_weights(path: str | Path, *, revision: str | None = None) -> Any:
+    """A dense diffusion transformer on the device "meta", made from its configuration alone.
+
+    Args:
+        path: as in `load_dit`.
+        revision: branch, tag or commit of a hub name.
+
+    Raises:
+        ValueError: there is no such model, it can't be read, or `convert_dit` can't convert it.
+    """
+    local = Path(path).expanduser()
+    source = local if local.is_dir() else path
+    places = ({"subfolder": "transformer"}, {}) if not local.is_dir() or (local / "transformer").is_dir() else ({},)
+    for place in places:
+        try:
+            config = MoHDiTTransformer2DModel.load_config(source, revision=revision, **place)
+            kind: Any = MoHDiTTransformer2DModel if config["_class_name"] == OURS else DiTTransformer2DModel
+            with torch.device("meta"):
+                model = kind.from_config(config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            continue
+        (_of_ours if kind is MoHDiTTransformer2DModel else _of_diffusers)(model)
+        return model
+    raise ValueError(f"model {str(path)!r} can't be loaded: {reason}")
+
+
 def _of_ours(model: MoHDiTTransformer2DModel) -> dict[str, Any]:
     """The configuration of a dense model of ours."""
     if model.config.shared_heads is not None:

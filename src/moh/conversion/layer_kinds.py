@@ -31,17 +31,19 @@ class LayerKinds:
         calibrator: of the dense model.
         requested: each layer's heads; all fixed, or all with one router.
         refitted: W_O will be refitted, and a layer without heads gets a linear map of its input.
-        total: heads over all layers, for `choose`.
+        total: heads over all layers, for `choose`; None means those of `requested`.
 
     Attributes:
         fixed: what was fitted for fixed heads, one per layer.
         routers: of routed layers, one per layer, or none.
     """
 
-    def __init__(self, calibrator: Calibrator, requested: Sequence[MoHConfig], *, refitted: bool, total: int) -> None:
-        self._total = total
+    def __init__(
+        self, calibrator: Calibrator, requested: Sequence[MoHConfig], *, refitted: bool, total: int | None = None
+    ) -> None:
         self._calibrator, self._requested, self._refitted = calibrator, requested, refitted
         self._used = [layer.num_shared + layer.active_heads for layer in requested]
+        self._total = sum(self._used) if total is None else total
         self.fixed = self._fit_fixed()
         is_fixed = requested[0].router == FIXED
         self.routers: Sequence[Router] = [] if is_fixed else calibrator.fit_routers(requested, refitted=refitted)

@@ -22,13 +22,16 @@ from moh.models.timm import loading as timm_loading
 _PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def load_classifier(path_or_name: str | Path, *, device: torch.device | None = None) -> nn.Module:
+def load_classifier(
+    path_or_name: str | Path, *, device: torch.device | None = None, revision: str | None = None
+) -> nn.Module:
     """Load a classifier with its weights, in evaluation mode.
 
     Args:
         path_or_name: a directory in the format of timm or transformers; "OWNER/NAME" for one on the hub;
             "hf-hub:OWNER/NAME" or a plain name for one of timm's.
         device: where the model goes; None leaves it on the CPU.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: the directory or name does not exist, is not an image classifier, or is damaged.
@@ -40,17 +43,18 @@ def load_classifier(path_or_name: str | Path, *, device: torch.device | None = N
     kind = kind_at(path_or_name, named="images")
     if kind.library != "transformers":
         of_hub = kind.library == "timm" and is_hub_name(path_or_name)
-        return timm_loading.load_image_classifier(f"hf-hub:{path_or_name}" if of_hub else path_or_name, device=device)
+        name = f"hf-hub:{path_or_name}" if of_hub else path_or_name
+        return timm_loading.load_image_classifier(name if revision is None else f"{name}@{revision}", device=device)
     from transformers import AutoModelForImageClassification
 
     from moh.models.transformers.loading import load_as, load_config
 
-    classes = load_config(path_or_name).architectures or ()
+    classes = load_config(path_or_name, revision=revision).architectures or ()
     if not any("ImageClassification" in name for name in classes):  # an Auto class would make a new, random head
         raise ValueError(
             f"model {str(path_or_name)!r} is not an image classifier: its config.json names {' and '.join(classes) or 'no class'}"
         )
-    model: nn.Module = load_as(AutoModelForImageClassification, path_or_name, device=device)
+    model: nn.Module = load_as(AutoModelForImageClassification, path_or_name, device=device, revision=revision)
     return model.eval()
 
 

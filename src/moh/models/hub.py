@@ -45,11 +45,14 @@ def is_hub_name(model: str | Path) -> bool:
     return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
 
 
-def local_diffusion(model: str | Path) -> Path:
+def local_diffusion(model: str | Path, *, revision: str | None = None) -> Path:
     """The directory of a diffusion model or pipeline: itself, or a copy of the one with this name on the hub.
 
     The copy is in the hub's cache, where the next call finds it. Weights are fetched as safetensors; a repository without any
     gives its other weights, which are then read as tensors alone (`weights_only`).
+
+    Args:
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: there is no such directory or name, or it can't be fetched.
@@ -63,7 +66,7 @@ def local_diffusion(model: str | Path) -> Path:
 
     def fetch(patterns: tuple[str, ...]) -> Path:
         options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(_OTHER_PRECISIONS)}
-        return Path(huggingface_hub.snapshot_download(str(model), **options))
+        return Path(huggingface_hub.snapshot_download(str(model), revision=revision, **options))
 
     try:
         copy = fetch(_SAFE)

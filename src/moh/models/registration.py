@@ -131,6 +131,9 @@ def register_with_transformers() -> None:
     else:
         when_imported(f"{_AUTO}.configuration_auto", _add_config_names)
         when_imported(f"{_AUTO}.modeling_auto", _add_model_names)
+    when_imported(
+        "transformers.processing_utils", _add_attributes
+    )  # it puts another module `transformers` in its place
 
 
 def _register_classes() -> None:
@@ -145,6 +148,7 @@ def _register_classes() -> None:
             kinds = tuple(getattr(package, name) for name in names)
             getattr(auto, auto_class).register(config, kinds if len(kinds) > 1 else kinds[0], exist_ok=True)
     _add_model_names()  # the Trainer looks there whether labels are to be shifted
+    _add_attributes()
 
 
 def _named(family: Family) -> Iterator[tuple[str, str | tuple[str, ...]]]:
@@ -160,6 +164,17 @@ def _add_config_names() -> None:
         module = f"transformers.models.moh_{family.model_type.replace('-', '_')}"  # where transformers looks
         sys.modules[module] = _LazyPackage(module)
         names[f"moh_{family.model_type}"] = family.moh_config
+    _add_attributes()
+
+
+def _add_attributes() -> None:
+    """Let `transformers.MoHLlamaForCausalLM` be found: TRL and others look there for the class that a config.json names."""
+    transformers: Any = sys.modules["transformers"]
+    for family in known_families():
+        module = f"models.moh_{family.model_type}"
+        sys.modules.setdefault(f"transformers.{module}", _LazyPackage(f"transformers.{module}"))
+        for name in (family.moh_config, *family.moh_models.values()):
+            transformers._class_to_module[name] = module
 
 
 def _add_model_names() -> None:

@@ -113,18 +113,19 @@ class ImageModel:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def load_image_model(path: str | Path, *, vae: str | Path | None = None) -> ImageModel:
+def load_image_model(path: str | Path, *, vae: str | Path | None = None, revision: str | None = None) -> ImageModel:
     """Load a model for sampling, in evaluation mode.
 
     Args:
         path: directory or hub name of a pipeline (`model_index.json`), as training and its checkpoints write it; or of a
             transformer alone, MoH or dense, assumed to be trained on 1,000 steps of linear betas.
         vae: directory of an `AutoencoderKL` to use instead of the pipeline's.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: there is no such model, it can't be read, or it works on latents and has no VAE.
     """
-    root = local_diffusion(path)
+    root = local_diffusion(path, revision=revision)
     pipeline = (root / _INDEX).is_file()
     index = json.loads((root / _INDEX).read_text(encoding="utf-8")) if pipeline else {}
     transformer = _load_transformer(root / "transformer" if pipeline else root)

@@ -59,7 +59,9 @@ def load_causal_lm(
 
 def load_text_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model, or an encoder of text as the class that it was saved as; arguments as `load_causal_lm`."""
-    if Path(path).suffix == ".gguf" or not is_text_encoder(config := load_config(path)):
+    if Path(path).suffix == ".gguf" or not is_text_encoder(
+        config := load_config(path, revision=kwargs.get("revision"))
+    ):
         return load_causal_lm(path, **kwargs)
     saved = {name.removeprefix("MoH") for name in config.architectures or ()}
     family = family_of(config.model_type)
@@ -79,7 +81,7 @@ def load_as(
             shard_files(index)  # all next to it
     try:
         if not gguf:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=kwargs.get("revision"))
             if (published := recognised(config, source)) is not config:
                 kwargs = {"config": published, **kwargs}
         model: PreTrainedModel = kind.from_pretrained(
@@ -89,7 +91,7 @@ def load_as(
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):  # followed by hundreds that are
             raise
-        what = load_config(path).model_type
+        what = load_config(path, revision=kwargs.get("revision")).model_type
         raise ValueError(f"model {str(path)!r} is of type {what!r}, which {kind.__name__} can't load") from None
     except (SafetensorError, UnpicklingError, StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(path)!r} has a configuration or weights that can't be read: {error}") from None
@@ -140,19 +142,20 @@ def _unsavable(config: GenerationConfig) -> str | None:
     return None
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
-    """Load the configuration of a model alone; `path` as in `load_causal_lm`."""
+def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load the configuration of a model alone; `path` as in `load_causal_lm`, `revision` of a hub name."""
     source, gguf = _source(path)
     try:
-        return recognised(AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf), source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision, **gguf)
+        return recognised(config, source)
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(path)!r} has a configuration that can't be read: {error}") from None
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; `path` as in `load_causal_lm`."""
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; `path` as in `load_causal_lm`, `revision` of a hub name."""
     source, gguf = _source(path)
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision, **gguf)
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:

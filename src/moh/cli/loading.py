@@ -1,0 +1,125 @@
+"""The options for loading a model, shared by the commands: `--device`, `--dtype`, `--device-map`, `--revision`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_loading(parser: argparse.ArgumentParser, *, dtype: str = "of the weights") -> None:
+    """Add the options; `dtype` is what that option is for."""
+    group = parser.add_argument_group("loading the model")
+    group.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator if there is one)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help=f"{dtype} (default: %(default)s, the checkpoint's)"
+    )
+    group.add_argument(
+        "--device-map", metavar="MAP",
+        help="spread a model of transformers over devices: auto, balanced, sequential, or JSON, module to device; instead of "
+        "--device",
+    )  # fmt: skip
+    group.add_argument("--revision", help="branch, tag or commit of a model that is named on the hub")
+
+
+def device_of(arguments: Namespace) -> torch.device:
+    """The device that the options choose.
+
+    Raises:
+        ValueError: PyTorch does not know it or does not find it here.
+    """
+    import torch
+
+    from moh.models.transformers.loading import default_device
+
+    if arguments.device is None:
+        return default_device()
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device must be a device that works here, got {arguments.device!r}: {reason}") from None
+    return device
+
+
+def placement(arguments: Namespace) -> dict[str, Any]:
+    """Arguments of `load_causal_lm` and `load_as`: where the weights go, their dtype and the revision.
+
+    Raises:
+        ValueError: `--device` and `--device-map` are both given, or one can't be read.
+    """
+    import torch
+
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    options: dict[str, Any] = {"dtype": dtype, **revision(arguments)}
+    if arguments.device_map is None:
+        return options | {"device": device_of(arguments)}
+    if arguments.device is not None:
+        raise ValueError(f"--device must be left out with --device-map, got {arguments.device!r}")
+    device_map = arguments.device_map
+    if device_map.startswith("{"):
+        try:
+            device_map = json.loads(device_map)
+        except ValueError as error:
+            raise ValueError(f"--device-map must be a name or a JSON object, got {device_map!r}: {error}") from None
+    return options | {"device_map": device_map}
+
+
+def revision(arguments: Namespace) -> dict[str, str]:
+    """Argument of `from_pretrained`, if one is given.
+
+    Raises:
+        ValueError: the model is not a name on the hub.
+    """
+    from pathlib import Path
+
+    if arguments.revision is None:
+        return {}
+    if Path(arguments.model).expanduser().exists():
+        raise ValueError(f"--revision is for a model that is named on the hub, and {arguments.model} is here")
+    return {"revision": arguments.revision}
+
+
+def language_model(arguments: Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model given on the command line, and its tokenizer.
+
+    Raises:
+        ValueError: an option can't be read, or the model can't be loaded.
+    """
+    from moh.models.transformers.loading import load_causal_lm, load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model, **revision(arguments))
+    return load_causal_lm(arguments.model, **placement(arguments)), tokenizer
+
+
+def classifier(arguments: Namespace, name: str | None = None) -> nn.Module:
+    """The image classifier given on the command line, or another one, loaded the same way.
+
+    Raises:
+        ValueError: an option is not for classifiers, or the model can't be loaded.
+    """
+    from moh.models.classifiers import load_classifier
+
+    refuse_device_map(arguments)
+    if arguments.dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"--dtype must be float32 for an image classifier, which reads float32 images, got {arguments.dtype}"
+        )
+    if name is not None:
+        return load_classifier(name, device=device_of(arguments))
+    return load_classifier(arguments.model, device=device_of(arguments), **revision(arguments))
+
+
+def refuse_device_map(arguments: Namespace) -> None:
+    """Raise a ValueError if `--device-map` is given for a model that is not transformers'."""
+    if arguments.device_map is not None:
+        raise ValueError(f"--device-map is for models of transformers, and {arguments.model} is not one: use --device")
