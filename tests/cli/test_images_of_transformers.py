@@ -169,7 +169,7 @@ def test_a_hub_name_is_loaded_by_transformers_and_a_plain_one_by_timm(monkeypatc
     called: list[object] = []
     model = torch.nn.Linear(1, 1)
     config = transformers.ViTConfig(architectures=["ViTForImageClassification"])
-    monkeypatch.setattr("moh.models.transformers.loading.load_config", lambda name: config)
+    monkeypatch.setattr("moh.models.transformers.loading.load_config", lambda name, **how: config)
     monkeypatch.setattr("moh.models.transformers.loading.load_as", lambda _, name, **how: called.append(name) or model)
     monkeypatch.setattr(
         "moh.models.timm.loading.load_image_classifier", lambda name, **how: called.append(("timm", name)) or model
