@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("timm", reason="the vision extra is not installed")
 
 import timm
-from transnext_cases import GOLDEN, golden, published_state
+from transnext_cases import GOLDEN, golden, published_state, stir
 
 from moh.models.published import load_published
 from moh.models.timm.transnext.published import published_names
@@ -79,3 +80,96 @@ def test_a_missing_key_of_the_configuration_is_named(published, key):
     del config[key]
     with pytest.raises(ValueError, match=f"missing: {key}"):
         load_published(state, config)
+
+
+ARCHITECTURE = dict(
+    embed_dims=(8, 16, 32, 64),
+    num_heads=(4, 8, 16, 32),
+    depths=(1, 1, 1, 1),
+    mlp_ratios=(1, 1, 1, 1),
+    img_size=64,
+)
+"""Few weights with the heads of the base models; those of the small ones have 3, 6, 12 and 24."""
+HUB = {
+    "moh_transnext_base_75": "Chat-UniVi/MoH-ViT-B-75",
+    "moh_transnext_base_50": "Chat-UniVi/MoH-ViT-B-50",
+    "moh_transnext_small_75": "Chat-UniVi/MoH-ViT-S-75",
+    "moh_transnext_small_80": "Chat-UniVi/MoH-ViT-S-80",
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A directory that stands for the hub: `REPOSITORY/FILE`."""
+    from huggingface_hub.errors import EntryNotFoundError
+    from timm.models import _hub
+
+    def download(repo_id, filename, **_):
+        if not (file := tmp_path / repo_id / filename).is_file():
+            raise EntryNotFoundError(f"{repo_id} has no {filename}")
+        return str(file)
+
+    monkeypatch.setattr(_hub, "hf_hub_download", download)
+    return tmp_path
+
+
+def narrow(name):
+    return ARCHITECTURE if "base" in name else ARCHITECTURE | dict(num_heads=(3, 6, 12, 24), embed_dims=(6, 12, 24, 48))
+
+
+def publish(hub, name, wrap=lambda state: {"model": state, "args": Namespace(lr=1e-3)}):
+    """A file with the published layout; returns the model that it was made from."""
+    model = stir(timm.create_model(name, **narrow(name))).eval()
+    file = hub / HUB[name] / f"{name}.pth"
+    file.parent.mkdir(parents=True)
+    theirs = published_names(model)
+    torch.save(wrap({theirs[ours]: tensor for ours, tensor in model.state_dict().items()}), file)
+    return model
+
+
+@pytest.mark.parametrize("name", HUB)
+@torch.no_grad()
+def test_timm_loads_the_published_files_by_name(hub, name):
+    model = publish(hub, name)
+    images = torch.randn(2, 3, 64, 64)
+    for full in (name, f"{name}.moh_in1k"):
+        loaded = timm.create_model(full, pretrained=True, **narrow(name)).eval()
+        assert torch.equal(loaded(images), model(images))
+    assert f"{name}.moh_in1k" in timm.list_pretrained()
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {"ema": state, "model": {}}], ids=["a-state-dict", "averaged-weights"]
+)
+def test_timm_loads_published_files_of_every_layout(hub, wrap):
+    name = "moh_transnext_base_50"
+    model = publish(hub, name, wrap)
+    loaded = timm.create_model(name, pretrained=True, **narrow(name))
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_published_weights_get_other_classes_and_channels(hub):
+    name = "moh_transnext_base_75"
+    model = publish(hub, name)
+    loaded = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1, **narrow(name))
+    assert loaded(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    same = [key for key in model.state_dict() if not key.startswith(("head.", "stages.0.patch_embed.proj.weight"))]
+    assert all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in same)
+
+
+def test_a_recipe_starts_from_a_published_file(hub):
+    from moh.training.images.model import build_model
+    from moh.training.images.recipe import ImageModelRecipe
+
+    name = "moh_transnext_base_75"
+    model = publish(hub, name)
+    file = str(hub / HUB[name] / f"{name}.pth")
+    started = build_model(ImageModelRecipe(name, weights=file, kwargs=narrow(name)), ["ant", "bee"])
+    key = "stages.2.blocks.0.attn.router.routed.weight"
+    assert torch.equal(started.state_dict()[key], model.state_dict()[key]) and started.num_classes == 2
+
+
+@pytest.mark.parametrize("name", ["moh_transnext_base_dense", "moh_transnext_micro32_75"])
+def test_models_without_published_weights_have_none(name):
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model(name, pretrained=True)

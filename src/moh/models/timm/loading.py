@@ -5,6 +5,7 @@ The class names and the model's input are part of it (`model.pretrained_cfg`). E
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,8 @@ def check_weights(file: Path) -> None:
     if file.suffix == ".safetensors":
         return
     try:
-        torch.load(file, map_location="meta", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training's arguments
+            torch.load(file, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"the weights {file} can't be read without running code in them: {reason}") from None

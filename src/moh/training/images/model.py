@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from moh.models.timm.loading import (
     load_image_classifier,
     save_image_classifier,
 )
+from moh.models.timm.transnext.published import own_names
 from moh.routing import router_class
 from moh.training.images.recipe import ImageModelRecipe, ImageRecipe
 
@@ -89,14 +91,16 @@ def _check_weights(file: str, model: nn.Module) -> None:
     Raises:
         ValueError: the file lacks tensors of the model; names some.
     """
-    there = {name.removeprefix("module.").removeprefix("model.") for name in load_state_dict(file, weights_only=True)}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = own_names(load_state_dict(file, weights_only=True), model)
+    there = {name.removeprefix("module.").removeprefix("model.") for name in state}
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     missing = [name for name in model.state_dict() if name not in there and not name.startswith(heads)]
     if missing:
         raise ValueError(
             f"model.weights {file} lacks {len(missing)} of the model's tensors: {', '.join(missing[:3])} ...; for weights "
-            "of a dense model use `conversion`, for published MoH weights moh.models.published.load_published"
+            "of a dense model use `conversion`"
         )
 
 

@@ -1,16 +1,20 @@
 """Named sizes of MoH-ViT, registered with timm: the published ones, their dense controls, and small ones to train on a CPU.
 
-The number at the end is the share of active heads in per cent, over all layers, as the paper counts it.
+The number at the end is the share of active heads in per cent, over all layers, as the paper counts it. With
+`pretrained=True` the published ones (tag `moh_in1k`) get the weights that the paper's authors have on the hub.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from moh.models.timm.transnext.model import MoHTransNeXt
+from moh.models.timm.transnext.published import own_names
 
 SMALL: dict[str, Any] = dict(
     embed_dims=(72, 144, 288, 576),
@@ -59,6 +63,14 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """name after "moh_transnext_" -> (what it is, its architecture)."""
 
+PUBLISHED = {
+    "small_75": "Chat-UniVi/MoH-ViT-S-75",
+    "small_80": "Chat-UniVi/MoH-ViT-S-80",
+    "base_75": "Chat-UniVi/MoH-ViT-B-75",
+    "base_50": "Chat-UniVi/MoH-ViT-B-50",
+}
+"""Those whose weights, trained on ImageNet-1k, are published -> where on the hub."""
+
 
 def _cfg(img_size: int, pool_size: int) -> dict[str, Any]:
     return dict(
@@ -77,9 +89,18 @@ def _cfg(img_size: int, pool_size: int) -> dict[str, Any]:
     )
 
 
+def _published(name: str) -> dict[str, Any]:
+    return dict(hf_hub_id=PUBLISHED[name], hf_hub_filename=f"moh_transnext_{name}.pth", origin_url=_ORIGIN)
+
+
+_ORIGIN = "https://github.com/SkyworkAI/MoH"
+
 default_cfgs = generate_default_cfgs(
     {
-        f"moh_transnext_{name}": _cfg(sizes.get("img_size", 224), 4 if name.startswith("micro") else 7)
+        f"moh_transnext_{name}" + (".moh_in1k" if name in PUBLISHED else ""): _cfg(
+            sizes.get("img_size", 224), 4 if name.startswith("micro") else 7
+        )
+        | (_published(name) if name in PUBLISHED else {})
         for name, (_, sizes) in _PRESETS.items()
     }
 )
@@ -88,9 +109,15 @@ default_cfgs = generate_default_cfgs(
 def _create(variant: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str, Any]) -> MoHTransNeXt:
     sizes = sizes | kwargs
     out_indices = tuple(range(len(sizes["embed_dims"])))
-    return build_model_with_cfg(
-        MoHTransNeXt, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **sizes
-    )
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the published files keep their training's arguments
+        return build_model_with_cfg(
+            MoHTransNeXt,
+            variant,
+            pretrained,
+            pretrained_filter_fn=own_names,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **sizes,
+        )
 
 
 def _register(variant: str, description: str, sizes: dict[str, Any]) -> None:

@@ -55,6 +55,20 @@ def published_names(model: nn.Module) -> dict[str, str]:
     return {name: _published(name) for name in model.state_dict()}
 
 
+def own_names(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What timm loads into a `MoHTransNeXt`: a published checkpoint with our names for its tensors; any other as it is.
+
+    Args:
+        checkpoint: a state dict, or a training checkpoint that holds one as "ema" or "model".
+        model: what it is for; it may have another classifier or number of channels.
+    """
+    state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
+    if "patch_embed1.proj.weight" not in state:
+        return dict(state)
+    ours = {theirs: name for name, theirs in published_names(model).items()}
+    return {ours.get(name, name): tensor for name, tensor in state.items()}
+
+
 def _published(name: str) -> str:
     name = _STAGE.sub(lambda match: _STAGE_NAMES[match[2]].format(int(match[1]) + 1), name)
     for ours, theirs in _PARTS.items():
