@@ -81,6 +81,7 @@ def check_writable(directory: str | Path, *, name: str) -> None:
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    "modeling_moh.py",
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -29,6 +29,7 @@ from moh.models.transformers.balance import output_class, with_balance_loss
 from moh.models.transformers.decoder_layer import DecodedLayer, with_output_layer
 from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, attentions, family_of, known_families
 from moh.models.transformers.fixed import WITHOUT_HEADS, FixedAttention, cut, refuse_fixed_heads
+from moh.models.transformers.remote_code import keep_remote_code
 from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads
 from moh.routing import Scorer, build_router
 
@@ -86,6 +87,10 @@ class RoutedConfig(HasLayerHeads):
                 f"without_heads must be {' or '.join(map(repr, WITHOUT_HEADS))}, got {self.without_heads!r}"
             )
         self.check_heads()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: the class comes with the package; its source is no file to be saved with a model."""
 
     @property
     def num_attention_layers(self) -> int:
@@ -176,6 +181,12 @@ class RoutedModel(HasActiveHeads):
             named = (*family.models.items(), *family.more_models.items())
             auto = next((auto for auto, dense in named if f"MoH{dense}" == name), "AutoModel")
             card.write_text(_CARD.format(model_type=f"moh_{family.model_type}", auto=auto), encoding="utf-8")
+        if card.parent.is_dir():
+            keep_remote_code(self, card.parent)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: the class comes with the package; its source is no file to be saved with a model."""
 
 
 _TAG = "mixture-of-heads"
