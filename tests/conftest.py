@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # lets the tests import the helpers of this folder
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 os.environ.setdefault("MOH_CPU_IMITATE_AMX", "1")  # the AMX kernels too, if they can be built
 

@@ -57,14 +57,17 @@ CASES = [
     case("mistral-none-shared", "mistral", router="two_stage", shared_heads=0, active_heads=1),
     case("mistral-all-shared", "mistral", router="two_stage", shared_heads=3, active_heads=0),
     *(case(f"{t}-bare", t, "AutoModel", shared_heads=1, active_heads=2) for t in ("llama", "bert", "gpt2")),
+    case("deit-teacher", "deit", shared_heads=1, active_heads=2, dense="DeiTForImageClassificationWithTeacher"),
     case("phi3-classifier", "phi3", "AutoModelForSequenceClassification", shared_heads=1, active_heads=2),
 ]
 
 
 def converted(model_type: str, auto: str, options: dict[str, Any]) -> Any:
     dense = dense_model(model_type, auto, **NO_DROPOUT.get(model_type, {}))
-    calibration = images() if model_type in IMAGES else token_ids()
-    return convert(dense, **dict(router="linear", calibration=calibration, allocation="even", progress=False) | options)
+    options = dict(router="linear", allocation="even", progress=False) | options
+    if other := options.pop("dense", None):
+        dense = getattr(transformers, other)(dense.config).eval()
+    return convert(dense, calibration=images() if model_type in IMAGES else token_ids(), **options)
 
 
 def inputs_for(model_type: str) -> dict[str, torch.Tensor]:
@@ -178,8 +181,15 @@ def test_another_model_than_ours_is_refused(tmp_path, config) -> None:
     assert not (tmp_path / CODE_FILE).exists()
 
 
+@pytest.mark.parametrize("router", ["fixed", ["linear", "fixed"]], ids=str)
+def test_layers_without_all_heads_are_refused(tmp_path, router) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moh_llama", "router": router}))
+    with pytest.raises(ValueError, match=r"router must be one of .* in every layer, got 'fixed'"):
+        export_remote_code(tmp_path)
+
+
 @pytest.mark.parametrize("model_type", ALL)
 def test_the_code_compiles_and_names_every_class_of_the_family(model_type) -> None:
     family, found = BY_TYPE[model_type], {"__name__": "code"}
-    exec(compile(code_for(family), CODE_FILE, "exec"), found)
+    exec(compile(code_for(family, family.models["AutoModel"]), CODE_FILE, "exec"), found)
     assert {family.moh_config, *family.moh_models.values()} <= found.keys()

@@ -18,8 +18,10 @@ from moh.cli.options import (
     add_images,
     add_json,
     add_output,
+    add_push,
     output_of,
     print_result,
+    push,
     read_corpus,
     read_images,
 )
@@ -107,6 +109,7 @@ def add_parser(sub: Commands) -> None:
         help="store output changes for each of these shares of heads in one model",
     )
     add_loading(parser, dtype="of the weights, to calibrate in and to save")
+    add_push(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -127,6 +130,7 @@ def _convert(arguments: Namespace) -> None:
         check_writable,
         replacing_directory,
     )
+    from moh.models.card import card_of, layers_of, write_card
     from moh.models.dial import head_share, moh_routers
     from moh.models.heads import requested_share
     from moh.models.hub import kind_at, local_diffusion
@@ -149,9 +153,11 @@ def _convert(arguments: Namespace) -> None:
     model, save = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
     with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
+        write_card(scratch, layers_of(model), **card_of(model))
     share = head_share([router.config for router in moh_routers(model)])
     text = f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"
     print_result(arguments, {"output": output, "share_of_heads": share}, [text])
+    push(arguments, output)
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
@@ -191,6 +197,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
+    from moh.models.card import describe
     from moh.models.transformers.loading import load_tokenizer
     from moh.models.transformers.sentences import copy_parts, sentence_parts
     from moh.routing import router_class
@@ -200,6 +207,10 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
     texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
+    if texts is not None:
+        names = [Path(file).name for file in arguments.files] or arguments.corpus
+        tokens = f"up to {arguments.calibration_tokens:,} tokens of {', '.join(names)}"
+        describe(model, facts={"calibrated on": tokens})
 
     def save(directory: Path) -> None:
         _save_all((model, tokenizer), directory)

@@ -19,6 +19,7 @@ from moh.cli import (
     conversion,
     curve,
     evaluation,
+    export,
     generation,
     info,
     inspect,
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_demo(sub)
     conversion.add_parser(sub)
     training.add_train(sub)
+    export.add_parser(sub)
     evaluation.add_parser(sub)
     sampling.add_parser(sub)
     training.add_extension(sub)

@@ -10,6 +10,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS
@@ -264,3 +265,20 @@ def add_active_heads(parser: argparse.ArgumentParser) -> None:
         help="routed heads per token: 3; one number per layer: 3,2,4; or a share of all heads: 0.75 (default: as the model "
         "was saved)",
     )  # fmt: skip
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """`--push-to-hub [NAME]`, which `push` carries out."""
+    parser.add_argument(
+        "--push-to-hub", nargs="?", const="", metavar="NAME",
+        help="also push the result to the Hugging Face hub (default name: the directory's); log in with `hf auth login`",
+    )  # fmt: skip
+
+
+def push(arguments: Namespace, directory: str | Path, *, name: str | None = None) -> None:
+    """Push a result if `--push-to-hub` is given; by default as `name`, or as the directory is called."""
+    if arguments.push_to_hub is not None:
+        from moh.models.card import push_directory
+
+        place = push_directory(directory, arguments.push_to_hub or name)
+        print(f"pushed to https://huggingface.co/{place}")

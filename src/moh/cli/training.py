@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moh.cli.options import add_command, add_json, add_output, add_text, output_of, print_result
+from moh.cli.options import add_command, add_json, add_output, add_push, add_text, output_of, print_result, push
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -49,6 +50,7 @@ def add_train(sub: Commands) -> None:
     )
     train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
     add_json(train)
+    add_push(train)
     train.more_help = _fields
 
 
@@ -104,6 +106,8 @@ def run_train(arguments: Namespace) -> None:
     step, loss = result.losses[-1] if result.losses else (0, float("nan"))
     figures = {"model": str(result.model_dir), "step": step, "loss": loss, "precision": result.precision}
     print_result(arguments, figures, [f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}"])
+    if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate
+        push(arguments, result.model_dir, name=result.model_dir.absolute().parent.name)  # it is always called model
 
 
 def run_extension(arguments: Namespace) -> None:

@@ -22,6 +22,7 @@ from moh.conversion.dense import DenseModel, OutputWeight, check_weights
 from moh.conversion.layer_kinds import LayerKinds
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
+from moh.models.card import describe
 from moh.models.heads import heads_of_share, requested_share
 from moh.models.hub import is_hub_name, kind_at
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
@@ -216,7 +217,21 @@ def convert(
     if changes:
         keep_output_changes(model, change_numbers, changes)
     check_weights(model)  # what was fitted may be out of the range of float16
+    describe(model, base=_base(model_or_path, dense.model), facts=_facts(routers, calibration_tokens, refits))
     return model
+
+
+def _base(model_or_path: nn.Module | str | Path, dense: Any) -> str | Path | None:
+    """The dense model's place, for the model card."""
+    if not isinstance(model_or_path, nn.Module):
+        return model_or_path
+    return getattr(getattr(dense, "config", None), "_name_or_path", None) or None
+
+
+def _facts(routers: Sequence[Router], calibration_tokens: int, refits: bool) -> dict[str, str]:
+    """How the conversion was done, for the model card."""
+    facts = {"calibrated on": f"up to {calibration_tokens:,} tokens"} if routers else {}
+    return facts | ({"output projections": "refitted, without training"} if refits and routers else {})
 
 
 def _is_diffusion(model_or_path: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moh.config import ROUTERS
 from moh.conversion.dense import check_weights, make_undecided
+from moh.models.card import describe
 from moh.models.diffusers import MoHDiTTransformer2DModel
 from moh.models.heads import heads_of_share, requested_share
 from moh.models.hub import local_diffusion
@@ -112,6 +113,8 @@ def convert_dit(
     for module in moh.modules():
         if isinstance(module, Router):
             make_undecided(module)
+    if isinstance(model_or_path, str | Path):
+        describe(moh, base=model_or_path)
     if pipeline is not None:
         pipeline.transformer = moh.eval()
         return pipeline

@@ -30,6 +30,8 @@ from moh._files import (
     replacing_directory,
     write_text,
 )
+from moh.models.card import layers_of, write_card
+from moh.models.kinds import looks_local
 from moh.training.checkpoints import check_shards, is_of_deepspeed, last_complete_checkpoint, trainer_state
 from moh.training.recipes import TrainingSettings, dump_recipe, load_recipe
 
@@ -277,6 +279,31 @@ def saving(trainer: Trainer, target: Path, *, kinds: Sequence[str] = MODEL_FILES
         yield scratch
         trainer.accelerator.wait_for_everyone()
     trainer.accelerator.wait_for_everyone()
+
+
+def save_card(
+    recipe: Any,
+    model: nn.Module,
+    directory: Path,
+    *,
+    base: str | None,
+    data: Sequence[str],
+    results: Sequence[tuple[str, str, str]] = (),
+) -> None:
+    """Write the card of a trained MoH model; a dense control has none.
+
+    Args:
+        recipe: the run.
+        model: the trained model.
+        directory: where it has been saved.
+        base: the model that training started from, None for random weights.
+        data: names or paths of what it was trained on; of a path only the last part is shown.
+        results: as in `moh.models.card.write_card`.
+    """
+    if layers := layers_of(model):
+        names = ", ".join(Path(name).name if looks_local(name) else name for name in data)
+        facts = {"trained on": names, "optimiser steps": f"{recipe.training.max_steps:,}"}
+        write_card(directory, layers, base=base, facts=facts, results=results)
 
 
 Precision = Literal["bf16", "fp32"]

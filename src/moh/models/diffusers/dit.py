@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moh.attention.call import transforms_are_active
 from moh.config import MoHConfig
 from moh.layer import MoHAttention
+from moh.models.card import PushedWithCard
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import layer_configs
 from moh.routing import Router, Scorer
@@ -106,7 +107,7 @@ TIME_CHANNELS = 256
 """Sines and cosines that first encode a time step."""
 
 
-class MoHDiTTransformer2DModel(HasActiveHeads, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class MoHDiTTransformer2DModel(PushedWithCard, HasActiveHeads, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Class-conditional diffusion transformer in which each token chooses its heads.
 
     It predicts the noise and, in further channels, the variance. A model with neither `shared_heads` nor `active_heads`

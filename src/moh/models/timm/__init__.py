@@ -8,13 +8,14 @@ from moh._extras import require
 require("timm", extra="vision")
 
 from moh.models.timm import vit_presets
-from moh.models.timm.saving import from_pretrained, save_pretrained
+from moh.models.timm.saving import from_pretrained, push_to_hub, save_pretrained
 from moh.models.timm.vit import MoHViTAttention, dense_attentions, replace_attention
 
 __all__ = [
     "MoHViTAttention",
     "dense_attentions",
     "from_pretrained",
+    "push_to_hub",
     "replace_attention",
     "save_pretrained",
     "vit_presets",

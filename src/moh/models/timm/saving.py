@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import push_to_hf_hub
 from torch import nn
 
+from moh.models.card import card_of, layers_of, push_card, write_card
 from moh.models.heads import compact_heads
-from moh.models.timm.loading import load_image_classifier, save_image_classifier
+from moh.models.timm.loading import class_names, load_image_classifier, save_image_classifier
 from moh.models.timm.vit import moh_attentions
 
 TOLERANCE = 1e-5
@@ -49,6 +51,31 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, model_args: Mapp
             raise ValueError(f"{_unlike(arguments)}: it has the same weights but a different output")
         for file in Path(scratch).iterdir():
             os.replace(file, directory / file.name)
+    if not (directory / "README.md").exists():
+        write_card(directory, layers_of(model), **card_of(model))
+
+
+def push_to_hub(model: nn.Module, repo_id: str, *, model_args: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Push a MoH model to the hub by timm's `push_to_hf_hub`, with our card if the repository has none.
+
+    Args:
+        model: as in `save_pretrained`.
+        repo_id: "NAME" or "OWNER/NAME"; timm then loads "hf-hub:OWNER/NAME".
+        model_args: as in `save_pretrained`.
+        options: other arguments of `push_to_hf_hub`: `private`, `token`, `commit_message`, ...
+
+    Raises:
+        ValueError: as `save_pretrained`; nothing is pushed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        save_pretrained(model, scratch, model_args=model_args)
+        push_card(repo_id, scratch, **{name: options.get(name) for name in ("private", "token")})
+    arguments = rebuild_arguments(model) | dict(model_args or {})
+    names = class_names(model)
+    labels = {} if names is None else {"label_names": list(names)}
+    return push_to_hf_hub(
+        model, repo_id, **{"safe_serialization": True, "model_config": labels, "model_args": arguments, **options}
+    )
 
 
 def from_pretrained(directory: str | Path, *, device: torch.device | None = None) -> nn.Module:

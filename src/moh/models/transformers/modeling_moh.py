@@ -27,6 +27,7 @@ FAMILY: dict[str, Any] = {
     "package": "llama",  # the folder in transformers.models
     "config": "LlamaConfig",
     "attention": "LlamaAttention",
+    "saved_as": "LlamaForCausalLM",  # transformers keeps one class per Auto class and text of this file
     "models": ["LlamaModel", "LlamaForCausalLM"],  # the first is the backbone
     "layers": "layers",  # path from the backbone
     "attention_of_layer": "self_attn",  # path from a layer
@@ -34,6 +35,18 @@ FAMILY: dict[str, Any] = {
     "output": "o_proj",
     "fused": "",  # order of a joint projection's rows: "parts" (queries, keys, values), "heads", or "" if there is none
 }
+
+
+class Scorer(nn.Module):
+    """A linear map that quantisers, which replace every `nn.Linear`, leave as it is."""
+
+    def __init__(self, dim: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__()
+        linear = nn.Linear(dim, outputs, bias)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Router(nn.Module):
@@ -44,10 +57,10 @@ class Router(nn.Module):
 
     balance_weight = 0.0
 
-    def __init__(self, config: Any, shared: Any, active: int) -> None:
+    def __init__(self, config: Any, kind: str, shared: Any, active: int) -> None:
         super().__init__()
         heads, dim = config.num_attention_heads, config.hidden_size
-        self.kind, self.active = config.router, active
+        self.kind, self.active = kind, active
         self.unit, self.groups = getattr(config, "routing_unit", "head"), getattr(config, "num_key_value_heads", heads)
         if shared is None:
             shared = heads - active
@@ -60,14 +73,14 @@ class Router(nn.Module):
         together = self.of_shared + self.of_routed
         self.places = [together.index(head) for head in range(heads)]
         if self.kind == "linear":
-            self.contribution = nn.Linear(dim, heads)
+            self.contribution = Scorer(dim, heads, bias=True)
         elif self.kind in ("two_stage", "single_stage"):
             if len(self.of_shared) > 1:
-                self.shared = nn.Linear(dim, len(self.of_shared), bias=False)
+                self.shared = Scorer(dim, len(self.of_shared))
             if active:
-                self.routed = nn.Linear(dim, len(self.of_routed), bias=False)
+                self.routed = Scorer(dim, len(self.of_routed))
             if active and self.of_shared and self.kind == "two_stage":
-                self.stage = nn.Linear(dim, 2, bias=False)
+                self.stage = Scorer(dim, 2)
         elif self.kind != "query_norm":
             raise ValueError(f"router {self.kind!r} is newer than this file: pip install mixture-of-heads")
 
@@ -170,12 +183,12 @@ class _RoutedModel:
         for index, attention in enumerate(attentions):
             if isinstance(attention, MoHAttention):  # of a model inside, made by `AutoModel`
                 continue
-            shared, active = (
+            kind, shared, active = (
                 value[index] if isinstance(value, list) else value
-                for value in (getattr(config, "shared_heads", None), config.active_heads)
+                for value in (config.router, getattr(config, "shared_heads", None), config.active_heads)
             )
             attention.__class__ = MoHAttention
-            attention.router = Router(config, shared, active)
+            attention.router = Router(config, kind, shared, active)
             attention.router.balance_weight = getattr(config, "router_aux_loss_coef", 0.0)
             if changes := getattr(config, "output_changes", None):  # kept for the package's dial; W_O already holds one
                 weight, count = _at(attention, FAMILY["output"]).weight, len(changes["heads"])

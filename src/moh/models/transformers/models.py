@@ -20,8 +20,8 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, mod
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from moh._files import CARD_MARK
 from moh.config import FIXED
+from moh.models.card import TAG, PushedWithCard, card_of, write_card
 from moh.models.dial import HasActiveHeads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
@@ -148,7 +148,7 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-class RoutedModel(HasActiveHeads):
+class RoutedModel(PushedWithCard, HasActiveHeads):
     """Mixed into a model class of a family: it is built as usual, then its attention layers get routers."""
 
     _supports_sdpa = True  # Gemma 2 only lacks it for the cap on its scores, which ours don't have
@@ -173,45 +173,17 @@ class RoutedModel(HasActiveHeads):
         return super().maybe_distribute_model(model, distributed_config, *args)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, and a README.md that says which package the model needs, unless there is one."""
+        """As in transformers, and a model card (README.md), unless there is one."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         card = Path(save_directory, "README.md")
         if card.parent.is_dir() and not card.exists():
-            family, name = family_of_config(type(self.config)), type(self).__name__  # type: ignore[attr-defined]
-            named = (*family.models.items(), *family.more_models.items())
-            auto = next((auto for auto, dense in named if f"MoH{dense}" == name), "AutoModel")
-            card.write_text(_CARD.format(model_type=f"moh_{family.model_type}", auto=auto), encoding="utf-8")
+            write_card(save_directory, self.config.layer_configs(), **card_of(self))  # type: ignore[attr-defined]
         if card.parent.is_dir():
             keep_remote_code(self, card.parent)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: the class comes with the package; its source is no file to be saved with a model."""
-
-
-_TAG = "mixture-of-heads"
-_CARD = f"""\
----
-library_name: transformers
-tags:
-- {_TAG}
----
-{CARD_MARK}
-
-A transformer with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842). It needs the package `mixture-of-heads`:
-unless `moh` is imported, transformers doesn't recognize the model type `{{model_type}}`.
-
-```console
-$ pip install "mixture-of-heads[hf]"
-```
-
-```python
-import moh
-from transformers import {{auto}}
-
-model = {{auto}}.from_pretrained("PATH OR NAME")
-```
-"""
 
 
 class _BatchedContinuously:
@@ -240,7 +212,7 @@ def route(model: Any) -> None:
     """
     family = family_of_config(type(model.config))
     check_version(family)
-    model.add_model_tags(_TAG)
+    model.add_model_tags(TAG)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, RoutedModel):
             module.__class__ = _routed_model_class(type(module))  # type: ignore[arg-type]

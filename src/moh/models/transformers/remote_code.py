@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moh._files import CARD_MARK, check_replaceable, replacing_directory, write_text
+from moh.config import ROUTERS
+from moh.models.card import PLACE
 from moh.models.kinds import saved_config
 from moh.models.transformers.families import Family, family_of
 
@@ -45,7 +47,7 @@ def export_remote_code(directory: str | Path, output: str | Path | None = None) 
         the directory with the code.
 
     Raises:
-        ValueError: there is no such model, or `output` holds something else; names it.
+        ValueError: there is no such model, its layers don't have all heads, or `output` holds something else; names it.
     """
     source = Path(directory).expanduser()
     config = saved_config(source)
@@ -55,6 +57,12 @@ def export_remote_code(directory: str | Path, output: str | Path | None = None) 
         raise ValueError(
             f"directory must hold a MoH model of transformers, saved by moh convert, moh train or save_pretrained; the "
             f"config.json of {str(directory)!r} " + (f"has model_type {model_type!r}" if config else "is missing")
+        )
+    routers = config["router"] if isinstance(config["router"], list) else [config["router"]]
+    if other := sorted(set(routers) - set(ROUTERS)):
+        raise ValueError(
+            f"router must be one of {', '.join(map(repr, ROUTERS))} in every layer, got {', '.join(map(repr, other))}: such "
+            f"layers don't have all heads, which the {family.config.removesuffix('Config')} of transformers needs"
         )
     if output is None or Path(output).resolve() == source.resolve():
         _add(source, config, family)
@@ -67,28 +75,31 @@ def export_remote_code(directory: str | Path, output: str | Path | None = None) 
 
 
 def _add(directory: Path, config: dict[str, Any], family: Family) -> None:
-    write_text(directory / CODE_FILE, code_for(family))
     for name in ("attn_implementation", "_attn_implementation"):  # ours are unknown without the package
         if str(config.get(name)).startswith("moh"):
             del config[name]
-    config["auto_map"] = auto_map(family)
+    made = str((config.get("architectures") or [""])[0]).removeprefix("MoH")
+    auto, config["auto_map"] = _auto_map(family, made)
+    write_text(directory / CODE_FILE, code_for(family, made))
     write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if CARD_MARK in text and "## Without the package" not in text:
-        made = (config.get("architectures") or [""])[0]
-        auto = next((auto for auto, name in family.moh_models.items() if name == made), "AutoModel")
-        write_text(card, text + _CARD.format(auto=auto, name="PATH OR NAME"))
+        write_text(card, text + _CARD.format(auto=auto, name=PLACE))
 
 
-def auto_map(family: Family) -> dict[str, str]:
-    """config.json's entry that names the classes in the code."""
-    classes = {"AutoConfig": family.moh_config} | family.moh_models
-    return {auto: f"{Path(CODE_FILE).stem}.{name}" for auto, name in classes.items()}
+def _auto_map(family: Family, made: str) -> tuple[str, dict[str, str]]:
+    """The Auto class that loads a model of the dense class `made`, and config.json's entry that names the classes in the code."""
+    named = (*family.models.items(), *family.more_models.items())
+    auto = next((auto for auto, name in named if name == made), "AutoModel")
+    classes = {"AutoConfig": family.config} | dict(family.models)
+    if made in family.dense_models:
+        classes[auto] = made
+    return auto, {auto: f"{Path(CODE_FILE).stem}.MoH{name}" for auto, name in classes.items()}
 
 
-def code_for(family: Family) -> str:
-    """The text of the code for a family."""
+def code_for(family: Family, made: str) -> str:
+    """The text of the code for a model of the dense class `made`."""
     code = Path(__file__).with_name(CODE_FILE).read_text(encoding="utf-8")
     before, _, rest = code.partition("FAMILY: dict[str, Any] = {")
     _, _, after = rest.partition("\n}\n")
@@ -97,7 +108,10 @@ def code_for(family: Family) -> str:
         "package": family.package,
         "config": family.config,
         "attention": family.attention,
-        "models": [family.models["AutoModel"], *(name for auto, name in family.models.items() if auto != "AutoModel")],
+        "saved_as": made,
+        "models": sorted(
+            family.dense_models, key=lambda name: name != family.models["AutoModel"]
+        ),  # the backbone first
         "layers": family.layers,
         "attention_of_layer": family.attention_of_layer,
         "queries": ".".join([*core, family.fused or family.queries]),

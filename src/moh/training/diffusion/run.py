@@ -20,7 +20,7 @@ from moh.training.diffusion.data import PixelDataset, load_source
 from moh.training.diffusion.latents import LatentDataset, encode_latents
 from moh.training.diffusion.recipe import DiffusionRecipe
 from moh.training.diffusion.trainer import Denoiser, DiffusionTrainer
-from moh.training.session import RunResult, open_session, saving
+from moh.training.session import RunResult, open_session, save_card, saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,7 @@ def train(
     with saving(trainer, model_dir, kinds=PIPELINE_FILES) as scratch:
         if arguments.should_save:
             save_image_model(model, scratch)
+            save_card(recipe, transformer, scratch, base=None, data=[recipe.data.dataset])
     return DiffusionResult(
         model=model,
         model_dir=model_dir,

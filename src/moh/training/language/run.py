@@ -5,9 +5,11 @@ The steps themselves are the transformers Trainer's (`moh.training.language.trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from moh.training.language.data import TrainingText, prepare_text
 from moh.training.language.model import build_model, check_fits, load_dense, load_tokenizer, model_config
 from moh.training.language.recipe import Recipe
 from moh.training.language.trainer import MoHTrainer, stream_position
-from moh.training.session import RunResult, open_session, saving, without_autocast
+from moh.training.session import RunResult, open_session, save_card, saving, without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def train(
     history = session.run(trainer)
     model.config.use_cache = use_cache  # the Trainer turns it off
     model_dir = session.output_dir / "model"
-    _save(trainer, model_dir)
+    _save(trainer, model_dir, recipe, history)
     trained = without_autocast(trainer.accelerator.unwrap_model(trainer.model)).eval()
     return TrainResult(
         model=trained,
@@ -177,9 +179,14 @@ def _open_stream(stream: StreamedMixture, arguments: TrainingArguments, checkpoi
         stream.resume(*stream_position(checkpoint, batch))
 
 
-def _save(trainer: MoHTrainer, target: Path) -> None:
-    """Save model and tokenizer, whole or not at all."""
+def _save(trainer: MoHTrainer, target: Path, recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> None:
+    """Save model and tokenizer with a model card, whole or not at all."""
     with saving(trainer, target) as scratch:
         trainer.save_model(str(scratch), _internal_call=True)
         if trainer.args.should_save:
             (scratch / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has more
+            data = recipe.data
+            texts = [source.path for source in data.sources] or data.files or [data.corpus]
+            losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry][-1:]
+            results = [(f"held-out perplexity, step {step:,}", f"{math.exp(loss):.2f}", "–") for step, loss in losses]
+            save_card(recipe, trainer.model, scratch, base=recipe.model.path, data=texts, results=results)
