@@ -42,7 +42,11 @@ def test_the_saved_model_is_the_trained_one_for_us_and_for_timm(options: list[st
     assert result.model_dir == tmp_path / "out" / "model" and not result.model.training
     assert [step for step, _ in result.losses] == [1, 2, 3, 4, 5, 6]
     assert result.classes == tuple(FashionMNIST.classes) and result.resumed_from is None
-    assert {path.name for path in result.model_dir.iterdir()} == {"config.json", "model.safetensors"}
+    card = {"README.md"} if extra == MOH else set()
+    assert {path.name for path in result.model_dir.iterdir()} == {"config.json", "model.safetensors"} | card
+    if card:
+        text = (result.model_dir / "README.md").read_text()
+        assert "| optimiser steps | 6 |" in text and "| held-out top-1, step 6 |" in text
 
     images = torch.randn(2, 1, 8, 8)
     loaded = load_image_classifier(result.model_dir)
@@ -245,3 +249,17 @@ def test_given_images_need_held_out_ones_of_the_same_classes(options: list[str],
     other = TensorImages(tensors.pixels, tensors.labels, ("cat", "dog", "fox"))
     with pytest.raises(ValueError, match="eval_dataset must have the 3 classes of train_dataset, but lacks 'eel'"):
         run(options, train_dataset=tensors, eval_dataset=other)
+
+
+def test_a_frozen_model_trains_its_classifier_alone(options: list[str], tmp_path: Path) -> None:
+    start = run(options, *MOH).model_dir
+    frozen = [f"--model.weights={start / 'model.safetensors'}", "--model.frozen=true", "--training.balance_loss_coef=0"]
+    result = run(options, *MOH, *frozen, f"--training.output_dir={tmp_path / 'frozen'}")
+    before, after = load_image_classifier(start).state_dict(), result.model.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_a_model_without_weights_to_keep_is_not_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen needs weights to keep"):
+        ImageModelRecipe("moh_vit_micro_patch4_28_75", frozen=True)

@@ -152,6 +152,21 @@ def prepare(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> Non
         raise ValueError(f"model must have {len(classes)} classes, as the data has, got {logits.shape[-1]}")
 
 
+def freeze(model: nn.Module) -> None:
+    """Let training change the classifier alone.
+
+    Raises:
+        ValueError: the model has no classifier by timm's description.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    trained = [name for name, _ in model.named_parameters() if name.startswith(heads)] if heads else []
+    if not trained:
+        raise ValueError(f"model.frozen needs a model with a classifier, and {type(model).__name__} has none")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
 def convert_model(
     recipe: ImageRecipe, model: nn.Module, wanted: ImageInput, train: ImageSource, arguments: TrainingArguments
 ) -> nn.Module:

@@ -19,6 +19,7 @@ class ImageModelRecipe:
         name: a model of timm or this package ("moh_transnext_small_75"), "hf-hub:NAME" or "local-dir:PATH".
         pretrained: start from the weights that belong to the name (downloaded, or in the local directory).
         weights: a file of weights to start from instead (.safetensors, or .pth read without unpickling code).
+        frozen: train the classifier alone, on the features of the weights as they are.
         drop_path: rate of stochastic depth in the last layer; it rises linearly from 0.
         kwargs: further arguments of `timm.create_model`: img_size, in_chans, shared_heads, active_heads and so on.
             The number of classes comes from the data.
@@ -27,12 +28,15 @@ class ImageModelRecipe:
     name: str
     pretrained: bool = False
     weights: str | None = None
+    frozen: bool = False
     drop_path: float = 0.0
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be at least 0 and below 1, got {self.drop_path}")
+        if self.frozen and not self.pretrained and self.weights is None and ":" not in self.name:
+            raise ValueError("model.frozen needs weights to keep: set model.pretrained or model.weights")
         for name, instead in {
             "num_classes": "it comes from the data",
             "drop_path_rate": "set model.drop_path",

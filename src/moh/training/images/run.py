@@ -19,10 +19,10 @@ from moh.data.images.datasets import load_images
 from moh.data.images.sources import ImageSource, with_classes
 from moh.models.kinds import saved_config
 from moh.models.timm.loading import load_image_classifier, save_image_classifier
-from moh.training.images.model import build_model, convert_model, prepare, resolve_input, saved_arguments
+from moh.training.images.model import build_model, convert_model, freeze, prepare, resolve_input, saved_arguments
 from moh.training.images.recipe import ImageRecipe, ImageTrainingRecipe
 from moh.training.images.trainer import ImageTrainer
-from moh.training.session import RunResult, Session, open_session, saving, training_arguments
+from moh.training.session import RunResult, Session, open_session, save_card, saving, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,8 @@ def train(
         if given is None and recipe.conversion is not None:
             model = convert_model(recipe, model, wanted, train_images, session.arguments)
     prepare(model, wanted, classes)
+    if recipe.model.frozen:
+        freeze(model)
     if settings.gradient_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     session.write_recipe()
@@ -115,6 +117,11 @@ def train(
     with saving(trainer, model_dir) as scratch:
         if trainer.args.should_save:
             save_image_classifier(trainer.final_model, scratch, model_args=trainer.model_args)
+            top1 = [(entry["step"], entry["eval_top1"]) for entry in history if "eval_top1" in entry][-1:]
+            results = [(f"held-out top-1, step {step:,}", f"{value:.1f} %", "–") for step, value in top1]
+            start = recipe.model.weights or (recipe.model.name if recipe.model.pretrained else None)
+            base = None if start is None else start.removeprefix("local-dir:")
+            save_card(recipe, trainer.final_model, scratch, base=base, data=[recipe.data.dataset], results=results)
     damaged = report_damaged(train_images, batches.damaged, what="replaced by the next one")
     report_damaged(eval_images, eval_batches.damaged, what="left out of the evaluation")
     return ImageTrainResult(
