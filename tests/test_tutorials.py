@@ -1,68 +1,105 @@
-"""The code of tutorials and of self-contained guides runs, block after block, as a reader would type it."""
+"""The code of tutorials and of self-contained guides runs, block after block, as a reader would type it.
+
+Python is executed, files are written, and the `moh` commands of consoles run in this process. Models that a tutorial takes
+from the hub are tiny local ones: a directory of the name for transformers, smaller sizes for timm.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import moh
+from local_hub import stand_in
+from moh.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "backbone.md"]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def diffusion(folder: Path) -> None:
-    """The layout of `facebook/DiT-XL-2-256`, in a directory of that name, which is found before the hub."""
-    pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
-    second.load_state_dict(first.state_dict())  # as in the published weights
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    vae = AutoencoderKL(block_out_channels=(8, 8), **blocks, layers_per_block=1, norm_num_groups=4)
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "facebook/DiT-XL-2-256")
-
-
-def heads(folder: Path) -> None:
-    """A MoH model in `smollm2-moh`, whose tokens are bytes."""
-    pytest.importorskip("transformers", reason="the llm extra is not installed")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
-    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=256))
-    model = moh.convert(dense, shared_heads=1, active_heads=1, router="query_norm")
-    model.save_pretrained(folder / "smollm2-moh")
-    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / "smollm2-moh")
-
-
-MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads}
-"""Name of a tutorial -> the function that makes tiny models in its directory."""
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+PAGES = [*TUTORIALS, DOCS / "backbone.md"]
+BLOCK = re.compile(r'^```(python|console|yaml title="([^"]+)")\n(.*?)^```', re.MULTILINE | re.DOTALL)
+OWN_TESTS = {"serve": "tests/cli/test_serving.py"}
+"""Commands that don't end by themselves -> where they are tested."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    if page.stem in MODELS:
-        MODELS[page.stem](tmp_path)
+def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = request.getfixturevalue("tmp_path")
+    monkeypatch.chdir(folder)
+    if page.stem in STAND_INS:
+        STAND_INS[page.stem](request, folder, monkeypatch)
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "tutorial"}
-    blocks = list(BLOCK.finditer(text))
-    assert blocks
-    for block in blocks:
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+    assert any(kind == "python" for kind, _, _ in BLOCK.findall(text))
+    for block in BLOCK.finditer(text):
+        kind, title, content = block.groups()
+        if title:
+            Path(title).write_text(content, encoding="utf-8")
+        elif kind == "console":
+            run_commands(content)
+        else:
+            line = text.count("\n", 0, block.start(3))
+            exec(compile("\n" * line + content, str(page), "exec"), names)
+
+
+def run_commands(console: str) -> None:
+    """Run the lines `$ moh ...`; all others belong to other programs, or are output."""
+    for line in console.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["$", "moh"] and words[2] not in OWN_TESTS:
+            assert main(words[2:]) == 0, line
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_commands_that_are_not_run_have_tests_of_their_own(page: Path) -> None:
+    commands = re.findall(r"^\$ moh (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for command in set(commands) & set(OWN_TESTS):
+        assert f'moh("{command}"' in (Path(__file__).parents[1] / OWN_TESTS[command]).read_text(encoding="utf-8")
+
+
+def _language_model(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama and text of 20 words in place of SmolLM2 and its reader's text; a directory in place of the hub."""
+    import shutil
+
+    stand_in(folder / "hub", monkeypatch)
+    shutil.copytree(request.getfixturevalue("base_dir"), folder / "HuggingFaceTB" / "SmolLM2-135M")
+    text = request.getfixturevalue("text_file").read_text(encoding="utf-8")
+    (folder / "texts").mkdir()
+    for number in range(20):
+        (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+
+
+def _image_models(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow models with random weights in place of those with weights on the hub, and small photos of two classes."""
+    pytest.importorskip("timm", reason="the vision extra is not installed")
+    import timm.models._registry as registry
+    from PIL import Image
+
+    import moh.models.timm.transnext  # noqa: F401  registers its models
+
+    narrow = {
+        "moh_transnext_base_75": dict(embed_dims=(8, 16, 32, 64), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1)),
+        "deit_small_patch16_224": dict(embed_dim=48, depth=2),
+    }
+    for name, sizes in narrow.items():
+        make: Any = registry._model_entrypoints[name]
+
+        def small(pretrained: bool = False, *, make: Any = make, sizes: Any = sizes, **options: Any) -> Any:
+            options["pretrained_cfg_overlay"] = {"input_size": (3, 64, 64)}
+            return make(**dict(img_size=64) | sizes | options)
+
+        small.__module__ = make.__module__
+        monkeypatch.setitem(registry._model_entrypoints, name, small)
+    generator = torch.Generator().manual_seed(0)
+    for kind, shade in ("cat", 0), ("dog", 128):
+        (folder / "photos" / kind).mkdir(parents=True)
+        for number in range(10):
+            pixels = shade + torch.randint(0, 128, (24, 24, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "photos" / kind / f"{number}.png")
+
+
+STAND_INS = {"convert": _language_model, "images": _image_models}
+"""Page -> what prepares its directory."""
