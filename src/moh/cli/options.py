@@ -281,4 +281,4 @@ def push(arguments: Namespace, directory: str | Path, *, name: str | None = None
         from moh.models.card import push_directory
 
         place = push_directory(directory, arguments.push_to_hub or name)
-        print(f"pushed to https://huggingface.co/{place}")
+        print(f"pushed to https://huggingface.co/{place}", file=sys.stderr)  # standard output may be JSON
