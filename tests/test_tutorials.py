@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
             Path(title).write_text(content, encoding="utf-8")
         elif kind == "console":
             run_commands(content)
+        elif "BitsAndBytesConfig" in content and find_spec("bitsandbytes") is None:
+            continue  # it is for Linux alone
         else:
             line = text.count("\n", 0, block.start(3))
             exec(compile("\n" * line + content, str(page), "exec"), names)
@@ -68,7 +71,7 @@ def _language_model(request: pytest.FixtureRequest, folder: Path, monkeypatch: p
     shutil.copytree(request.getfixturevalue("base_dir"), folder / "HuggingFaceTB" / "SmolLM2-135M")
     text = request.getfixturevalue("text_file").read_text(encoding="utf-8")
     (folder / "texts").mkdir()
-    for number in range(20):
+    for number in range(8):
         (folder / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
 
 
