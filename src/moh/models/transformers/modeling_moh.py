@@ -165,7 +165,7 @@ class _RoutedAttention(nn.Module):
         attention = _WithGates(self, FAMILY["output"].split("."), self.router(hidden_states, queries))
         return type(self).family_attention.forward(attention, hidden_states, *args, **kwargs)
 
-    def _queries(self, x: Tensor) -> Tensor:
+    def _queries(self, x: Tensor) -> Any:  # [B, N, H, D]
         q, heads = _at(self, FAMILY["queries"])(x), len(self.router.places)
         if FAMILY["fused"] == "heads":
             return q.unflatten(-1, (heads, -1)).chunk(3, dim=-1)[0]
@@ -176,17 +176,15 @@ class _RoutedAttention(nn.Module):
 
 class _RoutedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = _at(self.base_model, FAMILY["layers"])  # type: ignore[attr-defined]
         path = FAMILY["attention_of_layer"]
         attentions = [_at(layer, path) for layer in layers if hasattr(layer, path)]  # hybrid models have layers without
         for index, attention in enumerate(attentions):
             if isinstance(attention, MoHAttention):  # of a model inside, made by `AutoModel`
                 continue
-            kind, shared, active = (
-                value[index] if isinstance(value, list) else value
-                for value in (config.router, getattr(config, "shared_heads", None), config.active_heads)
-            )
+            of_all: list[Any] = [config.router, getattr(config, "shared_heads", None), config.active_heads]
+            kind, shared, active = (value[index] if isinstance(value, list) else value for value in of_all)
             attention.__class__ = MoHAttention
             attention.router = Router(config, kind, shared, active)
             attention.router.balance_weight = getattr(config, "router_aux_loss_coef", 0.0)
