@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import moh
 from local_hub import stand_in
 from moh.cli import main
 
@@ -32,6 +34,8 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
     monkeypatch.chdir(folder)
     if page.stem in STAND_INS:
         STAND_INS[page.stem](request, folder, monkeypatch)
+    if page.stem in MODELS:
+        MODELS[page.stem](folder)
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "tutorial"}
     assert any(kind == "python" for kind, _, _ in BLOCK.findall(text))
@@ -40,7 +44,8 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
         if title:
             Path(title).write_text(content, encoding="utf-8")
         elif kind == "console":
-            run_commands(content)
+            if page.stem in STAND_INS:
+                run_commands(content)
         elif "BitsAndBytesConfig" in content and find_spec("bitsandbytes") is None:
             continue  # it is for Linux alone
         else:
@@ -104,5 +109,43 @@ def _image_models(request: pytest.FixtureRequest, folder: Path, monkeypatch: pyt
             Image.fromarray(pixels.numpy()).save(folder / "photos" / kind / f"{number}.png")
 
 
+def diffusion(folder: Path) -> None:
+    """The layout of `facebook/DiT-XL-2-256`, in a directory of that name, which is found before the hub."""
+    pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    first, second = (block.norm1.emb for block in transformer.transformer_blocks)
+    second.load_state_dict(first.state_dict())  # as in the published weights
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(block_out_channels=(8, 8), **blocks, layers_per_block=1, norm_num_groups=4)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "facebook/DiT-XL-2-256")
+
+
+def heads(folder: Path) -> None:
+    """A MoH model in `smollm2-moh`, whose tokens are bytes."""
+    pytest.importorskip("transformers", reason="the llm extra is not installed")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=256))
+    model = moh.convert(dense, shared_heads=1, active_heads=1, router="query_norm")
+    model.save_pretrained(folder / "smollm2-moh")
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / "smollm2-moh")
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads}
+"""Name of a tutorial -> the function that makes tiny models in its directory."""
+
+
 STAND_INS = {"convert": _language_model, "images": _image_models}
-"""Page -> what prepares its directory."""
+"""Name of a tutorial whose commands run -> what prepares its directory."""
