@@ -105,6 +105,23 @@ def test_eval_of_a_single_block_is_still_json(moh, base_dir: Path, text_file: Pa
     assert json.loads(result.out[0], parse_constant=refuse)["stderr"] is None
 
 
+@pytest.mark.parametrize(
+    ("options", "seq_len", "blocks"),
+    [([], 64, 15), (["--seq-len", 32], 32, 31), (["--max-tokens", 130], 64, 2)],  # the model has 64 positions
+    ids=["default", "seq_len", "max_tokens"],
+)
+def test_eval_of_wikitext_reads_its_whole_test_part(
+    moh, base_dir: Path, tmp_path: Path, monkeypatch, options, seq_len: int, blocks: int
+) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "the head sees the query"}\n' * 200)  # 1000 tokens
+    monkeypatch.setattr("moh.data.text.named.WIKITEXT_2", f"{tmp_path}::test")
+    result = moh("eval", base_dir, "--corpus", "wikitext-2", "--json", *options)
+    assert result.code == 0, result.err
+    assert json.loads(result.out[0])["tokens"] == blocks * (seq_len - 1)
+    too_few = moh("eval", base_dir, "--corpus", "wikitext-2", "--max-tokens", 63)
+    assert too_few.code == 2 and "--max-tokens must be at least --seq-len, got 63, 64" in too_few.err[-1]
+
+
 @pytest.mark.parametrize("kind", ["dense", "MoH"])
 def test_generate_prints_what_the_model_generates(moh, base_dir: Path, moh_dir: Path, kind) -> None:
     path = base_dir if kind == "dense" else moh_dir
@@ -126,7 +143,10 @@ def test_sampling_is_repeatable_by_its_seed(moh, base_dir: Path) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_train_follows_a_recipe_and_its_overrides(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--conversion.calibration=[some/texts:part]"]], ids=["own", "calibration"])
+def test_train_follows_a_recipe_and_its_overrides(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch, options: list[str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"""
@@ -136,7 +156,11 @@ def test_train_follows_a_recipe_and_its_overrides(moh, base_dir: Path, text_file
         training: {{output_dir: {tmp_path / "out"}, max_steps: 9, per_device_train_batch_size: 2, precision: fp32}}
         """
     )
-    result = moh("train", recipe, "--training.max_steps", 2)
+    read = []
+    named = "moh.training.language.model.calibration_texts"
+    monkeypatch.setattr(named, lambda names, **_: read.append(names) or ["the head sees"] * 99)
+    result = moh("train", recipe, "--training.max_steps", 2, *options)
+    assert read == ([["some/texts:part"]] if options else [])
     assert result.code == 0, result.err
     assert result.out[-1].startswith(f"{tmp_path / 'out' / 'model'}: step 2, loss ")
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model"), MoHLlamaForCausalLM)

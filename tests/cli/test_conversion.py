@@ -62,16 +62,37 @@ def test_layers_with_fixed_heads_and_without_any(
     assert moh("generate", tmp_path / "model", "the head", "--max-new-tokens", 3).code == 0
 
 
-@pytest.mark.parametrize("options", [["--corpus", "django-docs", "botchan"], []], ids=["named", "default"])
+@pytest.mark.parametrize(
+    "options",
+    [["--corpus", "django-docs", "botchan"], ["--calibration", "django-docs", "botchan"], []],
+    ids=["corpus", "calibration", "default"],
+)
 def test_several_corpora_calibrate_in_equal_parts(moh, base_dir: Path, tmp_path: Path, monkeypatch, options) -> None:
     texts = {"django-docs": ["the head"] * 10, "botchan": ["some other text"] * 100}
-    monkeypatch.setattr("moh.training.load_corpus", lambda name: Corpus(name, "", "", texts[name], []))
+    monkeypatch.setattr("moh.data.text.named.load_corpus", lambda name, _: Corpus(name, "", "", texts[name], []))
     read = []
     convert = moh_package.convert
     monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: read.extend(kw["calibration"]) or convert(*a, **kw))
     result = moh("convert", base_dir, tmp_path / "model", *HEADS, *options)
     assert result.code == 0, result.err
     assert (read.count("the head"), read.count("some other text")) == (10, 5)
+
+
+def test_calibration_takes_conversations_of_a_file_with_the_chat_template(
+    moh, base_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    source, chat = tmp_path / "dense", tmp_path / "chat.jsonl"
+    AutoModelForCausalLM.from_pretrained(base_dir).save_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(source)
+    chat.write_text('{"messages": [{"role": "user", "content": "the head sees"}]}\n' * 40)
+    read = []
+    convert = moh_package.convert
+    monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: read.extend(kw["calibration"]) or convert(*a, **kw))
+    result = moh("convert", source, tmp_path / "model", *HEADS, "--calibration", chat)
+    assert result.code == 0, result.err
+    assert read == ["user the head sees "] * 40
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from moh.config import FIXED, ROUTERS, ROUTING_UNITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
     from moh.cli.options import Commands
     from moh.data.images.augmentation import ProcessorInput
@@ -79,12 +80,12 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--routing-unit", choices=ROUTING_UNITS, default="head", help="what a token chooses")
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "--corpus",
+        "--calibration", "--corpus",
         nargs="+",
-        choices=tuple(CORPORA),
-        default=list(CALIBRATION_CORPORA),
-        help=f"text to calibrate on, in equal parts if several (default: {' '.join(CALIBRATION_CORPORA)})",
-    )
+        metavar="NAME[:CONFIG][:SPLIT]|PATH",
+        help="text to calibrate on, in equal parts if several: a Hugging Face data set (texts or conversations), a file or "
+        f"directory, or a built-in corpus: {', '.join(CORPORA)} (default: {' '.join(CALIBRATION_CORPORA)})",
+    )  # fmt: skip
     add_files(text)
     add_images(parser)
     parser.add_argument(
@@ -148,8 +149,8 @@ def _convert(arguments: Namespace) -> None:
     of_pipeline = drawing is not None and (drawing / "model_index.json").is_file()
     kinds = PIPELINE_FILES if of_pipeline else (*MODEL_FILES, *SENTENCE_FILES)
     check_replaceable(output, name="output", kinds=kinds)
-    if arguments.images is not None and arguments.files:
-        raise ValueError("--images and --files must not both be given")
+    if arguments.images is not None and (text := _text_option(arguments)):
+        raise ValueError(f"--images and {text} must not both be given")
     model, save = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
     with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
@@ -158,6 +159,11 @@ def _convert(arguments: Namespace) -> None:
     text = f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"
     print_result(arguments, {"output": output, "share_of_heads": share}, [text])
     push(arguments, output)
+
+
+def _text_option(arguments: Namespace) -> str | None:
+    """The option that names text to calibrate on, if one is given."""
+    return "--files" if arguments.files else "--calibration" if arguments.calibration else None
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
@@ -169,8 +175,8 @@ def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callab
     """The MoH model, and a function that writes it: as a pipeline with all that `source` holds if that is one."""
     from moh.conversion import convert
 
-    if arguments.images is not None or arguments.files:
-        raise ValueError("--images and --files must be left out for a diffusion model, which is not calibrated")
+    if option := "--images" if arguments.images is not None else _text_option(arguments):
+        raise ValueError(f"{option} must be left out for a diffusion model, which is not calibrated")
     refuse_device_map(arguments)
     model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
     if not (source / "model_index.json").is_file():
@@ -205,10 +211,10 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
     tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
-    texts = _texts(arguments) if router_class(options["router"]).is_fitted else None
+    texts = _texts(arguments, tokenizer) if router_class(options["router"]).is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     if texts is not None:
-        names = [Path(file).name for file in arguments.files] or arguments.corpus
+        names = [Path(file).name for file in arguments.files] or arguments.calibration or CALIBRATION_CORPORA
         tokens = f"up to {arguments.calibration_tokens:,} tokens of {', '.join(names)}"
         describe(model, facts={"calibrated on": tokens})
 
@@ -219,15 +225,15 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     return model, save
 
 
-def _texts(arguments: Namespace) -> list[str]:
+def _texts(arguments: Namespace, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The calibration texts given on the command line."""
-    from moh.data.text.corpora import equal_parts
-    from moh.training import load_corpus
+    from moh.data.text.corpora import CALIBRATION_CORPORA
+    from moh.data.text.named import calibration_texts
 
     if arguments.files:
         texts: list[str] = read_corpus(arguments).train
         return texts
-    return equal_parts([load_corpus(name).train for name in arguments.corpus])
+    return calibration_texts(arguments.calibration or CALIBRATION_CORPORA, tokenizer=tokenizer)
 
 
 def _of_images(
@@ -236,8 +242,8 @@ def _of_images(
     from moh.conversion import convert
     from moh.routing import router_class
 
-    if arguments.files:
-        raise ValueError(f"--files needs a model that reads text, and {arguments.model} does not")
+    if option := _text_option(arguments):
+        raise ValueError(f"{option} needs a model that reads text, and {arguments.model} does not")
     if arguments.images is None and router_class(options["router"]).needs_fit:
         raise ValueError(
             f"--images must name the images to calibrate on, because {arguments.model} reads images (or choose a --router that "

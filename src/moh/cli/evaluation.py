@@ -24,10 +24,17 @@ from moh.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from moh.cli.options import Commands
 
 _ANY = "MODEL"
 """Name of the sub-command that `moh eval` takes if none is named."""
+
+_WIKITEXT_2 = "wikitext-2"
+_SEQ_LEN, _MAX_TOKENS = 512, 32_768
+_PUBLISHED_SEQ_LEN = 2048  # of GPTQ, SparseGPT, Wanda and most others
 
 
 def add_parser(sub: Commands) -> None:
@@ -54,11 +61,14 @@ def add_parser(sub: Commands) -> None:
     for parser in (text, images, either):
         parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
         if parser is not images:
-            add_text(parser)
+            add_text(parser, also=(_WIKITEXT_2,))
             parser.add_argument("--all-text", action="store_true", help="use all of --files, not their held-out tenth")
-            parser.add_argument("--seq-len", type=int, default=512, help="tokens per block (default: %(default)s)")
+            published = f"{_PUBLISHED_SEQ_LEN}, or the model's positions if fewer"
             parser.add_argument(
-                "--max-tokens", type=int, default=32_768, help="at most this many (default: %(default)s)"
+                "--seq-len", type=int, help=f"tokens per block (default: {_SEQ_LEN}; {_WIKITEXT_2}: {published})"
+            )
+            parser.add_argument(
+                "--max-tokens", type=int, help=f"at most this many (default: {_MAX_TOKENS}; {_WIKITEXT_2}: all)"
             )
         if parser is not text:
             add_images(parser)
@@ -97,18 +107,15 @@ def _images(arguments: Namespace) -> None:
 def _run_text(arguments: Namespace) -> None:
     from moh.evaluation import perplexity
 
-    if arguments.all_text and not arguments.files:
-        raise ValueError("--all-text needs --files")
-    if arguments.all_text:
-        from moh.training import read_texts
-
-        texts = read_texts(arguments.files)
-    else:
-        texts = read_corpus(arguments).heldout
+    texts = [] if arguments.corpus == _WIKITEXT_2 else _texts(arguments)
     model, tokenizer = language_model(arguments)
-    result = perplexity(
-        model, token_blocks(texts, tokenizer, seq_len=arguments.seq_len, max_tokens=arguments.max_tokens)
-    )
+    if arguments.corpus == _WIKITEXT_2:
+        blocks = _wikitext2(arguments, model, tokenizer)
+    else:
+        seq_len = _SEQ_LEN if arguments.seq_len is None else arguments.seq_len
+        max_tokens = _MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens
+        blocks = token_blocks(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+    result = perplexity(model, blocks)
     # the standard error of a single block is NaN
     figures = {name: getattr(result, name) for name in ("perplexity", "loss", "stderr", "tokens")}
     line = (
@@ -116,6 +123,31 @@ def _run_text(arguments: Namespace) -> None:
         f"{result.tokens:,} tokens)"
     )
     print_result(arguments, figures, [line])
+
+
+def _texts(arguments: Namespace) -> list[str]:
+    if not arguments.all_text:
+        return read_corpus(arguments).heldout
+    from moh.training import read_texts
+
+    if not arguments.files:
+        raise ValueError("--all-text needs --files")
+    return read_texts(arguments.files)
+
+
+def _wikitext2(arguments: Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The blocks of published perplexities, or the first of them."""
+    from moh.data.text.named import wikitext2_blocks
+
+    if arguments.all_text:
+        raise ValueError("--all-text needs --files")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", _PUBLISHED_SEQ_LEN)
+    seq_len = min(positions, _PUBLISHED_SEQ_LEN) if arguments.seq_len is None else arguments.seq_len
+    max_tokens = arguments.max_tokens
+    if max_tokens is not None and max_tokens < seq_len:
+        raise ValueError(f"--max-tokens must be at least --seq-len, got {max_tokens}, {seq_len}")
+    blocks = wikitext2_blocks(tokenizer, seq_len)
+    return blocks if max_tokens is None else blocks[: max_tokens // seq_len]
 
 
 def _run_images(arguments: Namespace) -> None:

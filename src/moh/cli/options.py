@@ -162,10 +162,12 @@ def output_of(arguments: Namespace) -> str:
     return place
 
 
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """`--corpus` or `--files`, which `read_corpus` reads."""
+def add_text(parser: argparse.ArgumentParser, *, also: tuple[str, ...] = ()) -> None:
+    """`--corpus` or `--files`, which `read_corpus` reads; `also` are corpora that the command itself reads."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--corpus", choices=tuple(CORPORA), default=DEFAULT_CORPUS, help="text (default: %(default)s)")
+    group.add_argument(
+        "--corpus", choices=(*CORPORA, *also), default=DEFAULT_CORPUS, help="text (default: %(default)s)"
+    )
     add_files(group)
 
 

@@ -201,37 +201,53 @@ class DataSet:
 
 
 def open_data_set(recipe: SourceRecipe, *, name: str, streaming: bool) -> DataSet:
-    """A split of a Hugging Face data set, from the hub, from a local directory, or as `save_to_disk` made it.
+    """The text column of a split of a Hugging Face data set; as `load_rows`, with messages that name the field.
 
     Raises:
-        ValueError: there is no such data set, configuration, split or column; the message names the field.
+        ValueError: there is no such data set, configuration, split or column.
         RuntimeError: the download fails.
     """
-    datasets = require("datasets", extra="train")
-    path, split = Path(recipe.path), recipe.split or "train"
-    try:
-        if (path / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(str(path))[split]
-        elif (path / "state.json").is_file():
-            if recipe.split is not None:
-                raise ValueError(f"holds only one split: split must be null, got {recipe.split!r}")
-            rows = datasets.load_from_disk(str(path))
-        else:
-            rows = datasets.load_dataset(recipe.path, recipe.subset, split=split, streaming=streaming)
-    except (FileNotFoundError, ValueError, KeyError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        message = f"split {error} is not among its splits" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{name}.path {recipe.path}: {' '.join(message.split())}") from None
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise RuntimeError(
-            f"{name}.path {recipe.path} can't be downloaded ({' '.join(str(error).split())}): start again; what "
-            "was downloaded is kept"
-        ) from error
+    where = f"{name}.path {recipe.path}"
+    rows = load_rows(recipe.path, recipe.subset, recipe.split, streaming=streaming, where=where)
     columns = rows.column_names
     if columns is not None:
         if recipe.text_field not in columns:
             raise _no_field(recipe.text_field, columns, recipe.path)
         rows = rows.select_columns([recipe.text_field])
     return DataSet(rows, recipe.path, recipe.text_field)
+
+
+def load_rows(path: str, subset: str | None, split: str | None, *, streaming: bool, where: str) -> Any:
+    """A split of a Hugging Face data set, from the hub, from a local directory, or as `save_to_disk` made it.
+
+    Args:
+        path: name on the hub, or directory.
+        subset: its configuration.
+        split: default "train".
+        streaming: read it while it is downloaded.
+        where: messages begin with it.
+
+    Raises:
+        ValueError: there is no such data set, configuration or split.
+        RuntimeError: the download fails.
+    """
+    datasets = require("datasets", extra="train")
+    folder = Path(path)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(path)[split or "train"]
+        if (folder / "state.json").is_file():
+            if split is not None:
+                raise ValueError(f"holds only one split: split must be null, got {split!r}")
+            return datasets.load_from_disk(path)
+        return datasets.load_dataset(path, subset, split=split or "train", streaming=streaming)
+    except (FileNotFoundError, ValueError, KeyError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        message = f"split {error} is not among its splits" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{where}: {' '.join(message.split())}") from None
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise RuntimeError(
+            f"{where} can't be downloaded ({' '.join(str(error).split())}): start again; what was downloaded is kept"
+        ) from error
 
 
 def file_identity(path: Path) -> list[str]:

@@ -104,7 +104,7 @@ def open_source(
         ValueError: a directory holds files of several kinds, or `split` or `subset` does not suit the kind.
         RuntimeError: a corpus or a data set can't be fetched.
     """
-    kind = recipe.kind if recipe.kind != "auto" else _kind(recipe, name)
+    kind = recipe.kind if recipe.kind != "auto" else source_kind(recipe, name)
     if kind == "dataset":
         return Source(recipe, [open_data_set(recipe, name=name, streaming=streaming)])
     if recipe.split not in (None, "train", "heldout"):
@@ -115,7 +115,7 @@ def open_source(
         corpus = _corpus(recipe.path, cache_dir)
         texts = {None: [*corpus.train, *corpus.heldout], "train": corpus.train, "heldout": corpus.heldout}
         return Source(recipe, [Texts(texts[recipe.split])])
-    files = _files(Path(recipe.path), kind, name)
+    files = source_files(Path(recipe.path), kind, name)
     if (
         kind == "text" and recipe.split is not None
     ):  # one file may hold a whole book: paragraphs are held out, not files
@@ -133,7 +133,13 @@ def _corpus(name: str, cache_dir: str | Path | None) -> Corpus:
     return load_corpus(name, cache_dir)
 
 
-def _kind(recipe: SourceRecipe, name: str) -> str:
+def source_kind(recipe: SourceRecipe, name: str) -> str:
+    """The kind of a source by its path: "text", "jsonl", "parquet", "dataset" or "corpus".
+
+    Raises:
+        FileNotFoundError: the path does not exist, or the directory has no file of any kind.
+        ValueError: a directory holds files of several kinds.
+    """
     path = Path(recipe.path)
     if path.is_file():
         found = [kind for kind, suffixes in _SUFFIXES.items() if path.name.lower().endswith(suffixes)]
@@ -155,7 +161,12 @@ def _kind(recipe: SourceRecipe, name: str) -> str:
     return "dataset"
 
 
-def _files(path: Path, kind: str, name: str) -> list[Path]:
+def source_files(path: Path, kind: str, name: str) -> list[Path]:
+    """The file itself, or the files of that kind below a directory, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if path.is_file():
         return [path]
     files = _below(path, _SUFFIXES[kind])

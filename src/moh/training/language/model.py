@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from moh._files import replacing_directory
+from moh.data.text.named import calibration_texts
 from moh.data.text.tokenising import byte_pair_tokenizer
 from moh.models.transformers import MoHLlamaConfig
 from moh.models.transformers.loading import load_causal_lm, load_config
@@ -143,23 +145,29 @@ def build_model(
     if recipe.conversion is None:
         return load_dense(recipe.model.path)
     if arguments.world_size == 1:
-        return _convert(recipe, text)
+        return _convert(recipe, text, tokenizer)
     target = Path(arguments.output_dir) / "converted"
     if resuming and (target / "config.json").exists():
         return load_causal_lm(target, dtype=torch.float32)
     with arguments.main_process_first(local=False, desc="converting the model"):
         if arguments.process_index == 0:
             with replacing_directory(target) as scratch:
-                _convert(recipe, text).save_pretrained(scratch)
+                _convert(recipe, text, tokenizer).save_pretrained(scratch)
     return load_causal_lm(target, dtype=torch.float32)
 
 
-def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
+def _convert(recipe: Recipe, text: TrainingText, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from moh.conversion import convert
 
     assert recipe.conversion is not None and recipe.model.path is not None
     settings = recipe.conversion
-    needs_text = router_class(settings.router).is_fitted
+    calibration: Tensor | list[str] | None = None
+    if router_class(settings.router).is_fitted:
+        calibration = (
+            calibration_texts(settings.calibration, tokenizer=tokenizer, cache_dir=recipe.data.cache_dir)
+            if settings.calibration
+            else text.sample(settings.calibration_tokens, recipe.data.seq_len)
+        )
     return convert(
         load_dense(recipe.model.path),
         share=settings.share,
@@ -167,7 +175,8 @@ def _convert(recipe: Recipe, text: TrainingText) -> PreTrainedModel:
         active_heads=settings.active_heads,
         router=settings.router,
         routing_unit=settings.routing_unit,
-        calibration=text.sample(settings.calibration_tokens, recipe.data.seq_len) if needs_text else None,
+        calibration=calibration,
+        tokenizer=tokenizer if settings.calibration else None,
         calibration_tokens=settings.calibration_tokens,
         allocation=settings.allocation,
         refit_output=settings.refit_output,

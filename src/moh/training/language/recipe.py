@@ -99,10 +99,13 @@ class ConversionRecipe(ConversionSettings):
 
     Args:
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
-        calibration_tokens: tokens of the training text that the conversion reads; "query_norm" needs none.
+        calibration: texts that the conversion reads, in equal parts if several, each NAME[:config][:split] of a Hugging
+            Face data set, a path or a built-in corpus (`moh.data.text.named`); default the training text.
+        calibration_tokens: tokens of them; "query_norm" needs none.
     """
 
     routing_unit: str = "head"
+    calibration: list[str] = field(default_factory=list)
     calibration_tokens: int = 12_288
 
     def __post_init__(self) -> None:
