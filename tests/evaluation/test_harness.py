@@ -168,7 +168,7 @@ class TestCommand:
             (["--tasks", "tiny_choice:x"], "tasks must be NAME or NAME:SHOTS with shots of at least 0, got 'tiny_choice:x'"),
             (["--tasks", "tiny_fixed:3"], "task 'tiny_fixed' has no place for solved examples"),
             (["--tasks", "tiny_last:0", "tiny_last:2"], "tasks must name each task once, but tiny_last is given with"),
-            (["--suite", "paper41"], "suite must be one of paper14, scratch6, local, got 'paper41'"),
+            (["--suite", "paper41"], "suite must be one of paper14, scratch6, or a group's .yaml file, got 'paper41'"),
             (["--tasks", "tiny_last", "--limit", "0"], "limit must be at least 1, got 0"),
             (["--tasks", "tiny_last", "--batch-size", "x"], "--batch-size must be a number or auto, got 'x'"),
             (["--tasks", "tiny_last", "--batch-size", "auto"], "batch_size 'auto' fits requests to a GPU's memory"),
@@ -229,7 +229,7 @@ def test_data_that_cannot_be_had_is_told_for_all_tasks_before_any_question(base_
     asked = []
     monkeypatch.setattr(runner.Runner, "_ask", lambda *a: asked.append(a))
     with pytest.raises(
-        RuntimeError, match=r"the data of 2 of 2 tasks is not available: sciq \(.*\); piqa \(.*--suite local"
+        RuntimeError, match=r"the data of 2 of 2 tasks is not available: sciq \(.*\); piqa \(.*--include-path"
     ):
         evaluate_tasks([base_dir], ["sciq", "piqa"])
     assert not asked

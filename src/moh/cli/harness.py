@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moh.cli.options import add_command, add_json, add_output, print_result
@@ -25,7 +26,7 @@ def add_parser(sub: Commands) -> None:
         help="models to compare with; differences are to the first",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or local (made here, without a hub)")
+    which.add_argument("--suite", metavar="NAME", help="paper14, scratch6, or a .yaml file of a group of tasks")
     which.add_argument("--tasks", nargs="+", metavar="NAME[:SHOTS]", help="tasks by their names in the harness")
     parser.add_argument(
         "--include-path",
@@ -33,6 +34,11 @@ def add_parser(sub: Commands) -> None:
         metavar="DIR",
         default=[],
         help="directories with your own task files; they may run code",
+    )
+    parser.add_argument(
+        "--logged",
+        action="store_true",
+        help="compare what lm-eval logged: each CHECKPOINT is a directory of `lm-eval run --output_path DIR --log_samples`",
     )
     parser.add_argument("--limit", type=int, help="at most this many questions per task (default: all)")
     parser.add_argument("--batch-size", default="1", help="requests at a time, or auto on a GPU (default: %(default)s)")
@@ -55,8 +61,16 @@ def run(arguments: Namespace) -> None:
     if size != "auto" and not size.isdecimal():
         raise ValueError(f"--batch-size must be a number or auto, got {size!r}")
 
-    from moh.evaluation.harness import evaluate_tasks, processes
+    from moh.evaluation.harness import evaluate_tasks, processes, read_logged
 
+    if arguments.logged:
+        tasks = arguments.suite if arguments.suite is not None else arguments.tasks
+        logged = read_logged([*arguments.dense, *arguments.checkpoint], tasks)
+        if arguments.output is not None:
+            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+            logged.save(Path(arguments.output))
+        print(logged.to_markdown(), end="")
+        return
     with processes() as state:
         result = evaluate_tasks(
             [*arguments.dense, *arguments.checkpoint],

@@ -3,7 +3,8 @@
     result = evaluate_tasks({"dense": "base", "MoH": "converted"}, "paper14", batch_size=8, output_dir="scores")
     print(result.to_markdown())
 
-"paper14" is one of the suites in `SUITES`.
+"paper14" is one of the suites in `SUITES`. `read_logged` makes the same comparison from runs of the harness's own command
+line, which knows our models as `moh` and the suites as groups once this package is imported (`with_suites`).
 """
 
 from moh._extras import require
@@ -12,8 +13,9 @@ require("transformers", extra="eval")
 require("lm_eval", extra="eval")
 
 from moh._processes import processes
+from moh.evaluation.harness.command import with_suites
 from moh.evaluation.harness.evaluate import DTYPES, evaluate_tasks
-from moh.evaluation.harness.local import local_tasks, make_local_tasks
+from moh.evaluation.harness.logged import read_logged
 from moh.evaluation.harness.registry import SUITES, HarnessTask, parse_task, suite
 from moh.evaluation.harness.results import ModelScores, TaskEvaluation
 from moh.evaluation.harness.runner import LoadedModel
@@ -30,9 +32,9 @@ __all__ = [
     "TaskEvaluation",
     "TaskScore",
     "evaluate_tasks",
-    "local_tasks",
-    "make_local_tasks",
     "parse_task",
     "processes",
+    "read_logged",
     "suite",
+    "with_suites",
 ]

@@ -10,8 +10,7 @@ import torch
 from accelerate import PartialState
 
 from moh._files import check_writable
-from moh.evaluation.harness.local import local_tasks
-from moh.evaluation.harness.registry import LOCAL_SUITE, HarnessTask, TaskRegistry, parse_task, suite
+from moh.evaluation.harness.registry import HarnessTask, TaskRegistry, parse_task, suite
 from moh.evaluation.harness.results import ScoreStore, TaskEvaluation
 from moh.evaluation.harness.runner import LoadedModel, Options, Runner
 from moh.evaluation.speed import device_name
@@ -42,7 +41,7 @@ def evaluate_tasks(
     Args:
         models: label -> directory, hub name, .gguf file or a loaded model; or only paths. The first is what the
             others are compared with.
-        tasks: name of a suite (`SUITES`), or the tasks, each as "NAME", "NAME:SHOTS" or a `HarnessTask`.
+        tasks: name of a suite (`SUITES`) or file of a group, or the tasks, each as "NAME", "NAME:SHOTS" or a `HarnessTask`.
         include_paths: directories with your own task files in the harness's format.
         limit: most questions per task (of each task in a group), taken from its beginning; None asks all.
         batch_size: requests per forward pass, or "auto" for as many as fit a GPU's memory.
@@ -62,7 +61,7 @@ def evaluate_tasks(
             tokenizer lacks the chat template, or a request is longer than its positions.
         RuntimeError: the data of some tasks is not available.
     """
-    named = _named(models)
+    named = by_label(models)
     specs = (
         list(suite(tasks))
         if isinstance(tasks, str)
@@ -86,11 +85,11 @@ def evaluate_tasks(
     directory = None if output_dir is None else Path(output_dir)
     if directory is not None:
         check_writable(directory, name="output_dir")
-    if tasks == LOCAL_SUITE:
-        include_paths = [*include_paths, _local_tasks(state)]
+    if isinstance(tasks, str) and tasks.endswith(".yaml"):  # its tasks may be next to it
+        include_paths = [*include_paths, Path(tasks).parent]
     runner = Runner(TaskRegistry(specs, include_paths), options, state, ScoreStore(directory))
     found = tuple(runner.scores(label, source) for label, source in named.items())
-    title = tasks if isinstance(tasks, str) else "tasks"
+    title = Path(tasks).stem if isinstance(tasks, str) else "tasks"
     result = TaskEvaluation(title, found, limit, options.settings(), device_name(options.device))
     if directory is not None and state.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,15 +98,7 @@ def evaluate_tasks(
     return result
 
 
-def _local_tasks(state: PartialState) -> Path:
-    """The directory of the local suite's task files, made on first use."""
-    with state.main_process_first():
-        return local_tasks()
-
-
-def _named(
-    models: Mapping[str, str | Path | LoadedModel] | Sequence[str | Path],
-) -> dict[str, str | Path | LoadedModel]:
+def by_label(models: Mapping[str, Any] | Sequence[str | Path]) -> dict[str, Any]:
     """Label -> model; the label of a path is its last part, or all of it if two have the same last part."""
     if isinstance(models, Mapping):
         return dict(models)

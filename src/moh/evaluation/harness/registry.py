@@ -1,4 +1,4 @@
-"""Suites of tasks: each task's name in lm-evaluation-harness, its shots and the score that counts; and loading tasks.
+"""Suites of tasks, groups of lm-evaluation-harness in `suites/`: name, shots and the score that counts; loading tasks.
 
 docs/evaluation.md explains the choice of scores.
 """
@@ -52,66 +52,59 @@ class HarnessTask:
         return self.label or self.name
 
 
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
+
+
 def is_percent(metric: str) -> bool:
     """Whether a score is a share of 1, which tables show in percent and average with others."""
     return metric in _PERCENT
 
 
-# One task in the paper, whose 35.4 for LLaMA3-8B looks like the mean of these two scores (docs/evaluation.md)
-_TRUTHFUL_QA = tuple(
-    HarnessTask(f"truthfulqa_{kind}", 0, "acc", label=f"TruthfulQA {kind}", folder="truthfulqa", weight=0.5)
-    for kind in ("mc1", "mc2")
-)
+SUITE_FILES = Path(__file__).parent / "suites"
+"""The suites' files: groups of the harness, which `lm-eval --include_path` finds too."""
+
+
+def read_suite(file: Path) -> tuple[HarnessTask, ...]:
+    """The tasks of a group in the harness's format: its members with their `num_fewshot`.
+
+    `metadata.scores` maps a member to further fields of `HarnessTask`; the harness leaves metadata alone.
+
+    Raises:
+        ValueError: it is not a group of named tasks, or `metadata.scores` has another task or field.
+    """
+    import yaml
+
+    try:
+        group = yaml.safe_load(file.read_text(encoding="utf-8"))
+        scores = dict((group.get("metadata") or {}).get("scores") or {})
+        members = [{"task": member} if isinstance(member, str) else member for member in group["task"]]
+        named = [(member.get("task") or member["group"], member.get("num_fewshot")) for member in members]
+        tasks = tuple(HarnessTask(name, shots, **scores.pop(name, {})) for name, shots in named)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a group of tasks in the harness's format ({_first_line(error)})") from None
+    if scores:
+        raise ValueError(f"{file}: metadata.scores names {', '.join(scores)}, which the group does not hold")
+    return tasks
+
 
 SUITES: dict[str, tuple[HarnessTask, ...]] = {
-    # The 14 tasks on which the paper compares MoH-LLaMA3-8B with LLaMA3-8B, section 4.4
-    "paper14": (
-        HarnessTask("mmlu", 5, "acc", label="MMLU", folder="mmlu/default"),
-        HarnessTask("ceval-valid", 5, "acc", label="C-Eval", folder="ceval"),
-        HarnessTask("cmmlu", 5, "acc", label="CMMLU", folder="cmmlu"),
-        HarnessTask("gsm8k", 8, "exact_match", filter="strict-match", label="GSM8K", folder="gsm8k"),
-        *_TRUTHFUL_QA,
-        HarnessTask("hellaswag", 10, "acc_norm", label="HellaSwag", folder="hellaswag"),
-        HarnessTask("logiqa", 0, "acc_norm", label="LogiQA", folder="logiqa"),
-        HarnessTask("boolq", 32, "acc", label="BoolQ", folder="super_glue/boolq"),
-        HarnessTask("lambada_openai", 0, "acc", label="LAMBADA", folder="lambada"),
-        HarnessTask("sciq", 0, "acc_norm", label="SciQ", folder="sciq"),
-        HarnessTask("piqa", 0, "acc_norm", label="PIQA", folder="piqa"),
-        HarnessTask("winogrande", 0, "acc", label="WinoGrande", folder="winogrande"),
-        HarnessTask("nq_open", 32, "exact_match", label="NaturalQuestions", folder="nq_open"),
-        HarnessTask("arc_challenge", 25, "acc_norm", label="ARC-Challenge", folder="arc"),
-    ),
-    # The six on which it compares models trained from scratch, section 4.3
-    "scratch6": (
-        HarnessTask("sciq", 0, "acc_norm", label="SciQ", folder="sciq"),
-        HarnessTask("piqa", 0, "acc_norm", label="PIQA", folder="piqa"),
-        HarnessTask("winogrande", 0, "acc", label="WinoGrande", folder="winogrande"),
-        HarnessTask("openbookqa", 0, "acc_norm", label="OpenBookQA", folder="openbookqa"),
-        HarnessTask("logiqa", 0, "acc_norm", label="LogiQA", folder="logiqa"),
-        *_TRUTHFUL_QA,
-    ),
-    # Made on this machine from texts of package indexes: `moh.evaluation.harness.local`
-    "local": (
-        HarnessTask("moh_definitions", 0, "acc_norm", label="Definitions"),
-        HarnessTask("moh_kinds", 0, "acc_norm", label="Kinds"),
-        HarnessTask("moh_opposites", 5, "exact_match", label="Opposites"),
-        HarnessTask("moh_last_words", 0, "acc", label="Last words"),
-        HarnessTask("moh_next_sentences", 0, "acc_norm", label="Next sentences"),
-    ),
+    file.stem: read_suite(file) for file in sorted(SUITE_FILES.glob("*.yaml"))
 }
 """The suites by name."""
 
-LOCAL_SUITE = "local"
-
 
 def suite(name: str) -> tuple[HarnessTask, ...]:
-    """The tasks of a suite.
+    """The tasks of a suite, by name or as a group's file of your own.
 
     Raises:
-        ValueError: there is no suite of that name.
+        ValueError: there is no such suite or file, or the file is not a group.
     """
+    if name.endswith(".yaml") and Path(name).is_file():
+        return read_suite(Path(name))
     if name not in SUITES:
-        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, or a group's .yaml file, got {name!r}")
     return SUITES[name]
 
 
@@ -131,9 +124,7 @@ def parse_task(text: str) -> HarnessTask:
 
 _logger = logging.getLogger(__name__)
 _HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
-_ADVICE = (
-    "; data comes from the Hugging Face hub unless the task names local files: see --include-path and --suite local"
-)
+_ADVICE = "; data comes from the Hugging Face hub unless the task names local files: see --include-path"
 
 
 @dataclass(frozen=True)
@@ -291,8 +282,3 @@ def _file_identity(file: str) -> list[Any]:
     if not path.is_file():
         return [file]
     return [file, hashlib.sha256(path.read_bytes()).hexdigest()]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"

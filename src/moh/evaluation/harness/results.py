@@ -27,7 +27,7 @@ class ModelScores:
     Attributes:
         label: its name in tables.
         source: where it was loaded from.
-        share: share of the heads that a token uses; 1 for a dense model.
+        share: share of the heads that a token uses; 1 for a dense model, NaN if it is unknown.
         scores: one per task, in the tasks' order.
     """
 
@@ -120,7 +120,7 @@ class TaskEvaluation:
         """A table, one row per task and one column per model, with differences to the first and notes on the numbers."""
         labels = [model.label for model in self.models]
         header = ["task", "shots", "score", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
-        share = [f"{100 * model.share:.1f} %" for model in self.models]
+        share = ["" if math.isnan(model.share) else f"{100 * model.share:.1f} %" for model in self.models]
         lines = [header, ["---"] * len(header), ["heads used", "", "", *share, *[""] * (len(labels) - 1)]]
         for t, first in enumerate(self.models[0].scores):
             factor = 100 if is_percent(first.metric) else 1

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
+import local_questions as questions
+import local_tasks
 import pytest
+from local_questions import definitions, kinds, last_words, next_sentences, opposites, read_synsets
 
 from moh.cli import main
-from moh.evaluation.harness import SUITES, evaluate, local, make_local_tasks, questions
-from moh.evaluation.harness.questions import definitions, kinds, last_words, next_sentences, opposites, read_synsets
 
 SAMPLE = Path(__file__).parent / "wordnet_sample"
 DOCUMENT = "\n\n".join(
@@ -96,7 +95,7 @@ def test_the_next_sentence_follows_and_the_others_do_not() -> None:
 
 def test_the_same_text_gives_the_same_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        make_local_tasks(tmp_path / name, wordnet=SAMPLE, documents=[DOCUMENT], count=10)
+        local_tasks.make_local_tasks(tmp_path / name, wordnet=SAMPLE, documents=[DOCUMENT], count=10)
     files = sorted(file.name for file in (tmp_path / "a").glob("*.jsonl"))
     assert len(files) == 6
     for file in files:
@@ -104,7 +103,7 @@ def test_the_same_text_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def test_solved_examples_are_never_asked(tmp_path: Path) -> None:
-    make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=[DOCUMENT], count=10)
+    local_tasks.make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=[DOCUMENT], count=10)
     read = [
         {json.loads(line)["word"] for line in (tmp_path / "tasks" / file).read_text().splitlines()}
         for file in ("moh_opposites.jsonl", "moh_opposites.examples.jsonl")
@@ -117,29 +116,26 @@ def test_the_suite_runs_from_making_its_tasks_to_the_table(
 ) -> None:
     import datasets.config
 
-    def made(cache_dir: object = None) -> Path:
-        make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=[DOCUMENT], count=4)
-        return tmp_path / "tasks"
-
-    monkeypatch.setattr(evaluate, "local_tasks", made)
+    monkeypatch.setattr(local_tasks, "load_corpus", lambda *a: type("Corpus", (), {"heldout": [DOCUMENT]}))
+    monkeypatch.setattr(local_tasks, "wordnet_directory", lambda cache: SAMPLE)
+    monkeypatch.setattr("sys.argv", ["local_tasks.py", str(tmp_path / "tasks")])
+    local_tasks.main()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    assert main(["eval", "lm", str(base_dir), "--suite", "local", "--truncate"]) == 0
+    assert main(["eval", "lm", str(base_dir), "--suite", str(tmp_path / "tasks" / "local.yaml"), "--truncate"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[3:8]] == [task.title for task in SUITES["local"]]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[3:8]] == [
+        "Definitions",
+        "Kinds",
+        "Opposites",
+        "Last words",
+        "Next sentences",
+    ]
     assert "| Opposites | 5 | exact_match (word) |" in lines[5]
-
-
-def test_tasks_that_are_made_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(local, "load_corpus", lambda *a: type("Corpus", (), {"heldout": [DOCUMENT]}))
-    monkeypatch.setattr(local, "wordnet_directory", lambda cache: made.append(cache) or SAMPLE)
-    assert local.local_tasks(tmp_path) == local.local_tasks(tmp_path)
-    assert made == [tmp_path]
 
 
 def test_texts_without_questions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the texts are too short: they give no question for the task moh_last_words"):
-        make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=["Too short."])
+        local_tasks.make_local_tasks(tmp_path / "tasks", wordnet=SAMPLE, documents=["Too short."])
     assert not (tmp_path / "tasks").exists()
 
 
@@ -156,29 +152,3 @@ def test_without_the_dictionary_or_its_registry_it_is_told(tmp_path: Path, monke
     monkeypatch.setattr("moh.data.fetch.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"wordnet-base is not installed .* this is not a Debian or Ubuntu system"):
         questions.wordnet_directory(tmp_path)
-
-
-def test_the_suite_is_looked_for_only_if_it_is_asked_for(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_local_tasks", lambda state: pytest.fail("made for nothing"))
-    with pytest.raises(ValueError, match="suite must be one of"):
-        evaluate.evaluate_tasks([base_dir], "nothing")
-
-
-def test_two_first_uses_at_once_make_the_tasks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    second = threading.Thread(target=lambda: local.local_tasks(tmp_path))
-
-    def make(target: Path, **_: object) -> None:
-        made.append(target)
-        second.start()  # the other use begins while this one makes them
-        second.join(0.3)
-        assert second.is_alive()
-        with local.replacing_directory(target) as scratch:
-            (scratch / local._COMPLETE).touch()
-
-    monkeypatch.setattr(local, "make_local_tasks", make)
-    monkeypatch.setattr(local, "wordnet_directory", lambda cache: cache)
-    monkeypatch.setattr(local, "load_corpus", lambda name, cache: SimpleNamespace(heldout=[]))
-    assert local.local_tasks(tmp_path) == made[0]
-    second.join(20)
-    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == [made[0].name]

