@@ -203,7 +203,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("image classifiers")
     group.add_argument(
         "--images", metavar="DATASET",
-        help="fashion-mnist, a directory of class folders (or one with val/), or a Hugging Face data set's name",
+        help="fashion-mnist, a directory of class folders (or one with val/), tar files, or a Hugging Face data set's name",
     )  # fmt: skip
     group.add_argument("--split", help="of a Hugging Face data set (default: validation or test)")
     group.add_argument("--image-column", help="of a Hugging Face data set (default: the one that holds images)")

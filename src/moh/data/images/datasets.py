@@ -1,10 +1,11 @@
-"""The images of a recipe or a command line: Fashion-MNIST, a directory, or a Hugging Face data set."""
+"""The images of a recipe or a command line: Fashion-MNIST, a directory, tar files, or a Hugging Face data set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from moh.data.images.archives import TarImages, has_tar_files, is_web_dataset, open_web_dataset, tar_parts
 from moh.data.images.formats import (
     FASHION_MNIST,
     FolderImages,
@@ -23,7 +24,7 @@ def load_images(data: ImageDataRecipe) -> tuple[ImageSource, ImageSource]:
 
     A directory either has train/ and val/ (or validation/, valid/, test/) with one folder per class in each, or only class
     folders; then every tenth image is held out (`moh.data.images.sources.hold_out`), as in a Hugging Face data set
-    without such a split.
+    without such a split. Tar files are treated likewise: train.tar and val.tar in a directory, or all others.
 
     Raises:
         ValueError: the images don't exist, or the two parts have different classes.
@@ -56,6 +57,9 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns
         ValueError, RuntimeError: as `load_images`.
     """
     folder = Path(dataset).expanduser()
+    if has_tar_files(folder) and not is_web_dataset(folder):
+        heldout = [name for name in tar_parts(folder) if name != "train"]
+        return TarImages(folder / f"{heldout[0]}.tar" if heldout else folder)
     if folder.is_dir() and not has_idx_files(folder) and not _is_hub_directory(folder):
         heldout = [name for name in _parts(folder) if name != "train"]
         return FolderImages(folder / heldout[0] if heldout else folder)
@@ -69,6 +73,10 @@ def _open(data: ImageDataRecipe, *, with_heldout: bool) -> tuple[ImageSource, Im
         return load_fashion_mnist(data.cache_dir)
     if folder.is_dir() and has_idx_files(folder):
         return read_idx_folder(folder)
+    if has_tar_files(folder) and is_web_dataset(folder):
+        return _web_dataset(data, folder, with_heldout=with_heldout)
+    if has_tar_files(folder):
+        return _tar_files(folder, with_heldout=with_heldout)
     if folder.is_dir() and not _is_hub_directory(folder):
         return _folders(folder, with_heldout=with_heldout)
     _check_name(data.dataset)
@@ -86,6 +94,28 @@ def _folders(folder: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSou
         raise ValueError(f"data.dataset {folder} has no train/ next to {', '.join(f'{name}/' for name in parts)}")
     heldout = next((name for name in parts if name != "train" and with_heldout), None)
     return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
+
+
+def _web_dataset(data: ImageDataRecipe, path: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
+    splits = open_web_dataset(path, cache_dir=data.cache_dir)
+    train, evaluation = data.train_split or "train", data.eval_split
+    evaluation = evaluation or next((name for name in HELDOUT_NAMES if name in splits), None)
+    for field, name in (("train_split", train), ("eval_split", evaluation)):
+        if name is not None and name not in splits:
+            raise ValueError(f"data.{field} must be one of {', '.join(splits)} for {path}, got {name!r}")
+    columns = {"image_column": data.image_column, "label_column": data.label_column or "cls"}
+    heldout = HubImages(splits[evaluation], **columns) if with_heldout and evaluation is not None else None
+    return HubImages(splits[train], **columns), heldout
+
+
+def _tar_files(path: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:
+    parts = tar_parts(path)
+    if not parts:
+        return TarImages(path), None
+    if "train" not in parts:
+        raise ValueError(f"data.dataset {path} has no train.tar next to {', '.join(f'{name}.tar' for name in parts)}")
+    heldout = next((name for name in parts if name != "train" and with_heldout), None)
+    return TarImages(path / "train.tar"), None if heldout is None else TarImages(path / f"{heldout}.tar")
 
 
 def _parts(folder: Path) -> list[str]:
@@ -106,5 +136,5 @@ def _check_name(dataset: str) -> None:
     looks_local = dataset.startswith((".", "/", "~")) or dataset.count("/") > 1
     if looks_local and not Path(dataset).expanduser().is_dir():
         raise ValueError(
-            f"data.dataset must be {FASHION_MNIST!r}, a directory or a data set's name, but there is no {dataset!r}"
+            f"data.dataset must be {FASHION_MNIST!r}, a directory, a .tar file or a data set's name, but there is no {dataset!r}"
         )

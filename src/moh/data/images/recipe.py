@@ -13,8 +13,9 @@ class ImageDataRecipe:
     """The labelled images.
 
     Args:
-        dataset: "fashion-mnist"; a directory of class folders, or one that has them in train/ and val/; or a Hugging Face
-            data set on the hub or on disk.
+        dataset: "fashion-mnist"; a directory of class folders, or one that has them in train/ and val/; a tar file of class
+            folders, or a directory of tar files (train.tar and val.tar, or one per class); a WebDataset's tar files; or a Hugging
+            Face data set on the hub or on disk.
         train_split: split of a Hugging Face data set to train on; default train.
         eval_split: split to evaluate on; default validation or test. Without one, every tenth image of each class is
             held out.
