@@ -53,7 +53,10 @@ def test_a_classifier_needs_images_and_images_need_a_classifier(moh, classifiers
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--images", "/nowhere/at/all"], "a directory or a data set's name, but there is no '/nowhere/at/all'"),
+        (
+            ["--images", "/nowhere/at/all"],
+            "a directory, a .tar file or a data set's name, but there is no '/nowhere/at/all'",
+        ),
         (["--max-images", 0], "at least 1 image is needed, got 0"),
         (["--batch-size", 0], "batch_size must be at least 1, got 0"),
     ],

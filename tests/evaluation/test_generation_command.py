@@ -67,7 +67,7 @@ def test_the_reference_may_be_a_data_set_by_name(
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("./nowhere", "--reference must be 'fashion-mnist', a directory or a data set's name"),
+        ("./nowhere", "--reference must be 'fashion-mnist', a directory, a .tar file or a data set's name"),
         ("no.npz", "is not there"),
     ],
 )

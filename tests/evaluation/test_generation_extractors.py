@@ -213,3 +213,14 @@ def test_models_that_do_not_serve_are_told() -> None:
     wanted = ImageInput((1, 32, 32), (0.4, 0.4, 0.4), (0.2,))
     with pytest.raises(ValueError, match=r"mean and std must have 1 numbers each, got \(0.4, 0.4, 0.4\) and \(0.2,\)"):
         ClassifierFeatures(tiny_classifier(channels=1), name="mine", wanted=wanted)
+
+
+def test_dinov2_of_timm_gives_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, create = "vit_small_patch14_dinov2.lvd142m", timm.create_model
+    small = dict(img_size=28, embed_dim=32, depth=2, num_heads=4, pretrained_cfg_overlay={"input_size": (3, 28, 28)})
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False, **small))
+    extractor = load_classifier(name)
+    images = random_images(2, seed=0, height=40, width=40)
+    found = extractor(images)
+    assert found.features.shape == (2, 32) and found.logits is None and not extractor.is_fid
+    assert extractor.name == name

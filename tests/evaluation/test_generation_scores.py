@@ -18,6 +18,7 @@ from moh.evaluation.generation import (
     extract_features,
     frechet_distance,
     inception_score,
+    kernel_distance,
     load_features,
     open_images,
     precision_recall,
@@ -62,11 +63,13 @@ def test_all_scores_agree_with_the_librarys_on_the_same_features(sets, tmp_path:
     monkeypatch.setitem(torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY, "tiny", LibraryTiny)
     folders = [write_pngs(tmp_path / name, images) for name, images in zip("ab", sets, strict=True)]
     expected = torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), feature_extractor="tiny", fid=True, isc=True, prc=True,
-        isc_splits=1, cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+        input1=str(folders[0]), input2=str(folders[1]), feature_extractor="tiny", fid=True, isc=True, prc=True, kid=True,
+        kid_subset_size=120, isc_splits=1, cuda=False, cache=False, verbose=False, save_cpu_ram=True,
     )  # fmt: skip
     found = score_images(folders[0], folders[1], TinyExtractor(), progress=False)
     assert found.frechet_distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)  # float32 there
+    kid = (expected["kernel_inception_distance_mean"], expected["kernel_inception_distance_std"])
+    assert (found.kernel_distance, found.kernel_distance_std) == pytest.approx(kid, rel=1e-3)
     assert found.class_score == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert (found.precision, found.recall) == pytest.approx((expected["precision"], expected["recall"]), abs=1e-6)
     assert 0 < found.precision < 1 and 0 < found.recall < 1
@@ -133,6 +136,21 @@ def test_logits_that_give_no_score_are_told(logits: torch.Tensor) -> None:
         inception_score(logits)
 
 
+def test_the_kernel_distance_does_not_depend_on_the_number_of_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1200, 4, generator=generator) for _ in range(2))
+    values = [kernel_distance(a[:count], b[:count] + 1)[0] for count in (100, 1200)]
+    assert values[0] == pytest.approx(values[1], rel=0.3) and values[1] > 1  # a Frechet distance would be biased
+    same, spread = kernel_distance(a, b)
+    assert abs(same) < 3 * spread and spread > 0
+
+
+@pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5,), (5, 3))])
+def test_sets_without_a_kernel_distance_are_named(shapes) -> None:
+    with pytest.raises(ValueError, match=r"must be \[n, d\] with n at least 2 and the same d"):
+        kernel_distance(*(torch.zeros(shape) for shape in shapes))
+
+
 def test_precision_and_recall_of_sets_made_by_hand() -> None:
     line = torch.arange(8.0)[:, None]  # each third neighbour is 2 or 3 away
     assert precision_recall(line, line) == (1, 1)
@@ -167,18 +185,20 @@ def test_every_output_says_what_the_numbers_are(sets, is_fid: bool) -> None:
     lines, data = scores.lines(), scores.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["samples"] == 120 and data["reference"] == 150
-    assert lines[5] == "120 samples, 150 reference images"
+    assert lines[6] == "120 samples, 150 reference images"
     if is_fid:
-        assert [line.split(":")[0] for line in lines[:5]] == ["FID", "sFID", "inception score", "precision", "recall"]
+        assert [line.split(":")[0] for line in lines[:6]] == [
+            "FID", "sFID", "KID", "inception score", "precision", "recall"]  # fmt: skip
+        assert data["kid"] == scores.kernel_distance
         assert data["fid"] == scores.frechet_distance and data["label"] == "FID"
     else:
         assert lines[0] == (
             f"Frechet distance on features of tiny, not comparable with FID: {scores.frechet_distance:.5g}"
         )
-        assert all("on features of tiny" in line for line in lines[:5])
+        assert all("on features of tiny" in line for line in lines[:6])
         assert data["label"] == "Frechet distance on features of tiny, not comparable with FID"
         assert data["frechet_distance"] == scores.frechet_distance
-        assert not {"fid", "sfid", "inception_score", "precision", "recall"} & set(data)
+        assert not {"fid", "sfid", "kid", "inception_score", "precision", "recall"} & set(data)
 
 
 def test_few_images_and_different_sizes_are_noted(sets) -> None:
@@ -209,7 +229,7 @@ def test_a_model_without_map_and_classes_still_gives_the_rest(sets) -> None:
     scores = score_images(*sets, Bare(), progress=False)
     assert scores.notes == ("no spatial distance: tiny has no feature map", "no class score: tiny has no classes")
     assert scores.spatial_frechet_distance is None and scores.class_score is None
-    assert len(scores.lines()) == 3 + 1 + 2 and scores.to_dict()["classifier_score"] is None
+    assert len(scores.lines()) == 4 + 1 + 2 and scores.to_dict()["classifier_score"] is None
 
 
 def test_saved_statistics_serve_like_the_images(sets, tmp_path: Path) -> None:
@@ -265,7 +285,7 @@ def test_a_reference_batch_of_the_adm_suite_serves(sets, tmp_path: Path) -> None
     assert scores.spatial_frechet_distance == pytest.approx(expected, rel=1e-5)
     images_alone = score_images(*sets, extractor, progress=False)
     assert (scores.precision, scores.recall) == (images_alone.precision, images_alone.recall)
-    assert scores.reference is None and "a reference of unknown size" in scores.lines()[5]
+    assert scores.reference is None and "a reference of unknown size" in scores.lines()[6]
     # its statistics are for other features: only the images are used
     other = score_images(sets[0], file, TinyExtractor(), progress=False)
     assert other.frechet_distance == pytest.approx(images_alone.frechet_distance)
@@ -278,9 +298,10 @@ def test_a_reference_of_statistics_alone_gives_the_distance_alone(sets, tmp_path
         score_images(*sets, Inception(), progress=False).frechet_distance, rel=1e-5
     )
     assert scores.spatial_frechet_distance is None and scores.precision is None and scores.recall is None
+    assert scores.kernel_distance is None
     assert scores.notes == (
         "no spatial distance: the reference has no spatial statistics",
-        "no precision and recall: the reference has only statistics",
+        "no kernel distance, precision and recall: the reference has only statistics",
     )
     with pytest.raises(
         ValueError, match="only statistics of Inception features, which can't be compared with features of"

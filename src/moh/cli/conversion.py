@@ -203,6 +203,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
 
 def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
     from moh.conversion import convert
+    from moh.data.text.corpora import CALIBRATION_CORPORA
     from moh.models.card import describe
     from moh.models.transformers.loading import load_tokenizer
     from moh.models.transformers.sentences import copy_parts, sentence_parts

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moh.cli.options import Commands
     from moh.data.images.sources import ImageSource
 
-_HELP = "FID, sFID, inception score, precision and recall of generated images, or the same on a named classifier."
+_HELP = "FID, sFID, KID, inception score, precision and recall of generated images, or the same on a named classifier."
 
 
 def add_parser(sub: Commands) -> None:

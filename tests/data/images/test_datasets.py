@@ -127,7 +127,8 @@ def test_a_directory_without_class_folders_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} must hold one folder per class, but it has no folders"):
         load(tmp_path)
     with pytest.raises(
-        ValueError, match="must be 'fashion-mnist', a directory or a data set's name, but there is no '/no"
+        ValueError,
+        match=r"must be 'fashion-mnist', a directory, a \.tar file or a data set's name, but there is no '/no",
     ):
         load("/nowhere/at/all")
 

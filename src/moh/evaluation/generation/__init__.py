@@ -1,4 +1,4 @@
-"""Scoring generated images: FID, sFID, inception score, precision and recall, or the same on a named classifier.
+"""Scoring generated images: FID, sFID, KID, inception score, precision and recall, or the same on a named classifier.
 
     extractor = InceptionFeatures()                      # or load_classifier("my-classifier")
     scores = score_images("samples.npz", "reference-images", extractor)
@@ -16,7 +16,14 @@ from moh.evaluation.generation.classifier import ClassifierFeatures, InceptionFe
 from moh.evaluation.generation.features import Extracted, FeatureExtractor, ImageFeatures, extract_features
 from moh.evaluation.generation.frechet import Gaussian, frechet_distance, gaussian_frechet_distance
 from moh.evaluation.generation.images import Images, open_images
-from moh.evaluation.generation.scores import GenerationScores, compare, inception_score, precision_recall, score_images
+from moh.evaluation.generation.scores import (
+    GenerationScores,
+    compare,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    score_images,
+)
 from moh.evaluation.generation.statistics import load_features, reference_features, save_features
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "frechet_distance",
     "gaussian_frechet_distance",
     "inception_score",
+    "kernel_distance",
     "load_classifier",
     "load_features",
     "open_images",

@@ -1,6 +1,7 @@
-"""The scores of generated images: Frechet distances, inception score, precision and recall, named for what they are.
+"""The scores of generated images: Frechet and kernel distances, inception score, precision and recall, named for what they are.
 
-Inception score: Salimans et al. 2016; precision and recall: Kynkaanniemi et al. 2019, both as torch-fidelity computes them.
+Kernel distance: Binkowski et al. 2018; inception score: Salimans et al. 2016; precision and recall: Kynkaanniemi et al. 2019,
+all as torch-fidelity computes them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from moh.evaluation.generation.features import FeatureExtractor, ImageFeatures, extract_features
@@ -23,6 +25,7 @@ from moh.evaluation.generation.statistics import reference_features
 _SPLIT = 5000
 """Images per part; the inception score is the mean over parts, as in the ADM suite."""
 
+_SUBSETS, _SUBSET_SIZE = 100, 1000  # of images, over which the kernel distance is averaged: the usual numbers
 _NEIGHBOURS = 3
 _DISTANCE_BATCH = 1000
 """Rows of the distance matrix at a time: 0.4 GB for 50,000 samples."""
@@ -34,9 +37,12 @@ class GenerationScores:
 
     Attributes:
         extractor: name of the model whose features were compared.
-        is_fid: whether `frechet_distance` is FID, `spatial_frechet_distance` sFID and `class_score` the inception score;
-            if not, they are the same statistics of another model's features and not comparable.
-        frechet_distance, spatial_frechet_distance: lower is better.
+        is_fid: whether `frechet_distance` is FID, `spatial_frechet_distance` sFID, `kernel_distance` KID and
+            `class_score` the inception score; if not, they are the same statistics of another model's features and not
+            comparable.
+        frechet_distance, spatial_frechet_distance, kernel_distance: lower is better. The last is unbiased, hence also for
+            few images, and slightly below 0 for equal distributions.
+        kernel_distance_std: standard deviation over subsets of the images.
         class_score: exp of the mean information that an image gives about its class; higher is better.
         class_score_std: standard deviation over parts of 5,000 images; NaN for a single part.
         precision: share of samples inside the manifold of the reference images.
@@ -49,6 +55,8 @@ class GenerationScores:
     is_fid: bool
     frechet_distance: float
     spatial_frechet_distance: float | None
+    kernel_distance: float | None
+    kernel_distance_std: float | None
     class_score: float | None
     class_score_std: float | None
     precision: float | None
@@ -65,14 +73,14 @@ class GenerationScores:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: scores other than the published ones have other names, and NaN is None."""
         names = (
-            ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")
+            ("fid", "sfid", "kid", "kid_std", "inception_score", "inception_score_std", "precision", "recall")
             if self.is_fid
-            else ("frechet_distance", "spatial_frechet_distance", "classifier_score", "classifier_score_std",
-                  "classifier_precision", "classifier_recall")
+            else ("frechet_distance", "spatial_frechet_distance", "kernel_distance", "kernel_distance_std",
+                  "classifier_score", "classifier_score_std", "classifier_precision", "classifier_recall")
         )  # fmt: skip
         std = self.class_score_std if self.class_score_std is None or math.isfinite(self.class_score_std) else None
-        values = (self.frechet_distance, self.spatial_frechet_distance, self.class_score, std,
-                  self.precision, self.recall)  # fmt: skip
+        values = (self.frechet_distance, self.spatial_frechet_distance, self.kernel_distance, self.kernel_distance_std,
+                  self.class_score, std, self.precision, self.recall)  # fmt: skip
         return {
             "label": self.label, "features": self.extractor, **dict(zip(names, values, strict=True)),
             "samples": self.samples, "reference": self.reference, "notes": list(self.notes),
@@ -85,6 +93,7 @@ class GenerationScores:
             (self.label, self.frechet_distance, ".5g"),
             ("sFID" if self.is_fid else f"spatial Frechet distance{other}, not comparable with sFID",
              self.spatial_frechet_distance, ".5g"),
+            ("KID" if self.is_fid else f"kernel distance{other}, not comparable with KID", self.kernel_distance, ".5g"),
             ("inception score" if self.is_fid else f"class score{other}, not comparable with the inception score",
              self.class_score, ".5g"),
             (f"precision{other}", self.precision, ".4f"),
@@ -132,7 +141,7 @@ def compare(samples: ImageFeatures, reference: ImageFeatures, extractor: Feature
     if samples.features is None:
         raise ValueError(f"samples must be images, but {samples.name} holds only statistics")
     notes = _size_notes(samples, reference)
-    spatial = score = spread = precision = recall = None
+    spatial = kernel = kernel_std = score = spread = precision = recall = None
     if samples.spatial is None:
         notes.append(f"no spatial distance: {extractor.name} has no feature map")
     elif reference.spatial is None:
@@ -144,8 +153,9 @@ def compare(samples: ImageFeatures, reference: ImageFeatures, extractor: Feature
     else:
         score, spread = inception_score(samples.logits)
     if reference.features is None:
-        notes.append("no precision and recall: the reference has only statistics")
+        notes.append("no kernel distance, precision and recall: the reference has only statistics")
     else:
+        kernel, kernel_std = kernel_distance(samples.features, reference.features)
         device = extractor.device if extractor.device.type == "cuda" else "cpu"  # others lack float64
         precision, recall = precision_recall(samples.features.to(device), reference.features.to(device))
     return GenerationScores(
@@ -153,6 +163,8 @@ def compare(samples: ImageFeatures, reference: ImageFeatures, extractor: Feature
         is_fid=extractor.is_fid,
         frechet_distance=gaussian_frechet_distance(samples.gaussian, reference.gaussian),
         spatial_frechet_distance=spatial,
+        kernel_distance=kernel,
+        kernel_distance_std=kernel_std,
         class_score=score,
         class_score_std=spread,
         precision=precision,
@@ -195,6 +207,27 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     safe = logits.detach().cpu().double().log_softmax(1).clamp(min=-700)  # exp(-700) > 0: no 0 * log 0
     result = isc_features_to_metric(safe, splits=parts)
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD] if parts > 1 else math.nan
+
+
+def kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(mean, standard deviation) over 100 random subsets of the squared maximum mean discrepancy, of a cubic kernel.
+
+    With features of FID's network it is KID. Subsets have 1,000 images of each set, or as many as the smaller set.
+
+    Args:
+        samples: `[n, d]` features of generated images.
+        reference: `[m, d]`.
+
+    Raises:
+        ValueError: the shapes are not `[n, d]` and `[m, d]` with n and m above 1.
+    """
+    for name, features in (("samples", samples), ("reference", reference)):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] != samples.shape[1]:
+            raise ValueError(f"{name} must be [n, d] with n at least 2 and the same d, got {tuple(features.shape)}")
+    size = min(_SUBSET_SIZE, len(samples), len(reference))
+    options = {"kid_subsets": _SUBSETS, "kid_subset_size": size, "verbose": False}
+    result = kid_features_to_metric(samples.detach(), reference.detach(), **options)
+    return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
 
 
 @torch.no_grad()
