@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers import img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -42,7 +42,8 @@ class TarImages:
         try:
             with _extensions(IMG_EXTENSIONS):
                 # No open files: processes that are forked later would share their positions. No file next to the data.
-                self._reader: Any = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False)
+                reader: Any = ReaderImageInTar  # timm has no types here
+                self._reader = reader(str(path), cache_tarfiles=False, cache_tarinfo=False)
         except tarfile.TarError as error:
             raise ValueError(f"{path} must be an uncompressed, whole tar file or hold only such: {error}") from None
         except ValueError:  # timm takes apart an empty list
@@ -129,9 +130,10 @@ def tar_parts(path: Path) -> list[str]:
 @contextmanager
 def _extensions(wanted: tuple[str, ...]) -> Iterator[None]:
     """timm's reader takes the endings of image files from a global, which is as before after the block."""
-    before = get_img_extensions()
-    set_img_extensions(wanted)
+    extensions: Any = img_extensions
+    before = extensions.get_img_extensions()
+    extensions.set_img_extensions(wanted)
     try:
         yield
     finally:
-        set_img_extensions(before)
+        extensions.set_img_extensions(before)

@@ -1,6 +1,6 @@
 """What we add to lm-evaluation-harness's own command line: the model `moh`, and the suites as groups of tasks.
 
-    python -m moh.evaluation.harness run --model moh --model_args pretrained=DIR --tasks paper14 --output_path scores --log_samples
+    python -m moh.evaluation.harness run --model moh --model_args pretrained=DIR --tasks paper14 --log_samples
 
 Dense and MoH models also run as `--model hf`. What `moh` adds is in `HarnessModel`: a request longer than the model's
 positions is an error, scores are computed in float32, and .gguf files can be read.
@@ -20,7 +20,7 @@ from moh.evaluation.harness.runner import HarnessModel, head_share
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 
-@register_model("moh")  # type: ignore[untyped-decorator] # the harness has no types
+@register_model("moh")
 class CommandModel(HarnessModel):
     """The model `moh` of the harness's command line; arguments are those of `--model_args`, and options of their own.
 

@@ -43,7 +43,9 @@ def read_logged(
         specs = [task if isinstance(task, HarnessTask) else parse_task(task) for task in tasks]
     if not specs:
         raise ValueError("tasks must hold at least one, got none")
-    found, asked, settings = [], {}, {}
+    found: list[ModelScores] = []
+    asked: dict[str, list[Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for label, own in runs.items():
         scores = []
         for spec in specs:

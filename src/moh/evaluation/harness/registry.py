@@ -79,7 +79,9 @@ def read_suite(file: Path) -> tuple[HarnessTask, ...]:
     try:
         group = yaml.safe_load(file.read_text(encoding="utf-8"))
         scores = dict((group.get("metadata") or {}).get("scores") or {})
-        members = [{"task": member} if isinstance(member, str) else member for member in group["task"]]
+        members: list[dict[str, Any]] = [
+            {"task": member} if isinstance(member, str) else member for member in group["task"]
+        ]
         named = [(member.get("task") or member["group"], member.get("num_fewshot")) for member in members]
         tasks = tuple(HarnessTask(name, shots, **scores.pop(name, {})) for name, shots in named)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
