@@ -137,13 +137,15 @@ def test_a_python_without_our_package_still_starts(tmp_path: Path) -> None:
 
 def test_the_harness_gets_its_own_command_line(moh, monkeypatch: pytest.MonkeyPatch) -> None:
     main = pytest.importorskip("lm_eval.__main__", reason="the extra `eval` is not installed")
+    from moh.evaluation.harness.registry import SUITE_FILES
+
     seen = []
     monkeypatch.setattr(main, "cli_evaluate", lambda: seen.append(list(sys.argv)))
     assert moh("lm-eval", "run", "--model", "hf", "--tasks", "x", "--help").code == 0
     assert moh("lm-eval", "--model", "hf", "--debug").code == 0
     assert seen == [
         ["lm-eval", "run", "--model", "hf", "--tasks", "x", "--help"],
-        ["lm-eval", "--model", "hf", "--debug"],
+        ["lm-eval", "--model", "hf", "--debug", "--include_path", str(SUITE_FILES)],
     ]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moh.cli.options import Commands
 
 _HARNESS = (
-    "Run lm-evaluation-harness by its own command line: moh lm-eval run --model hf --model_args pretrained=DIR ..."
+    "Run lm-evaluation-harness by its own command line: moh lm-eval run --model moh --model_args pretrained=DIR ..."
 )
 _RUN = "Run another Python program with our models registered, such as: moh run trl sft ..., moh run train.py ..."
 
@@ -60,7 +60,9 @@ def run_harness(arguments: Namespace) -> int:
     require("lm_eval", extra="eval")
     from lm_eval.__main__ import cli_evaluate
 
-    with _as_program(["lm-eval", *arguments.arguments]):
+    from moh.evaluation.harness import with_suites
+
+    with _as_program(["lm-eval", *with_suites(arguments.arguments)]):
         return _exit_code(cli_evaluate)
 
 

@@ -1,6 +1,6 @@
 """What we add to lm-evaluation-harness's own command line: the model `moh`, and the suites as groups of tasks.
 
-    python -m moh.evaluation.harness run --model moh --model_args pretrained=DIR --tasks paper14 --log_samples
+    moh lm-eval run --model moh --model_args pretrained=DIR --tasks paper14 --log_samples
 
 Dense and MoH models also run as `--model hf`. What `moh` adds is in `HarnessModel`: a request longer than the model's
 positions is an error, scores are computed in float32, and .gguf files can be read.
