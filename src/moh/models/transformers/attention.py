@@ -211,7 +211,7 @@ class _WithGates:
         self._module = module
         name, *rest = output
         part = getattr(module, name)
-        setattr(self, name, _WithGates(part, rest, gates) if rest else lambda heads: part(_weighted(heads, gates)))
+        setattr(self, name, _WithGates(part, rest, gates) if rest else lambda heads: part(weighted(heads, gates)))
 
     def __getattr__(self, name: str) -> Any:  # whatever else the class's code reads
         return getattr(self._module, name)
@@ -220,7 +220,7 @@ class _WithGates:
         return type(self._module).forward(self, *args, **kwargs)
 
 
-def _weighted(heads: Tensor, gates: Tensor) -> Tensor:
+def weighted(heads: Tensor, gates: Tensor) -> Tensor:
     """Heads `[B, N, H * D]`, weighted by gates `[B, N, H]`; as in `moh_attention`, a gate of 0 gets no gradient."""
     gates = gates[..., None].to(heads.dtype)
     weighted = torch.where(gates != 0, heads.unflatten(-1, (gates.shape[-2], -1)), 0.0) * gates
