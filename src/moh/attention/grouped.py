@@ -67,7 +67,9 @@ def _heads_in_groups(active: Tensor, m: int) -> Tensor:
     start = torch.arange(0, Hkv * G, G, device=active.device)[:, None]  # [Hkv, 1]
     if not is_for_all_settings() and m == G:
         return (start + torch.arange(G, device=active.device)).expand(B, N, Hkv, G).flatten(2)
-    return (start + active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :m]).flatten(2)
+    # As falling ranks, active heads first, in order of their index: exporters have no rule for a stable sort
+    rank = active.to(torch.int32) * G - torch.arange(G, dtype=torch.int32, device=active.device)
+    return (start + rank.topk(m, dim=-1).indices).flatten(2)
 
 
 def _take(x: Tensor, heads: Tensor) -> Tensor:
