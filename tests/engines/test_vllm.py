@@ -42,11 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
     "group_balanced": dict(routing_unit="group_balanced", shared_heads=2),
     "heads-per-layer": dict(shared_heads=[[1, 3], 0], active_heads=[1, 3]),
     "with-a-balance-loss": dict(router_aux_loss_coef=0.01, output_router_logits=True),
-    "GPT2": dict(family="GPT2", intermediate_size=512, num_key_value_heads=4),
+    "output-changes": dict(output_changes=dict(heads=[2, 3], rank=2, used_heads=[3, 3])),
     "sliding-window": dict(family="Mistral", sliding_window=8),
     **{
         name: dict(family=name)
-        for name in "Qwen2 Qwen3 Gemma Gemma2 Phi Phi3 Olmo2 Granite Cohere Cohere2 Starcoder2 GPTNeoX OPT".split()
+        for name in "Qwen2 Qwen3 Gemma Gemma2 Phi Phi3 Olmo2 Granite Cohere Cohere2 Starcoder2".split()
     },
 }
 

@@ -145,3 +145,15 @@ def test_a_router_of_queries_is_refused_where_it_would_get_others(
     attention = getattr(moh.models.transformers, f"MoH{family}Model")(config).layers[0].self_attn
     with pytest.raises(ValueError, match=reason):
         engine.model._check(attention.router, attention.family, attention, processes)
+
+
+def test_fixed_heads_are_refused(engine: Any) -> None:
+    config = moh.models.transformers.MoHLlamaConfig(**TINY, shared_heads=2, router=["fixed", "linear"])
+    with pytest.raises(ValueError, match=r"vLLM needs the same heads .* fixed heads .* in 1 of 2 layers"):
+        engine.model.MoHForCausalLM(vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=config)))
+
+
+def test_a_family_whose_tokens_differ_is_refused(engine: Any) -> None:
+    config = moh.models.transformers.MoHGPTNeoXConfig(**TINY, shared_heads=2, active_heads=1)
+    with pytest.raises(ValueError, match=r"model must be of a type among cohere, .* in vLLM, got 'gpt_neox'"):
+        engine.model.MoHForCausalLM(vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=config)))

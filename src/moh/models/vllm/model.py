@@ -19,24 +19,35 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM, vll
 from moh.models.output_changes import OutputChanges
 from moh.models.transformers.attention import RoutedAttention, weighted
 from moh.models.transformers.families import Family
+from moh.models.transformers.fixed import refuse_fixed_heads
 
 IMPLEMENTATION = "moh_in_vllm"
 """The `attn_implementation` of a model that vLLM has built: its own attention, with gates."""
+
+MODEL_TYPES = (
+    *("cohere", "cohere2", "gemma", "gemma2", "granite", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3"),
+    "starcoder2",
+)
+"""Dense types of the models that give the tokens of `generate` in vLLM (tests/engines/test_vllm.py)."""
 
 _CHANGES = "output_changes"
 
 
 class MoHForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM has no types here
-    """Serves a causal language model of any of our families whose dense model vLLM serves through transformers.
+    """Serves a causal language model of one of `MODEL_TYPES`.
 
     Raises:
-        ValueError: the router reads queries in a way that vLLM's attention doesn't get, or heads are split over
-            processes and the router needs the queries of all of them.
+        ValueError: the model is of another type or has layers with fixed heads, the router reads queries in a way that
+            vLLM's attention doesn't get, or heads are split over processes and it needs the queries of all of them.
         ImportError: this vLLM builds models of transformers in another way.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        vllm_config.model_config.hf_config.output_router_logits = False  # vLLM takes the hidden states alone
+        config = vllm_config.model_config.hf_config
+        if (model_type := config.model_type.removeprefix("moh_")) not in MODEL_TYPES:
+            raise ValueError(f"model must be of a type among {', '.join(MODEL_TYPES)} in vLLM, got {model_type!r}")
+        refuse_fixed_heads(config.layer_configs(), "vLLM")
+        config.output_router_logits = False  # vLLM takes the hidden states alone
         self._routed: list[Any] = []
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
