@@ -58,7 +58,7 @@ class MoHForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM has
             _check(attention.router, attention.family, attention, get_tensor_model_parallel_world_size())
             if isinstance(getattr(attention, _CHANGES, None), OutputChanges):
                 delattr(attention, _CHANGES)  # what the saved W_O holds stays: vLLM has no dial
-                self.ignore_unexpected_suffixes = [f".{_CHANGES}.left", f".{_CHANGES}.right"]
+                self.ignore_unexpected_suffixes = [f".{_CHANGES}"]  # the loader asks for the module
             attention.__class__ = attention.family_attention
             attention.register_forward_pre_hook(_with_gates, with_kwargs=True)
         super().recursive_replace()
