@@ -8,9 +8,11 @@ from collections import namedtuple
 import pytest
 import torch
 
-from moh import convert
+from moh import MoHConfig, convert
+from moh.conversion.passes import collect_several_outputs
 from moh.conversion.recording import Playback, Recording, run
 from moh.conversion.transformers import DenseTextModel
+from moh.routing import build_router
 
 OPTIONS = dict(shared_heads=1, active_heads=1, progress=False)
 
@@ -70,3 +72,20 @@ def test_a_conversion_runs_the_model_once_and_needs_no_disk(make_dense, tokens, 
     assert sum(runs) >= 2 * len(tokens)
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_sums_keep_no_graph_of_the_routers(make_dense, tokens, runs_before) -> None:
+    dense = DenseTextModel(make_dense(), "linear", copied=True)
+    recording = Recording(tokens[:10].split(4))
+    for _ in range(runs_before):
+        seen_by(dense, Playback(recording, range(3)))
+    layers = range(len(dense.attentions))
+    routers = {
+        index: [build_router(MoHConfig(dense.num_heads, 1, 1, "linear"), dense.attentions[index].width)]
+        for index in layers
+    }
+    found = collect_several_outputs(dense, routers, Playback(recording, range(3)))
+    assert found and not any(
+        tensor.requires_grad for sums in found.values() for layer in sums for tensor in vars(layer).values()
+    )

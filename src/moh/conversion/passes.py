@@ -144,6 +144,7 @@ def collect_contributions(
     return sums
 
 
+@torch.no_grad()  # a router's weights would otherwise keep a graph over all batches
 def collect_several_outputs(
     dense: DenseModel, routers: Mapping[int, Sequence[Router]], batches: Batches
 ) -> dict[int, list[OutputSums]]:
