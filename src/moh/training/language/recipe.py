@@ -99,7 +99,7 @@ class ConversionRecipe(ConversionSettings):
 
     Args:
         routing_unit: "head", "group_balanced" or "kv_group": what a token chooses (`moh.MoHConfig`).
-        calibration: texts that the conversion reads, in equal parts if several, each NAME[:config][:split] of a Hugging
+        calibration: texts that the conversion reads, in equal parts if several, each `NAME[:config][:split]` of a Hugging
             Face data set, a path or a built-in corpus (`moh.data.text.named`); default the training text.
         calibration_tokens: tokens of them; "query_norm" needs none.
     """
