@@ -131,7 +131,8 @@ def check_replaceable(
         name: what the message begins with.
         kinds: patterns of the files that are written there; an earlier result has the first, and no other file.
         known: the caller knows by its place that the directory is an earlier result. By default its configuration must
-            name a model of this package, unless this process wrote it: somebody else's model is not replaced.
+            name a model of this package, or its README.md have `CARD_MARK`, unless this process wrote it: somebody else's
+            model is not replaced.
 
     Raises:
         ValueError: the directory holds something else (the message names the first such file), or can't be written.
@@ -142,7 +143,8 @@ def check_replaceable(
     found = sorted(_entries(target)) if target.is_dir() else []
     others = [f for f in found if not any(_is_like(f, kind) for kind in kinds) and not _is_our_card(target / f)]
     if found and not others and not known and target not in _written:
-        others = [] if kinds[0] in found and _is_ours(target / kinds[0]) else found
+        ours = kinds[0] in found and (_is_ours(target / kinds[0]) or _is_our_card(target / "README.md"))
+        others = [] if ours else found
     if others:
         raise ValueError(
             f"{name} {directory} must be new, empty or a model's directory that this package wrote; it holds other files, "
@@ -165,7 +167,9 @@ def _is_like(file: str, pattern: str) -> bool:
 
 
 def _is_our_card(file: Path) -> bool:
-    return file.name == "README.md" and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+    return (
+        file.name == "README.md" and file.is_file() and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def _is_ours(file: Path) -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moh import convert
 from moh.demo import DemoSettings, run_demo
-from moh.demo.report import DemoReport, ModelRow, compared
+from moh.demo.report import _TITLE, DemoReport, ModelRow, check_report_files, compared
 from moh.evaluation import PerplexityResult, perplexity
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import corpus_from_files, pack_tokens
@@ -178,6 +178,23 @@ def test_an_output_directory_that_cannot_be_written_is_refused_at_once(tmp_path:
     target = tmp_path / "file" / "out"
     with pytest.raises(ValueError, match=f"output_dir {target} can't be written: Not a directory"):
         run_demo(DemoSettings(output_dir=str(target), base="/nowhere/at/all"))
+
+
+@pytest.mark.parametrize("earlier", ["nothing", "an interrupted demo", "a demo"])
+@pytest.mark.parametrize("name", ["report.md", "report.json", "losses.png"])
+def test_a_file_that_no_demo_wrote_is_kept(tmp_path: Path, earlier: str, name: str) -> None:
+    if earlier == "an interrupted demo":
+        (tmp_path / "training" / "0123456789ab").mkdir(parents=True)
+    if earlier == "a demo":
+        (tmp_path / "report.json").write_text('{"base_model": "a", "layer_shares": [], "rows": []}')
+        (tmp_path / "report.md").write_text(f"{_TITLE}\n")
+        (tmp_path / "losses.png").write_text("a picture")
+        check_report_files(tmp_path)
+    if name == "losses.png" and earlier != "nothing":
+        return  # pictures are an earlier demo's by the files next to them
+    (tmp_path / name).write_text("{}" if name == "report.json" else "# My report")
+    with pytest.raises(ValueError, match=f"output_dir {tmp_path} holds a {name} that no demo wrote.*choose another"):
+        run_demo(DemoSettings(output_dir=str(tmp_path), base="/nowhere/at/all"))
 
 
 def test_heads_that_do_not_add_up_are_refused_before_tuning(base_dir: Path, text_file: Path, tmp_path: Path) -> None:

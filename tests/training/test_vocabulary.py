@@ -158,6 +158,26 @@ def test_the_command_leaves_a_model_that_trains_with_its_tokenizer(old, new, tmp
     assert tokenizer("abc cab")["input_ids"] == [6, 8]
 
 
+@pytest.mark.parametrize("moh", [False, True], ids=["dense", "moh"])
+def test_another_process_replaces_the_output_unless_something_was_added(
+    old, new, moh: bool, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    model = _model(tied=True)
+    if moh:
+        model = convert(model, shared_heads=1, active_heads=2, router="query_norm")
+    model.save_pretrained(tmp_path / "model")
+    old.save_pretrained(tmp_path / "model")
+    new.save_pretrained(tmp_path / "tokenizer")
+    command = ["extend-vocabulary", str(tmp_path / "model"), str(tmp_path / "tokenizer"), str(tmp_path / "out")]
+    for _ in range(2):
+        monkeypatch.setattr("moh._files._written", set())  # as in a process that wrote nothing yet
+        assert main(command) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "such as notes.txt" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_said(old, new, tmp_path: Path, capsys) -> None:
     with pytest.raises(ValueError, match="the tokenizer of the model has 6 tokens, but the model a vocabulary of 4"):
         extend_vocabulary(_model(tied=True, rows=4), old, new)

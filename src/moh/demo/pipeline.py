@@ -29,7 +29,7 @@ from moh.data.text.blocks import evenly_spread
 from moh.data.text.corpora import DEFAULT_CORPUS
 from moh.data.text.files import printable
 from moh.demo.base_model import default_base_model
-from moh.demo.report import DemoReport, ModelRow, compared
+from moh.demo.report import DemoReport, ModelRow, check_report_files, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
 from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
@@ -113,6 +113,7 @@ class _Demo:
         self.output_dir = Path(settings.output_dir)
         check_writable(self.output_dir, name="output_dir")
         check_replaceable(self.output_dir / "model", name="output_dir: its")
+        check_report_files(self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}

@@ -9,9 +9,15 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from re import fullmatch
 
 from moh._files import write_text
 from moh.evaluation import PerplexityResult, Rate, SpeedReport
+
+FILES = ("report.json", "report.md", "head_load.csv", "head_load.png", "head_load.svg", "losses.png", "losses.svg")
+"""What a demo writes next to its model."""
+
+_TITLE = "# A pretrained language model with Mixture-of-Head attention"
 
 
 @dataclass
@@ -76,7 +82,7 @@ class DemoReport:
     def markdown(self) -> str:
         """The report as a page; it refers to the pictures next to it."""
         lines = [
-            "# A pretrained language model with Mixture-of-Head attention",
+            _TITLE,
             "",
             f"Model: {self.base_model}. Text: {self.text} ({self.licence}), {self.heldout_tokens:,} held-out tokens; "
             f"calibrated on {self.calibration_tokens:,} tokens, tuned on {self.tuning_tokens:,} tokens in {self.steps} steps "
@@ -140,6 +146,34 @@ class DemoReport:
         """Write `report.json` and `report.md`, each whole or not at all."""
         write_text(directory / "report.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
         write_text(directory / "report.md", self.markdown() + "\n")
+
+
+def check_report_files(directory: Path) -> None:
+    """Check that files with a report's names are those of an earlier demo, which a new one replaces.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    interrupted = any(fullmatch(r"[0-9a-f]{12}", path.name) for path in directory.glob("training/*"))
+    finished = _is_report(directory / "report.json")
+    for name in FILES:
+        file = directory / name
+        ours = finished or (interrupted and name != "report.json")
+        if name == "report.md" and file.is_file():
+            ours = file.read_text(encoding="utf-8", errors="replace").startswith(_TITLE)
+        if file.exists() and not ours:
+            raise ValueError(
+                f"output_dir {directory} holds a {name} that no demo wrote, and this one would replace it: choose another "
+                "directory, or move the file"
+            )
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"base_model", "layer_shares", "rows"} <= found.keys()
 
 
 def _rate(rate: Rate | None) -> str:

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moh._files import replacing_directory
+from moh._files import CARD_MARK, replacing_directory
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
+
+_CARD = f"""{CARD_MARK}
+
+A language model with the vocabulary of another tokenizer, made by `moh extend-vocabulary` of the package
+mixture-of-heads. Its new rows are means of old ones: train it before use.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def extend_vocabulary_files(
     Args:
         model: directory or hub name of a model with its tokenizer; the result keeps its dtype.
         tokenizer: directory or hub name of the new tokenizer.
-        output: a new or empty directory, or one that holds nothing but a MoH model, which is replaced.
+        output: a new or empty directory, or one that holds nothing but a MoH model or an
+            earlier result, which is replaced.
         multiple_of: as in `extend_vocabulary`.
 
     Raises:
@@ -102,6 +109,8 @@ def extend_vocabulary_files(
         counts = extend_vocabulary(loaded, load_tokenizer(model), new, multiple_of=multiple_of)
         loaded.save_pretrained(scratch)
         new.save_pretrained(scratch)
+        if not (card := scratch / "README.md").exists():  # a dense model: nothing else says that the directory is ours
+            card.write_text(_CARD, encoding="utf-8")
     return counts
 
 
