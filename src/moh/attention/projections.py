@@ -141,8 +141,14 @@ def is_plain(linear: nn.Module, x: Tensor) -> bool:
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False
     weight: Any = linear.weight
-    plain = type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling()
+    # While torch.compile traces, a plain weight may be a fake tensor, but one of torchao's is still its own.
+    plain = type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_compiling() and not is_wrapper(weight))
     return plain and weight.dtype == x.dtype and weight.device == x.device
+
+
+def is_wrapper(weight: Any) -> bool:
+    """Whether a weight is of a class that keeps its numbers in other tensors, such as torchao's and `DTensor`."""
+    return hasattr(type(weight), "__tensor_flatten__")  # of the type: torch.compile does not know the instance's
 
 
 def _sparse_kernels(

@@ -143,6 +143,10 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
             f"  {len(fixed)} layers have fixed heads, {without} of these none: their other heads do not exist, whatever computes "
             "them"
         )
+    quantisation = getattr(config, "quantization_config", None)
+    method = None if quantisation is None else _method(quantisation)
+    if method is not None:
+        lines.append(f"  {'projections':18s} quantised ({method}): dense products, by the library that quantised them")
     lines.append(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, "reference"):
@@ -153,7 +157,14 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
         "                     all heads, saves nothing",
     ]
     figures = {"model_type": config.model_type, "share_of_heads": config.share, "layers": len(layers), "heads": H}
+    figures["quantised"] = method
     return {**figures, "runs": name_of_run, "problem": problem, "backend": used, "saves": used != "reference"}, lines
+
+
+def _method(quantisation: Any) -> str:
+    """The library that a saved configuration of quantised weights names."""
+    method = quantisation["quant_method"] if isinstance(quantisation, dict) else quantisation.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _loaded_implementation(config: Any) -> tuple[str, str | None]:

@@ -20,6 +20,7 @@ from moh.config import FIXED, MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
 from moh.data.text.blocks import are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router
+from moh.models.output_changes import quantised
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
 from moh.models.transformers.fixed import cut_weights
 from moh.models.transformers.loading import mend_generation_config
@@ -288,19 +289,21 @@ def _check_projections(model: PreTrainedModel, attentions: Sequence[DenseAttenti
     Raises:
         ValueError: the model is quantised, or holds adapters; the message states what to do.
     """
-    if getattr(model, "is_quantized", False):
+    parts = [part for attention in attentions for part in (attention.entry, attention.output)]
+    if getattr(model, "is_quantized", False) or any(
+        hasattr(part, "weight") and quantised(part.weight) for part in parts
+    ):
         raise ValueError(
             "model is quantised, and its weights can't be calibrated: load it without quantization_config, convert it, and "
             "quantise the result"
         )
     names = {module: name for name, module in model.named_modules()}
-    for attention in attentions:
-        for module in (attention.entry, attention.output):
-            if type(module) not in (nn.Linear, Conv1D):
-                raise ValueError(
-                    f"{names[module]} must be a plain linear layer, got {type(module).__name__}: merge an adapter first "
-                    "(model.merge_and_unload() of peft), or convert the model that it was put on"
-                )
+    for part in parts:
+        if type(part) not in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"{names[part]} must be a plain linear layer, got {type(part).__name__}: merge an adapter first "
+                "(model.merge_and_unload() of peft), or convert the model that it was put on"
+            )
 
 
 def _check_router(family: Family, attention: nn.Module, router: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh.attention.projections import is_wrapper
 from moh.config import MoHConfig
 from moh.routing import Router
 
@@ -100,6 +101,19 @@ def routed_attentions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module._modules.get("router"), Router)]
 
 
+def quantised(weight: Any) -> str | None:
+    """What kind of quantised weight this is; None for a plain one, whose values can be read and changed."""
+    if not isinstance(weight, Tensor):
+        return "packed"  # a module of PyTorch's dynamic quantisation has a method of this name
+    if not weight.is_floating_point():
+        return str(weight.dtype)
+    if not is_wrapper(weight):
+        return None
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return None if isinstance(weight, DTensor) else type(weight).__name__
+
+
 def used_heads(layers: Iterable[MoHConfig]) -> list[int]:
     """Heads that a token uses in each layer, shared ones included."""
     return [layer.num_shared + layer.active_heads for layer in layers]
@@ -146,9 +160,9 @@ def switches(model: nn.Module, routers: Sequence[Router], counts: Sequence[int])
         before, after = (
             changes.index(config.num_shared + k, config.num_heads) for k in (config.active_heads, new[router])
         )
-        if before != after and not weight.is_floating_point():
+        if before != after and (kind := quantised(weight)) is not None:
             raise ValueError(
                 f"active_heads can't be changed: this model has a W_O for each number of heads, and its weights are "
-                f"quantised ({weight.dtype}); turn the dial before quantising"
+                f"quantised ({kind}); turn the dial before quantising"
             )
         yield changes, weight, before, after
