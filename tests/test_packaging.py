@@ -26,6 +26,7 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
     "conversion/diffusers.py": "diffusion",
     "data": "hf",
     "data/images": "vision",
+    "models/card.py": "hf",
     "models/classifiers.py": "vision",
     "models/hub.py": "hf",
     "models/published.py": "hf",
