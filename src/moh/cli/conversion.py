@@ -63,7 +63,7 @@ def add_parser(sub: Commands) -> None:
     numbers.add_argument(
         "--shared-heads",
         type=int,
-        help="heads that every token uses (default: 2 in 9, half with query_norm; required for a diffusion model)",
+        help="heads that every token uses (default: 2 in 9, half with query_norm; required with --active-heads for a diffusion model)",
     )
     parser.add_argument(
         "--router",

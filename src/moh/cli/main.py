@@ -34,7 +34,7 @@ _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers wh
 
 _GROUPS = {
     "start here": ("demo", "info"),
-    "make a model": ("convert", "train", "extend-vocabulary"),
+    "make a model": ("convert", "train", "extend-vocabulary", "export"),
     "use it": ("generate", "chat", "serve", "sample"),
     "measure and look inside": ("eval", "curve", "inspect", "explore"),
     "other programs with our models": ("lm-eval", "run"),
