@@ -190,7 +190,7 @@ def test_a_cache_continues_the_text(router, options, steps):
         parts = [layer(part, is_causal=True, rotate=rotate, cache=cache) for part in x.split(steps, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, is_causal=True, rotate=rotate))
     assert cache.length == N
-    with pytest.raises(ValueError, match=f"holds max_length = {N} tokens, got {N + 1}"):
+    with torch.no_grad(), pytest.raises(ValueError, match=f"holds max_length = {N} tokens, got {N + 1}"):
         layer(x[:, :1], is_causal=True, cache=cache)
 
 
@@ -256,8 +256,9 @@ def test_arguments_of_self_attention_alone_are_refused_elsewhere():
     with pytest.raises(ValueError, match=r"is_causal must be True .* window=3"):
         all_heads(window=3)(x)
     cache = moh.KVCache(N)
-    layer(x[:, :2], is_causal=True, cache=cache)
-    with pytest.raises(ValueError, match=r"\[2, 6\], got \[1, 6\]"):
+    with torch.no_grad():
+        layer(x[:, :2], is_causal=True, cache=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"\[2, 6\], got \[1, 6\]"):
         layer(x[:1, :1], is_causal=True, cache=cache)
 
 
@@ -360,3 +361,9 @@ def test_units_without_grouped_queries_choose_single_heads_or_all():
     assert (layer(torch.randn(B, N, C), return_routing=True)[1].active.sum(-1) == 2).all()
     with pytest.raises(ValueError, match="active_heads must be a multiple of kv_heads = 6"):
         MoHAttention(C, H, shared_heads=0, active_heads=2, routing_unit="group_balanced")
+
+
+def test_a_cache_is_refused_where_autograd_records():
+    layer, x = MoHAttention(C, H, shared_heads=2, active_heads=2), torch.randn(B, N, C)
+    with pytest.raises(ValueError, match=r"torch\.no_grad\(\)"):
+        layer(x, is_causal=True, cache=moh.KVCache(N))

@@ -76,8 +76,12 @@ class KVCache:
         """Add keys and values `[B, Hkv, N, D]`; returns those of all tokens so far, as views.
 
         Raises:
-            ValueError: there is no room, or another batch came before.
+            ValueError: there is no room, another batch came before, or autograd records the call.
         """
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "a cache is for generation: call the model under torch.no_grad() or torch.inference_mode()"
+            )
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds max_length = {self.max_length} tokens, got {end}")

@@ -200,3 +200,18 @@ def test_inputs_are_left_as_they_were():
     moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="sdpa", **inputs.options).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(inputs.tensors.values(), copies, strict=True))
     assert isinstance(inputs, Inputs)
+
+
+def test_unusual_masks_leave_the_settings_of_pytorch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sdpa_kernel` switches kernels for all threads of a process, and two threads can leave them off."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a setting of the whole process was changed")
+
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", refuse)
+    for name in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, refuse)
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float32).min)
+    found = moh_attention(q, k, v, torch.ones(1, 3, 2), attn_mask=mask, backend="sdpa")
+    torch.testing.assert_close(found, v.mean(2, keepdim=True).expand(-1, -1, 3, -1).transpose(1, 2))

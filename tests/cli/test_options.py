@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moh.cli.main import _GROUPS, build_parser
+from moh.cli.options import output_of
 
 SUB = next(action for action in build_parser()._actions if action.dest == "command")
 PARSERS = {name: parser for name, parser in SUB.choices.items() if name != "eval"}
@@ -209,3 +210,18 @@ def test_completion_comes_from_shtab(moh, monkeypatch: pytest.MonkeyPatch) -> No
     module.complete = lambda parser, shell: f"{parser.prog} in {shell}"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shtab", module)
     assert moh("--print-completion", "zsh").out == ["moh in zsh"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["convert M OUT --share 0.5", "convert M --share 0.5 OUT", "convert --share 0.5 M OUT", "convert M --share 0.5 -o OUT",
+     "extend-vocabulary A B --multiple-of 8 OUT", "extend-vocabulary A B OUT --multiple-of 8"],
+)  # fmt: skip
+def test_the_output_may_come_before_or_after_the_options(words: str) -> None:
+    arguments, rest = build_parser().parse_known_args(words.split())
+    assert output_of(arguments) == "OUT" and rest == []
+
+
+def test_a_word_too_many_is_not_taken_for_the_output() -> None:
+    _, rest = build_parser().parse_known_args(["convert", "M", "OUT", "--share", "0.5", "MORE"])
+    assert rest == ["MORE"]

@@ -182,3 +182,12 @@ def test_what_can_not_be_converted_is_refused_by_the_plan_too(moh, tmp_path: Pat
     assert result.code == 2 and "model must be of a type among" in result.err[-1]
     result = moh("convert", "--plan", tmp_path, "--share", 2)
     assert result.code == 2 and "share must be a number above 0" in result.err[-1]
+
+
+def test_files_of_others_beside_the_measured_times_are_passed_over(moh, base_dir, tmp_path, monkeypatch) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "mine.json").write_text('{"mine": 1}')
+    (results / "text.json").write_text("no JSON")
+    monkeypatch.chdir(tmp_path)
+    assert moh("convert", "--plan", base_dir).code == 0

@@ -212,6 +212,8 @@ def test_the_auto_class_loads_what_was_saved(model_type, auto, tmp_path: Path) -
     assert loaded.config.active_heads == [1, 2]
     assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     inputs = inputs_of(model_type, padded=True)
+    if auto.endswith("MultipleChoice"):
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}  # one choice
     assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
 

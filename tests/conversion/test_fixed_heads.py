@@ -291,3 +291,16 @@ def test_norms_over_all_heads_together_are_refused(options) -> None:
 def test_layers_without_heads_need_a_model_that_generates(model_type) -> None:
     with pytest.raises(ValueError, match="layers must be 'keep' for this model, got 'drop'"):
         fixed(dense_model(model_type), 2, layers="drop")
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name in DECODERS if name != "lfm3"]
+)  # it needs a cache of its own kind
+@torch.no_grad()
+def test_a_cache_that_is_empty_is_filled(model_type) -> None:
+    model = fixed(dense_model(model_type), [1, 4])
+    ids, cache = token_ids(1, 12), DynamicCache()
+    model(ids[:, :-1], past_key_values=cache)
+    assert cache.get_seq_length() == 11
+    got = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, model(ids).logits[:, -1], rtol=1e-4, atol=1e-5)

@@ -138,3 +138,18 @@ def test_push_to_hub_of_diffusers_keeps_our_card(hub: Path) -> None:
     assert_our_card(hub / OWNER / "mine")
     loaded = MoHDiTTransformer2DModel.from_pretrained(hub / OWNER / "mine")
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tiny_model, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model").exists() or "README.md" not in {
+        path.name for path in (tmp_path / "model").iterdir()
+    }
+
+
+def test_a_push_while_saving_has_the_card(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pushed = tiny_model(), []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, name, **options: pushed.append((name, options)))
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model", private=True)
+    assert pushed == [("me/model", {"private": True})]
+    assert (tmp_path / "model" / "README.md").is_file()

@@ -31,7 +31,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[
             raise EntryNotFoundError(filename)
         return str(remote / name / filename)
 
-    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str] = []) -> str:  # noqa: B006
+    def snapshot(
+        name: str,
+        *,
+        allow_patterns: list[str],
+        ignore_patterns: list[str] = [],  # noqa: B006
+        revision: str | None = None,
+    ) -> str:
         if not (remote / name).is_dir():
             raise LocalEntryNotFoundError("no connection")
         for file in (remote / name).rglob("*"):

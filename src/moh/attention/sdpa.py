@@ -10,13 +10,11 @@ forward pass again, which plain autograd need not.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moh.attention import reference
 from moh.attention.call import Call, hide, seen_by, vmap_is_active
@@ -178,15 +176,16 @@ def pytorch_attention(
         live: which rows of q count, `[B, heads, rows]`: the mask of others is then not read. None means all.
         **options: `scale` and `enable_gqa`.
     """
-    plain: Any = contextlib.nullcontext()
     is_eager = q.device.type == "cpu" and not torch.compiler.is_compiling()
     if is_eager and attn_mask is not None and attn_mask.is_floating_point() and attn_mask.shape[-1] > 0:
         most = attn_mask.detach().amax(-1).double()  # [1 or B, 1 or H, 1 or Nq]
         if bool((~(most.abs() <= LARGEST_BIAS) & (most != -torch.inf)).any()):  # or NaN
-            plain = sdpa_kernel(SDPBackend.MATH)
             attn_mask = attn_mask if live is None else torch.where(live[..., None], attn_mask, 0.0)
-    with plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
+            # Called directly: torch.nn.attention.sdpa_kernel switches for all threads of the process
+            plain = torch.ops.aten._scaled_dot_product_attention_math
+            result: Tensor = plain(q, k, v, attn_mask, dropout_p, is_causal, None, **options)[0]
+            return result
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
 
 def _packed_mask(mask: Tensor, rows: Tensor, G: int, Hkv: int) -> Tensor:

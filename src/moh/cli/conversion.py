@@ -63,7 +63,7 @@ def add_parser(sub: Commands) -> None:
     numbers.add_argument(
         "--shared-heads",
         type=int,
-        help="heads that every token uses (default: 2 in 9, half with query_norm; required with --active-heads for a diffusion model)",
+        help="heads that every token uses (default: 2 in 9, half with query_norm; diffusion with --active-heads needs it)",
     )
     parser.add_argument(
         "--router",
@@ -177,6 +177,8 @@ def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callab
 
     if option := "--images" if arguments.images is not None else _text_option(arguments):
         raise ValueError(f"{option} must be left out for a diffusion model, which is not calibrated")
+    if arguments.device is not None or arguments.dtype != "auto":
+        raise ValueError("--device and --dtype must be left out for a diffusion model, whose weights are only copied")
     refuse_device_map(arguments)
     model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
     if not (source / "model_index.json").is_file():

@@ -69,7 +69,7 @@ def run(arguments: Namespace) -> None:
         if arguments.output is not None:
             Path(arguments.output).mkdir(parents=True, exist_ok=True)
             logged.save(Path(arguments.output))
-        print(logged.to_markdown(), end="")
+        print_result(arguments, logged.to_dict(), [logged.to_markdown().rstrip("\n")])
         return
     with processes() as state:
         result = evaluate_tasks(

@@ -81,6 +81,8 @@ def run(arguments: Namespace) -> None:
         subject.write_page()
     if arguments.output is not None:
         _write(subject)
+    elif arguments.json:
+        print_result(arguments, {"html": arguments.html}, [])
 
 
 def _write(subject: Subject) -> None:

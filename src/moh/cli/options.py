@@ -51,7 +51,11 @@ class Command(argparse.ArgumentParser):
             namespace, _ = super().parse_known_args(words[:own], namespace)
             setattr(namespace, self.passes_on, words[own:])
             return namespace, []
-        return super().parse_known_args(words, namespace)
+        namespace, rest = super().parse_known_args(words, namespace)
+        # argparse leaves an optional positional empty if an option comes before it
+        if len(rest) == 1 and not rest[0].startswith("-") and getattr(namespace, "place", "") is None:
+            namespace.place = rest.pop()
+        return namespace, rest
 
     def format_help(self) -> str:
         more = "" if self.more_help is None else f"\n{self.more_help(self._words)}\n"

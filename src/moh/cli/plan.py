@@ -29,11 +29,13 @@ def show(arguments: Namespace) -> None:
     from moh.conversion.plan import plan
     from moh.models.heads import requested_share
 
+    if arguments.router == FIXED or arguments.layers not in (None, "keep"):
+        raise ValueError("--plan counts routed heads: leave out --router fixed and --layers")
     share = requested_share(arguments.share, shared_heads=arguments.shared_heads, active_heads=arguments.active_heads)
     found = plan(arguments.model, revision=revision(arguments).get("revision"))
     if share is None:
         share = _share_of(arguments, found)
-    router = arguments.router or (FIXED if arguments.layers == "drop" else found.router)
+    router = arguments.router or found.router
     shares = sorted({share, *_SHARES}, reverse=True)
     saved = {s: [found.saved(s, n, router=router) for n in found.lengths] for s in shares}
     measured = list(_measured(found))
@@ -59,14 +61,12 @@ def _share_of(arguments: Namespace, found: Plan) -> float:
     """The share that numbers of heads are."""
     heads = found.layers[0].num_heads
     shared = arguments.shared_heads
-    if arguments.router == FIXED or arguments.layers == "drop":
-        shared = 0  # active_heads is what a layer keeps
-    elif shared is None:
+    if shared is None:
         from moh.routing import router_class
 
         shared = router_class(arguments.router or found.router).default_shared_heads(heads)
     used = shared + arguments.active_heads
-    if not 0 < used <= heads:
+    if min(shared, arguments.active_heads) < 0 or not 0 < used <= heads:
         raise ValueError(
             f"shared_heads and active_heads must be 1 to {heads} in total, got {shared} and {arguments.active_heads}"
         )
@@ -124,9 +124,12 @@ def _measured(found: Plan) -> Iterator[dict[str, Any]]:
 
     results: list[dict[str, Any]] = []
     for file in sorted(_BENCHMARKS.glob("*.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if run["machine"]["cpu"] == cpu_name():
-            results += [result for result in run["results"] if result["rows"]]
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            if run["machine"]["cpu"] == cpu_name():
+                results += [result for result in run["results"] if result["rows"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a file of `make bench`
     first, forward = found.layers[0], ("prefill", "forward")
     same = (first.num_heads, first.kv_heads, first.head_width, len(found.layers))
     cases = [r for r in results if r["case"]["mode"] in forward and r["case"]["routing_unit"] == "head"]

@@ -69,7 +69,7 @@ def run_harness(arguments: Namespace) -> int:
 def run(arguments: Namespace) -> int:
     name = arguments.program
     with _as_program([name, *arguments.arguments]):
-        if Path(name).exists():
+        if Path(name).is_file() or Path(name, "__main__.py").is_file():
             return _exit_code(lambda: _run_file(name))
         script = _script(name)
         if script is not None:

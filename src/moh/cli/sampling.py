@@ -82,7 +82,7 @@ def run(arguments: Namespace) -> None:
     classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
     count = len(classes) if arguments.num is None else arguments.num
     labels = [classes[i % len(classes)] for i in range(count)]
-    dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     with processes() as state:
         model.to(device=state.device if arguments.device is None else device_of(arguments), dtype=dtype)
         sample_to_files(model, labels, settings, out=out, npz=npz, batch_size=arguments.batch_size)

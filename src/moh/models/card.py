@@ -79,7 +79,7 @@ def write_card(
     front: dict[str, Any] = {"library_name": kind.library, "tags": [TAG]}
     if kind.task in _TASKS:
         front["pipeline_tag"] = _TASKS[kind.task]
-    elif saved_config(directory).get("architectures", [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
+    elif (saved_config(directory).get("architectures") or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
         front["pipeline_tag"] = "text-generation"
     if base is not None:
         front |= _licence(base)
@@ -244,7 +244,10 @@ class PushedWithCard:
         """As in the library; a new repository gets the card that `save_pretrained` writes."""
         with tempfile.TemporaryDirectory() as folder:
             model: Any = self
+            if hasattr(model, "config") and hasattr(model.config, "architectures"):
+                model.config.architectures = [type(model).__name__]  # as transformers does when it saves
             model.save_config(folder) if hasattr(model, "save_config") else model.config.save_pretrained(folder)
             write_card(folder, layers_of(model), **card_of(model))
-            push_card(repo_id, folder, **{name: kwargs.get(name) for name in ("private", "token")})
+            if not kwargs.get("create_pr") and not kwargs.get("revision"):  # the card would go to the main branch
+                push_card(repo_id, folder, **{name: kwargs.get(name) for name in ("private", "token")})
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]

@@ -66,13 +66,15 @@ def image_input(model: Any) -> ImageInput | ProcessorInput:
     if not _is_of_transformers(model):
         return timm_loading.image_input(model)
     source, config = model.name_or_path, model.config
-    side = config.image_size
-    height, width = (side, side) if isinstance(side, int) else side
-    size = (int(config.num_channels), int(height), int(width))
     if source and _has_processor(source):
         from transformers import AutoImageProcessor
 
-        return ProcessorInput(AutoImageProcessor.from_pretrained(source, trust_remote_code=False), size[0])
+        return ProcessorInput(
+            AutoImageProcessor.from_pretrained(source, trust_remote_code=False), int(config.num_channels)
+        )
+    side = config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    size = (int(config.num_channels), int(height), int(width))
     assumed = timm_loading.default_input(size)
     warnings.warn(
         f"{source or type(model).__name__} has no {_PROCESSOR_FILE}: images are cropped to {assumed.crop_pct:.1%} of their "
@@ -119,10 +121,12 @@ def _has_processor(source: str) -> bool:
     if Path(source).is_dir():
         return Path(source, _PROCESSOR_FILE).is_file()
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:  # from the cache where there is no connection
         huggingface_hub.hf_hub_download(source, _PROCESSOR_FILE)
+    except LocalEntryNotFoundError:  # no connection, which is not the same as no file
+        raise
     except EntryNotFoundError:
         return False
     return True

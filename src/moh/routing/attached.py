@@ -116,7 +116,9 @@ def attach(
             no balance loss of its own, and no `loss_scale` states the factor.
     """
     device = balance.device.type
-    is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    is_half = (
+        not balance.is_meta and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    )
     scaled, factor = _scale is not None, 1.0 if _scale is None else _scale
     settings = (len(outputs), weight, factor, is_half and not scaled, items)
     balance, *attached = _Attached.apply(settings, balance, *outputs, *sources)

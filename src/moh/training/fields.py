@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -24,9 +25,9 @@ def fields_of(words: Sequence[str]) -> str:
     Args:
         words: those after `moh train`; the first may be a recipe's file or name, and `--task` may be among them.
     """
-    words = [word for word in words if word not in ("-h", "--help")]
     recipe = words[0] if words and not words[0].startswith("-") else None
-    options = [(name, value) for name, value in split_options(words[recipe is not None :]) if name == "task"]
+    given = [f"--task={next_word}" for word, next_word in itertools.pairwise(words) if word == "--task"]
+    options = split_options([*given, *(word for word in words if word.startswith("--task="))])
     kind = recipe_class(read_file(find_recipe(recipe)) if recipe is not None else {}, options)
     task = next(task for task, (_, name) in TASKS.items() if name == kind.__name__)
     others = [other for other in TASKS if other != task]

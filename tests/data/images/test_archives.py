@@ -164,3 +164,16 @@ def test_a_web_dataset_has_its_classes_in_files(tmp_path: Path) -> None:
     assert heldout.image(1).convert("RGB").tobytes() == expected.convert("RGB").tobytes()
     with pytest.raises(ValueError, match=r"data\.eval_split must be one of train, val for .*, got 'test'"):
         load_images(ImageDataRecipe(str(tmp_path / "web"), eval_split="test", cache_dir=str(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("parts", [("train-000", "val-000"), ("val-000",), ("train-000",)], ids="-".join)
+def test_a_web_dataset_is_evaluated_on_its_held_out_part_or_the_only_one(
+    tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "web").mkdir()
+    for count, name in enumerate(parts, start=3):
+        write_web_dataset(tmp_path / name / f"{name}.tar", count)
+        (tmp_path / name / f"{name}.tar").rename(tmp_path / "web" / f"{name}.tar")
+    images = load_evaluation_images(str(tmp_path / "web"), str(tmp_path / "cache"))
+    assert len(images.labels) == 2 + len(parts)

@@ -60,6 +60,8 @@ def load_evaluation_images(dataset: str, cache_dir: str | None = None, **columns
     if has_tar_files(folder) and not is_web_dataset(folder):
         heldout = [name for name in tar_parts(folder) if name != "train"]
         return TarImages(folder / f"{heldout[0]}.tar" if heldout else folder)
+    if has_tar_files(folder):
+        return _web_dataset_to_evaluate(folder, cache_dir, **columns)
     if folder.is_dir() and not has_idx_files(folder) and not _is_hub_directory(folder):
         heldout = [name for name in _parts(folder) if name != "train"]
         return FolderImages(folder / heldout[0] if heldout else folder)
@@ -94,6 +96,21 @@ def _folders(folder: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSou
         raise ValueError(f"data.dataset {folder} has no train/ next to {', '.join(f'{name}/' for name in parts)}")
     heldout = next((name for name in parts if name != "train" and with_heldout), None)
     return FolderImages(folder / "train"), None if heldout is None else FolderImages(folder / heldout)
+
+
+def _web_dataset_to_evaluate(
+    path: Path,
+    cache_dir: str | None,
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageSource:
+    """The requested split, else the held-out one, else the only one."""
+    splits = open_web_dataset(path, cache_dir=cache_dir)
+    name = eval_split or next(name for name in (*HELDOUT_NAMES, *splits) if name in splits)
+    if name not in splits:
+        raise ValueError(f"eval_split must be one of {', '.join(splits)} for {path}, got {name!r}")
+    return HubImages(splits[name], image_column=image_column, label_column=label_column or "cls")
 
 
 def _web_dataset(data: ImageDataRecipe, path: Path, *, with_heldout: bool) -> tuple[ImageSource, ImageSource | None]:

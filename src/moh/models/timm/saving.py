@@ -69,7 +69,8 @@ def push_to_hub(model: nn.Module, repo_id: str, *, model_args: Mapping[str, Any]
     """
     with tempfile.TemporaryDirectory() as scratch:
         save_pretrained(model, scratch, model_args=model_args)
-        push_card(repo_id, scratch, **{name: options.get(name) for name in ("private", "token")})
+        if not options.get("create_pr") and not options.get("revision"):  # the card would go to the main branch
+            push_card(repo_id, scratch, **{name: options.get(name) for name in ("private", "token")})
     arguments = rebuild_arguments(model) | dict(model_args or {})
     names = class_names(model)
     labels = {} if names is None else {"label_names": list(names)}

@@ -50,7 +50,8 @@ class FixedAttention(RoutedAttention):
         family, core = self.family, self.core
         cache = past_key_values
         for name in ("layer_past", "cache"):  # GPT-NeoX's name, and that of all since transformers 5.24
-            cache = kwargs.pop(name, None) or cache if cache is None else cache
+            given = kwargs.pop(name, None)  # an empty cache is falsy
+            cache = given if cache is None else cache
         if self.router.is_observed():
             self.router(hidden_states)
         if not self.heads_of_group:

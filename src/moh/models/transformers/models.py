@@ -174,12 +174,18 @@ class RoutedModel(PushedWithCard, HasActiveHeads):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a model card (README.md), unless there is one."""
+        push = kwargs.pop("push_to_hub", False)  # the library would push before the card and the code are there
+        repository = {name: kwargs.pop(name) for name in ("repo_id", "commit_message") if push and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        card = Path(save_directory, "README.md")
-        if card.parent.is_dir() and not card.exists():
-            write_card(save_directory, self.config.layer_configs(), **card_of(self))  # type: ignore[attr-defined]
-        if card.parent.is_dir():
-            keep_remote_code(self, card.parent)
+        folder = Path(save_directory)
+        is_main = kwargs.get("is_main_process", args[0] if args else True)
+        if is_main and (folder / "config.json").is_file():  # an adapter alone is saved without one
+            if not (folder / "README.md").exists():
+                write_card(folder, self.config.layer_configs(), **card_of(self))  # type: ignore[attr-defined]
+            keep_remote_code(self, folder)
+        if push:
+            name = repository.pop("repo_id", folder.name)
+            self.push_to_hub(name, **repository, **{key: kwargs[key] for key in ("private", "token") if key in kwargs})
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

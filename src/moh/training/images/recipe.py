@@ -35,7 +35,7 @@ class ImageModelRecipe:
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be at least 0 and below 1, got {self.drop_path}")
-        if self.frozen and not self.pretrained and self.weights is None and ":" not in self.name:
+        if self.frozen and not self.pretrained and self.weights is None:
             raise ValueError("model.frozen needs weights to keep: set model.pretrained or model.weights")
         for name, instead in {
             "num_classes": "it comes from the data",
