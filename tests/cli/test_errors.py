@@ -187,7 +187,9 @@ def test_a_process_of_its_own_prints_one_line_even_after_a_model_was_loaded(base
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == ["moh generate: prompt must hold at least one token, got ''"]
+    # torchao, where it is installed, makes PyTorch warn when transformers imports it
+    lines = [line for line in done.stderr.splitlines() if not ("torch/utils/_pytree.py" in line and line[0] == "W")]
+    assert lines == ["moh generate: prompt must hold at least one token, got ''"]
 
 
 def test_a_project_with_a_configuration_is_not_emptied(

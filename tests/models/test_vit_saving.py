@@ -56,7 +56,7 @@ def test_a_saved_model_comes_back_with_its_weights_and_heads(tmp_path, make, cha
     if changed:
         arguments = arguments | dict(num_classes=3) if arguments else {}
     save_pretrained(model, tmp_path, model_args=arguments)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     side = model.patch_embed.img_size[0]
     x = torch.randn(2, model.patch_embed.proj.in_channels, side, side)
     for other in (from_pretrained(tmp_path), timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()):

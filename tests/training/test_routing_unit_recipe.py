@@ -31,4 +31,4 @@ def test_heads_that_the_unit_does_not_allow_are_refused():
 
 
 def test_recipes_choose_single_heads_unless_they_say_otherwise():
-    assert HeadsRecipe(1, 1).routing_unit == ConversionRecipe(1, 1).routing_unit == "head"
+    assert HeadsRecipe(1, 1).routing_unit == ConversionRecipe(share=0.5).routing_unit == "head"
