@@ -29,6 +29,6 @@ export MOH_CPU_IMITATE_AMX="${MOH_CPU_IMITATE_AMX:-1}"
 LD_PRELOAD="$preload" PYTHONPATH="$PWD/src" "$python" -c "from moh.attention import cpu; cpu.instruction_sets()"
 
 # Without capturing: a finding ends the process, and a captured report would be lost. Inductor's own C++ is left out.
-LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_decode_layer.py tests/attention/test_attention_conformance.py \
+LD_PRELOAD="$preload" "$python" -m pytest tests/attention/test_cpu_backend.py tests/attention/test_projections.py tests/attention/test_decode_layer.py tests/attention/test_decode_mlp.py tests/attention/test_attention_conformance.py \
     tests/models/test_transnext_attention.py \
     -k "not inductor and not sdpa and not -reference" --capture=no -p no:faulthandler "$@"
