@@ -18,6 +18,7 @@ from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
 from moh.routing import Router, RoutingInfo, Scorer
+from moh.routing.routers import is_untouched
 
 MIN_TOKENS = 64
 """With fewer tokens reading the weights limits the product, and the sparse one reads them less efficiently."""
@@ -136,9 +137,7 @@ def projections_passed_over(
 
 def is_plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether `linear` is PyTorch's own or a router's, of x's dtype and device: no adapter, hook, quantisation or offloading."""
-    if type(linear) not in (nn.Linear, Scorer) or "forward" in vars(linear):
-        return False
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if type(linear) not in (nn.Linear, Scorer) or not is_untouched(linear):
         return False
     weight: Any = linear.weight
     # While torch.compile traces, a plain weight may be a fake tensor, but one of torchao's is still its own.

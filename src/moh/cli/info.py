@@ -86,7 +86,7 @@ def _of_machine(arguments: argparse.Namespace) -> _Described:
         )
     sets, more = _instruction_sets()
     about = {"moh": moh.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    # of a backend and of an instruction set: why it does not work here, or null
+    # a backend and an instruction set have the reason why they do not work here, or null
     return {**about, "versions": versions, "devices": devices, "backends": backends, **sets}, lines + more
 
 

@@ -53,7 +53,7 @@ class Layer:
 
     @property
     def queries(self) -> int:
-        """Of the projection of the queries; W_O's are as many."""
+        """Multiplications of the query projection, which are as many as those of W_O."""
         return self.width * self.num_heads * self.head_width
 
     def core(self, tokens: int, *, causal: bool) -> float:

@@ -140,8 +140,7 @@ def _usage(kind: Kind, directory: str | Path) -> str:
             f'model = MoHDiTTransformer2DModel.from_pretrained("{PLACE}")'
         )
     family, made = family_of(kind.name), (saved_config(directory).get("architectures") or [""])[0]
-    named = (*family.models.items(), *family.more_models.items()) if family is not None else ()
-    auto = next((auto for auto, dense in named if f"MoH{dense}" == made), "AutoModel")
+    auto = "AutoModel" if family is None else family.auto_class([made.removeprefix("MoH")])
     return f'import moh\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{PLACE}")'
 
 

@@ -23,6 +23,12 @@ from moh.routing.scorer import Scorer
 from moh.routing.units import Chosen, choose, is_for_all_settings, order
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's own `forward` alone: no hook, no patched `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
 class Router(nn.Module):
     """Base of the routers: `forward(x, q)` with x `[B, N, C]` and q `[B, N, H, D]` -> `RoutingInfo`.
 
@@ -132,8 +138,7 @@ class Router(nn.Module):
 
     def is_observed(self) -> bool:
         """Whether anything observes `forward`: a recording, a hook, or a patched `forward`."""
-        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return bool(self._recorders or hooked) or "forward" in vars(self)
+        return bool(self._recorders) or not is_untouched(self)
 
     def active_range(self) -> range:
         """Every k that this router can be set to, from 0 or 1 up to h_r; the routing unit may allow only some of them."""

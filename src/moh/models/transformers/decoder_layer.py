@@ -19,6 +19,7 @@ from moh.attention.projections import is_plain
 from moh.models.transformers.attention import IMPLEMENTATIONS
 from moh.models.transformers.decoding import is_decoded
 from moh.models.transformers.families import Family, at
+from moh.routing.routers import is_untouched
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
@@ -79,14 +80,14 @@ def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
     implementation = at(layer, family.attention_of_layer).config._attn_implementation
     if layer.training or implementation not in IMPLEMENTATIONS or not is_decoded(x, IMPLEMENTATIONS[implementation]):
         return None
-    if type(mlp).__module__ != layer.own_module or not _is_untouched(mlp):
+    if type(mlp).__module__ != layer.own_module or not is_untouched(mlp):
         return None
     gate: Any = getattr(mlp, family.mlp_gate) if family.mlp_gate else None
     up: Any = getattr(mlp, family.mlp_up)
     down: Any = getattr(mlp, family.mlp_down)
     activation = getattr(mlp, family.mlp_activation)
     name = _ACTIVATIONS.get(type(activation))
-    if name is None or not _is_untouched(activation):
+    if name is None or not is_untouched(activation):
         return None
     if not all(is_plain(linear, x) for linear in (gate, up, down) if linear is not None):
         return None
@@ -107,7 +108,7 @@ def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
 def _norm(layer: DecodedLayer, norm: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """Weight, bias, epsilon, what is added to the weight and whether the mean is subtracted; None for other norms."""
     weight: Any = norm.weight
-    if not _is_untouched(norm) or type(weight) not in (nn.Parameter, Tensor):
+    if not is_untouched(norm) or type(weight) not in (nn.Parameter, Tensor):
         return None
     if weight.dtype != x.dtype or weight.device != x.device:
         return None
@@ -117,12 +118,6 @@ def _norm(layer: DecodedLayer, norm: nn.Module, x: Tensor) -> tuple[Any, ...] | 
         return None
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     return weight, None, eps, layer.family.norm_offset, False
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether only the class's own `forward` runs when the module is called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
 
 
 def with_output_layer(dense_forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ Only data: neither torch nor transformers is imported here. A new family is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -137,6 +137,11 @@ class Family:
     def moh_models(self) -> dict[str, str]:
         """Name of an Auto class -> name of our model's class."""
         return {auto: f"MoH{name}" for auto, name in self.models.items()}
+
+    def auto_class(self, saved: Sequence[str]) -> str:
+        """Name of the Auto class that loads a model of one of the dense classes `saved`; "AutoModel" if none is known."""
+        named = (*self.models.items(), *self.more_models.items())
+        return next((auto for auto, dense in named if dense in saved), "AutoModel")
 
     @property
     def dense_models(self) -> tuple[str, ...]:

@@ -63,10 +63,9 @@ def load_text_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         config := load_config(path, revision=kwargs.get("revision"))
     ):
         return load_causal_lm(path, **kwargs)
-    saved = {name.removeprefix("MoH") for name in config.architectures or ()}
     family = family_of(config.model_type)
     assert family is not None
-    auto = next((auto for auto, dense in family.models.items() if dense in saved), "AutoModel")
+    auto = family.auto_class([name.removeprefix("MoH") for name in config.architectures or ()])
     return load_as(getattr(transformers, auto), path, **kwargs)
 
 

@@ -90,8 +90,7 @@ def _add(directory: Path, config: dict[str, Any], family: Family) -> None:
 
 def _auto_map(family: Family, made: str) -> tuple[str, dict[str, str]]:
     """The Auto class that loads a model of the dense class `made`, and config.json's entry that names the classes in the code."""
-    named = (*family.models.items(), *family.more_models.items())
-    auto = next((auto for auto, name in named if name == made), "AutoModel")
+    auto = family.auto_class([made])
     classes = {"AutoConfig": family.config} | dict(family.models)
     if made in family.dense_models:
         classes[auto] = made
