@@ -23,7 +23,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from moh._files import write_text
 from moh.config import MoHConfig
-from moh.conversion.calibrator import MIN_HEADS, Calibrator, dial_costs, hand_out, keep_output_changes, with_heads
+from moh.conversion.calibrator import Calibrator, dial_costs, hand_out, keep_output_changes, least_heads, with_heads
 from moh.conversion.fit import OUTPUT_RIDGE, low_rank_change
 from moh.conversion.passes import OutputSums, collect_several_outputs
 from moh.conversion.transformers import DenseTextModel
@@ -147,7 +147,7 @@ def _fitted(options: argparse.Namespace, dense: Any, calibration: Tensor) -> dic
     calibrator = Calibrator(adapter, calibration, 2, progress=False)
     routers: Any = calibrator.fit_routers([MoHConfig(h, shared, h - shared, "linear")] * layers, refitted=True)
     costs = calibrator.costs(routers, refitted=True)
-    numbers = list(range(max(MIN_HEADS, shared), h))
+    numbers = list(range(max(least_heads(h), shared), h))
     full, factors, joint = [], [], []
     for start in range(0, layers, 30):  # as many at a time as fit into memory
         chosen = {i: [with_heads(routers[i], n) for n in numbers] for i in range(start, min(start + 30, layers))}

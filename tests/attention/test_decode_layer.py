@@ -27,12 +27,26 @@ ROUTING = [
     pytest.param(dict(shared=[], active=1, router=True), id="router-1-active"),
     pytest.param(dict(shared=[0, 2, 3], active=0, router=True), id="router-none-routed"),
     pytest.param(dict(shared=[0], active=-1, router=True), id="router-all-active"),
+    pytest.param(dict(shared=[1], active=2, router=True, threshold=0.3), id="threshold-1-shared"),
+    pytest.param(dict(shared=[], active=1, router=True, threshold=-0.2), id="threshold"),
     pytest.param(dict(shared=[], active=0, router=False), id="gates-given"),
 ]
 
 
 def inputs(
-    B=1, H=4, Hkv=2, D=16, C=24, length=40, bias=False, mask=None, own_angles=False, shared=(1,), active=2, router=True
+    B=1,
+    H=4,
+    Hkv=2,
+    D=16,
+    C=24,
+    length=40,
+    bias=False,
+    mask=None,
+    own_angles=False,
+    shared=(1,),
+    active=2,
+    router=True,
+    threshold=None,
 ):
     generator = torch.Generator().manual_seed(0)
 
@@ -43,7 +57,8 @@ def inputs(
         return [normal(rows, columns) / columns**0.5, normal(rows) if bias else None]
 
     active = H - len(shared) if active < 0 else active
-    config = MoHConfig(H, list(shared), active, "linear") if router else None
+    name = "linear" if threshold is None else "threshold"
+    config = MoHConfig(H, list(shared), active, name) if router else None
     gates = None if router else torch.rand(B, 1, H, generator=generator) * (normal(B, 1, H) > 0)
     contribution = [normal(H, C), normal(H)] if router else [None, None]
     angles = 6 * torch.rand(B if own_angles else 1, 1, D // 2, generator=generator).repeat(1, 1, 2)
@@ -62,6 +77,7 @@ def inputs(
         caches=[normal(B, Hkv, length + 7, D), normal(B, Hkv, length + 7, D)],
         length=length,
         mask=hidden,
+        threshold=threshold,
     ), config
 
 
@@ -86,7 +102,8 @@ def call(case) -> Tensor:
         c["length"],
         c["mask"],
         0.3,
-        *c.get("choice", ()),
+        *c.get("choice", (1, 1)),
+        c["threshold"],
     )
 
 
@@ -101,7 +118,10 @@ def definition(case, config: MoHConfig | None) -> tuple[Tensor, Tensor, Tensor]:
     gates = case["gates"]
     if config is not None:
         router = build_router(config, x.shape[-1], dtype=x.dtype)
-        router.load_state_dict({"contribution.weight": case["router"][0], "contribution.bias": case["router"][1]})
+        state = {"contribution.weight": case["router"][0], "contribution.bias": case["router"][1]}
+        if case["threshold"] is not None:
+            state["thresholds"] = torch.full((config.num_heads + 1,), case["threshold"])
+        router.load_state_dict(state)
         gates = router(x).gates
     cos, sin = (angle[:, None] for angle in case["angles"])
 

@@ -8,14 +8,17 @@ import torch
 from moh import MoHAttention, MoHConfig
 from moh.config import FIXED, ROUTERS
 from moh.models.dial import allowed_counts
-from moh.routing import build_router, router_class
+from moh.routing import ThresholdRouter, build_router, router_class
 
 C, H, D = 12, 6, 4
 each_router = pytest.mark.parametrize("name", ROUTERS)
 
 
 def router_of(name: str, shared=(0, 3), active=2):
-    return build_router(MoHConfig(H, shared, active, name), C)
+    router = build_router(MoHConfig(H, shared, active, name), C)
+    if isinstance(router, ThresholdRouter):
+        router.fit_thresholds(router.contribution(torch.randn(500, C)))
+    return router
 
 
 @each_router
@@ -47,7 +50,24 @@ def test_a_router_works_with_every_number_of_active_heads_that_it_allows(name, a
     for k in allowed_counts(router):
         router.config = MoHConfig(H, (0, 3), k, name)
         info = router(torch.randn(2, 5, C), torch.randn(2, 5, H, D))
-        assert (info.active.sum(-1) == 2 + k).all()
+        assert name == "threshold" or (info.active.sum(-1) == 2 + k).all()
+
+
+@pytest.mark.parametrize("shared", [(0, 3), (5,), ()])
+def test_a_threshold_lets_the_tokens_it_was_fitted_to_use_k_routed_heads_on_average(shared) -> None:
+    router, x = router_of("threshold", shared), torch.randn(4, 250, C)
+    router.fit_thresholds(router.contribution(x).flatten(0, 1))
+    for k in allowed_counts(router):
+        router.config = MoHConfig(H, shared, k, "threshold")
+        active = router(x).active
+        assert float(active.sum(-1).float().mean()) == pytest.approx(len(shared) + k, abs=1e-3)
+        assert active[..., list(shared)].all() and (k in (0, H - len(shared)) or active.sum(-1).unique().numel() > 1)
+
+
+def test_a_token_of_nan_uses_all_heads_of_a_threshold_and_is_seen_in_the_output() -> None:
+    router, x = router_of("threshold"), torch.randn(1, 3, C)
+    x[0, 1, 2] = torch.nan
+    assert router(x).active[0, 1].all()
 
 
 @each_router
@@ -65,8 +85,11 @@ def test_a_reordered_router_gives_each_head_the_gate_that_it_had(name, shared) -
 def test_the_linear_layer_that_is_stated_ranks_the_routed_heads(name) -> None:
     router, x = router_of(name), torch.randn(2, 50, C)
     if (scores := router.linear_scores()) is not None:
-        routed = [1, 2, 4, 5]
-        chosen = torch.zeros(2, 50, 4).scatter(-1, scores(x)[..., routed].topk(2).indices, 1.0)
+        of_routed = scores(x)[..., routed := [1, 2, 4, 5]]
+        if (threshold := router.threshold()) is not None:
+            chosen = (of_routed > threshold).float()
+        else:
+            chosen = torch.zeros(2, 50, 4).scatter(-1, of_routed.topk(2).indices, 1.0)
         assert torch.equal(router(x).gates[..., routed], chosen)
 
 
@@ -76,7 +99,8 @@ def test_a_ranking_router_orders_heads_as_layers_of_fewer_heads_use_them(name) -
     order = router.order(x)
     for n in range(2, H + 1):
         used = router.with_config(MoHConfig(H, (0, 3), n - 2, name))(x).active
-        assert torch.equal(torch.zeros_like(used).scatter(-1, order[..., :n], True), used)
+        first = torch.arange(H) < (used.sum(-1, keepdim=True) if name == "threshold" else n)
+        assert torch.equal(torch.zeros_like(used).scatter(-1, order, first.expand_as(order)), used)
     other = router.with_config(MoHConfig(H, (5,), 2, name))
     assert other(x).active[..., 5].all() and router.config.shared_indices == (0, 3)
 

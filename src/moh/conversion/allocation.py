@@ -19,7 +19,7 @@ from moh.conversion.recording import evaluating
 from moh.conversion.transformers import DenseTextModel
 from moh.models.dial import spend
 
-MIN_HEADS = 4
+FEW_HEADS = 4
 """Numbers of heads up to this one are few (or up to half of the heads, if the model has fewer): what they cost is measured."""
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 def few_heads(num_heads: int) -> int:
     """Numbers of heads up to this one are few."""
-    return min(MIN_HEADS, num_heads // 2)
+    return min(FEW_HEADS, num_heads // 2)
 
 
 @dataclass

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
-from moh.conversion.allocation import MIN_HEADS
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
@@ -36,18 +35,21 @@ from moh.conversion.passes import (
     layer_costs,
     layer_groups,
 )
-from moh.conversion.recording import Playback, Recording
+from moh.conversion.recording import Playback, Recording, run
 from moh.data.text.blocks import evenly_spread
 from moh.models.dial import allowed_counts, spend
 from moh.models.output_changes import add_output_changes, output_projection, routed_attentions, used_heads
-from moh.routing import Router, build_router
+from moh.routing import Router, ThresholdRouter, build_router
 from moh.routing.units import strongest
 
 COST_TOKENS = 4096
 """Calibration tokens of the pass that estimates the layers' costs: its backward half makes it three times as slow."""
 
+LEAST_HEADS = 4
+"""Every layer keeps as many heads, or a third of its heads if that is less, because estimates are far too low below."""
+
 TOO_FEW = 1e3
-"""Penalty per squared head below `MIN_HEADS`, in nats per token: estimates are far too low there, and the penalty spreads
+"""Penalty per squared head below `least_heads`, in nats per token: estimates are far too low there, and the penalty spreads
 very small shares over all layers."""
 
 REFIT_NUMBERS = 6
@@ -93,7 +95,26 @@ class Calibrator:
             router = build_router(config, attention.width, device=attention.device, dtype=torch.float32)
             router.take_fit(fit.weight, fit.bias, partial(fit_ranking, layer_sums))
             routers.append(router)
+        self._fit_thresholds(routers)
         return routers
+
+    @torch.no_grad()
+    def _fit_thresholds(self, routers: Sequence[Router]) -> None:
+        """Set the thresholds of those routers that have some, by their scores on all calibration data."""
+        scores: dict[int, list[Tensor]] = {i: [] for i, r in enumerate(routers) if isinstance(r, ThresholdRouter)}
+        if not scores:
+            return
+
+        def add(index: int, x: Tensor, z: Tensor) -> None:
+            router = routers[index]
+            assert isinstance(router, ThresholdRouter)
+            scores[index].append(router.contribution(x.float()).cpu())
+
+        run(self.dense, self.playback("finding thresholds"), add, scores.keys())
+        for index, of_layer in scores.items():
+            router = routers[index]
+            assert isinstance(router, ThresholdRouter)
+            router.fit_thresholds(torch.cat(of_layer))
 
     def _unique_parts(self) -> list[Tensor]:
         """Map of each layer to what is unique to its heads (`moh.conversion.fit.unique_part`), float32."""
@@ -114,7 +135,7 @@ class Calibrator:
         if not refitted:
             return costs
         h, step = self.dense.num_heads, routers[0].config.step
-        first = max(min(MIN_HEADS, h - 1) // step * step, *(r.config.num_shared for r in routers), step)
+        first = max(min(least_heads(h), h - 1) // step * step, *(r.config.num_shared for r in routers), step)
         numbers = range(first, h, step)
         return costs * self.left_by_refit(routers, thinned(numbers))[0]
 
@@ -231,8 +252,13 @@ def with_heads(router: Router, heads: int) -> Router:
     return router.with_config(dataclasses.replace(router.config, active_heads=active))
 
 
+def least_heads(num_heads: int) -> int:
+    """How many heads each layer of H keeps."""
+    return min(LEAST_HEADS, math.ceil(num_heads / 3))
+
+
 def hand_out(costs: Tensor, total: int, *, step: int = 1) -> list[int]:
-    """Heads of each layer with the least summed cost, exactly `total`; at least `MIN_HEADS` each where possible.
+    """Heads of each layer with the least summed cost, exactly `total`; at least `least_heads` each where possible.
 
     Args:
         costs: `[L, H + 1]`, cost of n heads in each layer.
@@ -247,13 +273,13 @@ def hand_out(costs: Tensor, total: int, *, step: int = 1) -> list[int]:
         raise ValueError(f"total must be between {layers * step} and {layers * most} heads, got {total}")
     if total % step:
         raise ValueError(f"total must be a multiple of {step} heads, which tokens choose together, got {total}")
-    at_least = max(step, min(MIN_HEADS, total // layers) // step * step)
+    at_least = max(step, min(least_heads(most), total // layers) // step * step)
     return spend([{n: layer[n] for n in range(at_least, most + 1, step)} for layer in costs.tolist()], total)
 
 
 def dial_costs(costs: Tensor) -> list[list[float]]:
-    """The layers' costs as a configuration keeps them for the dial (`head_costs`), with `TOO_FEW` below `MIN_HEADS`."""
-    few = (MIN_HEADS - torch.arange(costs.shape[1])).clamp_min(0)
+    """The layers' costs as a configuration keeps them for the dial (`head_costs`), with `TOO_FEW` below `least_heads`."""
+    few = (least_heads(costs.shape[1] - 1) - torch.arange(costs.shape[1])).clamp_min(0)
     return (costs + TOO_FEW * few.square()).tolist()
 
 

@@ -151,6 +151,10 @@ class Router(nn.Module):
         """
         return None
 
+    def threshold(self) -> float | None:
+        """What a routed head's score of `linear_scores` has to exceed; None if the k largest ones are chosen."""
+        return None
+
     def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
         """Start from the heads' contributions as the conversion has fitted them to x, `c = weight x + bias`.
 
@@ -299,9 +303,13 @@ class _HardRouter(Router):
             return self.config.num_routed > 0
         return bool(self._chosen() > 0)
 
+    def _active(self, scores: Tensor) -> Tensor:
+        """Which routed heads are active, by their scores: `[B, N, h_r]` bool."""
+        return choose(scores, self.config, self._chosen())
+
     def _hard_gates(self, scores: Tensor, surrogate: Tensor, dtype: torch.dtype) -> Tensor:
         """`scores` decide the top k and `surrogate` gets the gates' gradient; both `[B, N, h_r]` -> `[B, N, H]`."""
-        routed = choose(scores, self.config, self._chosen()).to(surrogate.dtype)
+        routed = self._active(scores).to(surrogate.dtype)
         if surrogate.requires_grad:
             routed = routed + (surrogate - surrogate.detach())  # adds 0: the value stays exactly 1 or 0
         shared = routed.new_ones((*routed.shape[:-1], self.config.num_shared))
@@ -382,6 +390,50 @@ class LinearRouter(_HardRouter):
         yield self.contribution, range(self.config.num_heads)
 
 
+class ThresholdRouter(LinearRouter):
+    """Contribution router of which a token uses as many heads as it needs: those whose predicted c_i is above a threshold.
+
+    One threshold per layer and number of heads, such that a token of the calibration data used k routed heads on average;
+    on other data the average may differ. Gates and gradient are those of `LinearRouter`.
+
+    Parameters: those of `LinearRouter`. Buffer: `thresholds` `[H + 1]`, float32; entry n belongs to n heads in all, the
+    shared ones included. Between none and all of the routed heads a new layer's are 0, until `fit_thresholds` sets them.
+    """
+
+    thresholds: Tensor
+
+    def __init__(
+        self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config, dim, device=device, dtype=dtype)
+        thresholds = torch.zeros(config.num_heads + 1, device=device, dtype=torch.float32)
+        thresholds[: config.num_shared + 1], thresholds[config.num_heads] = torch.inf, -torch.inf
+        self.register_buffer("thresholds", thresholds)
+
+    @torch.no_grad()
+    def fit_thresholds(self, scores: Tensor) -> None:
+        """Set the thresholds so that tokens with these scores `[T, H]` use every number of heads on average.
+
+        They hold for the present shared heads.
+        """
+        config = self.config
+        falling = self._of_routed(scores.float(), -1).flatten().sort(descending=True).values
+        self.thresholds.fill_(torch.inf)
+        for k in range(1, config.num_routed):
+            last = k * len(falling) // config.num_routed  # the last score that is used; the next one is not
+            self.thresholds[config.num_shared + k] = falling[max(last - 1, 0) : last + 1].mean()
+        self.thresholds[config.num_heads] = -torch.inf
+
+    def _active(self, scores: Tensor) -> Tensor:
+        if not is_for_all_settings() and self.config.active_heads == self.config.num_routed:
+            return torch.ones_like(scores, dtype=torch.bool)  # whatever the thresholds are
+        threshold = self.thresholds[self.config.num_shared + self._chosen()].float()
+        return ~(scores <= threshold)  # NaN counts as above, so that it is seen in the output
+
+    def threshold(self) -> float:
+        return float(self.thresholds[self.config.num_shared + self.config.active_heads])
+
+
 class FixedRouter(Router):
     """No routing: gates of 1 for the shared heads and 0 for the others, whatever the input is.
 
@@ -402,6 +454,7 @@ _CLASSES: dict[str, type[Router]] = {
     "single_stage": SingleStageRouter,
     "query_norm": QueryNormRouter,
     "linear": LinearRouter,
+    "threshold": ThresholdRouter,
     FIXED: FixedRouter,
 }
 

@@ -93,6 +93,7 @@ def decode(
         attention_mask,
         core.scaling,
         *_choice(router.config),
+        router.threshold() if gates is None else None,
     )
     room.take(cache.layers[core.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
     return out

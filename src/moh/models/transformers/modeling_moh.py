@@ -52,7 +52,7 @@ class Scorer(nn.Module):
 class Router(nn.Module):
     """Input x `[B, N, C]` and queries q `[B, N, H, D]` -> gates `[B, N, H]`, as the routers of the package.
 
-    Parameters: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear").
+    Parameters: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear", "threshold").
     """
 
     balance_weight = 0.0
@@ -72,8 +72,10 @@ class Router(nn.Module):
         self.of_routed = [head for head in range(heads) if head not in self.of_shared]
         together = self.of_shared + self.of_routed
         self.places = [together.index(head) for head in range(heads)]
-        if self.kind == "linear":
+        if self.kind in ("linear", "threshold"):
             self.contribution = Scorer(dim, heads, bias=True)
+            if self.kind == "threshold":
+                self.register_buffer("thresholds", torch.zeros(heads + 1, dtype=torch.float32))
         elif self.kind in ("two_stage", "single_stage"):
             if len(self.of_shared) > 1:
                 self.shared = Scorer(dim, len(self.of_shared))
@@ -86,7 +88,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None) -> Tensor:
         shared, routed = x.new_ones((*x.shape[:-1], len(self.of_shared)), dtype=torch.float32), None
-        if self.kind == "linear":  # the gates' gradient stops at the router
+        if self.kind in ("linear", "threshold"):  # the gates' gradient stops at the router
             scores = self.contribution(x.detach()).float()[..., self.of_routed]
             routed = self._hard(scores, scores)
         elif self.kind == "query_norm":
@@ -118,6 +120,8 @@ class Router(nn.Module):
         """Which routed heads are active, `[B, N, h_r]`: the k with the largest scores, or as the routing unit has it."""
         if self.active == scores.shape[-1]:
             return torch.ones_like(scores, dtype=torch.bool)
+        if self.kind == "threshold":
+            return ~(scores <= self.thresholds[len(self.of_shared) + self.active].float())
         if self.unit == "group_balanced":
             return _largest(scores.unflatten(-1, (self.groups, -1)), self.active // self.groups).flatten(-2)
         if self.unit == "kv_group":

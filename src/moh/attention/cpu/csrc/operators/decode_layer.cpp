@@ -18,9 +18,11 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// How the routed heads are chosen: equally many in each of `parts` parts, in units of `together` neighbours.
+// How the routed heads are chosen: equally many in each of `parts` parts, in units of `together` neighbours; or, whatever
+// their number, those whose score is above `threshold`.
 struct Choice {
   int64_t active, parts, together;
+  std::optional<double> threshold;
 };
 
 // Gates [T, H] of the linear router: 1 for the shared heads and for those whose score x W' + b (or its sum over a unit
@@ -50,6 +52,15 @@ void hard_gates(const FewTokensProduct& router, const FewTokensInput& x, int64_t
 
   std::vector<T> scores(tokens * heads);
   router.multiply<T>(x, tokens, scores.data());
+  if (choice.threshold.has_value()) {
+    const float threshold = static_cast<float>(*choice.threshold);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (const int64_t h : routed) {
+        const int64_t i = t * heads + h;
+        if (!(static_cast<float>(scores[i]) <= threshold)) gates[i] = static_cast<T>(1);  // NaN counts as above
+      }
+    return;
+  }
   std::vector<float> sums(units);
   std::vector<int64_t> order(units);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -99,7 +110,8 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
                         const OptionalTensor& k_bias, const at::Tensor& v_weight, const OptionalTensor& v_bias,
                         const at::Tensor& o_weight, const OptionalTensor& o_bias, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values, int64_t length,
-                        const OptionalTensor& mask, double scale, int64_t parts, int64_t together) {
+                        const OptionalTensor& mask, double scale, int64_t parts, int64_t together,
+                        std::optional<double> threshold) {
   at::AutoDispatchBelowADInplaceOrView below;  // The operators called below need not look for gradients.
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x must be [B, 1, C], got ", x.sizes());
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.sizes() == keys.sizes() && keys.size(0) == x.size(0) &&
@@ -134,7 +146,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
       const FewTokensProduct router("router", *router_weight, router_bias, x);
       TORCH_CHECK_VALUE(router.rows == H && router.columns == x.size(2), "router's weight must be [H, C], got ",
                         router_weight->sizes());
-      hard_gates<T>(router, from, B, shared, {active, parts, together}, gates.mutable_data_ptr<T>());
+      hard_gates<T>(router, from, B, shared, {active, parts, together, threshold}, gates.mutable_data_ptr<T>());
     }
     const T* gate = static_cast<const T*>(gates.const_data_ptr());
     for (int64_t i = 0; i < B * H; ++i) flags[i] = static_cast<float>(gate[i]) != 0.0f;
@@ -191,7 +203,7 @@ TORCH_LIBRARY_FRAGMENT(moh, m) {
       "cpu_decode_layer(Tensor x, Tensor? gates, Tensor? router_weight, Tensor? router_bias, int[] shared, int active, "
       "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, "
       "Tensor o_weight, Tensor? o_bias, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
-      "Tensor? attn_mask, float scale, int parts=1, int together=1) -> Tensor");
+      "Tensor? attn_mask, float scale, int parts=1, int together=1, float? threshold=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_decode_layer", moh::decode_layer); }
