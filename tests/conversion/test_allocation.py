@@ -98,12 +98,12 @@ def test_costs_before_a_refit_are_what_it_leaves_of_them(make_dense, tokens, wat
     for index, seen in enumerate(watch(dense, tokens)):
         o_proj = dense.model.layers[index].self_attn.o_proj.weight.double()
         order = routers[index].order(seen.x.float())
-        for kept in range(4, 8):
+        for kept in range(3, 8):
             gates = torch.zeros(len(order), 8, 1).double().scatter_(1, order[:, :kept, None], 1.0)
             g, z = (seen.z * gates).flatten(1), seen.z.flatten(1)
             left = error_left_by_refit(OutputSums(g.T @ g, g.T @ z), z.T @ z, o_proj)
             assert float(refitted[index, kept] / plain[index, kept]) == pytest.approx(left, rel=1e-3)
-        assert float(refitted[index, 2] / plain[index, 2]) == pytest.approx(float(refitted[index, 4] / plain[index, 4]))
+        assert float(refitted[index, 2] / plain[index, 2]) == pytest.approx(float(refitted[index, 3] / plain[index, 3]))
     assert (refitted[:, :-1] < plain[:, :-1]).all() and refitted[:, -1].tolist() == [0, 0]
 
 
@@ -163,7 +163,7 @@ def test_sensitivity_keeps_the_total_of_heads_and_takes_them_from_a_layer_that_a
     model = convert(wide, shared_heads=2, active_heads=active, calibration=tokens, allocation="sensitivity")
     heads = [c.num_shared + c.active_heads for c in model.config.layer_configs()]
     assert sum(heads) == 3 * 6
-    assert heads[1] == 4 and min(heads) >= 4
+    assert heads[1] == 3 and min(heads) >= 3  # a third
     assert all(c.num_shared == 2 for c in model.config.layer_configs())
 
 

@@ -273,7 +273,7 @@ def test_what_needs_equal_layers_is_refused() -> None:
         (dict(layers="some"), "layers must be one of 'keep', 'drop', 'mix', got 'some'"),
         (dict(layers="drop", allocation="even"), "allocation must be 'sensitivity' for layers='drop'"),
         (dict(layers="drop", router="two_stage"), "router must be None or 'fixed' for layers='drop'"),
-        (dict(layers="mix", router="two_stage"), "router must be 'linear' or 'fixed' for layers='mix'"),
+        (dict(layers="mix", router="two_stage"), "router must be 'linear' or 'threshold' or 'fixed' for layers='mix'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message) -> None:

@@ -51,7 +51,12 @@ def settings(layer: moh.MoHAttention) -> list[int]:
 
 @pytest.mark.parametrize(
     "router, unit",
-    [(r, unit) for r in ROUTERS for unit in ("head", "group_balanced", "kv_group") if r != "threshold" or unit == "head"],
+    [
+        (r, unit)
+        for r in ROUTERS
+        for unit in ("head", "group_balanced", "kv_group")
+        if r != "threshold" or unit == "head"
+    ],
 )
 def test_one_graph_of_a_layer_holds_for_every_setting(router: str, unit: str) -> None:
     layer, counter = layer_of(router, unit).eval(), Counter()

@@ -68,8 +68,9 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--router",
         choices=(*ROUTERS, FIXED),
-        help="fixed: the same heads for every token, the others cut out of the projections (default: linear; two_stage for a "
-        "diffusion model, which is not calibrated)",
+        help="fixed: the same heads for every token, the others cut out of the projections; threshold: as linear, but tokens "
+        "use as many heads as they need (default: threshold for a language model that generates and --routing-unit head; "
+        "two_stage for a diffusion model, which is not calibrated; else linear)",
     )
     parser.add_argument(
         "--layers",
@@ -95,7 +96,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
-        help="of heads to layers (default: sensitivity for a causal language model with the linear router, else even)",
+        help="of heads to layers (default: sensitivity for a language model that generates with router threshold or linear, else even)",
     )
     parser.add_argument(
         "--refit-output",
@@ -195,8 +196,7 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
 
     dense = load_dense(arguments.model, **placement(arguments))
     options = _options(arguments)
-    router = arguments.router or (FIXED if arguments.layers == "drop" else "linear")
-    options |= {"router": router, "calibration_tokens": arguments.calibration_tokens}
+    options |= {"router": arguments.router, "calibration_tokens": arguments.calibration_tokens}
     options["copy_weights"] = False  # the dense model is not needed any more
     # timm's models have no config; that of others gives the kind, which a hub name does not
     reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"
@@ -214,7 +214,7 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
     tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
-    texts = _texts(arguments, tokenizer) if router_class(options["router"]).is_fitted else None
+    texts = _texts(arguments, tokenizer) if router_class(options["router"] or "linear").is_fitted else None
     model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
     if texts is not None:
         names = [Path(file).name for file in arguments.files] or arguments.calibration or CALIBRATION_CORPORA
@@ -247,7 +247,7 @@ def _of_images(
 
     if option := _text_option(arguments):
         raise ValueError(f"{option} needs a model that reads text, and {arguments.model} does not")
-    if arguments.images is None and router_class(options["router"]).needs_fit:
+    if arguments.images is None and router_class(options["router"] or "linear").needs_fit:
         raise ValueError(
             f"--images must name the images to calibrate on, because {arguments.model} reads images (or choose a --router that "
             "needs none: query_norm, or a learned one to be trained)"

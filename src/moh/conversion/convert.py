@@ -78,10 +78,12 @@ def convert(
             paper's router (`Router.shared_share`); must be given with `active_heads` for a diffusion model.
         active_heads: instead of `share`: k, routed heads that each token activates; a number, or one per layer. Where
             nothing is routed, the heads that a layer keeps, `shared_heads` being None.
-        router: "linear" (the contribution router, fitted), "query_norm" (the paper's, nothing to fit), "two_stage"
-            or "single_stage" (learned; fitted to the contributions' order so that training starts near the dense model), or
-            "fixed": the same heads for every token, the others cut out of the projections, in models of transformers. None
-            means "linear", "fixed" with layers="drop", or "two_stage" for a diffusion model.
+        router: "linear" (the contribution router, fitted), "threshold" (the same, but a token uses as many heads as it
+            needs, and `share` and `active_heads` are averages over the calibration's tokens), "query_norm" (the paper's,
+            nothing to fit), "two_stage" or "single_stage" (learned; fitted to the contributions' order so that training
+            starts near the dense model), or "fixed": the same heads for every token, the others cut out of the
+            projections, in models of transformers. None means "threshold" for a language model that generates, with
+            routing_unit="head"; "fixed" with layers="drop"; "two_stage" for a diffusion model; else "linear".
         layers: what may become of a layer, by what it is estimated or measured to cost. "keep": it keeps some heads, all
             routed, or all fixed. "drop": it keeps all of its heads, or has no attention at all, no cache and no
             queries, keys and values; with `refit_output` it then adds a linear map of its input. "mix": it is routed, fixed
@@ -100,15 +102,16 @@ def convert(
         batch_size: blocks or images per forward pass.
         allocation: "even", or "sensitivity" to distribute the same total unevenly, by an estimate of what each
             layer loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a
-            language model that generates, with router="linear" and heads given as a share or as numbers, else "even".
+            language model that generates, with router "threshold" or "linear" and heads given as a share or as numbers,
+            else "even".
         refit_output: refit W_O so that the kept heads make up for the skipped ones; in a language model that generates
             and whose layers get uneven numbers of heads, routers and allocation take it into account (docs/method.md, M18). With
             all heads active W_O stays the same; otherwise the model is tied to this number of heads. None means what came
-            out best: True for a language model that generates, with router="linear" and without `shares`, else False.
+            out best: True for a language model that generates, with such a router and without `shares`, else False.
         shares: shares of all heads, such as [8 / 9, 7 / 9, 6 / 9], that the dial of this one model then supports
             (`moh.set_active_heads(model, share)`): W_O is refitted for each number of heads that a layer uses at them and
             kept as low-rank changes; with all heads active it is the original's. `share`, or the numbers of heads, set
-            the dial's first position. For models of transformers with router="linear".
+            the dial's first position. For models of transformers with such a router.
         router_aux_loss_coef: weight of the load-balance loss in the model's own loss, if it has one, and in training in the
             gradient of any other loss; 0 for none.
         copy_weights: False shares a passed model's weights with the MoH model, which then takes hardly more memory than the
@@ -160,11 +163,13 @@ def convert(
             router="two_stage" if router is None else router,
             router_aux_loss_coef=router_aux_loss_coef,
         )
-    router = router or (FIXED if layers == "drop" else "linear")
-    dense = _dense_model(model_or_path, router, copy_weights=copy_weights)
+    if router is None and layers == "drop":
+        router = FIXED
+    dense = _dense_model(model_or_path, router or "linear", copy_weights=copy_weights)
     check_weights(dense.model)
-    requested = _requested_layers(dense, share, shared_heads, active_heads, router, routing_unit)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
+    router = router or ("threshold" if generates and routing_unit == "head" else "linear")
+    requested = _requested_layers(dense, share, shared_heads, active_heads, router, routing_unit)
     kind = router_class(router)
     best = (kind.ranks_heads or router == FIXED) and generates
     if allocation is None:

@@ -52,7 +52,8 @@ class Scorer(nn.Module):
 class Router(nn.Module):
     """Input x `[B, N, C]` and queries q `[B, N, H, D]` -> gates `[B, N, H]`, as the routers of the package.
 
-    Parameters: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear", "threshold").
+    Tensors: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear",
+    and "threshold" with its `thresholds`).
     """
 
     balance_weight = 0.0
