@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Fitted, Made
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Fitted, Made, cell_file
 from does_routing_pay_report import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -73,7 +73,7 @@ def main() -> None:
 
 def _measure_quality(options: argparse.Namespace, name: str) -> None:
     cells = [(method, share) for share in options.shares for method in options.methods]
-    missing = [cell for cell in cells if not _file(options, name, *cell).exists()]
+    missing = [cell for cell in cells if not cell_file(options.work, name, *cell).exists()]
     if not missing:
         return
     dense, tokenizer = _load(name)
@@ -95,20 +95,20 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
         cell["texts"] = {text: _rise(fitted, made, held, original[text]) for text, held in heldout.items()}
         if made.model is not None:
             cell["parameters"] = sum(p.numel() for p in made.model.parameters())
-            made.model.save_pretrained(_file(options, name, method, share).with_suffix(""))
-        _save(_file(options, name, method, share), cell)
+            made.model.save_pretrained(cell_file(options.work, name, method, share).with_suffix(""))
+        _save(cell_file(options.work, name, method, share), cell)
 
 
 def _measure_speed(options: argparse.Namespace, name: str) -> None:
     methods = [method for method in options.methods if method not in NOT_MODELS]
     cells = [(method, share, n) for n in options.lengths for share in options.timed_shares for method in methods]
-    missing = [cell for cell in cells if not _file(options, name, *cell).exists()]
+    missing = [cell for cell in cells if not cell_file(options.work, name, *cell).exists()]
     if not missing:
         return
     dense, tokenizer = _load(name)
     text = pack_tokens(load_corpus(options.texts[0]).heldout, tokenizer, seq_len=max(options.lengths))
     for method, share, length in missing:
-        made = _file(options, name, method, share).with_suffix("")
+        made = cell_file(options.work, name, method, share).with_suffix("")
         if not made.is_dir():
             print(f"{made} has no model yet: run without --only speed first")
             continue
@@ -121,7 +121,7 @@ def _measure_speed(options: argparse.Namespace, name: str) -> None:
             ours, theirs = (getattr(report.models[m], phase) for m in (method, "dense"))
             ratios = [d / o for o, d in zip(ours.values, theirs.values, strict=True)]  # times, from rates
             cell[phase] = {"to_dense": sorted(ratios)[len(ratios) // 2], "ratios": ratios, "dense_rate": theirs.median}
-        _save(_file(options, name, method, share, length), cell)
+        _save(cell_file(options.work, name, method, share, length), cell)
 
 
 def _load(name: str) -> tuple[PreTrainedModel, Any]:
@@ -153,11 +153,6 @@ def _cache(dense: PreTrainedModel, kv_heads: list[int]) -> int:
     config = dense.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * width * dense.dtype.itemsize * sum(kv_heads)
-
-
-def _file(options: argparse.Namespace, name: str, method: str, share: float, *length: int) -> Path:
-    words = [name, method, f"{share:.3f}", *map(str, length)]
-    return options.work / ("-".join(words).replace(" ", "_").replace(",", "") + ".json")
 
 
 def _save(file: Path, cell: dict[str, Any]) -> None:

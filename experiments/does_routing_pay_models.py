@@ -68,6 +68,28 @@ def gemma() -> Path:
 MODELS: dict[str, Callable[[], Path]] = {"SmolLM2-135M": default_base_model, "Gemma-3-270M": gemma}
 
 
+def cell_file(work: Path, name: str, method: str, share: float, *words: object) -> Path:
+    """The file of one cell; a converted model is in the directory of the same name without ".json"."""
+    parts = [name, method, f"{share:.3f}", *map(str, words)]
+    return work / ("-".join(parts).replace(" ", "_").replace(",", "") + ".json")
+
+
+def converted(work: Path, name: str, method: str, share: float) -> Path:
+    """Directory of a model that `does_routing_pay.py` converted.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    cell = cell_file(work, name, method, share)  # written after its model, which is then whole
+    path = cell.with_suffix("")
+    if not (cell.is_file() and path.is_dir()):
+        raise FileNotFoundError(
+            f"{path} holds no model: run does_routing_pay.py --only quality --work {work} first, or leave it out with --methods "
+            "and --shares"
+        )
+    return path
+
+
 @dataclass
 class Made:
     """What a method made of a dense model.

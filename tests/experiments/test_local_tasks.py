@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import local_answers
 import local_questions as questions
 import local_tasks
 import pytest
+from does_routing_pay_models import FIXED_HEADS, cell_file
 from local_questions import definitions, kinds, last_words, next_sentences, opposites, read_synsets
 
+import moh
 from moh.cli import main
+from moh.evaluation.harness.results import ModelScores, TaskEvaluation
+from moh.evaluation.harness.scores import Part, TaskScore
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
 SAMPLE = Path(__file__).parent / "wordnet_sample"
 DOCUMENT = "\n\n".join(
@@ -152,3 +159,57 @@ def test_without_the_dictionary_or_its_registry_it_is_told(tmp_path: Path, monke
     monkeypatch.setattr("moh.data.fetch.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"wordnet-base is not installed .* this is not a Debian or Ubuntu system"):
         questions.wordnet_directory(tmp_path)
+
+
+def _score(task: str, *values: float) -> TaskScore:
+    mean = sum(values) / len(values)
+    return TaskScore(task, task, 0, "acc", "none", mean, 0.25, len(values), 0, (Part(task, 1.0, values),), {})
+
+
+def test_the_page_has_the_paired_differences() -> None:
+    dense = ModelScores("dense", "a", 1.0, (_score("A", 1, 1, 0, 0), _score("B", 1, 0, 1, 0)))
+    fixed = ModelScores("fixed heads, 78%", "b", 7 / 9, (_score("A", 1, 0, 0, 0), _score("B", 1, 0, 1, 0)))
+    page = local_answers.page("tiny", TaskEvaluation("local", (dense, fixed), None, {"lm-eval": "1"}, "a CPU"))
+    assert "| share of heads | model | A (acc) | B (acc) | average |" in page
+    assert "| 100% | dense | 50.0 ± 25.0 | 50.0 ± 25.0 | 50.0 ± 17.7 |" in page
+    # the differences of A are 0, -1, 0, 0: their mean is -25 points, its standard error 50 / sqrt(4)
+    assert "| 78% | fixed heads | -25.0 ± 25.0 | +0.0 ± 0.0 | -12.5 ± 12.5 |" in page
+
+
+def test_one_command_asks_all_models_and_resumes(base_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    dense = load_causal_lm(base_dir)
+    dense.config.max_position_embeddings = 512  # room for the questions
+    dense.save_pretrained(tmp_path / "dense")
+    load_tokenizer(base_dir).save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(local_answers, "MODELS", {"tiny": lambda: tmp_path / "dense"})
+    monkeypatch.setattr(local_answers, "load_corpus", lambda *a: SimpleNamespace(heldout=[DOCUMENT]))
+    monkeypatch.setattr(local_answers, "wordnet_directory", lambda cache: SAMPLE)
+    work = tmp_path / "work" / "quick"
+    options = [
+        "--quick",
+        "--models",
+        str(tmp_path),
+        "--model",
+        "tiny",
+        "--methods",
+        FIXED_HEADS,
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    monkeypatch.setattr("sys.argv", ["local_answers.py", *options])
+    with pytest.raises(FileNotFoundError, match=r"tiny-fixed_heads-0\.556 holds no model: run does_routing_pay"):
+        local_answers.main()
+    cell = cell_file(tmp_path, "tiny", FIXED_HEADS, 5 / 9)
+    converted = moh.convert(dense, [[1, 2, 3, 4] * 16], router="fixed", share=0.75)
+    converted.save_pretrained(cell.with_suffix(""))
+    cell.write_text("{}")
+    local_answers.main()
+    page = (work / "local_answers.md").read_text()
+    assert "| 100% | dense |" in page and "| 75% | fixed heads |" in page
+    scores = {file: file.stat().st_mtime_ns for file in (work / "tiny" / "scores").iterdir()}
+    assert len(scores) == 10 and len(json.loads((work / "tiny" / "results.json").read_text())["rows"]) == 10
+    local_answers.main()
+    assert {file: file.stat().st_mtime_ns for file in (work / "tiny" / "scores").iterdir()} == scores

@@ -1,0 +1,160 @@
+"""The page and the picture of `long_texts.py`."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from does_routing_pay_models import METHODS
+
+from moh._extras import require
+from moh._files import write_text
+from moh.evaluation import perplexity_rise
+
+NAME = "long_texts"
+DENSE = "dense"
+_ORDER = (DENSE, *METHODS)
+_FIELDS = {"chosen": "The right word is the likeliest of the five in the text (by chance 20 %)",
+           "written": "The right word is what the model writes, greedily"}  # fmt: skip
+
+
+def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
+    """Write the page into `out` and the picture into `images`, from all cells that are there."""
+    cells = sorted(cells, key=lambda cell: (-cell["aim"], _ORDER.index(cell["method"])))
+    models = list(dict.fromkeys(cell["model"] for cell in cells if cell["method"] == DENSE))
+    if not models:
+        return
+    lines = ["# Long texts", "", f"![perplexity by position and needles](../images/{NAME}.png)"]
+    for model in models:
+        of_model = [cell for cell in cells if cell["model"] == model]
+        first = of_model[0]
+        lines += ["", f"## {model}", "", f"No gradient step; {first['cpu']}, {first['threads']} thread(s), torch "
+                  f"{first['torch']}, float32. ± is the standard error of the paired difference to the dense model."]  # fmt: skip
+        positions = [cell for cell in of_model if cell["kind"] == "positions"]
+        for text in dict.fromkeys(cell["text"] for cell in positions):
+            lines += ["", *_positions([cell for cell in positions if cell["text"] == text])]
+        needles = [cell for cell in of_model if cell["kind"] == "needles"]
+        lines += ["", *_needles(needles)] if needles else []
+    lines += ["", f"Made by `python experiments/{NAME}.py`."]
+    out.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
+    write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
+    _plot(images / f"{NAME}.png", models, cells)
+
+
+def _positions(cells: list[dict[str, Any]]) -> list[str]:
+    dense = next(cell for cell in cells if cell["method"] == DENSE)
+    ranges = [f"{first:,}–{last:,}" for first, last in pairwise(dense["edges"])]
+    lines = [
+        f"Perplexity by position, {len(dense['losses'])} blocks of held-out {dense['text']}: the dense model's, and how far the "
+        "others are above it in percent.",
+        "",
+        "| share of heads | method | " + " | ".join(ranges) + " |",
+        "| --- | --- |" + " --- |" * len(ranges),
+    ]
+    for cell in cells:
+        values = [f"{value:.2f}" for value in _perplexities(cell)]
+        if cell is not dense:
+            values = [f"{rise:+.1f} ± {error:.1f}" for rise, error in _rises(cell, dense)]
+        lines.append("| " + " | ".join([f"{cell['share']:.0%}", cell["method"], *values]) + " |")
+    return lines
+
+
+def _perplexities(cell: dict[str, Any]) -> list[float]:
+    return [math.exp(fmean(losses)) for losses in zip(*cell["losses"], strict=True)]
+
+
+def _rises(cell: dict[str, Any], dense: dict[str, Any]) -> list[tuple[float, float]]:
+    """(percent, its standard error) for each range of positions."""
+    if cell["edges"] != dense["edges"] or len(cell["losses"]) != len(dense["losses"]):
+        raise ValueError(
+            f"{cell['method']} and {DENSE} read other blocks of {cell['text']}: remove their cells and run again"
+        )
+    ranges = zip(zip(*cell["losses"], strict=True), zip(*dense["losses"], strict=True), strict=True)
+    return [perplexity_rise(ours, theirs) for ours, theirs in ranges]
+
+
+def _needles(cells: list[dict[str, Any]]) -> list[str]:
+    models: dict[tuple[float, str, float], dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        models.setdefault((cell["aim"], cell["method"], cell["share"]), {})[cell["length"]] = cell
+    dense = models[1.0, DENSE, 1.0]
+    lengths, depths = sorted(dense), cells[0]["depths"]
+    lines = [
+        f"Needles in held-out {' and '.join(cells[0]['texts'])}: {len(dense[lengths[0]]['answers'])} texts of each length with "
+        f"{len(depths)} needles each, in percent of the questions; the last columns are over all lengths, by the needle's depth."
+    ]
+    for field, title in _FIELDS.items():
+        lines += ["", f"{title}:", "", "| share of heads | method | " + " | ".join(f"{n:,}" for n in lengths)
+                  + " | all, less dense | " + " | ".join(f"depth {depth:.0%}" for depth in depths) + " |",
+                  "| --- | --- |" + " --- |" * (len(lengths) + 1 + len(depths))]  # fmt: skip
+        for (_, method, share), row in models.items():
+            by_length = [f"{100 * retrieval(row[n], field):.0f}" if n in row else "" for n in lengths]
+            rows = [answers[field] for cell in row.values() for answers in cell["answers"]]
+            by_depth = [f"{100 * fmean(column):.0f}" for column in zip(*rows, strict=True)]
+            less = "" if method == DENSE else "{:+.1f} ± {:.1f}".format(*difference(row, dense, field))
+            lines.append("| " + " | ".join([f"{share:.0%}", method, *by_length, less, *by_depth]) + " |")
+    return lines
+
+
+def retrieval(cell: dict[str, Any], field: str) -> float:
+    """Share of a cell's questions that are answered rightly."""
+    return fmean(fmean(answers[field]) for answers in cell["answers"])
+
+
+def difference(row: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]], field: str) -> tuple[float, float]:
+    """Points by which a model is above the dense one over all lengths that both have read, and the standard error.
+
+    The questions of one text are not independent, so the spread is that between texts.
+
+    Raises:
+        ValueError: the two have answered other numbers of questions.
+    """
+    deltas: list[float] = []
+    for length in row.keys() & dense.keys():
+        ours, theirs = row[length]["answers"], dense[length]["answers"]
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f"the models read {len(ours)} and {len(theirs)} texts of {length} tokens: remove their cells and run again"
+            )
+        deltas += [100 * (fmean(a[field]) - fmean(b[field])) for a, b in zip(ours, theirs, strict=True)]
+    return fmean(deltas), stdev(deltas) / math.sqrt(len(deltas)) if len(deltas) > 1 else math.nan
+
+
+def _plot(file: Path, models: list[str], cells: list[dict[str, Any]]) -> None:
+    """For each model: above, the rise of the perplexity by position, the mean over the texts; below, needles by length."""
+    figure = require("matplotlib.figure", extra="llm").Figure
+    aims = sorted({cell["aim"] for cell in cells if cell["method"] != DENSE}, reverse=True) or [1.0]
+    picture = figure(figsize=(3.4 * len(aims), 5.6 * len(models)), layout="constrained")
+    axes = picture.subplots(2 * len(models), len(aims), squeeze=False, sharex="row", sharey="row")
+    for number, model in enumerate(models):
+        of_model = [cell for cell in cells if cell["model"] == model]
+        dense = {cell.get("text"): cell for cell in of_model if cell["method"] == DENSE}
+        for aim, above, below in zip(aims, axes[2 * number], axes[2 * number + 1], strict=True):
+            for method in _ORDER:
+                mine = [c for c in of_model if c["method"] == method and c["aim"] in (aim, 1.0)]
+                colour = "black" if method == DENSE else f"C{METHODS.index(method)}"
+                rises = [_rises(c, dense[c["text"]]) for c in mine if c["kind"] == "positions" and method != DENSE]
+                if rises:
+                    ends = next(c["edges"][1:] for c in mine if c["kind"] == "positions")
+                    means = [fmean(rise for rise, _ in column) for column in zip(*rises, strict=True)]
+                    above.plot(ends, means, "o-", color=colour, markersize=3)
+                points = sorted((c["length"], 100 * retrieval(c, "written")) for c in mine if c["kind"] == "needles")
+                if points:
+                    below.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=method)
+            above.set(title=f"{model}, {aim:.0%} of the heads", xscale="log", yscale="symlog", xlabel="positions up to")
+            below.set(xscale="log", ylim=(-3, 103), xlabel="length, tokens")
+            for axis in (above, below):
+                axis.grid(alpha=0.3)
+        axes[2 * number][0].set_ylabel("perplexity above dense, %")
+        axes[2 * number + 1][0].set_ylabel("needles found, %")
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    scratch = file.with_name(f".{file.name}.partial.png")
+    picture.savefig(scratch, dpi=110)
+    scratch.replace(file)
