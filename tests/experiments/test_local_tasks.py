@@ -203,7 +203,7 @@ def test_one_command_asks_all_models_and_resumes(base_dir: Path, tmp_path: Path,
     with pytest.raises(FileNotFoundError, match=r"tiny-fixed_heads-0\.556 holds no model: run does_routing_pay"):
         local_answers.main()
     cell = cell_file(tmp_path, "tiny", FIXED_HEADS, 5 / 9)
-    converted = moh.convert(dense, [[1, 2, 3, 4] * 16], router="fixed", share=0.75)
+    converted = moh.convert(dense, calibration=[[1, 2, 3, 4] * 16], router="fixed", share=0.75)
     converted.save_pretrained(cell.with_suffix(""))
     cell.write_text("{}")
     local_answers.main()
