@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[7 / 9, 6 / 9, 5 / 9, 4 / 9], help="of all heads")
     parser.add_argument(
         "--methods",
-        nargs="+",
+        nargs="*",
+        help="none: the dense model alone",
         choices=[method for method in METHODS if method not in NOT_MODELS],
         default=[ROUTED, FIXED_HEADS, DROPPED_LINEAR],
     )
