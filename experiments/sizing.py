@@ -20,7 +20,7 @@ from moh._files import write_text
 from moh.models.transformers import MoHLlamaConfig
 
 LLAMA3_8B = dict(
-    vocab_size=128_256,
+    vocab_size=160_896,  # the published MoH-LLaMA3-8B's; LLaMA3-8B has 128,256
     hidden_size=4096,
     intermediate_size=14_336,
     num_hidden_layers=32,
@@ -68,7 +68,7 @@ def main() -> None:
 def page(gpu: Gpu) -> str:
     """The page, in Markdown."""
     lines = [
-        "# What training LLaMA3-8B takes",
+        "# What training LLaMA3-8B takes, with the vocabulary of MoH-LLaMA3-8B",
         "",
         "Computed by `python experiments/sizing.py` from the model's shapes; **nothing here is measured**, and none of it "
         "has run on a GPU. It helps to choose a machine, and shows how much of a step MoH can save at all.",

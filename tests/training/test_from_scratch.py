@@ -48,19 +48,30 @@ def _model(path: Path, tokenizer):
         return recipe, AutoModelForCausalLM.from_config(new_config(recipe.model.from_scratch, tokenizer))
 
 
-@pytest.mark.parametrize(("size", "millions"), [("s", 186), ("b", 881)])
-@pytest.mark.parametrize("percent", [100, 75, 50])
-def test_the_papers_models_have_the_papers_parameters_and_heads(size, millions, percent, tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("size", "percent", "millions", "shared", "active"),
+    [
+        ("s", 100, 186, 12, 0),
+        ("s", 75, 186, 3, 6),
+        ("s", 50, 186, 3, 3),
+        ("b", 100, 881, 16, 0),
+        ("b", 75, 882, 4, 8),  # figure 3: the loads of twelve routed heads sum to 8
+        ("b", 50, 882, 4, 4),
+    ],
+)
+def test_the_papers_models_have_the_papers_parameters_and_heads(
+    size, percent, millions, shared, active, tokenizer
+) -> None:
     recipe, model = _model(RECIPES / f"moh_llm_{size}_{percent}.yaml", tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert abs(parameters / 1e6 - millions) < 0.005 * millions
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
     assert model.config.head_dim == {"s": 64, "b": 96}[size]
     if percent == 100:
         assert type(model) is LlamaForCausalLM
     else:
         assert isinstance(model, MoHLlamaForCausalLM)
         assert model.config.share == percent / 100
-        assert all(layer.router == "two_stage" and layer.num_shared > 0 for layer in model.config.layer_configs())
+        layers = {(c.router, c.num_shared, c.active_heads) for c in model.config.layer_configs()}
+        assert layers == {("two_stage", shared, active)}
     assert recipe.training.max_steps * recipe.training.tokens_per_batch == pytest.approx(100e9, rel=1e-4)
 
 
