@@ -66,6 +66,20 @@ def test_a_training_checkpoint_gives_its_averaged_weights(published, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in dit_checkpoints.published_state(model).items())
 
 
+@pytest.mark.parametrize("mapped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_is_mapped_if_it_can_be_and_then_let_go(published, tmp_path, monkeypatch, mapped):
+    config, state = published
+    file = tmp_path / "0400000.pt"
+    torch.save({"ema": state, "opt": {}}, file, _use_new_zipfile_serialization=mapped)
+    asked = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: asked.append(kwargs) or load(*args, **kwargs))
+    model = load_published(file, config)
+    assert asked[0]["mmap"] is mapped and asked[0]["weights_only"]
+    file.write_bytes(bytes(file.stat().st_size))  # in place: a tensor that still reads the file would become 0
+    assert all(torch.equal(state[name], tensor) for name, tensor in dit_checkpoints.published_state(model).items())
+
+
 @torch.no_grad()
 def test_a_checkpoint_without_routing_is_the_dense_model():
     dense = tiny_model(dense=True, norm_eps=1e-6)

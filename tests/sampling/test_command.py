@@ -58,6 +58,19 @@ def test_all_classes_are_drawn_unless_some_are_named(moh, checkpoint: Path, tmp_
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_classes_may_be_random_and_are_the_seeds(moh, checkpoint: Path, tmp_path: Path) -> None:
+    def labels(num: int, seed: int) -> list[int]:
+        file = tmp_path / f"{num}-{seed}.npz"
+        options = ["--random-classes", "--classes", 1, "bird", "--steps", 1, "--num", num, "--seed", seed]
+        assert moh("sample", checkpoint, *options, "--npz", file)[0] == 0
+        return np.load(file)["arr_1"].tolist()
+
+    drawn = labels(20, 0)
+    assert set(drawn) == {1, 3} and drawn != [1, 3] * 10
+    assert labels(7, 0) == drawn[:7]  # the class of image i, like its noise, does not depend on how many are drawn
+    assert labels(20, 1) != drawn
+
+
 def test_bfloat16_is_close_to_float32(moh, checkpoint: Path, tmp_path: Path) -> None:
     arrays = []
     for dtype in ("float32", "bfloat16"):

@@ -87,6 +87,30 @@ def test_ddpm_draws_from_the_gaussian_whose_bound_is_trained(tiny) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("steps", [250, 10])
+def test_fewer_ddpm_steps_are_the_published_respaced_diffusion(steps: int) -> None:
+    """Each kept step is one of a diffusion whose betas are made from the products of the alphas between kept steps."""
+    diffusion = diffusion_scheduler(clip=False)
+    scheduler = make_scheduler(SamplingSettings(scheduler="ddpm", steps=steps), diffusion.config)
+    kept = [round(i * 999 / (steps - 1)) for i in range(steps)]
+    assert scheduler.timesteps.tolist() == kept[::-1]
+    product = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[kept]
+    before = torch.cat([product.new_ones(1), product[:-1]])
+    beta = 1 - product / before
+    variance = beta * (1 - before) / (1 - product)
+    x, noise, where = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    for i in (steps - 1, steps // 2, 2, 1, 0):
+        clean = (x - (1 - product[i]).sqrt() * noise) / product[i].sqrt()
+        mean = beta[i] * before[i].sqrt() * clean + (1 - before[i]) * (1 - beta[i]).sqrt() * x
+        share = (where + 1) / 2  # of the way from the posterior's variance to beta, in logarithms
+        deviation = (share * beta[i].log() + (1 - share) * variance[i].log()).mul(0.5).exp() if i else 0.0
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        output = torch.cat([noise, where], 1).float()
+        got = scheduler.step(output, kept[i], x.float(), generator=torch.Generator().manual_seed(i)).prev_sample
+        wanted = mean / (1 - product[i]) + deviation * drawn
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize(("scheduler", "uses"), [("ddpm", True), ("ddim", False), ("dpm++", False)])
 def test_only_ddpm_uses_the_learned_variance(tiny, scheduler: str, uses: bool) -> None:
     model, settings = tiny(), SamplingSettings(scheduler=scheduler, steps=4)

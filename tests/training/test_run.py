@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, training_args
 
 import moh.conversion
 from moh._files import check_replaceable, check_writable, locked, replacing_directory
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import choose_precision, load_recipe, train
 from moh.training import session as precision
+from moh.training.recipes import TrainingSettings
 
 CONVERSION = ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"]
 
@@ -85,6 +86,28 @@ def test_the_recipe_decides_the_precision_whatever_accelerate_launch_hands_on(
     assert train(load_recipe(None, [*options, f"--training.output_dir={tmp_path / 'other'}"])).losses == expected
 
 
+@pytest.mark.parametrize("precision_name", ["fp32", "tf32", "fp16"])
+def test_a_precision_is_one_switch_of_transformers(monkeypatch: pytest.MonkeyPatch, precision_name: str) -> None:
+    turned_on = []
+    for module in (precision, training_args):
+        monkeypatch.setattr(module, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(training_args, "enable_tf32", turned_on.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    settings = TrainingSettings("out", 1, precision=precision_name)
+    arguments = precision.training_arguments(settings, precision=precision_name)
+    on = {name for name in ("tf32", "fp16", "bf16") if getattr(arguments, name)}
+    assert on == {precision_name} - {"fp32"}
+    assert turned_on == [True] * (precision_name == "tf32")
+    assert precision.Session(None, arguments, None).precision == precision_name
+
+
+def test_without_such_a_gpu_tf32_is_float32_and_fp16_is_refused(options: list[str]) -> None:
+    result = train(load_recipe(None, [*options, "--training.precision=tf32", "--training.max_steps=1"]))
+    assert result.precision == "fp32"
+    with pytest.raises(ValueError, match=r"training\.precision fp16 needs a GPU.*: set bf16 or fp32"):
+        train(load_recipe(None, [*options, "--training.precision=fp16", "--training.output_dir=other"]))
+
+
 def test_a_resumed_run_does_not_convert_again(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +151,7 @@ def test_held_out_loss_is_logged_where_the_recipe_asks_for_it(options: list[str]
         ("--training.extra={'learning_rat': 1}", "TrainingArguments has no argument 'learning_rat'"),
         ("--training.extra={'learning_rate': 1}", "extra must not set learning_rate: set training.learning_rate"),
         ("--training.extra={'bf16': true}", "extra must not set bf16: set training.precision"),
+        ("--training.extra={'fp16': true}", "extra must not set fp16: set training.precision"),
         ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
         ("--conversion={'shared_heads': 3, 'active_heads': 2}", "active_heads must be between 0 and .* = 1, got 2"),
     ],

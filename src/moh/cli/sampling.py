@@ -25,6 +25,11 @@ def add_parser(sub: Commands) -> None:
     )
     parser.add_argument("--classes", nargs="+", metavar="CLASS", default=[], help="names or ids (default: all)")
     parser.add_argument("--num", type=int, help="images in total, cycling through the classes (default: one per class)")
+    parser.add_argument(
+        "--random-classes",
+        action="store_true",
+        help="draw the class of every image at random, as published, not in turn",
+    )
     add_output(parser, "write grid.png and images/*.png here", old="--out")
     parser.add_argument(
         "--npz", metavar="FILE", help="write all images as arrays, in the format of ADM's evaluation suite"
@@ -68,6 +73,7 @@ def run(arguments: Namespace) -> None:
     import torch
 
     from moh._processes import processes
+    from moh.data.seeds import generator_of
     from moh.sampling import SamplingSettings, load_image_model, sample_to_files
 
     settings = SamplingSettings(
@@ -81,7 +87,10 @@ def run(arguments: Namespace) -> None:
     model = load_image_model(arguments.model, vae=arguments.vae, **revision(arguments))
     classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
     count = len(classes) if arguments.num is None else arguments.num
-    labels = [classes[i % len(classes)] for i in range(count)]
+    places = range(count)
+    if arguments.random_classes:
+        places = torch.randint(len(classes), (count,), generator=generator_of(arguments.seed, -1)).tolist()
+    labels = [classes[i % len(classes)] for i in places]
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     with processes() as state:
         model.to(device=state.device if arguments.device is None else device_of(arguments), dtype=dtype)

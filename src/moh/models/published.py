@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"path_or_state_dict: there is no file or directory {path}")
     if path.suffix == ".safetensors":
         return dict(safetensors.load_file(path))
+    # Mapped where the format allows: a training checkpoint also has an optimiser and is four times as large as its model
     with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # In a training checkpoint the authors evaluate the averaged weights
     state = loaded.get("ema", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"path_or_state_dict: {path} holds no state dict")
-    return state
+    return {name: tensor.clone() for name, tensor in state.items()}  # no longer mapped: the file may change

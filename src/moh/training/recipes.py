@@ -84,7 +84,8 @@ class TrainingSettings:
         per_device_train_batch_size: samples per process and forward pass.
         gradient_accumulation_steps: forward passes per optimiser step.
         seed: for the order of the data, augmentation and dropout.
-        precision: "bf16" (autocast), "fp32", or "auto": bf16 where this machine is faster with it.
+        precision: "bf16" (autocast), "fp16" (autocast and a gradient scaler; GPUs only), "fp32", "tf32" (float32, whose matrix
+            products use TF32 on NVIDIA GPUs that have it), or "auto": bf16 where this machine is faster with it, else fp32.
         logging_steps: steps between two log entries.
         save_steps: steps between two checkpoints, a multiple of `logging_steps` so that a resumed run logs the same.
         save_total_limit: checkpoints to keep.
@@ -104,7 +105,7 @@ class TrainingSettings:
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
     logging_steps: int = 1
     save_steps: int = 50
     save_total_limit: int = 2

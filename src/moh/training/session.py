@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, patch_environment
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.utils import is_torch_tf32_available
 
 from moh._files import (
     MODEL_FILES,
@@ -47,7 +48,7 @@ class RunResult:
     Attributes:
         model_dir: where the model is saved.
         log_history: every logged entry, including those before an interruption.
-        precision: "bf16" or "fp32", as used.
+        precision: "bf16", "fp16", "tf32" or "fp32", as used.
         resumed_from: the checkpoint that the run resumed from, or None.
     """
 
@@ -82,7 +83,16 @@ class Session:
 
     @property
     def precision(self) -> Precision:
-        return "bf16" if self.arguments.bf16 else "fp32"
+        """As used: "tf32" only where this machine has it."""
+        return (
+            "bf16"
+            if self.arguments.bf16
+            else "fp16"
+            if self.arguments.fp16
+            else "tf32"
+            if self.arguments.tf32
+            else "fp32"
+        )
 
     @property
     def finished(self) -> bool:
@@ -196,18 +206,23 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
     """The transformers arguments of a recipe; `settings.extra` may add to them and change the defaults below.
 
     Raises:
-        ValueError: `extra` has an unknown name, or one that is a field of the recipe.
+        ValueError: `extra` has an unknown name, or one that is a field of the recipe; or "fp16" without a GPU.
     """
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("training.precision fp16 needs a GPU, got a machine without one: set bf16 or fp32")
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    own = {f.name for f in dataclasses.fields(settings)} | {"bf16"}
+    own = {f.name for f in dataclasses.fields(settings)} | _SWITCHES
     for name in settings.extra:
         if name in own:
-            raise ValueError(f"training.extra must not set {name}: set training.{name.replace('bf16', 'precision')}")
+            field = "precision" if name in _SWITCHES else name
+            raise ValueError(f"training.extra must not set {name}: set training.{field}")
         if name not in known:
             raise ValueError(f"training.extra: transformers.TrainingArguments has no argument {name!r}")
-    same = {name: getattr(settings, name) for name in own & known - {"gradient_checkpointing"} if name != "bf16"}
+    same = {name: getattr(settings, name) for name in (own & known) - _SWITCHES - {"gradient_checkpointing"}}
     defaults = {
         "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "tf32": (precision == "tf32" and is_torch_tf32_available()) or None,  # None leaves torch's own setting
         "use_cpu": not torch.accelerator.is_available(),  # otherwise torchrun on CPUs trains one model per process
         "data_seed": settings.seed,  # the order of the data, the same on every process
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -306,13 +321,14 @@ def save_card(
         write_card(directory, layers, base=base, facts=facts, results=results)
 
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+_SWITCHES = {"bf16", "fp16"}  # the arguments of transformers that `training.precision` sets
 
 _SIZE = 384  # of the square matrices: a few milliseconds even where bfloat16 is emulated, and a fair sample
 _WORTH = 1.2  # bfloat16 has to be this much faster: the casts around a matrix product take time too
 
 
-def choose_precision(device: torch.device | None = None) -> Precision:
+def choose_precision(device: torch.device | None = None) -> Literal["bf16", "fp32"]:
     """ "bf16" or "fp32", for `device` (None: the GPU if there is one).
 
     On a GPU, bfloat16 if supported. On a CPU both are timed, in a few milliseconds: some CPUs have bfloat16

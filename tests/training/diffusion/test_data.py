@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from moh.data.images.formats import middle_square
 from moh.data.images.sources import TensorImages, UnreadableImage
 from moh.training.diffusion.data import PixelDataset, load_source, to_float
 from moh.training.diffusion.recipe import DiffusionDataRecipe
@@ -54,6 +56,20 @@ def test_files_are_resized_and_cropped_to_the_middle_square(tmp_path: Path) -> N
     (tmp_path / "train" / "a" / "wide.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImage, match=r"wide\.png"):
         data.pixels([0])
+
+
+@pytest.mark.parametrize("times", [2, 4, 8])
+def test_large_images_are_halved_by_means_as_published(times: int) -> None:
+    small = torch.randint(256, (3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    large = small.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    got = middle_square(to_pil_image(large), 8)
+    assert torch.equal(pil_to_tensor(got), small)  # bicubic alone mixes neighbouring blocks
+
+
+def test_the_middle_of_an_odd_margin_is_the_published_one() -> None:
+    wide = torch.arange(7, dtype=torch.uint8).expand(1, 4, 7).contiguous()
+    assert pil_to_tensor(middle_square(to_pil_image(wide), 4))[0, 0].tolist() == [1, 2, 3, 4]
+    assert middle_square(Image.new("RGB", (10, 17)), 8).size == middle_square(Image.new("L", (3, 2)), 8).size == (8, 8)
 
 
 def pictures(folder: Path, names: str) -> PixelDataset:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from moh._files import files_below
-from moh.data.images.formats import MAX_PIXELS, decode
+from moh.data.images.formats import MAX_PIXELS, decode, middle_square
 from moh.data.images.sources import UnreadableImage
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -77,7 +77,7 @@ def open_images(source: str | Path | ImageDataset, *, channels: int = 3, size: i
             that `moh sample` writes), an `.npz` file with `arr_0` `[n, H, W, C]` or `[n, H, W]` uint8 as the ADM evaluation
             suite reads it, or a Dataset of PIL images or uint8 tensors `[C, H, W]`, alone or first in a tuple.
         channels: 3 or 1; grey images are converted to colour and vice versa.
-        size: crop the middle square of each image and resize it to size x size; None leaves them unchanged.
+        size: make the middle square of each image size x size, as training does (`middle_square`); None leaves them unchanged.
 
     Raises:
         ValueError: the source does not exist, holds no images, or images of another dtype or shape.
@@ -174,7 +174,7 @@ def _from_tensor(image: Tensor, channels: int, size: int | None) -> Tensor:
 def _from_pil(image: Image.Image, channels: int, size: int | None) -> Tensor:
     image = image.convert("RGB" if channels == 3 else "L")
     if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+        image = middle_square(image, size)
     tensor: Tensor = pil_to_tensor(image)  # [C, H, W], uint8
     return tensor
 

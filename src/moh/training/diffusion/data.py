@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from moh.data.images.datasets import load_training_images
-from moh.data.images.formats import FolderImages
+from moh.data.images.formats import FolderImages, middle_square
 from moh.data.images.recipe import ImageDataRecipe
 from moh.data.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
 from moh.training.diffusion.recipe import DiffusionDataRecipe
@@ -27,8 +27,8 @@ Batch = dict[str, Tensor]
 class PixelDataset(Dataset[Batch]):
     """The images of a source as uint8 tensors.
 
-    Larger images are resized (bicubic, antialiased) and cropped to the middle square. Images in memory keep their number
-    of channels, and a black margin fills those smaller than `image_size`; all others become RGB.
+    Images in files become RGB, resized and cropped to their `middle_square`. Images in memory keep their number of channels;
+    larger ones are resized (bicubic, antialiased) and cropped, and a black margin fills smaller ones.
 
     Args:
         source: labelled images.
@@ -105,8 +105,7 @@ class PixelDataset(Dataset[Batch]):
             warnings.warn(f"replaced by the next image: {error}", stacklevel=2)
 
     def _fitted(self, image: Image.Image) -> Tensor:
-        image = F.resize(image.convert("RGB"), self.image_size, interpolation=InterpolationMode.BICUBIC)
-        pixels: Tensor = F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
+        pixels: Tensor = F.pil_to_tensor(middle_square(image.convert("RGB"), self.image_size))
         return pixels
 
 
