@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from transnext_cases import tiny_model
 
 import moh
+from moh.models.timm.transnext.published import published_names
 
 NAMES = timm.list_models("moh_transnext_*")
 MICRO = [name for name in NAMES if "micro" in name]
@@ -150,6 +151,7 @@ def test_weight_decay_spares_positions_temperatures_and_embeddings():
         "sr.weight",
         "proj.weight",
         "learnable_tokens",
+        "learnable_bias",
         "router.shared.weight",
         "router.routed.weight",
         "router.stage.weight",
@@ -189,3 +191,13 @@ def test_dropout_and_drop_path_act_in_training_only():
         assert torch.allclose(model(x), tiny_model()(x), atol=1e-6)
         model.train()
         assert not torch.equal(model(x), model(x))
+
+
+def test_what_the_published_optimiser_does_not_decay():
+    with torch.device("meta"):
+        model = timm.create_model("moh_transnext_micro32_75")
+    theirs = published_names(model)
+    keywords = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")  # anywhere in a published name
+    kept = {name for name, published in theirs.items() if any(word in published for word in keywords)}
+    assert model.no_weight_decay() == kept & {name for name, _ in model.named_parameters()}
+    assert any(name.endswith("learnable_bias") for name in theirs) and kept

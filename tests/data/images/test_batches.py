@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from moh.data.images.augmentation import PixelTransform
-from moh.data.images.batches import SKIPPED, ImageBatches, report_damaged
+from moh.data.images.batches import SKIPPED, ImageBatches, RepeatedOrder, report_damaged
 from moh.data.images.formats import FolderImages
 from moh.data.images.recipe import AugmentationRecipe, ImageInput
 from moh.data.images.sources import TensorImages, take
@@ -50,6 +51,57 @@ def test_the_same_seed_epoch_and_images_give_the_same_batch(tensors, folders: Pa
     if augmentation is not AUGMENTATIONS["none"]:
         for other in ({"epoch": 1}, {"seed": 1}):
             assert not torch.equal(batch(source, augmentation, wanted=wanted, **other)["images"], first["images"])
+
+
+def repeated(source, repeats: int, *, processes: int = 1, batch_size: int = 4, epoch: int = 0, seed: int = 0):
+    images = ImageBatches(source, GREY, augmentation=AugmentationRecipe(crop_padding=2, repeats=repeats), seed=seed)
+    images.set_epoch(epoch)
+    return images, list(RepeatedOrder(images, processes=processes, batch_size=batch_size))
+
+
+def test_an_epoch_of_repeats_is_as_long_and_has_other_images_each_time(tensors) -> None:
+    n = len(tensors.labels)
+    orders = [repeated(tensors, 3, epoch=epoch)[1] for epoch in (0, 1)] + [repeated(tensors, 3, seed=1)[1]]
+    for order in orders:
+        assert len(order) == len(set(order)) == n
+        counts = torch.tensor([index % n for index in order]).bincount()
+        assert len(counts[counts > 0]) == -(-n // 3) and set(counts[counts > 0].tolist()) <= {3, n % 3 or 3}
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_repeats_of_an_image_go_to_the_processes_in_turn(tensors) -> None:
+    n, alone = len(tensors.labels), repeated(tensors, 3, batch_size=12)[1]
+    images, order = repeated(tensors, 3, processes=3, batch_size=4)
+    assert [sorted(order[i : i + 12]) for i in range(0, n - 11, 12)] == [
+        sorted(alone[i : i + 12]) for i in range(0, n - 11, 12)
+    ]
+    for start in range(0, n - 11, 12):  # batch j of a step belongs to process j
+        batches = [[index % n for index in order[start + 4 * j : start + 4 * j + 4]] for j in range(3)]
+        assert batches[0] == batches[1] == batches[2] and len(set(batches[0])) == 4
+    first = [index for index in order if index % n == order[0] % n]
+    seen = images.__getitems__(first)
+    assert len({int(label) for label in seen["labels"]}) == 1 and seen["labels"][0] == tensors.labels[order[0] % n]
+    assert len({tuple(image.flatten().tolist()) for image in seen["images"]}) == 3  # each is augmented in another way
+
+
+def test_repeats_of_files_are_augmented_and_counted_as_their_image(folders: Path) -> None:
+    source = FolderImages(folders / "train")
+    n = len(source.labels)
+    (Path(source.name(2))).write_bytes(b"no image")
+    recipe = AugmentationRecipe(crop_scale=[0.3, 1.0], crop_interpolation="bicubic", repeats=2)
+    images = ImageBatches(source, COLOUR, augmentation=recipe)
+    once, twice = images[1], images[n + 1]
+    assert once["labels"] == twice["labels"] and not torch.equal(once["images"], twice["images"])
+    images[n + 2]
+    assert images.damaged.nonzero().flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_random_crops_are_resized_with_the_recipes_filter(tensors, interpolation: str) -> None:
+    recipe = AugmentationRecipe(crop_scale=[0.3, 0.3], hflip=0, crop_interpolation=interpolation)
+    got = batch(tensors, recipe, wanted=COLOUR)["images"]
+    other = batch(tensors, dataclasses.replace(recipe, crop_interpolation="bilinear"), wanted=COLOUR)["images"]
+    assert torch.equal(got, other) == (interpolation == "bilinear")
 
 
 def test_loading_processes_make_the_same_batches(folders: Path) -> None:

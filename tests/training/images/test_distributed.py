@@ -10,7 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 RUNS = {
-    "dense": ["--augmentation.random_erasing=0.5", "--training.gradient_accumulation_steps=2"],
+    "dense": [
+        "--augmentation.repeats=3",
+        "--augmentation.random_erasing=0.5",
+        "--training.gradient_accumulation_steps=2",
+    ],
     "converted": [
         "--conversion={'shared_heads': 1, 'active_heads': 2, 'calibration_images': 16}",
         "--training.balance_loss_coef=0.5",

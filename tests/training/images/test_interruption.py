@@ -26,8 +26,9 @@ EVERYTHING = [  # more than an epoch of seven batches, so that order and augment
 ]
 
 
-def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(team, options: list[str], tmp_path: Path) -> None:
-    options += EVERYTHING
+@pytest.mark.parametrize("extra", [[], ["--augmentation.repeats=3", "--training.rate_changes=epoch"]], ids=str)
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(team, options: list[str], tmp_path: Path, extra) -> None:
+    options += [*EVERYTHING, *extra]
     killed = [*options, f"--training.output_dir={tmp_path / 'killed'}"]
     team("losses", 1, runs=[killed], kill_at=9, killed=True)
     assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-8"

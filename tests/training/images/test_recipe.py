@@ -32,6 +32,8 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert (training.max_grad_norm, training.balance_loss_coef, recipe.model.drop_path) == (1.0, 0.01, 0.6)
     assert (augmentation.mixup, augmentation.cutmix, augmentation.label_smoothing) == (0.8, 1.0, 0.1)
     assert (augmentation.auto_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (augmentation.repeats, augmentation.crop_interpolation) == (3, "bicubic")
+    assert (training.rate_changes, training.keep_best) == ("epoch", True)
 
 
 def test_a_recipe_survives_its_own_yaml(options: list[str], tmp_path: Path) -> None:
@@ -54,6 +56,7 @@ def test_a_recipe_survives_its_own_yaml(options: list[str], tmp_path: Path) -> N
         ("--data.dataset=", "data.dataset must name a data set or a directory"),
         ("--data.std=[0.5]", r"data.mean and data.std must have equally many numbers, got \[\] and \[0.5\]"),
         ("--data.crop_pct=1.5", "data.crop_pct must be above 0 and at most 1, got 1.5"),
+        ("--augmentation.repeats=0", "augmentation.repeats must be at least 1, got 0"),
         ("--training.epochs=3", "one of training.max_steps and training.epochs must be above 0, got 6 and 3"),
         ("--training.max_steps=0", "one of training.max_steps and training.epochs must be above 0, got 0 and 0"),
         ("--training.ema_decay=1", "training.ema_decay must be at least 0 and below 1, got 1"),
@@ -68,6 +71,12 @@ def test_a_wrong_field_is_named(options: list[str], override: str, message: str)
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(None, [*options, override])
     assert "\n" not in str(error.value)
+
+
+def test_only_the_published_schedule_changes_per_epoch(options: list[str]) -> None:
+    extra = ["--training.rate_changes=epoch", "--training.lr_scheduler_type=linear"]
+    with pytest.raises(ValueError, match=r"lr_scheduler_type must be 'cosine_warmup_with_min_lr' for .*, got 'linear'"):
+        load_recipe(None, [*options, *extra])
 
 
 def test_mixing_needs_an_even_batch(options: list[str]) -> None:

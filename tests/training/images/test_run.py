@@ -12,7 +12,9 @@ import torch
 from image_cases import CLASSES, pictures
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.scheduler import CosineLRScheduler
 from torchvision.datasets import FashionMNIST
+from transformers import TrainerCallback
 
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import TensorImages
@@ -123,6 +125,55 @@ def test_epochs_become_steps_and_the_rate_follows_the_recipe(options: list[str])
     assert len(rates) == steps == 8
     assert rates[0] == pytest.approx(1e-6) and rates[1] == pytest.approx(1e-3) and rates[-1] == pytest.approx(2e-5)
     assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_the_rate_may_change_per_epoch_as_published(options: list[str]) -> None:
+    extra = ["--training.max_steps=0", "--training.epochs=6", "--training.warmup_epochs=2", "--training.min_lr=2e-5"]
+    extra += ["--training.rate_changes=epoch", "--training.per_device_train_batch_size=30"]
+    result = run(options, *extra)
+    rates = [entry["learning_rate"] for entry in result.log_history if "loss" in entry]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = CosineLRScheduler(optimizer, t_initial=6, lr_min=2e-5, warmup_t=2, warmup_lr_init=1e-6)
+    expected = []
+    for epoch in range(6):
+        expected += [optimizer.param_groups[0]["lr"]] * (60 // 30)
+        schedule.step(epoch)  # after the epoch, with its number: the published script does so
+    assert rates == pytest.approx(expected)
+    recorded = load_recipe(result.model_dir.parent / "recipe.yaml").training
+    assert recorded.rate_changes == "epoch" and recorded.max_steps == 12
+
+
+def test_the_best_model_is_kept_next_to_the_last(options: list[str], tensors: TensorImages, tmp_path: Path) -> None:
+    heldout = TensorImages(pictures(tensors.labels, seed=1), tensors.labels, CLASSES)
+    shares, states = iter([30.0, 90.0, 90.0, 60.0]), []
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+            states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    def metrics(prediction):
+        return {"top1": next(shares), "top5": 100.0, "loss": 1.0}
+
+    extra = ["--training.keep_best=true", "--training.eval_steps=2", "--training.max_steps=8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moh.training.images.trainer._metrics", metrics)
+        run(options, *extra, train_dataset=tensors, eval_dataset=heldout, callbacks=[Look()])
+    best = load_image_classifier(tmp_path / "out" / "best").state_dict()
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in best.items())  # of equal ones the last
+    assert not all(torch.equal(tensor, states[3][name]) for name, tensor in best.items())
+
+
+def test_somebody_elses_best_is_not_replaced(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out" / "best").mkdir(parents=True)
+    (tmp_path / "out" / "best" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"training\.output_dir: its .*best.* holds other files.*notes\.txt"):
+        run(options, "--training.keep_best=true")
+
+
+def test_repeated_augmentation_trains_on_a_part_of_the_images_per_epoch(options: list[str]) -> None:
+    extra = ["--augmentation.repeats=3", "--augmentation.crop_padding=2", "--training.max_steps=0"]
+    result = run(options, *extra, "--training.epochs=2", "--training.precision=bf16")
+    assert len(result.losses) == 2 * (60 // 8) and all(math.isfinite(loss) for _, loss in result.losses)
 
 
 def test_biases_norms_and_named_parameters_are_not_decayed(options: list[str]) -> None:

@@ -77,7 +77,7 @@ def train_transform(wanted: ImageInput, recipe: AugmentationRecipe) -> ImageTran
             hflip=recipe.hflip,
             color_jitter=recipe.color_jitter,
             auto_augment=recipe.auto_augment,
-            interpolation="random" if recipe.crop_scale else wanted.interpolation,
+            interpolation=recipe.crop_interpolation if recipe.crop_scale else wanted.interpolation,
             mean=wanted.mean,
             std=wanted.std,
             re_prob=recipe.random_erasing,
@@ -152,8 +152,8 @@ class PixelTransform:
         return not (recipe.crop_scale or recipe.auto_augment or recipe.color_jitter)
 
     def __call__(self, indices: list[int], epoch: int) -> Tensor:
-        places = torch.tensor(indices)
-        pixels = self.pixels[places]  # [B, C, H, W]
+        places = torch.tensor(indices)  # of images, or of their repeats
+        pixels = self.pixels[places % len(self.pixels)]  # [B, C, H, W]
         recipe = self.recipe
         if recipe is None:
             return self._normalised(pixels)
@@ -174,11 +174,11 @@ class PixelTransform:
         return (pixels.float() / 255 - self.mean) / self.std
 
     def _draws(self, epoch: int) -> dict[str, Tensor]:
-        """Window, mirroring and erasing of each image in an epoch, `[n]` each, drawn for all at once."""
+        """Window, mirroring and erasing of each image and repeat in an epoch, `[n * repeats]` each, drawn for all at once."""
         if epoch != self._epoch:
             assert self.recipe is not None
             generator = generator_of(self.seed, epoch)
-            n, sides = len(self.pixels), 2 * self.recipe.crop_padding + 1
+            n, sides = len(self.pixels) * self.recipe.repeats, 2 * self.recipe.crop_padding + 1
             self._drawn = {
                 "top": torch.randint(sides, (n,), generator=generator),
                 "left": torch.randint(sides, (n,), generator=generator),

@@ -12,15 +12,43 @@ from collections.abc import Iterator, Sequence
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moh.data.images.augmentation import PixelTransform, ProcessorInput, eval_transform, train_transform
 from moh.data.images.recipe import AugmentationRecipe, ImageInput
 from moh.data.images.sources import ImageSource, TensorImages, UnreadableImage, next_readable
-from moh.data.seeds import generators_kept, seed_all
+from moh.data.seeds import generator_of, generators_kept, seed_all
 
 SKIPPED = -100
 """Label of an image that could not be read."""
+
+
+class RepeatedOrder(Sampler[int]):
+    """The order of an epoch with repeated augmentation (`AugmentationRecipe.repeats`): indices for `ImageBatches`.
+
+    The repeats of an image are next to each other, dealt to the processes in turn as in the published recipe. A step of all
+    processes reads the same images whatever their number is.
+
+    Args:
+        images: what is read; its epoch and seed decide the order.
+        processes: number of processes that read a batch each.
+        batch_size: images per process and forward pass.
+    """
+
+    def __init__(self, images: ImageBatches, *, processes: int, batch_size: int) -> None:
+        self.images = images
+        self.processes, self.batch_size = processes, batch_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[int]:
+        n, repeats = len(self), self.images.repeats
+        chosen = torch.randperm(n, generator=generator_of(self.images.seed, self.images.epoch))[: -(-n // repeats)]
+        order = (chosen[:, None] + n * torch.arange(repeats)).flatten()[:n]  # repeat r of image i is n * r + i
+        step = self.processes * self.batch_size
+        whole = order[: n // step * step].view(-1, self.batch_size, self.processes).transpose(1, 2)
+        yield from torch.cat([whole.flatten(), order[whole.numel() :]]).tolist()
 
 
 class ImageBatches(Dataset):  # type: ignore[type-arg]
@@ -46,6 +74,7 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
     ) -> None:
         self.source = source
         self.training = augmentation is not None
+        self.repeats = 1 if augmentation is None else augmentation.repeats
         self.seed = seed
         self.wanted = wanted
         self.pixels: PixelTransform | None = None
@@ -80,6 +109,11 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         self._epoch.fill_(epoch)
 
     @property
+    def epoch(self) -> int:
+        """As set last."""
+        return int(self._epoch)
+
+    @property
     def damaged(self) -> Tensor:
         """`[n]` bool: which images have turned out unreadable so far."""
         return self._damaged
@@ -97,21 +131,21 @@ class ImageBatches(Dataset):  # type: ignore[type-arg]
         images, labels = self._read(list(indices))
         if self.mixup is not None:
             with generators_kept():
-                seed_all(self.seed, int(self._epoch), -1 - indices[0])  # negative, so unlike any image's
+                seed_all(self.seed, self.epoch, -1 - indices[0])  # negative, so unlike any image's
                 images, labels = self.mixup(images, labels)
         return {"images": images, "labels": labels}
 
     def _read(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        epoch = int(self._epoch)
+        epoch = self.epoch
         if self.pixels is not None:
-            return self.pixels(indices, epoch), self.source.labels[indices]
+            return self.pixels(indices, epoch), self.source.labels[[index % len(self) for index in indices]]
         with generators_kept():
             pairs = [self._one(index, epoch) for index in indices]
         return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
     def _one(self, index: int, epoch: int) -> tuple[Tensor, int]:
         if self.training:
-            image, place = next_readable(self.source, index, self._note)
+            image, place = next_readable(self.source, index % len(self), self._note)
             seed_all(self.seed, epoch, index)
             return self.transform(image), int(self.source.labels[place])
         try:

@@ -61,6 +61,9 @@ class AugmentationRecipe:
     Args:
         crop_scale: smallest and largest share of the image's area that a random crop shows, such as [0.08, 1.0];
             [] shows the whole image.
+        crop_interpolation: filter of random crops; "random" chooses bilinear or bicubic for each image.
+        repeats: repeated augmentation (arXiv 1902.05509): an epoch has as many images as before, but only 1 / `repeats` of
+            them are different ones, each augmented `repeats` times; those are read in the same step.
         crop_padding: width of a black border in pixels; a random window of the image's size is then shown. For small
             images, instead of `crop_scale`.
         hflip: probability of mirroring.
@@ -76,6 +79,8 @@ class AugmentationRecipe:
     """
 
     crop_scale: list[float] = field(default_factory=list)
+    crop_interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    repeats: int = 1
     crop_padding: int = 0
     hflip: float = 0.5
     color_jitter: float = 0.0
@@ -89,6 +94,7 @@ class AugmentationRecipe:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        at_least("augmentation.repeats", self.repeats, 1)
         for name in ("crop_padding", "color_jitter", "mixup", "cutmix"):
             at_least(f"augmentation.{name}", getattr(self, name), 0)
         for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob"):

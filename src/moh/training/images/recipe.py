@@ -10,6 +10,8 @@ from moh.data.images.recipe import AugmentationRecipe, ImageDataRecipe
 from moh.models.kinds import TIMM_SOURCES
 from moh.training.recipes import ConversionSettings, ImageTrainingSettings
 
+_COSINE = "cosine_warmup_with_min_lr"
+
 
 @dataclass(frozen=True)
 class ImageModelRecipe:
@@ -73,6 +75,9 @@ class ImageTrainingRecipe(ImageTrainingSettings):
         warmup_lr: learning rate of the first step.
         min_lr: learning rate of the last step.
         ema_decay: 0 keeps no average.
+        rate_changes: "step", or "epoch" for the published schedule (timm's): the rate stays the same within an epoch, and
+            the first two epochs have `warmup_lr`.
+        keep_best: also keep the model with the highest held-out top-1, in best/ of the output directory.
         eval_steps: steps between two evaluations; 0 evaluates once per epoch.
         per_device_eval_batch_size: images per process and batch in evaluation.
     """
@@ -80,7 +85,7 @@ class ImageTrainingRecipe(ImageTrainingSettings):
     max_steps: int = 0
     learning_rate: float = 1e-3
     warmup_steps: float = 0
-    lr_scheduler_type: str = "cosine_warmup_with_min_lr"
+    lr_scheduler_type: str = _COSINE
     weight_decay: float = 0.05
     per_device_train_batch_size: int = 128
     logging_steps: int = 10
@@ -89,6 +94,8 @@ class ImageTrainingRecipe(ImageTrainingSettings):
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    rate_changes: Literal["step", "epoch"] = "step"
+    keep_best: bool = False
     eval_steps: int = 0
     per_device_eval_batch_size: int = 256
 
@@ -99,6 +106,11 @@ class ImageTrainingRecipe(ImageTrainingSettings):
         at_least("training.per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("training.warmup_epochs and training.warmup_steps must not both be set")
+        if self.rate_changes == "epoch" and self.lr_scheduler_type != _COSINE:
+            raise ValueError(
+                f"training.lr_scheduler_type must be {_COSINE!r} for training.rate_changes='epoch', got "
+                f"{self.lr_scheduler_type!r}"
+            )
         for name in ("warmup_lr", "min_lr"):
             if getattr(self, name) > self.learning_rate:
                 raise ValueError(

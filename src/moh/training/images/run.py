@@ -9,11 +9,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from moh._files import check_replaceable
 from moh.data.images.batches import ImageBatches, report_damaged
 from moh.data.images.datasets import load_images
 from moh.data.images.sources import ImageSource, with_classes
@@ -67,13 +69,17 @@ def train(
         ValueError: a field of the recipe is wrong or unsupported; names it, and is raised before training.
     """
     session = open_session(recipe)
+    best_dir = session.output_dir / "best" if recipe.training.keep_best else None
+    if best_dir is not None:
+        check_replaceable(best_dir, name="training.output_dir: its", known=session.checkpoint is not None)
     train_images, eval_images = _images(recipe, session, train_dataset, eval_dataset)
     names = saved_config(session.checkpoint).get("label_names") if session.checkpoint is not None else None
     if names:
         train_images = with_classes(train_images, names, what="the training images", than="the checkpoint")
         eval_images = with_classes(eval_images, names, what="the held-out images", than="the checkpoint")
     classes = train_images.classes
-    session = _counted(session, len(train_images.labels))
+    per_epoch = _steps_per_epoch(session, len(train_images.labels))
+    session = _counted(session, per_epoch)
     set_seed(recipe.training.seed)  # for new weights; the Trainer sets it only before training
     recipe, checkpoint = session.recipe, session.checkpoint
     settings = recipe.training
@@ -93,6 +99,17 @@ def train(
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     session.write_recipe()
 
+    rate_at = None
+    if settings.rate_changes == "epoch":
+        peak = settings.learning_rate or 1.0  # if the peak is 0, so are min_lr and warmup_lr
+        rate_at = partial(
+            epoch_rate,
+            per_epoch=per_epoch,
+            steps=settings.max_steps,
+            warmup_steps=session.arguments.get_warmup_steps(settings.max_steps),
+            warmup_rate=settings.warmup_lr / peak,
+            min_rate=settings.min_lr / peak,
+        )
     batches = ImageBatches(train_images, wanted, augmentation=recipe.augmentation, seed=settings.seed)
     eval_batches = ImageBatches(eval_images, wanted)
     trainer = ImageTrainer(
@@ -107,6 +124,8 @@ def train(
         label_smoothing=recipe.augmentation.label_smoothing,
         ema_decay=settings.ema_decay,
         ema_warmup=settings.ema_warmup,
+        rate_at=rate_at,
+        best_dir=best_dir,
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -146,8 +165,8 @@ def _images(
     return train, with_classes(heldout, train.classes, what="eval_dataset", than="train_dataset")
 
 
-def _counted(session: Session, images: int) -> Session:
-    """The session with epochs converted to steps, and the Trainer's arguments for images.
+def _steps_per_epoch(session: Session, images: int) -> int:
+    """Optimiser steps per pass over the images; incomplete batches are dropped, the last step accumulates what is left.
 
     Raises:
         ValueError: fewer images than one forward pass of all processes reads.
@@ -159,8 +178,12 @@ def _counted(session: Session, images: int) -> Session:
             f"there are {images} training images, fewer than the {per_pass} that one forward pass reads: "
             "lower training.per_device_train_batch_size, or give more images"
         )
-    # Incomplete batches are dropped; the last step of an epoch accumulates what is left.
-    per_epoch = math.ceil(images // per_pass / settings.gradient_accumulation_steps)
+    return math.ceil(images // per_pass / settings.gradient_accumulation_steps)
+
+
+def _counted(session: Session, per_epoch: int) -> Session:
+    """The session with epochs converted to steps, and the Trainer's arguments for images."""
+    settings: ImageTrainingRecipe = session.recipe.training
     settings = dataclasses.replace(
         settings,
         max_steps=settings.max_steps or max(1, round(settings.epochs * per_epoch)),
@@ -173,6 +196,26 @@ def _counted(session: Session, images: int) -> Session:
     return dataclasses.replace(
         session, recipe=dataclasses.replace(session.recipe, training=settings), arguments=arguments
     )
+
+
+def epoch_rate(
+    step: int, *, per_epoch: int, steps: int, warmup_steps: float, warmup_rate: float, min_rate: float
+) -> float:
+    """The published learning rate at a step, as a part of its peak.
+
+    It is timm's cosine schedule over the epochs, whose first ones a linear warm-up replaces. The published script sets it
+    after each epoch to that epoch's number, so epoch e has the rate of e - 1, and the first two the same.
+
+    Args:
+        step: counted from 0.
+        per_epoch: steps per epoch.
+        steps, warmup_steps: of the run and of its warm-up.
+        warmup_rate, min_rate: the first and the last rate, as parts of the peak.
+    """
+    at = max(step // per_epoch - 1, 0) * per_epoch
+    if at < warmup_steps:
+        return warmup_rate + (1 - warmup_rate) * at / warmup_steps
+    return min_rate + (1 - min_rate) * (1 + math.cos(math.pi * at / steps)) / 2
 
 
 def image_arguments(settings: ImageTrainingRecipe, *, precision: str) -> TrainingArguments:

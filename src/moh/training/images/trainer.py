@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, TrainerCallback
 
-from moh.data.images.batches import SKIPPED
+from moh._files import replacing_directory
+from moh.data.images.batches import SKIPPED, ImageBatches, RepeatedOrder
 from moh.data.images.sources import take
 from moh.models.timm.loading import save_image_classifier
 from moh.training.average import Averaging, MovingAverage
@@ -38,6 +40,8 @@ class ImageTrainer(RoutingTrainer):
         label_smoothing: for labels that are not mixed (mixed ones are smoothed already).
         ema_decay: decay of the moving average; 0 keeps none.
         ema_warmup: use a smaller decay in the first steps.
+        rate_at: step, from 0 -> the learning rate as a part of its peak, instead of the schedule that `args` name.
+        best_dir: where the model with the highest `eval_top1` is kept; None keeps none.
         kwargs: all arguments of `transformers.Trainer`.
     """
 
@@ -51,6 +55,8 @@ class ImageTrainer(RoutingTrainer):
         label_smoothing: float = 0.0,
         ema_decay: float = 0.0,
         ema_warmup: bool = False,
+        rate_at: Callable[[int], float] | None = None,
+        best_dir: Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -69,7 +75,10 @@ class ImageTrainer(RoutingTrainer):
             ramp = (lambda steps: 1 - (1 + steps) ** (-2 / 3)) if ema_warmup else None  # as timm's ModelEmaV3
             self.average = MovingAverage(self.model, ema_decay, ramp=ramp)
             self.add_callback(Averaging(self.average))
+        self.rate_at = rate_at
         self.add_callback(_Epochs())
+        if best_dir is not None:
+            self.add_callback(_Best(self, best_dir))
 
     @property
     def final_model(self) -> nn.Module:
@@ -107,6 +116,18 @@ class ImageTrainer(RoutingTrainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim > 1 and not name.endswith(".bias") and name not in excluded
         ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """`rate_at` if there is one, else the schedule of the Trainer's arguments."""
+        if self.lr_scheduler is None and self.rate_at is not None:
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.rate_at)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, ImageBatches) or dataset.repeats == 1:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[no-any-return]
+        return RepeatedOrder(dataset, processes=self.args.world_size, batch_size=self.args.train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """All evaluation images, including an incomplete last batch (training reads only full ones)."""
@@ -173,6 +194,22 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["train_dataloader"].dataset.set_epoch(int(state.epoch or 0))
+
+
+class _Best(TrainerCallback):  # type: ignore[misc]
+    """Keeps the evaluated model if none before had a higher top-1; of equal ones the last, as published."""
+
+    def __init__(self, trainer: ImageTrainer, directory: Path) -> None:
+        self.trainer, self.directory = trainer, directory
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
+        before = [entry["eval_top1"] for entry in state.log_history if "eval_top1" in entry]
+        if not args.should_save or metrics["eval_top1"] < max(before, default=0.0):
+            return
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model) if trainer.average is None else trainer.average.module
+        with replacing_directory(self.directory, known=True) as scratch:
+            save_image_classifier(model, scratch, model_args=trainer.model_args)
 
 
 def _per_image(logits: Tensor, labels: Tensor) -> Tensor:

@@ -209,10 +209,10 @@ class MoHTransNeXt(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters for which a pull towards 0 makes no sense.
 
-        The temperature (0 is not neutral for it), the query embedding and all parts of position biases.
-        `learnable_tokens` are weights of a linear map of the query and decay like others.
+        As published: the temperature (0 is not neutral for it), the query embedding and position biases.
+        `learnable_tokens` and `learnable_bias`, a linear map of the query, decay like other weights.
         """
-        kinds = ("temperature", "query_embedding", "relative_pos_bias_local", "learnable_bias", "position_bias")
+        kinds = ("temperature", "query_embedding", "relative_pos_bias_local", "position_bias")
         return {name for name, _ in self.named_parameters() if any(kind in name.split(".") for kind in kinds)}
 
     def _check(self, x: Tensor) -> None:
