@@ -40,6 +40,48 @@ def test_published_sizes_have_the_published_tensors_and_parameter_counts(name):
     assert model.num_parameters() + model.pos_embed.numel() == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_name_is_enough_with_the_sizes_of_the_tensors(name, monkeypatch):
+    shapes = LAYOUT[name]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+    made = {}
+    monkeypatch.setattr(dit_checkpoints, "load", lambda state, config, dtype: made.update(config))
+    load_published(state, name)
+    sizes = create_dit_arguments(name)
+    assert (made["shared_head"], made["routed_head"]) == (sizes["shared_heads"], sizes["active_heads"])
+    assert (made["input_size"], made["num_classes"], made["patch_size"]) == (32, 1000, 2)
+    monkeypatch.undo()
+    state["pos_embed"] = torch.empty(1, 32 * 32, shapes["pos_embed"][2], device="meta")  # 512 x 512 pixels
+    state["y_embedder.embedding_table.weight"] = torch.empty(11, shapes["pos_embed"][2], device="meta")
+    other = dit_checkpoints.named_config(name, state)
+    assert (other["input_size"], other["num_classes"]) == (64, 10)
+
+
+def create_dit_arguments(name):
+    from moh.models.diffusers.presets import architecture
+
+    return architecture("moh_" + name.removeprefix("MoH-").replace("/", "_").replace("-", "_").lower())
+
+
+def test_the_smallest_published_model_loads_by_its_name():
+    state = {key: torch.zeros(shape) for key, shape in LAYOUT["MoH-DiT-S/2-75"].items()}
+    model = load_published(state, "MoH-DiT-S/2-75")
+    assert model.config.sample_size == 32 and model.config.num_classes == 1000
+    assert model.share == pytest.approx(create_dit("moh_dit_s_2_75").share)
+
+
+@pytest.mark.parametrize("name", ["MoH-DiT-M/2-90", "moh_transnext_base_60", "dit"])
+def test_a_name_that_no_published_model_has_is_refused_with_those_that_exist(name):
+    with pytest.raises(ValueError, match=r"config must be a mapping or one of moh_transnext.*MoH-DiT-XL/2-90.*got"):
+        load_published({}, name)
+
+
+def test_tensors_without_what_the_sizes_come_from_are_refused():
+    with pytest.raises(ValueError, match=r"must have the tensors pos_embed, y_embedder.*, which are missing"):
+        load_published({"x_embedder.proj.weight": torch.zeros(1)}, "MoH-DiT-S/2-90")
+
+
 @pytest.fixture(params=["dit_a", "dit_b"])
 def published(request):
     config, tensors = golden(request.param)

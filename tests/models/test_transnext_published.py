@@ -13,7 +13,8 @@ pytest.importorskip("timm", reason="the vision extra is not installed")
 import timm
 from transnext_cases import GOLDEN, golden, published_state, stir
 
-from moh.models.published import load_published
+from moh.models.published import load_published, named_config
+from moh.models.timm.transnext import MoHTransNeXt
 from moh.models.timm.transnext.published import published_names
 
 PARAMETERS = {
@@ -33,6 +34,21 @@ def test_published_sizes_have_the_published_tensors_and_parameter_counts(name):
     shapes = {theirs[ours]: list(tensor.shape) for ours, tensor in model.state_dict().items()}
     assert shapes == layout
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_name_is_enough(name):
+    layout = json.loads((GOLDEN / "layout_vit.json").read_text(encoding="utf-8"))[name]
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in layout.items()}
+        config = named_config(name, state)
+        model = MoHTransNeXt(
+            **{key: value for key, value in config.items() if key not in ("model", "shared_head", "routed_head")},
+            shared_heads=config["shared_head"],
+            active_heads=config["routed_head"],
+        )
+    assert {published_names(model)[key]: list(tensor.shape) for key, tensor in model.state_dict().items()} == layout
+    assert config["model"] == "transnext" and (config["img_size"], config["num_classes"]) == (224, 1000)
 
 
 @pytest.fixture

@@ -28,10 +28,15 @@ _FAMILIES = {
 }
 """config["model"] -> the module of its family."""
 
+NAMES = {f"moh_transnext_{size}": "transnext" for size in ("small_75", "small_80", "base_75", "base_50")} | {
+    f"MoH-DiT-{size}/2-{share}": "dit" for size in ("XL", "L", "B", "S") for share in (90, 75)
+}
+"""What the published code calls its models -> their family."""
+
 
 def load_published(
     path_or_state_dict: str | Path | Mapping[str, Tensor],
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | str | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -44,11 +49,15 @@ def load_published(
         config: `model`, which names the family, and the published keys of the family's `load`: "moh_llama"
             (`moh.models.transformers.published`), "transnext" (`moh.models.timm.transnext.published`) or "dit"
             (`moh.models.diffusers.published`).
+            Or a published model's name, "moh_transnext_base_75" or "MoH-DiT-XL/2-90" and so on: the rest is in the tensors.
             None reads the config.json of a directory with the layout of the published MoH-LLaMA3-8B.
         dtype: of the model; None keeps the checkpoint's.
 
     Returns:
         the model in evaluation mode.
+
+    Examples:
+        `load_published("moh_transnext_base_75.pth", "moh_transnext_base_75")`
 
     Raises:
         ValueError: the model is unknown, there is no configuration, a key or a file is missing, or tensors are missing,
@@ -58,6 +67,9 @@ def load_published(
         if isinstance(path_or_state_dict, Mapping):
             raise ValueError("config must be given with a state dict: only a directory has its own")
         config = read_published_config(path_or_state_dict)
+    if isinstance(config, str):
+        state = read_tensors(path_or_state_dict)
+        path_or_state_dict, config = state, named_config(config, state)
     if "model" not in config:
         raise ValueError("config must have the key 'model'")
     if config["model"] not in _FAMILIES:
@@ -65,6 +77,18 @@ def load_published(
     family = importlib.import_module(_FAMILIES[config["model"]])
     model: nn.Module = family.load(read_tensors(path_or_state_dict), config, dtype)
     return model
+
+
+def named_config(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The published configuration of a model by its name; sizes that the name leaves open come from the tensors.
+
+    Raises:
+        ValueError: no published model has this name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"config must be a mapping or one of {', '.join(NAMES)}, got {name!r}")
+    found: dict[str, Any] = importlib.import_module(_FAMILIES[NAMES[name]]).named_config(name, state)
+    return {"model": NAMES[name], **found}
 
 
 def read_tensors(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -73,6 +73,11 @@ DIT_NAMES = tuple(sorted(_PRESETS))
 """Names that `create_dit` knows."""
 
 
+def architecture(name: str) -> dict[str, Any]:
+    """The arguments of `MoHDiTTransformer2DModel` of a named size."""
+    return dict(_PRESETS[name])
+
+
 def create_dit(name: str, **overrides: Any) -> MoHDiTTransformer2DModel:
     """A diffusion transformer of a named size with random weights.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,30 @@ _PARTS = {
     "proj_out.": "final_layer.linear.",
 }
 _QKV = re.compile(r"\.attn\.[qkv]_proj\.")
+
+
+def named_config(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `load` needs for a model by its published name; image size and number of classes are those of the tensors.
+
+    Raises:
+        ValueError: the tensors that have these are missing.
+    """
+    from moh.models.diffusers.presets import architecture
+
+    sizes = architecture(name.lower().replace("-", "_").replace("/", "_"))
+    if missing := [key for key in ("pos_embed", "y_embedder.embedding_table.weight") if key not in state]:
+        raise ValueError(f"the checkpoint of a {name} must have the tensors {', '.join(missing)}, which are missing")
+    return {
+        "patch_size": sizes["patch_size"],
+        "input_size": math.isqrt(state["pos_embed"].shape[1]) * sizes["patch_size"],
+        "depth": sizes["num_layers"],
+        "hidden_size": sizes["hidden_size"],
+        "num_heads": sizes["num_attention_heads"],
+        "head_dim": sizes["attention_head_dim"],
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,  # one row is "no class"
+        "shared_head": sizes["shared_heads"],
+        "routed_head": sizes["active_heads"],
+    }
 
 
 def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:

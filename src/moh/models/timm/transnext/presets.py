@@ -72,6 +72,11 @@ PUBLISHED = {
 """Those whose weights, trained on ImageNet-1k, are published -> where on the hub."""
 
 
+def architecture(name: str) -> dict[str, Any]:
+    """The arguments of `MoHTransNeXt` of a registered model."""
+    return dict(_PRESETS[name.removeprefix("moh_transnext_")][1])
+
+
 def _cfg(img_size: int, pool_size: int) -> dict[str, Any]:
     return dict(
         url="",

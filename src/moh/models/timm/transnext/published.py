@@ -27,6 +27,16 @@ _PARTS = {
 }
 
 
+def named_config(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `load` needs for a published model; the number of classes is that of the tensors, images are 224 x 224."""
+    from moh.models.timm.transnext.presets import architecture
+
+    sizes = architecture(name)
+    heads = {"shared_head": sizes.pop("shared_heads"), "routed_head": sizes.pop("active_heads")}
+    classes = len(state["head.weight"]) if "head.weight" in state else 1000
+    return {"img_size": 224, "num_classes": classes, **sizes, **heads}
+
+
 def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
     """A `moh.models.timm.transnext.MoHTransNeXt` of the published sizes with the published weights.
 
