@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ def run(arguments: Namespace) -> None:
     model = load_image_model(arguments.model, vae=arguments.vae, **revision(arguments))
     classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
     count = len(classes) if arguments.num is None else arguments.num
-    places = range(count)
+    places: Sequence[int] = range(count)
     if arguments.random_classes:
         places = torch.randint(len(classes), (count,), generator=generator_of(arguments.seed, -1)).tolist()
     labels = [classes[i % len(classes)] for i in places]

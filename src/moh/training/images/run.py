@@ -172,7 +172,7 @@ def _steps_per_epoch(session: Session, images: int) -> int:
         ValueError: fewer images than one forward pass of all processes reads.
     """
     settings: ImageTrainingRecipe = session.recipe.training
-    per_pass = settings.per_device_train_batch_size * session.arguments.world_size
+    per_pass: int = settings.per_device_train_batch_size * session.arguments.world_size
     if images < per_pass:
         raise ValueError(
             f"there are {images} training images, fewer than the {per_pass} that one forward pass reads: "

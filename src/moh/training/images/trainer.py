@@ -119,9 +119,9 @@ class ImageTrainer(RoutingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """`rate_at` if there is one, else the schedule of the Trainer's arguments."""
-        if self.lr_scheduler is None and self.rate_at is not None:
+        if self.rate_at is not None and getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, self.rate_at)
-        return super().create_scheduler(num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[no-any-return]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
