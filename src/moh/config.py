@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ROUTERS = ("two_stage", "single_stage", "query_norm", "linear", "threshold")
-"""Names of the routers: the paper's (learned, its ablation without the first stage, parameter-free), and ours, fitted to
-contributions."""
+ROUTERS = ("two_stage", "single_stage", "query_norm", "query_norm_rounded", "linear", "threshold")
+"""Names of the routers: the paper's (learned, its ablation without the first stage, parameter-free, the same as its published
+code rounds it), and ours, fitted to contributions."""
 
 FIXED = "fixed"
 """The name of no routing: every token uses the layer's shared heads, and its other heads do not exist."""
@@ -29,9 +29,10 @@ class MoHConfig:
         shared_heads: h_s, either a number (the first h_s heads are shared) or the indices of the shared heads.
         active_heads: k, how many of the other, *routed*, heads each token activates.
         router: "two_stage" (learned from scratch), "single_stage" (the same without the weighing of shared against routed
-            heads), "query_norm" (no parameters), "linear" (contribution router) or "threshold" (the same, but k is an
-            average: a token's routed heads are those whose contribution is above a threshold); or "fixed", where nothing
-            is routed: a layer is its shared heads, which may be none, and k is 0.
+            heads), "query_norm" (no parameters), "query_norm_rounded" (the same, rounded as published), "linear" (contribution
+            router) or "threshold" (the same, but k is an average: a token's routed heads are those whose contribution is
+            above a threshold); or "fixed", where nothing is routed: a layer is its shared heads, which may be none, and k
+            is 0.
         routing_unit: what a token chooses. "head": any k routed heads (the paper). "group_balanced": with grouped-query
             attention, k / kv_heads of the routed heads in every group of heads that share keys and values; all
             groups have the same number of shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -58,6 +59,35 @@ def test_longest_queries_are_active_and_the_gradient_goes_to_the_probabilities(s
     (through_p,) = torch.autograd.grad((p * weight[..., routed_heads]).sum(), q)
     assert through_p.abs().max() > 1e-3
     torch.testing.assert_close(through_gates, through_p, rtol=1e-4, atol=1e-6)
+
+
+def published_choice(q: Tensor, shared: int, active: int) -> tuple[Tensor, Tensor]:
+    """Mask `[T, H]` and p of queries `[T, H, D]`, step by step in their dtype, as MoH-LLaMA3-8B's inference code has it."""
+    norms = torch.stack([torch.norm(q[:, head], p=2, dim=1) for head in range(shared, q.shape[1])], dim=1)
+    p = torch.softmax(norms / norms.std(dim=1, keepdim=True), dim=1)
+    chosen = torch.nn.functional.one_hot(p.topk(active, dim=1).indices, p.shape[1]).sum(1)
+    return torch.cat([torch.ones(len(q), shared), chosen.float()], 1), p
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_rounded_router_chooses_as_the_published_code(dtype):
+    q = torch.randn(1, 3000, 32, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    config = MoHConfig(32, 16, 8, "query_norm_rounded")
+    info = build_router(config, 1)(q=q)
+    mask, p = published_choice(q[0], 16, 8)
+    assert torch.equal(info.gates[0].float(), mask) and torch.equal(info.probs[0], p.float())
+    exact = build_router(dataclasses.replace(config, router="query_norm"), 1)(q=q)
+    differ = (exact.gates != info.gates).any(-1).float().mean()
+    assert differ == 0 if dtype == torch.float32 else 0 < differ < 0.5  # as many as its ties
+
+
+def test_the_rounded_routers_gradient_is_that_of_its_probabilities():
+    q = torch.randn(1, 4, 8, D, dtype=torch.bfloat16, requires_grad=True)
+    info = build_router(MoHConfig(8, 3, 2, "query_norm_rounded"), 1)(q=q)
+    (got,) = torch.autograd.grad(info.gates[..., 3:].float().square().sum() / 2, q, retain_graph=True)
+    (wanted,) = torch.autograd.grad((info.probs * info.gates[..., 3:].detach()).sum(), q)
+    assert got.abs().max() > 0
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.02)
 
 
 def test_a_single_routed_head_has_probability_1_and_finite_gradients():

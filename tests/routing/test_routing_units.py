@@ -11,7 +11,7 @@ from moh.routing import build_router, record_routing
 from moh.routing.units import choose, order, strongest
 
 C, D = 12, 4
-ROUTERS = ["two_stage", "single_stage", "query_norm", "linear"]
+ROUTERS = ["two_stage", "single_stage", "query_norm", "query_norm_rounded", "linear"]
 
 
 def config_of(unit: str, shared=3, active=3, router="linear", heads=9, kv_heads=3) -> MoHConfig:

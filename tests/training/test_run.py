@@ -108,6 +108,17 @@ def test_without_such_a_gpu_tf32_is_float32_and_fp16_is_refused(options: list[st
         train(load_recipe(None, [*options, "--training.precision=fp16", "--training.output_dir=other"]))
 
 
+def test_inactive_heads_may_get_the_papers_gradient(options: list[str], tmp_path: Path) -> None:
+    options += [*CONVERSION, "--conversion.router=query_norm", "--training.max_steps=1"]
+    zero = train(load_recipe(None, options))
+    extra = ["--conversion.inactive_gate_gradient=dense", f"--training.output_dir={tmp_path / 'other'}"]
+    dense = train(load_recipe(None, [*options, *extra]))
+    assert dense.losses[0][1] == pytest.approx(zero.losses[0][1], rel=1e-5)  # the outputs are the same
+    norms = [next(entry["grad_norm"] for entry in run.log_history if "grad_norm" in entry) for run in (zero, dense)]
+    assert norms[1] != pytest.approx(norms[0], rel=1e-4)
+    assert dense.model.config._attn_implementation == zero.model.config._attn_implementation == "moh"
+
+
 def test_a_resumed_run_does_not_convert_again(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

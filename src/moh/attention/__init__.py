@@ -1,12 +1,13 @@
 """Routed attention: `(q, k, v, gates) -> heads`, one function over several backends."""
 
-from moh.attention.backends import BACKENDS, Backend, backends_passed_over, choose_backend, moh_attention
+from moh.attention.backends import BACKENDS, BY_NAME, Backend, backends_passed_over, choose_backend, moh_attention
 from moh.attention.call import Call
 from moh.attention.flex import BlockCounts, flex_block_counts
 from moh.attention.projections import project_output, project_qkv, project_queries, route_and_project
 
 __all__ = [
     "BACKENDS",
+    "BY_NAME",
     "Backend",
     "BlockCounts",
     "Call",

@@ -70,6 +70,29 @@ BACKENDS = {
 """All backends by name, in order of preference: `backend=None` takes the first that supports the call."""
 
 
+def _attend_to_train_every_gate(call: Call) -> Tensor:
+    """All heads by the fastest backend, then weighted: a plain product, whose gradient reaches gates that are 0."""
+    all_heads = call._replace(gates=torch.ones_like(call.gates), heads_per_group=None)
+    return choose_backend(all_heads).attend(all_heads) * call.gates[..., None]
+
+
+STRAIGHT_THROUGH = Backend(
+    "straight_through",
+    "all heads, and the gradients of gates that are 0, as in the paper's continue-tuning; only by name",
+    _attend_to_train_every_gate,
+    _handles_all,
+    chosen_on=(),
+)
+"""Not in `BACKENDS`: it saves nothing, and its gradients are not those of `moh_attention`'s definition.
+
+By the paper's equations 9 and 10 the gradient of a gate that is 0 is that of its head as if it were active, so inactive heads
+learn whether they should have been chosen. That takes the output of every head.
+"""
+
+BY_NAME = (*BACKENDS, STRAIGHT_THROUGH.name)
+"""Names that `moh_attention(backend=...)` takes."""
+
+
 def moh_attention(
     q: Tensor,
     k: Tensor,
@@ -104,7 +127,8 @@ def moh_attention(
     Returns:
         `[B, Nq, H, Dv]` in q's dtype (autocast's, inside `torch.autocast`), weighted by the gates, 0 where inactive,
         token-major so that the output projection reads it without a transpose. Differentiable in q, k, v, gates and
-        an additive mask; the gradient of a gate that is 0 is defined as 0, since its head was never computed.
+        an additive mask; the gradient of a gate that is 0 is defined as 0, since its head was never computed (except with
+        backend "straight_through", `STRAIGHT_THROUGH`).
         A query that may see no key gives 0.
 
     Raises:
@@ -130,8 +154,10 @@ def choose_backend(call: Call, backend: str | None = None) -> Backend:
     """
     if backend is None:
         return next(b for b in BACKENDS.values() if _waits(b, call) is None and b.why_not(call) is None)
+    if backend == STRAIGHT_THROUGH.name:
+        return STRAIGHT_THROUGH
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BY_NAME))}, got {backend!r}")
     if (reason := BACKENDS[backend].why_not(call)) is not None:
         raise ValueError(f"backend {backend!r} can't handle this call: {reason}")
     return BACKENDS[backend]

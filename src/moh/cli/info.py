@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     print_result(arguments, *describe(arguments))
 
 
+_COMPUTE_ALL = ("reference", "straight_through")  # backends
+
+
 def _of_machine(arguments: argparse.Namespace) -> _Described:
     import torch
 
@@ -136,7 +139,8 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
     origin = "the default" if requested is None else "from config.json"
     name_of_run, problem = _loaded_implementation(config)
     used = IMPLEMENTATIONS.get(name_of_run, "reference") or chosen
-    lines.append(f"  {'runs':18s} {name_of_run}, {origin}; {problem or (some if used != 'reference' else everything)}")
+    used_saves = used not in _COMPUTE_ALL
+    lines.append(f"  {'runs':18s} {name_of_run}, {origin}; {problem or (some if used_saves else everything)}")
     if fixed:
         without = sum(layer.num_shared == 0 for layer in fixed)
         lines.append(
@@ -149,16 +153,17 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
         lines.append(f"  {'projections':18s} quantised ({method}): dense products, by the library that quantised them")
     lines.append(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
-        if backend not in (None, "reference"):
+        if backend not in (None, *_COMPUTE_ALL):
             lines.append(f"  {name:18s} that backend; computes {config.share:.0%} of the heads")
     lines += [
         f"  {DEFAULT + '_reference':18s} the definition; computes all heads, saves nothing",
+        f"  {DEFAULT}_straight_through  for training: gradients of inactive heads' gates too; computes all heads, saves nothing",
         "  any other          transformers' own (eager, sdpa, flash_attention_2, ...), gates in front of W_O; computes",
         "                     all heads, saves nothing",
     ]
     figures = {"model_type": config.model_type, "share_of_heads": config.share, "layers": len(layers), "heads": H}
     figures["quantised"] = method
-    return {**figures, "runs": name_of_run, "problem": problem, "backend": used, "saves": used != "reference"}, lines
+    return {**figures, "runs": name_of_run, "problem": problem, "backend": used, "saves": used_saves}, lines
 
 
 def _method(quantisation: Any) -> str:

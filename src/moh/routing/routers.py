@@ -326,6 +326,8 @@ class QueryNormRouter(_HardRouter):
     reads_queries = True
     is_fitted = False
     shared_share = 1 / 2  # without a fit no head is known to be better; as in the paper's conversion
+    rounds: ClassVar[bool] = False
+    """Whether norms and p are rounded to the queries' dtype, and p ranks."""
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -334,15 +336,27 @@ class QueryNormRouter(_HardRouter):
         if not self._routes():
             gates = self._hard_gates_without_routing(source)
             return RoutingInfo(config, gates, None)
-        norms = self._of_routed(source, -2).float().norm(dim=-1)  # [B, N, h_r]
+        queries = self._of_routed(source, -2)
+        norms = (queries if self.rounds else queries.float()).norm(dim=-1)  # [B, N, h_r]
         if config.num_routed > 1:  # a single head has no spread, and its probability is 1 anyway
             norms = norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
         probs = norms.softmax(-1)
-        return RoutingInfo(config, self._hard_gates(norms, probs, source.dtype), probs)
+        gates = self._hard_gates(probs if self.rounds else norms, probs.float(), source.dtype)
+        return RoutingInfo(config, gates, probs.float())
 
     def _hard_gates_without_routing(self, q: Tensor) -> Tensor:
         tokens = q.shape[:-2]
         return self._join(q.new_ones((*tokens, self.config.num_shared)), q.new_zeros((*tokens, self.config.num_routed)))
+
+
+class RoundedQueryNormRouter(QueryNormRouter):
+    """The query-norm router as MoH-LLaMA3-8B's published code computes it: every step is rounded to the queries' dtype.
+
+    In bfloat16 p often ties, and then heads other than those with the longest queries are chosen. In float32 it is the same
+    router.
+    """
+
+    rounds = True
 
 
 class LinearRouter(_HardRouter):
@@ -453,6 +467,7 @@ _CLASSES: dict[str, type[Router]] = {
     "two_stage": TwoStageRouter,
     "single_stage": SingleStageRouter,
     "query_norm": QueryNormRouter,
+    "query_norm_rounded": RoundedQueryNormRouter,
     "linear": LinearRouter,
     "threshold": ThresholdRouter,
     FIXED: FixedRouter,

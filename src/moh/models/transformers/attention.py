@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from moh.attention import BACKENDS, moh_attention, project_output, route_and_project
+from moh.attention import BY_NAME, moh_attention, project_output, route_and_project
 from moh.models.transformers.decoding import decode
 from moh.models.transformers.families import Family, at
 from moh.routing import Router, RoutingInfo
@@ -25,7 +25,7 @@ _LOGGER = logging.get_logger(__name__)
 DEFAULT = "moh"
 """The `attn_implementation` of our models unless another is chosen."""
 
-IMPLEMENTATIONS: dict[str, str | None] = {DEFAULT: None} | {f"{DEFAULT}_{name}": name for name in BACKENDS}
+IMPLEMENTATIONS: dict[str, str | None] = {DEFAULT: None} | {f"{DEFAULT}_{name}": name for name in BY_NAME}
 """Values of `attn_implementation` that compute the active heads alone -> attention backend, None for the fastest."""
 
 for _name in IMPLEMENTATIONS:

@@ -36,6 +36,8 @@ FAMILY: dict[str, Any] = {
     "fused": "",  # order of a joint projection's rows: "parts" (queries, keys, values), "heads", or "" if there is none
 }
 
+_BY_NORM = ("query_norm", "query_norm_rounded")
+
 
 class Scorer(nn.Module):
     """A linear map that quantisers, which replace every `nn.Linear`, leave as it is."""
@@ -84,7 +86,7 @@ class Router(nn.Module):
                 self.routed = Scorer(dim, len(self.of_routed))
             if active and self.of_shared and self.kind == "two_stage":
                 self.stage = Scorer(dim, 2)
-        elif self.kind != "query_norm":
+        elif self.kind not in _BY_NORM:
             raise ValueError(f"router {self.kind!r} is newer than this file: pip install mixture-of-heads")
 
     def forward(self, x: Tensor, q: Tensor | None) -> Tensor:
@@ -92,12 +94,14 @@ class Router(nn.Module):
         if self.kind in ("linear", "threshold"):  # the gates' gradient stops at the router
             scores = self.contribution(x.detach()).float()[..., self.of_routed]
             routed = self._hard(scores, scores)
-        elif self.kind == "query_norm":
+        elif self.kind in _BY_NORM:
             assert q is not None
-            norms = q[..., self.of_routed, :].float().norm(dim=-1)
+            rounds, queries = self.kind == "query_norm_rounded", q[..., self.of_routed, :]
+            norms = (queries if rounds else queries.float()).norm(dim=-1)
             if norms.shape[-1] > 1:
                 norms = norms / norms.std(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
-            routed = self._hard(norms, norms.softmax(-1))
+            probs = norms.softmax(-1)
+            routed = self._hard((probs if rounds else norms).float(), probs.float())
         else:
             if hasattr(self, "shared"):
                 shared = self.shared(x).float().softmax(-1) * len(self.of_shared)
@@ -166,7 +170,7 @@ class _RoutedAttention(nn.Module):
             _LOGGER.warning_once(
                 "router_aux_loss_coef has no effect here; pip install mixture-of-heads to train with it"
             )
-        queries = self._queries(hidden_states) if self.router.kind == "query_norm" else None
+        queries = self._queries(hidden_states) if self.router.kind in _BY_NORM else None
         attention = _WithGates(self, FAMILY["output"].split("."), self.router(hidden_states, queries))
         return type(self).family_attention.forward(attention, hidden_states, *args, **kwargs)
 

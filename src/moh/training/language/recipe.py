@@ -102,11 +102,14 @@ class ConversionRecipe(ConversionSettings):
         calibration: texts that the conversion reads, in equal parts if several, each `NAME[:config][:split]` of a Hugging
             Face data set, a path or a built-in corpus (`moh.data.text.named`); default the training text.
         calibration_tokens: tokens of them; "query_norm" needs none.
+        inactive_gate_gradient: in training, "zero" leaves inactive heads out; "dense" computes them too, and gives their gates
+            the gradient that they would have if active (the paper's equations 9 and 10), which costs what dense attention does.
     """
 
     routing_unit: str = "head"
     calibration: list[str] = field(default_factory=list)
     calibration_tokens: int = 12_288
+    inactive_gate_gradient: Literal["zero", "dense"] = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()

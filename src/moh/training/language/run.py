@@ -116,6 +116,10 @@ def train(
     if settings.distillation_weight and teacher is None and recipe.model.path is not None:
         teacher = load_dense(recipe.model.path)
 
+    implementation = model.config._attn_implementation
+    every_gate = recipe.conversion is not None and recipe.conversion.inactive_gate_gradient == "dense"
+    if every_gate:
+        model.set_attn_implementation("moh_straight_through")
     use_cache = model.config.use_cache
     trainer = MoHTrainer(
         model=model,
@@ -132,6 +136,8 @@ def train(
     )
     history = session.run(trainer)
     model.config.use_cache = use_cache  # the Trainer turns it off
+    if every_gate:
+        model.set_attn_implementation(implementation)
     model_dir = session.output_dir / "model"
     _save(trainer, model_dir, recipe, history)
     trained = without_autocast(trainer.accelerator.unwrap_model(trainer.model)).eval()
