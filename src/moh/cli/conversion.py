@@ -96,7 +96,8 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
-        help="of heads to layers (default: sensitivity for a language model that generates with router threshold or linear, else even)",
+        help="of heads to layers (default: sensitivity for a language model that generates with router threshold or linear, "
+        "else even)",
     )
     parser.add_argument(
         "--refit-output",
