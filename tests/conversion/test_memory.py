@@ -1,14 +1,39 @@
-"""Promise: a conversion that need not keep the dense model holds its weights once."""
+"""Promise: a conversion that need not keep the dense model holds its weights once, and takes little memory besides."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moh
+from moh.config import MoHConfig
+from moh.conversion.calibrator import Calibrator
+from moh.conversion.passes import layer_costs
+from moh.conversion.transformers import adapter
+from moh.routing import build_router
+
+
+class Peak(TorchDispatchMode):
+    """`most`: the most bytes that tensors made inside the block held at once, those that a graph keeps included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: weakref.WeakSet[Any] = weakref.WeakSet()  # storages
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        found = function(*args, **kwargs or {})
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:  # else a view
+                self._held.add(tensor.untyped_storage())
+        self.most = max(self.most, sum(storage.nbytes() for storage in self._held))
+        return found
 
 
 def shared_names(dense: nn.Module, model: nn.Module) -> set[str]:
@@ -67,3 +92,22 @@ def test_the_command_does_not_keep_the_dense_model(monkeypatch: pytest.MonkeyPat
     words = [str(tmp_path / "in"), str(tmp_path / "out"), "--shared-heads", "1", "--active-heads", "2"]
     assert main(["convert", *words, "--router", "query_norm"]) == 0
     assert seen == [True]
+
+
+def test_costs_take_at_most_twice_the_models_memory(make_dense) -> None:
+    # Most of a small model is its vocabulary, and most of what a loss takes its logits
+    dense = make_dense(tie_word_embeddings=True, vocab_size=8192)
+    samples = torch.randint(8192, (8, 16), generator=torch.Generator().manual_seed(0))
+    calibrator = Calibrator(adapter(dense, "linear", copied=False), samples, 4, progress=False)
+    routers = [build_router(MoHConfig(4, 1, 1, "linear"), 32) for _ in range(2)]
+    with Peak() as peak:
+        calibrator.costs(routers)
+    assert 0 < peak.most <= 2 * sum(p.numel() * p.element_size() for p in dense.parameters())
+
+
+def test_costs_do_not_depend_on_how_samples_are_divided(make_dense) -> None:
+    dense = adapter(make_dense(), "linear", copied=False)
+    samples = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
+    routers = [build_router(MoHConfig(4, 1, 1, "linear"), 32) for _ in range(2)]
+    one, four = (layer_costs(dense, routers, iter(samples.split(size))) for size in (1, 4))
+    torch.testing.assert_close(one, four, rtol=1e-5, atol=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moh import convert
+from moh.conversion.dense import check_weights
 
 OPTIONS = [
     pytest.param(dict(router="linear"), id="linear"),
@@ -38,6 +39,18 @@ def test_a_weight_that_is_not_finite(make_dense, tokens, options) -> None:
         dense.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
     with pytest.raises(ValueError, match=r"layer 1 \(model.layers.1.mlp.up_proj.weight\) .*NaN or infinity.*float32"):
         convert(dense, calibration=tokens, **HEADS, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_every_kind_of_weight_that_is_not_finite_is_found(dtype: torch.dtype, value: float) -> None:
+    part = nn.Linear(4, 3, dtype=dtype)
+    part.empty = nn.Parameter(torch.empty(0, dtype=dtype))
+    check_weights(part)
+    with torch.no_grad():
+        part.weight[1, 2] = value
+    with pytest.raises(ValueError, match="weight of the model holds NaN or infinity"):
+        check_weights(part)
 
 
 def test_a_loss_and_gradients_that_overflow(make_dense, tokens, monkeypatch) -> None:

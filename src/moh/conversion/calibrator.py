@@ -236,7 +236,8 @@ class Calibrator:
 
     def cost_batches(self) -> Iterator[Tensor]:
         """The samples on which gradients show what each layer needs, in smaller batches: the graph takes memory."""
-        batches = self.some(COST_TOKENS).to(self.dense.device).split(max(1, self.batch_size // 2))
+        count = self.dense.samples_per_loss(self.batch_size)
+        batches = self.some(COST_TOKENS).to(self.dense.device).split(count)
         title = "estimating what each layer needs"
         return iter(tqdm(batches, desc=title, unit="batch", disable=not self._progress))
 

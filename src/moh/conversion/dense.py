@@ -125,9 +125,15 @@ class DenseModel(ABC):
     def loss(self, samples: Tensor) -> Tensor:
         """Sum of the losses over `samples`, with a graph through every layer though no parameter requires gradients.
 
+        At most `samples_per_loss` of them at once: the graph takes memory.
+
         Raises:
             ValueError: the model has no loss; the message states what to do.
         """
+
+    def samples_per_loss(self, batch_size: int) -> int:
+        """How many samples one loss is of, where a forward pass alone takes `batch_size`."""
+        return max(1, batch_size // 2)
 
     @abstractmethod
     def build(
@@ -246,13 +252,18 @@ def check_weights(model: nn.Module) -> None:
         ValueError: a parameter isn't finite; names it, its layer and what to do.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
+        if parameter.is_floating_point() and not parameter.is_meta and not _is_finite(parameter.detach()):
             numbers = [part for part in name.split(".") if part.isdecimal()]
             where = f"layer {numbers[0]} ({name})" if numbers else name
             raise ValueError(
                 f"{where} of the model holds NaN or infinity, in {parameter.dtype}: load it in float32, or from another "
                 "source if it is damaged there too"
             )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether no entry is NaN or infinity; without a copy of the weight's size, which `isfinite` makes several of."""
+    return not weight.numel() or all(bool(extreme.isfinite()) for extreme in weight.aminmax())  # NaN is both extremes
 
 
 def make_undecided(router: Router) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import FIXED, MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
-from moh.data.text.blocks import are_texts, calibration_blocks, encoder_tokens, start_tokens
+from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router
 from moh.models.output_changes import quantised
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
@@ -214,6 +214,11 @@ class DenseTextModel(DenseTransformersModel):
         states: Tensor = self.model.base_model(input_ids=samples, use_cache=False)[0]
         return states
 
+    def samples_per_loss(self, batch_size: int) -> int:
+        # Logits and the layers' graph of one sample are the most memory that a conversion takes. A loss with random
+        # directions has to stay as it is: they are drawn for a batch.
+        return 1 if self.model.can_generate() else super().samples_per_loss(batch_size)
+
     def loss(self, samples: Tensor) -> Tensor:
         """Next-token cross-entropy; for a model that predicts none, a random projection of each token's last state.
 
@@ -221,8 +226,12 @@ class DenseTextModel(DenseTransformersModel):
         """
         embedded = self.model.get_input_embeddings()(samples).requires_grad_()
         if self.model.can_generate():
-            logits = self.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), samples[:, 1:].flatten(), reduction="sum")
+            # The last token of a sample predicts nothing. Ignored, not cut off: a cut makes two copies of the logits.
+            targets = nn.functional.pad(samples[:, 1:], (0, 1), value=IGNORED)
+            logits = self.model(inputs_embeds=embedded, use_cache=False).logits  # [B, N, V]
+            return nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=IGNORED
+            )
         states = self.model.base_model(inputs_embeds=embedded).last_hidden_state  # [B, N, C]
         directions = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
         projected: Tensor = (states.float() * directions).sum() / states.shape[-1] ** 0.5
