@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Fitted, Made, cell_file
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Chosen, Compared, cell_file
 from does_routing_pay_report import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moh  # noqa: F401  registers our models
 from moh._files import write_text
+from moh.conversion.fitted import Made
 from moh.data.text.blocks import evenly_spread
 from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
@@ -86,9 +87,9 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
              "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    fitted = Fitted(dense, calibration)
+    fitted = Compared(dense, calibration)
     for method, share in missing:
-        made = fitted.make(method, round(share * layers * heads))
+        made = fitted.make_any(method, round(share * layers * heads))
         cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}
         cell["share"] = sum(made.used) / (layers * heads)
         cell["cache"] = _cache(dense, made.cached)
@@ -138,8 +139,8 @@ def _blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> tuple[Ten
     return train, held
 
 
-def _rise(fitted: Fitted, made: Made, heldout: Tensor, original: Any) -> dict[str, float]:
-    if made.model is not None:
+def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any) -> dict[str, float]:
+    if isinstance(made, Made):
         now = perplexity(made.model, heldout, batch_size=2)
     else:
         with fitted.dense_with(made.changes) as model:

@@ -1,38 +1,31 @@
-"""The models of `does_routing_pay.py`: what is fitted once for each dense model, and what every method makes of it."""
+"""The models of `does_routing_pay.py`: what every method makes of a dense model that is calibrated once."""
 
 from __future__ import annotations
 
-import dataclasses
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moh.config import FIXED, MoHConfig
-from moh.conversion.allocation import Change, Options, allocate, changed
-from moh.conversion.calibrator import Calibrator
-from moh.conversion.dense import OutputWeight
+from moh.config import MoHConfig
+from moh.conversion import fitted
+from moh.conversion.allocation import Change, changed
 from moh.conversion.fit import refit_output_projection, unique_part
-from moh.conversion.layer_kinds import LayerKinds
+from moh.conversion.fitted import Fitted, Made
 from moh.conversion.passes import OutputSums, collect_heads, head_contributions
 from moh.conversion.recording import run
 from moh.conversion.transformers import DenseTextModel
 from moh.data.fetch import pip_download
 from moh.data.text.corpora import default_cache_dir
 from moh.demo.base_model import default_base_model
-from moh.routing import Router, router_class
 
-ROUTED, MIXED, FIXED_HEADS = "routed (default)", "routed, fixed or none", "fixed heads"
-DROPPED, DROPPED_LINEAR = "layers dropped", "layers dropped, linear map"
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (ROUTED, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+METHODS = (*fitted.METHODS, RANDOM, ORACLE)
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
 
@@ -91,97 +84,33 @@ def converted(work: Path, name: str, method: str, share: float) -> Path:
 
 
 @dataclass
-class Made:
-    """What a method made of a dense model.
+class Chosen:
+    """The dense model with heads that are chosen outside of it.
 
     Attributes:
         used: heads per layer.
         cached: key/value heads per layer that the cache holds.
-        model: the model; None where heads are chosen outside of it.
-        changes: of the dense model's layers, in place of a model.
+        changes: of the layers, in place of a model.
     """
 
     used: list[int]
     cached: list[int]
-    model: PreTrainedModel | None = None
-    changes: Sequence[Change] = ()
+    changes: Sequence[Change]
+    model: None = None
 
 
-class Fitted:
-    """A dense model and all that is fitted to it once, for every method and number of heads.
+class Compared(Fitted):
+    """What `Fitted` makes, and the same numbers of heads chosen at random or by an oracle."""
 
-    Args:
-        dense: the model.
-        blocks: calibration tokens `[n, N]`.
-    """
-
-    def __init__(self, dense: PreTrainedModel, blocks: Tensor) -> None:
-        self.adapter = DenseTextModel(dense, "linear", copied=False)
-        self.calibrator = Calibrator(self.adapter, blocks, 4, progress=False)
-        h = self.adapter.num_heads
-        self._requested = [MoHConfig(h, router_class("linear").default_shared_heads(h), 1, "linear")] * self.layers
-
-    @property
-    def layers(self) -> int:
-        """Layers of the model."""
-        return len(self.adapter.attentions)
-
-    @cached_property
-    def kinds(self) -> LayerKinds:
-        """Fixed and routed layers."""
-        return LayerKinds(self.calibrator, self._requested, refitted=True)
-
-    @cached_property
-    def _kinds_without_refit(self) -> LayerKinds:
-        """Layers with all of their heads, or that add nothing."""
-        h = self.adapter.num_heads
-        return LayerKinds(self.calibrator, [MoHConfig(h, h, 0, FIXED)] * self.layers, refitted=False)
-
-    @cached_property
-    def _costs(self) -> Tensor:
-        return self.calibrator.costs(self.kinds.routers, refitted=True)
-
-    @cached_property
-    def _options(self) -> dict[str, list[Options]]:
-        return {
-            MIXED: self.kinds.options("mix"),
-            DROPPED_LINEAR: self.kinds.options("drop"),
-            DROPPED: self._kinds_without_refit.options("drop"),
-        }
-
-    @cached_property
-    def _meter(self) -> Any:
-        return self.kinds.meter()
-
-    def make(self, method: str, total: int, seed: int = 0) -> Made:
+    def make_any(self, method: str, total: int, seed: int = 0) -> Made | Chosen:
         """The model by a method, with this many heads over all layers."""
-        if method == ROUTED:
-            return self._built(self._routed(total))
         if method in NOT_MODELS:
-            return self._with_gates(self._routed(total), method, seed)
-        kinds = self._kinds_without_refit if method == DROPPED else self.kinds
-        options = self._options[method if method in (DROPPED, DROPPED_LINEAR) else MIXED]
-        options = options if method == MIXED else options[:1]
-        own = [dataclasses.replace(kind, costs=kind.costs.clone(), measured={}) for kind in options]
-        return self._built(kinds.assemble(allocate(own, total, self._meter)))
+            return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
+        return self.make(method, total)
 
-    def _routed(self, total: int) -> tuple[list[Router], list[OutputWeight]]:
-        routers = self.calibrator.reallocate(self.kinds.routers, self._costs, total)
-        return routers, [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
-
-    def _built(self, made: tuple[list[Router], list[OutputWeight]]) -> Made:
-        routers, weights = made
-        configs = [router.config for router in routers]
-        model = self.adapter.build(configs, routers, weights, router_aux_loss_coef=0.0)
-        h, kv_heads = self.adapter.num_heads, self.adapter.kv_heads or self.adapter.num_heads
-        cached = [
-            len({head * kv_heads // h for head in c.shared_indices}) if c.router == FIXED else kv_heads for c in configs
-        ]
-        return Made([c.num_shared + c.active_heads for c in configs], cached, model)
-
-    def _with_gates(self, made: tuple[list[Router], list[OutputWeight]], method: str, seed: int) -> Made:
+    def _with_gates(self, layers: Sequence[MoHConfig], method: str, seed: int) -> Chosen:
         """The dense model with other choices of as many heads as the routers use, and W_O refitted to them."""
-        used = [router.config.num_shared + router.config.active_heads for router in made[0]]
+        used = [layer.num_shared + layer.active_heads for layer in layers]
         adapter, h = self.adapter, self.adapter.num_heads
         gates: list[Callable[[Tensor], Tensor]] = []
         maps = collect_heads(adapter, range(self.layers), self.calibrator.playback("heads")) if method == ORACLE else {}
@@ -206,7 +135,7 @@ class Fitted:
             _gated(gate, refit_output_projection(s, a.output_weight))
             for gate, s, a in zip(gates, sums, adapter.attentions, strict=True)
         ]
-        return Made(used, [adapter.kv_heads or h] * self.layers, changes=changes)
+        return Chosen(used, [adapter.kv_heads or h] * self.layers, changes)
 
     @contextmanager
     def dense_with(self, changes: Sequence[Change]) -> Iterator[PreTrainedModel]:

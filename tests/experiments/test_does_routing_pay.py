@@ -8,25 +8,27 @@ import torch
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import transformers
-from does_routing_pay_models import DROPPED, DROPPED_LINEAR, METHODS, NOT_MODELS, RANDOM, Fitted
+from does_routing_pay_models import METHODS, NOT_MODELS, RANDOM, Compared
 from does_routing_pay_report import write
+
+from moh.conversion.fitted import DROPPED, DROPPED_LINEAR
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Fitted:
+def fitted() -> Compared:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None
     )
-    return Fitted(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)))
+    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_every_method_keeps_as_many_heads(fitted, method) -> None:
-    made = fitted.make(method, 12)
+    made = fitted.make_any(method, 12)
     assert sum(made.used) == 12 and len(made.cached) == 4
     assert all(n in (0, 4) for n in made.used) or method not in (DROPPED, DROPPED_LINEAR)
     ids = torch.randint(64, (2, 16))
@@ -43,7 +45,7 @@ def test_every_method_keeps_as_many_heads(fitted, method) -> None:
 def test_random_heads_follow_the_seed(fitted) -> None:
     ids, logits = torch.randint(64, (2, 16)), []
     for seed in (0, 0, 1):
-        with fitted.dense_with(fitted.make(RANDOM, 12, seed).changes) as model:
+        with fitted.dense_with(fitted.make_any(RANDOM, 12, seed).changes) as model:
             logits.append(model(ids).logits)
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
