@@ -87,7 +87,7 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
              "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    fitted = Compared(dense, calibration)
+    fitted = Compared(dense, calibration, router="linear")
     for method, share in missing:
         made = fitted.make_any(method, round(share * layers * heads))
         cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moh.config import MoHConfig
-from moh.conversion import fitted
 from moh.conversion.allocation import Change, changed
 from moh.conversion.fit import refit_output_projection, unique_part
-from moh.conversion.fitted import Fitted, Made
+from moh.conversion.fitted import DROPPED, DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted, Made
 from moh.conversion.passes import OutputSums, collect_heads, head_contributions
 from moh.conversion.recording import run
 from moh.conversion.transformers import DenseTextModel
@@ -25,7 +24,7 @@ from moh.data.text.corpora import default_cache_dir
 from moh.demo.base_model import default_base_model
 
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (*fitted.METHODS, RANDOM, ORACLE)
+METHODS = (ROUTED, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
 

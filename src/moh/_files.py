@@ -79,6 +79,9 @@ def check_writable(directory: str | Path, *, name: str) -> None:
         raise ValueError(f"{name} {directory} can't be written: {error.strerror} ({existing})") from None
 
 
+REPORT = "conversion_report"
+"""What the files of a conversion's report are called, next to the model."""
+
 MODEL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     "modeling_moh.py",
@@ -86,6 +89,8 @@ MODEL_FILES = (
     *("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*.jinja"),
+    *(f"{REPORT}.{kind}" for kind in ("md", "html", "json")),
+    f"{REPORT}_*.png",
 )
 """Files of a model and its tokenizer, as patterns; the first is the one that every model has."""
 

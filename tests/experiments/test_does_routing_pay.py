@@ -22,7 +22,7 @@ def fitted() -> Compared:
     config = transformers.LlamaConfig(
         **SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None
     )
-    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)))
+    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)), router="linear")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,7 @@ import long_texts
 import long_texts_needles
 import long_texts_report
 import transformers
-from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, ROUTED, Fitted, cell_file
+from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, ROUTED, Compared, cell_file
 from long_texts_needles import DEPTHS, ask, haystacks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
@@ -51,8 +51,8 @@ def llama() -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def fitted(llama) -> Fitted:
-    return Fitted(llama, torch.randint(len(WORDS), (24, 16)))
+def fitted(llama) -> Compared:
+    return Compared(llama, torch.randint(len(WORDS), (24, 16)), router="linear")
 
 
 @pytest.mark.parametrize("length", [128, 500])

@@ -9,8 +9,9 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moh.cli import report
 from moh.cli.loading import add_loading, placement, refuse_device_map, revision
 from moh.cli.options import (
     add_command,
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
     from moh.data.images.augmentation import ProcessorInput
     from moh.data.images.recipe import ImageInput
 
+
+class Converted(NamedTuple):
+    """A MoH model, a function that writes it with all that belongs to it, and one that then writes a report, if any."""
+
+    model: Any
+    save: Callable[[Path], object]
+    report: Callable[[Path], str] | None = None
+
+
 _HELP = "Turn a pretrained dense model of text, images or diffusion into a MoH model, without training."
 
 
@@ -53,6 +63,7 @@ def add_parser(sub: Commands) -> None:
         "--plan", action="store_true",
         help="convert nothing: print what shares save in this model at 512, 4,096 and 32,768 tokens, from its configuration",
     )  # fmt: skip
+    report.add_report(parser)
     add_json(parser)
     numbers = parser.add_argument_group("numbers of heads per layer, instead of --share")
     numbers.add_argument(
@@ -119,6 +130,8 @@ def run(arguments: Namespace) -> None:
     if arguments.plan:
         from moh.cli.plan import show
 
+        if arguments.report:
+            raise ValueError("--plan and --report must not both be given: a report holds the plan")
         show(arguments)
     else:
         _convert(arguments)
@@ -128,6 +141,7 @@ def _convert(arguments: Namespace) -> None:
     from moh._files import (
         MODEL_FILES,
         PIPELINE_FILES,
+        REPORT,
         SENTENCE_FILES,
         check_replaceable,
         check_writable,
@@ -138,6 +152,7 @@ def _convert(arguments: Namespace) -> None:
     from moh.models.heads import requested_share
     from moh.models.hub import kind_at, local_diffusion
 
+    report.check(arguments)
     requested_share(arguments.share, shared_heads=arguments.shared_heads, active_heads=arguments.active_heads)
     output = output_of(arguments)
     if Path(output).resolve() == Path(arguments.model).resolve():
@@ -153,13 +168,17 @@ def _convert(arguments: Namespace) -> None:
     check_replaceable(output, name="output", kinds=kinds)
     if arguments.images is not None and (text := _text_option(arguments)):
         raise ValueError(f"--images and {text} must not both be given")
-    model, save = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
+    model, save, write_report = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
     with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
         write_card(scratch, layers_of(model), **card_of(model))
     share = head_share([router.config for router in moh_routers(model)])
-    text = f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"
-    print_result(arguments, {"output": output, "share_of_heads": share}, [text])
+    lines = [f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"]
+    figures: dict[str, Any] = {"output": output, "share_of_heads": share}
+    if write_report is not None:  # the model is there already, whatever happens while others are measured
+        figures["recommendation"] = write_report(Path(output))
+        lines += ["", figures["recommendation"], "", f"{output}: {REPORT}.md, {REPORT}.html, {REPORT}.json"]
+    print_result(arguments, figures, lines)
     push(arguments, output)
 
 
@@ -173,10 +192,11 @@ def _options(arguments: Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callable[[Path], object]]:
-    """The MoH model, and a function that writes it: as a pipeline with all that `source` holds if that is one."""
+def _of_diffusion(arguments: Namespace, source: Path) -> Converted:
+    """The MoH model, which is written as a pipeline with all that `source` holds if that is one."""
     from moh.conversion import convert
 
+    report.refuse_kind(arguments, "a diffusion model")
     if option := "--images" if arguments.images is not None else _text_option(arguments):
         raise ValueError(f"{option} must be left out for a diffusion model, which is not calibrated")
     if arguments.device is not None or arguments.dtype != "auto":
@@ -184,14 +204,13 @@ def _of_diffusion(arguments: Namespace, source: Path) -> tuple[nn.Module, Callab
     refuse_device_map(arguments)
     model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
     if not (source / "model_index.json").is_file():
-        return model, model.save_pretrained
+        return Converted(model, model.save_pretrained)
     from moh.sampling import save_with_parts_of
 
-    return model, partial(save_with_parts_of, model, source)
+    return Converted(model, partial(save_with_parts_of, model, source))
 
 
-def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object]]:
-    """The MoH model, and a function that writes it with its tokenizer or processor."""
+def _converted(arguments: Namespace) -> Converted:
     from moh.conversion.convert import load_dense
     from moh.models.kinds import kind_of
 
@@ -204,29 +223,41 @@ def _converted(arguments: Namespace) -> tuple[nn.Module, Callable[[Path], object
     return (_of_images if reads_images else _of_text)(arguments, dense, options)
 
 
-def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> tuple[nn.Module, Callable[[Path], object]]:
-    from moh.conversion import convert
-    from moh.data.text.corpora import CALIBRATION_CORPORA
-    from moh.models.card import describe
+def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> Converted:
     from moh.models.transformers.loading import load_tokenizer
     from moh.models.transformers.sentences import copy_parts, sentence_parts
-    from moh.routing import router_class
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
     tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
-    texts = _texts(arguments, tokenizer) if router_class(options["router"] or "linear").is_fitted else None
-    model = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
-    if texts is not None:
-        names = [Path(file).name for file in arguments.files] or arguments.calibration or CALIBRATION_CORPORA
-        tokens = f"up to {arguments.calibration_tokens:,} tokens of {', '.join(names)}"
-        describe(model, facts={"calibrated on": tokens})
+    if arguments.report:
+        model, write_report = report.convert_with_report(arguments, dense, tokenizer)
+    else:
+        model, write_report = _calibrated(arguments, dense, tokenizer, options), None
 
     def save(directory: Path) -> None:
         _save_all((model, tokenizer), directory)
         copy_parts(parts, directory)
 
-    return model, save
+    return Converted(model, save, write_report)
+
+
+def _calibrated(
+    arguments: Namespace, dense: Any, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> nn.Module:
+    """The MoH model of a model that reads text."""
+    from moh.conversion import convert
+    from moh.data.text.corpora import CALIBRATION_CORPORA
+    from moh.models.card import describe
+    from moh.routing import router_class
+
+    texts = _texts(arguments, tokenizer) if router_class(options["router"] or "linear").is_fitted else None
+    model: nn.Module = convert(dense, calibration=texts, tokenizer=tokenizer, **options)
+    if texts is not None:
+        names = [Path(file).name for file in arguments.files] or arguments.calibration or CALIBRATION_CORPORA
+        tokens = f"up to {arguments.calibration_tokens:,} tokens of {', '.join(names)}"
+        describe(model, facts={"calibrated on": tokens})
+    return model
 
 
 def _texts(arguments: Namespace, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -240,12 +271,11 @@ def _texts(arguments: Namespace, tokenizer: PreTrainedTokenizerBase) -> list[str
     return calibration_texts(arguments.calibration or CALIBRATION_CORPORA, tokenizer=tokenizer)
 
 
-def _of_images(
-    arguments: Namespace, dense: nn.Module, options: dict[str, Any]
-) -> tuple[nn.Module, Callable[[Path], object]]:
+def _of_images(arguments: Namespace, dense: nn.Module, options: dict[str, Any]) -> Converted:
     from moh.conversion import convert
     from moh.routing import router_class
 
+    report.refuse_kind(arguments, "an image model")
     if option := _text_option(arguments):
         raise ValueError(f"{option} needs a model that reads text, and {arguments.model} does not")
     if arguments.images is None and router_class(options["router"] or "linear").needs_fit:
@@ -262,9 +292,9 @@ def _of_images(
     if not hasattr(dense, "config"):
         from moh.models.timm import save_pretrained
 
-        return model, partial(save_pretrained, model)
+        return Converted(model, partial(save_pretrained, model))
     processors = (wanted.processor,) if isinstance(wanted, ProcessorInput) else ()
-    return model, partial(_save_all, (model, *processors))
+    return Converted(model, partial(_save_all, (model, *processors)))
 
 
 def _save_all(parts: tuple[Any, ...], directory: Path) -> None:

@@ -53,6 +53,7 @@ class Fitted:
     Args:
         dense: a model that generates; it must not be changed while models made of it are in use.
         blocks: calibration tokens `[n, N]`.
+        router: of routed layers, "threshold" (`moh.convert`'s default) or "linear".
         batch_size: blocks per forward pass.
         progress: show progress bars.
 
@@ -60,8 +61,16 @@ class Fitted:
         ValueError: the model can't be converted, or its attention has no heads of its own to fix or drop.
     """
 
-    def __init__(self, dense: PreTrainedModel, blocks: Tensor, *, batch_size: int = 4, progress: bool = False) -> None:
-        self.adapter = DenseTextModel(dense, "linear", copied=False)
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        blocks: Tensor,
+        *,
+        router: str = "threshold",
+        batch_size: int = 4,
+        progress: bool = False,
+    ) -> None:
+        self.adapter = DenseTextModel(dense, router, copied=False)
         refusal = self.adapter.refusal(router=FIXED, refit_output=True, router_aux_loss_coef=0.0)
         if refusal is not None:
             raise ValueError(refusal)
@@ -72,7 +81,7 @@ class Fitted:
             )
         self.calibrator = Calibrator(self.adapter, blocks, batch_size, progress)
         h = self.adapter.num_heads
-        self._requested = [MoHConfig(h, router_class("linear").default_shared_heads(h), 1, "linear")] * self.layers
+        self._requested = [MoHConfig(h, router_class(router).default_shared_heads(h), 1, router)] * self.layers
 
     @property
     def layers(self) -> int:

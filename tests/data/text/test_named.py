@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moh.data.text import named
 from moh.data.text.corpora import Corpus
-from moh.data.text.named import calibration_texts, parse_name, wikitext2_blocks
+from moh.data.text.named import calibration_and_heldout, calibration_texts, parse_name, wikitext2_blocks
 
 TEXTS = [f"the head number {i}" for i in range(12)]
 CHAT = [{"role": "user", "content": "some question"}, {"role": "assistant", "content": "the answer"}]
@@ -162,3 +162,18 @@ def test_wikitext_is_joined_and_cut_as_in_publications(
     assert torch.equal(blocks.flatten(), torch.tensor(ids[: len(ids) // 8 * 8])) and blocks.shape[1] == 8
     with pytest.raises(ValueError, match=f"seq_len must be at most the {len(ids)} tokens of wikitext-2, got 9999"):
         wikitext2_blocks(tokenizer, 9999)
+
+
+@pytest.mark.parametrize("kind", ["data set", "corpus", "file"])
+def test_what_is_held_out_is_not_calibrated_on(hub: Path, tmp_path: Path, monkeypatch, kind: str) -> None:
+    (tmp_path / "own.txt").write_text("\n\n".join(TEXTS))
+    monkeypatch.setattr(named, "load_corpus", lambda name, _: Corpus(name, "", "", TEXTS[:9], TEXTS[9:]))
+    name = {"data set": f"{hub}:plain", "corpus": "django-docs", "file": str(tmp_path / "own.txt")}[kind]
+    texts, heldout = calibration_and_heldout([name])
+    assert list(heldout) == [name] and heldout[name] and texts
+    assert not set(texts) & set(heldout[name]) and set(texts) | set(heldout[name]) <= set(TEXTS)
+
+
+def test_too_few_documents_to_hold_any_out_are_refused(hub: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least 10 .* needed to hold some out, got 1"):
+        calibration_and_heldout([f"{hub}:chats:sft"])

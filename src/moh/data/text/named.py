@@ -14,7 +14,15 @@ from torch import Tensor
 
 from moh._extras import require
 from moh.data.text.blocks import start_tokens
-from moh.data.text.corpora import CALIBRATION_CORPORA, CORPORA, corpus_from_files, equal_parts, load_corpus
+from moh.data.text.corpora import (
+    CALIBRATION_CORPORA,
+    CORPORA,
+    Corpus,
+    corpus_from_files,
+    equal_parts,
+    load_corpus,
+    split_documents,
+)
 from moh.data.text.readers import SourceRecipe, load_rows
 from moh.data.text.sources import source_files, source_kind
 
@@ -87,9 +95,28 @@ def calibration_texts(
         FileNotFoundError, ValueError: there is no such file, data set, configuration, split or column, or no text in it.
         RuntimeError: a corpus or a data set can't be fetched.
     """
-    if isinstance(names, str) or not names:
-        raise ValueError(f"calibration must be a list of at least one name, got {names!r}")
-    return equal_parts([_texts(name, tokenizer, cache_dir) for name in names])
+    return equal_parts([corpus.train for corpus in _corpora(names, tokenizer, cache_dir)])
+
+
+def calibration_and_heldout(
+    names: Sequence[str] = CALIBRATION_CORPORA,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[list[str], dict[str, list[str]]]:
+    """`calibration_texts`, and by name the documents of each text that are not among them; of data sets every tenth.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: as in `calibration_texts`; or a text has too few documents to hold out
+            any.
+    """
+    parts: list[list[str]] = []
+    heldout: dict[str, list[str]] = {}
+    for name, corpus in zip(names, _corpora(names, tokenizer, cache_dir), strict=True):
+        train, held = (corpus.train, corpus.heldout) if corpus.heldout else split_documents(corpus.train)
+        parts.append(train)
+        heldout[name] = held
+    return equal_parts(parts), heldout
 
 
 def wikitext2_blocks(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Tensor:
@@ -139,14 +166,23 @@ def _configurations(path: str) -> list[str]:
     return found
 
 
-def _texts(name: str, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None) -> list[str]:
+def _corpora(
+    names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None
+) -> list[Corpus]:
+    if isinstance(names, str) or not names:
+        raise ValueError(f"calibration must be a list of at least one name, got {names!r}")
+    return [_corpus(name, tokenizer, cache_dir) for name in names]
+
+
+def _corpus(name: str, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str | Path | None) -> Corpus:
+    """The text of this name; of a data set nothing is held out."""
     where = f"calibration {name}"
     path, config, split = parse_name(name)
     kind = "dataset" if config or split else source_kind(SourceRecipe(path), "calibration")
     if kind == "corpus":
-        return load_corpus(path, cache_dir).train
+        return load_corpus(path, cache_dir)
     if kind == "text":
-        return corpus_from_files([path]).train
+        return corpus_from_files([path])
     if kind == "dataset":
         rows = load_rows(path, config, split, streaming=True, where=where)
     else:
@@ -157,7 +193,7 @@ def _texts(name: str, tokenizer: PreTrainedTokenizerBase | None, cache_dir: str 
     found = list(_beginning(_documents(rows, where, tokenizer)))
     if not found:
         raise ValueError(f"{where} holds no text")
-    return found
+    return Corpus(name, "unknown", path, found, [])
 
 
 def _documents(
