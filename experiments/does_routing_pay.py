@@ -13,18 +13,19 @@ Needs the extra `llm`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, Chosen, Compared, cell_file
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, Chosen, Compared, cell_file
 from does_routing_pay_report import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-import moh  # noqa: F401  registers our models
+import moh
 from moh._files import write_text
 from moh.conversion.fitted import Made
 from moh.data.text.blocks import evenly_spread
@@ -41,12 +42,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--texts", nargs=2, default=["django-docs", "anarchism"], help="to calibrate on, half and half")
     parser.add_argument("--third", default="debian-handbook", help="a text that is only measured on")
-    parser.add_argument("--shares", nargs="+", type=float, default=[7 / 9, 6 / 9, 5 / 9, 4 / 9], help="of all heads")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, help="of all heads (default: 7, 6, 5 and 4 of 9; 3 and 2.5 of 4)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--calibration-tokens", type=int, default=24_576)
+    parser.add_argument("--calibration-tokens", type=int, default=49_152)
     parser.add_argument("--heldout-tokens", type=int, default=4_096, help="of each text")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 8_192], help="of the prompts that are timed")
-    parser.add_argument("--timed-shares", nargs="+", type=float, default=[7 / 9, 5 / 9])
+    parser.add_argument("--timed-shares", nargs="+", type=float, default=[7 / 9, 5 / 9, 3 / 4])
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
     parser.add_argument("--only", choices=("quality", "speed", "page"))
     parser.add_argument("--quick", action="store_true", help="one model, one share, few tokens, into --work")
@@ -73,7 +76,7 @@ def main() -> None:
 
 
 def _measure_quality(options: argparse.Namespace, name: str) -> None:
-    cells = [(method, share) for share in options.shares for method in options.methods]
+    cells = [(method, share) for share in options.shares or SHARES[name] for method in options.methods]
     missing = [cell for cell in cells if not cell_file(options.work, name, *cell).exists()]
     if not missing:
         return
@@ -87,13 +90,13 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
              "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    fitted = Compared(dense, calibration, router="linear")
+    fitted = Compared(dense, calibration)
     for method, share in missing:
         made = fitted.make_any(method, round(share * layers * heads))
         cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}
         cell["share"] = sum(made.used) / (layers * heads)
         cell["cache"] = _cache(dense, made.cached)
-        cell["texts"] = {text: _rise(fitted, made, held, original[text]) for text, held in heldout.items()}
+        cell["texts"] = {text: _rise(fitted, made, held, original[text], method) for text, held in heldout.items()}
         if made.model is not None:
             cell["parameters"] = sum(p.numel() for p in made.model.parameters())
             made.model.save_pretrained(cell_file(options.work, name, method, share).with_suffix(""))
@@ -102,27 +105,29 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
 
 def _measure_speed(options: argparse.Namespace, name: str) -> None:
     methods = [method for method in options.methods if method not in NOT_MODELS]
-    cells = [(method, share, n) for n in options.lengths for share in options.timed_shares for method in methods]
-    missing = [cell for cell in cells if not cell_file(options.work, name, *cell).exists()]
-    if not missing:
-        return
-    dense, tokenizer = _load(name)
-    text = pack_tokens(load_corpus(options.texts[0]).heldout, tokenizer, seq_len=max(options.lengths))
-    for method, share, length in missing:
-        made = cell_file(options.work, name, method, share).with_suffix("")
-        if not made.is_dir():
-            print(f"{made} has no model yet: run without --only speed first")
+    for share, length in itertools.product(
+        set(options.timed_shares) & set(options.shares or SHARES[name]), options.lengths
+    ):
+        missing = [m for m in methods if not cell_file(options.work, name, m, share, length).exists()]
+        paths = {m: cell_file(options.work, name, m, share).with_suffix("") for m in missing}
+        if absent := [str(path) for path in paths.values() if not path.is_dir()]:
+            print(f"no model yet in {', '.join(absent)}: run without --only speed first")
+        models = {m: AutoModelForCausalLM.from_pretrained(path).eval() for m, path in paths.items() if path.is_dir()}
+        if not models:
             continue
-        model = AutoModelForCausalLM.from_pretrained(made).eval()
-        report = measure_speed({"dense": dense, method: model}, prompt=text[:1, :length], decode_tokens=16,
-                               repeats=options.repeats, progress=False)  # fmt: skip
-        cell = {"kind": "speed", "model": name, "method": method, "aim": share, "length": length,
-                "share": model.config.share, "cpu": report.device, "threads": report.threads}  # fmt: skip
-        for phase in ("prefill", "decode"):
-            ours, theirs = (getattr(report.models[m], phase) for m in (method, "dense"))
-            ratios = [d / o for o, d in zip(ours.values, theirs.values, strict=True)]  # times, from rates
-            cell[phase] = {"to_dense": sorted(ratios)[len(ratios) // 2], "ratios": ratios, "dense_rate": theirs.median}
-        _save(cell_file(options.work, name, method, share, length), cell)
+        dense, tokenizer = _load(name)
+        text = pack_tokens(load_corpus(options.texts[0]).heldout, tokenizer, seq_len=length)
+        report = measure_speed({"dense": dense, **models}, prompt=text[:1], decode_tokens=16, repeats=options.repeats,
+                               progress=False)  # fmt: skip
+        for method, model in models.items():
+            cell = {"kind": "speed", "model": name, "method": method, "aim": share, "length": length,
+                    "share": model.config.share, "cpu": report.device, "threads": report.threads}  # fmt: skip
+            for phase in ("prefill", "decode"):
+                ours, theirs = (getattr(report.models[m], phase) for m in (method, "dense"))
+                ratios = [d / o for o, d in zip(ours.values, theirs.values, strict=True)]  # times, from rates
+                middle = sorted(ratios)[len(ratios) // 2]
+                cell[phase] = {"to_dense": middle, "ratios": ratios, "dense_rate": theirs.median}
+            _save(cell_file(options.work, name, method, share, length), cell)
 
 
 def _load(name: str) -> tuple[PreTrainedModel, Any]:
@@ -139,14 +144,19 @@ def _blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> tuple[Ten
     return train, held
 
 
-def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any) -> dict[str, float]:
+def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any, method: str) -> dict[str, float]:
+    used: float = sum(made.used)
     if isinstance(made, Made):
-        now = perplexity(made.model, heldout, batch_size=2)
+        with moh.record_routing(made.model) as routing:
+            now = perplexity(made.model, heldout, batch_size=2)
+        if method == ROUTED:  # an average, which another text may not have
+            active = [float(info.active.sum(-1).float().mean()) for _, info in routing.layers]
+            used = sum(active) / len(active) * len(made.used)
     else:
         with fitted.dense_with(made.changes) as model:
             now = perplexity(model, heldout, batch_size=2)
     above, stderr = perplexity_rise(now.block_losses, original.block_losses)
-    return {"perplexity": now.perplexity, "above": above, "stderr": stderr}
+    return {"perplexity": now.perplexity, "above": above, "stderr": stderr, "used": used}
 
 
 def _cache(dense: PreTrainedModel, kv_heads: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moh.config import MoHConfig
 from moh.conversion.allocation import Change, changed
+from moh.conversion.dense import OutputWeight
 from moh.conversion.fit import refit_output_projection, unique_part
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted, Made
 from moh.conversion.passes import OutputSums, collect_heads, head_contributions
@@ -22,9 +24,11 @@ from moh.conversion.transformers import DenseTextModel
 from moh.data.fetch import pip_download
 from moh.data.text.corpora import default_cache_dir
 from moh.demo.base_model import default_base_model
+from moh.routing import Router, build_router
 
+SAME_NUMBER = "routed, as many for every token"
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (ROUTED, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+METHODS = (ROUTED, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
 
@@ -58,6 +62,8 @@ def gemma() -> Path:
 
 
 MODELS: dict[str, Callable[[], Path]] = {"SmolLM2-135M": default_base_model, "Gemma-3-270M": gemma}
+SHARES = {"SmolLM2-135M": (7 / 9, 6 / 9, 5 / 9, 4 / 9), "Gemma-3-270M": (3 / 4, 5 / 8)}
+"""Of all heads: of 9 in each layer and of 4."""
 
 
 def cell_file(work: Path, name: str, method: str, share: float, *words: object) -> Path:
@@ -99,12 +105,16 @@ class Chosen:
 
 
 class Compared(Fitted):
-    """What `Fitted` makes, and the same numbers of heads chosen at random or by an oracle."""
+    """What `Fitted` makes, and the same numbers of heads chosen otherwise: as many for every token, at random, by an oracle."""
 
     def make_any(self, method: str, total: int, seed: int = 0) -> Made | Chosen:
         """The model by a method, with this many heads over all layers."""
         if method in NOT_MODELS:
             return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
+        if method == SAME_NUMBER:
+            routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
+            weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
+            return self._built(routers, weights, self._costs)
         return self.make(method, total)
 
     def _with_gates(self, layers: Sequence[MoHConfig], method: str, seed: int) -> Chosen:
@@ -143,6 +153,14 @@ class Compared(Fitted):
             for attention, change in zip(self.adapter.attentions, changes, strict=True):
                 stack.enter_context(changed(attention, change))
             yield self.adapter.model
+
+
+def _linear(router: Router) -> Router:
+    """The router that takes the largest of the same predictions."""
+    config = dataclasses.replace(router.config, router="linear")
+    made = build_router(config, router.contribution.in_features)
+    made.load_state_dict(router.state_dict(), strict=False)  # without the thresholds
+    return made
 
 
 def _zeros(adapter: DenseTextModel) -> Tensor:

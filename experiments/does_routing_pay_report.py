@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import METHODS, NOT_MODELS
+from does_routing_pay_models import METHODS, NOT_MODELS, ROUTED
 
 from moh._extras import require
 from moh._files import write_text
 
 NAME = "does_routing_pay"
-_COLOURS = dict(zip(METHODS, ("C0", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
+_COLOURS = dict(zip(METHODS, ("C0", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
 
 def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
@@ -42,14 +42,18 @@ def _quality(cells: list[dict[str, Any]]) -> list[str]:
         f"tokens); {texts[-1]} is of neither kind. Dense: "
         + ", ".join(f"{text} {first['dense'][text]:.2f} on {first['heldout_tokens'][text]:,} tokens" for text in texts)
         + f"; {first['dense_cache']:,} bytes of keys and values per token. {first['cpu']}, {first['threads']} thread(s), torch "
-        f"{first['torch']}, float32. Random heads and the oracle, which knows the true contributions, have the numbers of heads "
-        "of the routed model in every layer.",
+        f"{first['torch']}, float32. In brackets the share of heads that the tokens of this text used where it is an average. "
+        "Random heads and the oracle, which knows the true contributions, have the routed model's number of heads in every "
+        "layer, the same for every token.",
         "",
         "| share of heads | method | " + " | ".join(texts) + " | cache | parameters |",
         "| --- | --- |" + " --- |" * (len(texts) + 2),
     ]
     for cell in sorted(cells, key=lambda cell: (-cell["aim"], METHODS.index(cell["method"]))):
         rises = [f"{t['above']:+.1f} ± {t['stderr']:.1f}" for t in cell["texts"].values()]
+        if cell["method"] == ROUTED:
+            heads = sum(cell["used"]) / cell["share"]
+            rises = [f"{rise} ({t['used'] / heads:.0%})" for rise, t in zip(rises, cell["texts"].values(), strict=True)]
         size = f"{cell['parameters'] / 1e6:.1f}M" if "parameters" in cell else ""
         cache = f"{cell['cache'] / cell['dense_cache']:.0%}" if cell["method"] not in NOT_MODELS else ""
         lines.append("| " + " | ".join([f"{cell['share']:.0%}", cell["method"], *rises, cache, size]) + " |")

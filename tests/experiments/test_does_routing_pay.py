@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import transformers
-from does_routing_pay_models import METHODS, NOT_MODELS, RANDOM, Compared
+from does_routing_pay_models import METHODS, NOT_MODELS, RANDOM, ROUTED, Compared
 from does_routing_pay_report import write
 
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR
@@ -53,7 +53,7 @@ def test_random_heads_follow_the_seed(fitted) -> None:
 def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
     about = dict(model="tiny", cpu="a CPU", threads=1, torch="2", calibration_tokens=8, heldout_tokens={"a": 4, "b": 4},
                  calibrated_on=["a"], dense={"a": 2.0, "b": 3.0}, dense_cache=100)  # fmt: skip
-    text = dict(perplexity=2.5, above=12.5, stderr=0.5)
+    text = dict(perplexity=2.5, above=12.5, stderr=0.5, used=3.2)
     cells = [
         dict(about, kind="quality", method=method, aim=0.75, share=0.75, used=[3], cache=50, texts=dict(a=text, b=text))
         | ({} if method in NOT_MODELS else dict(parameters=2e6))
@@ -67,6 +67,7 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
     write(tmp_path, tmp_path, cells)
     page = (tmp_path / "does_routing_pay.md").read_text()
     for method in METHODS:
-        assert f"| 75% | {method} | +12.5 ± 0.5 | +12.5 ± 0.5 |" in page
+        rise = "+12.5 ± 0.5 (80%)" if method == ROUTED else "+12.5 ± 0.5"
+        assert f"| 75% | {method} | {rise} | {rise} |" in page
         assert (f"| 75% | {method} | 0.90 | 0.90 |" in page) is (method not in NOT_MODELS)
     assert (tmp_path / "does_routing_pay.png").stat().st_size > 1000
