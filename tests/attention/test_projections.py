@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import moh
 from moh.attention import projections
@@ -115,7 +116,7 @@ def test_shapes_that_do_not_fit_are_refused(message, call):
 
 @pytest.fixture
 def sparse_calls(monkeypatch, kernels):
-    """Names of the sparse products that were called."""
+    """Names of the sparse products that were called, those of backward passes included."""
     calls = []
     for name in ("cpu_expand", "cpu_sum_heads"):
         operator = getattr(torch.ops.moh, name)
@@ -166,7 +167,7 @@ def test_fused_projection_gives_the_dense_queries_keys_and_values(sparse_calls, 
 
 @pytest.mark.parametrize(
     "reason",
-    ["few tokens", "large share", "float16", "float64", "autocast", "hook", "adapter"],
+    ["few tokens", "large share", "float16", "float64", "float64 in autocast", "hook", "adapter"],
     ids=lambda r: r.replace(" ", "-"),
 )
 def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, monkeypatch, reason):
@@ -176,7 +177,7 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     if reason == "float16":  # on a processor with units for it
         monkeypatch.setattr(projections, "_capabilities", lambda: {"architecture": "x86_64", "avx512_fp16": True})
         linear, x, gates = linear.half(), x.half(), gates.half()
-    if reason == "float64":
+    if reason.startswith("float64"):  # autocast leaves it as it is
         linear, x, gates = linear.double(), x.double(), gates.double()
     if reason == "few tokens":
         x, gates = x[:, :10], gates[:, :10]
@@ -184,24 +185,106 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
         linear.register_forward_hook(lambda *_: seen.append("hook"))
     if reason == "adapter":
         linear = nn.Sequential(linear)
-    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason.endswith("autocast")):
         q = moh.attention.project_queries(linear, x, gates, share=0.9 if reason == "large share" else 0.5)
     assert q.shape == (1, x.shape[1], 4, 8)
     assert sparse_calls == []
     assert seen == (["hook"] if reason == "hook" else [])
 
 
+@pytest.fixture
+def units_of_bfloat16(monkeypatch, kernels):
+    """As on a processor with dot products of bfloat16: sparse products up to `MAX_SHARE_BFLOAT16`."""
+    monkeypatch.setattr(projections, "_has_dot_products", lambda: True)
+    monkeypatch.setattr(projections, "_is_emulated", lambda dtype: False)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["float32-weights", "bfloat16-weights"])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=["float32-inputs", "bfloat16-inputs"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("kind", ["queries", "qkv", "output"])
+def test_autocast_gives_the_dense_products_values_and_gradients_in_its_dtype(
+    sparse_calls, units_of_bfloat16, kind, bias, inputs, weights
+):
+    torch.manual_seed(0)
+    gates = (torch.rand(2, 50, 6) < 0.5).float()
+    active = gates[..., None]
+    linear = nn.Linear(48, 3 * 48 if kind == "qkv" else 48, bias=bias, dtype=weights)
+    x = torch.randn(2, 50, 48)
+    if kind == "output":
+        x = (x.unflatten(-1, (6, 8)) * active).flatten(2)
+    x = x.to(inputs).requires_grad_()
+    results = []
+    for share in (0.5, 1.0):  # the second is too large for the sparse product
+        sparse_calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            if kind == "output":
+                out = moh.attention.project_output(linear, x.unflatten(-1, (6, 8)), gates, share)
+            elif kind == "qkv":
+                q, k, v = moh.attention.project_qkv(linear, x, gates, share)
+                out = torch.stack([q * active.to(q.dtype), k, v])
+            else:
+                q = moh.attention.project_queries(linear, x, gates, share)
+                out = q * active.to(q.dtype)
+        assert out.dtype == torch.bfloat16
+        assert len(sparse_calls) == (1 if share == 0.5 else 0)
+        wanted = [x, *linear.parameters()]
+        grads = torch.autograd.grad(out, wanted, torch.ones_like(out))
+        assert [g.dtype for g in grads] == [p.dtype for p in wanted]
+        if kind == "output":  # the sparse product gives inactive heads, which are 0, no gradient
+            grads = ((grads[0].unflatten(-1, (6, 8)) * active).flatten(2), *grads[1:])
+        results.append([out, *grads])
+    for sparse, dense in zip(*results, strict=True):
+        assert_close(sparse.float(), dense.float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("mask", ["none", "causal", "padding"])
+def test_training_step_under_autocast_projects_active_heads_alone(
+    sparse_calls, units_of_bfloat16, monkeypatch, mask, use_checkpoint
+):
+    torch.manual_seed(0)
+    layer = moh.MoHAttention(64, num_heads=8, shared_heads=2, active_heads=2, num_kv_heads=4, router="linear")
+    x = torch.randn(2, 50, 64)
+    seen = torch.arange(50) < torch.tensor([[50], [30]]) if mask == "padding" else None
+
+    def attend(x):
+        return layer(x, is_causal=mask == "causal", key_padding_mask=seen)
+
+    results = []
+    for most in (projections.MAX_SHARE_BFLOAT16, 0.0):
+        sparse_calls.clear()
+        monkeypatch.setattr(projections, "MAX_SHARE_BFLOAT16", most)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint(attend, x, use_reentrant=False) if use_checkpoint else attend(x)
+            loss = out.float().square().sum()
+        forward = ["cpu_expand", "cpu_sum_heads"] if most else []
+        assert sparse_calls == forward
+        results.append([out, *torch.autograd.grad(loss, list(layer.parameters()))])
+        recomputed = forward if use_checkpoint else []
+        assert sparse_calls[len(forward) :][: len(recomputed)] == recomputed
+    for sparse, dense in zip(*results, strict=True):
+        assert sparse.dtype == dense.dtype
+        assert_close(sparse.float(), dense.float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_compiled_layer_is_one_graph_and_equals_eager(dtype):
+def test_compiled_layer_is_one_graph_and_equals_eager(dtype, autocast):
     torch.compiler.reset()
     torch.manual_seed(0)
     layer = moh.MoHAttention(32, num_heads=4, shared_heads=1, active_heads=1, router="linear", dtype=dtype)
     x = torch.randn(1, 80, 32, dtype=dtype, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    got, expected = compiled(x, is_causal=True), layer(x, is_causal=True)
-    torch.testing.assert_close(got, expected)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, expected = compiled(x, is_causal=True), layer(x, is_causal=True)
     weight = torch.randn_like(expected)
-    torch.testing.assert_close(torch.autograd.grad(got, x, weight), torch.autograd.grad(expected, x, weight))
+    results = [(y, *torch.autograd.grad(y, x, weight)) for y in (got, expected)]
+    for of_graph, eager in zip(*results, strict=True):
+        if autocast:  # a graph rounds to autocast's dtype in other places
+            assert_close(of_graph, eager, torch.bfloat16)
+        else:
+            torch.testing.assert_close(of_graph, eager)
 
 
 def test_emulated_bfloat16_is_replaced_at_any_share(sparse_calls, monkeypatch):

@@ -1,7 +1,8 @@
 """Query and output projection of the active heads alone, where that is faster than the dense product.
 
 Both need the gates first; for queries the router has to decide by the layer's input. Keys and values, which the heads of
-a group share, always take dense products.
+a group share, always take dense products. Under autocast inputs, weights and biases are converted to its dtype, as for the
+dense product.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moh.attention import cpu
-from moh.attention.call import autocasts, transforms_are_active, unsupported_dtype
+from moh.attention.call import DTYPES, autocasts, transforms_are_active, unsupported_dtype
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
@@ -92,9 +93,10 @@ def project_qkv(
 def _active_queries(kernels: str, weight: Tensor, bias: Tensor | None, x: Tensor, gates: Tensor) -> Tensor:
     B, N, H = gates.shape
     expand = on_gpu.expand if kernels == "triton" else torch.ops.moh.cpu_expand
-    heads: Tensor = expand(x.flatten(0, 1), weight, gates.detach().flatten(0, 1))
+    dtype = _product_dtype(x)
+    heads: Tensor = expand(x.flatten(0, 1).to(dtype), weight.to(dtype), gates.detach().flatten(0, 1))
     if bias is not None:
-        heads = heads + bias.view(H, -1)
+        heads = heads + bias.view(H, -1).to(dtype)
     return heads.view(B, N, H, heads.shape[-1])
 
 
@@ -108,13 +110,14 @@ def project_output(linear: nn.Module, heads: Tensor, gates: Tensor, share: float
         dense: Tensor = linear(heads.flatten(2))
         return dense
     assert isinstance(linear, nn.Linear)
-    rows, matrix, pairs = heads.flatten(0, 1), linear.weight.t(), gates.detach().flatten(0, 1)
+    dtype = _product_dtype(heads)
+    rows, matrix, pairs = heads.flatten(0, 1).to(dtype), linear.weight.to(dtype).t(), gates.detach().flatten(0, 1)
     if kernels == "triton":
         out = on_gpu.sum_heads(rows, matrix, pairs, zeroed=True)
     else:
         out = torch.ops.moh.cpu_sum_heads(rows, matrix, pairs)
     if linear.bias is not None:
-        out = out + linear.bias
+        out = out + linear.bias.to(dtype)
     return out.view(*heads.shape[:2], out.shape[-1])
 
 
@@ -136,13 +139,17 @@ def projections_passed_over(
 
 
 def is_plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether `linear` is PyTorch's own or a router's, of x's dtype and device: no adapter, hook, quantisation or offloading."""
+    """Whether `linear` is PyTorch's own or a router's: no adapter, hook, quantisation or offloading.
+
+    It must be on x's device and of x's dtype, or of one that autocast converts.
+    """
     if type(linear) not in (nn.Linear, Scorer) or not is_untouched(linear):
         return False
     weight: Any = linear.weight
     # While torch.compile traces, a plain weight may be a fake tensor, but one of torchao's is still its own.
     plain = type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_compiling() and not is_wrapper(weight))
-    return plain and weight.dtype == x.dtype and weight.device == x.device
+    fits = weight.dtype == x.dtype or (autocasts(x) and weight.dtype in DTYPES)
+    return plain and fits and weight.device == x.device
 
 
 def is_wrapper(weight: Any) -> bool:
@@ -175,14 +182,16 @@ def _why_dense(
         return f"on {device} it is used only by name"
     if name == "triton" and (unavailable := gpu.unavailable(device)) is not None:
         return str(unavailable)
-    if autocasts(x):
+    if name == "triton" and autocasts(x):
         return "autocast is on"
     if not is_plain(linear, x):
         return "the layer is more than a product with its weight: an adapter, a hook, quantised or of another dtype"
     if transforms_are_active():
         return "it has no rules for torch.func's transforms"
     assert isinstance(linear, nn.Linear)
-    return _why_not_cpu(x.dtype, share) if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
+    return (
+        _why_not_cpu(_product_dtype(x), share) if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
+    )
 
 
 def _why_not_cpu(dtype: torch.dtype, share: float) -> str | None:
@@ -215,6 +224,11 @@ def _why_not_triton(linear: nn.Linear, x: Tensor, kind: Kind, num_heads: int, sh
         dtype=x.dtype,
         major=major_of(x.device),
     )
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that PyTorch's product of x with a weight is computed in: autocast's, or x's own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
