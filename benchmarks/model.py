@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
 from benchmarks.dense import heads_of, weigh_heads
+from benchmarks.limits import INTERMEDIATE, VOCABULARY
 from moh.config import MoHConfig
 from moh.conversion.transformers import DenseTextModel
 from moh.evaluation.speed import cache_of
@@ -31,6 +32,9 @@ from moh.routing import build_router
 BASE = Case(
     "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
 )
+LONG = (2048, 8192)
+"""Tokens of the long texts of the full grid; a training step only at the first, as its logits alone take gigabytes."""
+
 GROUP_UNITS = ("group_balanced", "kv_group")
 """Units with whole groups of heads, or equally many heads in each: at a third and two thirds of the heads."""
 
@@ -51,7 +55,8 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
     if grid == "quick":
         chosen += _of_units(base)
     if grid == "full":
-        chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, 2048)]
+        chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, *LONG)]
+        chosen += [replace(training, length=LONG[0])]
         chosen += [replace(case, batch=8) for case in chosen[:2]]
     return chosen
 
@@ -121,9 +126,9 @@ def _checkpoint(path: str) -> PreTrainedModel:
 def _random_model(case: Case) -> PreTrainedModel:
     """A Llama of SmolLM2-135M's size: width 576, 30 layers, 49,152 tokens."""
     config = LlamaConfig(
-        vocab_size=49_152,
+        vocab_size=VOCABULARY,
         hidden_size=case.heads * case.width,
-        intermediate_size=1536,
+        intermediate_size=INTERMEDIATE,
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads,
         num_key_value_heads=case.kv_heads,

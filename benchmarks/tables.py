@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.cases import Case
+from benchmarks.limits import limit
 from benchmarks.results import Machine, Result, Run
 from benchmarks.targets import TARGETS, Reached, judge
 from benchmarks.timing import Row
@@ -121,7 +122,11 @@ def subject_table(subject: str, runs: Sequence[Run], kernels: str = "") -> Table
         "CPU",
         "dense, MB" if subject == "memory" else "dense, ms",
         *([RATES[subject]] if models else []),
-        *(f"ours, {share:.0%}" for share in shares),
+        *(
+            words
+            for share in shares
+            for words in _with_limit(subject, share, f"ours, {share:.0%}", f"limit, {share:.0%}")
+        ),
         *(f"{name}, {half:.0%}" for name in others),
         *(f"masked, {share:.0%}" for share in masked),
         *(["routing, of ours at 50%"] if routing else []),
@@ -134,12 +139,26 @@ def subject_table(subject: str, runs: Sequence[Run], kernels: str = "") -> Table
             if result.error is not None:
                 rows.append((label, letter, f"failed: {result.error}", *[NOTHING] * (len(header) - 3)))
                 continue
-            cells = [_ratio(result.row("ours", share)) for share in shares]
+            cells: list[str] = []
+            for share in shares:
+                ours = result.row("ours", share)
+                cells += _with_limit(subject, share, _ratio(ours), _limit(result.case, ours))
             cells += [_ratio(result.row(name, half)) for name in others]
             cells += [_ratio(result.row("masked", share)) for share in masked]
             rate = [_rate(result)] if models else []
             rows.append((label, letter, _absolute(result), *rate, *cells, *([_routing(result)] if routing else [])))
     return Table(SUBJECTS[subject], header, tuple(rows))
+
+
+def _with_limit(subject: str, share: float, ours: str, limit: str) -> list[str]:
+    """A column of ours and the next one, with the computed limit: for language models with fewer heads."""
+    return [ours, limit] if subject == "model" and share < 1 else [ours]
+
+
+def _limit(case: Case, ours: Row | None) -> str:
+    """The computed limit of a row, of the whole number of heads that it had."""
+    value = None if ours is None or ours.share is None else limit(case, ours.share)
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 RATES = {"images": "dense, images/s", "diffusion": "dense, steps/s"}
