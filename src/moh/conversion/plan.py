@@ -187,6 +187,7 @@ def plan(path: str | Path, *, revision: str | None = None, lengths: Sequence[int
         positions,
         dtype.itemsize,
         str(dtype).removeprefix("torch."),
+        "linear" if family.encoder else "threshold",
     )
 
 

@@ -150,7 +150,7 @@ class _Demo:
                 plain = self._convert(dense, blocks, shared, active, refined=False)
             self._measure("MoH, contribution router alone, untuned", plain, heldout, dense_row, dense_result)
             del plain
-        with self._step("converting our way (contribution router, uneven shares, refitted W_O)"):
+        with self._step("converting our way (as many heads as a token needs, uneven shares, refitted W_O)"):
             ours = self._convert(dense, blocks, shared, active, refined=True)
         self._measure("MoH, ours, untuned", ours, heldout, dense_row, dense_result)
 
@@ -235,6 +235,7 @@ class _Demo:
             active_heads=active,
             calibration=blocks,
             calibration_tokens=self.settings.calibration_tokens,
+            router="threshold" if refined else "linear",
             allocation="sensitivity" if refined else "even",
             refit_output=refined,
         )

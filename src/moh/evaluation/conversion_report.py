@@ -358,7 +358,7 @@ def _ratio(dense: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 
 def _counted(plan: Plan, lengths: Sequence[int], shares: Sequence[float]) -> dict[int, dict[float, float]]:
-    return {n: {share: plan.saved(share, n, router="linear") for share in shares} for n in lengths}
+    return {n: {share: plan.saved(share, n) for share in shares} for n in lengths}
 
 
 def _gains(times: Times) -> bool:
