@@ -36,7 +36,7 @@ class FromScratchRecipe:
         num_hidden_layers: L.
         hidden_size: C.
         intermediate_size: width of the feed-forward layers.
-        num_attention_heads: h, each of width C / h.
+        num_attention_heads: h, each of width C / h, or of `extra`'s head_dim.
         num_key_value_heads: heads of keys and values; null means h.
         max_position_embeddings: the longest sequence that the model supports.
         vocab_size: rows of the embedding; null means the tokenizer's. Without a tokenizer, the size of the new one.
@@ -63,10 +63,10 @@ class FromScratchRecipe:
         for number in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
             at_least(f"{name}.{number}", getattr(self, number), 1)
         at_least(f"{name}.max_position_embeddings", self.max_position_embeddings, 2)
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads and "head_dim" not in self.extra:
             raise ValueError(
-                f"{name}.hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
-                f"got {self.hidden_size}"
+                f"{name}.hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, or extra must "
+                f"set head_dim, got {self.hidden_size}"
             )
         if self.tokenizer is None and self.vocab_size is None:
             raise ValueError(f"{name} needs a tokenizer, or the vocab_size of the one to make from the training text")
