@@ -59,10 +59,14 @@ def write_page(out: Path, name: str) -> None:
         raise SystemExit(f"{file} is missing: no arm has run with all of its seeds yet")
     runs: Runs = json.loads(file.read_text(encoding="utf-8"))
     write_text(out / f"{name}.md", markdown(runs, name))
-    curves = {of_arm[0]["label"]: [run["curve"] for run in of_arm] for of_arm in runs.values()}
-    save(
-        plot_training(curves, quantity="held-out loss (nats per token)", title="Mean of the seeds"), out / f"{name}.png"
+    curves = {
+        of_arm[0]["label"]: [[(tokens / 1e6, loss) for tokens, loss in run["curve"]] for run in of_arm]
+        for of_arm in runs.values()
+    }
+    figure = plot_training(
+        curves, quantity="held-out loss (nats per token)", title="Mean of the seeds", over="million tokens"
     )
+    save(figure, out / f"{name}.png")
     print(out / f"{name}.md")
 
 

@@ -36,7 +36,9 @@ VARIANTS: dict[str, tuple[str, str | None, int, list[int]]] = {
     "moh_50": ("MoH, 50 %", "two_stage", 2, [3] * DEPTH),
     "shared_50": ("shared heads, one stage, 50 %", "single_stage", 2, [3] * DEPTH),
     "routed_50": ("no shared heads, 50 %", "two_stage", 0, [5] * DEPTH),
+    "gates": ("gates, 100 %", "two_stage", 2, [8] * DEPTH),  # not among the defaults
 }
+DEFAULT = ("dense", "moh_90", "moh_75", "moh_50", "shared_50", "routed_50")
 ABLATION = ("routed_50", "shared_50", "moh_50")
 
 
@@ -46,6 +48,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), metavar="VARIANT",
+                        help=f"{', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--name", default=NAME, help="of the results' files (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
@@ -55,7 +60,7 @@ def main() -> None:
         variant, seed = options.one
         run_one(variant, int(seed), options.epochs, options.runs)
         return
-    todo = [(v, s) for s in options.seeds for v in VARIANTS if not result_file(options.runs, v, s).exists()]
+    todo = [(v, s) for s in options.seeds for v in options.variants if not result_file(options.runs, v, s).exists()]
     command = [sys.executable, __file__, "--runs", str(options.runs), "--epochs", str(options.epochs), "--one"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = 0
@@ -139,22 +144,25 @@ def report(options: argparse.Namespace) -> None:
 
     runs = {
         name: [json.loads(result_file(options.runs, name, seed).read_text()) for seed in options.seeds]
-        for name in VARIANTS
+        for name in options.variants
     }
     settings = {"cpu": cpu_name(), "torch": torch.__version__, "epochs": options.epochs, "seeds": options.seeds}
     options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"{NAME}.json", json.dumps(settings | {"model": MODEL, "runs": runs}, indent=1) + "\n")
-    write_text(options.out / f"{NAME}.md", markdown(runs, settings))
-    picture(runs, options.out.parent / "images" / f"{NAME}.png")
-    head_picture(
-        options.runs / f"moh_50-{options.seeds[0]}" / "model", options.out.parent / "images" / f"{NAME}_heads.png"
+    write_text(
+        options.out / f"{options.name}.json", json.dumps(settings | {"model": MODEL, "runs": runs}, indent=1) + "\n"
     )
-    print(options.out / f"{NAME}.md")
+    write_text(options.out / f"{options.name}.md", markdown(runs, settings, options.name))
+    images = options.out.parent / "images"
+    picture(runs, images / f"{options.name}.png")
+    if "moh_50" in runs:
+        head_picture(options.runs / f"moh_50-{options.seeds[0]}" / "model", images / f"{options.name}_heads.png")
+    print(options.out / f"{options.name}.md")
 
 
-def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> str:
+def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], name: str = NAME) -> str:
     """The results page."""
-    seeds, steps = settings["seeds"], runs["dense"][0]["losses"][-1][0]
+    seeds, first = settings["seeds"], next(iter(runs.values()))[0]
+    steps = first["losses"][-1][0]
     lines = [
         "# Fashion-MNIST: image classification from scratch",
         "",
@@ -170,42 +178,48 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         "",
         "| model | heads used | parameters | top-1 | difference to dense | top-5 |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(row(name, runs) for name in VARIANTS if name not in ("shared_50", "routed_50")),
+        *(row(variant, runs) for variant in runs if variant not in ("shared_50", "routed_50")),
+    ]
+    if all(variant in runs for variant in ABLATION):
+        lines += [
+            "",
+            "## The paper's ablation, at 50 % of the heads",
+            "",
+            "| model | heads used | parameters | top-1 | difference to dense | top-5 |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(row(variant, runs) for variant in ABLATION),
+        ]
+    lines += [
         "",
-        "## The paper's ablation, at 50 % of the heads",
-        "",
-        "| model | heads used | parameters | top-1 | difference to dense | top-5 |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *(row(name, runs) for name in ABLATION),
-        "",
-        f"![Top-1 of every run](../images/{NAME}.png)",
+        f"![Top-1 of every run](../images/{name}.png)",
         "",
         "## Per class",
         "",
         "Correctly classified test images of each class, in percent, mean over seeds.",
         "",
-        "| class | " + " | ".join(VARIANTS[name][0] for name in VARIANTS) + " |",
-        "| --- |" + " --- |" * len(VARIANTS),
+        "| class | " + " | ".join(VARIANTS[variant][0] for variant in runs) + " |",
+        "| --- |" + " --- |" * len(runs),
     ]
-    for name in runs["dense"][0]["per_class"]:
-        cells = [f"{mean(run['per_class'][name] for run in runs[variant]):.1f}" for variant in VARIANTS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## Which heads each class uses",
-        "",
-        "The model with 50 % of the heads, first seed, on the test images (`moh inspect` draws it for any checkpoint).",
-        "",
-        f"![Head load per class and layer](../images/{NAME}_heads.png)",
-    ]
+    for label in first["per_class"]:
+        cells = [f"{mean(run['per_class'][label] for run in of_variant):.1f}" for of_variant in runs.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if "moh_50" in runs:
+        lines += [
+            "",
+            "## Which heads each class uses",
+            "",
+            "The model with 50 % of the heads, first seed, on the test images (`moh inspect` draws it for any checkpoint).",
+            "",
+            f"![Head load per class and layer](../images/{name}_heads.png)",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def row(name: str, runs: dict[str, list[dict[str, Any]]]) -> str:
-    ours, dense = runs[name], runs["dense"]
+    ours, dense = runs[name], runs.get("dense")
     share = ours[0]["share"]
     difference = "–"
-    if name != "dense":
+    if name != "dense" and dense is not None:
         difference = plus_minus([a["top1"] - b["top1"] for a, b in zip(ours, dense, strict=True)], sign="+")
     cells = [
         VARIANTS[name][0],
@@ -230,12 +244,12 @@ def picture(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(VARIANTS):
+    for index, name in enumerate(runs):
         values = [run["top1"] for run in runs[name]]
         colour = "#555555" if name == "dense" else "#d55e00" if name in ("shared_50", "routed_50") else "#0072b2"
         axes.plot([index] * len(values), values, "o", color=colour, alpha=0.6, markersize=6)
         axes.hlines(mean(values), index - 0.3, index + 0.3, color=colour, linewidth=2.5)
-    axes.set_xticks(range(len(VARIANTS)), [label.replace(", ", "\n") for label, *_ in VARIANTS.values()], fontsize=8)
+    axes.set_xticks(range(len(runs)), [VARIANTS[name][0].replace(", ", "\n") for name in runs], fontsize=8)
     axes.set_ylabel("top-1 on the test images (%)")
     axes.set_title("Fashion-MNIST: every run (dot) and the mean over seeds (line)", fontsize=10)
     axes.grid(axis="y", alpha=0.3)

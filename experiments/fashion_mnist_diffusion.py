@@ -31,11 +31,17 @@ BATCH = 32
 LEARNING_RATE = 5e-3  # 1e-3 leaves so narrow a model far from trained after so few steps
 
 # name -> (label, preset, shared heads and active routed heads of each layer; the last layer uses all, as published)
-VARIANTS: dict[str, tuple[str, str, dict[str, list[int]]]] = {
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("dense", "dit_micro_4", {}),
     "moh_90": ("MoH, 90 %", "moh_dit_micro_4_90", dict(shared_heads=[4, 4, 4, 8], active_heads=[3, 3, 3, 0])),
     "moh_75": ("MoH, 75 %", "moh_dit_micro_4_75", dict(shared_heads=[4, 4, 4, 8], active_heads=[1, 1, 2, 0])),
-}
+    # the paper's ablation of shared heads and of the first stage (table 5), not among the defaults
+    "shared_75": ("shared heads, one stage, 75 %", "moh_dit_micro_4_75",
+                  dict(router="single_stage", shared_heads=[4, 4, 4, 8], active_heads=[1, 1, 2, 0])),
+    "routed_75": ("no shared heads, 75 %", "moh_dit_micro_4_75",
+                  dict(shared_heads=[0, 0, 0, 8], active_heads=[5, 5, 6, 0])),
+}  # fmt: skip
+DEFAULT = ("dense", "moh_90", "moh_75")
 CLASSIFIER = "classifier"
 
 
@@ -45,6 +51,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), metavar="VARIANT",
+                        help=f"{', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--name", default=NAME, help="of the results' files (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=5000, help=f"optimiser steps of {BATCH} images (default: %(default)s)"
     )
@@ -58,7 +67,7 @@ def main() -> None:
         variant, seed = options.one
         train_classifier(options.runs) if variant == CLASSIFIER else run_one(variant, int(seed), options)
         return
-    todo = [(v, s) for s in options.seeds for v in VARIANTS if not result_file(options.runs, v, s).exists()]
+    todo = [(v, s) for s in options.seeds for v in options.variants if not result_file(options.runs, v, s).exists()]
     arguments = ["--runs", options.runs, "--steps", options.steps, "--samples", options.samples]
     arguments += ["--denoising-steps", options.denoising_steps, "--one"]
     done = 0
@@ -179,18 +188,20 @@ def report(options: argparse.Namespace) -> None:
 
     runs = {
         name: [json.loads(result_file(options.runs, name, seed).read_text()) for seed in options.seeds]
-        for name in VARIANTS
+        for name in options.variants
     }
     settings = {"cpu": cpu_name(), "torch": torch.__version__, "steps": options.steps, "seeds": options.seeds,
                 "samples": options.samples, "denoising_steps": options.denoising_steps}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / f"{NAME}.json", json.dumps(settings | {"model": SIZES, "runs": runs}, indent=1) + "\n")
-    write_text(options.out / f"{NAME}.md", markdown(runs, settings))
-    picture(options.runs, options.seeds[0], options.out.parent / "images" / f"{NAME}.png")
-    print(options.out / f"{NAME}.md")
+    write_text(
+        options.out / f"{options.name}.json", json.dumps(settings | {"model": SIZES, "runs": runs}, indent=1) + "\n"
+    )
+    write_text(options.out / f"{options.name}.md", markdown(runs, settings, options.name))
+    picture(options.runs, options.variants, options.seeds[0], options.out.parent / "images" / f"{options.name}.png")
+    print(options.out / f"{options.name}.md")
 
 
-def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> str:
+def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], name: str = NAME) -> str:
     """The results page."""
     lines = [
         "# Fashion-MNIST: image generation from scratch",
@@ -215,7 +226,7 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
             "",
             "| model | heads used | parameters | training loss | Frechet distance | difference to dense | precision | recall |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(row(name, runs, str(guidance)) for name in VARIANTS),
+            *(row(variant, runs, str(guidance)) for variant in runs),
         ]
     lines += [
         "",
@@ -223,7 +234,7 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) ->
         "",
         "The first seed, one column per class; every model starts from the same noise.",
         "",
-        f"![Samples of the dense model and of MoH, guidance off and on](../images/{NAME}.png)",
+        f"![Samples of the dense model and of MoH, guidance off and on](../images/{name}.png)",
     ]
     return "\n".join(lines) + "\n"
 
@@ -234,7 +245,7 @@ def row(name: str, runs: dict[str, list[dict[str, Any]]], guidance: str) -> str:
 
     distances = values(name, "frechet_distance")
     difference = "–"
-    if name != "dense":
+    if name != "dense" and "dense" in runs:
         pairs = zip(distances, values("dense", "frechet_distance"), strict=True)
         difference = plus_minus([a - b for a, b in pairs], sign="+")
     losses = [mean(loss for _, loss in run["losses"][-max(1, len(run["losses"]) // 10) :]) for run in runs[name]]
@@ -256,16 +267,16 @@ def plus_minus(values: list[float], sign: str = "", digits: int = 2) -> str:
     return f"{average} ± {stdev(values):.{digits}f}" if len(values) > 1 else average
 
 
-def picture(runs: Path, seed: int, path: Path) -> None:
+def picture(runs: Path, variants: list[str], seed: int, path: Path) -> None:
     """The grids of all variants under each other."""
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     from moh.inspection.plots import save
 
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 + 1.7 * len(variants)), layout="constrained")
     for axes, (name, guidance) in zip(
-        figure.subplots(len(VARIANTS), len(GUIDANCE)).flat, [(n, g) for n in VARIANTS for g in GUIDANCE], strict=True
+        figure.subplots(len(variants), len(GUIDANCE)).flat, [(n, g) for n in variants for g in GUIDANCE], strict=True
     ):
         axes.imshow(imread(runs / f"{name}-{seed}-{guidance}.png"), cmap="gray")
         axes.set_title(f"{VARIANTS[name][0]}, guidance {guidance}", fontsize=9)

@@ -71,26 +71,29 @@ def plot_over_layers(
     return figure
 
 
-def plot_training(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, quantity: str, title: str) -> Figure:
-    """One line per variant over the tokens read, the mean of its seeds, in a band from the least to the largest of them.
+def plot_training(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, quantity: str, title: str, over: str
+) -> Figure:
+    """One line per variant over the course of training, the mean of its seeds, in a band from the least to the largest.
 
     Args:
-        curves: name of the variant -> for each seed, (tokens, value) in rising order, at the same tokens for all seeds.
+        curves: name of the variant -> for each seed, (place, value) by rising place, at the same places for all seeds.
         quantity: label of the vertical axis.
         title: of the figure.
+        over: label of the horizontal axis: what places are.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for index, (name, seeds) in enumerate(curves.items()):
         colour = _COLOURS[index % len(_COLOURS)]
-        tokens = [point[0] / 1e6 for point in seeds[0]]
+        places = [place for place, _ in seeds[0]]
         by_point = list(zip(*([value for _, value in seed] for seed in seeds), strict=True))
         axes.fill_between(
-            tokens, list(map(min, by_point)), list(map(max, by_point)), color=colour, alpha=0.15, linewidth=0
+            places, list(map(min, by_point)), list(map(max, by_point)), color=colour, alpha=0.15, linewidth=0
         )
         mark = f"-{_MARKS[index % len(_MARKS)]}"
-        axes.plot(tokens, list(map(mean, by_point)), mark, color=colour, label=name, markersize=4)
-    axes.set(xlabel="million tokens", ylabel=quantity, title=title)
+        axes.plot(places, list(map(mean, by_point)), mark, color=colour, label=name, markersize=4)
+    axes.set(xlabel=over, ylabel=quantity, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

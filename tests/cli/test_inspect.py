@@ -43,10 +43,11 @@ def kinds(tmp_path: Path) -> Path:
 def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Path) -> None:
     out = kinds / "new" / "heads"
     groups = ["--group", f"a={kinds / 'a'}", "--group", f"code={kinds / '*.py'}"]
-    told = moh("inspect", moh_dir, *groups, "--output", out, "--seq-len", 8, "--permutations", 19, "--ablate", 2)
+    told = moh("inspect", moh_dir, *groups, "--output", out, "--seq-len", 8, "--permutations", 19, "--ablate", 2,
+               "--similarity", 2)  # fmt: skip
     assert told.code == 0, told.err
     drawn = figures("head_load", "group_load", "shared_routed", "distances", "ablation")
-    assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | TESTED | drawn
+    assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | TESTED | drawn | {"similarity.csv"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(moh_dir), AutoTokenizer.from_pretrained(moh_dir)
     texts = {
         "a": [file.read_text() for file in sorted((kinds / "a").iterdir())],
@@ -60,6 +61,7 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
     assert re.match(r"the groups' loads differ by \d\.\d{4} bits, p = ", told.out[2])
     summary = (out / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("# Which head does what: ") and "| code | " in summary
+    assert "| layer | attention patterns | outputs, cosine |" in summary and "scores of shared heads" not in summary
     assert f"p = {float(rows(out / 'tests.csv')[-1]['p']):.3g}" in summary
 
 
@@ -119,7 +121,7 @@ def test_classes_of_images_become_tables_and_figures(moh, classifiers, folder: P
     )
     assert told.code == 0, told.err
     drawn = figures("head_load", "group_load", "shared_routed")
-    routed = set() if kind == "dense" else TESTED | {"pairs.csv"} | figures("distances")
+    routed = set() if kind == "dense" else TESTED | {"pairs.csv", "scores.csv"} | figures("distances", "group_scores")
     assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | drawn | routed
     model = load_image_classifier(classifiers[kind])
     expected = inspect_groups(model, image_groups(model, FolderImages(folder))).rows()
@@ -195,6 +197,7 @@ def test_an_unknown_class_or_no_target_is_refused_before_anything_is_written(
         (["--group", "a=/nowhere.txt"], "no such text file or directory: /nowhere.txt"),
         (["--permutations", 0], "--permutations must be at least 1, got 0"),
         (["--ablate", -1], "--ablate must be at least 0, got -1"),
+        (["--similarity", -1], "--similarity must be at least 0, got -1"),
         (["--seq-len", 1], "seq_len must be at least 2 and max_tokens at least seq_len, got 1, 8192"),
         (["--dead", 0.99], "0 <= dead < overloaded <= 1 must hold, got dead = 0.99 and overloaded = 0.95"),
     ],

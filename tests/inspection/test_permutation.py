@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from moh.inspection import (
     load_entropy,
     pair_tests,
     permutation_test,
+    score_variation,
     specialised_heads,
     unusual_heads,
 )
@@ -156,3 +159,48 @@ def test_what_cannot_be_tested_is_told(test, use, permutations, message) -> None
 def test_one_group_with_a_single_input_among_larger_ones_is_tested() -> None:
     use = made_up({"a": noisy([0.5, 0.5], 9, 0), "b": [[0.1, 0.9]]})
     assert permutation_test(use, permutations=199)[-1]["p"] == pytest.approx(0.1, abs=0.06)  # one input in ten
+
+
+def scored(gates: list[list[list[float]]], layers: list[MoHConfig | None]):
+    """Head use with these gates `[G, H]` of each layer."""
+    use = random_use(len(gates[0]), layers)
+    return dataclasses.replace(use, gate=[torch.tensor(layer, dtype=torch.float64) for layer in gates])
+
+
+def test_scores_that_vary_in_shared_heads_alone_are_found_and_others_are_not() -> None:
+    config = MoHConfig(8, 3, 2)
+    steady, moved = [1.0] * 3 + [0.4] * 5, [2.0, 0.5, 3.0] + [0.4] * 5
+    *layers, whole = score_variation(scored([[steady, moved]] * 3, [config] * 3))
+    assert [row["layer"] for row in layers] == [0, 1, 2] and whole["layer"] == "all"
+    expected = [statistics.stdev(pair) / statistics.mean(pair) for pair in ((1, 2), (1, 0.5), (1, 3))]
+    assert whole["shared"] == pytest.approx(statistics.mean(expected)) and whole["routed"] == 0
+    assert whole["p"] < 0.01 and layers[0]["p"] == pytest.approx(1 / 56, abs=0.02)  # 8 choose 3 sets of shared heads
+    moved = [1.0] * 3 + [0.8, 0.1, 0.7, 0.2, 0.9]
+    (_, whole) = score_variation(scored([[steady, moved]], [config]))
+    assert whole["p"] == 1 and whole["difference"] < 0
+
+
+def test_random_scores_give_uniform_p() -> None:
+    config, generator = MoHConfig(10, 4, 3), torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(60):
+        gates = torch.rand(2, 5, 10, generator=generator).tolist()
+        found.append(score_variation(scored(gates, [config] * 2), permutations=39)[-1]["p"])
+    assert 0.35 < statistics.mean(found) < 0.65 and sum(p <= 0.1 for p in found) <= 14
+
+
+@pytest.mark.parametrize(
+    "config", [None, MoHConfig(4, 1, 1, "linear"), MoHConfig(4, 0, 2), MoHConfig(4, 4, 0)], ids=str
+)
+def test_layers_without_scores_of_both_kinds_are_not_tested(config) -> None:
+    with pytest.raises(ValueError, match="no layer has routing scores of shared and of routed heads"):
+        score_variation(random_use(3, [config]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "permutations", "message"),
+    [(1, 9, "at least 2 groups with inputs are needed, got 1"), (2, 0, "permutations must be at least 1, got 0")],
+)
+def test_scores_of_one_group_have_no_variation(groups, permutations, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_variation(random_use(groups, [MoHConfig(4, 1, 1)]), permutations=permutations)

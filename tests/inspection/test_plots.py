@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -99,6 +100,17 @@ def test_each_panel_shows_a_layers_loads_with_groups_and_marked_heads() -> None:
         assert [label.get_text() for label in axes.get_xticklabels()] == expected
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["group 2", "group 0"]
     assert "2 of 3 groups" in figure.get_suptitle() and "D: dense layer" in figure.get_suptitle()
+
+
+def test_scores_have_panels_of_their_own_and_one_scale() -> None:
+    use = dataclasses.replace(
+        random_use(2, [ROUTED, ROUTED]), gate=[torch.full((2, 4), v).double() for v in (0.5, 2.5)]
+    )
+    figure = plot_group_load(use, quantity="gate")
+    shown = [axes.images[0] for axes in figure.axes if axes.get_title().startswith("layer")]
+    assert [image.get_array().max() for image in shown] == [0.5, 2.5]
+    assert {image.get_clim() for image in shown} == {(0.0, 2.5)}
+    assert figure.get_suptitle() == "Routing score per group (S: shared)"
 
 
 def test_of_many_groups_and_layers_some_are_shown_and_the_title_says_so() -> None:

@@ -64,6 +64,10 @@ def add_parser(sub: Commands) -> None:
         help="remove one head at a time and measure the loss on N passages or images (default: don't)",
     )  # fmt: skip
     analysis.add_argument(
+        "--similarity", type=int, default=0, metavar="N",
+        help="compare every two heads' attention patterns and outputs on N passages or images; models of transformers",
+    )  # fmt: skip
+    analysis.add_argument(
         "--curve", action="store_true",
         help="also perplexity or accuracy against the share of heads, on the same inputs (moh curve also times it)",
     )  # fmt: skip
@@ -86,12 +90,14 @@ def run(arguments: Namespace) -> None:
 
 
 def _write(subject: Subject) -> None:
-    from moh.inspection import ablate_heads, inspect_groups
+    from moh.inspection import ablate_heads, head_similarity, inspect_groups
     from moh.inspection.plots import find_history, training_rows
     from moh.inspection.report import report
     from moh.inspection.statistics import choosing_layers
 
     arguments = subject.arguments
+    # First, as it refuses models that give no patterns
+    similarity = head_similarity(subject.model, subject.few(arguments.similarity)) if arguments.similarity else None
     use = inspect_groups(subject.model, subject.inputs(), seed=arguments.seed)
     ablation = ablate_heads(subject.model, subject.few(arguments.ablate)) if arguments.ablate else None
     found = report(
@@ -102,6 +108,7 @@ def _write(subject: Subject) -> None:
         dead=arguments.dead,
         overloaded=arguments.overloaded,
         ablation=ablation,
+        similarity=similarity,
         training=training_rows(find_history(arguments.model) or ()),
         notes=subject.notes,
     )
@@ -147,8 +154,9 @@ def _check_targets(arguments: Namespace) -> None:
             raise ValueError(f"--html must be a file in a directory that exists, got {arguments.html}")
     if arguments.curve and arguments.output is None:
         raise ValueError("--curve needs --output DIR, where the curve is written")
-    if arguments.ablate < 0:
-        raise ValueError(f"--ablate must be at least 0, got {arguments.ablate}")
+    for name in ("ablate", "similarity"):
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"--{name} must be at least 0, got {getattr(arguments, name)}")
     if arguments.permutations < 1:
         raise ValueError(f"--permutations must be at least 1, got {arguments.permutations}")
 

@@ -11,6 +11,7 @@ from moh._lazy import lazy
 from moh.inspection.ablation import HeadAblation, ablate_heads
 from moh.inspection.groups import HeadUse, InputSample, LayerHeads, inspect_groups
 from moh.inspection.inputs import GroupBatch, GroupedInputs, text_groups, token_groups
+from moh.inspection.similarity import HeadSimilarity, head_similarity
 from moh.inspection.statistics import (
     distance_rows,
     layer_rows,
@@ -18,6 +19,7 @@ from moh.inspection.statistics import (
     load_entropy,
     pair_tests,
     permutation_test,
+    score_variation,
     specialised_heads,
     unusual_heads,
 )
@@ -30,12 +32,14 @@ __all__ = [
     "GroupBatch",
     "GroupedInputs",
     "HeadAblation",
+    "HeadSimilarity",
     "HeadUse",
     "InputSample",
     "LayerHeads",
     "ablate_heads",
     "diffusion_groups",
     "distance_rows",
+    "head_similarity",
     "image_groups",
     "inspect_groups",
     "layer_rows",
@@ -43,6 +47,7 @@ __all__ = [
     "load_entropy",
     "pair_tests",
     "permutation_test",
+    "score_variation",
     "specialised_heads",
     "text_groups",
     "token_groups",

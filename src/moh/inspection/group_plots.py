@@ -1,4 +1,4 @@
-"""Pictures of how groups of inputs use heads: loads per group (the paper's figure "head load per class"), shared against
+"""Pictures of how groups of inputs use heads: loads and scores per group (the paper's figures), shared against
 routed heads, distances between groups, and what each head is worth.
 
 Needs the extra `plot` (matplotlib); `plots` saves them, with the rows that they show.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from moh._extras import require
 from moh.inspection.ablation import HeadAblation
@@ -28,20 +29,26 @@ MAX_GROUPS = 12
 MAX_LAYERS = 12
 """By default at most this many layers are shown, evenly spread."""
 _CELL, _WIDEST = 0.24, 2.6  # inches: width of a head, and the most of a panel
+_BAR = {
+    "load": ("share of tokens that use the head", "share of tokens"),
+    "gate": ("routing score, mean over tokens", "routing score"),
+}
 _PAGE = 12.0  # inches, of all panels of a row together
 
 
 def plot_group_load(
     use: HeadUse,
     *,
+    quantity: Literal["load", "gate"] = "load",
     groups: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """One panel per layer: the share of each group's tokens that use each head; shared heads are marked S.
+    """One panel per layer: the share of each group's tokens that use each head, or its score; shared heads are marked S.
 
     Args:
         use: from `moh.inspection.inspect_groups`.
+        quantity: "load", or "gate": the mean routing score, 0 counting where a head is inactive.
         groups: names to show; None shows all, or the `MAX_GROUPS` most distinctive if there are more.
         layers: layers to show; None shows those in which tokens choose (elsewhere every load is 1), or `MAX_LAYERS` of
             them, evenly spread.
@@ -63,11 +70,13 @@ def plot_group_load(
     size = (max(5.0, labels + columns * width + 1.1), 1.0 + rows * (_CELL * len(chosen) + 0.62))
     figure = new_figure(*size)
     grid = figure.subplots(rows, columns, squeeze=False)
+    values: list[Tensor] = getattr(shown, quantity)
+    most = 1.0 if quantity == "load" else max(float(values[place].nan_to_num().max()) for place in places)
     image = None
     for panel, place in enumerate(places):
         axes = grid[panel // columns][panel % columns]
         image = axes.imshow(
-            shown.load[place].numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+            values[place].numpy(), cmap="cividis", vmin=0, vmax=most, aspect="auto", interpolation="nearest"
         )
         axes.set_title(f"layer {place}", fontsize=9)
         _head_ticks(axes, use.layers[place])
@@ -77,12 +86,14 @@ def plot_group_load(
         axes.set_axis_off()
     assert image is not None
     bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015)
-    bar.set_label("share of tokens that use the head" if size[1] > 2.6 else "share of tokens", fontsize=9)
+    long, short = _BAR[quantity]
+    bar.set_label(long if size[1] > 2.6 else short, fontsize=9)
     some = f", {len(chosen)} of {total} groups" if len(chosen) < total else ""
     some += f", {len(places)} of {len(use.layers)} layers" if len(places) < len(use.layers) else ""
     dense = ", D: dense layer" if any(use.layers[place].config is None for place in places) else ""
-    marks = f"(S: shared, always 1{dense})"
-    figure.suptitle(title if title is not None else f"Head load per group{some} {marks}", fontsize=11)
+    marks = f"(S: shared{', always 1' if quantity == 'load' else ''}{dense})"
+    name = "Head load" if quantity == "load" else "Routing score"
+    figure.suptitle(title if title is not None else f"{name} per group{some} {marks}", fontsize=11)
     return figure
 
 

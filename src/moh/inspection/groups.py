@@ -20,6 +20,7 @@ from moh.data.seeds import make_key
 from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.inspection.tables import Row, save_parquet, save_rows, to_pandas
 from moh.inspection.trace import LayerTrace, trace
+from moh.routing import router_class
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,6 +44,11 @@ class LayerHeads:
     def routed(self) -> list[int]:
         """The heads that tokens choose among; none if every token uses every head."""
         return list(self.config.routed_indices) if self.config is not None else []
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether its gates are weights, and not only 1 and 0."""
+        return self.config is not None and not router_class(self.config.router).is_hard
 
     def kind(self, head: int) -> str:
         """ "dense" (the layer does not route), "shared" or "routed"."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from moh.inspection.group_plots import (
 )
 from moh.inspection.groups import HeadUse
 from moh.inspection.plots import plot_head_load, plot_training, save_with_data
+from moh.inspection.similarity import HeadSimilarity
 from moh.inspection.statistics import (
     choosing_layers,
     distance_rows,
     layer_rows,
     pair_tests,
     permutation_test,
+    score_variation,
     specialised_heads,
     unusual_heads,
 )
@@ -50,7 +53,9 @@ class InspectionReport:
         pairs: rows of `pair_tests`; empty for more than `MAX_PAIR_GROUPS` groups.
         specialised: rows of `specialised_heads`.
         unusual: rows of `unusual_heads`.
+        scores: rows of `score_variation`; empty where it can't be tested.
         ablation: what each head is worth, if measured.
+        similarity: of every two heads, if measured.
         training: rows of `training_rows`, if there is a log.
         notes: sentences on the inputs, for the summary.
     """
@@ -62,7 +67,9 @@ class InspectionReport:
     pairs: list[Row]
     specialised: list[Row]
     unusual: list[Row]
+    scores: list[Row] = field(default_factory=list)
     ablation: HeadAblation | None = None
+    similarity: HeadSimilarity | None = None
     training: list[Row] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -82,7 +89,7 @@ class InspectionReport:
         use.save_csv(directory / "heads.csv")
         use.save_parquet(directory / "heads.parquet")
         save_rows(directory / "layers.csv", layer_rows(use))
-        for name in ("tests", "pairs", "specialised", "unusual"):
+        for name in ("tests", "pairs", "specialised", "unusual", "scores"):
             if rows := getattr(self, name):
                 save_rows(directory / f"{name}.csv", rows)
         load = use.mean_load()
@@ -95,19 +102,32 @@ class InspectionReport:
         save_with_data(plot_head_load(load, use.configs, title=title), of_head, directory / "head_load")
         columns = ("group", "layer", "head", "kind", "load")
         save_with_data(per_group, [{c: row[c] for c in columns} for row in use.rows()], directory / "group_load")
+        if any(layer.has_scores for layer in use.layers):
+            scores = plot_group_load(use, quantity="gate", groups=groups)
+            columns = ("group", "layer", "head", "kind", "gate")
+            save_with_data(scores, [{c: row[c] for c in columns} for row in use.rows()], directory / "group_scores")
         kinds = shared_and_routed_rows(use)
         save_with_data(plot_shared_and_routed(kinds), kinds, directory / "shared_routed")
         if distances := distance_rows(use):
             save_with_data(plot_distances(use, self.tests), distances, directory / "distances")
         if self.ablation is not None:
             save_with_data(plot_ablation(self.ablation), self.ablation.rows(), directory / "ablation")
+        if self.similarity is not None and self.similarity.rows():
+            self.similarity.save_csv(directory / "similarity.csv")
         if self.training:
             save_with_data(plot_training(self.training), self.training, directory / "training")
         write_text(directory / "summary.md", self.markdown())
 
     def markdown(self) -> str:
         """The summary."""
-        parts = [self._inputs(), self._differences(), self._heads(), self._ablation()]
+        parts = [
+            self._inputs(),
+            self._differences(),
+            self._heads(),
+            self._scores(),
+            self._ablation(),
+            self._similarity(),
+        ]
         return "\n".join([f"# Which head does what: {self.name}", "", *(line for part in parts for line in part)])
 
     def _inputs(self) -> Iterator[str]:
@@ -187,6 +207,20 @@ class InspectionReport:
             )
             yield ""
 
+    def _scores(self) -> Iterator[str]:
+        if not self.scores:
+            return
+        *layers, whole = self.scores
+        more = sum(_of(row, "difference") > 0 for row in layers)
+        yield "## Do the scores of shared heads vary more?"
+        yield ""
+        yield (
+            f"Standard deviation of a head's mean gate over the groups, relative to its mean: {_of(whole, 'shared'):.3f} for "
+            f"shared heads, {_of(whole, 'routed'):.3f} for routed ones, mean over layers; larger for shared heads in {more} of "
+            f"{len(layers)} layers. Against any other choice of shared heads: p = {_of(whole, 'p'):.3g} (scores.csv)."
+        )
+        yield ""
+
     def _ablation(self) -> Iterator[str]:
         if self.ablation is None:
             return
@@ -212,6 +246,17 @@ class InspectionReport:
         ]
         yield from _table(("layer", "head", "kind", "rise ± standard error"), columns)
 
+    def _similarity(self) -> Iterator[str]:
+        means = [] if self.similarity is None else self.similarity.means()
+        if not means:
+            return
+        yield "## How alike heads are"
+        yield ""
+        yield "Mean over the pairs of heads that a token uses: 1 means the same (each pair: similarity.csv)."
+        yield ""
+        rows = [(row["layer"], f"{_of(row, 'patterns'):.3f}", f"{_of(row, 'outputs'):.3f}") for row in means]
+        yield from _table(("layer", "attention patterns", "outputs, cosine"), rows)
+
 
 def report(
     name: str,
@@ -222,6 +267,7 @@ def report(
     dead: float = 0.01,
     overloaded: float = 0.95,
     ablation: HeadAblation | None = None,
+    similarity: HeadSimilarity | None = None,
     training: Sequence[Row] = (),
     notes: Sequence[str] = (),
 ) -> InspectionReport:
@@ -235,6 +281,7 @@ def report(
         dead: threshold of `unusual_heads`.
         overloaded: threshold of `unusual_heads`.
         ablation: from `ablate_heads`.
+        similarity: from `head_similarity`.
         training: from `training_rows`.
         notes: sentences on the inputs, for the summary.
 
@@ -244,7 +291,9 @@ def report(
     unusual = unusual_heads(use, dead=dead, overloaded=overloaded)
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    untested, tests, pairs, specialised = "", [], [], []
+    untested, tests, pairs, specialised, scores = "", [], [], [], []
+    with suppress(ValueError):  # layers without scores, or one group: there is nothing to compare
+        scores = score_variation(use, permutations=permutations, seed=seed)
     try:
         tests = permutation_test(use, permutations=permutations, seed=seed)
     except ValueError as error:
@@ -256,7 +305,18 @@ def report(
         if 2 < int((sizes > 0).sum()) <= MAX_PAIR_GROUPS and int(sizes[sizes > 0].min()) > 1:
             pairs = pair_tests(use, permutations=permutations, seed=seed)
     return InspectionReport(
-        name, use, untested, tests, pairs, specialised, unusual, ablation, list(training), tuple(notes)
+        name,
+        use,
+        untested,
+        tests,
+        pairs,
+        specialised,
+        unusual,
+        scores,
+        ablation,
+        similarity,
+        list(training),
+        tuple(notes),
     )
 
 

@@ -233,6 +233,68 @@ def specialised_heads(use: HeadUse, *, permutations: int = 999, seed: int = 0) -
     return sorted(rows, key=lambda row: (row["p"], -abs(float(row["z"]))))
 
 
+def score_variation(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
+    """Do the routing scores of shared heads vary more between groups than those of routed heads?
+
+    A head's score in a group is its mean gate there, 0 counting where it is inactive; its variation is the standard deviation
+    over the groups divided by their mean, so that heads of large and of small gates compare. The statistic is the mean
+    variation of a layer's shared heads minus that of its routed heads. It is compared with the same layer when any other of
+    its heads are called shared: `p = (1 + number at least as large) / (1 + permutations)`. Layers whose gates are only 1 and 0
+    have no scores of shared heads and are left out.
+
+    Args:
+        use: at least two groups with inputs.
+        permutations: at least 1.
+        seed: seed of the exchanges.
+
+    Returns:
+        layer ("all" in the last row: the mean of the layers, exchanged in each), shared, routed, difference, p, and p_holm
+        (adjusted over the layers; equal to p in the last row). A small p is in favour of the shared heads; one near 1 means
+        that routed heads vary more.
+
+    Raises:
+        ValueError: `permutations` is below 1, fewer than two groups have inputs, or no layer has scores of both kinds of heads.
+    """
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    present = use.inputs > 0
+    if present.sum() < 2:
+        raise ValueError(f"at least 2 groups with inputs are needed, got {int(present.sum())}")
+    layers: list[tuple[int, Tensor, Tensor]] = []  # place, variation [H], whether shared [H]
+    for place, layer in enumerate(use.layers):
+        if layer.config is None or not layer.has_scores or not layer.config.active_heads:
+            continue
+        gates = use.gate[place][present]  # [G, H]
+        is_shared = torch.zeros(layer.num_heads, dtype=torch.bool)
+        is_shared[list(layer.config.shared_indices)] = True
+        if is_shared.any() and not is_shared.all():
+            mean = gates.mean(0)  # 0: never used by any group, which is no variation
+            layers.append((place, torch.where(mean > 0, gates.std(0) / mean, 0.0), is_shared))
+    if not layers:
+        raise ValueError("no layer has routing scores of shared and of routed heads: their variation can't be compared")
+
+    def difference(variation: Tensor, chosen: Tensor) -> Tensor:
+        return variation[chosen].mean() - variation[~chosen].mean()
+
+    observed = torch.stack([difference(variation, chosen) for _, variation, chosen in layers])
+    generator = torch.Generator().manual_seed(seed)
+    larger = torch.zeros(len(layers) + 1)
+    for _ in range(permutations):
+        exchanged = torch.stack(
+            [difference(v, chosen[torch.randperm(len(chosen), generator=generator)]) for _, v, chosen in layers]
+        )
+        larger[:-1] += exchanged >= observed - 1e-12
+        larger[-1] += exchanged.mean() >= observed.mean() - 1e-12
+    p = ((1 + larger) / (1 + permutations)).tolist()
+    means = torch.tensor([[float(v[chosen].mean()), float(v[~chosen].mean())] for _, v, chosen in layers])
+    names: list[int | str] = [*(place for place, _, _ in layers), "all"]
+    columns = zip(names, [*means.tolist(), means.mean(0).tolist()], p, [*holm(p[:-1]), p[-1]], strict=True)
+    return [
+        {"layer": name, "shared": shared, "routed": routed, "difference": shared - routed, "p": own, "p_holm": of_all}
+        for name, (shared, routed), own, of_all in columns
+    ]
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted by Holm's method, which bounds the chance of any false alarm among all of them."""
     adjusted = [0.0] * len(p)
