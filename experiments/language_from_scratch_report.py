@@ -45,7 +45,9 @@ def measure(model: Any, corpora: Mapping[str, StoredBlocks], most: int) -> dict[
         chosen = [blocks[int(index)] for index in torch.linspace(0, len(blocks) - 1, count)]
         total, tokens = 0.0, 0
         for start in range(0, count, _BATCH):
-            batch = default_collate(chosen[start : start + _BATCH])
+            batch = {
+                name: part.to(model.device) for name, part in default_collate(chosen[start : start + _BATCH]).items()
+            }
             labels = batch.pop("labels")[:, 1:]
             with record_routing(model) as routing:
                 logits = model(**batch, use_cache=False).logits[:, :-1]
