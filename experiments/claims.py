@@ -188,7 +188,7 @@ def recipe_of(name: str, seed: int, options: argparse.Namespace, work: Path, out
                 extra={"head_dim": options.width // HEADS},
             )
         ),
-        data=DataRecipe(  # weights by size: with as many tokens as there are, every text is read once
+        data=DataRecipe(  # weights by size: with as many tokens as there are, all is read about once
             sources=[SourceRecipe(str(work / "text" / f"{n}.train.jsonl"), weight=size) for n, size in sizes.items()],
             heldout_sources=[SourceRecipe(str(work / "text" / f"{n}.heldout.jsonl")) for n in sizes],
             seq_len=options.seq_len,
