@@ -22,7 +22,7 @@ from moh.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
-PAGES = [*TUTORIALS, DOCS / "backbone.md"]
+PAGES = [*TUTORIALS, DOCS / "backbone.md", DOCS / "tune.md"]
 BLOCK = re.compile(r'^```(python|console|yaml title="([^"]+)")\n(.*?)^```', re.MULTILINE | re.DOTALL)
 OWN_TESTS = {"serve": "tests/cli/test_serving.py"}
 """Commands that don't end by themselves -> where they are tested."""
@@ -143,8 +143,28 @@ def heads(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / "smollm2-moh")
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads}
-"""Name of a tutorial -> the function that makes tiny models in its directory."""
+def tune(folder: Path) -> None:
+    """A tiny dense model in `smollm2` and the MoH model converted from it in `smollm2-moh`; their tokens are letters."""
+    pytest.importorskip("trl", reason="the test extra is not installed")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=256, pad_token_id=0, eos_token_id=1)
+    dense = LlamaForCausalLM(config)
+    made = {"smollm2": dense, "smollm2-moh": moh.convert(dense, shared_heads=1, active_heads=2, router="query_norm")}
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads, "tune": tune}
+"""Name of a page -> the function that makes tiny models in its directory."""
 
 
 STAND_INS = {"convert": _language_model, "images": _image_models}
