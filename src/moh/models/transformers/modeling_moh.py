@@ -59,6 +59,7 @@ class Router(nn.Module):
     """
 
     balance_weight = 0.0
+    thresholds: Tensor
 
     def __init__(self, config: Any, kind: str, shared: Any, active: int) -> None:
         super().__init__()
