@@ -63,7 +63,7 @@ def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm.models._hub as of_timm
     import transformers.utils.hub as of_transformers
 
-    patch(huggingface_hub, HfApi=LocalApi)
+    patch(huggingface_hub, HfApi=LocalApi, hf_hub_download=download)
     patch(cards, hf_hub_download=download)
     patch(of_transformers, hf_api=LocalApi)
     patch(of_timm, HfApi=LocalApi, hf_hub_download=download)

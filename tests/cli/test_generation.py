@@ -170,6 +170,14 @@ def test_a_models_text_does_not_steer_the_terminal(moh, moh_dir: Path, monkeypat
     assert moh("chat", moh_dir, "--max-new-tokens", 2, "--temperature", 0).out[:2] == shown
 
 
+def test_one_prompt_as_json_is_the_text_that_is_printed_otherwise(moh, moh_dir: Path) -> None:
+    command = ["generate", moh_dir, "the head reads", "--max-new-tokens", 4]
+    (line,) = moh(*command, "--json").out
+    assert json.loads(line)["prompt"] == "the head reads"
+    # the printed text is one stream: the prompt's, then the model's
+    assert "\n".join(moh(*command).out).strip() == f"the head reads {json.loads(line)['text'].strip()}"
+
+
 def test_json_keeps_a_models_text_without_steering_the_terminal(moh, moh_dir: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("moh.cli.generation.continuations", lambda *_, **__: [STEERING])
     (tmp_path / "prompts.txt").write_text("the head\n")

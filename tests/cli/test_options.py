@@ -18,8 +18,17 @@ SUB = next(action for action in build_parser()._actions if action.dest == "comma
 PARSERS = {name: parser for name, parser in SUB.choices.items() if name != "eval"}
 KINDS = next(action for action in SUB.choices["eval"]._actions if action.dest == "eval_command").choices
 PARSERS |= {f"eval {name}": parser for name, parser in KINDS.items()}
-LOADING = ("convert", "eval text", "eval images", "eval MODEL", "sample", "inspect", "generate", "chat", "curve")
-FIGURES = (*LOADING[:4], "eval lm", "eval fid", "inspect", "curve", "info", "train", "extend-vocabulary")
+EXPORTS = next(action for action in SUB.choices["export"]._actions if action.dest == "kind").choices
+PARSERS |= {f"export {name}": parser for name, parser in EXPORTS.items()}
+NO_JSON = {
+    "chat": "a conversation",
+    "explore": "an application",
+    "serve": "a server, whose answers are JSON",
+    "export": "its sub-commands have it",
+    "lm-eval": "another program's own options",
+    "run": "another program's own options",
+}
+"""Commands without `--json`, and why."""
 OUTPUT = ("demo", "convert", "eval lm", "sample", "inspect", "curve", "extend-vocabulary")
 
 
@@ -37,14 +46,9 @@ def test_every_command_takes_debug(name: str) -> None:
     assert "--debug" in options(name)
 
 
-@pytest.mark.parametrize("name", LOADING)
-def test_commands_that_load_a_model_place_it_alike(name: str) -> None:
-    assert {"--device", "--dtype", "--device-map", "--revision"} <= options(name)
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_commands_that_print_figures_print_json(name: str) -> None:
-    assert "--json" in options(name)
+@pytest.mark.parametrize("name", PARSERS)
+def test_commands_that_end_with_a_result_print_it_as_json(name: str) -> None:
+    assert ("--json" in options(name)) == (name not in NO_JSON)
 
 
 @pytest.mark.parametrize("name", OUTPUT)
@@ -126,28 +130,20 @@ def test_a_place_that_is_not_there_is_told(moh, base_dir: Path, given, message) 
     assert result.code == 2 and message in result.err[-1]
 
 
-def test_a_revision_reaches_every_file_of_the_model(moh, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def load(*args: object, revision: str | None = None, **options: object) -> None:
-        seen.append(revision)
-        raise OSError("no hub here")
-
-    for name in ("AutoTokenizer", "AutoConfig"):
-        monkeypatch.setattr(f"moh.models.transformers.loading.{name}.from_pretrained", load)
-    assert moh("generate", "owner/model", "the head", "--revision", "v2").code == 1
-    assert moh("info", "owner/model", "--revision", "v3").code == 1
-    assert seen == ["v2", "v3"]
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["eval", "images", "{text}"], "model must be an image classifier, and "),
         (["eval", "text", "{images}"], "model must be a language model, and "),
         (["eval", "images", "{images}"], "--images must be given, because "),
-        (["eval", "{images}", "--images", "{folder}", "--dtype", "bfloat16"], "--dtype must be float32 for an image"),
-        (["eval", "{images}", "--images", "{folder}", "--device-map", "auto"], "--device-map is for models of transf"),
+        (
+            ["eval", "{images}", "--images", "{folder}", "--dtype", "bfloat16"],
+            "--dtype must be float32 for a network that reads images",
+        ),
+        (
+            ["eval", "{images}", "--images", "{folder}", "--device-map", "auto"],
+            "--device-map is for language models of transf",
+        ),
     ],
     ids=" ".join,
 )
@@ -185,6 +181,57 @@ def test_info_describes_a_model_in_json(moh, moh_dir: Path, base_dir: Path) -> N
     read = json.loads(moh("info", moh_dir, "--json").out[0])
     assert (read["model_type"], read["share_of_heads"], read["layers"], read["runs"]) == ("moh_llama", 0.5, 2, "moh")
     assert json.loads(moh("info", base_dir, "--json").out[0])["share_of_heads"] is None
+
+
+def test_the_list_of_recipes_is_json_too(moh) -> None:
+    read, shown = json.loads(moh("train", "--list", "--json").out[0]), moh("train", "--list").out
+    assert [f"{name} {about}" for name, about in read["recipes"].items()] == [
+        " ".join(row.split()) for row in shown[:-1]
+    ]
+    assert read["directory"] in shown[-1]
+
+
+def test_the_demo_prints_its_report_as_json_alone(moh, base_dir, text_file, tmp_path) -> None:
+    result = moh("demo", "--base", base_dir, "--files", text_file, "--steps", 1, "--json", "-o", tmp_path / "demo")
+    read = json.loads(result.out[0])
+    assert result.code == 0 and len(result.out) == 1 and read.pop("output") == str(tmp_path / "demo")
+    assert read == json.loads((tmp_path / "demo" / "report.json").read_text())
+
+
+def test_a_vocabulary_is_extended_in_the_requested_dtype(moh, base_dir: Path, tmp_path: Path) -> None:
+    for options, dtype in (([], torch.float32), (["--dtype", "bfloat16", "--device", "cpu"], torch.bfloat16)):
+        assert moh("extend-vocabulary", base_dir, base_dir, tmp_path / "new", *options).code == 0
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("place", "handed"),
+    [
+        ([], []),
+        (["--device", "cpu", "--dtype", "bfloat16"], ["--dtype", "bfloat16", "--device", "cpu"]),
+        (["--device-map", '{"": "cpu"}', "--active-heads", 3], []),
+    ],
+    ids=str,
+)
+def test_a_server_takes_the_place_before_the_model(moh, moh_dir: Path, monkeypatch, place, handed) -> None:
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    seen: list[list[str]] = []
+    monkeypatch.setattr("transformers.cli.transformers.app", seen.append)
+    assert moh("serve", *place, moh_dir, "--port", 8123).code == 0
+    assert seen == [["serve", str(moh_dir), *handed, "--port", "8123"]]
+    import transformers
+
+    kind = vars(transformers).pop("MoHLlamaForCausalLM")
+    model = kind.from_pretrained(moh_dir, device_map="meta")  # the server's own, unless a device map is given
+    assert model.device.type == ("cpu" if "--device-map" in place else "meta")
+    assert model.config.share == (1.0 if "--active-heads" in place else 0.5)
+
+
+@pytest.mark.parametrize("options", [["--dtype", "float16"], ["--device-map", "auto"], ["--revision", "v2"]], ids=str)
+def test_what_fids_network_can_not_take_is_refused(moh, folder: Path, options) -> None:
+    pytest.importorskip("torch_fidelity", reason="the diffusion extra is not installed")
+    result = moh("eval", "fid", folder / "ant", "--reference", folder / "bee", *options)
+    assert result.code == 2 and options[0] in result.err[-1]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def test_export_adds_the_code_to_a_copy_and_pushes_it(moh, moh_dir, tmp_path, hu
 
 def test_export_in_place(moh, moh_dir, tmp_path) -> None:
     shutil.copytree(moh_dir, tmp_path / "model")
-    assert moh("export", "remote-code", tmp_path / "model").code == 0
+    (line,) = moh("export", "remote-code", tmp_path / "model", "--json").out
+    assert json.loads(line) == {"output": str(tmp_path / "model"), "code": "modeling_moh.py"}
     assert (tmp_path / "model" / "modeling_moh.py").is_file()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from local_hub import OWNER, stand_in
 from moh._files import CARD_MARK
 from moh.config import MoHConfig
 from moh.models.card import describe, push_directory, write_card
+from moh.models.transformers.remote_code import export_remote_code
 
 
 @pytest.fixture
@@ -83,8 +85,28 @@ def test_a_directory_is_pushed_whole_under_its_name_and_its_card_names_it(saved:
     there = hub / OWNER / "tiny-moh"
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {p.name for p in there.iterdir()}
     assert f'from_pretrained("{OWNER}/tiny-moh")' in (there / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["transformers", "remote code", "timm", "diffusers", "a pipeline"])
+def test_a_directory_pushed_again_under_another_name_is_named_so(kind: str, saved: Path, hub: Path, tmp_path) -> None:
+    if kind == "remote code":
+        export_remote_code(saved)
+    elif kind != "transformers":
+        saved = tmp_path / "another"
+        saved.mkdir()
+        config = {"timm": {"architecture": "moh_vit_micro_patch4_28_75"}}.get(kind, {"_class_name": "MoHDiT"})
+        (saved / "config.json").write_text(json.dumps(config))
+        if kind == "a pipeline":
+            (saved / "model_index.json").write_text("{}")
+        write_card(saved, LAYERS, base="theirs/dense")
+    assert saved.name not in (saved / "README.md").read_text()
+    push_directory(saved)
+    first = (saved / "README.md").read_text()
     push_directory(saved, "other/name")
-    assert (hub / "other" / "name" / "config.json").is_file()
+    for folder in (saved, hub / "other" / "name"):
+        text = (folder / "README.md").read_text()
+        assert text == first.replace(f"{OWNER}/{saved.name}", "other/name") != first
+        assert kind in ("transformers", "remote code") or "base_model: theirs/dense" in text
 
 
 @pytest.mark.parametrize(("before", "kept"), [("Their card.", True), (f"{CARD_MARK}\nAn older one.", False)])

@@ -24,7 +24,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[
     """`hub("owner/name", {file: content})` makes a repository that the hub's own functions find; there is no other."""
     remote = tmp_path / "remote"
 
-    def download(name: str, filename: str) -> str:
+    def download(name: str, filename: str, *, revision: str | None = None) -> str:
         if not (remote / name).is_dir():
             raise LocalEntryNotFoundError("no connection")
         if not (remote / name / filename).is_file():

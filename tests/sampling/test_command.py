@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def test_all_classes_are_drawn_unless_some_are_named(moh, checkpoint: Path, tmp_
     code, out, _ = moh("sample", checkpoint, "--steps", 2, "--npz", tmp_path / "x.npz", "--output", tmp_path / "out")
     assert code == 0 and out == [f"{tmp_path}/out and {tmp_path}/x.npz: 5 images"]
     assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    code, out, _ = moh("sample", checkpoint, "--steps", 2, "--npz", tmp_path / "x.npz", "--json")
+    assert json.loads(out[0]) == {"output": None, "npz": f"{tmp_path}/x.npz", "images": 5} and len(out) == 1
 
 
 def test_classes_may_be_random_and_are_the_seeds(moh, checkpoint: Path, tmp_path: Path) -> None:

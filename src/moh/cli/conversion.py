@@ -147,7 +147,7 @@ def _convert(arguments: Namespace) -> None:
         check_writable,
         replacing_directory,
     )
-    from moh.models.card import card_of, layers_of, write_card
+    from moh.models.card import card_of, describe, layers_of, write_card
     from moh.models.dial import head_share, moh_routers
     from moh.models.heads import requested_share
     from moh.models.hub import kind_at, local_diffusion
@@ -160,7 +160,7 @@ def _convert(arguments: Namespace) -> None:
     check_writable(output, name="output")  # before anything is fetched
     drawing = (
         local_diffusion(arguments.model, **revision(arguments))
-        if kind_at(arguments.model).task == "diffusion"
+        if kind_at(arguments.model, **revision(arguments)).task == "diffusion"
         else None
     )
     of_pipeline = drawing is not None and (drawing / "model_index.json").is_file()
@@ -169,6 +169,7 @@ def _convert(arguments: Namespace) -> None:
     if arguments.images is not None and (text := _text_option(arguments)):
         raise ValueError(f"--images and {text} must not both be given")
     model, save, write_report = _of_diffusion(arguments, drawing) if drawing is not None else _converted(arguments)
+    describe(model, base=arguments.model, **revision(arguments))
     with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
         write_card(scratch, layers_of(model), **card_of(model))
@@ -201,7 +202,7 @@ def _of_diffusion(arguments: Namespace, source: Path) -> Converted:
         raise ValueError(f"{option} must be left out for a diffusion model, which is not calibrated")
     if arguments.device is not None or arguments.dtype != "auto":
         raise ValueError("--device and --dtype must be left out for a diffusion model, whose weights are only copied")
-    refuse_device_map(arguments)
+    refuse_device_map(arguments, arguments.model)
     model = convert(source, router=arguments.router or "two_stage", **_options(arguments))
     if not (source / "model_index.json").is_file():
         return Converted(model, model.save_pretrained)
@@ -229,7 +230,8 @@ def _of_text(arguments: Namespace, dense: Any, options: dict[str, Any]) -> Conve
 
     if arguments.images is not None:
         raise ValueError(f"--images needs a model that reads images, and {arguments.model} does not")
-    tokenizer, parts = load_tokenizer(arguments.model, **revision(arguments)), sentence_parts(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, **revision(arguments))
+    parts = sentence_parts(arguments.model, **revision(arguments))
     if arguments.report:
         model, write_report = report.convert_with_report(arguments, dense, tokenizer)
     else:

@@ -9,7 +9,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from moh.cli import harness, scores
-from moh.cli.loading import add_loading, classifier, language_model
+from moh.cli.loading import add_loading, classifier, language_model, revision
 from moh.cli.options import (
     Command,
     add_command,
@@ -90,7 +90,7 @@ def run(arguments: Namespace) -> None:
 def _text(arguments: Namespace) -> None:
     from moh.models.hub import kind_at
 
-    if kind_at(arguments.model).task != "language":
+    if kind_at(arguments.model, **revision(arguments)).task != "language":
         raise ValueError(f"model must be a language model, and {arguments.model} is not one (see moh eval images)")
     _run_text(arguments)
 
@@ -98,7 +98,7 @@ def _text(arguments: Namespace) -> None:
 def _images(arguments: Namespace) -> None:
     from moh.models.hub import kind_at
 
-    if kind_at(arguments.model, named="images").task != "images":
+    if kind_at(arguments.model, named="images", **revision(arguments)).task != "images":
         raise ValueError(f"model must be an image classifier, and {arguments.model} is not one (see moh eval text)")
     reads_images(arguments)  # it checks --images too
     _run_images(arguments)

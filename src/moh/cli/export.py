@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from moh.cli.options import Command, add_command, add_push, push
+from moh.cli.options import Command, add_command, add_json, add_push, print_result, push
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -22,6 +22,7 @@ def add_parser(sub: Commands) -> None:
     code.set_defaults(command="export remote-code")
     code.add_argument("model", metavar="DIR", help="a MoH model of transformers, saved by moh convert or moh train")
     code.add_argument("--output", "-o", metavar="OUT", help="directory for a copy with the code (default: DIR itself)")
+    add_json(code)
     add_push(code)
 
 
@@ -32,5 +33,6 @@ def run_remote_code(arguments: Namespace) -> None:
     from moh.models.transformers.remote_code import CODE_FILE, export_remote_code
 
     directory = export_remote_code(arguments.model, arguments.output)
-    print(f"{directory}: with {CODE_FILE}, loads anywhere with trust_remote_code=True")
+    text = f"{directory}: with {CODE_FILE}, loads anywhere with trust_remote_code=True"
+    print_result(arguments, {"output": str(directory), "code": CODE_FILE}, [text])
     push(arguments, directory)

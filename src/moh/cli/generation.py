@@ -28,10 +28,11 @@ def add_parser(sub: Commands) -> None:
     parser = add_command(sub, "generate", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument("prompt", nargs="?", help="the beginning of the text")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line; prints a JSON object for each")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line; prints JSON")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add_sampling(parser, max_new_tokens=100, temperature=0.0)
     add_active_heads(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, with its whole text")
     add_loading(parser)
 
 
@@ -73,18 +74,8 @@ def sampling(arguments: Namespace) -> dict[str, Any]:
 def run(arguments: Namespace) -> None:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise ValueError("give either a prompt, or --prompts FILE with one per line")
-    if arguments.prompts is not None:
-        prompts = [line for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts must hold at least one line, {arguments.prompts} holds none")
-        if arguments.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-        model, tokenizer = load(arguments)
-        for start in range(0, len(prompts), arguments.batch_size):
-            batch = prompts[start : start + arguments.batch_size]
-            for prompt, text in zip(batch, continuations(model, tokenizer, batch, **sampling(arguments)), strict=True):
-                line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
-                print(line.translate(_ESCAPED), flush=True)
+    if arguments.prompts is not None or arguments.json:
+        _as_json(arguments, _prompts(arguments))
         return
     model, tokenizer = load(arguments)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
@@ -92,6 +83,27 @@ def run(arguments: Namespace) -> None:
         raise ValueError(f"prompt must hold at least one token, got {arguments.prompt!r}")
     check_room(model, inputs.input_ids.shape[1], arguments.max_new_tokens)
     model.generate(**inputs, streamer=printing(tokenizer), **sampling(arguments))
+
+
+def _prompts(arguments: Namespace) -> list[str]:
+    if arguments.prompts is None:
+        return [arguments.prompt]
+    prompts = [line for line in Path(arguments.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts must hold at least one line, {arguments.prompts} holds none")
+    return prompts
+
+
+def _as_json(arguments: Namespace, prompts: list[str]) -> None:
+    """Print an object for each prompt and its text, in batches."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    model, tokenizer = load(arguments)
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        for prompt, text in zip(batch, continuations(model, tokenizer, batch, **sampling(arguments)), strict=True):
+            line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            print(line.translate(_ESCAPED), flush=True)
 
 
 def printing(tokenizer: PreTrainedTokenizerBase, **options: Any) -> TextStreamer:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moh.cli.loading import add_loading, device_map_of, revision
 from moh.cli.options import add_command, add_json, add_output, print_result
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def add_parser(sub: Commands) -> None:
     )
     parser.add_argument("--limit", type=int, help="at most this many questions per task (default: all)")
     parser.add_argument("--batch-size", default="1", help="requests at a time, or auto on a GPU (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator if there is one)")
     parser.add_argument(
         "--seed", type=int, default=1234, help="for the choice of solved examples (default: %(default)s)"
     )
@@ -54,6 +53,7 @@ def add_parser(sub: Commands) -> None:
     )
     add_output(parser, "for results.json, table.md and table.csv; results already there are reused")
     add_json(parser)
+    add_loading(parser, named="each CHECKPOINT, all named on the hub; --dense is taken from its main branch")
 
 
 def run(arguments: Namespace) -> None:
@@ -62,6 +62,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError(f"--batch-size must be a number or auto, got {size!r}")
 
     from moh.evaluation.harness import evaluate_tasks, processes, read_logged
+    from moh.evaluation.harness.evaluate import by_label
 
     if arguments.logged:
         tasks = arguments.suite if arguments.suite is not None else arguments.tasks
@@ -71,15 +72,20 @@ def run(arguments: Namespace) -> None:
             logged.save(Path(arguments.output))
         print_result(arguments, logged.to_dict(), [logged.to_markdown().rstrip("\n")])
         return
+    models = by_label([*arguments.dense, *arguments.checkpoint])
+    of_hub = list(models.items())[len(arguments.dense) :]
+    revisions = {label: name for label, model in of_hub for name in revision(arguments, model).values()}
     with processes() as state:
         result = evaluate_tasks(
-            [*arguments.dense, *arguments.checkpoint],
+            models,
             arguments.suite if arguments.suite is not None else arguments.tasks,
             include_paths=arguments.include_path,
             limit=arguments.limit,
             batch_size=size if size == "auto" else int(size),
             dtype=arguments.dtype,
             device=arguments.device,
+            device_map=device_map_of(arguments),
+            revisions=revisions,
             seed=arguments.seed,
             max_length=arguments.max_length,
             truncate=arguments.truncate,

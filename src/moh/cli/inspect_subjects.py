@@ -35,7 +35,7 @@ def family_of(arguments: Namespace) -> type[Subject]:
     Raises:
         ValueError: images are given for a language model, or missing for a classifier.
     """
-    if kind_at(arguments.model).task == "diffusion":
+    if kind_at(arguments.model, **revision(arguments)).task == "diffusion":
         return _Diffusion
     return _Images if reads_images(arguments) else _Texts
 
@@ -162,7 +162,7 @@ class _Diffusion(_OfImages):
     def check(arguments: Namespace) -> None:
         if arguments.images is None:
             raise ValueError(f"--images must be given, because {arguments.model} is a diffusion model")
-        refuse_device_map(arguments)
+        refuse_device_map(arguments, arguments.model)
         if arguments.dtype not in ("auto", "float32"):
             raise ValueError(f"--dtype must be float32 for a diffusion model here, got {arguments.dtype}")
         if arguments.html is not None:

@@ -15,19 +15,29 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_loading(parser: argparse.ArgumentParser, *, dtype: str = "of the weights") -> None:
-    """Add the options; `dtype` is what that option is for."""
+def add_loading(
+    parser: argparse.ArgumentParser,
+    *,
+    dtype: str = "of the weights",
+    auto: str = "the checkpoint's",
+    named: str = "a model that is named on the hub",
+) -> None:
+    """Add the options.
+
+    Args:
+        dtype: what that option is for.
+        auto: what its default takes.
+        named: what `--revision` is of.
+    """
     group = parser.add_argument_group("loading the model")
     group.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator if there is one)")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help=f"{dtype} (default: %(default)s, the checkpoint's)"
-    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help=f"{dtype} (default: %(default)s, {auto})")
     group.add_argument(
         "--device-map", metavar="MAP",
         help="spread a model of transformers over devices: auto, balanced, sequential, or JSON, module to device; instead of "
         "--device",
     )  # fmt: skip
-    group.add_argument("--revision", help="branch, tag or commit of a model that is named on the hub")
+    group.add_argument("--revision", help=f"branch, tag or commit of {named}")
 
 
 def device_of(arguments: Namespace) -> torch.device:
@@ -60,32 +70,43 @@ def placement(arguments: Namespace) -> dict[str, Any]:
     import torch
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    options: dict[str, Any] = {"dtype": dtype, **revision(arguments)}
-    if arguments.device_map is None:
-        return options | {"device": device_of(arguments)}
+    where = device_map_of(arguments)
+    place = {"device": device_of(arguments)} if where is None else {"device_map": where}
+    return {"dtype": dtype, **revision(arguments), **place}
+
+
+def device_map_of(arguments: Namespace) -> Any:
+    """The argument of `from_pretrained`, or None if none is given.
+
+    Raises:
+        ValueError: `--device` is given too, or it can't be read.
+    """
+    device_map = arguments.device_map
+    if device_map is None:
+        return None
     if arguments.device is not None:
         raise ValueError(f"--device must be left out with --device-map, got {arguments.device!r}")
-    device_map = arguments.device_map
     if device_map.startswith("{"):
         try:
-            device_map = json.loads(device_map)
+            return json.loads(device_map)
         except ValueError as error:
             raise ValueError(f"--device-map must be a name or a JSON object, got {device_map!r}: {error}") from None
-    return options | {"device_map": device_map}
+    return device_map
 
 
-def revision(arguments: Namespace) -> dict[str, str]:
-    """Argument of `from_pretrained`, if one is given.
+def revision(arguments: Namespace, model: str | None = None) -> dict[str, str]:
+    """Argument of `from_pretrained` for the command's model, or for another one, if a revision is given.
 
     Raises:
         ValueError: the model is not a name on the hub.
     """
     from pathlib import Path
 
+    model = arguments.model if model is None else model
     if arguments.revision is None:
         return {}
-    if Path(arguments.model).expanduser().exists():
-        raise ValueError(f"--revision is for a model that is named on the hub, and {arguments.model} is here")
+    if Path(model).expanduser().exists():
+        raise ValueError(f"--revision is for a model that is named on the hub, and {model} is here")
     return {"revision": arguments.revision}
 
 
@@ -109,17 +130,27 @@ def classifier(arguments: Namespace, name: str | None = None) -> nn.Module:
     """
     from moh.models.classifiers import load_classifier
 
-    refuse_device_map(arguments)
+    device = device_of_images(arguments, arguments.model)
+    if name is not None:
+        return load_classifier(name, device=device)
+    return load_classifier(arguments.model, device=device, **revision(arguments))
+
+
+def device_of_images(arguments: Namespace, model: str) -> torch.device:
+    """The device of a network that reads images: whole on one device, in float32.
+
+    Raises:
+        ValueError: another option is given.
+    """
+    refuse_device_map(arguments, model)
     if arguments.dtype not in ("auto", "float32"):
         raise ValueError(
-            f"--dtype must be float32 for an image classifier, which reads float32 images, got {arguments.dtype}"
+            f"--dtype must be float32 for a network that reads images, like {model}, got {arguments.dtype}"
         )
-    if name is not None:
-        return load_classifier(name, device=device_of(arguments))
-    return load_classifier(arguments.model, device=device_of(arguments), **revision(arguments))
+    return device_of(arguments)
 
 
-def refuse_device_map(arguments: Namespace) -> None:
+def refuse_device_map(arguments: Namespace, model: str) -> None:
     """Raise a ValueError if `--device-map` is given for a model that is not transformers'."""
     if arguments.device_map is not None:
-        raise ValueError(f"--device-map is for models of transformers, and {arguments.model} is not one: use --device")
+        raise ValueError(f"--device-map is for language models of transformers, and {model} is not one: use --device")

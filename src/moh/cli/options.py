@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moh.cli.loading import revision
 from moh.data.text.corpora import CORPORA, DEFAULT_CORPUS
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def reads_images(arguments: Namespace) -> bool:
 
     if arguments.images is not None and arguments.files:
         raise ValueError("--images and --files must not both be given")
-    kind = kind_at(arguments.model, named="language" if arguments.images is None else "images")
+    kind = kind_at(arguments.model, named="language" if arguments.images is None else "images", **revision(arguments))
     if kind.library == "diffusers":
         raise ValueError(
             f"model must be a language model or an image classifier, and {arguments.model} is a diffusion model"

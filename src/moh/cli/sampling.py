@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moh.cli.loading import add_loading, device_of, refuse_device_map, revision
-from moh.cli.options import add_command, add_output
+from moh.cli.options import add_command, add_json, add_output, print_result
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -55,6 +55,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL that decodes latents (default: the checkpoint's own)"
     )
+    add_json(parser)
     add_loading(parser, dtype="of the transformer")
 
 
@@ -84,7 +85,7 @@ def run(arguments: Namespace) -> None:
         seed=arguments.seed,
         guided_channels=arguments.guided_channels,
     )
-    refuse_device_map(arguments)
+    refuse_device_map(arguments, arguments.model)
     model = load_image_model(arguments.model, vae=arguments.vae, **revision(arguments))
     classes = model.class_ids(arguments.classes) if arguments.classes else list(range(model.num_classes))
     count = len(classes) if arguments.num is None else arguments.num
@@ -97,4 +98,7 @@ def run(arguments: Namespace) -> None:
         model.to(device=state.device if arguments.device is None else device_of(arguments), dtype=dtype)
         sample_to_files(model, labels, settings, out=out, npz=npz, batch_size=arguments.batch_size)
         if state.is_main_process:
-            print(f"{' and '.join(str(path) for path in (out, npz) if path is not None)}: {count:,} images")
+            places = {"output": out, "npz": npz}
+            figures = {name: None if path is None else str(path) for name, path in places.items()}
+            text = f"{' and '.join(path for path in figures.values() if path is not None)}: {count:,} images"
+            print_result(arguments, {**figures, "images": count}, [text])

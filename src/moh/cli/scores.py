@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moh.cli.loading import device_of
+from moh.cli.loading import add_loading, device_of_images, revision
 from moh.cli.options import add_command, add_json, print_result
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--size", type=int, help="crop the middle square of each image and resize it to this side")
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the accelerator if there is one)")
     add_json(parser)
+    add_loading(parser, dtype="of the network's weights", named="--features, if that is named on the hub")
 
 
 def run(arguments: Namespace) -> None:
@@ -60,12 +60,14 @@ def run(arguments: Namespace) -> None:
         check_writable(target.parent, name="--save-reference")
     open_images(arguments.samples, size=arguments.size)  # errors now, not after the reference has been read
     named = _named_images(arguments.reference)
-    device = device_of(arguments)
-    extractor = (
-        InceptionFeatures(arguments.inception, device=device)
-        if arguments.features is None
-        else load_classifier(arguments.features, device=device)
-    )
+    if arguments.features is None:
+        if arguments.revision is not None:
+            raise ValueError(f"--revision is of --features, which must be given too, got {arguments.revision!r}")
+        device = device_of_images(arguments, "FID's network")
+        extractor: Any = InceptionFeatures(arguments.inception, device=device)
+    else:
+        device = device_of_images(arguments, arguments.features)
+        extractor = load_classifier(arguments.features, device=device, **revision(arguments, arguments.features))
     options = {"size": arguments.size, "batch_size": arguments.batch_size}
     reference = reference_features(arguments.reference if named is None else named, extractor, **options)
     if named is not None:

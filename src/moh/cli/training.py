@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from moh.cli.loading import add_loading, placement
 from moh.cli.options import add_command, add_json, add_output, add_push, add_text, output_of, print_result, push
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def add_demo(sub: Commands) -> None:
     demo.add_argument("--distillation-weight", type=float, default=0.0, help="weight of the dense model's predictions")
     demo.add_argument("--full", action="store_true", help="also tune the model converted the paper's way")
     demo.add_argument("--seed", type=int, default=0, help="order of the training text (default: %(default)s)")
+    add_json(demo)
 
 
 def add_train(sub: Commands) -> None:
@@ -76,6 +79,7 @@ def add_extension(sub: Commands) -> None:
         "--multiple-of", type=int, default=1, metavar="N", help="round the number of rows up (default: %(default)s)"
     )
     add_json(parser)
+    add_loading(parser, dtype="of the weights, to save in")
 
 
 def run_demo(arguments: Namespace) -> None:
@@ -88,7 +92,10 @@ def run_demo(arguments: Namespace) -> None:
     names = "base corpus shared_heads active_heads steps minutes batch_size"
     names += " learning_rate distillation_weight full seed"
     options = {name: getattr(arguments, name) for name in names.split()}
-    run_demo(DemoSettings(output_dir=arguments.output, files=tuple(arguments.files), **options))
+    settings = DemoSettings(output_dir=arguments.output, files=tuple(arguments.files), **options)
+    report = run_demo(settings, show=not arguments.json)
+    if arguments.json:
+        print_result(arguments, {"output": arguments.output, **asdict(report)}, [])
 
 
 def run_train(arguments: Namespace) -> None:
@@ -96,9 +103,11 @@ def run_train(arguments: Namespace) -> None:
     from moh.training.shipped import about, recipes_directory, shipped_recipes
 
     if arguments.list:
-        width = max(map(len, shipped_recipes()))
-        print(*(f"{name:{width}}  {about(file)}" for name, file in shipped_recipes().items()), sep="\n")
-        print(f"They are in {recipes_directory()}, with configurations for `accelerate launch` in accelerate/.")
+        recipes = {name: about(file) for name, file in shipped_recipes().items()}
+        width = max(map(len, recipes))
+        place = f"They are in {recipes_directory()}, with configurations for `accelerate launch` in accelerate/."
+        figures = {"directory": str(recipes_directory()), "recipes": recipes}
+        print_result(arguments, figures, [*(f"{name:{width}}  {text}" for name, text in recipes.items()), place])
         return
     if arguments.recipe is None:
         raise ValueError("RECIPE must be given: a YAML file or a name; `moh train --list` lists those of the package")
@@ -116,7 +125,9 @@ def run_extension(arguments: Namespace) -> None:
 
     output = output_of(arguments)
     check_replaceable(output, name="output")
-    counts = extend_vocabulary_files(arguments.model, arguments.tokenizer, output, multiple_of=arguments.multiple_of)
+    counts = extend_vocabulary_files(
+        arguments.model, arguments.tokenizer, output, multiple_of=arguments.multiple_of, **placement(arguments)
+    )
     text = (
         f"{counts.kept:,} tokens kept, {counts.averaged:,} new ones are the mean of their pieces, {counts.unspelled:,} the "
         f"mean of all; saved in {output}"

@@ -349,7 +349,7 @@ def load_dense(
     Raises:
         ValueError: there is no such model, or it can't be read.
     """
-    kind = kind_at(path)
+    kind = kind_at(path, revision=revision)
     if kind.library == "timm":
         from moh.models.timm.loading import load_image_classifier  # needs the extra `vision`
 

@@ -153,7 +153,7 @@ def plan(path: str | Path, *, revision: str | None = None, lengths: Sequence[int
     Raises:
         ValueError: the model can't be converted, or its configuration can't be read.
     """
-    kind = kind_at(path)
+    kind = kind_at(path, revision=revision)
     if kind.task == "diffusion":
         return _of_diffusion(path, revision)
     if kind.library == "timm":

@@ -97,14 +97,22 @@ class DemoSettings:
             raise ValueError(f"distillation_weight must be between 0 and 1, got {self.distillation_weight}")
 
 
-def run_demo(settings: DemoSettings) -> DemoReport:
-    """Run the demo; the report is printed, returned and written to `output_dir` with the pictures and the model.
+def run_demo(settings: DemoSettings, *, show: bool = True) -> DemoReport:
+    """Run the demo; the report is returned and written to `output_dir` with the pictures and the model.
+
+    Args:
+        settings: what the demo does.
+        show: print the report, on standard output.
 
     Raises:
         ValueError: a setting is out of range, or the model or the text can't be used.
         RuntimeError: the model or the text can't be fetched.
     """
-    return _Demo(settings).run()
+    demo = _Demo(settings)
+    report = demo.run()
+    if show:
+        demo.show(report)
+    return report
 
 
 class _Demo:
@@ -216,7 +224,6 @@ class _Demo:
         shutil.rmtree(self._work_dir())  # gigabytes of optimiser state, no longer needed
         if not any(self._work_dir().parent.iterdir()):
             self._work_dir().parent.rmdir()
-        self._print(report)
         return report
 
     def _heads(self, num_heads: int, shared_by_default: int) -> tuple[int, int]:
@@ -324,7 +331,8 @@ class _Demo:
         yield
         self.seconds[title] = round(time.perf_counter() - start, 1)
 
-    def _print(self, report: DemoReport) -> None:
+    def show(self, report: DemoReport) -> None:
+        """Print the report."""
         table = Table(title="Held-out perplexity")
         for row in report.quality_table():
             cells = [cell.strip() for cell in row.strip("|").split("|")]

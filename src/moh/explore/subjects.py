@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -204,18 +204,34 @@ MOST_TOKENS = 1_024
 """Longer texts are cut, so that an answer on a CPU does not take minutes."""
 
 
-def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> TextSubject | ImageSubject:
+def load_subject(
+    checkpoint: str | Path,
+    *,
+    dense: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+) -> TextSubject | ImageSubject:
     """Load a model for `moh explore`.
 
     Args:
         checkpoint: a language model or encoder of text, MoH or dense, as for `load_text_model`; or an image
             classifier: a directory in timm's or transformers' format, or "hf-hub:NAME" for one of timm's.
         dense: the dense model to compare with, of the same kind.
+        dtype: of the weights of language models; "auto" keeps each checkpoint's, but takes float32 where the processor
+            would emulate bfloat16.
+        device: where the models go; None takes the accelerator if there is one.
+        device_map: as in `from_pretrained`, for language models, instead of `device`.
+        revision: branch, tag or commit of the checkpoint, if it is a hub name.
 
     Raises:
-        ValueError: there is no such model, or the dense one has other classes or another vocabulary.
+        ValueError: there is no such model, the dense one has other classes or another vocabulary, or `dtype` or `device_map`
+            is given for a classifier.
     """
-    kinds = {path: kind_at(path).task for path in (checkpoint, dense) if path is not None}
+    kinds = {checkpoint: kind_at(checkpoint, revision=revision).task}
+    if dense is not None:
+        kinds[dense] = kind_at(dense).task
     for path, task in kinds.items():
         if task == "diffusion":
             raise ValueError(f"moh explore shows language models and image classifiers, and {path} is neither")
@@ -223,23 +239,38 @@ def load_subject(checkpoint: str | Path, *, dense: str | Path | None = None) -> 
     if dense is not None and kinds[dense] != kinds[checkpoint]:
         wanted, other = ("an image classifier", "none") if reads_images else ("a language model", "an image classifier")
         raise ValueError(f"--dense must be {wanted} like {checkpoint}, but {dense} is {other}")
-    load = _image_subject if reads_images else _text_subject
-    return load(Path(checkpoint).name or str(checkpoint), checkpoint, dense)
-
-
-def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> TextSubject:
     require("transformers", extra="app")
+    from moh.models.transformers.loading import default_device
+
+    name = Path(checkpoint).name or str(checkpoint)
+    if not reads_images:
+        place = {"device": device or default_device()} if device_map is None else {"device_map": device_map}
+        return _text_subject(name, checkpoint, dense, revision, dtype, place)
+    if device_map is not None or dtype not in ("auto", torch.float32):
+        raise ValueError(
+            f"device_map must be None and dtype float32 for the image classifier {checkpoint}, got {device_map!r} and {dtype}"
+        )
+    return _image_subject(name, checkpoint, dense, revision, device or default_device())
+
+
+def _text_subject(
+    name: str,
+    checkpoint: str | Path,
+    dense: str | Path | None,
+    revision: str | None,
+    dtype: torch.dtype | str,
+    place: dict[str, Any],
+) -> TextSubject:
     from moh.models.transformers.loading import default_device, load_text_model, load_tokenizer
     from moh.training.session import choose_precision
 
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, revision=revision)
     if dense is not None and load_tokenizer(dense).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--dense must have the vocabulary of {checkpoint}, but {dense} has another")
-    device = default_device()
-    # some CPUs emulate bfloat16, many times slower than float32
-    dtype = torch.float32 if choose_precision(device) == "fp32" else "auto"
-    model = load_text_model(checkpoint, dtype=dtype, device=device).eval()
-    other = None if dense is None else load_text_model(dense, dtype=dtype, device=device).eval()
+    if dtype == "auto" and choose_precision(place.get("device") or default_device()) == "fp32":
+        dtype = torch.float32  # some CPUs emulate bfloat16, many times slower than float32
+    model = load_text_model(checkpoint, dtype=dtype, revision=revision, **place).eval()
+    other = None if dense is None else load_text_model(dense, dtype=dtype, **place).eval()
     dial = Dial(model)
     if other is not None and is_text_encoder(other.config) != is_text_encoder(model.config):
         raise ValueError(
@@ -251,12 +282,14 @@ def _text_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -
     return TextSubject(name, model, dial, reference, tokenizer, min(MOST_TOKENS, *limits))
 
 
-def _image_subject(name: str, checkpoint: str | Path, dense: str | Path | None) -> ImageSubject:
-    model, classes, eyes = _load_classifier(checkpoint)
+def _image_subject(
+    name: str, checkpoint: str | Path, dense: str | Path | None, revision: str | None, device: torch.device
+) -> ImageSubject:
+    model, classes, eyes = _load_classifier(checkpoint, device, revision)
     dial = Dial(model)
     if dense is None:
         return ImageSubject(name, model, dial, _reference(model, dial, None, None), classes, eyes, eyes)
-    other, other_classes, other_eyes = _load_classifier(dense)
+    other, other_classes, other_eyes = _load_classifier(dense, device)
     if other_classes != classes:
         raise ValueError(f"--dense must have the {len(classes)} classes of {checkpoint}, but {dense} has others")
     return ImageSubject(name, model, dial, _reference(model, dial, other, dense), classes, eyes, other_eyes)
@@ -275,13 +308,13 @@ def _reference(model: nn.Module, dial: Dial, dense: nn.Module | None, path: str 
     return Reference("all heads active", note, model, dial.values[-1])
 
 
-def _load_classifier(path: str | Path) -> tuple[nn.Module, tuple[str, ...], Eyes]:
+def _load_classifier(
+    path: str | Path, device: torch.device, revision: str | None = None
+) -> tuple[nn.Module, tuple[str, ...], Eyes]:
     from moh.data.images.augmentation import eval_transform
     from moh.models.classifiers import class_names, image_input, load_classifier, logits_of, num_classes
-    from moh.models.transformers.loading import default_device
 
-    device = default_device()
-    model = load_classifier(path, device=device)
+    model = load_classifier(path, device=device, revision=revision)
     names = class_names(model) or tuple(f"class {index}" for index in range(num_classes(model)))
 
     def logits(pixels: Tensor) -> Tensor:

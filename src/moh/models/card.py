@@ -5,6 +5,7 @@ A card has a mark (`CARD_MARK`); without it, here or on the hub, it is somebody'
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ TAG = "mixture-of-heads"
 PLACE = "PATH OR NAME"
 """What stands for the model's name in a card's code until it is pushed."""
 
+_LOADED = re.compile(r'((?:from_pretrained|create_model|load_image_model)\("(?:hf-hub:)?)[^"]*"')
+"""The model's name in a card's code."""
+
 _TASKS = {"images": "image-classification", "diffusion": "unconditional-image-generation"}
 _INTRODUCTION = (
     "{what} with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842): each token uses {share} of the attention "
@@ -31,17 +35,27 @@ _INTRODUCTION = (
 )
 
 
-def describe(model: Any, *, base: str | Path | None = None, facts: Mapping[str, str] | None = None) -> None:
+def describe(
+    model: Any,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> None:
     """Say what `save_pretrained` writes into the model's card; adds to what was said before.
 
     Args:
         model: a MoH model.
         base: the dense model that it was made from.
+        revision: of that model, if it is named on the hub.
         facts: as in `write_card`.
     """
     before = card_of(model)
     merged = {**before.get("facts", {}), **(facts or {})}
-    model.moh_card = {"base": base if base is not None else before.get("base"), "facts": merged}
+    origin = {name: before[name] for name in ("base", "revision") if name in before}
+    if base is not None:
+        origin = {"base": base, "revision": revision}
+    model.moh_card = {**origin, "facts": merged}
 
 
 def card_of(model: Any) -> dict[str, Any]:
@@ -54,6 +68,7 @@ def write_card(
     layers: Sequence[MoHConfig],
     *,
     base: str | Path | None = None,
+    revision: str | None = None,
     facts: Mapping[str, str] | None = None,
     results: Sequence[tuple[str, str, str]] = (),
 ) -> bool:
@@ -63,6 +78,7 @@ def write_card(
         directory: the model, saved in the format of transformers, timm or diffusers.
         layers: the heads of each layer; empty for a dense model.
         base: the dense model that it was made from, a hub name or a path; its card, if it has one, gives the licence.
+        revision: branch, tag or commit of a base that is a hub name.
         facts: further rows for the table, such as `{"calibrated on": "12,288 tokens of botchan"}`.
         results: rows (what was measured, this model, the control).
 
@@ -82,12 +98,13 @@ def write_card(
     elif (saved_config(directory).get("architectures") or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
         front["pipeline_tag"] = "text-generation"
     if base is not None:
-        front |= _licence(base)
+        front |= _licence(base, revision)
         if not _is_local(base):
             front["base_model"] = str(base).removeprefix("hf-hub:")
     table = dict(_heads(layers)) | dict(facts or {})
     if base is not None:
-        table = {"base model": f"`{Path(base).name if _is_local(base) else base}`"} | table
+        at = f", revision `{revision}`" if revision is not None else ""
+        table = {"base model": f"`{Path(base).name if _is_local(base) else base}`{at}"} | table
     write_text(file, _text(kind, directory, front, layers, table, results))
     return True
 
@@ -167,14 +184,15 @@ def _is_local(path: str | Path) -> bool:
     return looks_local(path) or Path(path).expanduser().exists()
 
 
-def _licence(base: str | Path) -> dict[str, Any]:
+def _licence(base: str | Path, revision: str | None) -> dict[str, Any]:
     """The licence that a model's card states; empty if it has no card or none can be had."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
         if not _is_local(base):
-            data = ModelCard.load(str(base).removeprefix("hf-hub:")).data
+            name = str(base).removeprefix("hf-hub:")
+            data = ModelCard.load(hf_hub_download(name, "README.md", revision=revision)).data
         elif (card := Path(base).expanduser() / "README.md").is_file():
             data = ModelCard.load(card).data
         else:
@@ -194,7 +212,7 @@ def push_directory(directory: str | Path, name: str | None = None, *, private: b
     """Push a saved model to the hub, with its tokenizer, code and card; a card there that is not ours stays.
 
     Args:
-        directory: the model; in a card of ours the code gets the model's name on the hub.
+        directory: the model; in a card of ours the code gets the model's name on the hub, here too.
         name: "NAME" or "OWNER/NAME"; None takes the directory's.
         private: whether a new repository is private; None is the account's default.
 
@@ -211,12 +229,17 @@ def push_directory(directory: str | Path, name: str | None = None, *, private: b
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         if CARD_MARK in text:
-            write_text(card, text.replace(PLACE, place))
+            write_text(card, _renamed(text, place))
         if api.file_exists(place, "README.md"):
             there = Path(api.hf_hub_download(place, "README.md")).read_text(encoding="utf-8", errors="replace")
             ignored = [] if CARD_MARK in there else ["README.md"]
     api.upload_folder(repo_id=place, folder_path=folder, ignore_patterns=ignored, commit_message="Add the model")
     return str(place)
+
+
+def _renamed(card: str, name: str) -> str:
+    """A card of ours whose code loads the model by this name, whatever it was called before."""
+    return _LOADED.sub(lambda found: found[1] + name + '"', card)
 
 
 def push_card(name: str, directory: str | Path, **options: Any) -> None:
@@ -232,7 +255,7 @@ def push_card(name: str, directory: str | Path, **options: Any) -> None:
     api = huggingface_hub.HfApi(token=options.get("token"))
     place = api.create_repo(name, private=options.get("private"), exist_ok=True).repo_id
     if not api.file_exists(place, "README.md"):
-        text = Path(directory, "README.md").read_text(encoding="utf-8").replace(PLACE, place)
+        text = _renamed(Path(directory, "README.md").read_text(encoding="utf-8"), place)
         api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=place)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.recipe import ImageInput
-from moh.models.hub import is_hub_name, kind_at
+from moh.models.hub import is_hub_name, kind_at, revision_of
 from moh.models.kinds import looks_local
 from moh.models.timm import loading as timm_loading
 
@@ -40,7 +40,7 @@ def load_classifier(
         raise ValueError(
             f"model must be a directory, a hub name or one that timm knows, but there is no {str(path_or_name)!r}"
         )
-    kind = kind_at(path_or_name, named="images")
+    kind = kind_at(path_or_name, named="images", revision=revision)
     if kind.library != "transformers":
         of_hub = kind.library == "timm" and is_hub_name(path_or_name)
         name = f"hf-hub:{path_or_name}" if of_hub else path_or_name
@@ -66,12 +66,12 @@ def image_input(model: Any) -> ImageInput | ProcessorInput:
     if not _is_of_transformers(model):
         return timm_loading.image_input(model)
     source, config = model.name_or_path, model.config
-    if source and _has_processor(source):
+    revision = revision_of(model)
+    if source and _has_processor(source, revision):
         from transformers import AutoImageProcessor
 
-        return ProcessorInput(
-            AutoImageProcessor.from_pretrained(source, trust_remote_code=False), int(config.num_channels)
-        )
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, revision=revision)
+        return ProcessorInput(processor, int(config.num_channels))
     side = config.image_size
     height, width = (side, side) if isinstance(side, int) else side
     size = (int(config.num_channels), int(height), int(width))
@@ -117,14 +117,14 @@ def _is_of_transformers(model: Any) -> bool:
     return hasattr(getattr(model, "config", None), "id2label")
 
 
-def _has_processor(source: str) -> bool:
+def _has_processor(source: str, revision: str | None) -> bool:
     if Path(source).is_dir():
         return Path(source, _PROCESSOR_FILE).is_file()
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:  # from the cache where there is no connection
-        huggingface_hub.hf_hub_download(source, _PROCESSOR_FILE)
+        huggingface_hub.hf_hub_download(source, _PROCESSOR_FILE, revision=revision)
     except LocalEntryNotFoundError:  # no connection, which is not the same as no file
         raise
     except EntryNotFoundError:

@@ -23,17 +23,18 @@ _PICKLED = tuple(f"{part}diffusion_pytorch_model*.bin*" for part in _PARTS)
 _OTHER_PRECISIONS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
 
 
-def kind_at(model: str | Path, *, named: Task = "language") -> Kind:
+def kind_at(model: str | Path, *, named: Task = "language", revision: str | None = None) -> Kind:
     """As `kind_of`, but the kind of a name on the hub is looked up there, in its configuration.
 
     Args:
         model: as in `kind_of`.
         named: the task to assume for a name whose configuration can't be fetched.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: as `kind_of`.
     """
-    config = _fetched_configuration(str(model)) if is_hub_name(model) else {}
+    config = _fetched_configuration(str(model), revision) if is_hub_name(model) else {}
     return kind_of(config) if config else kind_of(model, named=named)
 
 
@@ -43,6 +44,18 @@ def is_hub_name(model: str | Path) -> bool:
     if isinstance(model, Path) or name.startswith("hf-hub:") or name.endswith(".gguf"):
         return False
     return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
+
+
+def keep_revision(model: Any, revision: str | None) -> None:
+    """Note on a model the revision that it was loaded from, for what else is read from its repository."""
+    if revision is not None:
+        model.moh_revision = revision
+
+
+def revision_of(model: Any) -> str | None:
+    """The revision that `keep_revision` noted."""
+    found: str | None = vars(model).get("moh_revision")
+    return found
 
 
 def local_diffusion(model: str | Path, *, revision: str | None = None) -> Path:
@@ -78,14 +91,15 @@ def local_diffusion(model: str | Path, *, revision: str | None = None) -> Path:
     return copy
 
 
-def _fetched_configuration(name: str) -> dict[str, Any]:
+def _fetched_configuration(name: str, revision: str | None) -> dict[str, Any]:
     """The configuration of a repository; empty if none can be fetched, which is reported where the model is loaded."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
     for file in _CONFIGURATIONS:
         try:
-            found = json.loads(Path(huggingface_hub.hf_hub_download(name, file)).read_text(encoding="utf-8"))
+            copy = huggingface_hub.hf_hub_download(name, file, revision=revision)
+            found = json.loads(Path(copy).read_text(encoding="utf-8"))
         except (EntryNotFoundError, OSError, ValueError):
             continue
         if isinstance(found, dict) and {"_class_name", "architecture", "model_type", "architectures"} & set(found):

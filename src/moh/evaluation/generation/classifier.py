@@ -174,14 +174,18 @@ class ClassifierFeatures:
         return None
 
 
-def load_classifier(path_or_name: str | Path, *, device: torch.device | None = None) -> ClassifierFeatures:
+def load_classifier(
+    path_or_name: str | Path, *, device: torch.device | None = None, revision: str | None = None
+) -> ClassifierFeatures:
     """The classifier for `--features`, with its trained weights.
 
     Args:
         path_or_name: a directory of a classifier saved by us or timm, one of timm's names, or "OWNER/NAME" on the hub.
         device: moves the model there and computes there.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
         ValueError: there is no such model, it can't be read or downloaded, or it is not timm's.
     """
-    return ClassifierFeatures(load_any_classifier(path_or_name), name=str(path_or_name), device=device)
+    model = load_any_classifier(path_or_name, revision=revision)
+    return ClassifierFeatures(model, name=str(path_or_name), device=device)

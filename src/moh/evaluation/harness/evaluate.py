@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ def evaluate_tasks(
     batch_size: int | str = 1,
     dtype: str = "auto",
     device: torch.device | str | None = None,
+    device_map: Any = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
     seed: int = 1234,
     max_length: int | None = None,
     truncate: bool = False,
@@ -47,6 +50,8 @@ def evaluate_tasks(
         batch_size: requests per forward pass, or "auto" for as many as fit a GPU's memory.
         dtype: of the weights, one of `DTYPES`; "auto" keeps the checkpoint's.
         device: where models run; None takes the accelerator if there is one.
+        device_map: spreads each model over devices instead, as in `from_pretrained`; for one process.
+        revisions: label -> branch, tag or commit, of models that are hub names.
         seed: for drawing solved examples and everything else random.
         max_length: tokens of the longest request; None allows each model's positions.
         truncate: cut off the beginning of contexts that are longer; otherwise they are an error.
@@ -67,13 +72,15 @@ def evaluate_tasks(
         if isinstance(tasks, str)
         else [task if isinstance(task, HarnessTask) else parse_task(task) for task in tasks]
     )
-    _check(named, specs, limit, batch_size, dtype)
+    _check(named, revisions, specs, limit, batch_size, dtype)
     state = PartialState(cpu=not torch.accelerator.is_available())
     options = Options(
         limit=limit,
         batch_size=batch_size,
         dtype=dtype,
-        device=_device(device, state),
+        device=_device(device, device_map, state),
+        device_map=device_map,
+        revisions=revisions,
         seed=seed,
         max_length=max_length,
         truncate=truncate,
@@ -112,12 +119,21 @@ def by_label(models: Mapping[str, Any] | Sequence[str | Path]) -> dict[str, Any]
 
 
 def _check(
-    models: Mapping[str, Any], specs: Sequence[HarnessTask], limit: int | None, batch_size: int | str, dtype: str
+    models: Mapping[str, Any],
+    revisions: Mapping[str, str],
+    specs: Sequence[HarnessTask],
+    limit: int | None,
+    batch_size: int | str,
+    dtype: str,
 ) -> None:
     if not models:
         raise ValueError("models must hold at least one, got none")
     if not specs:
         raise ValueError("tasks must hold at least one, got none")
+    if unknown := sorted(set(revisions) - {label for label, model in models.items() if isinstance(model, (str, Path))}):
+        raise ValueError(
+            f"revisions must be of models that are hub names, {', '.join(models)}, got {', '.join(unknown)}"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -126,7 +142,12 @@ def _check(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
-def _device(device: torch.device | str | None, state: PartialState) -> torch.device:
+def _device(device: torch.device | str | None, device_map: Any, state: PartialState) -> torch.device:
+    if device_map is not None and (device is not None or state.num_processes > 1):
+        raise ValueError(
+            f"device_map spreads a model over the devices of one process: leave it or device out, got {device_map!r} with "
+            f"device {device} in {state.num_processes} processes"
+        )
     if device is None:
         return torch.device(state.device)
     if state.num_processes > 1:

@@ -222,14 +222,14 @@ class ScoreStore:
         return self.directory / f"{name}.{digest}.json"
 
 
-def model_identity(source: str | Path) -> list[Any]:
+def model_identity(source: str | Path, revision: str | None = None) -> list[Any]:
     """Identifies a model by its files: names, sizes and times, and the contents of small files.
 
-    A hub name identifies itself: a model replaced there under the same name counts as the same.
+    A hub name and its revision identify themselves: a model replaced there under the same name counts as the same.
     """
     path = Path(source).expanduser()
     if not path.exists():
-        return [str(source)]
+        return [str(source)] if revision is None else [str(source), revision]
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found: list[Any] = [str(path.resolve())]
     for file in files:

@@ -12,7 +12,7 @@ import io
 import logging
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,6 +169,8 @@ class Options:
     batch_size: int | str
     dtype: str
     device: torch.device
+    device_map: Any
+    revisions: Mapping[str, str]
     seed: int
     max_length: int | None
     truncate: bool
@@ -190,16 +192,17 @@ class Runner:
 
     def scores(self, label: str, source: str | Path | LoadedModel) -> ModelScores:
         """All scores of one model."""
-        identities = self._identities(source)
+        revision = self.options.revisions.get(label)
+        identities = self._identities(source, revision)
         found = {name: self.store.read(label, name, identity) for name, identity in identities.items()}
         # the processes must agree on the tasks left, even if they don't see the same files
         (found,) = broadcast_object_list([found])
         left = [task for task in self.registry.tasks if found.get(task.name) is None]
         if not left and not isinstance(source, LoadedModel):
-            share, shown = head_share(load_config(source)), str(source)
+            share, shown = head_share(load_config(source, revision=revision)), str(source)
         else:
             self._load_tasks(left)
-            model = self._model(label, source)
+            model = self._model(label, source, revision)
             share, shown = head_share(model.config), str(source) if isinstance(source, (str, Path)) else "in memory"
             for task in left:
                 score = self._ask(model, label, self._tasks[task.name])
@@ -209,11 +212,11 @@ class Runner:
         scores = tuple(score for task in self.registry.tasks if (score := found[task.name]) is not None)
         return ModelScores(label, shown, share, scores)
 
-    def _identities(self, source: str | Path | LoadedModel) -> dict[str, dict[str, Any]]:
+    def _identities(self, source: str | Path | LoadedModel, revision: str | None) -> dict[str, dict[str, Any]]:
         """What each task's score of this model depends on; empty for a model that can't be identified."""
         if isinstance(source, LoadedModel):
             return {}
-        common = {"model": model_identity(source), "limit": self.options.limit, **self.options.settings()}
+        common = {"model": model_identity(source, revision), "limit": self.options.limit, **self.options.settings()}
         return {
             task.name: {**common, "task": self.registry.identity(task), "spec": list(dataclasses.astuple(task))}
             for task in self.registry.tasks
@@ -226,15 +229,16 @@ class Runner:
             loaded = self.registry.load(new)
         self._tasks |= {task.spec.name: task for task in loaded}
 
-    def _model(self, label: str, source: str | Path | LoadedModel) -> HarnessModel:
+    def _model(self, label: str, source: str | Path | LoadedModel, revision: str | None) -> HarnessModel:
         options = self.options
         try:
             if isinstance(source, LoadedModel):
                 model, tokenizer = source.model, source.tokenizer
             else:
-                tokenizer = load_tokenizer(source)
+                tokenizer = load_tokenizer(source, revision=revision)
                 dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-                model = load_causal_lm(source, dtype=dtype, device=options.device)
+                place = {"device": options.device} if options.device_map is None else {"device_map": options.device_map}
+                model = load_causal_lm(source, dtype=dtype, revision=revision, **place)
             if options.apply_chat_template and not tokenizer.chat_template:
                 raise ValueError("apply_chat_template needs a chat template, and the model's tokenizer has none")
             with _quiet(self.options.progress):

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from moh._files import shard_files
+from moh.models.hub import keep_revision
 from moh.models.kinds import looks_local
 from moh.models.transformers.families import family_of, is_text_encoder
 from moh.models.transformers.published import recognised
@@ -100,6 +101,7 @@ def load_as(
         model.is_quantized = False
         del model.config.quantization_config
     mend_generation_config(model)
+    keep_revision(model, kwargs.get("revision"))
     return model if device is None else model.to(device)
 
 

@@ -16,11 +16,12 @@ from moh.models.kinds import looks_local
 _MODULES = "modules.json"
 
 
-def sentence_parts(source: str | Path) -> dict[str, Path]:
+def sentence_parts(source: str | Path, *, revision: str | None = None) -> dict[str, Path]:
     """The files of a sentence encoder besides its transformer and tokenizer; empty for any other model.
 
     Args:
         source: a local directory or a hub name.
+        revision: branch, tag or commit of a hub name.
 
     Returns:
         path relative to the directory -> file, or an empty directory, which a part without settings may have.
@@ -37,7 +38,7 @@ def sentence_parts(source: str | Path) -> dict[str, Path]:
             return {}
         from huggingface_hub import snapshot_download
 
-        root = Path(snapshot_download(str(source), allow_patterns=list(SENTENCE_FILES)))
+        root = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(SENTENCE_FILES)))
     if not (root / _MODULES).is_file():
         return {}
     found = {file.name: file for file in root.iterdir() if file.is_file() and _is_known(file.name)}

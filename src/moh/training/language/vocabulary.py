@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,23 +91,31 @@ def extend_vocabulary(
 
 
 def extend_vocabulary_files(
-    model: str, tokenizer: str, output: str | Path, *, multiple_of: int = 1
+    model: str,
+    tokenizer: str,
+    output: str | Path,
+    *,
+    multiple_of: int = 1,
+    revision: str | None = None,
+    **loading: Any,
 ) -> ExtendedVocabulary:
     """`extend_vocabulary` from files to files: `output` gets model and new tokenizer, whole or not at all.
 
     Args:
-        model: directory or hub name of a model with its tokenizer; the result keeps its dtype.
+        model: directory or hub name of a model with its tokenizer; the result keeps its dtype, unless `loading` has another.
         tokenizer: directory or hub name of the new tokenizer.
         output: a new or empty directory, or one that holds nothing but a MoH model or an
             earlier result, which is replaced.
         multiple_of: as in `extend_vocabulary`.
+        revision: branch, tag or commit of a model that is named on the hub.
+        loading: further arguments of `load_causal_lm`.
 
     Raises:
         ValueError: a model or tokenizer can't be loaded or written, or they don't match.
     """
     with replacing_directory(Path(output)) as scratch:
-        loaded, new = load_causal_lm(model), load_tokenizer(tokenizer)
-        counts = extend_vocabulary(loaded, load_tokenizer(model), new, multiple_of=multiple_of)
+        loaded, new = load_causal_lm(model, revision=revision, **loading), load_tokenizer(tokenizer)
+        counts = extend_vocabulary(loaded, load_tokenizer(model, revision=revision), new, multiple_of=multiple_of)
         loaded.save_pretrained(scratch)
         new.save_pretrained(scratch)
         if not (card := scratch / "README.md").exists():  # a dense model: nothing else says that the directory is ours
