@@ -1,14 +1,16 @@
 """The code of tutorials and of self-contained guides runs, block after block, as a reader would type it.
 
 Python is executed, files are written, and the `moh` commands of consoles run in this process. Models that a tutorial takes
-from the hub are tiny local ones: a directory of the name for transformers, smaller sizes for timm.
+from the hub are tiny local ones: a directory of the name for transformers, smaller sizes for timm. Data sets are small too, and
+a recipe that comes with the package runs a few steps.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 import moh
+import moh.training
 from local_hub import stand_in
 from moh.cli import main
 
@@ -26,6 +29,8 @@ PAGES = [*TUTORIALS, DOCS / "backbone.md", DOCS / "tune.md"]
 BLOCK = re.compile(r'^```(python|console|yaml title="([^"]+)")\n(.*?)^```', re.MULTILINE | re.DOTALL)
 OWN_TESTS = {"serve": "tests/cli/test_serving.py"}
 """Commands that don't end by themselves -> where they are tested."""
+OTHERS = {"pip": "installs what is here already", "curl": "asks the server", "python": "in a test of its own"}
+"""Programs of consoles that are not run with the page, and why."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -34,8 +39,6 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
     monkeypatch.chdir(folder)
     if page.stem in STAND_INS:
         STAND_INS[page.stem](request, folder, monkeypatch)
-    if page.stem in MODELS:
-        MODELS[page.stem](folder)
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": "tutorial"}
     assert any(kind == "python" for kind, _, _ in BLOCK.findall(text))
@@ -44,8 +47,7 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
         if title:
             Path(title).write_text(content, encoding="utf-8")
         elif kind == "console":
-            if page.stem in STAND_INS:
-                run_commands(content)
+            run_commands(content)
         elif "BitsAndBytesConfig" in content and find_spec("bitsandbytes") is None:
             continue  # it is for Linux alone
         else:
@@ -54,11 +56,40 @@ def test_the_code_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: 
 
 
 def run_commands(console: str) -> None:
-    """Run the lines `$ moh ...`; all others belong to other programs, or are output."""
-    for line in console.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["$", "moh"] and words[2] not in OWN_TESTS:
-            assert main(words[2:]) == 0, line
+    """Run the lines `$ moh ...`; a line without `$` is output."""
+    for line in commands(console):
+        program, *words = shlex.split(line, comments=True)
+        assert program == "moh" or program in OTHERS, line
+        if program == "moh" and words[0] not in OWN_TESTS:
+            assert main(words) == 0, line
+
+
+def commands(text: str) -> list[str]:
+    """The commands of consoles."""
+    return re.findall(r"^\$ (.+)", text.replace("\\\n", " "), re.MULTILINE)
+
+
+def test_tutorials_have_their_commands_in_consoles() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"^```(bash|sh|shell)", text, re.MULTILINE)
+        assert len(commands(text)) == sum(
+            len(commands(part)) for kind, _, part in BLOCK.findall(text) if kind == "console"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [line for page in PAGES for line in commands(page.read_text(encoding="utf-8")) if line.startswith("python ")],
+)
+def test_a_program_of_a_tutorial_runs(line: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    result = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("held-out loss") == 2 and (tmp_path / "nanogpt_moh.png").is_file()
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
@@ -109,6 +140,21 @@ def _image_models(request: pytest.FixtureRequest, folder: Path, monkeypatch: pyt
             Image.fromarray(pixels.numpy()).save(folder / "photos" / kind / f"{number}.png")
 
 
+def _drawing(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small DiT in place of the published one, a few images in place of Fashion-MNIST, and two steps of the recipe."""
+    diffusion(folder)
+    from moh.data.images import datasets
+    from moh.data.images.formats import CLASSES
+    from moh.data.images.sources import TensorImages
+
+    pixels = torch.randint(0, 256, (20, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = TensorImages(pixels, torch.arange(20) % len(CLASSES), CLASSES)
+    monkeypatch.setattr(datasets, "load_fashion_mnist", lambda cache_dir=None: (images, images))
+    load = moh.training.load_recipe
+    few = "--training.max_steps 2 --training.warmup_steps 1 --training.per_device_train_batch_size 4 --training.samples.every 2"
+    monkeypatch.setattr(moh.training, "load_recipe", lambda path, words: load(path, [*words, *few.split()]))
+
+
 def diffusion(folder: Path) -> None:
     """The layout of `facebook/DiT-XL-2-256`, in a directory of that name, which is found before the hub."""
     pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
@@ -127,8 +173,8 @@ def diffusion(folder: Path) -> None:
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder / "facebook/DiT-XL-2-256")
 
 
-def heads(folder: Path) -> None:
-    """A MoH model in `smollm2-moh`, whose tokens are bytes."""
+def _heads(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama of nine heads whose tokens are bytes in place of SmolLM2, and texts of the groups' kinds."""
     pytest.importorskip("transformers", reason="the llm extra is not installed")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -136,14 +182,24 @@ def heads(folder: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=256))
-    model = moh.convert(dense, shared_heads=1, active_heads=1, router="query_norm")
-    model.save_pretrained(folder / "smollm2-moh")
-    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / "smollm2-moh")
+    sizes = dict(hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9)
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, max_position_embeddings=512))
+    place = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    dense.save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(place)
+    story = [f"The keeper lit lamp {number} and waited for the ship.\n\n" for number in range(60)]
+    code = [f"def area_{number}(width, height):\n    return width * height\n\n\n" for number in range(60)]
+    for name, text in ("story.txt", story), ("code.txt", code):
+        (folder / name).write_text("".join(text), encoding="utf-8")
+    for kind, suffix, texts in ("stories", "txt", story), ("src", "py", code):
+        (folder / kind).mkdir()
+        for number in range(4):
+            (folder / kind / f"{number}.{suffix}").write_text("".join(texts[number::4]), encoding="utf-8")
+    monkeypatch.setattr("moh.data.text.named.calibration_texts", lambda names, **_: ["".join(story), "".join(code)])
 
 
-def tune(folder: Path) -> None:
+def _tune(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny dense model in `smollm2` and the MoH model converted from it in `smollm2-moh`; their tokens are letters."""
     pytest.importorskip("trl", reason="the test extra is not installed")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -163,9 +219,5 @@ def tune(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"diffusion": diffusion, "heads": heads, "tune": tune}
-"""Name of a page -> the function that makes tiny models in its directory."""
-
-
-STAND_INS = {"convert": _language_model, "images": _image_models}
-"""Name of a tutorial whose commands run -> what prepares its directory."""
+STAND_INS = {"convert": _language_model, "images": _image_models, "diffusion": _drawing, "heads": _heads, "tune": _tune}
+"""Name of a page -> what prepares its directory."""

@@ -69,6 +69,16 @@ def test_the_output_directory_holds_report_pictures_and_model_and_nothing_else(s
     assert {path.name for path in Path(settings.output_dir).iterdir()} == FILES
 
 
+def test_the_models_card_has_the_perplexities_next_to_their_controls(settings, report, rows) -> None:
+    card = (Path(settings.output_dir) / "model" / "README.md").read_text(encoding="utf-8")
+    for what, ours, control in (
+        ("converted; the control is the original", "MoH, ours, untuned", "dense original"),
+        ("tuned 4 steps", "MoH, ours, tuned", "dense control, tuned"),
+    ):
+        figures = f"{rows[ours].perplexity:.2f} | {rows[control].perplexity:.2f}"
+        assert f"| held-out perplexity, {what} | {figures} |" in card
+
+
 def test_the_report_file_is_the_returned_report(settings, report) -> None:
     read = json.loads((Path(settings.output_dir) / "report.json").read_text(encoding="utf-8"))
     assert read == json.loads(json.dumps(asdict(report)))

@@ -71,7 +71,7 @@ def placement(arguments: Namespace) -> dict[str, Any]:
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     where = device_map_of(arguments)
-    place = {"device": device_of(arguments)} if where is None else {"device_map": where}
+    place: dict[str, Any] = {"device": device_of(arguments)} if where is None else {"device_map": where}
     return {"dtype": dtype, **revision(arguments), **place}
 
 

@@ -33,6 +33,7 @@ from moh.demo.report import DemoReport, ModelRow, check_report_files, compared
 from moh.evaluation import PerplexityResult, cpu_name, measure_speed, perplexity
 from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
+from moh.models.card import card_of, layers_of, write_card
 from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
 from moh.routing import router_class
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
@@ -181,10 +182,15 @@ class _Demo:
         with self._step("tuning our way"):
             ours = self._tune("MoH, ours", ours, base, tokenizer, blocks, steps, precision, teacher)
         self._measure("MoH, ours, tuned", ours, heldout, control_row, control_result)
+        measured = [(f"held-out perplexity, tuned {steps} steps", self.rows[-1], control_row)]
+        untuned = next(row for row in self.rows if row.name == "MoH, ours, untuned")
+        measured.insert(0, ("held-out perplexity, converted; the control is the original", untuned, dense_row))
 
         with self._step("saving the model"), replacing_directory(self.output_dir / "model") as scratch:
             ours.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
+            results = [(what, f"{row.perplexity:.2f}", f"{other.perplexity:.2f}") for what, row, other in measured]
+            write_card(scratch, layers_of(ours), **card_of(ours), results=results)
         with self._step("head load"):
             use = inspect_groups(ours, token_groups(ours, {"held-out": heldout[:8]}))
             use.save_csv(self.output_dir / "head_load.csv")

@@ -244,7 +244,9 @@ def load_subject(
 
     name = Path(checkpoint).name or str(checkpoint)
     if not reads_images:
-        place = {"device": device or default_device()} if device_map is None else {"device_map": device_map}
+        place: dict[str, Any] = (
+            {"device": device or default_device()} if device_map is None else {"device_map": device_map}
+        )
         return _text_subject(name, checkpoint, dense, revision, dtype, place)
     if device_map is not None or dtype not in ("auto", torch.float32):
         raise ValueError(

@@ -104,7 +104,7 @@ def write_card(
     table = dict(_heads(layers)) | dict(facts or {})
     if base is not None:
         at = f", revision `{revision}`" if revision is not None else ""
-        table = {"base model": f"`{Path(base).name if _is_local(base) else base}`{at}"} | table
+        table = {"base model": f"`{Path(base).expanduser().absolute().name if _is_local(base) else base}`{at}"} | table
     write_text(file, _text(kind, directory, front, layers, table, results))
     return True
 

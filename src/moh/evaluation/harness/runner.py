@@ -237,7 +237,9 @@ class Runner:
             else:
                 tokenizer = load_tokenizer(source, revision=revision)
                 dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-                place = {"device": options.device} if options.device_map is None else {"device_map": options.device_map}
+                place: dict[str, Any] = {"device": options.device}
+                if options.device_map is not None:
+                    place = {"device_map": options.device_map}
                 model = load_causal_lm(source, dtype=dtype, revision=revision, **place)
             if options.apply_chat_template and not tokenizer.chat_template:
                 raise ValueError("apply_chat_template needs a chat template, and the model's tokenizer has none")
