@@ -151,7 +151,8 @@ def _drawing(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.M
     images = TensorImages(pixels, torch.arange(20) % len(CLASSES), CLASSES)
     monkeypatch.setattr(datasets, "load_fashion_mnist", lambda cache_dir=None: (images, images))
     load = moh.training.load_recipe
-    few = "--training.max_steps 2 --training.warmup_steps 1 --training.per_device_train_batch_size 4 --training.samples.every 2"
+    few = "--training.max_steps 2 --training.warmup_steps 1 --training.per_device_train_batch_size 4"
+    few += " --training.samples.every 2 --training.samples.steps 2"
     monkeypatch.setattr(moh.training, "load_recipe", lambda path, words: load(path, [*words, *few.split()]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -191,10 +192,15 @@ def test_the_list_of_recipes_is_json_too(moh) -> None:
     assert read["directory"] in shown[-1]
 
 
-def test_the_demo_prints_its_report_as_json_alone(moh, base_dir, text_file, tmp_path) -> None:
+def test_the_demo_prints_its_report_as_json_alone(moh, base_dir, text_file, tmp_path, monkeypatch) -> None:
+    import moh.demo as demo
+
+    short = partial(demo.DemoSettings, seq_len=32, calibration_tokens=512, heldout_tokens=160)
+    monkeypatch.setattr(demo, "DemoSettings", short)
     result = moh("demo", "--base", base_dir, "--files", text_file, "--steps", 1, "--json", "-o", tmp_path / "demo")
+    assert result.code == 0, result.err
     read = json.loads(result.out[0])
-    assert result.code == 0 and len(result.out) == 1 and read.pop("output") == str(tmp_path / "demo")
+    assert len(result.out) == 1 and read.pop("output") == str(tmp_path / "demo")
     assert read == json.loads((tmp_path / "demo" / "report.json").read_text())
 
 

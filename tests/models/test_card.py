@@ -92,14 +92,14 @@ def test_a_directory_pushed_again_under_another_name_is_named_so(kind: str, save
     if kind == "remote code":
         export_remote_code(saved)
     elif kind != "transformers":
-        saved = tmp_path / "another"
+        saved = tmp_path / "drawing-moh"
         saved.mkdir()
         config = {"timm": {"architecture": "moh_vit_micro_patch4_28_75"}}.get(kind, {"_class_name": "MoHDiT"})
         (saved / "config.json").write_text(json.dumps(config))
         if kind == "a pipeline":
             (saved / "model_index.json").write_text("{}")
         write_card(saved, LAYERS, base="theirs/dense")
-    assert saved.name not in (saved / "README.md").read_text()
+    assert f"/{saved.name}" not in (saved / "README.md").read_text()
     push_directory(saved)
     first = (saved / "README.md").read_text()
     push_directory(saved, "other/name")

@@ -94,7 +94,7 @@ def device_map_of(arguments: Namespace) -> Any:
     return device_map
 
 
-def revision(arguments: Namespace, model: str | None = None) -> dict[str, str]:
+def revision(arguments: Namespace, model: str | None = None) -> dict[str, Any]:
     """Argument of `from_pretrained` for the command's model, or for another one, if a revision is given.
 
     Raises:

@@ -10,6 +10,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_result(arguments: Namespace, figures: Mapping[str, Any], lines: Sequence[str]) -> None:
     """Print a command's result on standard output: with `--json` its figures in one line, else the lines."""
     print(json.dumps(_without_nan(figures)) if arguments.json else "\n".join(lines))
+
+
+def reports_on_stderr(arguments: Namespace) -> AbstractContextManager[Any]:
+    """Inside the block what libraries print goes to standard error if `--json` is given: standard output is for JSON alone."""
+    return redirect_stdout(sys.stderr) if arguments.json else nullcontext()
 
 
 def _without_nan(value: Any) -> Any:

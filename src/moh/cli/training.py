@@ -9,7 +9,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moh.cli.loading import add_loading, placement
-from moh.cli.options import add_command, add_json, add_output, add_push, add_text, output_of, print_result, push
+from moh.cli.options import (
+    add_command,
+    add_json,
+    add_output,
+    add_push,
+    add_text,
+    output_of,
+    print_result,
+    push,
+    reports_on_stderr,
+)
 
 if TYPE_CHECKING:
     from moh.cli.options import Commands
@@ -93,7 +103,8 @@ def run_demo(arguments: Namespace) -> None:
     names += " learning_rate distillation_weight full seed"
     options = {name: getattr(arguments, name) for name in names.split()}
     settings = DemoSettings(output_dir=arguments.output, files=tuple(arguments.files), **options)
-    report = run_demo(settings, show=not arguments.json)
+    with reports_on_stderr(arguments):  # transformers' Trainer prints its losses
+        report = run_demo(settings, show=not arguments.json)
     if arguments.json:
         print_result(arguments, {"output": arguments.output, **asdict(report)}, [])
 
@@ -106,12 +117,13 @@ def run_train(arguments: Namespace) -> None:
         recipes = {name: about(file) for name, file in shipped_recipes().items()}
         width = max(map(len, recipes))
         place = f"They are in {recipes_directory()}, with configurations for `accelerate launch` in accelerate/."
-        figures = {"directory": str(recipes_directory()), "recipes": recipes}
-        print_result(arguments, figures, [*(f"{name:{width}}  {text}" for name, text in recipes.items()), place])
+        found = {"directory": str(recipes_directory()), "recipes": recipes}
+        print_result(arguments, found, [*(f"{name:{width}}  {text}" for name, text in recipes.items()), place])
         return
     if arguments.recipe is None:
         raise ValueError("RECIPE must be given: a YAML file or a name; `moh train --list` lists those of the package")
-    result = train(load_recipe(arguments.recipe, arguments.overrides))
+    with reports_on_stderr(arguments):
+        result = train(load_recipe(arguments.recipe, arguments.overrides))
     step, loss = result.losses[-1] if result.losses else (0, float("nan"))
     figures = {"model": str(result.model_dir), "step": step, "loss": loss, "precision": result.precision}
     print_result(arguments, figures, [f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}"])
