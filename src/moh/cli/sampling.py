@@ -98,7 +98,7 @@ def run(arguments: Namespace) -> None:
         model.to(device=state.device if arguments.device is None else device_of(arguments), dtype=dtype)
         sample_to_files(model, labels, settings, out=out, npz=npz, batch_size=arguments.batch_size)
         if state.is_main_process:
-            places = {"output": out, "npz": npz}
-            figures = {name: None if path is None else str(path) for name, path in places.items()}
+            written = {"output": out, "npz": npz}
+            figures = {name: None if path is None else str(path) for name, path in written.items()}
             text = f"{' and '.join(path for path in figures.values() if path is not None)}: {count:,} images"
             print_result(arguments, {**figures, "images": count}, [text])
