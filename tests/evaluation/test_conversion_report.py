@@ -105,6 +105,19 @@ def test_the_pages_show_every_figure(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "conversion_report.json").read_text())["recommendation"] == found.recommendation()
 
 
+def test_the_page_fits_a_phone_and_follows_the_dark_scheme() -> None:
+    page = as_html([Heading("a", 1), Table(("b",), [("1",)])])
+    # Without it a phone lays the page out at 980 pixels and shrinks it.
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    style = page.split("<style>")[1].split("</style>")[0]
+    palettes = re.findall(r":root\{(.+?)\}", style)
+    assert "color-scheme:light dark" in palettes[0] and "prefers-color-scheme:dark" in style
+    names = [set(re.findall(r"--\w+", palette)) for palette in palettes]
+    assert len(names) == 2 and names[0] == names[1] == set(re.findall(r"var\((--\w+)\)", style))
+    assert not re.search(r"#[0-9a-f]{3}", re.sub(r":root\{.+?\}", "", style))  # no colour of one scheme alone
+    assert "<div><table>" in page and "div{overflow-x:auto}" in style
+
+
 def test_names_are_text_and_no_markup() -> None:
     page = as_html([Heading("<b>", 1), "a < b, **c** and `d`", Table(("<i>",), [("&",)])])
     assert "<h1>&lt;b&gt;</h1>" in page and "a &lt; b, <b>c</b> and <code>d</code>" in page

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's, safe for colour-blind readers
 _STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}td,th{border:1px solid #ccc;padding:.25rem .6rem;"
-    "text-align:left}th{background:#f3f3f3}img{max-width:100%}code{background:#f3f3f3;padding:0 .2rem}"
+    ":root{color-scheme:light dark;--text:#222;--back:#fff;--line:#ccc;--head:#f3f3f3}"
+    "@media(prefers-color-scheme:dark){:root{--text:#e8eaee;--back:#14171c;--line:#363c47;--head:#242a33}}"
+    "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:var(--text);"
+    "background:var(--back);overflow-wrap:break-word}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}td,th{border:1px solid var(--line);"
+    "padding:.25rem .6rem;text-align:left}th,code{background:var(--head)}img{max-width:100%}code{padding:0 .2rem}"
     "div{overflow-x:auto}"
 )
 
@@ -238,7 +241,8 @@ def as_html(parts: Sequence[Part]) -> str:
             text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
             lines.append(f"<p>{text}</p>")
     title = next((part.text for part in parts if isinstance(part, Heading)), "")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    phone = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{phone}<title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(lines) + "\n</body></html>\n"
 
 
