@@ -157,9 +157,9 @@ class Compared(Fitted):
 
 def _linear(router: Router) -> Router:
     """The router that takes the largest of the same predictions."""
-    config = dataclasses.replace(router.config, router="linear")
+    config = dataclasses.replace(router.config, router="linear", thresholds=None)
     made = build_router(config, router.contribution.in_features)
-    made.load_state_dict(router.state_dict(), strict=False)  # without the thresholds
+    made.load_state_dict(router.state_dict())
     return made
 
 

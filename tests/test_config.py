@@ -36,6 +36,20 @@ def test_every_router_name_is_accepted(router):
     assert MoHConfig(4, 1, 1, router).router == router
 
 
+@pytest.mark.parametrize(
+    "router, thresholds, message",
+    [
+        ("linear", (0.0, 0.0), "thresholds must be None for router='linear'"),
+        ("threshold", (0.0, 1.0), "thresholds must hold 4 numbers, one for each number of routed heads from 0 to 3"),
+        ("threshold", (0.0, 1.0, float("nan"), 2.0), "thresholds must hold 4 numbers"),
+        ("threshold", "four", "thresholds must hold 4 numbers"),
+    ],
+)
+def test_thresholds_that_do_not_fit_the_layer_are_refused(router, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        MoHConfig(4, 1, 1, router, thresholds=thresholds)
+
+
 def test_router_is_the_learned_one_by_default():
     config = MoHConfig(4, 1, 1)
     assert config.router == "two_stage"

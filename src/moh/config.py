@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 ROUTERS = ("two_stage", "single_stage", "query_norm", "query_norm_rounded", "linear", "threshold")
 """Names of the routers: the paper's (learned, its ablation without the first stage, parameter-free, the same as its published
@@ -37,6 +38,8 @@ class MoHConfig:
             attention, k / kv_heads of the routed heads in every group of heads that share keys and values; all
             groups have the same number of shared heads. "kv_group": whole groups, k * kv_heads / h of them; shared
             heads are whole groups too.
+        thresholds: of router="threshold", for each k from 0 to h_r what a routed head's score has to exceed where tokens use k
+            routed heads on average; None until the conversion has fitted them.
         kv_heads: number of key/value heads, required by the two units with groups; query head i reads key/value head
             `i // (h / kv_heads)`.
 
@@ -52,6 +55,7 @@ class MoHConfig:
     router: str = "two_stage"
     routing_unit: str = "head"
     kv_heads: int | None = None
+    thresholds: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         h = self.num_heads
@@ -79,6 +83,20 @@ class MoHConfig:
             raise ValueError("active_heads must be at least 1 when shared_heads = 0: no head would be used at all")
         if self.router not in (*ROUTERS, FIXED):
             raise ValueError(f"router must be one of {', '.join(map(repr, (*ROUTERS, FIXED)))}, got {self.router!r}")
+
+        if self.thresholds is not None:
+            object.__setattr__(self, "thresholds", self._checked_thresholds(self.thresholds))
+
+    def _checked_thresholds(self, values: object) -> tuple[float, ...]:
+        if self.router != "threshold":
+            raise ValueError(f"thresholds must be None for router={self.router!r}, got {values!r}")
+        numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else ()
+        if len(numbers) != self.num_routed + 1 or not all(isinstance(n, int | float) and isfinite(n) for n in numbers):
+            raise ValueError(
+                f"thresholds must hold {self.num_routed + 1} numbers, one for each number of routed heads from 0 to "
+                f"{self.num_routed}, as fitted for these shared heads, got {values!r}"
+            )
+        return tuple(map(float, numbers))
 
     def _check_unit(self) -> None:
         if self.routing_unit not in ROUTING_UNITS:

@@ -58,7 +58,8 @@ def inputs(
 
     active = H - len(shared) if active < 0 else active
     name = "linear" if threshold is None else "threshold"
-    config = MoHConfig(H, list(shared), active, name) if router else None
+    thresholds = None if threshold is None else [threshold] * (H - len(shared) + 1)
+    config = MoHConfig(H, list(shared), active, name, thresholds=thresholds) if router else None
     gates = None if router else torch.rand(B, 1, H, generator=generator) * (normal(B, 1, H) > 0)
     contribution = [normal(H, C), normal(H)] if router else [None, None]
     angles = 6 * torch.rand(B if own_angles else 1, 1, D // 2, generator=generator).repeat(1, 1, 2)
@@ -118,10 +119,7 @@ def definition(case, config: MoHConfig | None) -> tuple[Tensor, Tensor, Tensor]:
     gates = case["gates"]
     if config is not None:
         router = build_router(config, x.shape[-1], dtype=x.dtype)
-        state = {"contribution.weight": case["router"][0], "contribution.bias": case["router"][1]}
-        if case["threshold"] is not None:
-            state["thresholds"] = torch.full((config.num_heads + 1,), case["threshold"])
-        router.load_state_dict(state)
+        router.load_state_dict({"contribution.weight": case["router"][0], "contribution.bias": case["router"][1]})
         gates = router(x).gates
     cos, sin = (angle[:, None] for angle in case["angles"])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moh
+from moh.routing import ThresholdRouter
 
 ROUTERS = ["two_stage", "single_stage", "query_norm", "linear", "threshold"]
 
@@ -36,9 +37,12 @@ def layer_of(router: str = "linear", unit: str = "head", **options: Any) -> moh.
     kwargs = {"shared_heads": 2, "active_heads": 4, "num_kv_heads": 12} | options
     if unit != "head":
         kwargs |= {"shared_heads": 4, "num_kv_heads": 4 if unit == "group_balanced" else 6}
-    return moh.MoHAttention(
+    layer = moh.MoHAttention(
         48, 12 * (2 if unit != "head" else 1), router=router, routing_unit=unit, head_dim=4, **kwargs
     )
+    if isinstance(layer.router, ThresholdRouter):
+        layer.router.fit_thresholds(layer.router.contribution(torch.randn(500, 48)))
+    return layer
 
 
 def settings(layer: moh.MoHAttention) -> list[int]:

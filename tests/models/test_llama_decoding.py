@@ -19,6 +19,10 @@ SERVED = [
     pytest.param(dict(router="linear"), id="linear"),
     pytest.param(dict(router="linear", shared_heads=[[1], [0, 3]], active_heads=[2, 1]), id="linear-uneven"),
     pytest.param(dict(router="linear", shared_heads=[4, 2], active_heads=[0, 2]), id="linear-all-active"),
+    pytest.param(
+        dict(router="threshold", shared_heads=[[2], [0, 1]], active_heads=1, thresholds=[[1, 0, 0, -1], [1, 0, -1]]),
+        id="threshold",
+    ),
     pytest.param(dict(router="two_stage"), id="two_stage"),
     pytest.param(
         dict(router="linear", routing_unit="group_balanced", shared_heads=0, active_heads=2), id="linear-balanced"

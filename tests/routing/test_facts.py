@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_gates_of_a_hard_router_alone_are_1_and_0(name) -> None:
 def test_a_router_works_with_every_number_of_active_heads_that_it_allows(name, active) -> None:
     router = router_of(name, active=active)
     for k in allowed_counts(router):
-        router.config = MoHConfig(H, (0, 3), k, name)
+        router.config = dataclasses.replace(router.config, active_heads=k)
         info = router(torch.randn(2, 5, C), torch.randn(2, 5, H, D))
         assert name == "threshold" or (info.active.sum(-1) == 2 + k).all()
 
@@ -58,10 +60,23 @@ def test_a_threshold_lets_the_tokens_it_was_fitted_to_use_k_routed_heads_on_aver
     router, x = router_of("threshold", shared), torch.randn(4, 250, C)
     router.fit_thresholds(router.contribution(x).flatten(0, 1))
     for k in allowed_counts(router):
-        router.config = MoHConfig(H, shared, k, "threshold")
+        router.config = dataclasses.replace(router.config, active_heads=k)
         active = router(x).active
         assert float(active.sum(-1).float().mean()) == pytest.approx(len(shared) + k, abs=1e-3)
         assert active[..., list(shared)].all() and (k in (0, H - len(shared)) or active.sum(-1).unique().numel() > 1)
+
+
+def test_a_threshold_that_was_not_fitted_is_refused_in_use() -> None:
+    router = build_router(MoHConfig(H, 2, 2, "threshold"), C)
+    with pytest.raises(ValueError, match=r"thresholds must be fitted for router='threshold', as moh\.convert does"):
+        router(torch.randn(1, 3, C))
+
+
+def test_thresholds_are_not_rounded_with_the_model_and_not_in_checkpoints() -> None:
+    router = router_of("threshold")
+    before = router.threshold()
+    assert router.bfloat16().threshold() == before
+    assert sorted(router.state_dict()) == ["contribution.bias", "contribution.weight"]
 
 
 def test_a_token_of_nan_uses_all_heads_of_a_threshold_and_is_seen_in_the_output() -> None:
@@ -77,7 +92,8 @@ def test_a_reordered_router_gives_each_head_the_gate_that_it_had(name, shared) -
     x, q = torch.randn(2, 5, C), torch.randn(2, 5, H, D)
     before = router(x, q).gates
     router.reorder(heads)
-    assert router.config == MoHConfig(H, [heads.index(head) for head in shared], 2, name)
+    places = [heads.index(head) for head in shared]
+    assert router.config == dataclasses.replace(router.config, shared_heads=places)
     torch.testing.assert_close(router(x, q[:, :, heads]).gates, before[..., heads])
 
 
@@ -98,10 +114,14 @@ def test_a_ranking_router_orders_heads_as_layers_of_fewer_heads_use_them(name) -
     router, x = router_of(name), torch.randn(2, 50, C)
     order = router.order(x)
     for n in range(2, H + 1):
-        used = router.with_config(MoHConfig(H, (0, 3), n - 2, name))(x).active
+        used = router.with_config(dataclasses.replace(router.config, active_heads=n - 2))(x).active
         first = torch.arange(H) < (used.sum(-1, keepdim=True) if name == "threshold" else n)
         assert torch.equal(torch.zeros_like(used).scatter(-1, order, first.expand_as(order)), used)
     other = router.with_config(MoHConfig(H, (5,), 2, name))
+    if isinstance(other, ThresholdRouter):
+        before = router(x).gates
+        other.fit_thresholds(other.contribution(x).flatten(0, 1))
+        assert torch.equal(router(x).gates, before)
     assert other(x).active[..., 5].all() and router.config.shared_indices == (0, 3)
 
 

@@ -45,6 +45,9 @@ from moh.routing.units import strongest
 COST_TOKENS = 4096
 """Calibration tokens of the pass that estimates the layers' costs: its backward half makes it three times as slow."""
 
+SCORED_TOKENS = 65_536
+"""Calibration tokens that thresholds are found on: all scores of a layer are sorted."""
+
 LEAST_HEADS = 4
 """Every layer keeps as many heads, or a third of its heads if that is less, because estimates are far too low below."""
 
@@ -71,6 +74,7 @@ class Calibrator:
         """`samples` `[n, ...]` as the model reads them, `batch_size` of them in one pass."""
         self.dense = dense
         self.fits: list[ContributionFit] = []
+        self._scores: dict[int, Tensor] = {}  # [T, H] of layers whose routers have thresholds
         self._samples = samples
         self.batch_size = batch_size
         self._recording = Recording(samples.to(dense.device).split(batch_size))
@@ -100,21 +104,20 @@ class Calibrator:
 
     @torch.no_grad()
     def _fit_thresholds(self, routers: Sequence[Router]) -> None:
-        """Set the thresholds of those routers that have some, by their scores on all calibration data."""
-        scores: dict[int, list[Tensor]] = {i: [] for i, r in enumerate(routers) if isinstance(r, ThresholdRouter)}
-        if not scores:
+        """Set the thresholds of those routers that have some, by their scores on the calibration data."""
+        with_thresholds = {i: router for i, router in enumerate(routers) if isinstance(router, ThresholdRouter)}
+        if not with_thresholds:
             return
+        scores: dict[int, list[Tensor]] = {index: [] for index in with_thresholds}
 
         def add(index: int, x: Tensor, z: Tensor) -> None:
-            router = routers[index]
-            assert isinstance(router, ThresholdRouter)
-            scores[index].append(router.contribution(x.float()).cpu())
+            scores[index].append(with_thresholds[index].contribution(x.float()).cpu())
 
-        run(self.dense, self.playback("finding thresholds"), add, scores.keys())
-        for index, of_layer in scores.items():
-            router = routers[index]
-            assert isinstance(router, ThresholdRouter)
-            router.fit_thresholds(torch.cat(of_layer))
+        samples = self._chosen(SCORED_TOKENS)
+        run(self.dense, self.playback("finding thresholds", samples), add, scores.keys())
+        self._scores = {index: torch.cat(of_layer) for index, of_layer in scores.items()}
+        for index, router in with_thresholds.items():
+            router.fit_thresholds(self._scores[index])
 
     def _unique_parts(self) -> list[Tensor]:
         """Map of each layer to what is unique to its heads (`moh.conversion.fit.unique_part`), float32."""
@@ -165,9 +168,14 @@ class Calibrator:
 
     def with_number(self, router: Router, layer: int, heads: int) -> Router:
         """A layer's router for another number of heads, of which at most as many are shared as before."""
-        shared = strongest(self.fits[layer].mean, min(router.config.num_shared, heads), router.config)
-        config = dataclasses.replace(router.config, shared_heads=shared, active_heads=heads - len(shared))
-        return router.with_config(config)
+        before = router.config
+        shared = strongest(self.fits[layer].mean, min(before.num_shared, heads), before)
+        kept = before.thresholds if shared == before.shared_indices else None
+        config = dataclasses.replace(before, shared_heads=shared, active_heads=heads - len(shared), thresholds=kept)
+        made = router.with_config(config)
+        if isinstance(made, ThresholdRouter) and kept is None:
+            made.fit_thresholds(self._scores[layer])
+        return made
 
     def reallocate(self, routers: Sequence[Router], costs: Tensor, total: int) -> list[Router]:
         """Routers with `total` heads over all layers, distributed by `costs`."""

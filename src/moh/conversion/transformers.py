@@ -19,7 +19,7 @@ import moh.models.transformers
 from moh.config import FIXED, MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
-from moh.models.heads import compact_heads, compact_router
+from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised
 from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
 from moh.models.transformers.fixed import cut_weights
@@ -132,6 +132,7 @@ class DenseTransformersModel(DenseModel):
             without_heads="linear" if any(w.bias is not None for w in output_weights) else "nothing",
             routing_unit=layers[0].routing_unit,
             **compact_heads(layers),
+            **thresholds_of(layers),
             router_aux_loss_coef=router_aux_loss_coef,
         )
         names = {module: name for name, module in dense.named_modules()}

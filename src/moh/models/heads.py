@@ -76,6 +76,7 @@ def layer_configs(
     router: str | Sequence[str],
     routing_unit: str = "head",
     kv_heads: int | None = None,
+    thresholds: Sequence[Sequence[float] | None] | None = None,
 ) -> list[MoHConfig]:
     """The heads and routing of each layer.
 
@@ -88,6 +89,7 @@ def layer_configs(
         router: as in `moh.MoHConfig`, one name or a list with one per layer.
         routing_unit: `moh.config.ROUTING_UNITS`.
         kv_heads: key/value heads of every layer; ignored by the unit "head".
+        thresholds: those of each layer with router="threshold".
 
     Raises:
         ValueError: the heads of a layer don't add up; the message names the layer, the field and what is allowed.
@@ -102,7 +104,8 @@ def layer_configs(
         try:
             groups = None if routing_unit == "head" else kv_heads
             name = _of_layer("router", router, index, num_layers)
-            layers.append(MoHConfig(heads, shared, active, name, routing_unit=routing_unit, kv_heads=groups))
+            own = _of_layer("thresholds", thresholds, index, num_layers)
+            layers.append(MoHConfig(heads, shared, active, name, routing_unit, groups, own))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
     return layers
@@ -118,6 +121,10 @@ class HasLayerHeads:
     active_heads: int | list[int]
     router_aux_loss_coef: float
     routing_unit: str = "head"
+
+    thresholds = None
+    """`[L][h_r + 1]`, the thresholds of layers with router="threshold" (`MoHConfig.thresholds`), None for another layer; None if
+    no layer has such a router."""
 
     head_costs = None
     """`[L][H + 1]`, each layer's estimated loss (nats per token) with 0 to H heads, as measured by the conversion; None
@@ -141,7 +148,11 @@ class HasLayerHeads:
             )
         if self.router_aux_loss_coef < 0:
             raise ValueError(f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}")
-        self.layer_configs()
+        for index, layer in enumerate(self.layer_configs()):
+            if layer.router == "threshold" and layer.thresholds is None:
+                raise ValueError(
+                    f"layer {index}: thresholds must be given for router='threshold': convert the dense model, which fits them"
+                )
 
     @property
     def num_attention_layers(self) -> int:
@@ -162,6 +173,7 @@ class HasLayerHeads:
             router=self.router,
             routing_unit=self.routing_unit,
             kv_heads=getattr(self, "num_key_value_heads", None),
+            thresholds=self.thresholds,
         )
 
     @property
@@ -179,6 +191,12 @@ def compact_heads(layers: Sequence[MoHConfig]) -> dict[str, Any]:
     """`shared_heads` and `active_heads` as `layer_configs` takes them: one number where all layers have the same."""
     shared = [c.shared_heads if isinstance(c.shared_heads, int) else list(c.shared_indices) for c in layers]
     return {"shared_heads": _compact(shared), "active_heads": _compact([c.active_heads for c in layers])}
+
+
+def thresholds_of(layers: Sequence[MoHConfig]) -> dict[str, Any]:
+    """`thresholds` as `layer_configs` takes them, if a layer has some."""
+    found = [None if layer.thresholds is None else list(layer.thresholds) for layer in layers]
+    return {"thresholds": found} if any(found) else {}
 
 
 def compact_router(layers: Sequence[MoHConfig]) -> str | list[str]:

@@ -408,44 +408,60 @@ class ThresholdRouter(LinearRouter):
     """Contribution router of which a token uses as many heads as it needs: those whose predicted c_i is above a threshold.
 
     One threshold per layer and number of heads, such that a token of the calibration data used k routed heads on average;
-    on other data the average may differ. Gates and gradient are those of `LinearRouter`.
+    on other data the average may differ. Gates and gradient are those of `LinearRouter`; the thresholds have none.
 
-    Parameters: those of `LinearRouter`. Buffer: `thresholds` `[H + 1]`, float32; entry n belongs to n heads in all, the
-    shared ones included. Between none and all of the routed heads a new layer's are 0, until `fit_thresholds` sets them.
+    Parameters: those of `LinearRouter`. Thresholds are in the configuration (`MoHConfig.thresholds`) and not in checkpoints, as
+    they would be rounded there with the model, sharded or averaged; they hold for its shared heads alone.
+
+    Raises:
+        ValueError: in use, no thresholds have been fitted.
     """
 
     thresholds: Tensor
+    """`[h_r + 1]` float32, for compiled graphs, which hold for every layer and k."""
 
     def __init__(
         self, config: MoHConfig, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, dim, device=device, dtype=dtype)
-        thresholds = torch.zeros(config.num_heads + 1, device=device, dtype=torch.float32)
-        thresholds[: config.num_shared + 1], thresholds[config.num_heads] = torch.inf, -torch.inf
-        self.register_buffer("thresholds", thresholds)
+        self.register_buffer("thresholds", None, persistent=False)
+        self.reset_thresholds()
+
+    def _set_heads(self, config: MoHConfig) -> None:
+        super()._set_heads(config)
+        if "thresholds" in self._buffers:
+            self.reset_thresholds()
+
+    def reset_thresholds(self) -> None:
+        """Take the thresholds from the configuration again, where memory was allocated without values."""
+        values = self.config.thresholds or [0.0] * (self.config.num_routed + 1)
+        made = torch.tensor(values, dtype=torch.float32, device=self.contribution.weight.device)
+        self._buffers = {**self._buffers, "thresholds": made}  # `with_config` copies share the former dict
 
     @torch.no_grad()
     def fit_thresholds(self, scores: Tensor) -> None:
-        """Set the thresholds so that tokens with these scores `[T, H]` use every number of heads on average.
-
-        They hold for the present shared heads.
-        """
-        config = self.config
+        """Set the thresholds so that tokens with these scores `[T, H]` use each number of heads on average."""
         falling = self._of_routed(scores.float(), -1).flatten().sort(descending=True).values
-        self.thresholds.fill_(torch.inf)
-        for k in range(1, config.num_routed):
-            last = k * len(falling) // config.num_routed  # the last score that is used; the next one is not
-            self.thresholds[config.num_shared + k] = falling[max(last - 1, 0) : last + 1].mean()
-        self.thresholds[config.num_heads] = -torch.inf
+        routed, last = self.config.num_routed, len(falling) - 1
+        places = [k * len(falling) // routed for k in range(routed + 1)]  # of the first score that is not used
+        means = [float(falling[max(place - 1, 0) : min(place, last) + 1].mean()) for place in places]
+        self._set_heads(dataclasses.replace(self.config, thresholds=means))
 
     def _active(self, scores: Tensor) -> Tensor:
-        if not is_for_all_settings() and self.config.active_heads == self.config.num_routed:
-            return torch.ones_like(scores, dtype=torch.bool)  # whatever the thresholds are
-        threshold = self.thresholds[self.config.num_shared + self._chosen()].float()
-        return ~(scores <= threshold)  # NaN counts as above, so that it is seen in the output
+        if self.config.thresholds is None:
+            raise ValueError(
+                "thresholds must be fitted for router='threshold', as moh.convert does; a layer to be trained has 'two_stage'"
+            )
+        routed, chosen = self.config.num_routed, self._chosen()
+        if not is_for_all_settings():
+            if chosen == routed:
+                return torch.ones_like(scores, dtype=torch.bool)  # whatever the scores are
+            return ~(scores <= self.config.thresholds[chosen])  # NaN counts as above, so that it is seen in the output
+        none = torch.arange(1, device=scores.device)  # no branch may depend on k
+        return ~(scores <= self.thresholds[chosen]) & (none < chosen) | (none + routed <= chosen)
 
-    def threshold(self) -> float:
-        return float(self.thresholds[self.config.num_shared + self.config.active_heads])
+    def threshold(self) -> float | None:
+        return None if self.config.thresholds is None else self.config.thresholds[self.config.active_heads]
 
 
 class FixedRouter(Router):

@@ -54,17 +54,16 @@ class Scorer(nn.Module):
 class Router(nn.Module):
     """Input x `[B, N, C]` and queries q `[B, N, H, D]` -> gates `[B, N, H]`, as the routers of the package.
 
-    Tensors: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear",
-    and "threshold" with its `thresholds`).
+    Parameters: `shared.weight`, `routed.weight`, `stage.weight` (the paper's learned routers) or `contribution.*` ("linear",
+    "threshold").
     """
 
     balance_weight = 0.0
-    thresholds: Tensor
 
-    def __init__(self, config: Any, kind: str, shared: Any, active: int) -> None:
+    def __init__(self, config: Any, kind: str, shared: Any, active: int, thresholds: Any = None) -> None:
         super().__init__()
         heads, dim = config.num_attention_heads, config.hidden_size
-        self.kind, self.active = kind, active
+        self.kind, self.active, self.thresholds = kind, active, thresholds
         self.unit, self.groups = getattr(config, "routing_unit", "head"), getattr(config, "num_key_value_heads", heads)
         if shared is None:
             shared = heads - active
@@ -78,8 +77,6 @@ class Router(nn.Module):
         self.places = [together.index(head) for head in range(heads)]
         if self.kind in ("linear", "threshold"):
             self.contribution = Scorer(dim, heads, bias=True)
-            if self.kind == "threshold":
-                self.register_buffer("thresholds", torch.zeros(heads + 1, dtype=torch.float32))
         elif self.kind in ("two_stage", "single_stage"):
             if len(self.of_shared) > 1:
                 self.shared = Scorer(dim, len(self.of_shared))
@@ -127,7 +124,7 @@ class Router(nn.Module):
         if self.active == scores.shape[-1]:
             return torch.ones_like(scores, dtype=torch.bool)
         if self.kind == "threshold":
-            return ~(scores <= self.thresholds[len(self.of_shared) + self.active].float())
+            return ~(scores <= self.thresholds[self.active])
         if self.unit == "group_balanced":
             return _largest(scores.unflatten(-1, (self.groups, -1)), self.active // self.groups).flatten(-2)
         if self.unit == "kv_group":
@@ -194,9 +191,10 @@ class _RoutedModel:
             if isinstance(attention, MoHAttention):  # of a model inside, made by `AutoModel`
                 continue
             of_all: list[Any] = [config.router, getattr(config, "shared_heads", None), config.active_heads]
-            kind, shared, active = (value[index] if isinstance(value, list) else value for value in of_all)
+            of_all.append(getattr(config, "thresholds", None))
+            kind, shared, active, thresholds = (value[index] if isinstance(value, list) else value for value in of_all)
             attention.__class__ = MoHAttention
-            attention.router = Router(config, kind, shared, active)
+            attention.router = Router(config, kind, shared, active, thresholds)
             attention.router.balance_weight = getattr(config, "router_aux_loss_coef", 0.0)
             if changes := getattr(config, "output_changes", None):  # kept for the package's dial; W_O already holds one
                 weight, count = _at(attention, FAMILY["output"]).weight, len(changes["heads"])

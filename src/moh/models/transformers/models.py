@@ -31,7 +31,7 @@ from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, atte
 from moh.models.transformers.fixed import WITHOUT_HEADS, FixedAttention, cut, refuse_fixed_heads
 from moh.models.transformers.remote_code import keep_remote_code
 from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads
-from moh.routing import Scorer, build_router
+from moh.routing import Scorer, ThresholdRouter, build_router
 
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "router": (str | list[str], "two_stage"),
@@ -162,6 +162,8 @@ class RoutedModel(PushedWithCard, HasActiveHeads):
         self.post_init()  # again, for the routers
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ThresholdRouter):
+            module.reset_thresholds()
         # A router starts as the family's linear layers do
         super()._init_weights(module.as_linear() if isinstance(module, Scorer) else module)  # type: ignore[misc]
 
