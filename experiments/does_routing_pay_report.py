@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import METHODS, NOT_MODELS, ROUTED
+from does_routing_pay_models import FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED
 
 from moh._extras import require
 from moh._files import write_text
 
 NAME = "does_routing_pay"
+_ABOUT = (
+    "Routed heads beside what others do to make attention smaller, all from one calibration and without training "
+    "([how each is made](../conversion.md#fixed-heads-and-layers-without-attention)): the same heads for every token, and whole "
+    "layers of attention left out, with or without a linear map in their place. Routed heads keep all keys and values; the others "
+    "shrink the cache and take less time at the same number of heads, so the right panels of the picture compare at equal time."
+)
 _COLOURS = dict(zip(METHODS, ("C0", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
 
@@ -20,10 +26,12 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     speed = [cell for cell in cells if cell["kind"] == "speed"]
     if not quality:
         return
-    models = list(dict.fromkeys(cell["model"] for cell in quality))
-    lines = ["# Does routing pay?", "", f"![perplexity against time and cache](../images/{NAME}.png)"]
+    found = dict.fromkeys(cell["model"] for cell in quality)
+    models = [*(model for model in MODELS if model in found), *(model for model in found if model not in MODELS)]
+    lines = ["# Does routing pay?", "", f"![perplexity against time and cache](../images/{NAME}.png)", "", _ABOUT]
     for model in models:
-        lines += ["", f"## {model}", "", *_quality([cell for cell in quality if cell["model"] == model])]
+        of_model = [cell for cell in quality if cell["model"] == model]
+        lines += ["", f"## {model}", "", *_quality(of_model), *_compared(of_model)]
         of_model = [cell for cell in speed if cell["model"] == model]
         lines += ["", *_speed(of_model)] if of_model else []
     lines += ["", f"Made by `python experiments/{NAME}.py`."]
@@ -31,6 +39,16 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
     _plot(images / f"{NAME}.png", quality, speed)
+
+
+def _compared(cells: list[dict[str, Any]]) -> list[str]:
+    """How much more fixed heads lose than routed ones, at each share that both have."""
+    rises: dict[tuple[str, float], float] = {}
+    for cell in cells:
+        rises[cell["method"], cell["aim"]] = sum(t["above"] for t in cell["texts"].values()) / len(cell["texts"])
+    shares = sorted({aim for _, aim in rises if (ROUTED, aim) in rises and (FIXED_HEADS, aim) in rises}, reverse=True)
+    ratios = [f"{rises[FIXED_HEADS, s] / rises[ROUTED, s]:.1f} at {s:.0%} of the heads" for s in shares]
+    return ["", f"Fixed heads against routed ones, ratio of the mean rises: {', '.join(ratios)}."] if ratios else []
 
 
 def _quality(cells: list[dict[str, Any]]) -> list[str]:
