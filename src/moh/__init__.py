@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moh.conversion import convert
     from moh.layer import KVCache, MoHAttention, RotaryEmbedding
     from moh.models.dial import active_heads, set_active_heads
-    from moh.models.published import load_published
+    from moh.models.published import load_published, save_published
     from moh.routing import RoutingInfo, balance_over_processes, loss_scale, record_routing
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ __all__ = [
     "loss_scale",
     "moh_attention",
     "record_routing",
+    "save_published",
     "set_active_heads",
 ]
 
@@ -73,6 +74,7 @@ __getattr__, __dir__ = lazy(
         "moh_attention": "moh.attention",
         "record_routing": "moh.routing",
         "routing": "moh.routing",
+        "save_published": "moh.models.published",
         "set_active_heads": "moh.models.dial",
         "training": "moh.training",
     },

@@ -30,7 +30,7 @@ NO_JSON = {
     "run": "another program's own options",
 }
 """Commands without `--json`, and why."""
-OUTPUT = ("demo", "convert", "eval lm", "sample", "inspect", "curve", "extend-vocabulary")
+OUTPUT = ("demo", "convert", "eval lm", "sample", "inspect", "curve", "extend-vocabulary", "convert-published")
 
 
 def options(name: str) -> set[str]:

@@ -24,6 +24,7 @@ from moh.cli import (
     info,
     inspect,
     programs,
+    published,
     sampling,
     serving,
     training,
@@ -34,7 +35,7 @@ _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers wh
 
 _GROUPS = {
     "start here": ("demo", "info"),
-    "make a model": ("convert", "train", "extend-vocabulary", "export"),
+    "make a model": ("convert", "train", "convert-published", "extend-vocabulary", "export"),
     "use it": ("generate", "chat", "serve", "sample"),
     "measure and look inside": ("eval", "curve", "inspect", "explore"),
     "other programs with our models": ("lm-eval", "run"),
@@ -120,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_demo(sub)
     conversion.add_parser(sub)
     training.add_train(sub)
+    published.add_parser(sub)
     export.add_parser(sub)
     evaluation.add_parser(sub)
     sampling.add_parser(sub)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from moh.models.published import check_tensors, require_keys
+from moh.models.published import NAMES, check_heads, check_tensors, cpu_tensors, require_keys, write_checkpoint
+from moh.routing import Router
 
-_KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
+if TYPE_CHECKING:
+    from moh.models.diffusers.dit import MoHDiTTransformer2DModel
+
+KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
+"""Of a configuration; others are optional."""
+
+_PIXELS_PER_LATENT = 8  # along each axis, of the published models' VAE
 
 # Ours -> theirs, parts of names.
 _PARTS = {
@@ -57,6 +65,11 @@ def named_config(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def training_sizes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training's arguments change in `named_config`: nothing, as all sizes are in the tensors."""
+    return {}
+
+
 def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
     """A `moh.models.diffusers.MoHDiTTransformer2DModel` of the published sizes with the published weights.
 
@@ -67,7 +80,7 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
     """
     from moh.models.diffusers import MoHDiTTransformer2DModel
 
-    require_keys(config, _KEYS)
+    require_keys(config, KEYS)
     in_channels = config.get("in_channels", 4)
     if config.get("norm_eps", 1e-6) != 1e-6:
         raise ValueError(f"config['norm_eps'] must be 1e-6, got {config['norm_eps']}")
@@ -89,6 +102,69 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
     dtype = dtype if dtype is not None else state["x_embedder.proj.weight"].dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in _split(state, model).items()}, assign=True)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def save(model: MoHDiTTransformer2DModel, file: Path) -> None:
+    """Write a PyTorch file of the published layout; see `moh.models.published.save_published`."""
+    config = published_config(model)
+    state = cpu_tensors(published_state(model))
+    name = name_of(config, state)
+    stated = {} if name is None else {"model": name, "image_size": config["input_size"] * _PIXELS_PER_LATENT}
+    write_checkpoint(file, {"ema": state, "args": config | stated})
+
+
+def published_config(model: MoHDiTTransformer2DModel) -> dict[str, Any]:
+    """The configuration that `load` takes for a model as it is now, without its family.
+
+    Raises:
+        ValueError: the published code can't express it.
+    """
+    c = model.config
+    for field, published in (("norm_eps", 1e-6), ("freq_shift", 0)):
+        if c[field] != published:
+            raise ValueError(f"model can't be saved as published: {field} must be {published}, got {c[field]}")
+    layers = [
+        module.config for module in model.modules() if isinstance(module, Router)
+    ]  # the dial may have changed them
+    check_heads(layers, routers=("two_stage",))
+    for number, layer in enumerate(layers):
+        if layer.num_shared == 1:  # the published layer has no W_s then, and reads it all the same
+            raise ValueError(f"model can't be saved as published: layer {number} must not have just one shared head")
+    heads = c.num_attention_heads
+    if not isinstance(heads, int):
+        heads = list(heads)
+    elif heads * c.attention_head_dim != c.hidden_size:
+        heads = [heads] * c.num_layers  # the published code reads head_dim only next to a list
+    return {
+        "patch_size": c.patch_size,
+        "input_size": c.sample_size,
+        "depth": c.num_layers,
+        "hidden_size": c.hidden_size,
+        "num_heads": heads,
+        "head_dim": c.attention_head_dim,
+        "num_classes": c.num_classes,
+        "in_channels": c.in_channels,
+        "learn_sigma": c.out_channels == 2 * c.in_channels,
+    } | (
+        {"shared_head": [layer.num_shared for layer in layers], "routed_head": [layer.active_heads for layer in layers]}
+        if layers
+        else {}
+    )
+
+
+def name_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:
+    """The published model that has these sizes, whatever its images' size and number of classes; None if there is none."""
+    for name in (name for name, family in NAMES.items() if family == "dit"):
+        known = named_config(name, state) | {"in_channels": 4, "learn_sigma": True}
+        if all(key in config and _listed(config, key) == _listed(known, key) for key in known):
+            return name
+    return None
+
+
+def _listed(config: Mapping[str, Any], key: str) -> Any:
+    """A value, as one per layer where it may be."""
+    value = config[key]
+    return [value] * config["depth"] if key == "num_heads" and isinstance(value, int) else value
 
 
 def published_names(model: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The published MoH-LLaMA3-8B: recognised though its config.json calls it a Llama, and loaded without its remote code.
+"""The published MoH-LLaMA3-8B: recognised though its config.json calls it a Llama, loaded without its remote code, and written.
 
 The published numbers of heads are constants of that code, not fields of the configuration: the first half of the heads is
 shared, and of the other half each token activates half, by the norms of its queries. Imports neither torch nor
@@ -33,6 +33,12 @@ _LLAMA_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
+_OPTIONAL = (
+    *("hidden_act", "attention_bias", "attention_dropout", "initializer_range", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""Fields of a Llama that are taken where a configuration has them."""
+
 _ROPE_THETA = 10_000.0  # Llama's, where config.json leaves it out
 _MARKS = ("self.routed_head", "self.shared_head")  # names that the published code, and no Llama's, gives its heads
 
@@ -171,7 +177,7 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
     require_keys(config, (*_LLAMA_FIELDS, "rope_theta", "router", "shared_heads", "routed_active"))
     rope = config.get("rope", "default")
     ours = MoHLlamaConfig(
-        **{key: config[key] for key in _LLAMA_FIELDS},
+        **{key: config[key] for key in (*_LLAMA_FIELDS, *_OPTIONAL) if key in config},
         rope_parameters={
             "rope_theta": config["rope_theta"],
             **(rope if isinstance(rope, dict) else {"rope_type": rope}),
@@ -188,3 +194,59 @@ def load(state: dict[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
     dtype = dtype if dtype is not None else state["model.embed_tokens.weight"].dtype
     model = MoHLlamaForCausalLM.from_pretrained(None, config=ours, state_dict=state, dtype=dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def save(model: Any, directory: Path) -> None:
+    """Write a directory of the published layout; see `moh.models.published.save_published`."""
+    from moh._extras import require
+    from moh._files import replacing_directory, write_text
+    from moh.models.published import cpu_tensors
+
+    config = _published_config(model)
+    with replacing_directory(directory) as scratch:
+        write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+        model.generation_config.save_pretrained(scratch)
+        state = cpu_tensors(model.state_dict())
+        if config["tie_word_embeddings"]:
+            del state["lm_head.weight"]  # the published code ties it; of two names for a tensor, files keep one
+        require("huggingface_hub", extra="hf").save_torch_state_dict(state, scratch)
+
+
+def _published_config(model: Any) -> dict[str, Any]:
+    """The published config.json of a `MoHLlamaForCausalLM`, with the names that transformers 4.37 and the code read.
+
+    Raises:
+        ValueError: the published code can't express the model.
+    """
+    from moh.models.published import check_heads
+
+    config, refused = model.config, "model can't be saved as published: "
+    layers = config.layer_configs()
+    check_heads(layers, routers=("query_norm", "query_norm_rounded"))
+    wanted = published_heads(config.num_attention_heads)
+    for number, heads in enumerate(layers):
+        if (heads.num_shared, heads.active_heads) != (wanted["shared_heads"], wanted["active_heads"]):
+            raise ValueError(
+                f"{refused}layer {number} must have {wanted['shared_heads']} shared and {wanted['active_heads']} active of its "
+                f"{heads.num_heads} heads, which are constants of the published code, got {heads.num_shared} and "
+                f"{heads.active_heads}"
+            )
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    for name, value, allowed in (
+        ("head_dim", config.head_dim, (config.hidden_size // config.num_attention_heads,)),
+        ("mlp_bias", config.mlp_bias, (False,)),
+        ("rope_type", kind, ("default", "linear", "dynamic")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{refused}{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": f"{REPOSITORY}--modeling_llama.LlamaForCausalLM"},
+        "model_type": "llama",
+        **{name: getattr(config, name) for name in (*_LLAMA_FIELDS, *_OPTIONAL)},
+        "pretraining_tp": 1,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }
