@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 from moh.data.images.formats import middle_square
 from moh.data.images.sources import TensorImages, UnreadableImage
@@ -116,6 +116,29 @@ def test_the_digest_tells_changed_files(tmp_path: Path, change: str) -> None:
         file.unlink()
         data = PixelDataset(data.source, 8)
         assert data.digest != before
+
+
+@pytest.mark.parametrize("size", [4, 8, 9])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda image, size: resize(image, [size, size]),
+        lambda image, size: center_crop(resize(image, size), [size, size]),
+        lambda image, size: center_crop(image, [size, size]),
+    ],
+    ids=["squeezed", "not-halved", "not-resized"],
+)
+def test_the_digest_tells_another_preparation_of_files_even_if_these_files_look_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other, size: int
+) -> None:
+    source = pictures(tmp_path, "ab").source  # of one colour each
+    data = PixelDataset(source, size)
+    pixels, before = data.pixels([0, 1]), data.digest
+    assert PixelDataset(source, size).digest == before
+    monkeypatch.setattr("moh.training.diffusion.data.middle_square", other)
+    changed = PixelDataset(source, size)
+    assert changed.digest != before
+    assert size > 8 or torch.equal(changed.pixels([0, 1]), pixels)
 
 
 def test_the_digest_of_images_in_memory_is_of_all_pixels() -> None:

@@ -82,7 +82,7 @@ class PixelDataset(Dataset[Batch]):
     @cached_property
     def digest(self) -> str:
         """Identifies the images: a hash of classes, labels and, for images in memory, all pixels; for others, of the names,
-        the sizes of files in folders and the pixels of about eight images."""
+        the sizes of files in folders, the pixels of about eight images, and how files are cropped and resized."""
         digest = hashlib.sha256(json.dumps([self.classes, len(self)]).encode())
         digest.update(self.labels.numpy().tobytes())
         if isinstance(self.source, TensorImages):
@@ -97,6 +97,8 @@ class PixelDataset(Dataset[Batch]):
                 digest.update(self._fitted(self.source.image(index)).numpy().tobytes())
             except UnreadableImage:
                 digest.update(b"damaged")
+        # Those images may be of the size already, so that another way to prepare images wouldn't show in them
+        digest.update(self._fitted(_probe(self.image_size)).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _note(self, place: int, error: UnreadableImage) -> None:
@@ -122,6 +124,14 @@ def load_source(data: DiffusionDataRecipe) -> ImageSource:
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 pixels as float32 in -1..1."""
     return pixels.float() / 127.5 - 1
+
+
+def _probe(size: int) -> Image.Image:
+    """An image that every step of the preparation changes: more than four times `size`, not square, of irregular pixels."""
+    height, width = 4 * size + 3, 6 * size + 5
+    pixels = torch.arange(3 * height * width, dtype=torch.int64) * 2_654_435_761 // 65_536 % 256
+    probe: Image.Image = F.to_pil_image(pixels.to(torch.uint8).reshape(3, height, width))
+    return probe
 
 
 def _file_size(file: Path) -> int:
