@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from moh.training import load_recipe, train
 from moh.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+from moh.training.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,19 @@ def test_checkpoints_of_another_recipe_are_not_continued(finished: Path) -> None
 def test_losses_are_still_the_checkpoint_state(finished: Path) -> None:
     state = json.loads((finished / "checkpoint-4" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto", "bf16"])
+def test_a_run_that_resumes_in_another_precision_warns(finished: Path, tmp_path: Path, precision: str) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    options = [f"--training.output_dir={tmp_path / 'out'}", f"--training.precision={precision}"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = open_session(load_recipe(finished / "recipe.yaml", options))
+    told = [str(warning.message) for warning in caught if "began in" in str(warning.message)]
+    assert session.precision == ("bf16" if precision == "bf16" else "fp32")
+    assert len(told) == (precision == "bf16")
+    assert not told or "out began in fp32 and resumes in bf16: set training.precision to fp32" in told[0]
 
 
 def test_another_number_of_samples_per_step_is_refused(options: list[str], tmp_path: Path) -> None:

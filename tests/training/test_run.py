@@ -97,7 +97,8 @@ def test_a_precision_is_one_switch_of_transformers(monkeypatch: pytest.MonkeyPat
     arguments = precision.training_arguments(settings, precision=precision_name)
     on = {name for name in ("tf32", "fp16", "bf16") if getattr(arguments, name)}
     assert on == {precision_name} - {"fp32"}
-    assert turned_on == [True] * (precision_name == "tf32")
+    # A run in float32 after one in TF32 must not keep the process's switch
+    assert turned_on == {"tf32": [True], "fp32": [False], "fp16": []}[precision_name]
     assert precision.Session(None, arguments, None).precision == precision_name
 
 

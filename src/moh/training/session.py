@@ -9,6 +9,7 @@ import dataclasses
 import json
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -71,11 +72,13 @@ class Session:
         recipe: the run.
         arguments: the Trainer's.
         checkpoint: the complete checkpoint to resume from, or None.
+        begun: whether this run was started before, perhaps without a checkpoint; results in `output_dir` are then its own.
     """
 
     recipe: Any
     arguments: TrainingArguments
     checkpoint: Path | None
+    begun: bool = False
 
     @property
     def output_dir(self) -> Path:
@@ -162,8 +165,9 @@ class Session:
         """
         checkpoint = self.checkpoint
         if checkpoint is not None and self.finished:
-            history: list[dict[str, Any]] = trainer_state(checkpoint)["log_history"]
-            return history  # the Trainer would train one more step
+            state = trainer_state(checkpoint)  # read here, because the Trainer would train one more step
+            trainer.state.log_history, trainer.state.global_step = state["log_history"], state["global_step"]
+            return list(trainer.state.log_history)
         if checkpoint is not None and (wrote := is_of_deepspeed(checkpoint)) != trainer.is_deepspeed_enabled:
             # Without this check the Trainer would start with a new optimiser where DeepSpeed is missing.
             raise ValueError(
@@ -186,7 +190,7 @@ def open_session(recipe: Any) -> Session:
     settings: TrainingSettings = recipe.training
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, name="training.output_dir")
-    begun = (output_dir / _BATCH_FILE).is_file()  # then the model in it is an earlier result of the run
+    begun = (output_dir / _BATCH_FILE).is_file()
     kinds = PIPELINE_FILES if recipe.task == "diffusion" else MODEL_FILES
     check_replaceable(output_dir / "model", name="training.output_dir: its", kinds=kinds, known=begun)
     for pattern in (_RECIPE_FILE, _IDENTITY_FILE, "checkpoint-*"):
@@ -199,7 +203,14 @@ def open_session(recipe: Any) -> Session:
     if checkpoint is not None:
         check_shards(checkpoint)
     before = _earlier_recipe(recipe, output_dir) if checkpoint is not None else None
-    return Session(recipe, training_arguments(settings, precision=_precision(settings, before)), checkpoint)
+    session = Session(recipe, training_arguments(settings, precision=_precision(settings, before)), checkpoint, begun)
+    if before is not None and session.precision != before.training.precision and session.arguments.should_save:
+        warnings.warn(
+            f"the run in {output_dir} began in {before.training.precision} and resumes in {session.precision}: set "
+            f"training.precision to {before.training.precision} to compute the rest as before",
+            stacklevel=2,
+        )
+    return session
 
 
 def training_arguments(settings: TrainingSettings, *, precision: str) -> TrainingArguments:
@@ -222,7 +233,8 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
     defaults = {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "tf32": (precision == "tf32" and is_torch_tf32_available()) or None,  # None leaves torch's own setting
+        # None leaves torch's setting, which is the process's, so that "fp32" turns off what a run before it turned on
+        "tf32": {"tf32": True, "fp32": False}.get(precision) if is_torch_tf32_available() else None,
         "use_cpu": not torch.accelerator.is_available(),  # otherwise torchrun on CPUs trains one model per process
         "data_seed": settings.seed,  # the order of the data, the same on every process
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moh import _files
+from moh.models.timm.loading import load_image_classifier
 from moh.training import load_recipe, train
 from moh.training.checkpoints import last_complete_checkpoint
 
@@ -17,6 +19,7 @@ EVERYTHING = [  # more than an epoch of seven batches, so that order and augment
     "--training.save_steps=4",
     "--training.eval_steps=2",
     "--training.ema_decay=0.7",
+    "--training.keep_best=true",
     "--model.drop_path=0.3",
     "--augmentation.mixup=0.8",
     "--augmentation.cutmix=1",
@@ -38,8 +41,11 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(team, options: li
     assert len({loss for _, loss in whole.losses}) == 10
     assert resumed.losses == whole.losses
     assert resumed.top1 == whole.top1 and [step for step, _ in whole.top1] == [2, 4, 6, 8, 10]
-    for (name, a), (_, b) in zip(resumed.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    pairs = [(resumed.model, whole.model)]
+    pairs += [tuple(load_image_classifier(tmp_path / of / "best") for of in ("killed", "out"))]
+    for ours, theirs in pairs:
+        for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+            assert torch.equal(a, b), name
 
 
 def test_a_run_goes_on_with_loading_processes_as_without(options: list[str], tmp_path: Path) -> None:
@@ -60,6 +66,33 @@ def test_a_finished_run_is_not_trained_again_but_has_its_top1(options: list[str]
     assert again.losses == whole.losses and again.top1[-1] == whole.top1[-1]
     for (name, a), (_, b) in zip(again.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("shares", [[90.0, 60.0], [60.0, 90.0]], ids=["best-before-the-end", "best-at-the-end"])
+def test_a_finished_run_that_is_started_again_keeps_its_best_model(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float]
+) -> None:
+    options += ["--training.keep_best=true", "--training.eval_steps=4"]  # the last of six steps is evaluated after it
+    scores = iter([*shares, shares[-1]])
+    metrics = "moh.training.images.trainer._metrics"
+    monkeypatch.setattr(metrics, lambda prediction: {"top1": next(scores), "top5": 100.0, "loss": 1.0})
+    train(load_recipe(None, options))
+    file = tmp_path / "out" / "best" / "model.safetensors"
+    before = file.read_bytes()
+    again = train(load_recipe(None, options))
+    assert again.top1 == [(4, shares[0]), (6, shares[1])] and next(scores, None) is None
+    assert file.read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_over_its_best_model(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options += ["--training.keep_best=true", "--training.eval_steps=2"]
+    train(load_recipe(None, options))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    monkeypatch.setattr(_files, "_written", set())  # as in another process
+    again = train(load_recipe(None, options))
+    assert again.resumed_from is None and (tmp_path / "out" / "best" / "model.safetensors").is_file()
 
 
 def test_a_checkpoint_without_the_average_that_is_asked_for_is_refused(options: list[str]) -> None:

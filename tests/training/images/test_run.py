@@ -16,6 +16,7 @@ from timm.scheduler import CosineLRScheduler
 from torchvision.datasets import FashionMNIST
 from transformers import TrainerCallback
 
+from moh.data.images.batches import ImageBatches
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import TensorImages
 from moh.models.timm.loading import class_names, image_input, load_image_classifier
@@ -163,6 +164,23 @@ def test_the_best_model_is_kept_next_to_the_last(options: list[str], tensors: Te
     assert not all(torch.equal(tensor, states[3][name]) for name, tensor in best.items())
 
 
+def test_a_best_model_is_kept_in_the_rest_of_a_run_that_first_kept_none(options: list[str], tmp_path: Path) -> None:
+    shares, out = iter([90.0, 60.0, 80.0, 70.0]), tmp_path / "out"
+
+    def metrics(prediction):
+        return {"top1": next(shares), "top5": 100.0, "loss": 1.0}
+
+    options += ["--training.eval_steps=2", "--training.save_steps=2", "--training.save_total_limit=9"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moh.training.images.trainer._metrics", metrics)
+        run(options, "--training.max_steps=2")
+        assert not (out / "best").exists()
+        run(options, "--training.max_steps=8", "--training.keep_best=true")
+    best = load_image_classifier(out / "best").state_dict()
+    expected = load_image_classifier(out / "checkpoint-6").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in best.items())
+
+
 def test_somebody_elses_best_is_not_replaced(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "out" / "best").mkdir(parents=True)
     (tmp_path / "out" / "best" / "notes.txt").write_text("mine")
@@ -171,9 +189,22 @@ def test_somebody_elses_best_is_not_replaced(options: list[str], tmp_path: Path)
 
 
 def test_repeated_augmentation_trains_on_a_part_of_the_images_per_epoch(options: list[str]) -> None:
+    read: dict[int, list[int]] = {}
+    whole = ImageBatches.__getitems__
+
+    def noted(self, indices):
+        if self.training:
+            read.setdefault(self.epoch, []).extend(indices)
+        return whole(self, indices)
+
     extra = ["--augmentation.repeats=3", "--augmentation.crop_padding=2", "--training.max_steps=0"]
-    result = run(options, *extra, "--training.epochs=2", "--training.precision=bf16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageBatches, "__getitems__", noted)
+        result = run(options, *extra, "--training.epochs=2", "--training.precision=bf16")
     assert len(result.losses) == 2 * (60 // 8) and all(math.isfinite(loss) for _, loss in result.losses)
+    epochs = [{index % 60 for index in indices} for indices in read.values()]
+    assert [len(indices) for indices in read.values()] == [56, 56]  # full batches only
+    assert [len(images) for images in epochs] == [math.ceil(56 / 3)] * 2 and epochs[0] != epochs[1]
 
 
 def test_biases_norms_and_named_parameters_are_not_decayed(options: list[str]) -> None:

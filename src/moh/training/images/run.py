@@ -71,7 +71,7 @@ def train(
     session = open_session(recipe)
     best_dir = session.output_dir / "best" if recipe.training.keep_best else None
     if best_dir is not None:
-        check_replaceable(best_dir, name="training.output_dir: its", known=session.checkpoint is not None)
+        check_replaceable(best_dir, name="training.output_dir: its", known=session.begun)
     train_images, eval_images = _images(recipe, session, train_dataset, eval_dataset)
     names = saved_config(session.checkpoint).get("label_names") if session.checkpoint is not None else None
     if names:

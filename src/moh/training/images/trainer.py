@@ -197,19 +197,26 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
 
 class _Best(TrainerCallback):  # type: ignore[misc]
-    """Keeps the evaluated model if none before had a higher top-1; of equal ones the last, as published."""
+    """Keeps the evaluated model if no kept one had a higher top-1; of equal ones the last, as published.
+
+    Marks the log's entry with "best": a resumed run compares with these alone, since a model that was evaluated without
+    being kept is lost.
+    """
 
     def __init__(self, trainer: ImageTrainer, directory: Path) -> None:
         self.trainer, self.directory = trainer, directory
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
-        before = [entry["eval_top1"] for entry in state.log_history if "eval_top1" in entry]
-        if not args.should_save or metrics["eval_top1"] < max(before, default=0.0):
+        kept = (
+            [entry["eval_top1"] for entry in state.log_history if entry.get("best")] if self.directory.exists() else []
+        )
+        if not args.should_save or metrics["eval_top1"] < max(kept, default=0.0):
             return
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model) if trainer.average is None else trainer.average.module
         with replacing_directory(self.directory, known=True) as scratch:
             save_image_classifier(model, scratch, model_args=trainer.model_args)
+        state.log_history[-1]["best"] = True  # after logging: TensorBoard takes only numbers
 
 
 def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
