@@ -13,6 +13,7 @@ shared (the paper's tables 6 and H, with a `--name` of their own). Needs the ext
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ from typing import Any, NamedTuple
 
 from claims_report import collect, write_page
 from language_from_scratch import export_texts
+from result_names import results_name
 
-from moh._files import locked, write_text
+from moh._files import LockedError, locked, write_text
 
 HEADS = 12
 
@@ -65,6 +67,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": dict(layers=4, width=192, vocabulary=4_096, seq_len=256, batch=16, tokens=10_485_760, learning_rate=2e-3),
     "large": dict(layers=8, width=576, vocabulary=8_192, seq_len=512, batch=64, tokens=41_943_040, learning_rate=1e-3),
 }
+NAMES = {"small": "claims", "large": "claims_large"}
 CORPORA = "django-docs botchan debian-handbook anarchism postgresql-doc python-doc linux-doc".split()
 _POINTS = 10  # of the held-out curve
 _SAVE_STEPS = 100
@@ -90,10 +93,9 @@ def main() -> None:
             break
         try:
             with locked(file, waits=False):
-                run(name, seed, options, deadline)
-        except ValueError as error:
-            if "another process is writing" not in str(error):
-                raise
+                if not file.exists():  # another process may have finished it just now
+                    run(name, seed, options, deadline)
+        except LockedError:
             print(f"{file.stem}: another process is at it", flush=True)
     done = sum(cell_file(*cell, options).exists() for cell in cells)
     print(f"{done} of {len(cells)} runs are finished in {options.work}", flush=True)
@@ -117,11 +119,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU; on CPUs it was slower")
     parser.add_argument("--minutes", type=float, help="stop after this time, in the middle of a run if need be")
     parser.add_argument("--only", choices=("runs", "page"))
-    parser.add_argument("--name", default="claims", help="of the results' files")
+    parser.add_argument("--name", help="of the results' files (default: claims, or claims_large)")
     parser.add_argument("--work", type=Path, default=Path("runs") / "claims", help="for runs and tokens")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--cache-dir", help="for texts (default: ~/.cache/moh)")
     options = parser.parse_args(arguments)
+    measured = ("arms", "seeds", *SIZES["small"], "corpora", "heldout_tokens")
+    fields = measured if options.only is None else ()  # otherwise nothing is written, or what is there is written again
+    options.name = results_name(parser, options, fields, default=NAMES[options.size])
     for name, value in SIZES[options.size].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -216,11 +221,27 @@ def recipe_of(name: str, seed: int, options: argparse.Namespace, work: Path, out
 
 
 def cell_file(name: str, seed: int, options: argparse.Namespace) -> Path:
-    """Where a finished run's figures are kept: the name has a digest of its recipe, without the place of its files."""
-    from moh.training.recipes import dump_recipe
+    """Where a finished run's figures are kept: the name has a digest of its recipe, without the place of its files.
 
-    text = dump_recipe(recipe_of(name, seed, options, Path(), Path())) + f"heldout {options.heldout_tokens}"
+    Fields that have their defaults don't count, so that a field that recipes get later leaves finished runs as they are.
+    """
+    text = json.dumps(_set_fields(recipe_of(name, seed, options, Path(), Path())), sort_keys=True)
+    text += f"heldout {options.heldout_tokens}"
     return Path(options.work) / f"{name}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def _set_fields(value: Any) -> Any:
+    """A dataclass as a dictionary of the fields that differ from their defaults, and so on within it."""
+    if isinstance(value, (list, tuple)):
+        return [_set_fields(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {}
+    for field in dataclasses.fields(value):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if (part := getattr(value, field.name)) != default:
+            found[field.name] = _set_fields(part)
+    return found
 
 
 def run(name: str, seed: int, options: argparse.Namespace, deadline: float | None) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from variant_plots import plot_training
+from result_names import command
+from variant_plots import plot_over_training
 
 from moh._files import write_text
 from moh.inspection.plots import save
@@ -34,7 +35,10 @@ _SHARED = "layers width vocabulary seq_len batch tokens learning_rate corpora pr
 
 
 def collect(options: argparse.Namespace) -> bool:
-    """Write the JSON of all arms of which every seed is finished; False if there is none."""
+    """Write the JSON of all arms of which every seed is finished; False if there is none.
+
+    Also False, and nothing is written, if the file there has runs that are not finished here, as in a new `--work`.
+    """
     from claims import cell_file
 
     runs: Runs = {}
@@ -42,10 +46,21 @@ def collect(options: argparse.Namespace) -> bool:
         files = [cell_file(name, seed, options) for seed in options.seeds]
         if all(file.exists() for file in files):
             runs[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    if runs:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_text(options.out / f"{options.name}.json", json.dumps(runs) + "\n")
-    return bool(runs)
+    if not runs:
+        return False
+    file = options.out / f"{options.name}.json"
+    before: Runs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if missing := sorted(_cells(before) - _cells(runs)):
+        some = ", ".join(f"{arm} {seed}" for arm, seed in missing[:3])
+        print(f"{file} is kept: it has {len(missing)} runs that are not finished in {options.work}, such as {some}")
+        return False
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(runs) + "\n")
+    return True
+
+
+def _cells(runs: Runs) -> set[tuple[str, int]]:
+    return {(arm, run["seed"]) for arm, of_arm in runs.items() for run in of_arm}
 
 
 def write_page(out: Path, name: str) -> None:
@@ -63,7 +78,7 @@ def write_page(out: Path, name: str) -> None:
         of_arm[0]["label"]: [[(tokens / 1e6, loss) for tokens, loss in run["curve"]] for run in of_arm]
         for of_arm in runs.values()
     }
-    figure = plot_training(
+    figure = plot_over_training(
         curves, quantity="held-out loss (nats per token)", title="Mean of the seeds", over="million tokens"
     )
     save(figure, out / f"{name}.png")
@@ -75,9 +90,10 @@ def markdown(runs: Runs, name: str) -> str:
     every = [run for of_arm in runs.values() for run in of_arm]
     first, seeds = every[0], len(next(iter(runs.values())))
     about = {key: sorted({json.dumps(run[key]) for run in every}) for key in _SHARED}
+    claims = [(text, a, b) for text, a, b in CLAIMS if a in runs and b in runs]
     several = [f"{key}: {', '.join(values)}" for key, values in about.items() if len(values) > 1]
     lines = [
-        "# The claims, one at a time",
+        "# The claims, one at a time" if claims else "# Language models from scratch, by their heads",
         "",
         f"{first['layers']} layers, width {first['width']}, heads of {first['width'] // 12}, a vocabulary of "
         f"{first['vocabulary']:,}; {first['tokens']:,} tokens ({first['steps']:,} steps of {first['batch']} x "
@@ -87,16 +103,13 @@ def markdown(runs: Runs, name: str) -> str:
         f"{first['precision']}, torch {first['torch']}.",
         *(["", "Not the same for all runs: " + "; ".join(several) + "."] if several else []),
         "",
-        "*Gates* are the two-stage router's weights (4 shared heads). *Static* heads are the same for every token: a model "
-        "that has only these heads, which is what a fixed mask makes of more.",
-        "",
+        *_terms(every),
         "| arm | heads per token | parameters | held-out perplexity | against dense | least and most used routed head |",
         "| --- | --- | --- | --- | --- | --- |",
         *(_row(arm, of_arm, runs.get("dense")) for arm, of_arm in runs.items()),
         "",
         f"Perplexity of {first['heldout_tokens']:,} held-out tokens, mean ± standard deviation over the seeds.",
     ]
-    claims = [(text, a, b) for text, a, b in CLAIMS if a in runs and b in runs]
     if claims and seeds > 1:
         lines += [
             "",
@@ -123,10 +136,37 @@ def markdown(runs: Runs, name: str) -> str:
         "",
         f"![held-out loss over training]({name}.png)",
         "",
-        f"Made by `python experiments/claims.py{'' if name == 'claims' else f' --name {name}'} --only page` from "
-        f"`{name}.json`, which the script without `--only page` measures.",
+        f"Made by `python experiments/claims.py --only page --name {name}` from `{name}.json`, which "
+        f"`{_measured_by(runs, name)}` measures.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _terms(runs: list[dict[str, Any]]) -> list[str]:
+    """What the arms' names mean: a paragraph of those that there are, and an empty line."""
+    words, shared = [], sorted({run["shared"] for run in runs if run["router"]})
+    if shared:
+        heads = f"{shared[0]} shared heads" if len(shared) == 1 else "shared heads as in the table"
+        words.append(f"*Gates* are the two-stage router's weights ({heads}).")
+    if any(run["label"].startswith("static") for run in runs):
+        words.append(
+            "*Static* heads are the same for every token: a model that has only these heads, which is what a fixed mask makes "
+            "of more."
+        )
+    return [" ".join(words), ""] if words else []
+
+
+def _measured_by(runs: Runs, name: str) -> str:
+    """The command whose runs these are."""
+    from claims import ARMS, CORPORA, NAMES, SIZES
+
+    first = next(iter(runs.values()))
+    size = next((size for size, fields in SIZES.items() if all(first[0][key] == fields[key] for key in fields)), None)
+    fields = SIZES[size or "small"]
+    values = {"size": size or "small", **{key: first[0][key] for key in fields}, "corpora": first[0]["corpora"]}
+    values |= {"arms": list(runs), "seeds": [run["seed"] for run in first], "name": name}
+    defaults = {**fields, "size": "small", "corpora": CORPORA, "arms": list(ARMS), "seeds": [0, 1, 2]}
+    return command("claims.py", values, defaults | {"name": NAMES[values["size"]]})
 
 
 def _row(arm: str, runs: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> str:
@@ -156,8 +196,13 @@ def _claim(text: str, runs: list[dict[str, Any]], control: list[dict[str, Any]])
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval, for 2 to 10 values."""
-    return mean(values), _T[len(values) - 2] * stdev(values) / math.sqrt(len(values))
+    """Mean and half of its 95 % interval, for 2 values or more."""
+    return mean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def _quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond the table by Cornish and Fisher's expansion, within 0.003."""
+    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.372 / degrees + 2.82 / degrees**2
 
 
 def _differences(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[float]:

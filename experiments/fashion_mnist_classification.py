@@ -4,7 +4,8 @@
 
 Every variant is trained with the same data, steps, augmentation and seeds; each finished run is kept under `--runs`, so
 that the script can be stopped and started again. Writes `fashion_mnist_classification.json`, `.md` and a picture.
-Needs the extra `vision`; about 40 minutes on two slow cores. `--epochs 10` gives steadier numbers.
+Needs the extra `vision`; about 40 minutes on two slow cores. `--epochs 10 --name NAME` gives
+steadier numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from result_names import command, results_name
 
 from moh._files import write_text
 from moh.data.images.datasets import load_images
@@ -39,6 +42,7 @@ VARIANTS: dict[str, tuple[str, str | None, int, list[int]]] = {
     "gates": ("gates, 100 %", "two_stage", 2, [8] * DEPTH),  # not among the defaults
 }
 DEFAULT = ("dense", "moh_90", "moh_75", "moh_50", "shared_50", "routed_50")
+DEFAULTS: dict[str, Any] = {"variants": list(DEFAULT), "seeds": [0, 1, 2], "epochs": 3.0}  # of what changes results
 ABLATION = ("routed_50", "shared_50", "moh_50")
 
 
@@ -47,11 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), metavar="VARIANT",
+    parser.add_argument("--seeds", type=int, nargs="+", default=DEFAULTS["seeds"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULTS["variants"], metavar="VARIANT",
                         help=f"{', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--name", default=NAME, help="of the results' files (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--name", help=f"of the results' files (default: {NAME}; needed with other options)")
+    parser.add_argument("--epochs", type=float, default=DEFAULTS["epochs"])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,6 +64,7 @@ def main() -> None:
         variant, seed = options.one
         run_one(variant, int(seed), options.epochs, options.runs)
         return
+    options.name = results_name(parser, options, DEFAULTS, default=NAME)
     todo = [(v, s) for s in options.seeds for v in options.variants if not result_file(options.runs, v, s).exists()]
     command = [sys.executable, __file__, "--runs", str(options.runs), "--epochs", str(options.epochs), "--one"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -162,25 +167,27 @@ def report(options: argparse.Namespace) -> None:
 def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], name: str = NAME) -> str:
     """The results page."""
     seeds, first = settings["seeds"], next(iter(runs.values()))[0]
+    made = {"variants": list(runs), "seeds": seeds, "epochs": settings["epochs"], "name": name}
+    ablation = all(variant in runs for variant in ABLATION)
     steps = first["losses"][-1][0]
     lines = [
         "# Fashion-MNIST: image classification from scratch",
         "",
-        "Made by `python experiments/fashion_mnist_classification.py`. A vision transformer of "
+        f"Made by `{command(f'{NAME}.py', made, DEFAULTS | {'name': NAME})}`. A vision transformer of "
         f"{DEPTH} layers, width {MODEL['embed_dim']}, {HEADS} heads, patches of {MODEL['patch_size']} pixels (16 tokens), "
         f"trained for {settings['epochs']:g} epochs of 60,000 images (about {steps:,} steps of 128) with random shifts, "
         "mirroring and label smoothing 0.1; balance loss 0.01. Data, steps, augmentation and seeds are the same for all; "
         "MoH models also have their routers' parameters. "
         f"{len(seeds)} seeds; {settings['cpu']}, one thread per run, torch {settings['torch']}.",
         "",
-        "Top-1 on the 10,000 test images, in percent, mean ± standard deviation over seeds. The difference to dense is "
-        "taken seed by seed.",
+        "Top-1 on the 10,000 test images, in percent, mean ± standard deviation over seeds."
+        + (" The difference to dense is taken seed by seed." if "dense" in runs else ""),
         "",
         "| model | heads used | parameters | top-1 | difference to dense | top-5 |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(row(variant, runs) for variant in runs if variant not in ("shared_50", "routed_50")),
+        *(row(variant, runs) for variant in runs if not ablation or variant not in ("shared_50", "routed_50")),
     ]
-    if all(variant in runs for variant in ABLATION):
+    if ablation:
         lines += [
             "",
             "## The paper's ablation, at 50 % of the heads",

@@ -5,8 +5,8 @@
 Every variant is trained in pixel space with the same data, steps and seeds, then draws images with guidance off and on;
 the Frechet distance uses the features of a classifier that this script trains on the same set, so it is not an FID.
 Finished runs are kept under `--runs`, so that the script can be stopped and started again. Writes
-`fashion_mnist_diffusion.json`, `.md` and a picture of samples. Needs the extra `diffusion`; more `--steps` give better
-pictures.
+`fashion_mnist_diffusion.json`, `.md` and a picture of samples. Needs the extra `diffusion`; more `--steps`, with a
+`--name` of their own, give better pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from result_names import command, results_name
 
 from moh._files import write_text
 
@@ -42,6 +44,9 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
                   dict(shared_heads=[0, 0, 0, 8], active_heads=[5, 5, 6, 0])),
 }  # fmt: skip
 DEFAULT = ("dense", "moh_90", "moh_75")
+DEFAULTS: dict[str, Any] = {  # of what changes results
+    "variants": list(DEFAULT), "seeds": [0, 1, 2], "steps": 5000, "samples": 5000, "denoising_steps": 15
+}  # fmt: skip
 CLASSIFIER = "classifier"
 
 
@@ -50,15 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs") / NAME, help="finished runs (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), metavar="VARIANT",
+    parser.add_argument("--seeds", type=int, nargs="+", default=DEFAULTS["seeds"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULTS["variants"], metavar="VARIANT",
                         help=f"{', '.join(VARIANTS)} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--name", default=NAME, help="of the results' files (default: %(default)s)")
+    parser.add_argument("--name", help=f"of the results' files (default: {NAME}; needed with other options)")
     parser.add_argument(
-        "--steps", type=int, default=5000, help=f"optimiser steps of {BATCH} images (default: %(default)s)"
+        "--steps", type=int, default=DEFAULTS["steps"], help=f"optimiser steps of {BATCH} images (default: %(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=5000, help="drawn images per model (default: %(default)s)")
-    parser.add_argument("--denoising-steps", type=int, default=15, help="of DPM-Solver++ (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=DEFAULTS["samples"], help="drawn images per model (default: %(default)s)"
+    )
+    parser.add_argument("--denoising-steps", type=int, default=DEFAULTS["denoising_steps"],
+                        help="of DPM-Solver++ (default: %(default)s)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,6 +75,7 @@ def main() -> None:
         variant, seed = options.one
         train_classifier(options.runs) if variant == CLASSIFIER else run_one(variant, int(seed), options)
         return
+    options.name = results_name(parser, options, DEFAULTS, default=NAME)
     todo = [(v, s) for s in options.seeds for v in options.variants if not result_file(options.runs, v, s).exists()]
     arguments = ["--runs", options.runs, "--steps", options.steps, "--samples", options.samples]
     arguments += ["--denoising-steps", options.denoising_steps, "--one"]
@@ -203,10 +212,11 @@ def report(options: argparse.Namespace) -> None:
 
 def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], name: str = NAME) -> str:
     """The results page."""
+    made = {"variants": list(runs), **{key: settings[key] for key in DEFAULTS if key != "variants"}, "name": name}
     lines = [
         "# Fashion-MNIST: image generation from scratch",
         "",
-        "Made by `python experiments/fashion_mnist_diffusion.py`. A class-conditional DiT in pixel space: "
+        f"Made by `{command(f'{NAME}.py', made, DEFAULTS | {'name': NAME})}`. A class-conditional DiT in pixel space: "
         f"{SIZES['num_layers']} layers, width {SIZES['hidden_size']}, {SIZES['num_attention_heads']} heads, patches of 4 "
         f"pixels (49 tokens); {settings['steps']:,} steps of {BATCH} images, AdamW with a learning rate that falls from "
         f"{LEARNING_RATE} by a cosine, hybrid loss, label dropout 0.1, moving average of the weights, balance loss 0.01. "
@@ -215,8 +225,9 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], na
         f"{len(settings['seeds'])} seeds; {settings['cpu']}, one thread per run, torch {settings['torch']}.",
         "",
         "Frechet distance on the features of a small classifier of the set, against the 10,000 test images: lower is "
-        "better, and it is *not comparable with FID*. Mean ± standard deviation over seeds; the difference to dense is "
-        "taken seed by seed. The loss is the mean of the last tenth of the training steps; for MoH models it includes the "
+        "better, and it is *not comparable with FID*. Mean ± standard deviation over seeds"
+        + ("; the difference to dense is taken seed by seed" if "dense" in runs else "")
+        + ". The loss is the mean of the last tenth of the training steps; for MoH models it includes the "
         "balance loss.",
     ]
     for guidance in GUIDANCE:
@@ -234,7 +245,7 @@ def markdown(runs: dict[str, list[dict[str, Any]]], settings: dict[str, Any], na
         "",
         "The first seed, one column per class; every model starts from the same noise.",
         "",
-        f"![Samples of the dense model and of MoH, guidance off and on](../images/{name}.png)",
+        f"![Samples by {'; '.join(VARIANTS[variant][0] for variant in runs)}; guidance off and on](../images/{name}.png)",
     ]
     return "\n".join(lines) + "\n"
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-from variant_plots import plot_training
+from variant_plots import plot_over_training
 
 from moh._files import write_text
 
@@ -75,17 +76,22 @@ def label(run: str, step: int) -> str:
 
 def rows(found: dict[str, list[tuple[int, Path]]], result: Any) -> list[dict[str, Any]]:
     """One row per run, step and task, in percent where the harness has a share of 1; and "average" where there is one."""
+    from moh.evaluation.harness.registry import is_percent
+
+    def row(run: str, step: int, task: str, score: Any, percent: bool) -> dict[str, Any]:
+        factor, unit = (100, "%") if percent else (1, "")
+        value, stderr = factor * score.value, factor * score.stderr
+        return {"run": run, "step": step, "task": task, "value": value, "stderr": stderr, "unit": unit}
+
     places = {model.label: place for place, model in enumerate(result.models)}
     made: list[dict[str, Any]] = []
     for run, steps in found.items():
         for step, _ in steps:
             place = places[label(run, step)]
             for score in result.models[place].scores:
-                made.append(
-                    {"run": run, "step": step, "task": score.label, "value": score.value, "stderr": score.stderr}
-                )
+                made.append(row(run, step, score.label, score, is_percent(score.metric)))
             if (mean := result.average(place)) is not None:
-                made.append({"run": run, "step": step, "task": "average", "value": mean.value, "stderr": mean.stderr})
+                made.append(row(run, step, "average", mean, True))
     return made
 
 
@@ -100,10 +106,14 @@ def write(out: Path, made: list[dict[str, Any]]) -> None:
     writer.writerows(made)
     write_text(out / "scores.csv", text.getvalue())
     tasks = list(dict.fromkeys(row["task"] for row in made))
-    lines = ["| run | step | " + " | ".join(tasks) + " |", "| --- | --- |" + " --- |" * len(tasks)]
+    units = {row["task"]: f" ({row['unit']})" if row["unit"] else "" for row in made}
+    lines = [
+        "| run | step | " + " | ".join(task + units[task] for task in tasks) + " |",
+        "| --- | --- |" + " --- |" * len(tasks),
+    ]
     values = {(row["run"], row["step"], row["task"]): row for row in made}
     for run, step in dict.fromkeys((row["run"], row["step"]) for row in made):
-        cells = [f"{values[run, step, task]['value']:.4f} ± {values[run, step, task]['stderr']:.4f}" for task in tasks]
+        cells = [_shown(values[run, step, task]) for task in tasks]
         lines.append(f"| {run} | {step:,} | " + " | ".join(cells) + " |")
     write_text(out / "scores.md", "\n".join(lines) + "\n")
     shown = "average" if "average" in tasks else tasks[0]
@@ -111,8 +121,17 @@ def write(out: Path, made: list[dict[str, Any]]) -> None:
     for row in made:
         if row["task"] == shown:
             curves.setdefault(row["run"], [[]])[0].append((row["step"], row["value"]))
-    save(plot_training(curves, quantity=shown, title="Score over training", over="step"), out / "scores.png")
+    unit = next(row["unit"] for row in made if row["task"] == shown)
+    quantity = f"{shown} ({unit})" if unit else shown
+    save(plot_over_training(curves, quantity=quantity, title="Score over training", over="step"), out / "scores.png")
     print(out / "scores.md")
+
+
+def _shown(row: dict[str, Any]) -> str:
+    """A score as in the tables of `moh eval lm`; some have no standard error."""
+    digits = 1 if row["unit"] == "%" else 3
+    value = f"{row['value']:.{digits}f}"
+    return value if math.isnan(row["stderr"]) else f"{value} ± {row['stderr']:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def plot_over_layers(
     return figure
 
 
-def plot_training(
+def plot_over_training(
     curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, quantity: str, title: str, over: str
 ) -> Figure:
     """One line per variant over the course of training, the mean of its seeds, in a band from the least to the largest.

@@ -29,6 +29,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
         os.replace(file, path)
 
 
+class LockedError(ValueError):
+    """Another process holds the lock of a file or directory."""
+
+
 @contextmanager
 def locked(path: Path, *, waits: bool = True) -> Iterator[None]:
     """Hold the lock of a file or directory that is written in the block: one process at a time, on this machine.
@@ -38,7 +42,7 @@ def locked(path: Path, *, waits: bool = True) -> Iterator[None]:
         waits: False raises if another process holds it; by default that is logged, and waited for.
 
     Raises:
-        ValueError: another process holds the lock.
+        LockedError: another process holds the lock, and `waits` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.writing"))
@@ -46,7 +50,7 @@ def locked(path: Path, *, waits: bool = True) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         if not waits:
-            raise ValueError(f"another process is writing {path}: wait for it, or choose another place") from None
+            raise LockedError(f"another process is writing {path}: wait for it, or choose another place") from None
         _logger.warning("waiting for another process that is writing %s", path)
         lock.acquire()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from statistics import stdev
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import claims
 from claims import ARMS, HEADS, arm_of, cell_file, parse, recipe_of, run
-from claims_report import collect, interval, write_page
+from claims_report import collect, interval, markdown, write_page
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from moh._files import locked
 
 WORDS = "the head of a layer reads what other tokens wrote and adds it to the sum that the next layer reads".split()
 TINY = "--corpora a b --layers 1 --width 48 --vocabulary 300 --seq-len 16 --batch 2 --tokens 192 --seeds 0 1".split()
-TINY += ["--heldout-tokens", "64", "--precision", "fp32"]
+TINY += ["--heldout-tokens", "64", "--precision", "fp32", "--name", "claims"]
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +135,129 @@ def test_another_setting_is_another_run(options) -> None:
     assert cell_file("dense", 1, options) != before and cell_file("gates", 0, options) != before
 
 
+def test_fields_with_their_defaults_do_not_count_in_the_name_of_a_run() -> None:
+    part = dataclasses.make_dataclass("Part", [("b", int, 2)])
+    fields = [("a", int), ("part", part, dataclasses.field(default_factory=part))]
+    before = dataclasses.make_dataclass("Recipe", fields)
+    after = dataclasses.make_dataclass("Recipe", [*fields, ("new", str, "off")])
+    assert claims._set_fields(before(1)) == claims._set_fields(after(1)) == {"a": 1}
+    assert claims._set_fields(after([part(3), part()], part(3))) == {"a": [{"b": 3}, {}], "part": {"b": 3}}
+    assert claims._set_fields(after(1, new="on")) == {"a": 1, "new": "on"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [["--arms", "dense"], ["--seeds", "0"], ["--layers", "1"], ["--corpora", "botchan"], ["--heldout-tokens", "512"]],
+    ids=" ".join,
+)
+def test_other_options_than_those_of_the_committed_results_need_a_name(changed, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(changed)
+    assert f"--name must be given with {changed[0]}: without it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse([*changed, "--size", "large"])
+    assert parse([*changed, "--name", "mine"]).name == "mine"
+    assert parse([*changed, "--only", "runs"]).arms  # writes no results
+
+
+def test_each_size_has_its_own_results() -> None:
+    assert parse([]).name == parse(["--minutes", "9"]).name == "claims"
+    assert parse(["--size", "large"]).name == parse(["--size", "large", "--only", "page"]).name == "claims_large"
+
+
+@pytest.fixture
+def alone(options, monkeypatch):
+    """`main` on one arm and seed, without texts and page."""
+    options.arms, options.seeds, options.only = ["dense"], [0], "runs"
+    monkeypatch.setattr(claims, "parse", lambda: options)
+    monkeypatch.setattr(claims, "export_texts", lambda arguments: None)
+    file = cell_file("dense", 0, options)
+    file.unlink(missing_ok=True)
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_a_run_that_another_process_has_just_finished_is_not_run_again(alone, monkeypatch, capsys) -> None:
+    def finished_meanwhile(path, **kwargs):
+        if path == alone:
+            path.write_text("{}")
+        return locked(path, **kwargs)
+
+    monkeypatch.setattr(claims, "locked", finished_meanwhile)
+    monkeypatch.setattr(claims, "run", None)
+    claims.main()
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+
+
+def test_a_run_of_another_process_is_left_to_it_and_other_errors_are_raised(alone, monkeypatch, capsys) -> None:
+    def run(*arguments):
+        raise ValueError("data.files: another process is writing nonsense")
+
+    monkeypatch.setattr(claims, "run", run)
+    with locked(alone):
+        claims.main()
+    assert "another process is at it" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="writing nonsense"):
+        claims.main()
+
+
+def figures_of(arm, seed, options, loss) -> dict:
+    """What a finished run leaves."""
+    figures = {key: getattr(options, key) for key in (*claims.SIZES["small"], "corpora", "precision")}
+    figures |= dict(arm=arm, seed=seed, **arm_of(arm)._asdict(), steps=6, parameters=1000, device="a CPU", threads=1)
+    figures |= dict(torch="2", loss=loss, perplexity=20.0, heldout_tokens=64, curve=[[96, 4.0], [192, loss]])
+    return figures | {"corpora_loss": {corpus: {"loss": loss, "tokens": 32} for corpus in options.corpora}}
+
+
+@pytest.mark.parametrize(
+    ("arms", "heads"),
+    [
+        (["dense", "gates", "moh_75"], "weights (4 shared heads)"),
+        (["dense", "moh_9_2", "moh_8_2"], "weights (2 shared heads)"),
+        (["moh_9_0", "moh_9_2"], "weights (shared heads as in the table)"),
+        (["dense", "static_75"], None),
+    ],
+    ids=str,
+)
+def test_the_page_says_what_its_runs_are_and_how_to_make_them(options, arms, heads) -> None:
+    page = markdown({arm: [figures_of(arm, seed, options, 3.0) for seed in (0, 1)] for arm in arms}, "mine")
+    assert (heads in page) if heads else ("*Gates*" not in page)
+    assert ("*Static*" in page) is ("static_75" in arms)
+    assert page.startswith("# The claims, one at a time\n") is ("gates" in arms or "static_75" in arms)
+    sizes = "--layers 1 --width 48 --vocabulary 300 --seq-len 16 --batch 2 --tokens 192"
+    given = f"{sizes} --corpora a b --arms {' '.join(arms)} --seeds 0 1 --name mine"
+    assert f"`python experiments/claims.py {given}` measures" in page
+
+
+def test_the_page_of_all_runs_of_a_size_names_the_size_alone() -> None:
+    for size, words in (("small", ""), ("large", " --size large")):
+        options = parse(["--size", size])
+        runs = {arm: [figures_of(arm, seed, options, 3.0) for seed in options.seeds] for arm in ARMS}
+        assert f"`python experiments/claims.py{words}` measures" in markdown(runs, options.name)
+
+
+def test_results_of_more_runs_are_not_replaced_by_fewer(options, tmp_path, capsys) -> None:
+    options.arms, options.seeds = ["dense", "gates"], [0, 1]
+    file = tmp_path / "claims.json"
+    more = {arm: [figures_of(arm, seed, options, 3.0) for seed in (0, 1)] for arm in ("dense", "gates")}
+    file.write_text(json.dumps(more))
+    cells = {cell_file("dense", seed, options): figures for seed, figures in enumerate(more["dense"])}
+    for cell, figures in cells.items():
+        cell.write_text(json.dumps(figures))
+    assert not collect(options) and json.loads(file.read_text()) == more
+    assert "claims.json is kept: it has 2 runs that are not finished" in capsys.readouterr().out
+    file.unlink()
+    assert collect(options) and list(json.loads(file.read_text())) == ["dense"]
+    for cell in cells:
+        cell.unlink()
+
+
 def test_the_page_has_complete_arms_only(options, tmp_path) -> None:
     options.arms, options.seeds = ["dense", "gates", "moh_75"], [0, 1]
     for arm, gain, seeds in (("dense", 0.0, (0, 1)), ("gates", 0.1, (0, 1)), ("moh_75", 0.2, (0,))):
         for seed in seeds:
             loss = 3.0 - gain + 0.01 * seed + (0.001 * seed if gain else 0)
-            figures = {key: getattr(options, key) for key in (*claims.SIZES["small"], "corpora", "precision")}
-            figures |= dict(
-                arm=arm, seed=seed, **arm_of(arm)._asdict(), steps=6, parameters=1000, device="a CPU", threads=1
-            )
-            figures |= dict(torch="2", loss=loss, perplexity=20.0, heldout_tokens=64, curve=[[96, 4.0], [192, loss]])
-            figures["corpora_loss"] = {corpus: {"loss": loss, "tokens": 32} for corpus in options.corpora}
-            cell_file(arm, seed, options).write_text(json.dumps(figures))
+            cell_file(arm, seed, options).write_text(json.dumps(figures_of(arm, seed, options, loss)))
     assert collect(options)
     write_page(options.out, options.name)
     page = (tmp_path / "claims.md").read_text()
@@ -160,3 +274,6 @@ def test_the_page_has_complete_arms_only(options, tmp_path) -> None:
 def test_an_interval_holds_the_mean_of_few_seeds() -> None:
     middle, half = interval([1.0, 2.0, 3.0])
     assert middle == 2.0 and half == pytest.approx(4.303 / 3**0.5)
+    for count, quantile in ((10, 2.262), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.0)):  # of Student's t
+        values = [float(value) for value in range(count)]
+        assert interval(values)[1] == pytest.approx(quantile * stdev(values) / count**0.5, rel=2e-3)

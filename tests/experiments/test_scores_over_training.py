@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -33,10 +34,28 @@ def test_runs_without_checkpoints_or_with_one_name_are_refused(runs, tmp_path) -
         checkpoints([runs / "moh", runs / "moh"])
 
 
+def score(task: str, metric: str, value: float, stderr: float) -> SimpleNamespace:
+    return SimpleNamespace(label=task, metric=metric, value=value, stderr=stderr)
+
+
+def test_scores_are_percentages_only_where_they_are_shares_and_may_lack_a_standard_error(runs) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    found = checkpoints([runs / "dense"])
+    scores = (score("BLiMP", "acc", 0.5, math.nan), score("WikiText", "word_perplexity", 31.25, math.nan))
+    models = [SimpleNamespace(label=label("dense", 200), scores=scores)]
+    average = SimpleNamespace(value=0.5, stderr=0.02)
+    write(runs / "out", rows(found, SimpleNamespace(models=models, average=lambda place: average)))
+    table = (runs / "out" / "scores.md").read_text().splitlines()
+    assert table[0] == "| run | step | BLiMP (%) | WikiText | average (%) |"
+    assert table[2] == "| dense | 200 | 50.0 | 31.250 | 50.0 ± 2.0 |"
+    assert "dense,200,average,50.0,2.0,%" in (runs / "out" / "scores.csv").read_text()
+
+
 def test_the_table_and_the_curve_have_every_step(runs) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
     found = checkpoints([runs / "moh", runs / "dense"])
     models = [
-        SimpleNamespace(label=label(run, step), scores=(SimpleNamespace(label="PIQA", value=step / 1000, stderr=0.01),))
+        SimpleNamespace(label=label(run, step), scores=(score("PIQA", "acc", step / 1000, 0.01),))
         for run, steps in reversed(found.items())
         for step, _ in steps
     ]
@@ -44,7 +63,8 @@ def test_the_table_and_the_curve_have_every_step(runs) -> None:
     write(runs / "out", rows(found, result))
     table = (runs / "out" / "scores.md").read_text()
     assert (
-        "| moh | 200 | 0.2000 ± 0.0100 |\n| moh | 1,000 | 1.0000 ± 0.0100 |\n| dense | 200 | 0.2000 ± 0.0100 |" in table
+        "| run | step | PIQA (%) |\n| --- | --- | --- |\n"
+        "| moh | 200 | 20.0 ± 1.0 |\n| moh | 1,000 | 100.0 ± 1.0 |\n| dense | 200 | 20.0 ± 1.0 |" in table
     )
     assert (runs / "out" / "scores.csv").read_text().count("\n") == 4
     assert (runs / "out" / "scores.png").stat().st_size > 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from variant_plots import plot_over_layers, plot_scores, plot_training
+from variant_plots import plot_over_layers, plot_over_training, plot_scores
 
 from moh.inspection.plots import save
 
@@ -37,6 +37,6 @@ def test_a_variant_has_one_colour_in_both_figures() -> None:
 
 def test_curves_over_training_are_means_of_the_seeds_at_the_same_places() -> None:
     curves = {"dense": [[(1, 4.0), (2, 3.0)], [(1, 6.0), (2, 1.0)]], "a": [[(1, 2.0), (2, 2.0)]]}
-    (axes,) = plot_training(curves, quantity="loss", title="t", over="million tokens").axes
+    (axes,) = plot_over_training(curves, quantity="loss", title="t", over="million tokens").axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[5.0, 2.0], [2.0, 2.0]]
     assert list(axes.lines[0].get_xdata()) == [1, 2] and axes.get_xlabel() == "million tokens"
