@@ -63,7 +63,8 @@ class AugmentationRecipe:
             [] shows the whole image.
         crop_interpolation: filter of random crops; "random" chooses bilinear or bicubic for each image.
         repeats: repeated augmentation (arXiv 1902.05509): an epoch has as many images as before, but only 1 / `repeats` of
-            them are different ones, each augmented `repeats` times; those are read in the same step.
+            them are different ones, each augmented `repeats` times; those are next to each other, nearly always in the same
+            step.
         crop_padding: width of a black border in pixels; a random window of the image's size is then shown. For small
             images, instead of `crop_scale`.
         hflip: probability of mirroring.

@@ -72,11 +72,11 @@ class ImageTrainingRecipe(ImageTrainingSettings):
         max_steps: optimiser steps; 0 if `epochs` is set.
         epochs: passes over the training images, instead of `max_steps`.
         warmup_epochs: passes with a rising learning rate, instead of `warmup_steps`.
-        warmup_lr: learning rate of the first step.
-        min_lr: learning rate of the last step.
+        warmup_lr: learning rate of the first step, if there is a warm-up.
+        min_lr: learning rate of the last step; with `rate_changes="epoch"` the last epoch stays above it.
         ema_decay: 0 keeps no average.
         rate_changes: "step", or "epoch" for the published schedule (timm's): the rate stays the same within an epoch, and
-            the first two epochs have `warmup_lr`.
+            the first two epochs have the same: `warmup_lr` if there is a warm-up, else `learning_rate`.
         keep_best: also keep the model with the highest held-out top-1, in best/ of the output directory.
         eval_steps: steps between two evaluations; 0 evaluates once per epoch.
         per_device_eval_batch_size: images per process and batch in evaluation.
