@@ -68,19 +68,21 @@ def test_a_finished_run_is_not_trained_again_but_has_its_top1(options: list[str]
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("max_steps", [6, 5])  # of 5 steps there is no score yet: the model is evaluated again
 @pytest.mark.parametrize("shares", [[90.0, 60.0], [60.0, 90.0]], ids=["best-before-the-end", "best-at-the-end"])
 def test_a_finished_run_that_is_started_again_keeps_its_best_model(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float]
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float], max_steps: int
 ) -> None:
-    options += ["--training.keep_best=true", "--training.eval_steps=4"]  # the last of six steps is evaluated after it
+    options += ["--training.keep_best=true", "--training.eval_steps=4"]
     scores = iter([*shares, shares[-1]])
     metrics = "moh.training.images.trainer._metrics"
     monkeypatch.setattr(metrics, lambda prediction: {"top1": next(scores), "top5": 100.0, "loss": 1.0})
     train(load_recipe(None, options))
     file = tmp_path / "out" / "best" / "model.safetensors"
     before = file.read_bytes()
-    again = train(load_recipe(None, options))
-    assert again.top1 == [(4, shares[0]), (6, shares[1])] and next(scores, None) is None
+    again = train(load_recipe(None, [*options, f"--training.max_steps={max_steps}"]))
+    assert again.top1[:2] == [(4, shares[0]), (6, shares[1])]
+    assert (next(scores, None) is None) is (max_steps == 5)
     assert file.read_bytes() == before
 
 
