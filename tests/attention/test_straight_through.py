@@ -29,6 +29,27 @@ def test_outputs_are_the_definitions_and_every_gate_has_its_heads_gradient(mask,
     assert (gates == 0).any() and found[3][gates == 0].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_head_that_is_not_finite_and_not_active_does_not_reach_the_output(value):
+    inputs = make_inputs()
+    q, k, v, gates = inputs.q, inputs.k, inputs.v, inputs.gates.detach().clone()
+    gates[:, :, 0] = 0.0
+    if value != value:
+        q = q.detach().clone()
+        q[:, 0] = value
+    else:
+        k = k.detach().clone()
+        v = v.detach().clone()
+        q = q.detach()
+        group = q.shape[1] // v.shape[1]
+        v[:, 0] = value
+        gates[:, :, :group] = 0.0  # all heads that read these values
+    got = moh_attention(q, k, v, gates, backend=NAME)
+    assert got.isfinite().all() and (got[:, :, 0] == 0).all()
+    if value != value:
+        assert_same(got, moh_attention(q, k, v, gates, backend="reference"), "output")
+
+
 def test_it_is_used_only_by_name_and_named_among_the_others():
     inputs = make_inputs()
     assert NAME not in BACKENDS

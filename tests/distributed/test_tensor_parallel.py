@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import moh
 from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM, models
+from moh.models.transformers import tensor_parallel
 from moh.models.transformers.families import FAMILIES
 from moh.models.transformers.tensor_parallel import interleave_shared_heads
 
@@ -94,6 +97,20 @@ def _compare(team, size: int, fields, **tolerances) -> None:
 )
 def test_two_processes_that_split_the_heads_have_loss_and_gradients_of_one(team, family: str, router: str) -> None:
     _compare(team, 2, {"family": family, "router": router, "shared_heads": 4})
+
+
+@pytest.mark.parametrize("router", ["query_norm", "query_norm_rounded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_router_of_queries_chooses_by_gathered_norms_what_it_chooses_by_the_queries(
+    router: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, split = (moh.routing.build_router(moh.MoHConfig(16, 2, 6, router), 8) for _ in range(2))
+    monkeypatch.setattr(tensor_parallel._Gathered, "apply", lambda x, group: x)  # one process has all heads
+    mesh = SimpleNamespace(get_group=lambda: None, get_local_rank=lambda: 0, size=lambda: 1)
+    tensor_parallel._GatesOfSlice(split, mesh)
+    q = torch.randn(2, 50, 16, 8, dtype=dtype)
+    expected, found = (r(q=q).gates for r in (whole, split))
+    assert torch.equal(found, expected) and found.dtype == dtype
 
 
 @pytest.mark.slow

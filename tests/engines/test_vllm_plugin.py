@@ -130,17 +130,18 @@ def test_a_router_of_queries_gets_those_of_the_attention(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "processes", "reason"),
+    ("family", "router", "processes", "reason"),
     [
-        ("Llama", 2, "tensor_parallel_size must be 1 for a model with router='query_norm'"),
-        ("Qwen3", 1, "router must not read the queries of a Qwen3 in vLLM, got 'query_norm'"),
+        ("Llama", "query_norm", 2, "router='query_norm', .* routers 'linear', 'threshold' or 'two_stage' can be split"),
+        ("Qwen3", "query_norm", 1, "router must not read the queries of a Qwen3 in vLLM, got 'query_norm'"),
+        ("Llama", "query_norm_rounded", 1, "router must not be 'query_norm_rounded' in vLLM"),
     ],
 )
 def test_a_router_of_queries_is_refused_where_it_would_get_others(
-    engine: Any, family: str, processes: int, reason: str
+    engine: Any, family: str, router: str, processes: int, reason: str
 ) -> None:
     config = getattr(moh.models.transformers, f"MoH{family}Config")(
-        **TINY, num_key_value_heads=4, shared_heads=1, active_heads=1, router="query_norm"
+        **TINY, num_key_value_heads=4, shared_heads=1, active_heads=1, router=router
     )
     attention = getattr(moh.models.transformers, f"MoH{family}Model")(config).layers[0].self_attn
     with pytest.raises(ValueError, match=reason):

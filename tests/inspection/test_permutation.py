@@ -49,6 +49,32 @@ def test_the_distance_is_scipys() -> None:
     assert float(load_distance(torch.tensor([1.0, 0, 0]), torch.tensor([0, 0.3, 0.3]))) == pytest.approx(1)
 
 
+def test_a_load_of_none_of_the_heads_is_like_itself_and_unlike_any_other() -> None:
+    none, some = torch.zeros(3), torch.tensor([0.5, 0.0, 0.1])
+    assert float(load_entropy(none)) == 0
+    assert (float(load_distance(none, none)), float(load_distance(none, some))) == (0, pytest.approx(1))
+    assert load_entropy(torch.tensor([math.nan, math.nan])).isnan()  # a group without inputs
+
+
+NONE, FEW = [[0.0, 0.0, 0.0]] * 6, [[0.2, 0.0, 0.0]] * 6
+
+
+@pytest.mark.parametrize(
+    ("inputs", "divergence"),
+    [({"a": NONE, "b": NONE}, 0.0), ({"a": NONE, "b": FEW}, 0.0), ({"a": NONE, "b": FEW, "c": [[0, 0.2, 0]] * 6}, 1.0)],
+    ids=["no_group", "one_group", "two_groups"],
+)
+def test_groups_that_use_no_routed_head_differ_by_nothing(inputs, divergence) -> None:
+    # as with a router that has a threshold: the divergence is one of how the uses that there are spread
+    use = made_up(inputs)
+    for row in permutation_test(use, permutations=99):
+        assert row["divergence"] == pytest.approx(divergence) and 0 <= row["by_chance"] <= 1
+        assert row["p"] == (1 if divergence == 0 else pytest.approx(0.01))
+    assert all(row["p"] > 0.05 for row in pair_tests(use, permutations=99) if "a" in (row["group"], row["other"]))
+    assert all(not math.isnan(row[name]) for row in layer_rows(use) for name in ("entropy", "evenness"))
+    assert all(0 <= row["distance"] <= 1 for row in distance_rows(use))
+
+
 def test_layers_are_described_by_their_routed_heads() -> None:
     use = made_up({"a": [[0.5, 0.5, 0.0, 0.0]], "b": [[0.25] * 4]})
     a, b = layer_rows(use)

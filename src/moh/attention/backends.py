@@ -73,7 +73,10 @@ BACKENDS = {
 def _attend_to_train_every_gate(call: Call) -> Tensor:
     """All heads by the fastest backend, then weighted: a plain product, whose gradient reaches gates that are 0."""
     all_heads = call._replace(gates=torch.ones_like(call.gates), heads_per_group=None)
-    return choose_backend(all_heads).attend(all_heads) * call.gates[..., None]
+    heads = choose_backend(all_heads).attend(all_heads)
+    gates = call.gates[..., None]
+    # An inactive head that is not finite must not reach the output, which a product with 0 would let it
+    return torch.where((gates != 0) | heads.isfinite(), heads, 0.0) * gates
 
 
 STRAIGHT_THROUGH = Backend(

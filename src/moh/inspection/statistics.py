@@ -22,7 +22,7 @@ from moh.inspection.tables import Row
 def load_entropy(load: Tensor) -> Tensor:
     """Entropy, in bits, of loads `[..., h_r]` taken as a distribution over the heads, `[...]` float64.
 
-    `log2(h_r)` if all heads are used equally; 0 if all tokens use the same single head.
+    `log2(h_r)` if all heads are used equally; 0 if all tokens use the same single head, or none.
     """
     nats: Tensor = torch.special.entr(_distribution(load)).sum(-1)
     return nats / math.log(2)
@@ -31,7 +31,7 @@ def load_entropy(load: Tensor) -> Tensor:
 def load_distance(a: Tensor, b: Tensor) -> Tensor:
     """Jensen-Shannon distance, base 2, between loads `[..., h_r]` taken as distributions over the heads, `[...]` float64.
 
-    The square root of the divergence: 0 if both are the same, 1 if no head is used by both.
+    The square root of the divergence: 0 if both are the same, 1 if no head is used by both, as where one uses none at all.
     """
     p, q = _distribution(a), _distribution(b)
     divergence = load_entropy((p + q) / 2) - (load_entropy(p) + load_entropy(q)) / 2
@@ -43,7 +43,7 @@ def layer_rows(use: HeadUse) -> list[Row]:
 
     Columns: group, inputs, layer, tokens, share (of heads that a token uses), routed_heads, entropy (of the routed heads'
     load, bits; NaN without routed heads), evenness (entropy over its maximum; NaN with fewer than two routed heads),
-    shared_contribution (shared heads' part of the sum of contributions; NaN in a dense layer).
+    shared_contribution (shared heads' part of the sum of contributions; NaN in a dense layer, and where no head contributes).
     """
     rows: list[Row] = []
     for group, name in enumerate(use.groups):
@@ -123,8 +123,11 @@ def choosing_layers(use: HeadUse) -> list[tuple[int, list[int]]]:
 
 
 def _distribution(load: Tensor) -> Tensor:
+    """Over the heads and, as the last entry, no head: a router with a threshold may have used none. NaN stays NaN."""
     load = load.double()
-    return load / load.sum(-1, keepdim=True)
+    total = load.sum(-1, keepdim=True)
+    none = total == 0
+    return torch.cat([load / total.where(~none, 1.0), none.double()], dim=-1)
 
 
 def permutation_test(use: HeadUse, *, permutations: int = 999, seed: int = 0) -> list[Row]:
@@ -336,8 +339,9 @@ def _divergences(counts: list[Tensor], labels: Tensor, groups: int) -> Tensor:
     found = []
     for of_layer in counts:  # [m, h_r]
         sums = of_layer.new_zeros(groups, of_layer.shape[1]).index_add_(0, labels, of_layer)
-        weight = sums.sum(1) / sums.sum()
-        within = (weight * load_entropy(sums).nan_to_num()).sum()  # a group without inputs has weight 0
+        total = sums.sum()
+        weight = sums.sum(1) / total.where(total > 0, 1.0)  # no routed head used by any: nothing differs
+        within = (weight * load_entropy(sums)).sum()  # a group without inputs has weight 0
         found.append((load_entropy(sums.sum(0)) - within).clamp_min(0))
     return torch.stack([*found, torch.stack(found).mean()])
 

@@ -43,6 +43,9 @@ class Router(nn.Module):
     reads_queries: ClassVar[bool] = False
     """Whether q decides, not x. If x does, a layer may route before it computes the queries."""
 
+    rounds: ClassVar[bool] = False
+    """Whether the norms of q and their softmax are in q's dtype, as published, and not in float32."""
+
     is_hard: ClassVar[bool] = False
     """Whether every gate is exactly 1 or 0."""
 
@@ -326,8 +329,6 @@ class QueryNormRouter(_HardRouter):
     reads_queries = True
     is_fitted = False
     shared_share = 1 / 2  # without a fit no head is known to be better; as in the paper's conversion
-    rounds: ClassVar[bool] = False
-    """Whether norms and p are rounded to the queries' dtype, and p ranks."""
 
     def _route(self, source: Tensor) -> RoutingInfo:
         config = self.config
@@ -352,8 +353,9 @@ class QueryNormRouter(_HardRouter):
 class RoundedQueryNormRouter(QueryNormRouter):
     """The query-norm router as MoH-LLaMA3-8B's published code computes it: every step is rounded to the queries' dtype.
 
-    In bfloat16 p often ties, and then heads other than those with the longest queries are chosen. In float32 it is the same
-    router.
+    p ranks the heads, not the norms. In bfloat16 p often ties, and then heads other than those with the longest queries are
+    chosen; in float32 that is rare. Among tied heads `torch.topk` chooses in eager execution, and the first one in a graph of
+    `torch.compile`, which holds for every k: there the two may differ.
     """
 
     rounds = True

@@ -204,7 +204,8 @@ class _GatesOfSlice:
         """Replace every query by one number with its norm, which is all that the router uses."""
         q = kwargs["q"]  # [B, N, H / ranks, D]
         self.dtype = q.dtype
-        return args, {"q": _Gathered.apply(q.float().norm(dim=-1), self.group)[..., None]}  # [B, N, H, 1]
+        norms = (q if router.rounds else q.float()).norm(dim=-1)  # in the dtype that the router takes them in
+        return args, {"q": _Gathered.apply(norms, self.group)[..., None]}  # [B, N, H, 1]
 
     def slice_gates(self, router: Router, args: Any, info: RoutingInfo) -> RoutingInfo:
         gates = _WholeGradient.apply(info.gates, self.group).narrow(

@@ -77,10 +77,15 @@ def _check(router: Any, family: Family, attention: nn.Module, processes: int) ->
     if not router.reads_queries:
         return
     name = router.config.router
+    if router.rounds:
+        raise ValueError(
+            f"router must not be {name!r} in vLLM: rotated queries are rounded again, and their norms then choose other heads; "
+            "'query_norm' chooses by the unrounded norms and needs no new weights"
+        )
     if processes > 1:
         raise ValueError(
             f"tensor_parallel_size must be 1 for a model with router={name!r}, which reads the queries of all heads, got "
-            f"{processes}; models with the routers 'linear' or 'two_stage' can be split"
+            f"{processes}; models with the routers 'linear', 'threshold' or 'two_stage' can be split"
         )
     if family.query_norm and getattr(attention, family.query_norm, None) is not None:
         raise ValueError(
