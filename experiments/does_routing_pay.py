@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, Chosen, Compared, cell_file
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, SHARES, Chosen, Compared, cell_file
 from does_routing_pay_report import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -34,6 +35,9 @@ from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens
 
 SEQ_LEN = 512
+
+ROUTER = "threshold"
+"""Of routed layers: `moh.convert`'s default."""
 
 
 def main() -> None:
@@ -77,7 +81,8 @@ def main() -> None:
 
 def _measure_quality(options: argparse.Namespace, name: str) -> None:
     cells = [(method, share) for share in options.shares or SHARES[name] for method in options.methods]
-    missing = [cell for cell in cells if not cell_file(options.work, name, *cell).exists()]
+    asked = quality_options(options)
+    missing = [cell for cell in cells if not is_measured(cell_file(options.work, name, *cell), asked)]
     if not missing:
         return
     dense, tokenizer = _load(name)
@@ -88,15 +93,15 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
     layers, heads = dense.config.num_hidden_layers, dense.config.num_attention_heads
     about = {"model": name, "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
-             "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
+             "options": asked, "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    fitted = Compared(dense, calibration)
+    fitted = Compared(dense, calibration, router=ROUTER)
     for method, share in missing:
         made = fitted.make_any(method, round(share * layers * heads))
         cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}
         cell["share"] = sum(made.used) / (layers * heads)
         cell["cache"] = _cache(dense, made.cached)
-        cell["texts"] = {text: _rise(fitted, made, held, original[text], method) for text, held in heldout.items()}
+        cell["texts"] = {text: _rise(fitted, made, held, original[text]) for text, held in heldout.items()}
         if made.model is not None:
             cell["parameters"] = sum(p.numel() for p in made.model.parameters())
             made.model.save_pretrained(cell_file(options.work, name, method, share).with_suffix(""))
@@ -105,11 +110,13 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
 
 def _measure_speed(options: argparse.Namespace, name: str) -> None:
     methods = [method for method in options.methods if method not in NOT_MODELS]
-    for share, length in itertools.product(
-        set(options.timed_shares) & set(options.shares or SHARES[name]), options.lengths
-    ):
-        missing = [m for m in methods if not cell_file(options.work, name, m, share, length).exists()]
-        paths = {m: cell_file(options.work, name, m, share).with_suffix("") for m in missing}
+    asked = {"text": options.texts[0], "repeats": options.repeats}
+    for share, length in itertools.product(timed_shares(options, name), options.lengths):
+        missing = [m for m in methods if not is_measured(cell_file(options.work, name, m, share, length), asked)]
+        cells = {m: cell_file(options.work, name, m, share) for m in missing}
+        for cell in cells.values():
+            is_measured(cell, quality_options(options))  # refuses models that were made otherwise
+        paths = {m: cell.with_suffix("") for m, cell in cells.items()}
         if absent := [str(path) for path in paths.values() if not path.is_dir()]:
             print(f"no model yet in {', '.join(absent)}: run without --only speed first")
         models = {m: AutoModelForCausalLM.from_pretrained(path).eval() for m, path in paths.items() if path.is_dir()}
@@ -120,7 +127,7 @@ def _measure_speed(options: argparse.Namespace, name: str) -> None:
         report = measure_speed({"dense": dense, **models}, prompt=text[:1], decode_tokens=16, repeats=options.repeats,
                                progress=False)  # fmt: skip
         for method, model in models.items():
-            cell = {"kind": "speed", "model": name, "method": method, "aim": share, "length": length,
+            cell = {"kind": "speed", "model": name, "method": method, "aim": share, "length": length, "options": asked,
                     "share": model.config.share, "cpu": report.device, "threads": report.threads}  # fmt: skip
             for phase in ("prefill", "decode"):
                 ours, theirs = (getattr(report.models[m], phase) for m in (method, "dense"))
@@ -128,6 +135,44 @@ def _measure_speed(options: argparse.Namespace, name: str) -> None:
                 middle = sorted(ratios)[len(ratios) // 2]
                 cell[phase] = {"to_dense": middle, "ratios": ratios, "dense_rate": theirs.median}
             _save(cell_file(options.work, name, method, share, length), cell)
+
+
+def quality_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell of the quality depends on besides its model, method and share."""
+    return {
+        "router": ROUTER,
+        "texts": [*options.texts, options.third],
+        "calibration_tokens": options.calibration_tokens,
+        "heldout_tokens": options.heldout_tokens,
+    }
+
+
+def is_measured(file: Path, asked: dict[str, Any]) -> bool:
+    """Whether a cell has its file.
+
+    Raises:
+        ValueError: the file was measured with other options, so that no other cell could be compared with it.
+    """
+    if not file.exists():
+        return False
+    kept = json.loads(file.read_text("utf-8")).get("options")
+    if kept is None:
+        raise ValueError(
+            f'{file} does not state its options: choose another --work, or add "options": {json.dumps(asked)} to it if it was '
+            "measured with these"
+        )
+    for name, value in asked.items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{file} was measured with {name} {kept.get(name)}, not {value}: choose another --work, or the same options"
+            )
+    return True
+
+
+def timed_shares(options: argparse.Namespace, name: str) -> list[float]:
+    """The shares of this model that are to be timed; 0.78 on the command line is not 7 / 9, but 0.7777777778 is."""
+    shares = options.shares or SHARES[name]
+    return [s for s in shares if any(math.isclose(s, timed, abs_tol=1e-6) for timed in options.timed_shares)]
 
 
 def _load(name: str) -> tuple[PreTrainedModel, Any]:
@@ -144,14 +189,13 @@ def _blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> tuple[Ten
     return train, held
 
 
-def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any, method: str) -> dict[str, float]:
+def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any) -> dict[str, float]:
+    """The perplexity on a text, and the heads that its tokens used over all layers, those with fixed heads included."""
     used: float = sum(made.used)
     if isinstance(made, Made):
         with moh.record_routing(made.model) as routing:
             now = perplexity(made.model, heldout, batch_size=2)
-        if method == ROUTED:  # an average, which another text may not have
-            active = [float(info.active.sum(-1).float().mean()) for _, info in routing.layers]
-            used = sum(active) / len(active) * len(made.used)
+        used = routing.share() * fitted.total(1.0)  # an average, which another text may not have
     else:
         with fitted.dense_with(made.changes) as model:
             now = perplexity(model, heldout, batch_size=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED
+from does_routing_pay_models import FIXED_HEADS, METHODS, MIXED, MODELS, NOT_MODELS, ROUTED
 
 from moh._extras import require
 from moh._files import write_text
@@ -69,7 +69,7 @@ def _quality(cells: list[dict[str, Any]]) -> list[str]:
     ]
     for cell in sorted(cells, key=lambda cell: (-cell["aim"], METHODS.index(cell["method"]))):
         rises = [f"{t['above']:+.1f} ± {t['stderr']:.1f}" for t in cell["texts"].values()]
-        if cell["method"] == ROUTED:
+        if cell["method"] in (ROUTED, MIXED):
             heads = sum(cell["used"]) / cell["share"]
             rises = [f"{rise} ({t['used'] / heads:.0%})" for rise, t in zip(rises, cell["texts"].values(), strict=True)]
         size = f"{cell['parameters'] / 1e6:.1f}M" if "parameters" in cell else ""

@@ -97,7 +97,8 @@ def page(name: str, result: TaskEvaluation) -> str:
         "",
         f"{name} on the [local suite](../evaluation.md#without-a-network), {counts} questions per task, in percent: the dense "
         "model's scores ± their standard errors, and the other models' differences to it ± those of the paired differences over "
-        f"the same questions. No gradient step. {result.machine}, lm-eval {result.settings['lm-eval']}, float32.",
+        f"the same questions. The share of routed heads is the average over the text of their calibration. "
+        f"No gradient step. {result.machine}, lm-eval {result.settings['lm-eval']}, float32.",
         "",
         "| share of heads | model | " + " | ".join(labels) + " | average |",
         "| --- | --- |" + " --- |" * (len(labels) + 1),

@@ -50,7 +50,7 @@ def _positions(cells: list[dict[str, Any]]) -> list[str]:
     ranges = [f"{first:,}–{last:,}" for first, last in pairwise(dense["edges"])]
     lines = [
         f"Perplexity by position, {len(dense['losses'])} blocks of held-out {dense['text']}: the dense model's, and how far the "
-        "others are above it in percent.",
+        "others are above it in percent. The share of routed heads is the average over the text of their calibration.",
         "",
         "| share of heads | method | " + " | ".join(ranges) + " |",
         "| --- | --- |" + " --- |" * len(ranges),

@@ -65,6 +65,8 @@ def test_the_model_is_of_the_kind_requested_and_an_interrupted_report_is_kept(
         (["--shares", 0.5], "leave out --shares"),
         (["--router", "two_stage"], "leave out --router two_stage"),
         (["--router", "fixed", "--layers", "keep"], "leave out --router fixed"),
+        (["--router", "linear", "--layers", "drop"], "leave out --router linear"),
+        (["--router", "threshold", "--layers", "drop"], "leave out --router threshold"),
         (["--allocation", "even"], "leave out --allocation even"),
         (["--no-refit-output"], "leave out --no-refit-output, or"),
         (["--report-lengths", 65], "lengths must be between 1 and 64 for this model, got 65"),

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import moh
-from moh.models.transformers import MoHGPT2Config, MoHGPT2LMHeadModel, MoHLlamaConfig, MoHLlamaForCausalLM, models
-from moh.models.transformers import tensor_parallel
+from moh.models.transformers import (
+    MoHGPT2Config,
+    MoHGPT2LMHeadModel,
+    MoHLlamaConfig,
+    MoHLlamaForCausalLM,
+    models,
+    tensor_parallel,
+)
 from moh.models.transformers.families import FAMILIES
 from moh.models.transformers.tensor_parallel import interleave_shared_heads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 
 import transformers
 
-from moh.conversion.fitted import DROPPED_LINEAR, FIXED_HEADS, ROUTED, Fitted
+import moh
+from moh.conversion.fitted import DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted
 from moh.evaluation.conversion_page import Heading, Table, as_html, markdown, save_report
 from moh.evaluation.conversion_report import (
     DECODE_TOKENS,
@@ -26,6 +28,7 @@ from moh.evaluation.conversion_report import (
     measure_conversion,
     report_lengths,
 )
+from moh.models.heads import total_of_share
 
 
 def ratio(median: float, spread: float = 0.01) -> Ratio:
@@ -34,7 +37,8 @@ def ratio(median: float, spread: float = 0.01) -> Ratio:
 
 def cell(method: str, share: float, rise: float, prefill: dict[int, float], decode: float = 1.0) -> Cell:
     times = {length: Times(ratio(time), ratio(decode)) for length, time in prefill.items()}
-    return Cell(method, (3, 2), share, 1.0, {"news": Rise(rise, 0.2), "novel": Rise(rise / 2, 0.1)}, times)
+    rises = {"news": Rise(rise, 0.2, share + 0.01), "novel": Rise(rise / 2, 0.1, share + 0.02)}
+    return Cell(method, (3, 2), share, 1.0, rises, times)
 
 
 def report(*cells: Cell) -> ConversionReport:
@@ -63,6 +67,24 @@ def test_fixed_heads_are_recommended_where_they_cost_no_more() -> None:
     found = report(cell(ROUTED, 0.75, 3.0, {512: 1.0}), cell(FIXED_HEADS, 0.75, 3.0, {512: 0.8}))
     assert found.recommended() == found.cells[1]
     assert "`moh convert --share 0.75 --router fixed`" in found.recommendation()
+
+
+@pytest.mark.parametrize(
+    ("method", "router", "options"),
+    [
+        (ROUTED, "threshold", ""),
+        (ROUTED, "linear", " --router linear"),
+        (MIXED, "linear", " --router linear --layers mix"),
+        (FIXED_HEADS, "linear", " --router fixed"),
+        (DROPPED_LINEAR, "linear", " --layers drop"),
+    ],
+)
+@pytest.mark.parametrize("total", [210, 202])
+def test_the_recommended_command_makes_the_model_that_was_measured(method, router, options, total) -> None:
+    found = dataclasses.replace(report(cell(method, total / 270, 3.0, {512: 0.8})), router=router)
+    (words,) = re.findall("`moh convert (.+?)`", found.recommendation())
+    share = words.split()[1]
+    assert words == f"--share {share}{options}" and total_of_share(float(share), 30, 9) == total  # of SmolLM2-135M
 
 
 @pytest.mark.parametrize(
@@ -96,8 +118,18 @@ def test_the_pages_show_every_figure(tmp_path: Path) -> None:
     )
     save_report(found, tmp_path)
     text, page = ((tmp_path / f"conversion_report.{kind}").read_text("utf-8") for kind in ("md", "html"))
-    for words in ("+3.2 ± 0.2", "+41.5 ± 0.2", "21.75 on news", "1.02 (1.01 to 1.03)", "0.93 (0.92 to 0.94)", "16%"):
+    for words in (
+        "+3.2 ± 0.2 (76%)",
+        "+1.6 ± 0.1 (77%)",
+        "the average over the tokens of each text",
+        "+41.5 ± 0.2",
+        "21.75 on news",
+        "1.02 (1.01 to 1.03)",
+        "0.93 (0.92 to 0.94)",
+        "16%",
+    ):
         assert words in text and words in page
+    assert "+41.5 ± 0.2 (" not in text and "75% of them on average; perplexity" in text
     assert "routed heads (this model)" in text and "<b>Recommendation.</b>" in page
     pictures = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(pictures) == 2 and all((tmp_path / file).stat().st_size for file in pictures)
@@ -142,12 +174,19 @@ def test_a_measurement_compares_the_methods_on_every_text_and_keeps_what_it_has(
         fitted, ROUTED, fitted.make(ROUTED, 6), heldout, name="tiny", lengths=[8, 60], shares=(0.5,), repeats=1,
         keep=kept.append, progress=False,
     )  # fmt: skip
-    assert found.cells[0].method == ROUTED and found.cells[0].share == 0.75
+    assert found.cells[0].method == ROUTED and found.cells[0].share == 0.75 and found.router == "threshold"
+    assert any(rise.share != found.cells[0].share for rise in found.cells[0].rises.values())  # texts of another kind
     shares = {(c.method, sum(c.used)) for c in found.cells}
     assert {(ROUTED, 6), (ROUTED, 4), (FIXED_HEADS, 6), (FIXED_HEADS, 4), (DROPPED_LINEAR, 4)} <= shares
     assert len(shares) == len(found.cells)  # what comes out twice is shown once
     for c in found.cells:
         assert set(c.rises) == set(heldout) and all(rise.stderr > 0 for rise in c.rises.values())
+        for text, rise in c.rises.items():
+            made = fitted.make(c.method, sum(c.used))
+            with moh.record_routing(made.model) as routing:
+                made.model(heldout[text])
+            assert rise.share == pytest.approx(routing.share())
+            assert c.method == ROUTED or rise.share == pytest.approx(c.share)
         assert set(c.times) == ({8, 60} if c.worst <= 20 or c is found.cells[0] else set())
     dropped = next(c for c in found.cells if c.method == DROPPED_LINEAR and sum(c.used) == 4)
     assert dropped.cache == 0.5 and found.cells[0].cache == 1

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
+import does_routing_pay
 import transformers
-from does_routing_pay_models import METHODS, NOT_MODELS, RANDOM, ROUTED, Compared
+from does_routing_pay_models import METHODS, MIXED, NOT_MODELS, RANDOM, ROUTED, SAME_NUMBER, Compared
 from does_routing_pay_report import write
 
+import moh
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR
+from moh.evaluation import perplexity
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 
@@ -22,7 +28,7 @@ def fitted() -> Compared:
     config = transformers.LlamaConfig(
         **SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None
     )
-    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)), router="linear")
+    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,6 +45,66 @@ def test_every_method_keeps_as_many_heads(fitted, method) -> None:
         assert torch.equal(fitted.adapter.model(ids).logits, before)
     else:
         assert made.model.config.share == 12 / 16 and made.model(ids).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_as_many_heads_for_every_token_is_another_model_than_the_routed_one(fitted) -> None:
+    ids = torch.randint(64, (2, 16))
+    found, logits = {}, {}
+    for method in (ROUTED, SAME_NUMBER):
+        model = fitted.make_any(method, 12).model
+        with moh.record_routing(model) as routing:
+            logits[method] = model(ids).logits
+        found[method] = [info.active.sum(-1).unique().numel() for _, info in routing]
+    assert set(found[SAME_NUMBER]) == {1} and max(found[ROUTED]) > 1
+    assert not torch.allclose(logits[ROUTED], logits[SAME_NUMBER])
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in NOT_MODELS])
+@torch.no_grad()
+def test_the_heads_that_a_text_used_are_those_of_its_tokens(fitted, method) -> None:
+    made, blocks = fitted.make_any(method, 12), torch.randint(64, (3, 16))  # two batches of unequal size
+    original = perplexity(fitted.adapter.model, blocks)
+    used = does_routing_pay._rise(fitted, made, blocks, original)["used"]
+    with moh.record_routing(made.model) as routing:
+        made.model(blocks)
+    routed = sum(float(info.active.sum(-1).float().mean()) for _, info in routing if info.config.router != "fixed")
+    fixed = sum(c.num_shared for c in made.model.config.layer_configs() if c.router == "fixed")
+    assert used == pytest.approx(routed + fixed)
+    assert method in (ROUTED, MIXED) or used == pytest.approx(sum(made.used))
+
+
+ASKED = dict(texts=["a", "b"], third="c", calibration_tokens=8, heldout_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (None, None),
+        (dict(third="d"), r"measured with texts \['a', 'b', 'c'\], not \['a', 'b', 'd'\]: choose another --work"),
+        (dict(calibration_tokens=16), "measured with calibration_tokens 8, not 16"),
+        (dict(heldout_tokens=8), "measured with heldout_tokens 4, not 8"),
+    ],
+    ids=["same", "third", "calibration", "heldout"],
+)
+def test_a_cell_of_other_options_is_refused(tmp_path, changed, reason) -> None:
+    file, kept = tmp_path / "cell.json", does_routing_pay.quality_options(argparse.Namespace(**ASKED))
+    asked = does_routing_pay.quality_options(argparse.Namespace(**ASKED | (changed or {})))
+    assert not does_routing_pay.is_measured(file, asked)
+    file.write_text(json.dumps({"options": kept}))
+    if reason is None:
+        assert does_routing_pay.is_measured(file, asked)
+        with pytest.raises(ValueError, match="measured with router threshold, not linear"):
+            does_routing_pay.is_measured(file, asked | {"router": "linear"})
+        file.write_text("{}")
+        reason = "does not state its options"
+    with pytest.raises(ValueError, match=reason):
+        does_routing_pay.is_measured(file, asked)
+
+
+def test_shares_are_timed_that_are_the_same_but_for_rounding() -> None:
+    options = argparse.Namespace(shares=None, timed_shares=[0.7777777778, 1 - 4 / 9, 0.78])
+    assert does_routing_pay.timed_shares(options, "SmolLM2-135M") == [7 / 9, 5 / 9]
 
 
 @torch.no_grad()
@@ -67,7 +133,7 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
     write(tmp_path, tmp_path, cells)
     page = (tmp_path / "does_routing_pay.md").read_text()
     for method in METHODS:
-        rise = "+12.5 ± 0.5 (80%)" if method == ROUTED else "+12.5 ± 0.5"
+        rise = "+12.5 ± 0.5 (80%)" if method in (ROUTED, MIXED) else "+12.5 ± 0.5"
         assert f"| 75% | {method} | {rise} | {rise} |" in page
         assert (f"| 75% | {method} | 0.90 | 0.90 |" in page) is (method not in NOT_MODELS)
     assert (tmp_path / "does_routing_pay.png").stat().st_size > 1000

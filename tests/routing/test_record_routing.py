@@ -140,6 +140,18 @@ def test_two_models_do_not_see_each_other():
     assert not torch.equal(of_one.layers[0][1].gates, of_other.layers[0][1].gates)
 
 
+def test_every_token_counts_alike_in_the_share_whatever_the_batches_are():
+    layer = MoHAttention(16, 4, shared_heads=1, active_heads=2, router="threshold")
+    x = torch.randn(5, 7, 16)
+    with record_routing(layer) as whole:
+        layer(x)
+    with record_routing(layer) as parts:
+        for part in x.split(3):
+            layer(part)
+    assert whole.layers[0][1].active.sum(-1).unique().numel() > 1
+    assert parts.share() == pytest.approx(whole.share())
+
+
 def test_nested_blocks_each_record_what_runs_inside_them():
     net = Net()
     with record_routing(net) as outer:

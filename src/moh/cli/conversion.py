@@ -149,7 +149,7 @@ def _convert(arguments: Namespace) -> None:
     )
     from moh.models.card import card_of, describe, layers_of, write_card
     from moh.models.dial import head_share, moh_routers
-    from moh.models.heads import requested_share
+    from moh.models.heads import on_average, requested_share
     from moh.models.hub import kind_at, local_diffusion
 
     report.check(arguments)
@@ -173,8 +173,9 @@ def _convert(arguments: Namespace) -> None:
     with replacing_directory(Path(output), kinds=kinds) as scratch:
         save(scratch)
         write_card(scratch, layers_of(model), **card_of(model))
-    share = head_share([router.config for router in moh_routers(model)])
-    lines = [f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads"]
+    layers = [router.config for router in moh_routers(model)]
+    share = head_share(layers)
+    lines = [f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads{on_average(layers)}"]
     figures: dict[str, Any] = {"output": output, "share_of_heads": share}
     if write_report is not None:  # the model is there already, whatever happens while others are measured
         figures["recommendation"] = write_report(Path(output))

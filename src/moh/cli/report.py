@@ -59,7 +59,9 @@ def check(arguments: Namespace) -> None:
         others["allocation"] = "even"
     if arguments.refit_output is False:
         others["no_refit_output"] = ""
-    if arguments.router not in (None, *_ROUTERS, FIXED) or (arguments.router == FIXED and arguments.layers == "keep"):
+    # "drop" leaves nothing to route
+    allowed = (None, FIXED) if arguments.layers == "drop" else (None, *_ROUTERS, FIXED)
+    if arguments.router not in allowed or (arguments.router == FIXED and arguments.layers == "keep"):
         others["router"] = arguments.router
     if others:
         name, value = next(iter(others.items()))
@@ -90,6 +92,7 @@ def convert_with_report(
     """
     from moh.conversion.dense import check_weights
     from moh.conversion.fitted import Fitted
+    from moh.conversion.plan import plan
     from moh.conversion.transformers import adapter
     from moh.data.text.blocks import evenly_spread, pack_tokens
     from moh.evaluation.conversion_report import report_lengths
@@ -99,6 +102,7 @@ def convert_with_report(
         refuse_kind(arguments, f"a {type(dense).__name__}")
     check_weights(dense)
     lengths = report_lengths(dense.config, arguments.report_lengths)
+    planned = plan(arguments.model, revision=revision(arguments).get("revision"))  # what can fail does so now
     texts, heldout = _texts(arguments, tokenizer)
     samples = adapter(dense, "linear", copied=False).samples(
         texts, max_tokens=arguments.calibration_tokens, tokenizer=tokenizer, seq_len=None
@@ -124,7 +128,6 @@ def convert_with_report(
     describe(made.model, base=arguments.model, facts=facts)
 
     def report(directory: Path) -> str:
-        from moh.conversion.plan import plan
         from moh.evaluation.conversion_page import save_data, save_report
         from moh.evaluation.conversion_report import ConversionReport, measure_conversion
         from moh.models.card import card_of, layers_of, write_card
@@ -143,7 +146,7 @@ def convert_with_report(
                 packed,
                 name=Path(arguments.model).name,
                 lengths=lengths,
-                plan=plan(arguments.model, revision=revision(arguments).get("revision")),
+                plan=planned,
                 facts={"calibrated on": calibrated},
                 keep=keep,
             )

@@ -206,7 +206,7 @@ class Calibrator:
         distribution of heads.
 
         Args:
-            routers: one per layer; their `order` gives the n heads that a token uses.
+            routers: one per layer; the same for n heads gives the gates that W_O is refitted to.
             heads: numbers of heads.
             rank: largest rank of a change.
 

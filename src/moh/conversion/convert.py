@@ -6,7 +6,6 @@ of model has one adapter: `transformers`, `timm`, `diffusers`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from moh.conversion.layer_kinds import LayerKinds
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.card import describe
-from moh.models.heads import heads_of_share, requested_share
+from moh.models.heads import heads_of_share, requested_share, total_of_share
 from moh.models.hub import is_hub_name, kind_at
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
@@ -326,8 +325,7 @@ def _total(layers: Sequence[MoHConfig], share: float | None) -> int:
     """Heads of all layers together, as requested: with a share nearer to it than the sum of each layer's nearest number."""
     if share is None:
         return sum(c.num_shared + c.active_heads for c in layers)
-    step = layers[0].step
-    return max(len(layers), math.floor(share * sum(c.num_heads for c in layers) / step + 0.5)) * step
+    return total_of_share(share, len(layers), layers[0].num_heads, step=layers[0].step)
 
 
 def load_dense(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +20,7 @@ from moh.conversion.calibrator import TOO_FEW, Calibrator, dial_costs
 from moh.conversion.dense import OutputWeight
 from moh.conversion.layer_kinds import LayerKinds
 from moh.conversion.transformers import DenseTextModel
+from moh.models.heads import total_of_share
 from moh.routing import Router, router_class
 
 ROUTED, MIXED, FIXED_HEADS = "routed (default)", "routed, fixed or none", "fixed heads"
@@ -57,6 +57,11 @@ class Fitted:
         batch_size: blocks per forward pass.
         progress: show progress bars.
 
+    Attributes:
+        adapter: of the dense model.
+        calibrator: of its calibration.
+        router: as given.
+
     Raises:
         ValueError: the model can't be converted, or its attention has no heads of its own to fix or drop.
     """
@@ -80,6 +85,7 @@ class Fitted:
                 f"{type(dense).__name__}"
             )
         self.calibrator = Calibrator(self.adapter, blocks, batch_size, progress)
+        self.router = router
         h = self.adapter.num_heads
         self._requested = [MoHConfig(h, router_class(router).default_shared_heads(h), 1, router)] * self.layers
 
@@ -90,7 +96,7 @@ class Fitted:
 
     def total(self, share: float) -> int:
         """Heads over all layers that are nearest to a share of them, as in `moh.convert`."""
-        return max(self.layers, math.floor(share * self.layers * self.adapter.num_heads + 0.5))
+        return total_of_share(share, self.layers, self.adapter.num_heads)
 
     @cached_property
     def kinds(self) -> LayerKinds:

@@ -187,7 +187,10 @@ class RanksHeads(Protocol):
     """What states which heads a layer of n heads uses: a router that ranks heads, or a fixed order."""
 
     def order(self, x: Tensor) -> Tensor:
-        """Head indices of every token of x `[..., C]`: `[..., H]`, the first n of them used by a layer of n heads."""
+        """Head indices of every token of x `[..., C]`: `[..., H]`, the first n of them used by a layer of n heads.
+
+        By a threshold a token uses its own number of the first ones, n on average.
+        """
         ...
 
 
@@ -199,7 +202,8 @@ def layer_costs(dense: DenseModel, routers: Sequence[RanksHeads], batches: Itera
 
     Args:
         dense: the dense model; its gradients are left as they were.
-        routers: one per layer; their `order` gives the n heads that a token would use.
+        routers: one per layer; their `order` gives the n heads that a token would use. With a threshold, by which tokens
+            use n on average, this counts n for each of them.
         batches: samples `[B, ...]` that the model reads.
 
     Returns:

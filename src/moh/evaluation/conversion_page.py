@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moh._extras import require
 from moh._files import REPORT, replacing_file, write_text
-from moh.evaluation.conversion_report import Cell, ConversionReport, label
+from moh.evaluation.conversion_report import AVERAGES, Cell, ConversionReport, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,10 @@ def page(report: ConversionReport) -> Iterator[Part]:
     yield Heading("Quality")
     yield (
         "Perplexity above the dense model's on held-out text, in percent, ± the standard error of the paired difference "
-        "over blocks. Dense: " + ", ".join(f"{value:.2f} on {text}" for text, value in report.dense.items()) + "."
+        'over blocks. The column "heads" is the share of all heads; where they are routed it is what the calibration\'s tokens '
+        "used on average, and in parentheses is the average over the tokens of each text. Dense: "
+        + ", ".join(f"{value:.2f} on {text}" for text, value in report.dense.items())
+        + "."
     )
     yield _quality(report)
     if report.lengths:
@@ -121,13 +124,17 @@ def page(report: ConversionReport) -> Iterator[Part]:
 def _of_this_model(report: ConversionReport) -> str:
     cell = report.cells[0]
     rises = ", ".join(f"{rise.above:+.1f} ± {rise.stderr:.1f} % on {text}" for text, rise in cell.rises.items())
-    return f"**The model in this directory**: {label(cell.method)}, {cell.share:.0%} of them; perplexity {rises}."
+    share = f"{cell.share:.0%} of them{' on average' if cell.method in AVERAGES else ''}"
+    return f"**The model in this directory**: {label(cell.method)}, {share}; perplexity {rises}."
 
 
 def _quality(report: ConversionReport) -> Table:
     rows = []
     for cell in report.ordered():
-        rises = [f"{rise.above:+.1f} ± {rise.stderr:.1f}" for rise in cell.rises.values()]
+        rises = [
+            f"{rise.above:+.1f} ± {rise.stderr:.1f}" + (f" ({rise.share:.0%})" if cell.method in AVERAGES else "")
+            for rise in cell.rises.values()
+        ]
         mark = " (this model)" if cell is report.cells[0] else ""
         rows.append((label(cell.method) + mark, f"{cell.share:.0%}", *rises, f"{cell.cache:.0%}"))
     return Table(("", "heads", *report.dense, "cache"), rows)

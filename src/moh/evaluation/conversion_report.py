@@ -20,12 +20,16 @@ from moh.conversion.plan import Plan
 from moh.evaluation.perplexity import PerplexityResult, perplexity, perplexity_rise
 from moh.evaluation.speed import device_name, measure_speed
 from moh.models.transformers.families import most_positions
+from moh.routing import record_routing
 
 SHARES = (0.9, 0.75, 0.6, 0.5)
 """Shares of the heads at which every method is measured, besides that of the model itself."""
 
 METHODS = (ROUTED, FIXED_HEADS, DROPPED_LINEAR)
 """Methods that are compared, besides that of the model itself."""
+
+AVERAGES = (ROUTED, MIXED)
+"""Methods by which a token may use other numbers of heads than another one, so that the share is an average."""
 
 OPTIONS = {
     ROUTED: "",
@@ -51,10 +55,17 @@ NOTICEABLE = 0.02
 
 @dataclass(frozen=True)
 class Rise:
-    """How far the perplexity on a text is above the dense model's, and its standard error over blocks, in percent."""
+    """How far the perplexity on a text is above the dense model's, and its standard error over blocks, in percent.
+
+    Attributes:
+        above: in percent.
+        stderr: in percent.
+        share: of all heads that the text's tokens used, the average over them; that of `Cell` is one over the calibration's.
+    """
 
     above: float
     stderr: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Cell:
     Attributes:
         method: one of `moh.conversion.fitted.METHODS`.
         used: heads of each layer.
-        share: of all heads.
+        share: of all heads; where they are routed, what the calibration's tokens used on average.
         cache: of keys and values, as a share of the dense model's.
         rises: by text.
         times: by length of the prompt.
@@ -116,6 +127,7 @@ class ConversionReport:
         counted: share of the multiplications that routed heads save at most, by length and share of the heads.
         measured: sizes of the measurement, machine and software, as printed.
         tolerated: largest rise of the perplexity that is recommended, in percent.
+        router: of routed layers.
     """
 
     name: str
@@ -124,6 +136,7 @@ class ConversionReport:
     counted: Mapping[int, Mapping[float, float]]
     measured: Mapping[str, Any]
     tolerated: float = TOLERATED
+    router: str = "threshold"
 
     @property
     def lengths(self) -> list[int]:
@@ -173,12 +186,17 @@ class ConversionReport:
                 f"faster with {_lengths(self.lengths)} tokens on this machine."
             )
         sentences = [
-            f"Take {_named(best)} (`moh convert --share {best.share:.2g}{OPTIONS[best.method]}`): perplexity rises by "
+            f"Take {_named(best)} (`moh convert --share {best.share:.6g}{self._options(best.method)}`): perplexity rises by "
             f"{_rises(best)}, within the {self.tolerated:g} % that this page tolerates.",
             *self._on_time(best),
             *self._on_others(best),
         ]
         return " ".join(sentences)
+
+    def _options(self, method: str) -> str:
+        """What `moh convert` takes to make such a model again."""
+        router = f" --router {self.router}" if method in AVERAGES and self.router != "threshold" else ""
+        return router + OPTIONS[method]
 
     def _tolerated(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.worst <= self.tolerated]
@@ -291,6 +309,7 @@ def measure_conversion(
             "dtype": str(weight.dtype).removeprefix("torch."),
         },
         tolerated,
+        fitted.router,
     )
     bar = tqdm([(method, sum(made.used)), *wanted], desc="comparing", unit="model", disable=None if progress else True)
     for of_method, total in bar:
@@ -327,8 +346,9 @@ def _cell(
     adapter = fitted.adapter
     rises = {}
     for text, blocks in heldout.items():
-        now = perplexity(made.model, blocks, batch_size=batch_size, progress=False)
-        rises[text] = Rise(*perplexity_rise(now.block_losses, base[text].block_losses))
+        with record_routing(made.model) as routing:  # layers with fixed heads too
+            now = perplexity(made.model, blocks, batch_size=batch_size, progress=False)
+        rises[text] = Rise(*perplexity_rise(now.block_losses, base[text].block_losses), routing.share())
     cache = sum(made.cached) / (fitted.layers * (adapter.kv_heads or adapter.num_heads))
     return Cell(method, tuple(made.used), sum(made.used) / fitted.total(1.0), cache, rises)
 

@@ -35,7 +35,7 @@ class Point:
     """One share of heads.
 
     Attributes:
-        share: share of all heads that a token uses.
+        share: share of all heads that a token uses; by a threshold, what the calibration's tokens used on average.
         active_heads: routed heads active per token, one number per layer.
         perplexity: on the text; None for an image classifier.
         stderr: standard error of the perplexity's logarithm.

@@ -67,6 +67,18 @@ def heads_of_share(share: float, num_heads: int, *, default_shared: int, step: i
     return shared, used - shared
 
 
+def total_of_share(share: float, layers: int, num_heads: int, *, step: int = 1) -> int:
+    """Heads over all layers whose number is nearest to a share of them; at least one choice of heads in each layer.
+
+    Args:
+        share: of all heads, in (0, 1].
+        layers: how many there are.
+        num_heads: h of each.
+        step: a multiple of it in each layer (`MoHConfig.step`).
+    """
+    return max(layers, math.floor(share * (layers * num_heads) / step + 0.5)) * step
+
+
 def layer_configs(
     num_layers: int,
     num_heads: int | Sequence[int],
@@ -185,6 +197,11 @@ class HasLayerHeads:
 def mean_share(layers: Sequence[MoHConfig]) -> float:
     """Mean share of the heads that a token uses, over the layers."""
     return sum(layer.share for layer in layers) / len(layers)
+
+
+def on_average(layers: Sequence[MoHConfig]) -> str:
+    """ " on average" where tokens of a layer may use other numbers of heads than its configuration's, by a threshold; else ""."""
+    return " on average" if any(layer.router == "threshold" for layer in layers) else ""
 
 
 def compact_heads(layers: Sequence[MoHConfig]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class RoutingInfo:
         return _token_mean(self.active.float(), token_mask)
 
     def balance_loss(self, token_mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Load-balance loss `h_r * sum_i f_i P_i` of this layer, a float32 scalar; k at perfect balance.
+        """Load-balance loss `h_r * sum_i f_i P_i` of this layer, a float32 scalar; k at perfect balance,
+        which with a threshold is the number of routed heads that these tokens activate on average.
 
         f_i is the share of tokens that activate routed head i (no gradient), P_i the mean of its probability.
         It is 0 for a layer that routes nothing.

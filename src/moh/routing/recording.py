@@ -81,13 +81,18 @@ class RoutingRecord:
         return {name: torch.stack(values).mean(0) for name, values in loads.items()}
 
     def share(self) -> float:
-        """Mean share of heads that were active, over tokens, heads and layers.
+        """Mean share of heads that were active, over tokens, heads and layers; every token of every forward pass counts alike.
 
         Raises:
             ValueError: nothing was recorded.
         """
         self._check_not_empty()
-        return float(torch.stack([info.active.float().mean().cpu() for _, info in self.layers]).mean())
+        active: dict[str, list[float]] = {}
+        pairs: dict[str, int] = {}
+        for name, info in self.layers:
+            active.setdefault(name, []).append(float(info.active.sum()))
+            pairs[name] = pairs.get(name, 0) + info.gates.numel()
+        return sum(sum(active[name]) / pairs[name] for name in pairs) / len(pairs)
 
     def _check_not_empty(self) -> None:
         if not self.layers:

@@ -171,7 +171,8 @@ class Router(nn.Module):
     def order(self, x: Tensor) -> Tensor:
         """Head indices `[B, N, H]`, int64, by falling score, shared heads first; only if `ranks_heads`.
 
-        The first n are the heads that a layer of n heads uses, if n is a multiple of `config.step`.
+        The first n are the heads that a layer of n heads uses, if n is a multiple of `config.step`; by a threshold a token
+        uses the first of them too, but its own number.
         """
         raise NotImplementedError
 

@@ -175,8 +175,9 @@ class ConversionSettings:
         share: share of all heads that each token uses; null means 0.75, unless `active_heads` is given.
         shared_heads: heads per layer that every token uses, instead of `share`; null means what `moh.convert` chooses.
         active_heads: routed heads per layer that each token chooses, instead of `share`.
-        router: "linear" (fitted to the heads' contributions), "query_norm" (the paper's, without parameters) or
-            "two_stage" (the paper's learned one).
+        router: one of `moh.config.ROUTERS`: "linear" (fitted to the heads' contributions), "threshold" (the same, with as many
+            heads as a token needs), "query_norm" or "query_norm_rounded" (the paper's, without parameters), "two_stage" or
+            "single_stage" (the paper's learned ones).
         allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
         refit_output: refit the output projections so that the active heads make up for the others.
     """

@@ -286,7 +286,7 @@ class Runner:
 
 
 def head_share(config: Any) -> float:
-    """Share of the heads that a token uses; 1 for a dense model."""
+    """Share of the heads that a token uses, by a threshold what the calibration's tokens used on average; 1 if dense."""
     return float(getattr(config, "share", 1.0))
 
 

@@ -126,7 +126,7 @@ class MoHDiTTransformer2DModel(PushedWithCard, HasActiveHeads, ModelMixin, Confi
         shared_heads: h_s: a number (every layer shares its first heads) or a list with one entry per layer: a number
             or that layer's shared heads; None together with `active_heads` makes a dense model.
         active_heads: k, routed heads active per token, a number or one per layer.
-        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        router: one of `moh.config.ROUTERS`, as in `moh.MoHConfig`.
         class_dropout_prob: in training, share of labels that are replaced by "no class".
         norm_eps: epsilon of the norm before each MLP; that of all others is 1e-6, as in diffusers' DiT.
         freq_shift: shift in the time step's frequencies `10000 ** (-i / (128 - freq_shift))`: 0 in the published models, 1 in

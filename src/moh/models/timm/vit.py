@@ -26,7 +26,7 @@ class MoHViTAttention(Attention):
         num_heads: h.
         shared_heads: h_s: a number (the first ones) or the indices of the heads that are always active.
         active_heads: k, routed heads active per token.
-        router: "two_stage", "single_stage", "query_norm" or "linear" (`moh.config.ROUTERS`).
+        router: one of `moh.config.ROUTERS`, as in `moh.MoHConfig`.
         backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
         options: all other arguments of `timm.layers.Attention`, which depend on timm's version (`qkv_bias`, `qk_norm`,
             `scale_norm`, `norm_layer`, `attn_drop`, `proj_drop`, `gated`, `device`, `dtype`, ...).
