@@ -92,7 +92,8 @@ class RoutingRecord:
         for name, info in self.layers:
             active.setdefault(name, []).append(float(info.active.sum()))
             pairs[name] = pairs.get(name, 0) + info.gates.numel()
-        return sum(sum(active[name]) / pairs[name] for name in pairs) / len(pairs)
+        used = torch.tensor([sum(of_layer) for of_layer in active.values()], dtype=torch.float64)
+        return float((used / torch.tensor(list(pairs.values()))).mean())
 
     def _check_not_empty(self) -> None:
         if not self.layers:
