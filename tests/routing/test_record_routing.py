@@ -143,6 +143,7 @@ def test_two_models_do_not_see_each_other():
 def test_every_token_counts_alike_in_the_share_whatever_the_batches_are():
     layer = MoHAttention(16, 4, shared_heads=1, active_heads=2, router="threshold")
     x = torch.randn(5, 7, 16)
+    layer.router.fit_thresholds(layer.router.contribution(x).flatten(0, 1))
     with record_routing(layer) as whole:
         layer(x)
     with record_routing(layer) as parts:
