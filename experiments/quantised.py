@@ -2,8 +2,8 @@
 
     python experiments/quantised.py DENSE MOH
 
-Both are directories in float32; MOH as `moh convert --active-heads 4 --dtype float32` writes it from DENSE. Prints a row
-for each model and quantisation: the share of (token, layer) whose heads differ from those in float32, perplexity on
+Both are directories in float32; MOH as `moh convert --active-heads 4 --router linear --dtype float32` writes it from DENSE.
+Prints a row for each model and quantisation: the share of (token, layer) whose heads differ from those in float32, perplexity on
 held-out text with its paired difference to the same model in float32, and the size of the weights in memory and on disk.
 Quantisers leave routers alone; "int8" in the column of routers is a variant in which their weights are rounded by hand.
 Needs the extra `llm`, torchao and bitsandbytes.

@@ -2,9 +2,9 @@
 
     python experiments/router_precision.py MODEL
 
-MODEL is a converted language model with the linear router, in float32, as `moh convert --dtype float32` writes it. Prints
-a table: the share of (token, layer) whose heads differ from those of the float32 model, and perplexity, on held-out
-text, for the whole model in float32, all of it in bfloat16, and bfloat16 with routers in float32. Needs the extra `llm`.
+MODEL is a converted language model, in float32, as `moh convert --router linear --dtype float32` writes it. Prints a
+table: the share of (token, layer) whose heads differ from those of the float32 model, and perplexity, on held-out text,
+for the whole model in float32, all of it in bfloat16, and bfloat16 with routers in float32. Needs the extra `llm`.
 """
 
 from __future__ import annotations
