@@ -15,6 +15,8 @@ from moh.cli.chat import Conversation
 from moh.cli.generation import continuations
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 
+PROMPT = "the head"
+
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -59,8 +61,29 @@ def test_prompts_of_a_file_are_continued_as_each_is_alone(moh: Any, moh_dir: Pat
 def test_a_batch_needs_a_token_to_pad_with(moh_dir: Path) -> None:
     model, tokenizer = load_causal_lm(moh_dir), load_tokenizer(moh_dir)
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="padding or an end-of-text token"):
+    with pytest.raises(ValueError, match=r"padding or an end-of-text token .*--batch-size 1"):
         list(continuations(model, tokenizer, ["the head", "a"], max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "options", [[PROMPT, "--json"], ["--prompts", "FILE"], ["--prompts", "FILES", "--batch-size", "1"]], ids=str
+)
+def test_one_prompt_at_a_time_needs_no_token_to_pad_with(
+    moh: Any, moh_dir: Path, tmp_path: Path, options: list[str]
+) -> None:
+    files = {name: tmp_path / name for name in ("FILE", "FILES")}
+    files["FILE"].write_text(PROMPT)
+    files["FILES"].write_text(f"{PROMPT}\na token reads\n")
+    model, tokenizer = load_causal_lm(moh_dir), load_tokenizer(moh_dir)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    tokenizer.eos_token = tokenizer.pad_token = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert load_tokenizer(tmp_path / "model").pad_token_id is load_tokenizer(tmp_path / "model").eos_token_id is None
+    words = [str(files.get(word, word)) for word in options]
+    written = [moh("generate", place, *words, "--max-new-tokens", "8") for place in (tmp_path / "model", moh_dir)]
+    assert [result.code for result in written] == [0, 0]
+    assert written[0].out == written[1].out and json.loads(written[0].out[0])["prompt"] == PROMPT
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_models_of_two_kinds_are_not_compared(converted_dir: Path, classifier_di
         load_subject(converted_dir, dense=classifier_dirs["dense"])
     with pytest.raises(ValueError, match=r"--dense must be an image classifier"):
         load_subject(classifier_dirs["75"], dense=converted_dir)
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"device_map": "auto"}, "'auto' and auto"),
+        ({"dtype": torch.bfloat16}, "None and bfloat16"),
+        ({"device_map": {"": "cpu"}, "dtype": torch.float16}, "{'': 'cpu'} and float16"),
+    ],
+    ids=str,
+)
+def test_a_classifier_is_loaded_whole_in_float32(classifier_dirs: dict[str, Path], options, got: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"--device-map must be left out and --dtype be float32 .*, got {re.escape(got)}$"
+    ):
+        load_subject(classifier_dirs["75"], **options)
 
 
 def test_a_diffusion_model_is_named_as_no_subject(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ def add_parser(sub: Commands) -> None:
     parser = add_command(sub, "generate", _HELP, run)
     parser.add_argument("model", help="directory, hub name or .gguf file; dense or MoH")
     parser.add_argument("prompt", nargs="?", help="the beginning of the text")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line; prints JSON")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line; implies --json")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     add_sampling(parser, max_new_tokens=100, temperature=0.0)
     add_active_heads(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON object per prompt, with its whole text")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object for each prompt, when its text is complete"
+    )
     add_loading(parser)
 
 
@@ -152,19 +154,22 @@ def continuations(
         options: for `model.generate`.
 
     Raises:
-        ValueError: the tokenizer has no token to pad with, or a prompt and its continuation are too long for the model.
+        ValueError: several prompts are given and the tokenizer has no token to pad with, or a prompt and its continuation
+            are too long for the model.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad is None:
-        raise ValueError("tokenizer must have a padding or an end-of-text token for several prompts at a time")
     import torch
 
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None and len(prompts) > 1:
+        raise ValueError(
+            "tokenizer must have a padding or an end-of-text token for several prompts at a time: take one, with --batch-size 1"
+        )
     rows = [torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64) for prompt in prompts]
     if any(len(row) == 0 for row in rows):
         raise ValueError("every prompt must hold at least one token")
     width = max(map(len, rows))
     check_room(model, width, options.get("max_new_tokens", 0))
-    ids = torch.full((len(rows), width), pad)
+    ids = torch.full((len(rows), width), 0 if pad is None else pad)  # a single row has no padding
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, width - len(row) :] = row

@@ -22,12 +22,13 @@ def add_loading(
     auto: str = "the checkpoint's",
     named: str = "a model that is named on the hub",
 ) -> None:
-    """Add the options.
+    """Add the options, in a group of their own in the help.
 
     Args:
-        dtype: what that option is for.
-        auto: what its default takes.
-        named: what `--revision` is of.
+        parser: the command's.
+        dtype: what `--dtype` is of, as its help begins: "of the weights".
+        auto: which dtype "auto" stands for, in the help.
+        named: what `--revision` is a branch, tag or commit of.
     """
     group = parser.add_argument_group("loading the model")
     group.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator if there is one)")
@@ -140,7 +141,8 @@ def device_of_images(arguments: Namespace, model: str) -> torch.device:
     """The device of a network that reads images: whole on one device, in float32.
 
     Raises:
-        ValueError: another option is given.
+        ValueError: `--device-map` is given, or a `--dtype` other than float32, or PyTorch does not know the device or does not
+            find it here.
     """
     refuse_device_map(arguments, model)
     if arguments.dtype not in ("auto", "float32"):
@@ -151,6 +153,10 @@ def device_of_images(arguments: Namespace, model: str) -> torch.device:
 
 
 def refuse_device_map(arguments: Namespace, model: str) -> None:
-    """Raise a ValueError if `--device-map` is given for a model that is not transformers'."""
+    """Check that `--device-map` is not given, for a model that is not a language model of transformers.
+
+    Raises:
+        ValueError: it is given.
+    """
     if arguments.device_map is not None:
         raise ValueError(f"--device-map is for language models of transformers, and {model} is not one: use --device")

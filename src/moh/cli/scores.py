@@ -39,7 +39,9 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--batch-size", type=int, default=50, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
     add_json(parser)
-    add_loading(parser, dtype="of the network's weights", named="--features, if that is named on the hub")
+    add_loading(
+        parser, dtype="of the network's weights; float32 alone", named="--features, if that is named on the hub"
+    )
 
 
 def run(arguments: Namespace) -> None:
@@ -62,7 +64,7 @@ def run(arguments: Namespace) -> None:
     named = _named_images(arguments.reference)
     if arguments.features is None:
         if arguments.revision is not None:
-            raise ValueError(f"--revision is of --features, which must be given too, got {arguments.revision!r}")
+            raise ValueError(f"--revision needs --features, whose revision it is, got {arguments.revision!r}")
         device = device_of_images(arguments, "FID's network")
         extractor: Any = InceptionFeatures(arguments.inception, device=device)
     else:

@@ -252,7 +252,8 @@ def load_subject(
         return _text_subject(name, checkpoint, dense, revision, dtype, place)
     if device_map is not None or dtype not in ("auto", torch.float32):
         raise ValueError(
-            f"device_map must be None and dtype float32 for the image classifier {checkpoint}, got {device_map!r} and {dtype}"
+            f"--device-map must be left out and --dtype be float32 for the image classifier {checkpoint}, got "
+            f"{device_map!r} and {str(dtype).removeprefix('torch.')}"
         )
     return _image_subject(name, checkpoint, dense, revision, device or default_device())
 
