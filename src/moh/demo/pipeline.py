@@ -35,12 +35,15 @@ from moh.inspection import inspect_groups, token_groups
 from moh.inspection.plots import plot_head_load, plot_losses, save
 from moh.models.card import card_of, layers_of, write_card
 from moh.models.transformers.loading import default_device, load_causal_lm, load_tokenizer
-from moh.routing import router_class
+from moh.routing import record_routing, router_class
 from moh.training import choose_precision, corpus_from_files, load_corpus, pack_tokens, train
 from moh.training.language.recipe import ModelRecipe, Recipe, TrainingRecipe
 
 MAX_STEPS = 120
 """Most steps of a run whose number of steps is not given."""
+
+ROUTER = "threshold"
+"""The router of the model that is tuned."""
 
 PROMPTS = ("A database index is", "The first thing to do when a server does not answer is")
 
@@ -55,7 +58,7 @@ class DemoSettings:
         corpus: a built-in text (`moh.training.CORPORA`); not used if `files` are given.
         files: text files to use instead.
         shared_heads: heads that every token uses; None means 2 in 9, or 1 in 2 with the paper's router.
-        active_heads: routed heads per token; None fills up to 7 in 9.
+        active_heads: routed heads per token, on average; None fills up to 7 in 9.
         steps: optimiser steps of each run; None means as many as fit `minutes`, up to 120.
         minutes: for tuning all runs together, if `steps` is None.
         batch_size: sequences per step.
@@ -248,7 +251,7 @@ class _Demo:
             active_heads=active,
             calibration=blocks,
             calibration_tokens=self.settings.calibration_tokens,
-            router="threshold" if refined else "linear",
+            router=ROUTER if refined else "linear",
             allocation="sensitivity" if refined else "even",
             refit_output=refined,
         )
@@ -260,7 +263,9 @@ class _Demo:
         self, name: str, model: PreTrainedModel, heldout: Tensor, base: ModelRow, base_result: PerplexityResult
     ) -> None:
         with self._step(f"perplexity of {name}"):
-            self._add(compared(name, model.config.share, perplexity(model, heldout), base, base_result))
+            with record_routing(model) as routing:  # with a threshold, tokens of this text may use more heads, or fewer
+                result = perplexity(model, heldout)
+            self._add(compared(name, routing.share(), result, base, base_result))
 
     def _add(self, row: ModelRow) -> ModelRow:
         self.rows.append(row)
@@ -271,6 +276,7 @@ class _Demo:
     def _work_dir(self) -> Path:
         """Where these settings' runs keep their checkpoints, so that other settings never resume from them."""
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "output_dir"}
+        settings["router"] = ROUTER  # a demo of an earlier version, whose router was another, is not resumed
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.output_dir / "training" / key
 

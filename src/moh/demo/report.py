@@ -26,7 +26,7 @@ class ModelRow:
 
     Attributes:
         name: what was done to it.
-        share: mean share of heads that a token uses.
+        share: mean share of heads that a token uses, measured on the held-out text.
         perplexity: on the held-out text.
         loss_rise: mean difference of the loss, in nats per token, to the row that it is compared with.
         rise_stderr: standard error of that difference, over blocks (paired).

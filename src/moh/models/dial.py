@@ -26,9 +26,10 @@ def set_active_heads(model: nn.Module, k: int | float | Sequence[int]) -> float:
 
     Args:
         model: any model with MoH attention layers, or what wraps one (DDP, a LoRA, `torch.compile`).
-        k: routed heads active per token: an int for every layer that routes; a list with one entry per layer; or a
-            float in (0, 1], the share of *all* heads, shared ones included, on average over the layers. A share is
-            distributed by `config.head_costs` if the conversion has saved what each layer needs, else evenly.
+        k: routed heads active per token, on average with the threshold router: an int for every layer that routes; a list
+            with one entry per layer; or a float in (0, 1], the share of *all* heads, shared ones included, on average over
+            the layers. A share is distributed by `config.head_costs` if the conversion has saved what each layer needs,
+            else evenly.
 
     Returns:
         the share of heads that a token now uses, over all layers; for a float k the nearest that whole heads allow.

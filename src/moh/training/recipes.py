@@ -175,9 +175,9 @@ class ConversionSettings:
         share: share of all heads that each token uses; null means 0.75, unless `active_heads` is given.
         shared_heads: heads per layer that every token uses, instead of `share`; null means what `moh.convert` chooses.
         active_heads: routed heads per layer that each token chooses, instead of `share`.
-        router: one of `moh.config.ROUTERS`: "linear" (fitted to the heads' contributions), "threshold" (the same, with as many
-            heads as a token needs), "query_norm" or "query_norm_rounded" (the paper's, without parameters), "two_stage" or
-            "single_stage" (the paper's learned ones).
+        router: "linear" (the default here: fitted to the heads' contributions), "threshold" (the same, with as many heads as
+            a token needs; the default of `moh.convert` for language models), "query_norm" or "query_norm_rounded" (the
+            paper's, without parameters), "two_stage" or "single_stage" (learned).
         allocation: "even" gives every layer the same number of heads, "sensitivity" more to the layers that need them.
         refit_output: refit the output projections so that the active heads make up for the others.
     """

@@ -27,8 +27,8 @@ class ModelScores:
     Attributes:
         label: its name in tables.
         source: where it was loaded from.
-        share: share of the heads that a token uses, by a threshold what the calibration's tokens used on average; 1 for a dense
-            model, NaN if it is unknown.
+        share: share of the heads that a token uses by the model's configuration, an average with the threshold router; 1 for
+            a dense model, NaN if it is unknown.
         scores: one per task, in the tasks' order.
     """
 
