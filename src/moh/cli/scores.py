@@ -40,7 +40,10 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument("--save-reference", metavar="FILE", help="also write the reference's statistics (.safetensors)")
     add_json(parser)
     add_loading(
-        parser, dtype="of the network's weights; float32 alone", named="--features, if that is named on the hub"
+        parser,
+        dtype="of the network's weights; float32 alone",
+        auto="float32",
+        named="--features, if that is named on the hub",
     )
 
 
