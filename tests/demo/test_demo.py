@@ -165,7 +165,11 @@ def test_the_short_demo_leaves_the_papers_way_untuned(base_dir: Path, text_file:
     ]
     assert report.calibration_tokens == 32  # at least one block
     assert [path.name for path in (tmp_path / "training").iterdir()] == ["notes.txt"]  # the demo's own work is gone
-    assert all(row.share == pytest.approx(2 / 4) for row in report.rows if row.name.startswith("MoH"))
+    shares = {row.name: row.share for row in report.rows if row.name.startswith("MoH")}
+    assert shares.pop("MoH, the paper's router, untuned") == pytest.approx(2 / 4)
+    assert shares == {
+        name: pytest.approx(2 / 4, abs=0.12) for name in shares
+    }  # measured, after 32 tokens of calibration
 
 
 def test_the_error_of_a_comparison_is_that_of_the_paired_differences() -> None:
