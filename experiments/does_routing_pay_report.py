@@ -14,8 +14,9 @@ NAME = "does_routing_pay"
 _ABOUT = (
     "Routed heads beside what others do to make attention smaller, all from one calibration and without training "
     "([how each is made](../conversion.md#fixed-heads-and-layers-without-attention)): the same heads for every token, and whole "
-    "layers of attention left out, with or without a linear map in their place. Routed heads keep all keys and values; the others "
-    "shrink the cache and take less time at the same number of heads, so the right panels of the picture compare at equal time."
+    "layers of attention left out, with or without a linear map in their place. Routed heads keep all keys and values; the "
+    "others shrink the cache and take less time at the same number of heads, so the right panels of the picture compare at "
+    "equal time."
 )
 _COLOURS = dict(zip(METHODS, ("C0", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
