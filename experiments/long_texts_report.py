@@ -128,7 +128,7 @@ def _plot(file: Path, models: list[str], cells: list[dict[str, Any]]) -> None:
     """For each model: above, the rise of the perplexity by position, the mean over the texts; below, needles by length."""
     figure = require("matplotlib.figure", extra="llm").Figure
     aims = sorted({cell["aim"] for cell in cells if cell["method"] != DENSE}, reverse=True) or [1.0]
-    picture = figure(figsize=(3.4 * len(aims), 5.6 * len(models)), layout="constrained")
+    picture = figure(figsize=(max(7.0, 3.4 * len(aims)), 5.6 * len(models)), layout="constrained")
     axes = picture.subplots(2 * len(models), len(aims), squeeze=False, sharex="row", sharey="row")
     for number, model in enumerate(models):
         of_model = [cell for cell in cells if cell["model"] == model]
