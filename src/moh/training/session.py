@@ -230,7 +230,7 @@ def training_arguments(settings: TrainingSettings, *, precision: str) -> Trainin
         if name not in known:
             raise ValueError(f"training.extra: transformers.TrainingArguments has no argument {name!r}")
     same = {name: getattr(settings, name) for name in (own & known) - _SWITCHES - {"gradient_checkpointing"}}
-    defaults = {
+    defaults: dict[str, Any] = {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         # None leaves torch's setting, which is the process's, so that "fp32" turns off what a run before it turned on

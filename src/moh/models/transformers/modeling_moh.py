@@ -124,7 +124,8 @@ class Router(nn.Module):
         if self.active == scores.shape[-1]:
             return torch.ones_like(scores, dtype=torch.bool)
         if self.kind == "threshold":
-            return ~(scores <= self.thresholds[self.active])
+            under: Tensor = scores <= self.thresholds[self.active]
+            return ~under
         if self.unit == "group_balanced":
             return _largest(scores.unflatten(-1, (self.groups, -1)), self.active // self.groups).flatten(-2)
         if self.unit == "kv_group":
