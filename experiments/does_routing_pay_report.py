@@ -27,8 +27,7 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     speed = [cell for cell in cells if cell["kind"] == "speed"]
     if not quality:
         return
-    found = dict.fromkeys(cell["model"] for cell in quality)
-    models = [*(model for model in MODELS if model in found), *(model for model in found if model not in MODELS)]
+    models = _models(quality)
     lines = ["# Does routing pay?", "", f"![perplexity against time and cache](../images/{NAME}.png)", "", _ABOUT]
     for model in models:
         of_model = [cell for cell in quality if cell["model"] == model]
@@ -40,6 +39,11 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
     _plot(images / f"{NAME}.png", quality, speed)
+
+
+def _models(cells: list[dict[str, Any]]) -> list[str]:
+    found = dict.fromkeys(cell["model"] for cell in cells)
+    return [*(model for model in MODELS if model in found), *(model for model in found if model not in MODELS)]
 
 
 def _compared(cells: list[dict[str, Any]]) -> list[str]:
@@ -103,7 +107,7 @@ def _speed(cells: list[dict[str, Any]]) -> list[str]:
 def _plot(file: Path, quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> None:
     """Rise of the perplexity, the mean over the texts, against the share of heads, the cache and the measured times."""
     figure = require("matplotlib.figure", extra="llm").Figure
-    models = list(dict.fromkeys(cell["model"] for cell in quality))
+    models = _models(quality)
     lengths = sorted({cell["length"] for cell in speed})
     columns = 2 + len(lengths)
     picture = figure(figsize=(3.6 * columns, 3.4 * len(models)), layout="constrained")
@@ -125,6 +129,7 @@ def _plot(file: Path, quality: list[dict[str, Any]], speed: list[dict[str, Any]]
         titles = ["heads, %", "cache, % of dense", *(f"time to read {n:,} tokens, % of dense" for n in lengths)]
         for axis, title in zip(row, titles, strict=True):
             axis.set(xlabel=title, yscale="symlog", title=model)
+            axis.set_visible(axis.has_data())
             axis.grid(alpha=0.3)
         row[0].set_ylabel("perplexity above dense, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
