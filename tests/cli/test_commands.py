@@ -56,7 +56,7 @@ def test_convert_writes_a_model_and_its_tokenizer(moh, base_dir: Path, text_file
     assert result.out == [f"{out}: MoH model, each token uses 75 % of the heads on average"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model, MoHLlamaForCausalLM)
-    assert model.config.router == "linear" and model.config.share == 3 / 4
+    assert model.config.router == "threshold" and model.config.share == 3 / 4
     assert AutoTokenizer.from_pretrained(out)("the head").input_ids == [3, 5]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
@@ -168,7 +168,7 @@ def test_train_follows_a_recipe_and_its_overrides(
 
 def test_demo_hands_its_options_on(moh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_file: Path) -> None:
     given = []
-    monkeypatch.setattr("moh.demo.run_demo", given.append)
+    monkeypatch.setattr("moh.demo.run_demo", lambda settings, **_: given.append(settings))
     result = moh("demo", "--output", tmp_path, "--files", text_file, "--steps", 3, "--full", "--minutes", 1.5)
     assert result.code == 0, result.err
     (settings,) = given
@@ -180,7 +180,7 @@ def test_the_demos_defaults_are_those_of_its_settings(moh, monkeypatch: pytest.M
     from moh.demo import DemoSettings
 
     given = []
-    monkeypatch.setattr("moh.demo.run_demo", given.append)
+    monkeypatch.setattr("moh.demo.run_demo", lambda settings, **_: given.append(settings))
     assert moh("demo").code == 0
     assert given == [DemoSettings()]
 

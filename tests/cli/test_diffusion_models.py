@@ -102,7 +102,7 @@ def repositories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Name on the hub -> directory; names that are missing can't be fetched."""
     found: dict[str, Path] = {}
 
-    def download(name: str, file: str) -> str:
+    def download(name: str, file: str, **_: object) -> str:
         if name not in found:
             raise LocalEntryNotFoundError("no connection")
         if not (found[name] / file).is_file():

@@ -165,7 +165,7 @@ def test_debug_shows_the_traceback_before_and_after_the_command(moh, tmp_path: P
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
 def test_a_failure_is_not_wrong_usage(moh, monkeypatch: pytest.MonkeyPatch, error, code) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr("moh.demo.run_demo", fail)
@@ -174,7 +174,7 @@ def test_a_failure_is_not_wrong_usage(moh, monkeypatch: pytest.MonkeyPatch, erro
 
 
 def test_an_interrupted_command_ends_like_a_shell_expects(moh, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("moh.demo.run_demo", interrupt)

@@ -146,7 +146,7 @@ def test_the_processor_of_a_hub_name_is_looked_for_on_the_hub(tmp_path: Path, mo
     from moh.data.images.augmentation import ProcessorInput
     from moh.models import classifiers
 
-    def download(name: str, file: str) -> str:
+    def download(name: str, file: str, **_: object) -> str:
         if not has_processor:
             raise EntryNotFoundError(file)
         return str(tmp_path / file)

@@ -33,6 +33,7 @@ NO_SHARED = {
     "train": "a recipe's fields place its models",
     "export": "a local directory's files are copied",
     "export remote-code": "a local directory's files are copied",
+    "convert-published": "a local file is rewritten, not run",
     "lm-eval": "another program's own options",
     "run": "another program's own options",
 }

@@ -24,7 +24,7 @@ def test_convert_writes_a_card_and_pushes_the_directory(moh, base_dir, text_file
     there = hub / OWNER / "mine"
     assert {p.name for p in there.iterdir()} == {p.name for p in (tmp_path / "mine").iterdir()}
     card = (there / "README.md").read_text()
-    assert f"| base model | `{base_dir.name}` |" in card and "| router | `linear` |" in card
+    assert f"| base model | `{base_dir.name}` |" in card and "| router | `threshold` |" in card
     assert f"up to 1,024 tokens of {text_file.name}" in card and f'"{OWNER}/mine"' in card
 
 

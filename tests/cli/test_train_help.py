@@ -39,7 +39,7 @@ def test_types_defaults_and_meanings_are_given() -> None:
     for line in (
         "training.max_steps: int (must be given)",
         "training.learning_rate: float = 0.0001",
-        "training.precision: auto or bf16 or fp32 = auto",
+        "training.precision: auto or bf16 or fp16 or tf32 or fp32 = auto",
         "training.gradient_checkpointing: true or false = false",
         "model.path: text or null = null",
         "data.files: list of text = []",

@@ -27,7 +27,7 @@ def heads_of(unit: str) -> dict[str, int]:
 @pytest.mark.parametrize("router", ["linear", "query_norm", "two_stage"])
 @torch.no_grad()
 def test_every_router_converts_and_uses_the_heads_of_its_unit(dense, tokens, unit, router):
-    model = convert(dense, **heads_of(unit), router=router, routing_unit=unit, calibration=tokens)
+    model = convert(dense, **heads_of(unit), router=router, routing_unit=unit, calibration=tokens, allocation="even")
     assert model.config.routing_unit == unit
     with moh.record_routing(model) as routing:
         model(tokens[:2])
@@ -74,7 +74,7 @@ def test_an_uneven_share_is_spent_in_steps_of_the_unit(make_dense, tokens, unit)
     )
     used = [c.num_shared + c.active_heads for c in model.config.layer_configs()]
     assert sum(used) == sum(active) and all(n % step == 0 for n in used)
-    assert used[1] == min(used) == active[0]
+    assert used[1] == min(used) <= active[0]
 
 
 @every_unit
@@ -82,7 +82,7 @@ def test_an_uneven_share_is_spent_in_steps_of_the_unit(make_dense, tokens, unit)
 def test_the_refit_of_the_output_is_made_for_the_heads_that_the_unit_keeps(dense, tokens, unit):
     """On the calibration text the refitted layers are closer to the dense ones than the others are."""
     plain, refitted = (
-        convert(dense, **heads_of(unit), routing_unit=unit, calibration=tokens, refit_output=refit)
+        convert(dense, **heads_of(unit), routing_unit=unit, calibration=tokens, allocation="even", refit_output=refit)
         for refit in (False, True)
     )
     outputs = []

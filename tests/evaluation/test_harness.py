@@ -172,7 +172,6 @@ class TestCommand:
             (["--tasks", "tiny_last", "--limit", "0"], "limit must be at least 1, got 0"),
             (["--tasks", "tiny_last", "--batch-size", "x"], "--batch-size must be a number or auto, got 'x'"),
             (["--tasks", "tiny_last", "--batch-size", "auto"], "batch_size 'auto' fits requests to a GPU's memory"),
-            (["--tasks", "tiny_last", "--dtype", "int8"], "dtype must be one of auto, float32, bfloat16, float16"),
             (["--tasks", "tiny_last", "--max-length", "65"], "max_length must be at most the model's 64 positions, got 65"),
             (["--tasks", "tiny_choice:9"], "task 'tiny_choice': a request has "),
             (["--tasks", "tiny_glued"], "the answer 's' has no token of its own after "),

@@ -65,7 +65,7 @@ def language_model(base_dir: Path):
     """The tiny Llama, converted with different heads in its two layers."""
     blocks = torch.randint(20, (5, 12), generator=torch.Generator().manual_seed(0))
     dense = AutoModelForCausalLM.from_pretrained(base_dir)
-    return convert(dense, shared_heads=1, active_heads=[1, 2], calibration=blocks, progress=False)
+    return convert(dense, router="linear", shared_heads=1, active_heads=[1, 2], calibration=blocks, progress=False)
 
 
 @torch.no_grad()

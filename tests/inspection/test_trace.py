@@ -76,7 +76,7 @@ def test_every_family_is_traced(model_type: str, kind: str) -> None:
     model = dense
     if kind == "MoH":
         calibration = images() if model_type in IMAGES else token_ids()
-        how = dict(shared_heads=heads // 2, active_heads=1, calibration=calibration, allocation="even")
+        how = dict(shared_heads=heads // 2, active_heads=1, calibration=calibration, allocation="even", router="linear")
         model = moh.convert(dense, refit_output=False, progress=False, **how)
     inputs = inputs_of(model_type, count=2)
     patches = {"deit": 18, "dinov2_with_registers": 20}.get(model_type, 17)  # 4 x 4, the class token and others

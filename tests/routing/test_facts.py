@@ -57,9 +57,9 @@ def test_a_router_works_with_every_number_of_active_heads_that_it_allows(name, a
         assert (name == "threshold" and 0 < k < 4) or (info.active.sum(-1) == 2 + k).all()
 
 
-@pytest.mark.parametrize("shared", [(0, 3), (5,), ()])
+@pytest.mark.parametrize("shared", [(0, 3), (5,), (), (0, 1, 2, 3, 4, 5)])
 def test_a_threshold_lets_the_tokens_it_was_fitted_to_use_k_routed_heads_on_average(shared) -> None:
-    router, x = router_of("threshold", shared), torch.randn(4, 250, C)
+    router, x = router_of("threshold", shared, min(2, H - len(shared))), torch.randn(4, 250, C)
     router.fit_thresholds(router.contribution(x).flatten(0, 1))
     for k in allowed_counts(router):
         router.config = dataclasses.replace(router.config, active_heads=k)

@@ -446,6 +446,8 @@ class ThresholdRouter(LinearRouter):
         """Set the thresholds so that tokens with these scores `[T, H]` use each number of heads on average."""
         falling = self._of_routed(scores.float(), -1).flatten().sort(descending=True).values
         routed, last = self.config.num_routed, len(falling) - 1
+        if routed == 0:
+            return self._set_heads(dataclasses.replace(self.config, thresholds=[0.0]))  # all heads are shared
         places = [k * len(falling) // routed for k in range(routed + 1)]  # of the first score that is not used
         means = [float(falling[max(place - 1, 0) : min(place, last) + 1].mean()) for place in places]
         self._set_heads(dataclasses.replace(self.config, thresholds=means))
