@@ -37,6 +37,7 @@ TINY = dict(
 )
 CASES: dict[str, dict[str, Any]] = {
     "linear": {},
+    "threshold": dict(router="threshold", thresholds=[[9.0, 0.5, 0.0, -9.0]] * 2),
     "two_stage": dict(router="two_stage"),
     "query_norm": dict(router="query_norm"),
     "group_balanced": dict(routing_unit="group_balanced", shared_heads=2),
