@@ -34,6 +34,7 @@ from does_routing_pay_models import (
 )
 from long_texts_needles import DEPTHS, ask, haystacks
 from long_texts_report import DENSE, write
+from result_names import command
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,10 @@ from moh.models.transformers.loading import load_causal_lm, load_config, load_to
 from moh.training import load_corpus, pack_tokens
 
 _TOKENS_PER_CALL = 512  # whose logits are held at once: 0.5 GB with Gemma's vocabulary
+
+
+_ASKED = ("model", "shares", "methods", "texts", "lengths", "haystacks", "blocks")
+"""Options that change results."""
 
 
 def main() -> None:
@@ -71,6 +76,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
+    asked = {name: getattr(options, name) for name in _ASKED}
+    made_by = command("long_texts.py", asked, {name: parser.get_default(name) for name in _ASKED})
     set_verbosity_error()
     disable_progress_bar()
     if options.quick:
@@ -79,7 +86,12 @@ def main() -> None:
     options.lengths = sorted(set(options.lengths))
     options.work.mkdir(parents=True, exist_ok=True)
     _measure(options)
-    write(options.out, options.images, [json.loads(f.read_text("utf-8")) for f in sorted(options.work.glob("*.json"))])
+    write(
+        options.out,
+        options.images,
+        [json.loads(f.read_text("utf-8")) for f in sorted(options.work.glob("*.json"))],
+        made_by,
+    )
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ _FIELDS = {"chosen": "The right word is the likeliest of the five in the text (b
            "written": "The right word is what the model writes, greedily"}  # fmt: skip
 
 
-def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
-    """Write the page into `out` and the picture into `images`, from all cells that are there."""
+def write(out: Path, images: Path, cells: list[dict[str, Any]], made_by: str = f"python experiments/{NAME}.py") -> None:
+    """Write the page into `out` and the picture into `images`, from all cells that are there; `made_by` is the command."""
     cells = sorted(cells, key=lambda cell: (-cell["aim"], _ORDER.index(cell["method"])))
     models = list(dict.fromkeys(cell["model"] for cell in cells if cell["method"] == DENSE))
     if not models:
@@ -38,7 +38,7 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
             lines += ["", *_positions([cell for cell in positions if cell["text"] == text])]
         needles = [cell for cell in of_model if cell["kind"] == "needles"]
         lines += ["", *_needles(needles)] if needles else []
-    lines += ["", f"Made by `python experiments/{NAME}.py`."]
+    lines += ["", f"Made by `{made_by}`."]
     out.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")

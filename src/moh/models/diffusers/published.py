@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moh.models.diffusers.dit import MoHDiTTransformer2DModel
 
 KEYS = ("patch_size", "input_size", "depth", "hidden_size", "num_heads", "num_classes")
-"""Of a configuration; others are optional."""
+"""Fields that every configuration has; others are optional."""
 
 _PIXELS_PER_LATENT = 8  # along each axis, of the published models' VAE
 

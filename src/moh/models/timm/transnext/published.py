@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SAME_NAME = ("img_size", "num_classes", "embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios")
 KEYS = (*_SAME_NAME, "shared_head", "routed_head")
-"""Of a configuration; others are optional."""
+"""Fields that every configuration has; others are optional."""
 
 _OPTIONAL = ("patch_size", "window_size", "qkv_bias", "norm_eps", "in_chans")
 
@@ -98,7 +98,7 @@ def published_config(model: MoHTransNeXt) -> dict[str, Any]:
     if model.global_pool != "avg":
         raise ValueError(f"model can't be saved as published: global_pool must be 'avg', got {model.global_pool!r}")
     modules: Any = model.stages
-    # Of the routers, not of the architecture: the dial may have changed them
+    # The routers have the present numbers of heads: the dial may have changed those of the architecture
     layers = [[block.attn.router.config for block in stage.blocks] for stage in modules]
     check_heads([layer for stage in layers for layer in stage], routers=("two_stage",))
     for number, stage in enumerate(layers):
