@@ -24,8 +24,8 @@ Made by `make bench`: times of routed attention against PyTorch's dense attentio
 - **ideal**: dense attention of a model that has only the active heads (with grouped queries: smaller groups, all
   keys and values).
 - **masked**: dense attention, then weighted by the gates, as published MoH code does it.
-- **limit**, of language models with random weights: the ratio to dense if every part were as fast as the dense model's and
-  routing were free, counted in multiplications, when decoding in numbers that have to be read.
+- **limit**, of language models with random weights, ViT and DiT: the ratio to dense if every part were as fast as the dense
+  model's and routing were free, counted in multiplications, when decoding in numbers that have to be read.
 
 Percentages are the share of active heads, rounded to whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads
 (H32/8: 8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets random, balanced gates: the

@@ -151,8 +151,8 @@ def subject_table(subject: str, runs: Sequence[Run], kernels: str = "") -> Table
 
 
 def _with_limit(subject: str, share: float, ours: str, limit: str) -> list[str]:
-    """A column of ours and the next one, with the computed limit: for language models with fewer heads."""
-    return [ours, limit] if subject == "model" and share < 1 else [ours]
+    """A column of ours and the next one, with the computed limit: for models with fewer heads."""
+    return [ours, limit] if subject in ("model", "images", "diffusion") and share < 1 else [ours]
 
 
 def _limit(case: Case, ours: Row | None) -> str:

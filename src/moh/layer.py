@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moh.attention import moh_attention, project_output, route_and_project
+from moh.attention import moh_attention, project_output, project_queries, route, whole_layer
 from moh.attention.call import hide, seen_by
 from moh.config import MoHConfig
 from moh.routing import RoutingInfo, build_router
@@ -229,9 +229,32 @@ class MoHAttention(nn.Module):
             raise ValueError("context must be None with cache or rotate, which belong to self-attention")
         if self.window is not None and not is_causal:
             raise ValueError(f"is_causal must be True in a layer with window={self.window}")
-        context = x if context is None else context
         share = self.router.usual_share()
-        routing, q = route_and_project(self.router, self.q_proj, x, self.backend)  # q: [B, Nq, h, D]
+        dropout = self.attn_drop if self.training else 0.0
+        if self.router.reads_queries:
+            q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, Nq, h, D]
+            routing = self.router(q=q)
+        else:
+            routing = route(self.router, x, self.backend)
+            whole = None
+            # what would change queries and keys, or which keys are seen, needs the steps one by one
+            special = (context, attn_mask, key_padding_mask, rotate, cache, self.window)
+            if dropout == 0 and all(argument is None for argument in special):
+                whole = whole_layer(
+                    x,
+                    routing.gates,
+                    (self.q_proj, self.k_proj, self.v_proj),
+                    self.proj,
+                    share,
+                    between=(self.q_norm, self.k_norm),
+                    is_causal=is_causal,
+                    backend=self.backend,
+                )
+            if whole is not None:
+                whole = self.proj_drop(whole)
+                return (whole, routing) if return_routing else whole
+            q = project_queries(self.q_proj, x, routing.gates, share, self.backend)
+        context = x if context is None else context
         q = self.q_norm(q).transpose(1, 2)
         k = self.k_norm(self.k_proj(context).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # [B, Hkv, Nk, D]
         v = self.v_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -254,7 +277,7 @@ class MoHAttention(nn.Module):
             routing.gates,
             is_causal=is_causal,
             attn_mask=attn_mask,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=dropout,
             heads_per_group=self.router.heads_per_group,
             backend=self.backend,
         )  # [B, Nq, h, D]

@@ -1,4 +1,4 @@
-"""The computed limits of language models: those of a dense model that has only the active heads, counted apart."""
+"""The computed limits of models: those of a dense model that has only the active heads, counted apart."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import limits, tables
 from benchmarks.cases import Case
-from benchmarks.limits import INTERMEDIATE, VOCABULARY, limit
+from benchmarks.limits import INTERMEDIATE, VOCABULARY, diffusion_cost, image_cost, limit
 from benchmarks.model import BASE
+from benchmarks.presets import DIFFUSION, IMAGES
 from benchmarks.results import Machine, Result, Run
 from benchmarks.timing import Row
 
@@ -88,6 +89,36 @@ def test_limit_rises_with_the_share_and_falls_with_the_length(mode: str, batch: 
 )
 def test_cases_of_other_sizes_have_no_limit(case: Case) -> None:
     assert limit(case, 0.5) is None
+
+
+def test_a_vision_transformers_operations_are_counted_right() -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model, image = timm.create_model("vit_tiny_patch16_224").eval(), torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    assert image_cost(IMAGES[0].case, 1.0) == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
+def test_a_diffusion_transformers_operations_are_counted_right() -> None:
+    pytest.importorskip("diffusers")
+    from moh.models.diffusers.presets import architecture, create_dit
+
+    with torch.device("meta"):
+        model = create_dit("dit_s_2").eval()
+        inputs = torch.empty(1, 4, 32, 32), torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    # The rest is what surrounds the blocks
+    assert 0.98 < diffusion_cost(architecture("dit_s_2"), 256) / (counter.get_total_flops() / 2) < 1
+
+
+@pytest.mark.parametrize("family", [*IMAGES[:3], *DIFFUSION], ids=lambda family: family.dense)
+def test_named_models_have_limits_that_rise_with_the_share(family) -> None:
+    if family.case.subject == "diffusion":
+        pytest.importorskip("diffusers")
+    values = [limit(family.case, share) for share in sorted(family.shares)]
+    assert all(value is not None and 0.7 < value < 1 for value in values) and values == sorted(values)
 
 
 def test_the_table_of_language_models_has_the_limit_in_the_next_column() -> None:

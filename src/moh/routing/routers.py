@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,20 @@ def is_untouched(module: nn.Module) -> bool:
     """Whether a call of the module runs its class's own `forward` alone: no hook, no patched `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in vars(module)
+
+
+class LinearMaps(NamedTuple):
+    """The linear maps of x that decide, for kernels that route by themselves.
+
+    Attributes:
+        shared, routed, stage: scores of the shared heads, the routed ones and the two stages, None where there are none.
+        is_hard: gates are 1 and 0; then `routed` has a row for every head, of which those of shared heads don't count.
+    """
+
+    shared: Scorer | None
+    routed: Scorer | None
+    stage: Scorer | None
+    is_hard: bool
 
 
 class Router(nn.Module):
@@ -154,6 +168,10 @@ class Router(nn.Module):
         """
         return None
 
+    def linear_maps(self) -> LinearMaps | None:
+        """The linear maps of x from which gates and probabilities follow; None if routing takes more than that."""
+        return None
+
     def threshold(self) -> float | None:
         """What a routed head's score of `linear_scores` has to exceed; None if the k largest ones are chosen."""
         return None
@@ -246,6 +264,9 @@ class TwoStageRouter(Router):
         self.routed = scorer(config.num_routed, config.active_heads > 0)
         both = config.num_shared > 0 and config.active_heads > 0
         self.stage = scorer(2, both and self.has_stage)
+
+    def linear_maps(self) -> LinearMaps:
+        return LinearMaps(self.shared, self.routed, self.stage, is_hard=False)
 
     def active_range(self) -> range:
         # Without W_r there are no scores; with it, a k of 0 would be saved as a router without one
@@ -397,6 +418,9 @@ class LinearRouter(_HardRouter):
     def linear_scores(self) -> Scorer:
         return self.contribution
 
+    def linear_maps(self) -> LinearMaps | None:
+        return LinearMaps(None, self.contribution, None, is_hard=True)
+
     @torch.no_grad()
     def take_fit(self, weight: Tensor, bias: Tensor, ranking: Callable[[Sequence[int]], Tensor]) -> None:
         assert self.contribution.bias is not None
@@ -464,6 +488,9 @@ class ThresholdRouter(LinearRouter):
             return ~(scores <= self.config.thresholds[chosen])  # NaN counts as above, so that it is seen in the output
         none = torch.arange(1, device=scores.device)  # no branch may depend on k
         return ~(scores <= self.thresholds[chosen]) & (none < chosen) | (none + routed <= chosen)
+
+    def linear_maps(self) -> LinearMaps | None:
+        return None if self.config.thresholds is None else super().linear_maps()  # the definition has the error
 
     def threshold(self) -> float | None:
         return None if self.config.thresholds is None else self.config.thresholds[self.config.active_heads]

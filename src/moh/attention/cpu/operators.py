@@ -1,6 +1,7 @@
 """The C++ operators for PyTorch: their shapes for `torch.compile`, and gradients where C++ registers none.
 
-Attention (`csrc/operators/attention.cpp`) registers its own; those for one token (`decode_*.cpp`) have none.
+Attention (`csrc/operators/attention.cpp`) registers its own; those for one token (`decode_*.cpp`), routing (`routing.cpp`) and
+whole layers (`layer.cpp`) have none.
 
 Projections of active (token, head) pairs alone (`projection.h`), with M `[H * D, C]`: `cpu_expand(x, M, gates)` is
 `heads[t, h] = M[h] x[t]`, `cpu_sum_heads(heads, M, gates)` is `x[t] = sum_h M[h]' heads[t, h]`, both over the pairs whose
@@ -26,6 +27,8 @@ def register() -> None:
     for name, shapes in (
         ("attention", _attention_shapes),
         ("attention_backward", _attention_backward_shapes),
+        ("route", _route_shapes),
+        ("layer", _layer_shape),
         ("decode_layer", _decode_layer_shape),
         ("decode_norm", _shape_of_x),
         ("decode_mlp", _shape_of_x),
@@ -65,6 +68,32 @@ def _attention_backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *saved: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), gates.new_empty(gates.shape)
+
+
+def _route_shapes(
+    x: Tensor,
+    shared_weight: Tensor | None,
+    routed_weight: Tensor | None,
+    stage_weight: Tensor | None,
+    bias: Tensor | None,
+    shared: list[int],
+    heads: int,
+    hard: bool,
+    active: int,
+    parts: int,
+    together: int,
+    threshold: float | None,
+    gate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    B, N = x.shape[:2]
+    has_probs = routed_weight is not None and (not hard or active > 0)
+    probs = x.new_empty(B if has_probs else 0, N, heads - len(shared), dtype=torch.float32)
+    return x.new_empty(B, N, heads, dtype=gate_dtype), probs
+
+
+def _layer_shape(x: Tensor, *others: Any) -> Tensor:
+    o_weight: Tensor = others[3]
+    return x.new_empty(*x.shape[:2], o_weight.shape[0])
 
 
 def _decode_layer_shape(x: Tensor, *others: Any) -> Tensor:

@@ -10,7 +10,7 @@ from timm.layers.attention import Attention
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from moh.attention import moh_attention, project_output, project_qkv
+from moh.attention import moh_attention, project_output, project_qkv, route, whole_layer
 from moh.config import MoHConfig
 from moh.routing import build_router, router_class
 
@@ -101,11 +101,26 @@ class MoHViTAttention(Attention):
         """
         B, N, _ = x.shape
         share = self.router.usual_share()
+        dropout = self.attn_drop.p if self.training else 0.0
         if self.router.reads_queries:
             q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, h, D]
             routing = self.router(q=q)
         else:
-            routing = self.router(x)
+            routing = route(self.router, x, self.backend)
+            if attn_mask is None and dropout == 0 and not changes_heads(self):
+                whole = whole_layer(
+                    x,
+                    routing.gates,
+                    [self.qkv],
+                    self.proj,
+                    share,
+                    between=(self.q_norm, self.k_norm, self.norm),
+                    is_causal=is_causal,
+                    scale=self.scale,
+                    backend=self.backend,
+                )
+                if whole is not None:
+                    return self.proj_drop(whole)  # type: ignore[no-any-return]
             q, k, v = project_qkv(self.qkv, x, routing.gates, share, self.backend)
         q, k = self.q_norm(q), self.k_norm(k)
         heads = moh_attention(
@@ -116,7 +131,7 @@ class MoHViTAttention(Attention):
             is_causal=is_causal,
             attn_mask=attn_mask,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=dropout,
             backend=self.backend,
         )  # [B, N, h, D]
         if changes_heads(self):

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from moh.attention import cpu
 from moh.attention.call import DTYPES, transforms_are_active
 from moh.attention.projections import is_plain
-from moh.config import MoHConfig
+from moh.attention.routed import parts_and_neighbours
 
 if TYPE_CHECKING:
     from moh.models.transformers.attention import RoutedAttention
@@ -92,7 +92,7 @@ def decode(
         room.used,
         attention_mask,
         core.scaling,
-        *_choice(router.config),
+        *parts_and_neighbours(router.config),
         router.threshold() if gates is None else None,
     )
     room.take(cache.layers[core.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
@@ -115,13 +115,6 @@ def is_decoded(x: Tensor, backend: str | None) -> bool:
         and not transforms_are_active()
         and cpu.unavailable() is None
     )
-
-
-def _choice(config: MoHConfig) -> tuple[int, int]:
-    """(parts of the routed heads in which equally many are chosen, neighbours that are chosen together)"""
-    if config.routing_unit == "group_balanced":
-        return config.step, 1
-    return 1, config.step
 
 
 @dataclass(eq=False)

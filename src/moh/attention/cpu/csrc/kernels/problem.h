@@ -86,6 +86,7 @@ struct Projection {
   const void* from = nullptr;                              // x or heads
   const void* matrix = nullptr;                            // [H * D, C] with these strides
   int64_t head_stride = 0, channel_stride = 0;
+  const void* bias = nullptr;  // of the result, [H * D] or [C]; null for none
   void* to = nullptr;
 };
 
@@ -181,6 +182,15 @@ struct Kernels {
                    int64_t segments, float* to);
   // to[i] = activation(x[i]), times factor[i] unless it is null.
   void (*activate)(Activation, const float* x, const float* factor, int64_t count, float* to);
+
+  // A router's scores of some tokens (routing.h), from matrices packed as `score_outputs(outputs)` columns in panels of
+  // that many times `channels` floats; scratch has `score_tokens` times `channels`.
+  int64_t (*score_outputs)(int64_t outputs);
+  int64_t score_tokens;
+  void (*pack_scores)(DType, const void* matrix, int64_t stride, int64_t rows, int64_t channels, int64_t first,
+                      float* to);
+  void (*scores)(DType, const void* x, int64_t tokens, int64_t channels, const float* panels, int64_t outputs,
+                 float* to, float* scratch);
 };
 
 const Kernels& portable_kernels();

@@ -46,6 +46,15 @@ void pack_panels(const T* from, int64_t row_stride, int64_t rows, int64_t column
   }
 }
 
+// Starts sums [rows, wide]: each row is the bias [width], with zeros behind, or only zeros where it is null.
+template <class Isa, class T>
+void start_sums(const T* bias, int64_t width, int64_t rows, int64_t wide, float* to) {
+  std::fill_n(to, (bias == nullptr ? rows : std::min<int64_t>(rows, 1)) * wide, 0.0f);
+  if (bias == nullptr || rows == 0) return;
+  get<Isa>(bias, width, to);
+  for (int64_t r = 1; r < rows; ++r) std::copy_n(to, wide, to + r * wide);
+}
+
 // What the products work on: floats, converted from T. bf16x2.h has the other type of cells.
 template <class Isa, class T>
 struct FloatCells {
@@ -83,15 +92,24 @@ struct Project {
     float* result = matrix + kChannels * width;     // [kRows, width]
     const T* x = static_cast<const T*>(p.from);
     const T* m = static_cast<const T*>(p.matrix) + tokens.kv_head * p.width * p.head_stride;
-    std::fill_n(result, tokens.count * width, 0.0f);
+    const T* bias = static_cast<const T*>(p.bias);
+    start_sums<Isa>(bias == nullptr ? nullptr : bias + tokens.kv_head * p.width, p.width, tokens.count, width, result);
     for (int64_t first = 0; first < p.channels; first += kChannels) {
       const int64_t depth = std::min(kChannels, p.channels - first), cells = depth / kNumbers;
       for (int64_t i = 0; i < tokens.count; ++i)
         Cells::row(x + tokens.index[i] * p.channels + first, depth, rows + i * (kChannels / kNumbers));
       Cells::pack(m + first * p.channel_stride, p.channel_stride, depth, p.head_stride, p.width, matrix);
-      for (int64_t d = 0; d < width; d += kWidth)
-        Product::template multiply<Product::Into::kAdd>(tokens.count, rows, kChannels / kNumbers, 1, matrix + d * cells,
-                                                        kWidth, cells, result + d, width);
+      for (int64_t d = 0; d < width; d += kWidth) {
+        const auto multiply = [&](auto vectors) {
+          Product::template multiply<Product::Into::kAdd, decltype(vectors)::value>(
+              tokens.count, rows, kChannels / kNumbers, 1, matrix + d * cells, kWidth, cells, result + d, width);
+        };
+        // The last panel of a width such as 72 or 80 fills half of its vectors.
+        if (p.width - d <= kWidth / 2)
+          multiply(std::integral_constant<int, Isa::kVectors / 2>());
+        else
+          multiply(std::integral_constant<int, Isa::kVectors>());
+      }
     }
     T* to = static_cast<T*>(p.to) + tokens.kv_head * p.width;
     for (int64_t i = 0; i < tokens.count; ++i)
@@ -107,7 +125,8 @@ struct Project {
     const T* heads = static_cast<const T*>(p.from);
     const T* m = static_cast<const T*>(p.matrix) + first_channel * p.channel_stride;
     int32_t index[kRows];
-    std::fill_n(sums, count * wide, 0.0f);
+    const T* bias = static_cast<const T*>(p.bias);
+    start_sums<Isa>(bias == nullptr ? nullptr : bias + first_channel, channels, count, wide, sums);
     for (int64_t h = 0; h < p.heads; ++h) {
       const Rows& active = by_head[h];
       const int32_t* end = active.index + active.count;

@@ -7,6 +7,7 @@
 #include "kernels/few_tokens.h"
 #include "kernels/forward.h"
 #include "kernels/projection.h"
+#include "kernels/routing.h"
 
 namespace moh {
 
@@ -66,6 +67,20 @@ Kernels kernels(const char* name) {
     });
   };
   k.activate = Activations<Isa>::run;
+  k.score_outputs = RouterScores<Isa>::padded;
+  k.score_tokens = RouterScores<Isa>::kTokens;
+  k.pack_scores = [](DType dtype, const void* matrix, int64_t stride, int64_t rows, int64_t channels, int64_t first,
+                     float* to) {
+    with_type(dtype, [&](auto t) {
+      RouterScores<Isa>::pack(static_cast<const decltype(t)*>(matrix), stride, rows, channels, first, to);
+    });
+  };
+  k.scores = [](DType dtype, const void* x, int64_t tokens, int64_t channels, const float* panels, int64_t outputs,
+                float* to, float* scratch) {
+    with_type(dtype, [&](auto t) {
+      RouterScores<Isa>::run(static_cast<const decltype(t)*>(x), tokens, channels, panels, outputs, to, scratch);
+    });
+  };
   return k;
 }
 

@@ -214,6 +214,18 @@ void add(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// Computes the active rows of a call whose output is `out`; the others become 0 if `zeroed`.
+void attend(const Call& call, const at::Tensor& out, bool zeroed) {
+  const Problem& p = call.problem;
+  const ActiveRows active(call.gates, p.kv_heads);
+  if (zeroed) zero_inactive(p, active, out, false);
+  if (active.total() == 0) return;
+  if (p.queries * p.group <= kDecodeRows)
+    decode_rows(call, active);
+  else
+    forward_rows(call, active);
+}
+
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 }  // namespace
@@ -235,14 +247,16 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   p.out = out.mutable_data_ptr();
   p.most = keep_softmax ? softmax.mutable_data_ptr<float>() : nullptr;
   p.totals = keep_softmax ? p.most + entries : nullptr;
-  const ActiveRows active(call.gates, p.kv_heads);
-  zero_inactive(p, active, out, false);
-  if (active.total() == 0) return {out, softmax};
-  if (p.queries * p.group <= kDecodeRows)
-    decode_rows(call, active);
-  else
-    forward_rows(call, active);
+  attend(call, out, true);
   return {out, softmax};
+}
+
+void attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& gates,
+                 const std::optional<at::Tensor>& mask, bool is_causal, std::optional<double> scale,
+                 const at::Tensor& out, bool zeroed) {
+  Call call(q, k, v, gates, mask, is_causal, std::nullopt, scale);
+  call.problem.out = out.mutable_data_ptr();
+  attend(call, out, zeroed);
 }
 
 namespace {

@@ -117,4 +117,18 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                                              bool is_causal, std::optional<int64_t> window,
                                              std::optional<double> scale, bool keep_softmax);
 
+// The same for active rows that are known already: writes their entries of `out` [B, Nq, H, Dv], and zeros to the others
+// if `zeroed`.
+void attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& gates,
+                 const std::optional<at::Tensor>& mask, bool is_causal, std::optional<double> scale,
+                 const at::Tensor& out, bool zeroed);
+
+// The parts of the operators for projections (projection.cpp): sizes and strides of a product of rows [T, ...] with a
+// matrix [H * D, C]; the active tokens of every head, where each head is a group by itself, so that bundle h is head h;
+// and the products, with `p.from`, `p.to` and perhaps `p.bias` set. `expand_rows` writes active pairs alone.
+Projection check_projection(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates);
+ActiveRows active_tokens(const at::Tensor& gates);
+void expand_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like);
+void sum_head_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like);
+
 }  // namespace moh

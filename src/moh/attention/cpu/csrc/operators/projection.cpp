@@ -8,9 +8,8 @@
 #include "operators/operators.h"
 
 namespace moh {
-namespace {
 
-Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates) {
+Projection check_projection(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates) {
   TORCH_CHECK_VALUE(gates.dim() == 2 && matrix.dim() == 2, "gates must be [T, H] and the matrix [H * D, C]");
   TORCH_CHECK_VALUE(gates.size(1) > 0 && matrix.size(0) % gates.size(1) == 0,
                     "the matrix must have a multiple of ", gates.size(1), " rows, got ", matrix.size(0));
@@ -26,18 +25,11 @@ Projection check(const at::Tensor& rows, const at::Tensor& matrix, const at::Ten
   return p;
 }
 
-// The active tokens of every head: each head is a group by itself, so bundle h is head h.
 ActiveRows active_tokens(const at::Tensor& gates) {
   return ActiveRows(gates.contiguous().unsqueeze(0), std::max<int64_t>(gates.size(1), 1));
 }
 
-at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& gates) {
-  Projection p = check(x, matrix, gates);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == p.channels, "x must be [T, C = ", p.channels, "], got ", x.sizes());
-  const at::Tensor from = x.contiguous();
-  const at::Tensor to = at::zeros({p.tokens, p.heads, p.width}, x.options());
-  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
-  const ActiveRows active = active_tokens(gates);
+void expand_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like) {
   const Kernels& kernel = kernels();
   std::vector<Rows> tasks;
   for (int64_t h = 0; h < p.heads; ++h) {
@@ -46,23 +38,15 @@ at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tenso
       tasks.push_back(active.rows(h, first, std::min(step, active.count(h) - first)));
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.count > b.count; });
-  const Scratch scratch(threads_for(tasks.size()), kernel.projection_scratch(p), x);
+  const Scratch scratch(threads_for(tasks.size()), kernel.projection_scratch(p), like);
   for_each_task(tasks.size(), [&](int64_t i, int64_t thread) { kernel.expand(p, tasks[i], scratch.of(thread)); });
-  return to;
 }
 
-at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at::Tensor& gates) {
-  Projection p = check(heads, matrix, gates);
-  TORCH_CHECK_VALUE(heads.sizes() == at::IntArrayRef({p.tokens, p.heads, p.width}),
-                    "heads must be [T, H, D] to match gates and matrix, got ", heads.sizes());
-  const at::Tensor from = heads.contiguous();
-  const at::Tensor to = at::empty({p.tokens, p.channels}, heads.options());
-  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
-  const ActiveRows active = active_tokens(gates);
+void sum_head_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like) {
   const Kernels& kernel = kernels();
   const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
   const int64_t step = rows_per_part(p.tokens, kProjectionRows, 1), down = (p.tokens + step - 1) / step;
-  const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), heads);
+  const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), like);
   std::vector<Rows> by_head;
   for (int64_t h = 0; h < p.heads; ++h) by_head.push_back(active.rows(h));
   for_each_task(across * down, [&](int64_t i, int64_t thread) {
@@ -70,6 +54,28 @@ at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at
     kernel.sum_heads(p, by_head.data(), token, std::min(step, p.tokens - token), channel,
                      std::min(kProjectionChannels, p.channels - channel), scratch.of(thread));
   });
+}
+
+namespace {
+
+at::Tensor expand(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& gates) {
+  Projection p = check_projection(x, matrix, gates);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == p.channels, "x must be [T, C = ", p.channels, "], got ", x.sizes());
+  const at::Tensor from = x.contiguous();
+  const at::Tensor to = at::zeros({p.tokens, p.heads, p.width}, x.options());
+  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
+  expand_rows(p, active_tokens(gates), x);
+  return to;
+}
+
+at::Tensor sum_heads(const at::Tensor& heads, const at::Tensor& matrix, const at::Tensor& gates) {
+  Projection p = check_projection(heads, matrix, gates);
+  TORCH_CHECK_VALUE(heads.sizes() == at::IntArrayRef({p.tokens, p.heads, p.width}),
+                    "heads must be [T, H, D] to match gates and matrix, got ", heads.sizes());
+  const at::Tensor from = heads.contiguous();
+  const at::Tensor to = at::empty({p.tokens, p.channels}, heads.options());
+  p.from = from.const_data_ptr(), p.to = to.mutable_data_ptr();
+  sum_head_rows(p, active_tokens(gates), heads);
   return to;
 }
 

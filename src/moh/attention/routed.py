@@ -1,0 +1,143 @@
+"""A layer's routing and what follows it, by as few operators as the call allows.
+
+`Router.forward`, the projections and `moh_attention` are the definition and handle everything. Without gradients, and where
+nothing observes or changes the steps in between, routing is one operator (`moh::cpu_route`), and so are projections and
+attention (`moh::cpu_layer`): in small layers, calling the steps takes as long as their arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from moh.attention import cpu
+from moh.attention.call import DTYPES, autocasts, transforms_are_active
+from moh.attention.projections import is_plain, project_queries, uses_cpu_products
+from moh.config import MoHConfig
+from moh.routing import Router, RoutingInfo, router_class
+from moh.routing.routers import is_untouched
+
+
+def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
+    """The routing of `x` `[B, N, C]` by a router that reads it: `router(x)`, by one operator where that is possible.
+
+    The operator adds up scores in another order: two that are equal but for rounding may be ranked differently.
+    """
+    maps = router.linear_maps()
+    if (
+        maps is None
+        or not _needs_no_steps(x, backend)
+        or router_class(router.config.router) is not type(router)  # a class of its own may route in another way
+        or router.is_observed()
+        or not all(is_plain(scorer, x) for scorer in maps[:3] if scorer is not None)
+    ):
+        info: RoutingInfo = router(x)
+        return info
+    config = router.config
+    shared, routed, stage = (None if scorer is None else scorer.weight for scorer in maps[:3])
+    gates, probs = torch.ops.moh.cpu_route(
+        x,
+        shared,
+        routed,
+        stage,
+        maps.routed.bias if maps.is_hard and maps.routed is not None else None,
+        config.shared_indices,
+        config.num_heads,
+        maps.is_hard,
+        config.active_heads,
+        *parts_and_neighbours(config),
+        router.threshold(),
+        x.dtype,
+    )
+    return RoutingInfo(config, gates, probs if probs.shape[0] else None)
+
+
+def parts_and_neighbours(config: MoHConfig) -> tuple[int, int]:
+    """(parts of the routed heads in which equally many are chosen, neighbours that are chosen together)"""
+    if config.routing_unit == "group_balanced":
+        return config.step, 1
+    return 1, config.step
+
+
+def route_and_project(
+    router: Router, q_proj: nn.Module, x: Tensor, backend: str | None = None
+) -> tuple[RoutingInfo, Tensor]:
+    """Route `x` `[B, N, C]` and compute the queries `[B, N, H, D]`.
+
+    A router that reads the queries needs all of them; with another one they may be computed for the active heads alone
+    (`project_queries`), and are 0 elsewhere.
+    """
+    if router.reads_queries:
+        q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
+        return router(q=q), q
+    routing = route(router, x, backend)
+    return routing, project_queries(q_proj, x, routing.gates, router.usual_share(), backend)
+
+
+def whole_layer(
+    x: Tensor,
+    gates: Tensor,
+    projections: Sequence[nn.Module],
+    output: nn.Module,
+    share: float,
+    *,
+    between: Sequence[nn.Module] = (),
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor | None:
+    """Projections and attention of a layer by one operator: `[B, N, C]`; None where it can't be used.
+
+    Args:
+        x: `[B, N, C]`.
+        gates: `[B, N, H]`.
+        projections: of queries, keys and values: one fused module, C -> 3 * H * D, or three.
+        output: W_O.
+        share: expected share of pairs that are active, which decides whether sparse products are worth it.
+        between: modules that the layer has for queries, keys or heads; they must do nothing.
+        is_causal, scale, backend: as of `moh_attention`.
+    """
+    kind = "qkv" if len(projections) == 1 else "queries"
+    if (
+        not _needs_no_steps(x, backend)
+        or gates.dtype != x.dtype
+        or not all(type(module) is nn.Identity and is_untouched(module) for module in between)
+        or not all(type(linear) is nn.Linear and is_plain(linear, x) for linear in (*projections, output))
+        or projections[0].out_features > cpu.MAX_WIDTH * gates.shape[2] * (3 if kind == "qkv" else 1)
+    ):
+        return None
+    out: Tensor = torch.ops.moh.cpu_layer(
+        x,
+        gates,
+        [linear.weight for linear in projections],
+        [linear.bias for linear in projections],
+        output.weight,
+        output.bias,
+        None,
+        is_causal,
+        scale,
+        uses_cpu_products(projections[0], x, kind, gates.shape[2], share, backend),
+    )
+    return out
+
+
+def _needs_no_steps(x: Tensor, backend: str | None) -> bool:
+    """Whether operators without gradients can be used for x, and nothing looks at what they call."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and _get_current_dispatch_mode() is None  # such as a counter of operations
+        and backend in (None, "cpu")
+        and x.dim() == 3
+        and x.numel() > 0
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and x.dtype in DTYPES
+        and not autocasts(x)
+        and not transforms_are_active()
+        and cpu.unavailable() is None
+    )

@@ -1,0 +1,252 @@
+"""Promises of routing and of whole layers by one operator: the definition's numbers, and only where nobody sees the steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import moh
+from moh import MoHConfig
+from moh.attention import route
+from moh.routing import TwoStageRouter, build_router
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+UNITS = [("head", None), ("group_balanced", 4), ("kv_group", 4)]
+CONFIGS = [
+    pytest.param(MoHConfig(8, shared, active, router, unit, groups), id=f"{router}-{unit}-{shared}-shared-{active}-active")
+    for router in ("two_stage", "single_stage", "linear")
+    for unit, groups in UNITS
+    for shared, active in ((0, 4), (4, 4), (0, 8), (4, 0))
+] + [
+    pytest.param(MoHConfig(8, [2, 7], 3, "two_stage"), id="shared-2-and-7"),
+    pytest.param(MoHConfig(8, [2, 7], 3, "linear"), id="linear-shared-2-and-7"),
+    pytest.param(MoHConfig(40, 3, 20, "two_stage"), id="more-outputs-than-lanes"),
+    pytest.param(MoHConfig(8, 1, 3, "threshold", thresholds=[9, 0.5, 0.3, 0, -0.1, -0.5, -1, -9]), id="threshold"),
+    pytest.param(MoHConfig(8, 1, 7, "threshold", thresholds=[9, 0.5, 0.3, 0, -0.1, -0.5, -1, 9]), id="threshold-of-all"),
+]  # fmt: skip
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def assert_close(got, expected, dtype):
+    allowed = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
+
+
+def routers_input(config: MoHConfig, dtype: torch.dtype, C: int = 50, tokens: int = 70):
+    torch.manual_seed(0)
+    router = build_router(config, C)
+    for parameter in router.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return router.to(dtype).eval(), torch.randn(2, tokens, C).to(dtype)
+
+
+def operators(run) -> set[str]:
+    """The operators of this package that a call runs."""
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    return {event.name for event in profile.function_events if event.name.startswith("moh::")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_routing_is_the_routers(isa, config, dtype):
+    router, x = routers_input(config, dtype)
+    expected, got = router(x), route(router, x)
+    assert got.config is config and (got.probs is None) == (expected.probs is None)
+    assert got.gates.dtype == dtype and got.gates.shape == expected.gates.shape
+    same = (got.active == expected.active).all(-1)
+    # in 16 bits many scores are equal, and of these `topk` takes any
+    assert same.all() if dtype == torch.float32 else same.float().mean() > 0.9
+    if config.router != "threshold":
+        assert torch.equal(got.active.sum(-1), expected.active.sum(-1))
+    assert_close(got.gates[same], expected.gates[same], dtype)
+    if expected.probs is not None:
+        assert_close(got.probs, expected.probs, dtype)
+        assert_close(got.balance_loss(), expected.balance_loss(), dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ["two_stage", "linear"])
+def test_numbers_that_are_not_finite_are_seen_in_the_gates_as_by_the_router(router):
+    router, x = routers_input(MoHConfig(8, 2, 3, router), torch.float32)
+    x[0, 3, 5], x[1, 7, 0] = float("nan"), float("inf")
+    expected, got = router(x), route(router, x)
+    assert torch.equal(got.gates.isnan(), expected.gates.isnan())
+    finite = torch.ones(2, 70, dtype=torch.bool)
+    finite[0, 3] = finite[1, 7] = False
+    assert_close(got.gates[finite], expected.gates[finite], torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
+def test_bits_do_not_depend_on_the_number_of_threads(isa, threads, dtype):
+    layer = moh.MoHAttention(512, 8, shared_heads=2, active_heads=2, qkv_bias=True).to(dtype).eval()
+    x = torch.randn(2, 300, 512).to(dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        out, routing = layer(x, return_routing=True)
+        results.append((out, routing.gates, routing.probs))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def layer_of(sizes: dict[str, object], dtype: torch.dtype) -> moh.MoHAttention:
+    torch.manual_seed(0)
+    heads = dict(dim=96, num_heads=4, shared_heads=1, active_heads=1, qkv_bias=True) | sizes
+    return moh.MoHAttention(**heads).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(
+    "sizes, tokens",
+    [
+        pytest.param({}, 70, id="half-of-the-heads"),
+        pytest.param({"active_heads": 3}, 70, id="all-heads"),
+        pytest.param({"num_kv_heads": 2}, 70, id="grouped"),
+        pytest.param({"qkv_bias": False, "proj_bias": False}, 70, id="no-biases"),
+        pytest.param({"head_dim": 72, "dim": 60}, 70, id="heads-of-72"),
+        pytest.param({"router": "linear"}, 40, id="few-tokens"),
+        pytest.param({"shared_heads": 0, "router": "linear"}, 1, id="one-token"),
+    ],
+)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all-keys", "causal"])
+def test_a_whole_layer_gives_what_its_steps_give(isa, sizes, tokens, is_causal, dtype):
+    layer = layer_of(sizes, dtype)
+    x = torch.randn(2, tokens, layer.dim).to(dtype)
+    expected, routing = layer(x, is_causal=is_causal, return_routing=True)
+    with torch.no_grad():
+        assert operators(lambda: layer(x)) >= {"moh::cpu_route", "moh::cpu_layer"}
+        got, routed = layer(x, is_causal=is_causal, return_routing=True)
+    same = (routed.active == routing.active).all()
+    assert same or dtype != torch.float32
+    if same:
+        assert_close(got, expected.detach(), dtype)
+
+
+@pytest.mark.parametrize("active", [1, 2, 3], ids=lambda k: f"{k}-of-3")
+def test_a_vision_transformer_gives_what_its_steps_give(isa, active):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = dict(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3)
+    model = timm.create_model(
+        "moh_vit", base="vit_tiny_patch16_224", **sizes, shared_heads=0, active_heads=active
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images).detach()
+    with torch.no_grad():
+        assert "moh::cpu_layer" in operators(lambda: model(images))
+        assert_close(model(images), expected, torch.float32)
+
+
+class Reversed(TwoStageRouter):
+    def _route(self, source):
+        return super()._route(source.flip(-1))
+
+
+def observed(layer, x):
+    with moh.record_routing(layer) as routing:
+        layer(x)
+    assert len(routing) == 1
+
+
+def counted(layer, x):
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() > 0
+
+
+def autocast(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+
+
+def with_gradients(layer, x):
+    with torch.enable_grad():
+        assert layer(x).requires_grad
+
+
+STEPS = {
+    "gradients": ({}, with_gradients),
+    "recorded": ({}, observed),
+    "operations-are-counted": ({}, counted),
+    "autocast": ({}, autocast),
+    "vmap": ({}, lambda layer, x: torch.vmap(lambda one: layer(one[None])[0])(x)),
+    "another-backend": ({"backend": "sdpa"}, lambda layer, x: layer(x)),
+    "norms-of-queries": ({"qk_norm": True}, lambda layer, x: layer(x)),
+    "mask": ({}, lambda layer, x: layer(x, attn_mask=torch.ones(70, 70, dtype=torch.bool))),
+    "padding": ({}, lambda layer, x: layer(x, key_padding_mask=torch.ones(2, 70, dtype=torch.bool))),
+    "context": ({}, lambda layer, x: layer(x, x.flip(1))),
+    "positions": ({}, lambda layer, x: layer(x, rotate=moh.RotaryEmbedding(layer.head_dim))),
+    "cache": ({}, lambda layer, x: layer(x, cache=moh.KVCache(70))),
+    "window": ({"window": 3}, lambda layer, x: layer(x, is_causal=True)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", STEPS)
+def test_the_steps_run_one_by_one_where_something_needs_them(case):
+    sizes, run = STEPS[case]
+    layer, x = layer_of(sizes, torch.float32), torch.randn(2, 70, 96)
+    assert "moh::cpu_layer" not in operators(lambda: run(layer, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["router", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "proj"])
+def test_hooks_see_what_they_wait_for(part):
+    layer, x, seen = layer_of({}, torch.float32), torch.randn(2, 70, 96), []
+    expected = layer(x)
+    layer.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out))
+    assert_close(layer(x), expected, torch.float32)
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_a_router_class_of_ones_own_decides():
+    layer, x = layer_of({}, torch.float32), torch.randn(2, 70, 96)
+    own = Reversed(layer.config, 96)
+    own.load_state_dict(layer.router.state_dict())
+    layer.router = own
+    _, routing = layer(x, return_routing=True)
+    assert torch.equal(routing.gates, own(x).gates)
+
+
+@torch.no_grad()
+def test_the_dial_turns_it():
+    layer, x = layer_of({}, torch.float32), torch.randn(2, 70, 96)
+    moh.set_active_heads(layer, 3)
+    _, routing = layer(x, return_routing=True)
+    assert routing.active.all()
+
+
+@torch.no_grad()
+def test_an_unfitted_threshold_is_refused():
+    with pytest.raises(ValueError, match="thresholds must be fitted"):
+        layer_of({"router": "threshold"}, torch.float32)(torch.randn(2, 70, 96))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"active": 7}, "active must be between 0 and 6", id="active"),
+        pytest.param({"shared": [9]}, "shared heads must be between 0 and 7", id="shared"),
+        pytest.param({"parts": 4}, "must be multiples of parts", id="parts"),
+        pytest.param({"routed_weight": torch.randn(5, 12)}, "routed_weight must be", id="weight"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    given = dict(x=torch.randn(1, 3, 12), shared_weight=None, routed_weight=torch.randn(6, 12), stage_weight=None, bias=None,
+                 shared=[0, 1], heads=8, hard=False, active=2, parts=1, together=1, threshold=None,
+                 gate_dtype=torch.float32)  # fmt: skip
+    torch.ops.moh.cpu_route(**given)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.moh.cpu_route(**given | change)
