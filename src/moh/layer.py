@@ -236,7 +236,7 @@ class MoHAttention(nn.Module):
             routing = self.router(q=q)
         else:
             routing = route(self.router, x, self.backend)
-            whole = None
+            whole: Tensor | None = None
             # what would change queries and keys, or which keys are seen, needs the steps one by one
             special = (context, attn_mask, key_padding_mask, rotate, cache, self.window)
             if dropout == 0 and all(argument is None for argument in special):

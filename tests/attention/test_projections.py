@@ -192,6 +192,15 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     assert seen == (["hook"] if reason == "hook" else [])
 
 
+@pytest.mark.parametrize("width, most", [(64, 0.8), (16, 0.8), (72, 0.65), (24, 0.65)])
+def test_widths_that_leave_lanes_empty_are_projected_densely_from_a_smaller_share_on(sparse_calls, width, most):
+    linear, x, gates = nn.Linear(32, 4 * width), torch.randn(1, 100, 32), torch.ones(1, 100, 4)
+    for share in (most, most + 0.01):
+        moh.attention.project_queries(linear, x, gates, share)
+        moh.attention.project_output(nn.Linear(4 * width, 32), torch.randn(1, 100, 4, width), gates, share)
+    assert sparse_calls == ["cpu_expand", "cpu_sum_heads"]  # of the first share
+
+
 @pytest.fixture
 def units_of_bfloat16(monkeypatch, kernels):
     """As on a processor with dot products of bfloat16: sparse products up to `MAX_SHARE_BFLOAT16`."""

@@ -27,6 +27,9 @@ MIN_TOKENS = 64
 MAX_SHARE = 0.8
 """Above this share of active heads the dense product is as fast, in float32 (measured with AVX2 and AVX-512)."""
 
+MAX_SHARE_UNEVEN = 0.65
+"""The same in float32 for heads whose width is not a multiple of 16 and leaves lanes empty, such as DiT-XL's 72 (AVX-512)."""
+
 MAX_SHARE_BFLOAT16 = 0.7
 """The same in bfloat16 where both use the processor's dot products (measured on Zen 4)."""
 
@@ -142,11 +145,9 @@ def is_wrapper(weight: Any) -> bool:
     return hasattr(type(weight), "__tensor_flatten__")  # of the type: torch.compile does not know the instance's
 
 
-def uses_cpu_products(
-    linear: nn.Module, x: Tensor, kind: Kind, num_heads: int, share: float, backend: str | None = None
-) -> bool:
-    """Whether the sparse products of the CPU kernels would be used; arguments as in `projections_passed_over`."""
-    return _why_dense("cpu", linear, x, kind, num_heads, share, backend) is None
+def sparse_pays_on_cpu(x: Tensor, width: int, share: float) -> bool:
+    """Whether products of active pairs alone would be used for x `[B, N, C]` of a plain layer with heads of this width."""
+    return x.shape[0] * x.shape[1] >= MIN_TOKENS and _why_not_cpu(x.dtype, width, share) is None
 
 
 def _sparse_kernels(
@@ -181,14 +182,15 @@ def _why_dense(
     if transforms_are_active():
         return "it has no rules for torch.func's transforms"
     assert isinstance(linear, nn.Linear)
-    return (
-        _why_not_cpu(_product_dtype(x), share) if name == "cpu" else _why_not_triton(linear, x, kind, num_heads, share)
-    )
+    if name == "triton":
+        return _why_not_triton(linear, x, kind, num_heads, share)
+    rows = {"queries": linear.out_features, "qkv": linear.out_features // 3, "output": linear.in_features}[kind]
+    return _why_not_cpu(_product_dtype(x), rows // num_heads, share)
 
 
-def _why_not_cpu(dtype: torch.dtype, share: float) -> str | None:
+def _why_not_cpu(dtype: torch.dtype, width: int, share: float) -> str | None:
     # `cpu.unavailable` comes last: it may build the kernels.
-    most = _max_share(dtype)
+    most = _max_share(dtype, width)
     if most == 0.0:
         return f"PyTorch's product in {str(dtype).removeprefix('torch.')} is faster on this processor"
     if share > most:
@@ -227,7 +229,7 @@ def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
     return x.requires_grad or linear.weight.requires_grad
 
 
-def _max_share(dtype: torch.dtype) -> float:
+def _max_share(dtype: torch.dtype, width: int) -> float:
     """Above this share the dense product is as fast.
 
     Where the processor has units for 16-bit products, PyTorch uses them; ours are measured only with dot products of
@@ -235,7 +237,7 @@ def _max_share(dtype: torch.dtype) -> float:
     ours, which converts to float32.
     """
     if dtype == torch.float32:
-        return MAX_SHARE
+        return MAX_SHARE if width % 16 == 0 else min(MAX_SHARE, MAX_SHARE_UNEVEN)
     if _is_emulated(dtype):
         return 1.0
     return MAX_SHARE_BFLOAT16 if dtype == torch.bfloat16 and _has_dot_products() else 0.0

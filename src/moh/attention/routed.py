@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moh.attention import cpu
 from moh.attention.call import DTYPES, autocasts, transforms_are_active
-from moh.attention.projections import is_plain, project_queries, uses_cpu_products
+from moh.attention.projections import is_plain, project_queries, sparse_pays_on_cpu
 from moh.config import MoHConfig
 from moh.routing import Router, RoutingInfo, router_class
 from moh.routing.routers import is_untouched
@@ -100,14 +100,17 @@ def whole_layer(
         between: modules that the layer has for queries, keys or heads; they must do nothing.
         is_causal, scale, backend: as of `moh_attention`.
     """
-    kind = "qkv" if len(projections) == 1 else "queries"
+    queries = projections[0]
     if (
         not _needs_no_steps(x, backend)
         or gates.dtype != x.dtype
         or not all(type(module) is nn.Identity and is_untouched(module) for module in between)
-        or not all(type(linear) is nn.Linear and is_plain(linear, x) for linear in (*projections, output))
-        or projections[0].out_features > cpu.MAX_WIDTH * gates.shape[2] * (3 if kind == "qkv" else 1)
+        or not all(isinstance(linear, nn.Linear) and is_plain(linear, x) for linear in (*projections, output))
     ):
+        return None
+    assert isinstance(queries, nn.Linear)
+    width = queries.out_features // gates.shape[2] // (3 if len(projections) == 1 else 1)
+    if width > cpu.MAX_WIDTH:
         return None
     out: Tensor = torch.ops.moh.cpu_layer(
         x,
@@ -119,7 +122,7 @@ def whole_layer(
         None,
         is_causal,
         scale,
-        uses_cpu_products(projections[0], x, kind, gates.shape[2], share, backend),
+        sparse_pays_on_cpu(x, width, share),
     )
     return out
 
