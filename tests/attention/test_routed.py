@@ -153,12 +153,6 @@ class Reversed(TwoStageRouter):
         return super()._route(source.flip(-1))
 
 
-def observed(layer, x):
-    with moh.record_routing(layer) as routing:
-        layer(x)
-    assert len(routing) == 1
-
-
 def counted(layer, x):
     with FlopCounterMode(display=False) as counter:
         layer(x)
@@ -177,7 +171,6 @@ def with_gradients(layer, x):
 
 STEPS = {
     "gradients": ({}, with_gradients),
-    "recorded": ({}, observed),
     "operations-are-counted": ({}, counted),
     "autocast": ({}, autocast),
     "vmap": ({}, lambda layer, x: torch.vmap(lambda one: layer(one[None])[0])(x)),
@@ -208,6 +201,15 @@ def test_hooks_see_what_they_wait_for(part):
     layer.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out))
     assert_close(layer(x), expected, torch.float32)
     assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_a_recording_holds_what_the_router_decided():
+    layer, x = layer_of({}, torch.float32), torch.randn(2, 70, 96)
+    with moh.record_routing(layer) as routing:
+        assert operators(lambda: layer(x)) >= {"moh::cpu_layer"}
+    assert len(routing) == 1
+    assert torch.equal(routing.layers[0][1].gates, layer.router(x).gates)
 
 
 @torch.no_grad()
