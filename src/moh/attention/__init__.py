@@ -3,8 +3,8 @@
 from moh.attention.backends import BACKENDS, BY_NAME, Backend, backends_passed_over, choose_backend, moh_attention
 from moh.attention.call import Call
 from moh.attention.flex import BlockCounts, flex_block_counts
-from moh.attention.projections import project_output, project_qkv, project_queries
-from moh.attention.routed import route, route_and_project, whole_layer
+from moh.attention.projections import project_output, project_qkv, project_queries, route_and_project
+from moh.attention.routed import route, whole_layer
 
 __all__ = [
     "BACKENDS",

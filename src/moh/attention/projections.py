@@ -18,7 +18,7 @@ from moh.attention.call import DTYPES, autocasts, transforms_are_active, unsuppo
 from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
-from moh.routing import Scorer
+from moh.routing import Router, RoutingInfo, Scorer
 from moh.routing.routers import is_untouched
 
 MIN_TOKENS = 64
@@ -37,6 +37,21 @@ Kind = Literal["queries", "qkv", "output"]
 """Which projection: "queries" (C -> H * D), "qkv" (C -> 3 * H * D) or "output" (H * D -> C)."""
 
 _UNITS_OF_16_BITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+def route_and_project(
+    router: Router, q_proj: nn.Module, x: Tensor, backend: str | None = None
+) -> tuple[RoutingInfo, Tensor]:
+    """Route `x` `[B, N, C]` and compute the queries `[B, N, H, D]`.
+
+    A router that reads the queries needs all of them; with another one they may be computed for the active heads alone
+    (`project_queries`), and are 0 elsewhere.
+    """
+    if router.reads_queries:
+        q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
+        return router(q=q), q
+    routing: RoutingInfo = router(x)
+    return routing, project_queries(q_proj, x, routing.gates, router.usual_share(), backend)
 
 
 def project_queries(linear: nn.Module, x: Tensor, gates: Tensor, share: float, backend: str | None = None) -> Tensor:

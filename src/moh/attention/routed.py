@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moh.attention import cpu
 from moh.attention.call import DTYPES, autocasts, transforms_are_active
-from moh.attention.projections import is_plain, project_queries, sparse_pays_on_cpu
+from moh.attention.projections import is_plain, sparse_pays_on_cpu
 from moh.config import MoHConfig
 from moh.routing import Router, RoutingInfo, router_class
 from moh.routing.routers import is_untouched
@@ -60,21 +60,6 @@ def parts_and_neighbours(config: MoHConfig) -> tuple[int, int]:
     if config.routing_unit == "group_balanced":
         return config.step, 1
     return 1, config.step
-
-
-def route_and_project(
-    router: Router, q_proj: nn.Module, x: Tensor, backend: str | None = None
-) -> tuple[RoutingInfo, Tensor]:
-    """Route `x` `[B, N, C]` and compute the queries `[B, N, H, D]`.
-
-    A router that reads the queries needs all of them; with another one they may be computed for the active heads alone
-    (`project_queries`), and are 0 elsewhere.
-    """
-    if router.reads_queries:
-        q = q_proj(x).unflatten(-1, (router.heads_here, -1))  # [B, N, H, D]
-        return router(q=q), q
-    routing = route(router, x, backend)
-    return routing, project_queries(q_proj, x, routing.gates, router.usual_share(), backend)
 
 
 def whole_layer(
