@@ -251,8 +251,8 @@ class MoHAttention(nn.Module):
                     backend=self.backend,
                 )
             if whole is not None:
-                whole = self.proj_drop(whole)
-                return (whole, routing) if return_routing else whole
+                dropped: Tensor = self.proj_drop(whole)
+                return (dropped, routing) if return_routing else dropped
             q = project_queries(self.q_proj, x, routing.gates, share, self.backend)
         context = x if context is None else context
         q = self.q_norm(q).transpose(1, 2)

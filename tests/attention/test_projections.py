@@ -72,8 +72,15 @@ def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, la
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bits_do_not_depend_on_the_number_of_threads(isa, threads, dtype):
-    x, heads, matrix, gates = (t.detach() for t in case(T=500, C=300, H=3, D=24, dtype=dtype))
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(dict(T=500, C=300, H=3, D=24), id="tasks-by-tokens"),
+        pytest.param(dict(T=150, C=200, H=3, D=64), id="tasks-by-channels-and-halves-of-heads"),
+    ],
+)
+def test_bits_do_not_depend_on_the_number_of_threads(isa, threads, size, dtype):
+    x, heads, matrix, gates = (t.detach() for t in case(**size, dtype=dtype))
     results = []
     for count in (1, 2, 3, 8):
         threads(count)

@@ -8,6 +8,12 @@
 #include "operators/operators.h"
 
 namespace moh {
+namespace {
+
+constexpr int64_t kTasksPerThread = 2;  // With fewer, threads wait for the last one to finish.
+constexpr int64_t kLeastChannels = 64;  // Each part of the channels reads all active rows again.
+
+}  // namespace
 
 Projection check_projection(const at::Tensor& rows, const at::Tensor& matrix, const at::Tensor& gates) {
   TORCH_CHECK_VALUE(gates.dim() == 2 && matrix.dim() == 2, "gates must be [T, H] and the matrix [H * D, C]");
@@ -29,13 +35,23 @@ ActiveRows active_tokens(const at::Tensor& gates) {
   return ActiveRows(gates.contiguous().unsqueeze(0), std::max<int64_t>(gates.size(1), 1));
 }
 
-void expand_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like) {
+void expand_rows(const Projection& whole, const ActiveRows& active, const at::Tensor& like) {
   const Kernels& kernel = kernels();
+  // With few heads the two halves of each are tasks of their own, or some threads would have nothing to do: in memory H
+  // heads of width D are 2 H heads of half that width. Every number of the result is the same sum.
+  const int64_t threads = threads_for(whole.heads * 2);
+  const bool halves = threads > 1 && whole.heads < kTasksPerThread * threads && whole.tokens <= kProjectionRows &&
+                      whole.width > 0 && whole.width % (2 * kernel.lanes_per_block) == 0;
+  Projection p = whole;
+  if (halves) p.heads *= 2, p.width /= 2;
   std::vector<Rows> tasks;
   for (int64_t h = 0; h < p.heads; ++h) {
-    const int64_t step = rows_per_part(active.count(h), kProjectionRows, 1);
-    for (int64_t first = 0; first < active.count(h); first += step)
-      tasks.push_back(active.rows(h, first, std::min(step, active.count(h) - first)));
+    const int64_t from = halves ? h / 2 : h, count = active.count(from);
+    const int64_t step = rows_per_part(count, kProjectionRows, 1);
+    for (int64_t first = 0; first < count; first += step) {
+      tasks.push_back(active.rows(from, first, std::min(step, count - first)));
+      tasks.back().kv_head = h;
+    }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.count > b.count; });
   const Scratch scratch(threads_for(tasks.size()), kernel.projection_scratch(p), like);
@@ -44,15 +60,20 @@ void expand_rows(const Projection& p, const ActiveRows& active, const at::Tensor
 
 void sum_head_rows(const Projection& p, const ActiveRows& active, const at::Tensor& like) {
   const Kernels& kernel = kernels();
-  const int64_t across = (p.channels + kProjectionChannels - 1) / kProjectionChannels;
   const int64_t step = rows_per_part(p.tokens, kProjectionRows, 1), down = (p.tokens + step - 1) / step;
+  // Few tokens are shared among threads by channels, whose sums do not depend on one another.
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t parts = threads > 1 ? (kTasksPerThread * threads + down - 1) / std::max<int64_t>(down, 1) : 1;
+  const int64_t most = std::clamp(p.channels / parts, kLeastChannels, kProjectionChannels);
+  const int64_t channels = std::min(kProjectionChannels, rows_per_part(p.channels, most, kernel.lanes_per_block));
+  const int64_t across = (p.channels + channels - 1) / channels;
   const Scratch scratch(threads_for(across * down), kernel.projection_scratch(p), like);
   std::vector<Rows> by_head;
   for (int64_t h = 0; h < p.heads; ++h) by_head.push_back(active.rows(h));
   for_each_task(across * down, [&](int64_t i, int64_t thread) {
-    const int64_t token = i / across * step, channel = i % across * kProjectionChannels;
+    const int64_t token = i / across * step, channel = i % across * channels;
     kernel.sum_heads(p, by_head.data(), token, std::min(step, p.tokens - token), channel,
-                     std::min(kProjectionChannels, p.channels - channel), scratch.of(thread));
+                     std::min(channels, p.channels - channel), scratch.of(thread));
   });
 }
 
