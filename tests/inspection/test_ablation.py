@@ -133,3 +133,65 @@ def test_the_map_shows_the_rises_and_marks_the_clear_ones(tmp_path: Path) -> Non
     assert len(figure.axes[0].get_lines()) == clear
     save_with_data(figure, ablation.rows(), tmp_path / "map")
     assert {path.name for path in tmp_path.iterdir()} == {"map.png", "map.svg", "map.csv"}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_groups_rise_is_that_of_its_inputs_alone(freeze) -> None:
+    model, source = classifier().eval(), images(LABELS)
+    inputs = image_groups(model, source, wanted=SEEN, batch_size=2)
+    ablation = ablate_heads(model, inputs, freeze=freeze, progress=False)
+    sizes = torch.tensor([LABELS.count(group) for group in range(len(ablation.groups))], dtype=torch.float64)
+    for rise, of_groups in zip(ablation.increase, ablation.of_groups, strict=True):
+        assert torch.allclose((of_groups.nan_to_num() * sizes[:, None]).sum(0) / sizes.sum(), rise)
+    alone = images([label for label in LABELS if label == 2])
+    if not freeze:  # a frozen output is the mean of all groups
+        alone.pixels[:] = source.pixels[source.labels == 2]
+        of_two = ablate_heads(model, image_groups(model, alone, wanted=SEEN), progress=False)
+        assert torch.allclose(of_two.increase[0], ablation.of_groups[0][2], atol=1e-6)
+    rows = ablation.group_rows()
+    assert {row["group"] for row in rows} == {ablation.groups[label] for label in LABELS}
+    assert len(rows) == len(set(LABELS)) * len(ablation.rows())
+
+
+def test_a_frozen_head_says_its_mean_to_the_tokens_that_use_it() -> None:
+    model, source = classifier().eval(), images(LABELS)
+    inputs = image_groups(model, source, wanted=SEEN, batch_size=2)
+    block = model.blocks[0].attn
+    config, width = block.router.config, block.proj.in_features // block.router.config.num_heads
+    head = config.routed_indices[0]
+    seen: list[torch.Tensor] = []
+    handle = block.proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
+    with torch.no_grad():
+        whole = F.cross_entropy(model(normalised(source)), source.labels, reduction="none")
+    handle.remove()
+    own = seen[0][..., head * width : (head + 1) * width]
+    used = (own != 0).any(-1)
+    assert 0 < used.float().mean() < 1
+
+    def freeze(module, given):
+        heads = given[0].clone()
+        heads[..., head * width : (head + 1) * width] = torch.where(used[..., None], own[used].mean(0), 0)
+        return (heads,)
+
+    handle = block.proj.register_forward_pre_hook(freeze)
+    with torch.no_grad():
+        frozen = F.cross_entropy(model(normalised(source)), source.labels, reduction="none")
+    handle.remove()
+    ablation = ablate_heads(model, inputs, heads=[(0, head)], freeze=True, progress=False)
+    assert float(ablation.increase[0][head]) == pytest.approx(float((frozen - whole).mean()), rel=1e-3, abs=1e-6)
+    assert [(row["layer"], row["head"]) for row in ablation.rows()] == [(0, head)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(heads=[(0, 4)]), "heads of layer 0 must be between 0 and 3, got 4"),
+        (dict(heads=[(2, 0)]), "layers must be between 0 and 1, got 2"),
+        (dict(heads=[(0, 0)], layers=[0]), "either layers or heads must be given, got both"),
+    ],
+    ids=["head", "layer", "both"],
+)
+def test_heads_that_do_not_exist_are_named(options, message) -> None:
+    model = dense_classifier()
+    with pytest.raises(ValueError, match=message):
+        ablate_heads(model, image_groups(model, images([0]), wanted=SEEN), **options)

@@ -112,6 +112,7 @@ class InspectionReport:
             save_with_data(plot_distances(use, self.tests), distances, directory / "distances")
         if self.ablation is not None:
             save_with_data(plot_ablation(self.ablation), self.ablation.rows(), directory / "ablation")
+            save_rows(directory / "ablation_groups.csv", self.ablation.group_rows())
         if self.similarity is not None and self.similarity.rows():
             self.similarity.save_csv(directory / "similarity.csv")
         if self.training:
