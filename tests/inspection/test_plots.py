@@ -199,3 +199,5 @@ def test_the_log_is_found_from_the_model_that_training_left(tmp_path: Path) -> N
     assert find_history(tmp_path / "model") == HISTORY[:2] == find_history(tmp_path)
     assert find_history(tmp_path / "checkpoint-1") == HISTORY[:1]
     assert find_history(tmp_path / "nowhere" / "else") is None
+    (tmp_path / "model.gguf").touch()
+    assert find_history(tmp_path / "model.gguf") is None

@@ -98,6 +98,8 @@ def find_history(model_dir: str | Path) -> list[dict[str, Any]] | None:
         model_dir: the trained model (`OUTPUT_DIR/model`), a checkpoint, or the output directory.
     """
     path = Path(model_dir).expanduser()
+    if path.is_file():  # .gguf: what is next to it is not its training
+        return None
     for found in (path, last_complete_checkpoint(path), last_complete_checkpoint(path.absolute().parent)):
         try:
             if found is not None:
