@@ -6,8 +6,9 @@
 
 Language models from scratch on the built-in texts, the same tokens in the same order for every arm of a seed. A run is known
 by its recipe and kept in `--work` when it is finished; one that was stopped resumes from its last checkpoint. Several
-processes may share `--work`. `--size large` is for a GPU. `--arms moh_9_2` is any other split: 9 of 12 heads used, 2 of them
-shared (the paper's tables 6 and H, with a `--name` of their own). Needs the extra `llm`, and Debian 12's packages.
+processes may share `--work`. `--size large` is for a GPU, with `tiny` a run takes some minutes. `--arms moh_9_2` is any other
+split: 9 of 12 heads used, 2 of them shared (the paper's tables 6 and H, with a `--name` of their own). Needs the extra `llm`,
+and Debian 12's packages.
 """
 
 from __future__ import annotations
@@ -65,9 +66,11 @@ ARMS = {
 # Sizes that fit a CPU and a GPU; every field can be given on the command line too.
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(layers=4, width=192, vocabulary=4_096, seq_len=256, batch=16, tokens=10_485_760, learning_rate=2e-3),
+    # for the paper's tables of shares at a size where all arms take minutes
+    "tiny": dict(layers=2, width=96, vocabulary=1_024, seq_len=128, batch=16, tokens=524_288, learning_rate=3e-3),
     "large": dict(layers=8, width=576, vocabulary=8_192, seq_len=512, batch=64, tokens=41_943_040, learning_rate=1e-3),
 }
-NAMES = {"small": "claims", "large": "claims_large"}
+NAMES = {"small": "claims", "tiny": "claims_tiny", "large": "claims_large"}
 CORPORA = "django-docs botchan debian-handbook anarchism postgresql-doc python-doc linux-doc".split()
 _POINTS = 10  # of the held-out curve
 _SAVE_STEPS = 100

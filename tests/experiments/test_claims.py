@@ -163,6 +163,7 @@ def test_other_options_than_those_of_the_committed_results_need_a_name(changed, 
 def test_each_size_has_its_own_results() -> None:
     assert parse([]).name == parse(["--minutes", "9"]).name == "claims"
     assert parse(["--size", "large"]).name == parse(["--size", "large", "--only", "page"]).name == "claims_large"
+    assert parse(["--size", "tiny"]).name == "claims_tiny"
 
 
 @pytest.fixture
