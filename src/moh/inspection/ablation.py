@@ -121,7 +121,7 @@ def ablate_heads(
         batches = list(inputs.batches())
         if not batches:
             raise ValueError("no input could be read: there is nothing to measure")
-        means = _mean_outputs(found, batches) if freeze else [None] * len(found)
+        means: list[Tensor | None] = _mean_outputs(found, batches) if freeze else [None] * len(found)
         whole, group = _losses(batches)
         increase, stderr = (_missing(found) for _ in range(2))
         of_groups, stderr_of_groups = (_missing(found, len(inputs.names)) for _ in range(2))
