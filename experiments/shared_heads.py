@@ -193,7 +193,7 @@ def page(cells: dict[str, list[dict[str, Any]]], made: dict[str, Any]) -> list[s
         "- *constant*: the part of the rise that a frozen head does not have, sums over heads: what the head says of all inputs "
         "alike.",
         "- *uneven*: standard deviation of the rise over the groups, relative to its mean, sums over heads: 0 if every group "
-        "needs the head alike.",
+        "needs the head alike. The groups' few inputs add to it.",
     ]
     for name, seeds in cells.items():
         about = f"Groups: {', '.join(seeds[0]['groups'])}; {seeds[0]['units']:,} inputs"
