@@ -47,7 +47,8 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
                "--similarity", 2)  # fmt: skip
     assert told.code == 0, told.err
     drawn = figures("head_load", "group_load", "shared_routed", "distances", "ablation")
-    assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | TESTED | drawn | {"similarity.csv"}
+    asked = {"similarity.csv", "ablation_groups.csv"}
+    assert {path.name for path in out.iterdir()} - {"unusual.csv"} == TABLES | TESTED | drawn | asked
     model, tokenizer = AutoModelForCausalLM.from_pretrained(moh_dir), AutoTokenizer.from_pretrained(moh_dir)
     texts = {
         "a": [file.read_text() for file in sorted((kinds / "a").iterdir())],
@@ -57,6 +58,7 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
     read = rows(out / "heads.csv")
     assert [float(row["load"]) for row in read] == [row["load"] for row in expected]
     assert len(rows(out / "ablation.csv")) == 2 * 4
+    assert [row["group"] for row in rows(out / "ablation_groups.csv")] == ["a"] * 8 + ["code"] * 8
     assert re.match(r"layer   0:  50 % of the heads used; a group's load of a routed head \d", told.out[0])
     assert re.match(r"the groups' loads differ by \d\.\d{4} bits, p = ", told.out[2])
     summary = (out / "summary.md").read_text(encoding="utf-8")
