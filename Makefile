@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo heads bench test test-all test-versions test-vllm sanitize dist lint format docs clean
+.PHONY: help demo heads bench test test-all test-versions test-engines sanitize dist lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,8 +53,8 @@ test-all: $(VENV)/.stamp-dev ## all tests, the slow ones too
 test-versions: $(VENV)/.stamp-venv ## the models' tests with the oldest and the newest libraries; options: make test-versions ARGS="--help"
 	$(BIN)/python tests/versions.py $(ARGS)
 
-test-vllm: $(VENV)/.stamp-venv ## our models in vLLM, on the CPU, in an environment of its own (3 GB); options: make test-vllm ARGS="--help"
-	$(BIN)/python tests/vllm_on_cpu.py $(ARGS)
+test-engines: $(VENV)/.stamp-dev ## our models in ONNX Runtime, OpenVINO, ExecuTorch and vLLM (3 GB), on the CPU; options: make test-engines ARGS="--help"
+	$(BIN)/python tests/engines_on_cpu.py $(ARGS)
 
 sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and undefined-behaviour sanitizers
 	tests/sanitize/run.sh $(abspath $(BIN))/python $(ARGS)

@@ -1,10 +1,11 @@
-"""Promises of exported models: transformers' exporters take a model whose tokens use equally many heads per group.
+"""Promises of exported models: each runtime gives PyTorch's numbers, and a program of static shapes keeps the saving.
 
-The exported program is the one that saves: gathered queries and PyTorch's own attention, of static shapes.
+The runtimes' tests are run by `make test-engines`, those of `torch.export` and of bad input by default.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,62 +14,74 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", reason="the hf extra is not installed")
-
-from transformers import DynamicCache
-
-import moh.models.transformers
-
+transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 exporters = pytest.importorskip("transformers.exporters", reason="this transformers has no exporters")
+if not hasattr(exporters, "ExportedModel"):
+    pytest.skip("this transformers can't load what it exports", allow_module_level=True)
+
+import moh.models.transformers  # noqa: E402
+from moh.models.transformers import exported  # noqa: E402
+from moh.models.transformers.exported import RUNTIMES, export_model, load_exported  # noqa: E402
+
 GROUPED = dict(routing_unit="group_balanced", num_attention_heads=6, num_key_value_heads=2, shared_heads=2)
-TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=2, head_dim=8, active_heads=2)
+TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=2, active_heads=2)
+VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16)
 
 
-def tiny_model(router: str = "linear", **options: Any) -> Any:
+def made(name: str, config: Any) -> Any:
     torch.manual_seed(0)
-    config = moh.models.transformers.MoHLlamaConfig(**TINY | GROUPED | dict(router=router) | options)
-    model = moh.models.transformers.MoHLlamaForCausalLM(config).eval()
+    model = getattr(moh.models.transformers, name)(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(std=0.5 if "router" in name else 0.2)
+                parameter.normal_(std=0.5 if "router" in parameter_name else 0.2)
     return model
 
 
-def ids(batch: int, tokens: int) -> dict[str, Tensor]:
+def tiny_model(router: str = "linear", **options: Any) -> Any:
+    config = moh.models.transformers.MoHLlamaConfig(**TINY | GROUPED | dict(head_dim=8, router=router) | options)
+    return made("MoHLlamaForCausalLM", config)
+
+
+def ids(batch: int, tokens: int, *, left: bool = True) -> dict[str, Tensor]:
+    """Random tokens, the first two of the first text padding; with `left=False` the last two."""
     chosen = torch.randint(3, 64, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
     mask = torch.ones_like(chosen)
-    mask[0, :2] = 0  # padded on the left
+    mask[0, slice(0, 2) if left else slice(-2, None)] = 0
     return dict(input_ids=chosen, attention_mask=mask)
 
 
-RUNTIMES = {
-    "Dynamo": (),
-    "Onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "OpenVINO": ("openvino",),
-}
-"""Name of an exporter -> the packages that it needs, besides PyTorch."""
-LOADING = {"OpenVINO": dict(device="cpu", config={"INFERENCE_PRECISION_HINT": "f32"})}  # its default may be bfloat16
+def encoder() -> tuple[Any, dict[str, Tensor]]:
+    config = moh.models.transformers.MoHBertConfig(**TINY | dict(num_attention_heads=4, shared_heads=1))
+    return made("MoHBertModel", config), ids(2, 12, left=False)
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Callable[..., Any]:
-    """Exports a model for a runtime and loads it there; with `generates`, for reading a text and for decoding."""
+def vit(**options: Any) -> tuple[Any, dict[str, Tensor]]:
+    heads = dict(shared_heads=1, active_heads=2, router="two_stage") | options
+    config = moh.models.transformers.MoHViTConfig(**VIT, patch_size=8, num_labels=3, **heads)
+    return made("MoHViTForImageClassification", config), dict(pixel_values=torch.randn(2, 3, 16, 16))
 
-    def made(model: Any, kind: str, generates: bool = False) -> Any:
-        for module in RUNTIMES[kind]:
-            pytest.importorskip(module, reason=f"{module} is not installed: pip install {module}")
-        options = dict(stateful=False) if kind == "OpenVINO" else {}
-        config = getattr(exporters, f"{kind}Config")(dynamic=kind != "Dynamo", **options)
-        exporter = getattr(exporters, f"{kind}Exporter")()
-        if generates:
-            program = exporter.export_for_generation(model, ids(2, 12), config)
-        else:
-            program = exporter.export(model, ids(2, 12) | dict(use_cache=False), config)
-        program.save_pretrained(tmp_path)
-        return exporters.ExportedModel.from_pretrained(tmp_path, **LOADING.get(kind, {}))
 
-    return made
+THRESHOLDS = dict(router="threshold", routing_unit="head", thresholds=[[9.0, 0.5, 0.0, -0.5, -9.0]] * 2)
+MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
+    "group_balanced": lambda: (tiny_model(), ids(2, 12)),
+    "threshold": lambda: (tiny_model(**THRESHOLDS), ids(2, 12)),
+    "fixed": lambda: (tiny_model("fixed", routing_unit="head", active_heads=0, shared_heads=[[0, 1, 3], [4]]), ids(2, 12)),
+    "encoder": encoder,
+    "vit": vit,
+}  # fmt: skip
+FOREIGN = [pytest.param(name, marks=pytest.mark.slow) for name in RUNTIMES if name != "torch"]
+
+
+def needs(runtime: str) -> None:
+    for module in RUNTIMES[runtime].needs:
+        pytest.importorskip(module, reason=f"{module} is not installed: make test-engines")
+
+
+def outputs(found: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What a model gives for everything but padding."""
+    values: Tensor = found["logits"] if "logits" in found else found["last_hidden_state"]
+    return values[inputs["attention_mask"].bool()] if "attention_mask" in inputs else values
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -76,60 +89,55 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def assert_equal(model: Any, program: Any, *sizes: tuple[int, int]) -> None:
+def assert_equal(model: Any, program: Any, *given: dict[str, Tensor]) -> None:
     model.set_attn_implementation("moh_reference")
-    for size in sizes:
-        inputs = ids(*size)
-        seen = inputs["attention_mask"].bool()
-        assert_close(program(**inputs).logits[seen], model(**inputs, use_cache=False).logits[seen])
+    for inputs in given:
+        assert_close(outputs(program(**inputs), inputs), outputs(model(**inputs), inputs))
 
 
-@pytest.mark.parametrize(
-    ("router", "unit", "implementation"),
-    [
-        ("linear", "group_balanced", "moh_grouped"),
-        ("two_stage", "group_balanced", "moh_grouped"),
-        ("query_norm", "group_balanced", "moh_grouped"),
-        ("linear", "head", "sdpa"),
-        ("query_norm", "head", "sdpa"),
-    ],
-)
-def test_a_program_of_torch_export_gives_the_same(export: Any, router: str, unit: str, implementation: str) -> None:
-    model = tiny_model(router, routing_unit=unit)
-    model.set_attn_implementation(implementation)
-    assert_equal(model, export(model, "Dynamo"), (2, 12))
+@pytest.mark.parametrize("router", ["linear", "two_stage", "query_norm"])
+@pytest.mark.parametrize("unit", ["group_balanced", "head"])
+def test_a_program_of_torch_export_gives_the_same(tmp_path: Path, router: str, unit: str) -> None:
+    model, inputs = tiny_model(router, routing_unit=unit), ids(2, 12)
+    assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "unit"), [("Onnx", "group_balanced"), ("OpenVINO", "group_balanced"), ("OpenVINO", "head")]
-)
-def test_other_runtimes_give_the_same(export: Any, kind: str, unit: str) -> None:
-    model = tiny_model(routing_unit=unit)
-    model.set_attn_implementation("moh_grouped" if unit == "group_balanced" else "sdpa")
-    program = export(model, kind)
-    if kind == "Onnx" and unit == "group_balanced":
+@pytest.mark.parametrize("name", ["threshold", "fixed", "encoder", "vit"])
+def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str) -> None:
+    model, inputs = MODELS[name]()
+    assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("runtime", FOREIGN)
+def test_other_runtimes_give_the_same(tmp_path: Path, runtime: str, name: str) -> None:
+    needs(runtime)
+    model, inputs = MODELS[name]()
+    program = load_exported(export_model(model, inputs, runtime, tmp_path / "out"))
+    if runtime == "onnx" and name == "group_balanced":
         kinds = [node.op_type for node in program.program.graph]
         assert "NonZero" not in kinds and kinds.count("GatherElements") >= 2 * 2  # static shapes, active queries alone
-    assert_equal(model, program, (2, 12), (3, 7), (1, 30))
+    others = [] if name == "vit" or not RUNTIMES[runtime].is_dynamic else [ids(3, 7), ids(1, 30)]
+    assert_equal(model, program, inputs, *others)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["OpenVINO"])
+@pytest.mark.parametrize(
+    "runtime", [pytest.param(name, marks=pytest.mark.slow) for name, r in RUNTIMES.items() if r.is_dynamic]
+)
 @torch.no_grad()
-def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(export: Any, kind: str) -> None:
+def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(tmp_path: Path, runtime: str) -> None:
+    needs(runtime)
     model = tiny_model()
-    model.set_attn_implementation("moh_grouped")
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    runners = export(model, kind, generates=True).runners
+    runners = load_exported(export_model(model, ids(2, 12), runtime, tmp_path / "out", decodes=True)).runners
     model.set_attn_implementation("moh_reference")
     inputs = ids(3, 9)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(**inputs, position_ids=positions, use_cache=True)
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     got = runners["prefill"](**inputs, position_ids=positions, past_key_values=cache)
-    assert_close(got.logits[mask.bool()], expected.logits[mask.bool()])
+    assert_close(outputs(got, inputs), outputs(expected, inputs))
     for token in (5, 6, 7):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         following = dict(
@@ -140,3 +148,94 @@ def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(export: Any, kind:
         expected = model(**following, past_key_values=expected.past_key_values)
         got = runners["decode"](**following, past_key_values=got.past_key_values)
         assert_close(got.logits, expected.logits)
+
+
+def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model()
+    export_model(model, ids(2, 12), "torch", tmp_path / "out")
+    assert model.config._attn_implementation == "moh"
+    with pytest.raises(Exception, match=r"Expected|unexpected|forward"):
+        export_model(model, dict(unknown=torch.ones(2)), "torch", tmp_path / "other")
+    assert model.config._attn_implementation == "moh" and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "options", "message"),
+    [
+        (tiny_model, "tflite", {}, r"runtime must be one of 'onnx', 'openvino', 'executorch', 'torch', got 'tflite'"),
+        (lambda: torch.nn.Linear(2, 2), "torch", {}, r"model must be a model of transformers, got Linear"),
+        (tiny_model, "torch", dict(decodes=True), r"fixed shapes, while the cache grows .* 'onnx' or 'openvino' can"),
+        (lambda: vit()[0], "torch", dict(decodes=True), r"decodes must be False for a model that writes no text"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    tmp_path: Path, model: Callable[[], Any], runtime: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_model(model(), ids(2, 12), runtime, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_one_sample_is_refused_where_any_number_should_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    monkeypatch.setattr(exported, "find_spec", lambda name: object())
+    message = rf"2 or more samples for runtime '{runtime}', .* got input_ids of shape \(1, 12\)"
+    with pytest.raises(ValueError, match=message):
+        export_model(tiny_model(), ids(1, 12), runtime, tmp_path)
+
+
+def test_a_runtime_that_is_missing_is_named_with_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "find_spec", lambda name: None if name.startswith("onnx") else object())
+    with pytest.raises(ImportError, match=r"pip install onnx onnxscript onnxruntime$"):
+        export_model(tiny_model(), ids(2, 12), "onnx", tmp_path)
+
+
+@pytest.mark.parametrize("has_module", [True, False])
+def test_a_transformers_without_exporters_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_module: bool
+) -> None:
+    if has_module:
+        monkeypatch.delattr(exporters, "ExportedModel")  # as until transformers 5.22
+    else:
+        monkeypatch.delattr(transformers, "exporters", raising=False)
+        monkeypatch.setitem(__import__("sys").modules, "transformers.exporters", None)
+    monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    for call in (lambda: export_model(tiny_model(), ids(2, 12), "torch", tmp_path), lambda: load_exported(tmp_path)):
+        with pytest.raises(ImportError, match=r"exports need transformers 5.23.0 or newer, and 5.19.0 is installed"):
+            call()
+
+
+def damaged(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+
+
+@pytest.mark.parametrize("runtime", ["torch", *FOREIGN])
+def test_a_damaged_program_is_named(tmp_path: Path, runtime: str) -> None:
+    needs(runtime)
+    folder = export_model(*vit(), runtime, tmp_path / "out")
+    (name,) = (part["file"] for part in json.loads((folder / "export.json").read_text())["components"].values())
+    damaged(folder / name)
+    with pytest.raises(ValueError, match=rf"export '.*out' can't be loaded: {name} is damaged"):
+        load_exported(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"export '.*out' is incomplete: {name} is missing"):
+        load_exported(folder)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, r"directory must hold an export, .* but there is no '.*export.json'"),
+        ("{", r"export.json' is damaged"),
+        ("[]", r"export.json' is damaged"),
+        ('{"export_format": "onnx"}', r"export.json' is damaged: 'components'"),
+        ('{"export_format": "coreml", "components": {}}', r"export_format of onnx, .* got 'coreml'"),
+    ],
+)
+def test_a_directory_that_holds_no_export_is_refused(tmp_path: Path, manifest: str | None, message: str) -> None:
+    if manifest is not None:
+        (tmp_path / "export.json").write_text(manifest, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_exported(tmp_path)

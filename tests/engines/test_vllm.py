@@ -1,4 +1,4 @@
-"""Promises of our models in vLLM, on the CPU: its greedy tokens are those of `generate`. Run by `make test-vllm`.
+"""Promises of our models in vLLM, on the CPU: its greedy tokens are those of `generate`. Run by `make test-engines`.
 
 vLLM changes the classes of the models that it builds, so what is expected is computed before.
 """
@@ -17,7 +17,7 @@ import torch
 
 import moh.models.transformers
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-engines")
 pytestmark = pytest.mark.slow
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 5, 7, 8, 9, 3, 4, 20, 21] * 4]
 NEW = 12

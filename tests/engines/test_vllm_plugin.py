@@ -92,6 +92,63 @@ def test_a_vllm_that_is_too_old_keeps_its_models_and_logs_the_reason(
     assert "MoH models need vLLM 0.32.0 or newer, and 0.9.1 is installed" in caplog.text
 
 
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1rc2", "1.0", "dev"])
+def test_a_newer_vllm_or_one_without_a_number_gets_them(engine: Any, version: str) -> None:
+    engine.vllm.__version__ = version
+    register()
+    assert len(engine.vllm.ModelRegistry.models) > 1
+
+
+def test_a_vllm_without_the_names_that_we_use_is_named(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.vllm.__version__ = "0.99.0"
+    monkeypatch.delattr(sys.modules["vllm.model_executor.models.transformers"], "vllm_attention_forward")
+    monkeypatch.delitem(sys.modules, "moh.models.vllm.model")
+    with pytest.raises(
+        ImportError, match=r"not supported by vLLM 0.99.0, .* than vLLM 0.32.0, .*vllm_attention_forward"
+    ):
+        importlib.import_module("moh.models.vllm.model")
+
+
+@pytest.mark.parametrize(
+    ("calls", "chosen", "reason"),
+    [
+        ((), "vllm", "it has no recursive_replace or _create_attention_instances"),
+        (("recursive_replace",), "vllm", "it has no recursive_replace or _create_attention_instances"),
+        (("_create_attention_instances",), "vllm", "it has no recursive_replace or _create_attention_instances"),
+        (("recursive_replace", "_create_attention_instances"), "another", "its attention is not called 'vllm'"),
+        (("recursive_replace", "_create_attention_instances"), "vllm", None),
+    ],
+)
+def test_a_vllm_that_would_leave_out_the_gates_is_refused(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...], chosen: str, reason: str | None
+) -> None:
+    class Theirs(torch.nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            self.model = moh.models.transformers.MoHLlamaModel(vllm_config.model_config.hf_config)
+            self.model.config._attn_implementation = chosen
+            for name in calls:
+                getattr(self, name)()
+
+        def recursive_replace(self) -> None:
+            pass
+
+        def _create_attention_instances(self, prefix: str = "") -> None:
+            pass
+
+    monkeypatch.setattr(sys.modules["vllm.model_executor.models.transformers"], "TransformersForCausalLM", Theirs)
+    monkeypatch.setattr(sys.modules["vllm.distributed"], "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.delitem(sys.modules, "moh.models.vllm.model")
+    model = importlib.import_module("moh.models.vllm.model")
+    config = moh.models.transformers.MoHLlamaConfig(**TINY, shared_heads=1, active_heads=1)
+    given = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    if reason is None:
+        model.MoHForCausalLM(vllm_config=given)
+    else:
+        with pytest.raises(ImportError, match=reason):
+            model.MoHForCausalLM(vllm_config=given)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_family_calls_the_interface_once_with_its_scale_and_hands_on_our_gates(family: Any) -> None:
     # vLLM reads this source: a family that is written otherwise is refused by it, or would lose the gates

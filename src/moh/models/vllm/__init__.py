@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from logging import getLogger
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from moh.models.transformers.families import FAMILIES
 
@@ -20,12 +20,13 @@ MODEL = "moh.models.vllm.model:MoHForCausalLM"
 def register() -> None:
     """Tell vLLM which class serves our models; called by vLLM in each of its processes.
 
-    With a vLLM that is too old nothing is registered, and the log says so: its other models still work.
+    With a vLLM that is too old nothing is registered, and the log says so: its other models still work. Whether a newer one
+    builds models as it should shows where one is built (`model`).
     """
     import vllm
     from vllm import ModelRegistry
 
-    if Version(vllm.__version__) < Version(OLDEST):
+    if is_too_old(vllm.__version__):
         getLogger(__name__).warning(
             "MoH models need vLLM %s or newer, and %s is installed: they are not registered", OLDEST, vllm.__version__
         )
@@ -35,3 +36,11 @@ def register() -> None:
         name = family.moh_models.get("AutoModelForCausalLM")
         if name is not None and name not in known:
             ModelRegistry.register_model(name, MODEL)  # by name: imported only where such a model is served
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version is before `OLDEST`; one without numbers, such as "dev", is a build of somebody's own, and new."""
+    try:
+        return Version(version) < Version(OLDEST)
+    except InvalidVersion:
+        return False

@@ -13,13 +13,23 @@ import vllm
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.models.transformers import TransformersForCausalLM, vllm_attention_forward
 
 from moh.models.output_changes import OutputChanges
 from moh.models.transformers.attention import RoutedAttention, weighted
 from moh.models.transformers.families import Family
 from moh.models.transformers.fixed import refuse_fixed_heads
+from moh.models.vllm import OLDEST
+
+_UNKNOWN = (
+    f"MoH models are not supported by vLLM {vllm.__version__}, which builds models of transformers in another way than "
+    f"vLLM {OLDEST}, with which they are tested: "
+)
+
+try:
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.model_executor.models.transformers import TransformersForCausalLM, vllm_attention_forward
+except ImportError as error:
+    raise ImportError(f"{_UNKNOWN}{error}") from error
 
 IMPLEMENTATION = "moh_in_vllm"
 """The `attn_implementation` of a model that vLLM has built: its own attention, with gates."""
@@ -49,7 +59,10 @@ class MoHForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM has
         refuse_fixed_heads(config.layer_configs(), "vLLM")
         config.output_router_logits = False  # vLLM takes the hidden states alone
         self._routed: list[Any] = []
+        self._is_weighted = False
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if not self._is_weighted:  # neither method below was called: the heads would go to W_O without their gates
+            raise ImportError(f"{_UNKNOWN}it has no recursive_replace or _create_attention_instances")
 
     def recursive_replace(self) -> None:
         """As vLLM's, of the families' own attention classes; the routers stay as they are, on every process whole."""
@@ -67,10 +80,9 @@ class MoHForCausalLM(TransformersForCausalLM):  # type: ignore[misc]  # vLLM has
         super()._create_attention_instances(prefix)
         for attention in self._routed:
             if getattr(attention.config, "_attn_implementation", None) not in ("vllm", IMPLEMENTATION):
-                raise ImportError(
-                    f"MoH models are not supported by vLLM {vllm.__version__}: it calls attention otherwise"
-                )
+                raise ImportError(f"{_UNKNOWN}its attention is not called 'vllm'")
             attention.config._attn_implementation = IMPLEMENTATION
+        self._is_weighted = bool(self._routed)
 
 
 def _check(router: Any, family: Family, attention: nn.Module, processes: int) -> None:

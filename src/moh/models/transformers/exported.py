@@ -1,0 +1,208 @@
+"""Export models to other runtimes, and load what was exported, by transformers' exporters (`transformers.exporters`).
+
+States what each runtime needs, and which attention a model can have there: shapes of routed attention depend on the tokens,
+except with `routing_unit="group_balanced"`, so other models compute all heads and weight them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from moh._files import replacing_directory
+
+OLDEST = "5.23.0"
+"""Oldest transformers whose exporters save a program together with what is needed to call it."""
+
+MANIFEST = "export.json"
+"""Name of the file of an export that names its runtime and its programs."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How transformers exports to a runtime.
+
+    Attributes:
+        exporter: name of transformers' exporter, less "Exporter".
+        needs: modules that have to be installed.
+        is_dynamic: whether programs take batches and lengths other than the example's.
+        options: of the exporter's configuration.
+        files: patterns of the files that an export has, besides JSON.
+    """
+
+    exporter: str
+    needs: tuple[str, ...] = ()
+    is_dynamic: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+
+RUNTIMES = {
+    "onnx": Runtime("Onnx", ("onnx", "onnxscript", "onnxruntime"), files=("*.onnx", "*.onnx.data", "*.onnx_data")),
+    # The cache goes in and out, as in the others; a stateful program would keep it for itself
+    "openvino": Runtime("OpenVINO", ("openvino",), options={"stateful": False}, files=("*.xml", "*.bin")),
+    # XNNPACK, which runs it on CPUs, fails on the symbolic shapes of a transformers model
+    "executorch": Runtime("Executorch", ("executorch",), is_dynamic=False, files=("*.pte",)),
+    "torch": Runtime("Dynamo", is_dynamic=False, files=("*.pt2",)),
+}
+"""Runtimes by name; "torch" is a program of `torch.export`."""
+
+
+def export_model(
+    model: Any, inputs: Mapping[str, Any], runtime: str, directory: str | Path, *, decodes: bool = False
+) -> Path:
+    """Export a model of transformers, dense or MoH, with its present share of heads.
+
+    Args:
+        model: in evaluation mode, in float32 on the CPU. Its `attn_implementation` is as before afterwards.
+        inputs: an example of what the model is called with, of 2 or more samples where shapes are dynamic. Programs for
+            "executorch" and "torch" take inputs of exactly this shape.
+        runtime: a name in `RUNTIMES`.
+        directory: to create or replace.
+        decodes: export a language model as two programs, `prefill` and `decode`, which take a cache and return it; by default
+            one program without a cache, `model`.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        ValueError: the runtime is unknown or the model can't be exported to it, or `directory` holds something else.
+        ImportError: transformers is too old, or a package of the runtime is missing.
+    """
+    found, exporters = _runtime(runtime), _exporters()
+    _check_installed(runtime)
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"model must be a model of transformers, got {type(model).__name__}: use torch.export or torch.onnx for others"
+        )
+    if decodes and not model.can_generate():
+        raise ValueError(f"decodes must be False for a model that writes no text, got a {type(model).__name__}")
+    if decodes and not found.is_dynamic:
+        able = " or ".join(repr(name) for name, other in RUNTIMES.items() if other.is_dynamic)
+        raise ValueError(
+            f"decodes must be False for runtime {runtime!r}, whose programs have fixed shapes, while the cache grows by a token "
+            f"in each step; runtime {able} can decode"
+        )
+    one = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
+    if one and found.is_dynamic:  # torch.export takes a size of 1 for a constant; OpenVINO has then crashed on a ViT
+        raise ValueError(
+            f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {one[0]} of shape "
+            f"{tuple(inputs[one[0]].shape)}: repeat them"
+        )
+    config = getattr(exporters, f"{found.exporter}Config")(dynamic=found.is_dynamic, **found.options)
+    exporter = getattr(exporters, f"{found.exporter}Exporter")()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation_for_export(model))
+    try:
+        if decodes:
+            program = exporter.export_for_generation(model, dict(inputs), config)
+        else:
+            no_cache = {"use_cache": False} if model.can_generate() else {}
+            program = exporter.export(model, {**inputs, **no_cache}, config)
+    finally:
+        model.set_attn_implementation(before)
+    target = Path(directory).expanduser()
+    with replacing_directory(target, kinds=("config.json", "*.json", *found.files)) as scratch:
+        program.save_pretrained(scratch)
+    return target
+
+
+def implementation_for_export(model: Any) -> str:
+    """The `attn_implementation` whose shapes are static: that of active heads alone where a model has one, else of all heads."""
+    layers = model.config.layer_configs() if hasattr(model.config, "layer_configs") else ()
+    return "moh_grouped" if layers and all(layer.heads_per_group is not None for layer in layers) else "sdpa"
+
+
+def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
+    """Load an export in its runtime, on the CPU: a `transformers.exporters.ExportedModel`.
+
+    OpenVINO computes in float32, where its own default may be bfloat16. A "torch" program may hold pickled objects: load only
+    those that you trust.
+
+    Args:
+        directory: of `export_model`, or of `save_pretrained` of such a model.
+        threads: that ONNX Runtime or OpenVINO may use; None leaves that to them, as do the other runtimes.
+
+    Raises:
+        ValueError: there is no export, or a file of it can't be read; names it.
+        ImportError: transformers is too old, or a package of the runtime is missing.
+    """
+    exporters, folder = _exporters(), Path(directory).expanduser()
+    runtime, programs = _manifest(folder)
+    _check_installed(runtime)
+    if missing := [name for name in programs if not (folder / name).is_file()]:
+        raise ValueError(f"export {str(directory)!r} is incomplete: {missing[0]} is missing; export the model again")
+    try:
+        return exporters.ExportedModel.from_pretrained(folder, local_files_only=True, **_options(runtime, threads))
+    except Exception as error:  # each runtime has errors of its own for a file that it can't read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        names = " and ".join(programs)
+        raise ValueError(
+            f"export {str(directory)!r} can't be loaded: {names} is damaged, or from another version of its runtime "
+            f"({runtime}): {reason}"
+        ) from error
+
+
+def _manifest(folder: Path) -> tuple[str, list[str]]:
+    """Name of the runtime of an export, and the files of its programs."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"directory must hold an export, as export_model writes it, but there is no {str(file)!r}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        written = str(found["export_format"])
+        programs = [str(part["file"]) for part in found["components"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}; export the model again") from None
+    for name, runtime in RUNTIMES.items():
+        if runtime.exporter.lower() == written.lower():
+            return name, programs
+    raise ValueError(f"{str(file)!r} must have an export_format of {', '.join(RUNTIMES)}, got {written!r}")
+
+
+def _options(runtime: str, threads: int | None) -> dict[str, Any]:
+    """How `ExportedModel.from_pretrained` is called."""
+    if runtime == "openvino":
+        limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        return {"device": "cpu", "config": {"INFERENCE_PRECISION_HINT": "f32"} | limit}
+    if runtime == "onnx" and threads is not None:
+        from onnxruntime import SessionOptions
+
+        settings = SessionOptions()
+        settings.intra_op_num_threads = threads
+        return {"device": "cpu", "session_options": settings}
+    return {"device": "cpu"} if runtime == "onnx" else {}
+
+
+def _runtime(name: str) -> Runtime:
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(map(repr, RUNTIMES))}, got {name!r}")
+    return RUNTIMES[name]
+
+
+def _exporters() -> ModuleType:
+    try:
+        from transformers import exporters
+    except ImportError:
+        exporters = None
+    if not hasattr(exporters, "ExportedModel"):
+        raise ImportError(
+            f"exports need transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
+            f"pip install --upgrade 'transformers>={OLDEST}'"
+        )
+    return exporters
+
+
+def _check_installed(runtime: str) -> None:
+    if missing := [name for name in RUNTIMES[runtime].needs if find_spec(name) is None]:
+        raise ImportError(
+            f"runtime {runtime!r} needs {' and '.join(missing)}, not installed: pip install {' '.join(missing)}"
+        )

