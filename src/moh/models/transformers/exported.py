@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from moh._files import replacing_directory
@@ -189,15 +190,13 @@ def _runtime(name: str) -> Runtime:
 
 
 def _exporters() -> ModuleType:
-    try:
-        from transformers import exporters
-    except ImportError:
-        exporters = None
-    if not hasattr(exporters, "ExportedModel"):
+    if Version(transformers.__version__) < Version(OLDEST):
         raise ImportError(
             f"exports need transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
             f"pip install --upgrade 'transformers>={OLDEST}'"
         )
+    from transformers import exporters
+
     return exporters
 
 

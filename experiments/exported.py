@@ -1,0 +1,268 @@
+"""Exported models in other runtimes: are they equal to PyTorch, how large are they, and how fast next to the dense ones?
+
+    make test-engines                                    # makes the runtimes' environments
+    python experiments/exported.py export --runtime onnx  # in the environment of that runtime; minutes for each model
+    python experiments/exported.py measure --runtime onnx # in the same
+    python experiments/exported.py page                   # from all runtimes that were measured
+
+SmolLM2-135M, all-MiniLM-L6-v2 and a ViT-S of random weights: dense, with routed heads, and with fixed ones. Exports and results
+are kept in `--work`, so that an interrupted run resumes. Needs the extra `llm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sentence_encoder import fetch_encoder
+
+import moh
+from moh._files import write_text
+from moh.demo.base_model import default_base_model
+from moh.evaluation import cpu_name
+from moh.models.transformers.exported import RUNTIMES, export_model, load_exported
+from moh.models.transformers.loading import load_causal_lm
+
+NAME = "exported"
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch", "torch": "torch"}
+TITLES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch", "torch": "`torch.export`"}
+PARTS = {
+    ("smollm2", "prefill"): "SmolLM2-135M, {layers} layers, 256 tokens, 6 of 9 heads",
+    ("smollm2", "decode"): "SmolLM2-135M, {layers} layers, a token with 256 in the cache",
+    ("minilm", "model"): "MiniLM-L6, 8 texts of 64 tokens, 8 of 12 heads",
+    ("vit", "model"): "ViT-S/16, one image, 4 of 6 heads",
+}
+VARIANTS = ("dense", "routed", "fixed")
+Inputs = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    """Parse the options and take one step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("export", "measure", "page"))
+    parser.add_argument("--runtime", choices=RUNTIMES, help="of this environment")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--layers", type=int, help="only the first layers of SmolLM2 (default: all 30)")
+    parser.add_argument("--rounds", type=int, default=15, help="calls of each program, in turns")
+    parser.add_argument("--work", type=Path, default=Path("runs/exported"))
+    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    if options.step == "page":
+        rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.work.glob("*.json"))]
+        write_text(options.output / f"{NAME}.json", json.dumps(rows, indent=1) + "\n")
+        write_text(options.output / f"{NAME}.md", page(rows))
+        return
+    if options.runtime is None:
+        parser.error("--runtime must be given")
+    step = export if options.step == "export" else measure
+    if step is measure:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core; ExecuTorch has no option for threads
+        torch.set_num_threads(1)
+    for name in options.models:
+        step(options, name)
+
+
+# The models: equal but for their attention
+
+
+def smollm2(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+    dense = load_causal_lm(default_base_model(), dtype=torch.float32).eval()
+    if layers is not None:
+        dense.model.layers = dense.model.layers[:layers]
+        dense.config.num_hidden_layers, dense.config.layer_types = layers, None
+    dense.generation_config.eos_token_id, dense.generation_config.pad_token_id = None, 0
+    ids = random_ids(1, 256, dense.config.vocab_size)
+    heads = dict(shared_heads=3, active_heads=3, routing_unit="group_balanced")
+    return dense, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), heads
+
+
+def minilm(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+    dense = transformers.AutoModel.from_pretrained(fetch_encoder()).eval()
+    ids = random_ids(8, 64, dense.config.vocab_size)
+    mask = torch.ones_like(ids)
+    mask[1::2, 40:] = 0
+    return dense, dict(input_ids=ids, attention_mask=mask), dict(shared_heads=3, active_heads=5)
+
+
+def vit(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000)
+    dense = transformers.ViTForImageClassification(config).eval()
+    return dense, dict(pixel_values=torch.randn(1, 3, 224, 224)), dict(shared_heads=2, active_heads=2)
+
+
+MODELS: dict[str, Callable[[int | None], tuple[Any, Inputs, dict[str, Any]]]] = dict(
+    minilm=minilm, vit=vit, smollm2=smollm2
+)
+
+
+def variant(dense: Any, inputs: Inputs, kind: str, heads: Mapping[str, Any]) -> Any:
+    """The dense model, or one converted from it: neither equality nor time depends on the quality of what is chosen."""
+    if kind == "dense":
+        return dense
+    calibration = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"]
+    given = dict(calibration=calibration, allocation="even", refit_output=False, progress=False)
+    if kind == "fixed":
+        return moh.convert(dense, router="fixed", active_heads=heads["shared_heads"] + heads["active_heads"], **given)
+    return moh.convert(dense, router="linear", **heads, **given)
+
+
+def random_ids(batch: int, tokens: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(1000, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+# Export, and what PyTorch gives
+
+
+def export(options: argparse.Namespace, name: str) -> None:
+    """Export the variants of a model, with the inputs and outputs of the unexported model next to them."""
+    dense, inputs, heads = MODELS[name](options.layers)
+    is_dynamic = RUNTIMES[options.runtime].is_dynamic
+    decodes = dense.can_generate() and is_dynamic
+    example = {k: torch.cat([v, v]) for k, v in inputs.items()} if is_dynamic else inputs
+    for kind in VARIANTS:
+        folder = options.work / options.runtime / f"{name}-{kind}"
+        if (folder / "calls.pt").is_file():
+            continue
+        start = time.perf_counter()
+        model = variant(dense, inputs, kind, heads)
+        export_model(model, example, options.runtime, folder / "program", decodes=decodes)
+        torch.save(calls(model, inputs, decodes), folder / "calls.pt")
+        print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def calls(model: Any, inputs: Inputs, decodes: bool) -> dict[str, Any]:
+    """Program -> (its inputs but for the cache, what the model gives in PyTorch)."""
+    if not decodes:
+        return {"prefill" if model.can_generate() else "model": (inputs, values(model(**inputs)))}
+    mask = inputs["attention_mask"]
+    first = model(**inputs, use_cache=True)
+    following = dict(
+        input_ids=inputs["input_ids"][:, :1],
+        attention_mask=torch.cat([mask, mask[:, :1]], 1),
+        position_ids=mask.sum(-1, keepdim=True),
+    )
+    then = model(**following, past_key_values=first.past_key_values)
+    return {
+        "prefill": (inputs | dict(position_ids=mask.cumsum(-1) - 1), values(first)),
+        "decode": (following, values(then)),
+    }
+
+
+def values(outputs: Any) -> torch.Tensor:
+    """The logits, or an encoder's last states."""
+    found: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return found.clone()
+
+
+# Measure
+
+
+def measure(options: argparse.Namespace, name: str) -> None:
+    """Sizes, errors and times of all variants of a model; the times are taken in turns."""
+    kept = options.work / f"{options.runtime}-{name}.json"
+    if kept.is_file():
+        return
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in VARIANTS:
+        folder = options.work / options.runtime / f"{name}-{kind}"
+        runners = load_exported(folder / "program", threads=1).runners
+        config = transformers.AutoConfig.from_pretrained(folder / "program")
+        cache: Any = None
+        for part, (inputs, expected) in torch.load(folder / "calls.pt", weights_only=True).items():
+            runner = runners.get(part, runners.get("model"))
+            if part == "prefill" and "prefill" in runners:
+                given = inputs | dict(past_key_values=transformers.DynamicCache(config=config))
+            else:
+                given = inputs if cache is None else inputs | dict(past_key_values=cache)
+            got = runner(**given)
+            cache = getattr(got, "past_key_values", None)
+            error = float((values(got) - expected).abs().max() / expected.abs().max())
+            program = part if part in runners else "model"
+            files = [f for f in (folder / "program").iterdir() if program in f.name and f.suffix != ".json"]
+            sizes = sum(file.stat().st_size for file in files)
+            found.setdefault(part, {})[kind] = dict(error=error, bytes=sizes)
+            runs[part, kind] = lambda run=runner, given=given: run(**given)
+    for part, kinds in found.items():
+        times = in_turns({kind: runs[part, kind] for kind in kinds}, options.rounds)
+        for kind, seconds in times.items():
+            kinds[kind]["seconds"] = seconds
+    row = dict(
+        runtime=options.runtime, model=name, layers=config.num_hidden_layers, parts=found, rounds=options.rounds,
+        cpu=cpu_name(), versions={p: version(p) for p in ("torch", "transformers", PACKAGES[options.runtime])},
+    )  # fmt: skip
+    write_text(kept, json.dumps(row, indent=1) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Quartiles of the processor time of each call in seconds, which other programs disturb less than the clock's."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, call) in itertools.product(range(rounds + 2), calls.items()):
+        start = time.process_time()
+        call()
+        if turn >= 2:  # the first ones allocate
+            times[name].append(time.process_time() - start)
+    return {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
+
+
+# The page
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """All rows as a page."""
+    lines = []
+    for row, (part, title) in itertools.product(rows, ((p, t) for (_, p), t in PARTS.items())):
+        if part not in row["parts"] or PARTS.get((row["model"], part)) != title:
+            continue
+        kinds = row["parts"][part]
+        dense = kinds["dense"]["seconds"][1]
+        cells = [TITLES[row["runtime"]], title.format(layers=row["layers"])]
+        cells += [f"{kinds[k]['error']:.0e}" for k in VARIANTS]
+        cells += [f"{kinds[k]['bytes'] / 1e6:.1f}" for k in VARIANTS]
+        cells += [f"{1e3 * dense:.1f}"] + [ratio(kinds[k]["seconds"], dense) for k in VARIANTS[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = ", ".join(sorted({row["cpu"] for row in rows}))
+    versions = ", ".join(sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()}))
+    return (
+        "# Exported models in other runtimes\n\n"
+        "A dense model, and the same with routed and with fixed heads, exported in float32, loaded from the files and run by "
+        "the runtime on the CPU, one core ([how to export](../serving.md#export)). *Error*: the largest difference to the same "
+        "model in PyTorch, relative to its largest output. Sizes are of the program that the row calls; prefill and decode are "
+        "two files, "
+        "each with all weights. Times are processor time, medians "
+        f"of {rows[0]['rounds']} calls in turns; ratios to dense have the quartiles of the variant's own times, over the dense "
+        "median.\n\n"
+        '*Routed*: SmolLM2 with `routing_unit="group_balanced"`, which computes active queries alone in the attention; its '
+        "projections stay dense. MiniLM and the ViT have as many key/value heads as heads: they compute all heads, and the "
+        "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
+        "projections. Heads are chosen on random inputs, since neither equality nor time depends on which they are. "
+        "The ViT has random weights. Of SmolLM2's 30 layers only the first were exported where a row says so.\n\n"
+        "| runtime | model | error, dense | routed | fixed | MB, dense | routed | fixed | ms, dense | routed / dense "
+        "| fixed / dense |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |\n"
+        + "\n".join(lines)
+        + f"\n\nMade by the commands in `experiments/{NAME}.py` (SmolLM2 with `--layers`), one run next to other programs on {machines}; {versions}.\n"
+    )
+
+
+def ratio(seconds: list[float], dense: float) -> str:
+    low, middle, high = (s / dense for s in seconds)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
