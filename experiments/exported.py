@@ -255,7 +255,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "| fixed / dense |\n"
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |\n"
         + "\n".join(lines)
-        + f"\n\nMade by the commands in `experiments/{NAME}.py` (SmolLM2 with `--layers`), one run next to other programs on {machines}; {versions}.\n"
+        + f"\n\nMade by the commands in `experiments/{NAME}.py` (SmolLM2 with `--layers`), one run next to other programs on "
+        f"{machines}; {versions}.\n"
     )
 
 
