@@ -57,6 +57,7 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
 }
 WITH_TORCH = {"triton"}  # its build with CUDA brings it; the backends ask whether it is there
 HOSTS = {"vllm"}  # imports the files that import it
+RUNTIMES = {"onnxruntime"}  # of an export that is loaded; an error names what to install
 MODULES = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
 MODULES["torch-fidelity"] = "torch_fidelity"
 
@@ -111,7 +112,7 @@ def test_every_import_is_declared_in_the_extra_of_its_room(folder: str) -> None:
     for file in (file for file in FILES if file.rpartition("/")[0] == folder):
         for package, extra in foreign(ast.parse((SOURCE / file).read_text(encoding="utf-8"))):
             enough = enough_for(file) if extra is None else extra
-            if package not in provided(enough) | WITH_TORCH | HOSTS:
+            if package not in provided(enough) | WITH_TORCH | HOSTS | RUNTIMES:
                 undeclared.append(f"{file} imports {package}, which the extra {enough!r} does not install")
     assert undeclared == []
 
