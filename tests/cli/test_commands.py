@@ -53,7 +53,7 @@ def test_convert_writes_a_model_and_its_tokenizer(moh, base_dir: Path, text_file
         "--calibration-tokens", 1024, "--allocation", "sensitivity", "--refit-output",
     )  # fmt: skip
     assert result.code == 0
-    assert result.out == [f"{out}: MoH model, each token uses 75 % of the heads on average"]
+    assert result.out == [f"{out}: MoH model, tokens use 75 % of the heads on average"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model, MoHLlamaForCausalLM)
     assert model.config.router == "threshold" and model.config.share == 3 / 4

@@ -57,7 +57,7 @@ def add_parser(sub: Commands) -> None:
     add_output(parser, "directory for the MoH model", positional=True)
     parser.add_argument(
         "--share", type=float,
-        help="share of all heads that each token uses, shared ones included (default: 0.75, unless --active-heads is given)",
+        help="share of all heads that tokens use, shared ones included (default: 0.75, unless --active-heads is given)",
     )  # fmt: skip
     parser.add_argument(
         "--plan", action="store_true",
@@ -149,7 +149,7 @@ def _convert(arguments: Namespace) -> None:
     )
     from moh.models.card import card_of, describe, layers_of, write_card
     from moh.models.dial import head_share, moh_routers
-    from moh.models.heads import on_average, requested_share
+    from moh.models.heads import requested_share, use_of_heads
     from moh.models.hub import kind_at, local_diffusion
 
     report.check(arguments)
@@ -175,7 +175,7 @@ def _convert(arguments: Namespace) -> None:
         write_card(scratch, layers_of(model), **card_of(model))
     layers = [router.config for router in moh_routers(model)]
     share = head_share(layers)
-    lines = [f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads{on_average(layers)}"]
+    lines = [f"{output}: MoH model, {use_of_heads(layers, share)}"]
     figures: dict[str, Any] = {"output": output, "share_of_heads": share}
     if write_report is not None:  # the model is there already, whatever happens while others are measured
         figures["recommendation"] = write_report(Path(output))

@@ -41,6 +41,7 @@ def run(arguments: Namespace) -> None:
     from moh._files import MODEL_FILES, PIPELINE_FILES, check_replaceable, check_writable, replacing_directory
     from moh.models.card import card_of, describe, layers_of, write_card
     from moh.models.dial import head_share
+    from moh.models.heads import use_of_heads
     from moh.models.published import NAMES, load_published
 
     source, output = Path(arguments.file), Path(output_of(arguments))
@@ -71,7 +72,7 @@ def run(arguments: Namespace) -> None:
         write_card(scratch, layers, **card_of(model))
     share = head_share(layers) if layers else 1.0
     notes = [note.format(output=output) for note in notes]
-    lines = [f"{output}: MoH model, each token uses {100 * share:.0f} % of the heads", *notes]
+    lines = [f"{output}: MoH model, {use_of_heads(layers, share)}", *notes]
     print_result(arguments, {"output": str(output), "share_of_heads": share, "notes": notes}, lines)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moh._extras import require
 from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
-from moh.models.heads import on_average
+from moh.models.heads import use_of_heads
 from moh.models.hub import kind_at
 from moh.models.transformers.families import is_text_encoder, most_positions
 from moh.routing import Router
@@ -160,8 +160,7 @@ class Subject:
         kinds = ", ".join(sorted({router.config.router for router in routers}))
         said = f"{len(routers)} MoH layers of {_range(heads)} heads, {_range(shared)} of them shared (router: {kinds})."
         with self.dial.at(None) as share:
-            average = on_average([router.config for router in routers])
-            said += f" As saved, a token uses {100 * share:.0f} % of the heads{average}."
+            said += f" As saved, {use_of_heads([router.config for router in routers], share)}."
         if not self.dial.values:
             said += " Its layers leave no choice of share."
         return said

@@ -14,7 +14,7 @@ from typing import Any
 from moh._extras import require
 from moh._files import CARD_MARK, write_text
 from moh.config import MoHConfig
-from moh.models.heads import mean_share, on_average
+from moh.models.heads import mean_share, use_of_heads, varies_by_token
 from moh.models.kinds import Kind, kind_of, looks_local, saved_config
 from moh.models.transformers.families import family_of
 from moh.routing import Router
@@ -30,8 +30,8 @@ _LOADED = re.compile(r'((?:from_pretrained|create_model|load_image_model)\("(?:h
 
 _TASKS = {"images": "image-classification", "diffusion": "unconditional-image-generation"}
 _INTRODUCTION = (
-    "{what} with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842): each token uses {share} of the attention "
-    "heads{average}. It needs the package `mixture-of-heads`{why}."
+    "{what} with [Mixture-of-Head attention](https://arxiv.org/abs/2410.11842): {use}. "
+    "It needs the package `mixture-of-heads`{why}."
 )
 
 
@@ -130,11 +130,11 @@ def _text(
     if kind.library == "transformers":
         what = "A transformer"
         why = f": unless `moh` is imported, transformers doesn't recognize the model type `{kind.name}`"
-    share = f"{100 * mean_share(layers):.0f} %" if layers else "all"
+    use = use_of_heads(layers, mean_share(layers) if layers else 1.0, "attention heads")
     extra = {"transformers": "hf", "timm": "vision", "diffusers": "diffusion"}[kind.library]
     parts = [
         f"---\n{yaml}\n---\n{CARD_MARK}",
-        _INTRODUCTION.format(what=what, share=share, average=on_average(layers), why=why),
+        _INTRODUCTION.format(what=what, use=use, why=why),
         f'```console\n$ pip install "mixture-of-heads[{extra}]"\n```',
         f"```python\n{_usage(kind, directory)}\n```",
     ]
@@ -165,10 +165,11 @@ def _heads(layers: Sequence[MoHConfig]) -> Mapping[str, str]:
     if not layers:
         return {}
     first = layers[0]
+    chosen = "chosen by a token on average" if varies_by_token(layers) else "chosen by each token"
     rows = {
         "heads per layer": _numbers(layer.num_heads for layer in layers),
         "shared by all tokens": _numbers(layer.num_shared for layer in layers),
-        f"chosen by each token{on_average(layers)}": _numbers(layer.active_heads for layer in layers),
+        chosen: _numbers(layer.active_heads for layer in layers),
         "router": _numbers(f"`{layer.router}`" for layer in layers),
     }
     return rows if first.routing_unit == "head" else rows | {"routing unit": f"`{first.routing_unit}`"}

@@ -199,9 +199,15 @@ def mean_share(layers: Sequence[MoHConfig]) -> float:
     return sum(layer.share for layer in layers) / len(layers)
 
 
-def on_average(layers: Sequence[MoHConfig]) -> str:
-    """ " on average" where tokens of a layer may use other numbers of heads than its configuration's, by a threshold; else ""."""
-    return " on average" if any(layer.router == "threshold" for layer in layers) else ""
+def varies_by_token(layers: Sequence[MoHConfig]) -> bool:
+    """Whether a layer's tokens may use different numbers of heads, so that its configuration's number is an average."""
+    return any(layer.router == "threshold" for layer in layers)
+
+
+def use_of_heads(layers: Sequence[MoHConfig], share: float, heads: str = "heads") -> str:
+    """A model's share of heads as a clause: "each token uses 75 % of the heads"."""
+    used = f"{100 * share:.0f} % of the {heads}"
+    return f"tokens use {used} on average" if varies_by_token(layers) else f"each token uses {used}"
 
 
 def compact_heads(layers: Sequence[MoHConfig]) -> dict[str, Any]:
