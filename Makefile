@@ -34,8 +34,7 @@ demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options:
 # The demo's base model as the demo converts it, before tuning; or MODEL=DIR of your own, such as moh-demo/model.
 MODEL ?= smollm2-moh
 smollm2-moh: | $(VENV)/.stamp-llm
-	$(BIN)/moh convert "$$($(BIN)/python -c 'from moh.demo.base_model import default_base_model as model; print(model())')" $@ \
-		--active-heads 4
+	$(BIN)/moh convert "$$($(BIN)/python -c 'from moh.demo.base_model import default_base_model as model; print(model())')" $@
 
 heads: $(VENV)/.stamp-llm | $(MODEL) ## the page of heads, docs/heads.html; of another model: make heads MODEL=moh-demo/model
 	$(BIN)/moh inspect $(MODEL) --html docs/heads.html \
