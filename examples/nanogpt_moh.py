@@ -87,9 +87,9 @@ class GPT(nn.Module):
         return tokens
 
 
-def batches(text: Tensor, batch: int, length: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, next tokens), `[batch, length]` each, from random places of the text; the same ones in every call."""
-    draw = torch.Generator().manual_seed(0)
+def batches(text: Tensor, batch: int, length: int, steps: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, next tokens), `[batch, length]` each, from random places of the text; the same ones for the same seed."""
+    draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(text) - length, (batch, 1), generator=draw)
         rows = text[starts + torch.arange(length + 1)]
@@ -107,7 +107,8 @@ def train(model: GPT, text: Tensor, options: argparse.Namespace) -> tuple[list[f
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
     losses, started = [], time.perf_counter()
-    for step, (tokens, targets) in enumerate(batches(text, options.batch, options.length, options.steps)):
+    drawn = batches(text, options.batch, options.length, options.steps, options.seed)
+    for step, (tokens, targets) in enumerate(drawn):
         with moh.record_routing(model) as routing:
             loss = loss_of(model, tokens, targets, options.bf16)
         # Without it a router may use a few heads for all tokens. A dense model has no routing and no such loss.
@@ -132,6 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in (("layers", 4), ("heads", 8), ("width", 256), ("length", 256), ("batch", 8), ("steps", 300)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the training data (default: %(default)s)"
+    )
     parser.add_argument("--bf16", action="store_true", help="mixed precision: products in bfloat16, weights in float32")
     parser.add_argument("--output", type=Path, default=Path("nanogpt_moh.png"), help="picture (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -149,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     learned, heldout = tokens[:split].to(device), tokens[split:].to(device)
     curves = {}
     for name, share in (("dense", None), (f"MoH, {options.share:.0%} of the heads", options.share)):
-        torch.manual_seed(0)
+        torch.manual_seed(options.seed)
         model = GPT(len(letters), options.layers, options.heads, options.width, share).to(device)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
         curves[name], seconds = train(model, learned, options)

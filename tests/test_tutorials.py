@@ -84,7 +84,8 @@ def test_tutorials_have_their_commands_in_consoles() -> None:
     [line for page in PAGES for line in commands(page.read_text(encoding="utf-8")) if line.startswith("python ")],
 )
 def test_a_program_of_a_tutorial_runs(line: str, tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    program = shlex.split(line)[1]
+    (tmp_path / program).symlink_to(DOCS / "tutorials" / program)  # a link of the page
     result = subprocess.run(
         [sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
     )

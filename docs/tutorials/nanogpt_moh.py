@@ -1,0 +1,1 @@
+../../examples/nanogpt_moh.py
