@@ -74,11 +74,24 @@ def torchao_int8(model: nn.Module) -> nn.Module:
     return model
 
 
+def torchao_int4(model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from torchao.quantization.granularity import PerGroup
+
+    quantization.quantize_(model, quantization.IntxWeightOnlyConfig(torch.int4, PerGroup(16)))
+    return model
+
+
 def dynamic_int8(model: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-QUANTISERS = [wrapped, torchao_int8, pytest.param(dynamic_int8, marks=pytest.mark.filterwarnings("ignore"))]
+QUANTISERS = [
+    wrapped,
+    torchao_int8,
+    torchao_int4,
+    pytest.param(dynamic_int8, marks=pytest.mark.filterwarnings("ignore")),
+]
 Quantise = Callable[[nn.Module], nn.Module]
 
 
