@@ -5,7 +5,8 @@
 Converts all-MiniLM-L6-v2 and compares its sentence embeddings with the dense model's, and how well they rank: WordNet's
 words and example sentences are looked up among definitions. Calibrates on definitions of other words. No gradient step.
 Writes `sentence_encoder.json` and `.md`; some minutes on a free core. Needs the extra `llm` and, for WordNet, a
-Debian or Ubuntu system.
+Debian or Ubuntu system. `--library 8` scores the refitted encoder of 8 heads with the embeddings of sentence-transformers too,
+with and without our package; it needs that library.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_library import encode, save
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -73,8 +76,13 @@ def main() -> None:
     parser.add_argument("--shared-heads", type=int, default=3)
     parser.add_argument("--meanings", type=int, default=300, help="to rank, and equally many queries of each kind")
     parser.add_argument("--calibration-tokens", type=int, default=6_144)
+    parser.add_argument(
+        "--library", type=int, metavar="HEADS", help="also by sentence-transformers with this one of --heads"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    if options.library not in (None, *options.heads):
+        parser.error(f"--library must be one of --heads {' '.join(map(str, options.heads))}, got {options.library}")
     set_verbosity_error()
     disable_progress_bar()
     start = time.perf_counter()
@@ -89,7 +97,7 @@ def main() -> None:
     ]
     reference = embed(dense, tokenizer, texts)
 
-    rows = [measure("dense", dense, tokenizer, texts, reference)]
+    rows = [score("dense", dense, reference, reference)]
     calibration = dict(
         calibration=[m.definition for m in others],
         tokenizer=tokenizer,
@@ -98,19 +106,26 @@ def main() -> None:
         progress=False,
     )
     s, h = options.shared_heads, dense.config.num_attention_heads
+
+    def measure(variant: str, model: PreTrainedModel) -> Row:
+        return score(variant, model, embed(model, tokenizer, texts), reference)
+
     linear = moh.convert(dense, shared_heads=s, active_heads=h - s, router="linear", **calibration)
     query_norm = moh.convert(dense, shared_heads=s, active_heads=h - s, router="query_norm")
-    rows.append(measure("contribution router", linear, tokenizer, texts, reference))
+    rows.append(measure("contribution router", linear))
     for n in options.heads:
+        before = len(rows)
         for variant, model in (("contribution router", linear), ("query-norm router", query_norm)):
             model.set_active_heads(n - s)
-            rows.append(measure(variant, model, tokenizer, texts, reference))
+            rows.append(measure(variant, model))
         refitted = moh.convert(
             dense, shared_heads=s, active_heads=n - s, allocation="sensitivity", refit_output=True, **calibration
         )
         variant = "contribution router, uneven, W_O refitted"
-        rows.append(measure(variant, refitted, tokenizer, texts, reference))
-        print(*map(describe, rows[-3:]), sep="\n", flush=True)
+        rows.append(measure(variant, refitted))
+        if n == options.library:
+            rows += by_library(refitted, tokenizer, path, texts, reference)
+        print(*map(describe, rows[before:]), sep="\n", flush=True)
         write(options, rows, time.perf_counter() - start, h)
 
 
@@ -195,11 +210,19 @@ def embed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Seq
     return torch.stack([found[i] for i in range(len(texts))])
 
 
-def measure(
-    variant: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], reference: Tensor
-) -> Row:
-    """One variant on texts that are, a third each, definitions, words and examples in the same order of meanings."""
-    embeddings = reference if variant == "dense" else embed(model, tokenizer, texts)
+def by_library(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path, texts: Sequence[str], reference: Tensor
+) -> list[Row]:
+    """The converted encoder as sentence-transformers loads it, after `import moh` and by the exported code."""
+    ways = {"after `import moh`": True, "by its exported code, without `moh`": False}
+    with tempfile.TemporaryDirectory() as scratch:
+        save(model, tokenizer, source, Path(scratch))
+        found = {way: encode(Path(scratch), texts, with_package=package) for way, package in ways.items()}
+    return [score(f"the same in sentence-transformers, {way}", model, e, reference) for way, e in found.items()]
+
+
+def score(variant: str, model: PreTrainedModel, embeddings: Tensor, reference: Tensor) -> Row:
+    """One variant; embeddings are of texts that are, a third each, definitions, words and examples of the same meanings."""
     definitions, words, examples = embeddings.chunk(3)
     heads = model.config.num_attention_heads * getattr(model.config, "share", 1.0)
     similarity = float((embeddings * reference).sum(-1).mean())
@@ -222,6 +245,14 @@ def describe(row: Row) -> str:
 def table(rows: Sequence[Row], results: dict[str, Any], num_heads: int) -> str:
     """The results as a page."""
     settings = results["settings"]
+    library = settings["library"]
+    said, option = "", ""
+    if library is not None:
+        option = f" --library {library}"
+        said = (
+            f" The refitted encoder of {library} heads is scored a second and third time with the embeddings of "
+            f"sentence-transformers {version('sentence-transformers')}: its own pooling, length and normalisation."
+        )
     return (
         "# A sentence encoder with fewer heads, without training\n\n"
         f"all-MiniLM-L6-v2 (6 layers of {num_heads} heads) converted by `moh.convert`, no gradient step. Similarity: mean "
@@ -230,12 +261,13 @@ def table(rows: Sequence[Row], results: dict[str, Any], num_heads: int) -> str:
         "the meaning's own. Calibrated on "
         f"{settings['calibration_tokens']} tokens of definitions of other meanings; {settings['shared_heads']} heads of "
         "each layer are shared. The contribution rows are one model at several settings of the dial, as are the "
-        "query-norm rows.\n\n"
+        f"query-norm rows.{said}\n\n"
         f"| | heads of {num_heads} | similarity | words: MRR@{MOST_RANKS} | words: first | examples: MRR@{MOST_RANKS} | "
         "examples: first |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         + "\n".join(map(describe, rows))
         + "\n\n"
-        + f"`python experiments/{NAME}.py`, {results['seconds']} s on {results['cpu']}, {results['threads']} thread(s).\n"
+        + f"`python experiments/{NAME}.py{option}`, {results['seconds']} s on {results['cpu']}, "
+        + f"{results['threads']} thread(s).\n"
     )
 
 
