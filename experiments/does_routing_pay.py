@@ -5,9 +5,9 @@
 
 No gradient step. Two models, calibrated on two texts and measured on the held-out parts of these and on a third, which no
 default was chosen on; then the time to read a prompt and to decode, in turns with the dense model. Each cell is a file of
-its own, so that an interrupted run resumes; the page `docs/results/does_routing_pay.md` and its picture are written from
-all of them. Fetches Gemma 3 270M, under Gemma's own terms. Hours on two cores; `--quick` measures one cell of each kind.
-Needs the extra `llm`.
+its own, so that an interrupted run resumes; all of them are joined to those in `docs/results/does_routing_pay.json`, from
+which the page of that name and its picture are written: `--only page` does only this. Fetches Gemma 3 270M, under Gemma's
+own terms. Hours on two cores; `--quick` measures one cell of each kind. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, SHARES, Chosen, Compared, cell_file
-from does_routing_pay_report import write
+from does_routing_pay_report import KINDS, NAME, write
+from result_names import collect_cells
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -76,7 +77,7 @@ def main() -> None:
     for name in options.models:
         if options.only not in ("quality", "page"):
             _measure_speed(options, name)
-    write(options.out, options.images, [json.loads(f.read_text("utf-8")) for f in sorted(options.work.glob("*.json"))])
+    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", KINDS))
 
 
 def _measure_quality(options: argparse.Namespace, name: str) -> None:

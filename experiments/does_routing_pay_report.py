@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import FIXED_HEADS, METHODS, MIXED, MODELS, NOT_MODELS, ROUTED
+from does_routing_pay_models import FIXED_HEADS, METHODS, MIXED, MODELS, NOT_MODELS, ROUTED, SHARES
+from result_names import commands
 
 from moh._extras import require
 from moh._files import write_text
+from moh.evaluation import perplexity_rise
 
 NAME = "does_routing_pay"
+KINDS = ("quality", "speed", "tuned")
+CONTROL = "dense"
+"""Tuned as the others are: what their perplexity is compared with."""
+
 _ABOUT = (
     "Routed heads beside what others do to make attention smaller, all from one calibration and without training "
     "([how each is made](../conversion.md#fixed-heads-and-layers-without-attention)): the same heads for every token, and whole "
@@ -18,6 +25,7 @@ _ABOUT = (
     "others shrink the cache and take less time at the same number of heads, so the right panels of the picture compare at "
     "equal time."
 )
+_TIMED = [method for method in METHODS if method not in NOT_MODELS]
 _COLOURS = dict(zip(METHODS, ("C0", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
 
@@ -34,7 +42,9 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
         lines += ["", f"## {model}", "", *_quality(of_model), *_compared(of_model)]
         of_model = [cell for cell in speed if cell["model"] == model]
         lines += ["", *_speed(of_model)] if of_model else []
-    lines += ["", f"Made by `python experiments/{NAME}.py`."]
+        of_model = [cell for cell in cells if cell["kind"] == "tuned" and cell["model"] == model]
+        lines += ["", *_tuned(of_model)] if of_model else []
+    lines += ["", "Made by:", "", "```console", *(f"$ {line}" for line in made_by(cells)), "```"]
     out.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
@@ -102,6 +112,76 @@ def _speed(cells: list[dict[str, Any]]) -> list[str]:
         figures = [f"{row[n][p]['to_dense']:.2f}" if n in row else "" for n in lengths for p in ("prefill", "decode")]
         lines.append("| " + " | ".join([f"{share:.0%}", method, *figures]) + " |")
     return lines
+
+
+def _tuned(cells: list[dict[str, Any]]) -> list[str]:
+    """Rises above the dense model that was tuned on the same tokens."""
+    controls = {json.dumps(_tuning(cell)): cell for cell in cells if cell["method"] == CONTROL}
+    lines: list[str] = []
+    for key, control in controls.items():
+        of_control = [cell for cell in cells if json.dumps(_tuning(cell)) == key and cell is not control]
+        o, texts = control["options"], list(control["texts"])
+        reached = ", ".join(f"{text} {control['texts'][text]['perplexity']:.2f}" for text in texts)
+        lines += [
+            f"W_O tuned by gradient, all other weights frozen (`training.only`), on {o['tokens']:,} tokens of "
+            f"{' and '.join(o['texts'])}, each of them once, in {o['tokens'] // 512 // o['batch_size']} steps; learning rate "
+            f"{o['learning_rate']:g}, seed {o['seed']}, {o['precision']}. Held-out perplexity above that of the dense model, "
+            f"whose W_O was tuned on the same tokens ({reached}), in percent, ± and brackets as above. The minutes are those of "
+            f"one thread on a busy machine; the control took {control['seconds'] / 60:.0f}.",
+            "",
+            "| share of heads | tuned | " + " | ".join(texts) + " | minutes |",
+            "| --- | --- |" + " --- |" * (len(texts) + 1),
+        ]
+        for cell in sorted(of_control, key=lambda cell: (-cell["aim"], cell["options"]["only"])):
+            rises = []
+            for text in texts:
+                ours, theirs = cell["texts"][text], control["texts"][text]
+                above, stderr = perplexity_rise(ours["block_losses"], theirs["block_losses"])
+                rises.append(f"{above:+.1f} ± {stderr:.1f} ({ours['used']:.0%})")
+            what = ", ".join({"o_proj": "W_O", "router": "routers"}.get(name, name) for name in cell["options"]["only"])
+            lines.append("| " + " | ".join([f"{cell['aim']:.0%}", what, *rises, f"{cell['seconds'] / 60:.0f}"]) + " |")
+    return lines
+
+
+def _tuning(cell: dict[str, Any]) -> dict[str, Any]:
+    """What a tuned model and its control have in common."""
+    return {name: value for name, value in cell["options"].items() if name != "only"}
+
+
+def made_by(cells: list[dict[str, Any]]) -> list[str]:
+    """The commands that measured the cells."""
+    of_kind = {kind: [c for c in cells if c["kind"] == kind] for kind in KINDS}
+    found: list[str] = []
+    for only, defaults in (
+        ("quality", {"only": None, "models": list(MODELS), "shares": [], "methods": list(METHODS)}),
+        (
+            "speed",
+            {"only": None, "models": list(MODELS), "timed_shares": [], "lengths": [512, 8192], "methods": _TIMED},
+        ),
+    ):
+        for model in _models(of_kind[only]):
+            shares = "shares" if only == "quality" else "timed_shares"
+            own = defaults | {shares: list(SHARES.get(model, ()))}
+            calls = []
+            for cell in of_kind[only]:
+                if cell["model"] == model:
+                    call = {"only": only, "models": [model], shares: [cell["aim"]], "methods": [cell["method"]]}
+                    calls.append(call | ({"lengths": [cell["length"]]} if only == "speed" else {}))
+            found += commands(f"{NAME}.py", calls, own)
+    defaults = {
+        "shares": list(SHARES["SmolLM2-135M"]),
+        "tokens": 49_152,
+        "learning_rate": 3e-4,
+        "seed": 0,
+        "only": ("o_proj",),
+    }
+    calls = [
+        {name: [cell["aim"]] if name == "shares" else cell["options"][name] for name in defaults}
+        for cell in of_kind["tuned"]
+        if cell["method"] != CONTROL
+    ]
+    found += commands(f"{NAME}_tuned.py", [{**call, "only": tuple(call["only"])} for call in calls], defaults)
+    return [*found, f"python experiments/{NAME}.py --only page"]
 
 
 def _plot(file: Path, quality: list[dict[str, Any]], speed: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED, converted
 from local_questions import wordnet_directory
 from local_tasks import make_local_tasks
+from result_names import command
 
 import moh  # noqa: F401  registers our models
 from moh._files import write_text
@@ -25,6 +26,9 @@ from moh.evaluation.harness import Estimate, TaskEvaluation, evaluate_tasks
 from moh.models.transformers.loading import load_tokenizer
 
 DENSE = "dense"
+
+_ASKED = ("model", "shares", "methods", "limit")
+"""Options that change results."""
 
 
 def main() -> None:
@@ -45,6 +49,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("local_answers_work"), help="for tasks and scores")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    asked = {name: getattr(options, name) for name in _ASKED}
+    made_by = command("local_answers.py", asked, {name: parser.get_default(name) for name in _ASKED})
     if options.quick:
         options.shares, options.limit, options.work = [5 / 9], 2, options.work / "quick"
         options.out = options.work
@@ -69,7 +75,7 @@ def main() -> None:
         output_dir=options.work / options.model,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "local_answers.md", page(options.model, result))
+    write_text(options.out / "local_answers.md", page(options.model, result, made_by))
 
 
 def _complete(models: list[Path], dense: Path) -> None:
@@ -81,12 +87,13 @@ def _complete(models: list[Path], dense: Path) -> None:
             tokenizer.save_pretrained(path)
 
 
-def page(name: str, result: TaskEvaluation) -> str:
+def page(name: str, result: TaskEvaluation, made_by: str) -> str:
     """The page of all models: the dense one's scores, and below them the differences to it, in points.
 
     Args:
         name: of the dense model.
         result: its first model is the dense one, the others are named "METHOD, SHARE".
+        made_by: the command.
     """
     first = result.models[0].scores
     labels = [f"{score.label} ({score.metric})" for score in first]
@@ -108,7 +115,7 @@ def page(name: str, result: TaskEvaluation) -> str:
         deltas = [result.difference(number, task) for task in range(len(first))]
         method = model.label.rpartition(", ")[0]
         lines.append(_row(model.share, method, deltas, result.average_difference(number), sign="+"))
-    return "\n".join([*lines, "", "Made by `python experiments/local_answers.py`.", ""])
+    return "\n".join([*lines, "", f"Made by `{made_by}`.", ""])
 
 
 def _row(share: float, name: str, scores: list[Estimate], average: Estimate | None, sign: str = "") -> str:

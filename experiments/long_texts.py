@@ -6,8 +6,9 @@
 The models are those that the first command converted, and the dense one. Perplexity is of held-out text in blocks of 8,192
 tokens, by how far back a token can look; the needles are in `long_texts_needles.py`. All models read the same blocks and
 haystacks, so that differences to the dense model are paired. Each cell is a file of its own, so that an interrupted run
-resumes; the page `docs/results/long_texts.md` and its picture are written from all of them. Hours on two cores; `--quick`
-measures two short lengths at one share. Needs the extra `llm`.
+resumes; all of them are joined to those in `docs/results/long_texts.json`, from which the page of that name and its picture
+are written: `--only page` does only this. Hours on two cores; `--quick` measures two short lengths at one share. Needs the
+extra `llm`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import (
-    DROPPED_LINEAR,
-    FIXED_HEADS,
-    METHODS,
-    MODELS,
-    NOT_MODELS,
-    ROUTED,
-    cell_file,
-    converted,
-)
+from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, cell_file, converted
 from long_texts_needles import DEPTHS, ask, haystacks
-from long_texts_report import DENSE, write
-from result_names import command
+from long_texts_report import DEFAULTS, DENSE, KINDS, NAME, write
+from result_names import collect_cells
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,34 +42,31 @@ from moh.training import load_corpus, pack_tokens
 _TOKENS_PER_CALL = 512  # whose logits are held at once: 0.5 GB with Gemma's vocabulary
 
 
-_ASKED = ("model", "shares", "methods", "texts", "lengths", "haystacks", "blocks")
-"""Options that change results."""
-
-
 def main() -> None:
     """Parse the options, measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("does_routing_pay_work"), help="directory of the models")
-    parser.add_argument("--model", choices=tuple(MODELS), default=next(iter(MODELS)), help="the dense one")
-    parser.add_argument("--shares", nargs="+", type=float, default=[7 / 9, 6 / 9, 5 / 9, 4 / 9], help="of all heads")
+    parser.add_argument("--model", choices=tuple(MODELS), default=DEFAULTS["model"], help="the dense one")
+    parser.add_argument("--shares", nargs="+", type=float, default=DEFAULTS["shares"], help="of all heads")
     parser.add_argument(
         "--methods",
         nargs="*",
         help="none: the dense model alone",
         choices=[method for method in METHODS if method not in NOT_MODELS],
-        default=[ROUTED, FIXED_HEADS, DROPPED_LINEAR],
+        default=DEFAULTS["methods"],
     )
-    parser.add_argument("--texts", nargs="+", default=["anarchism", "python-doc"], help="whose held-out parts are read")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1_024, 2_048, 4_096, 8_192])
-    parser.add_argument("--haystacks", type=int, default=12, help="of each length")
-    parser.add_argument("--blocks", type=int, default=4, help="of each text, at most, for the perplexity")
+    parser.add_argument("--texts", nargs="+", default=[*DEFAULTS["texts"]], help="whose held-out parts are read")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[*DEFAULTS["lengths"]])
+    parser.add_argument("--haystacks", type=int, default=DEFAULTS["haystacks"], help="of each length")
+    parser.add_argument(
+        "--blocks", type=int, default=DEFAULTS["blocks"], help="of each text, at most, for the perplexity"
+    )
+    parser.add_argument("--only", choices=("page",), help="write it from the cells that there are")
     parser.add_argument("--quick", action="store_true", help="one share, two short lengths, into --work")
     parser.add_argument("--work", type=Path, default=Path("long_texts_work"), help="for cells")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    asked = {name: getattr(options, name) for name in _ASKED}
-    made_by = command("long_texts.py", asked, {name: parser.get_default(name) for name in _ASKED})
     set_verbosity_error()
     disable_progress_bar()
     if options.quick:
@@ -85,13 +74,9 @@ def main() -> None:
         options.work = options.out = options.images = options.work / "quick"
     options.lengths = sorted(set(options.lengths))
     options.work.mkdir(parents=True, exist_ok=True)
-    _measure(options)
-    write(
-        options.out,
-        options.images,
-        [json.loads(f.read_text("utf-8")) for f in sorted(options.work.glob("*.json"))],
-        made_by,
-    )
+    if options.only is None:
+        _measure(options)
+    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", KINDS))
 
 
 def _measure(options: argparse.Namespace) -> None:

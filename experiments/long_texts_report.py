@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from does_routing_pay_models import METHODS
+from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, ROUTED
+from result_names import commands
 
 from moh._extras import require
 from moh._files import write_text
@@ -16,13 +17,25 @@ from moh.evaluation import perplexity_rise
 
 NAME = "long_texts"
 DENSE = "dense"
+KINDS = ("positions", "needles")
+DEFAULTS: dict[str, Any] = {
+    "model": next(iter(MODELS)),
+    "shares": [7 / 9, 6 / 9, 5 / 9, 4 / 9],
+    "methods": [ROUTED, FIXED_HEADS, DROPPED_LINEAR],
+    "texts": ("anarchism", "python-doc"),
+    "lengths": (512, 1_024, 2_048, 4_096, 8_192),
+    "haystacks": 12,
+    "blocks": 4,
+}
+"""Of the options that change results."""
+
 _ORDER = (DENSE, *METHODS)
 _FIELDS = {"chosen": "The right word is the likeliest of the five in the text (by chance 20 %)",
            "written": "The right word is what the model writes, greedily"}  # fmt: skip
 
 
-def write(out: Path, images: Path, cells: list[dict[str, Any]], made_by: str = f"python experiments/{NAME}.py") -> None:
-    """Write the page into `out` and the picture into `images`, from all cells that are there; `made_by` is the command."""
+def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
+    """Write the page into `out` and the picture into `images`, from all cells that are there."""
     cells = sorted(cells, key=lambda cell: (-cell["aim"], _ORDER.index(cell["method"])))
     models = list(dict.fromkeys(cell["model"] for cell in cells if cell["method"] == DENSE))
     if not models:
@@ -38,11 +51,30 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]], made_by: str = f
             lines += ["", *_positions([cell for cell in positions if cell["text"] == text])]
         needles = [cell for cell in of_model if cell["kind"] == "needles"]
         lines += ["", *_needles(needles)] if needles else []
-    lines += ["", f"Made by `{made_by}`."]
+    lines += ["", "Made by:", "", "```console", *(f"$ {line}" for line in made_by(cells)), "```"]
     out.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{NAME}.md", "\n".join(lines) + "\n")
     _plot(images / f"{NAME}.png", models, cells)
+
+
+def made_by(cells: list[dict[str, Any]]) -> list[str]:
+    """The commands that measured the cells."""
+    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["method"] != DENSE:  # every command measures the dense model too
+            models.setdefault((cell["model"], cell["aim"], cell["method"]), []).append(cell)
+    calls = []
+    for (model, aim, method), of_model in models.items():
+        lengths = {n for c in of_model for n in (c["edges"][1:] if c["kind"] == "positions" else [c["length"]])}
+        texts = [t for c in of_model for t in ([c["text"]] if c["kind"] == "positions" else c["texts"])]
+        found = {"model": model, "shares": [aim], "methods": [method], "lengths": tuple(sorted(lengths)),
+                 "texts": tuple(dict.fromkeys(texts))}  # fmt: skip
+        for name in ("haystacks", "blocks"):
+            found[name] = next((cell[name] for cell in of_model if name in cell), DEFAULTS[name])
+        calls.append(found)
+    lines = commands(f"{NAME}.py", calls, DEFAULTS)
+    return [*lines, f"python experiments/{NAME}.py --only page"]
 
 
 def _positions(cells: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The name of an experiment's result files, and the command that made them.
+"""The name of an experiment's result files, the commands that made them, and the cells that a page is made of.
 
 Results under the default name are committed, so a run with other options must have a name of its own.
 """
@@ -6,9 +6,13 @@ Results under the default name are committed, so a run with other options must h
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from moh._files import write_text
 
 
 def results_name(
@@ -40,6 +44,47 @@ def command(script: str, values: Mapping[str, Any], defaults: Mapping[str, Any])
         if value != defaults[field]:
             words += [_flag(field), *map(_word, value if isinstance(value, (list, tuple)) else [value])]
     return shlex.join(words)
+
+
+def collect_cells(work: Path, committed: Path, kinds: Iterable[str]) -> list[dict[str, Any]]:
+    """All cells of an experiment; those in `work` are added to the committed ones, or replace them.
+
+    Args:
+        work: directory with one JSON file per cell.
+        committed: the file next to the page, by cell; it is written again where `work` has some.
+        kinds: of cells that belong to the experiment.
+    """
+    cells = json.loads(committed.read_text("utf-8")) if committed.is_file() else {}
+    measured = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))}
+    if new := {name: cell for name, cell in measured.items() if cell.get("kind") in set(kinds)}:
+        cells = dict(sorted((cells | new).items()))
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in cells.items())
+        committed.parent.mkdir(parents=True, exist_ok=True)
+        write_text(committed, f"{{\n{lines}\n}}\n")
+    return list(cells.values())
+
+
+def commands(script: str, calls: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:
+    """The fewest command lines that make what all these calls make together.
+
+    Args:
+        script: of the experiment.
+        calls: values of its options; those of one cell each are enough, as lists of one value. Calls that differ in one list
+            alone are joined; a tuple is a value of its own.
+        defaults: of all options in `calls`.
+    """
+    found = list(calls)
+    for field in [name for name in defaults if isinstance(defaults[name], list)]:
+        groups: dict[str, dict[str, Any]] = {}
+        for call in found:
+            rest = json.dumps({name: value for name, value in call.items() if name != field})
+            group = groups.setdefault(rest, {**call, field: []})
+            group[field] += [value for value in call[field] if value not in group[field]]
+        found = list(groups.values())
+        order = defaults[field]
+        for call in found:  # those of one set in one order, which the next field is compared by
+            call[field].sort(key=lambda value: (order.index(value) if value in order else len(order), str(value)))
+    return [command(script, call, defaults) for call in found]
 
 
 def _flag(field: str) -> str:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 import does_routing_pay
 import transformers
 from does_routing_pay_models import METHODS, MIXED, NOT_MODELS, RANDOM, ROUTED, SAME_NUMBER, Compared
-from does_routing_pay_report import write
+from does_routing_pay_report import CONTROL, write
 
 import moh
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR
@@ -130,10 +130,21 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
         dict(kind="speed", model="tiny", method=method, aim=0.75, length=8, share=0.75, cpu="a CPU", threads=1,
              prefill=ratios, decode=ratios) for method in METHODS if method not in NOT_MODELS
     ]  # fmt: skip
+    losses = {ROUTED: [1.1, 1.3], CONTROL: [1.0, 1.2]}
+    options = dict(
+        ASKED, tokens=2048, batch_size=2, learning_rate=1e-3, seed=0, precision="fp32", only=["o_proj", "router"]
+    )
+    cells += [
+        dict(kind="tuned", model="tiny", method=method, aim=0.75, seconds=90.0, options=options,
+             texts={"a": dict(perplexity=3.0, block_losses=losses[method], used=0.7)}) for method in losses
+    ]  # fmt: skip
     write(tmp_path, tmp_path, cells)
     page = (tmp_path / "does_routing_pay.md").read_text()
     for method in METHODS:
         rise = "+12.5 ± 0.5 (80%)" if method in (ROUTED, MIXED) else "+12.5 ± 0.5"
         assert f"| 75% | {method} | {rise} | {rise} |" in page
         assert (f"| 75% | {method} | 0.90 | 0.90 |" in page) is (method not in NOT_MODELS)
+    assert "| 75% | W_O, routers | +10.5 ± 0.0 (70%) | 2 |" in page  # exp(0.1) - 1
+    (tuned,) = [line for line in page.splitlines() if "_tuned.py" in line]
+    assert tuned.endswith("--shares 0.75 --tokens 2048 --learning-rate 0.001 --only o_proj router")
     assert (tmp_path / "does_routing_pay.png").stat().st_size > 1000

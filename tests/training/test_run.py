@@ -120,6 +120,33 @@ def test_inactive_heads_may_get_the_papers_gradient(options: list[str], tmp_path
     assert dense.model.config._attn_implementation == zero.model.config._attn_implementation == "moh"
 
 
+@pytest.mark.parametrize(
+    ("extra", "only"),
+    [(CONVERSION, ["o_proj", "router"]), ([], ["mlp"]), ([], ["layers.0"])],
+    ids=["heads", "dense", "no_part"],
+)
+def test_only_named_parts_are_trained(options: list[str], tmp_path: Path, extra: list[str], only: list[str]) -> None:
+    options += [*extra, f"--training.only={only}", "--training.save_steps=3"]
+    recipe = load_recipe(None, options)
+    if only == ["layers.0"]:
+        with pytest.raises(ValueError, match=r"training\.only must hold parts of .* embed_tokens, .*; got 'layers\.0'"):
+            train(recipe)
+        return
+    before = train(
+        load_recipe(None, [*options, "--training.learning_rate=0", f"--training.output_dir={tmp_path / 'b'}"])
+    )
+    result = train(recipe)
+    start = dict(before.model.named_parameters())
+    changed = {name for name, p in result.model.named_parameters() if not torch.equal(p, start[name])}
+    assert changed == {name for name in start if set(only) & set(name.split("."))} != set()
+    with_gradients = {name for name, p in result.model.named_parameters() if p.requires_grad}
+    assert with_gradients == changed
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "out" / "model")
+    resumed = train(recipe)
+    assert resumed.resumed_from is not None and resumed.losses == result.losses
+
+
 def test_a_resumed_run_does_not_convert_again(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

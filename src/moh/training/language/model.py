@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -98,6 +99,24 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
         return kind(**fields, **recipe.extra)
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.from_scratch: {' '.join(str(error).split())}") from None
+
+
+def train_only(model: nn.Module, names: Sequence[str]) -> None:
+    """Let training change only the parameters that have one of `names` between the dots of their own.
+
+    Raises:
+        ValueError: a name is no part of any parameter's; the message has the names that are.
+    """
+    parts = {name: set(name.split(".")) for name, _ in model.named_parameters()}
+    known = {part for of_one in parts.values() for part in of_one if not part.isdigit()}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"training.only must hold parts of parameters' names of {type(model).__name__}, which are "
+                f"{', '.join(sorted(known))}; got {name!r}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not parts[name].isdisjoint(names))
 
 
 def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:

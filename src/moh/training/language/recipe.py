@@ -169,6 +169,8 @@ class TrainingRecipe(TrainingSettings):
         max_grad_norm: gradients are scaled down to this norm.
         tokens_per_batch: tokens per optimiser step; `gradient_accumulation_steps` is then computed from it, the length of the
             sequences, the batch size and the number of processes.
+        only: modules or parameters that are trained, such as [o_proj, router]; the others keep their values, and no gradients
+            of theirs are computed. Each is a part between the dots of parameters' names. Empty trains all.
         distillation_weight: w in (1 - w) next-token loss + w T^2 KL(dense original || model).
         distillation_temperature: T of the distillation.
     """
@@ -178,6 +180,7 @@ class TrainingRecipe(TrainingSettings):
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     tokens_per_batch: int | None = None
+    only: list[str] = field(default_factory=list)
     distillation_weight: float = 0.0
     distillation_temperature: float = 1.0
 

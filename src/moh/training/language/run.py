@@ -28,7 +28,7 @@ from moh.data.text.streaming import StreamedMixture
 from moh.models.transformers.loading import mend_generation_config
 from moh.training.checkpoints import has_sharded_weights, load_sharded_weights
 from moh.training.language.data import TrainingText, prepare_text
-from moh.training.language.model import build_model, check_fits, load_dense, load_tokenizer, model_config
+from moh.training.language.model import build_model, check_fits, load_dense, load_tokenizer, model_config, train_only
 from moh.training.language.recipe import Recipe
 from moh.training.language.trainer import MoHTrainer, stream_position
 from moh.training.session import RunResult, open_session, save_card, saving, without_autocast
@@ -109,6 +109,8 @@ def train(
             parameter.requires_grad_(name not in frozen)
     elif model is None:
         model = build_model(recipe, tokenizer, text, arguments, resuming=checkpoint is not None)
+    if settings.only:
+        train_only(model, settings.only)
     if checkpoint is not None and session.finished and has_sharded_weights(checkpoint):
         load_sharded_weights(model, checkpoint)  # the Trainer reads them only before a step, and none is left
     if settings.balance_loss_coef and hasattr(model.config, "router_aux_loss_coef"):
