@@ -69,6 +69,7 @@ def main() -> None:
     for share in (1.0, *options.shares):
         file = tuned_file(options, share)
         asked = {name: getattr(options, name) for name in OPTIONS}
+        asked |= {} if share < 1 else {"only": ["o_proj"]}  # the control has no routers
         if is_measured(file, asked):
             continue
         load = AutoModelForCausalLM.from_pretrained if share < 1 else load_causal_lm

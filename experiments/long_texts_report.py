@@ -68,8 +68,8 @@ def made_by(cells: list[dict[str, Any]]) -> list[str]:
     for (model, aim, method), of_model in models.items():
         lengths = {n for c in of_model for n in (c["edges"][1:] if c["kind"] == "positions" else [c["length"]])}
         texts = [t for c in of_model for t in ([c["text"]] if c["kind"] == "positions" else c["texts"])]
-        found = {"model": model, "shares": [aim], "methods": [method], "lengths": tuple(sorted(lengths)),
-                 "texts": tuple(dict.fromkeys(texts))}  # fmt: skip
+        found = {"model": model, "shares": [aim], "methods": [method], "texts": tuple(dict.fromkeys(texts)),
+                 "lengths": tuple(sorted(lengths))}  # fmt: skip
         for name in ("haystacks", "blocks"):
             found[name] = next((cell[name] for cell in of_model if name in cell), DEFAULTS[name])
         calls.append(found)

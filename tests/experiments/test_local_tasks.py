@@ -169,7 +169,9 @@ def _score(task: str, *values: float) -> TaskScore:
 def test_the_page_has_the_paired_differences() -> None:
     dense = ModelScores("dense", "a", 1.0, (_score("A", 1, 1, 0, 0), _score("B", 1, 0, 1, 0)))
     fixed = ModelScores("fixed heads, 78%", "b", 7 / 9, (_score("A", 1, 0, 0, 0), _score("B", 1, 0, 1, 0)))
-    page = local_answers.page("tiny", TaskEvaluation("local", (dense, fixed), None, {"lm-eval": "1"}, "a CPU"), "the command")
+    page = local_answers.page(
+        "tiny", TaskEvaluation("local", (dense, fixed), None, {"lm-eval": "1"}, "a CPU"), "the command"
+    )
     assert "| share of heads | model | A (acc) | B (acc) | average |" in page
     assert "| 100% | dense | 50.0 ± 25.0 | 50.0 ± 25.0 | 50.0 ± 17.7 |" in page
     # the differences of A are 0, -1, 0, 0: their mean is -25 points, its standard error 50 / sqrt(4)

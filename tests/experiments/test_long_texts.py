@@ -192,8 +192,8 @@ def test_the_page_has_paired_differences(tmp_path) -> None:
     assert "| 100% | dense | 100 |  | 100 | 100 |" in page
     # per text 50 and 100 points below: the mean is -75, and its standard error sqrt(1250 / 2) = 25
     assert f"| 75% | {FIXED_HEADS} | 25 | -75.0 ± 25.0 | 0 | 50 |" in page
-    made_by = "$ python experiments/long_texts.py --model tiny --shares 0.75 --methods 'fixed heads' --texts a"
-    assert f"\n{made_by} --lengths" in page
+    made_by = "$ python experiments/long_texts.py --model tiny --shares 0.75 --methods 'fixed heads' --texts 'a text'"
+    assert f"\n{made_by} --lengths 8 16\n" in page
     assert (tmp_path / "long_texts.png").stat().st_size > 1000
 
 
@@ -220,7 +220,7 @@ def test_a_run_measures_every_cell_once(tokenizer, documents, llama, fitted, tmp
     fitted.make(FIXED_HEADS, 9).model.save_pretrained(cell.with_suffix(""))
     cell.write_text("{}")
     long_texts.main()
-    files = sorted((tmp_path / "work" / "quick").glob("*.json"))
+    files = sorted((tmp_path / "work" / "quick").glob("tiny-*.json"))
     kinds = [json.loads(file.read_text())["kind"] for file in files]
     assert sorted(kinds) == ["needles"] * 4 + ["positions"] * 2  # dense and fixed: two lengths, one text
     assert _printed(capsys) == 6
