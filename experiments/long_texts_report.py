@@ -36,7 +36,10 @@ _FIELDS = {"chosen": "The right word is the likeliest of the five in the text (b
 
 def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     """Write the page into `out` and the picture into `images`, from all cells that are there."""
-    cells = sorted(cells, key=lambda cell: (-cell["aim"], _ORDER.index(cell["method"])))
+    rounded = [
+        {**cell, "aim": round(cell["aim"], 4), "share": round(cell["share"], 4)} for cell in cells
+    ]  # of all calls
+    cells = sorted(rounded, key=lambda cell: (-cell["aim"], _ORDER.index(cell["method"])))
     models = list(dict.fromkeys(cell["model"] for cell in cells if cell["method"] == DENSE))
     if not models:
         return
