@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moh
 from moh.config import MoHConfig
 from moh.conversion.calibrator import Calibrator
-from moh.conversion.passes import layer_costs
+from moh.conversion.passes import layer_costs, summed_loss
 from moh.conversion.transformers import adapter
+from moh.data.text.blocks import IGNORED
 from moh.routing import build_router
 
 
@@ -103,6 +106,64 @@ def test_costs_take_at_most_twice_the_models_memory(make_dense) -> None:
     with Peak() as peak:
         calibrator.costs(routers)
     assert 0 < peak.most <= 2 * sum(p.numel() * p.element_size() for p in dense.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_summed_loss_is_pytorchs_with_less_memory(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1200, 8, generator=generator).to(dtype)
+    head = torch.randn(8, 2048, generator=generator).to(dtype)
+    targets = torch.randint(2048, (1200,), generator=generator)
+    targets[::7] = IGNORED
+    found = []
+    for loss in (summed_loss, lambda z, t: F.cross_entropy(z.float(), t, reduction="sum", ignore_index=IGNORED)):
+        x = states.clone().requires_grad_()
+        with Peak() as peak:
+            value = loss(x @ head, targets)
+            (3 * value).backward()
+        found.append((value.detach(), x.grad, peak.most))
+    (value, gradient, least), (expected, of_pytorch, most) = found
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, of_pytorch, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=1e-3)
+    assert least < 0.8 * most
+
+
+def _costs(dense: nn.Module, blocks: Any = None, samples: int = 2) -> tuple[Tensor, int]:
+    """The layers' costs, and the most bytes that they took at once."""
+    of_dense = adapter(dense, "linear", copied=False)
+    of_dense.blocks = of_dense.blocks if blocks is None else blocks
+    ids = torch.randint(64, (samples, 64), generator=torch.Generator().manual_seed(0))
+    routers = [build_router(MoHConfig(4, 1, 1, "linear"), 32) for _ in of_dense.attentions]
+    with Peak() as peak:
+        return layer_costs(of_dense, routers, iter(ids.split(1))), peak.most
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_layers_costs_are_measured_with_the_graph_of_one_layer_at_a_time(make_dense, family: str) -> None:
+    dense = make_dense(family)
+    forward = [block.__dict__.get("forward") for block in adapter(dense, "linear", copied=False).blocks]
+    torch.manual_seed(0)
+    light, least = _costs(dense)
+    torch.manual_seed(0)
+    whole, most = _costs(dense, blocks=())
+    assert torch.equal(light, whole) and light[:, 0].min() > 0 and least < most
+    assert [block.__dict__.get("forward") for block in adapter(dense, "linear", copied=False).blocks] == forward
+
+
+def test_memory_of_the_costs_hardly_grows_with_the_number_of_layers(make_dense) -> None:
+    two, eight = (_costs(make_dense(num_hidden_layers=layers))[1] for layers in (2, 8))
+    kept = 64 * 32 * 4  # bytes of one state of every token
+    assert eight - two <= 6 * 4 * kept  # of a layer more: its input, what its heads gave, and scores of heads
+
+
+def test_memory_of_the_costs_does_not_grow_with_the_number_of_samples(make_dense) -> None:
+    gc.collect()
+    gc.disable()  # what circles of references hold would be counted, or not, by chance
+    try:
+        two, eight = (_costs(make_dense(), samples=samples)[1] for samples in (2, 8))
+    finally:
+        gc.enable()
+    assert eight == two
 
 
 def test_costs_do_not_depend_on_how_samples_are_divided(make_dense) -> None:

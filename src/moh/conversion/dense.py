@@ -79,12 +79,15 @@ class DenseModel(ABC):
         attentions: its attention layers, in order.
         num_heads: h of every layer.
         kv_heads: key/value heads of every layer, each read by a group of heads; None if unknown.
+        blocks: all layers, of which attention is a part or, in a hybrid model, of some of them; a graph for gradients keeps
+            their inputs alone. Empty if they aren't known.
     """
 
     model: nn.Module
     attentions: list[DenseAttention]
     num_heads: int
     kv_heads: int | None = None
+    blocks: Sequence[nn.Module] = ()
 
     @property
     def device(self) -> torch.device:

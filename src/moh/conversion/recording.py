@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moh.conversion.dense import DenseAttention, DenseModel, check_finite
 
@@ -39,6 +43,20 @@ def run(
             output = dense.run(batch)
             if output is not None:
                 check_finite(output, f"layer {len(dense.attentions) - 1} gives")
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, of which glibc would keep more than a small model has (Linux)."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    return trim
 
 
 class Recording:
@@ -128,6 +146,7 @@ class Playback:
                 add(layer, x, z)
 
             self.recording.run(index, dense, add_rows, layers)
+            give_back_memory()
 
 
 Batches = Iterator[Tensor] | Playback
@@ -171,3 +190,35 @@ def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
+    """A graph through `blocks` keeps the input of each alone; the backward pass runs them again, one at a time.
+
+    Yields:
+        whether a block is being run again, for hooks inside it that must count once.
+    """
+    again = False
+
+    @contextmanager
+    def running_again() -> Iterator[None]:
+        nonlocal again
+        again = True
+        try:
+            yield
+        finally:
+            again = False
+
+    former = []
+    for block in blocks:
+        former.append((block, block.__dict__.get("forward")))  # its own one where accelerate has put hooks on it
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+                                context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
+    try:
+        yield lambda: again
+    finally:
+        for block, forward in former:
+            del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import FIXED, MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
+from moh.conversion.passes import summed_loss
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised
@@ -73,9 +74,6 @@ class DenseTransformersModel(DenseModel):
     """
 
     model: PreTrainedModel
-    blocks: list[nn.Module]
-    """All layers, of which attention is a part or, in a hybrid model, of some of them."""
-
     block_of: list[int]
     """Index of the layer that each attention is a part of."""
 
@@ -230,9 +228,7 @@ class DenseTextModel(DenseTransformersModel):
             # The last token of a sample predicts nothing. Ignored, not cut off: a cut makes two copies of the logits.
             targets = nn.functional.pad(samples[:, 1:], (0, 1), value=IGNORED)
             logits = self.model(inputs_embeds=embedded, use_cache=False).logits  # [B, N, V]
-            return nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=IGNORED
-            )
+            return summed_loss(logits.flatten(0, 1), targets.flatten())
         states = self.model.base_model(inputs_embeds=embedded).last_hidden_state  # [B, N, C]
         directions = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
         projected: Tensor = (states.float() * directions).sum() / states.shape[-1] ** 0.5
