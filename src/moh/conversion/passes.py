@@ -292,5 +292,5 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: of any dtype; the loss is computed in float32.
         targets: ids, or `IGNORED`.
     """
-    loss: Tensor = _SummedLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SummedLoss.apply(logits, targets)
     return loss
