@@ -31,7 +31,7 @@ help: ## list the targets
 demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options: make demo ARGS="--help"
 	$(BIN)/moh demo $(ARGS)
 
-# The demo's base model as the demo converts it, before tuning; or MODEL=DIR of your own, such as moh-demo/model.
+# The demo's base model, converted by the default settings; or MODEL=DIR of your own, such as moh-demo/model.
 MODEL ?= smollm2-moh
 smollm2-moh: | $(VENV)/.stamp-llm
 	$(BIN)/moh convert "$$($(BIN)/python -c 'from moh.demo.base_model import default_base_model as model; print(model())')" $@
