@@ -172,7 +172,7 @@ class MoHConfig:
 
     @property
     def share(self) -> float:
-        """Share of the layer's heads that each token uses, (h_s + k) / h."""
+        """Share of the layer's heads that each token uses, (h_s + k) / h; an average with the router `threshold`."""
         return (self.num_shared + self.active_heads) / self.num_heads
 
     @property

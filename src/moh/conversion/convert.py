@@ -69,7 +69,7 @@ def convert(
             diffusers `DiTTransformer2DModel`, a dense DiT of ours, a `DiTPipeline`, or a directory or hub name of one of
             these; they are converted without calibration (`moh.conversion.diffusers`). A model that is passed stays as it
             is, as its weights are copied, unless `copy_weights` is False.
-        share: share of all heads that each token uses, shared ones included, in (0, 1]; None means 0.75, unless
+        share: share of all heads that tokens use, shared ones included, in (0, 1]; None means 0.75, unless
             `active_heads` is given. Layers get the nearest number of heads that they allow; with uneven layers
             (`allocation`, `layers`) the sum over all layers is the nearest.
         shared_heads: instead of `share`: h_s, heads that every token uses, or their indices. A number means the ones with

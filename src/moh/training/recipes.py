@@ -172,7 +172,7 @@ class ConversionSettings:
     """How a dense model becomes a MoH model before training: the arguments of `moh.convert`, with their own defaults.
 
     Args:
-        share: share of all heads that each token uses; null means 0.75, unless `active_heads` is given.
+        share: share of all heads that tokens use; null means 0.75, unless `active_heads` is given.
         shared_heads: heads per layer that every token uses, instead of `share`; null means what `moh.convert` chooses.
         active_heads: routed heads per layer that each token chooses, instead of `share`.
         router: "linear" (the default here: fitted to the heads' contributions), "threshold" (the same, with as many heads as
