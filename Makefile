@@ -32,8 +32,8 @@ demo: $(VENV)/.stamp-llm ## the main job on a real model, in moh-demo/; options:
 	$(BIN)/moh demo $(ARGS)
 
 # The demo's base model, converted by the default settings; or MODEL=DIR of your own, such as moh-demo/model.
-MODEL ?= smollm2-moh
-smollm2-moh: | $(VENV)/.stamp-llm
+MODEL ?= smollm2-moh-default
+smollm2-moh-default: | $(VENV)/.stamp-llm
 	$(BIN)/moh convert "$$($(BIN)/python -c 'from moh.demo.base_model import default_base_model as model; print(model())')" $@
 
 heads: $(VENV)/.stamp-llm | $(MODEL) ## the page of heads, docs/heads.html; of another model: make heads MODEL=moh-demo/model
