@@ -15,11 +15,15 @@ CASES = [
     pytest.param(dict(activation="gelu_tanh"), id="gelu"),
     pytest.param(dict(gated=False, activation="gelu_tanh"), id="plain"),
     pytest.param(dict(gated=False, bias=True, centred=True), id="plain-layer-norm-biases"),
+    pytest.param(dict(gated=False, activation="gelu"), id="plain-exact-gelu"),
     pytest.param(dict(B=3, bias=True, offset=1.0), id="batch-biases-offset"),
     pytest.param(dict(B=16, C=64, M=130, scale=0.22), id="sixteen-rows-scaled"),
     pytest.param(dict(B=2, C=37, M=19), id="odd-sizes"),
     pytest.param(dict(C=576, M=1536), id="as-large-as-SmolLM2"),
 ]
+
+
+ACTIVATIONS = dict(silu=F.silu, gelu_tanh=lambda t: F.gelu(t, approximate="tanh"), gelu=F.gelu)
 
 
 def inputs(
@@ -78,7 +82,7 @@ def normalised(x: Tensor, case) -> Tensor:
 
 def definition(case) -> Tensor:
     gate, gate_bias, up, up_bias, down, down_bias = case["projections"]
-    activate = F.silu if case["activation"] == "silu" else lambda t: F.gelu(t, approximate="tanh")
+    activate = ACTIVATIONS[case["activation"]]
     y = case["x"] + case["scale"] * case["added"]
     z = normalised(y, case)
     hidden = F.linear(z, up, up_bias)
@@ -105,6 +109,39 @@ def test_output_is_that_of_the_definition_in_float32(isa, sizes, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("where", ["norms around", "nothing before", "beside"])
+@torch.no_grad()
+def test_norms_stand_where_a_family_has_them(isa, where, dtype):
+    case = to(inputs(B=2, C=37, M=19, offset=0.5, scale=0.7), dtype)
+    exact = to(case, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(size, generator=generator).to(dtype) for size in (37, 37, (2, 1, 37))]
+    added_norm, result_norm, beside = (tensor.float() for tensor in given)
+    gate, up, down = exact["projections"][::2]
+
+    def around(t: Tensor, weight: Tensor) -> Tensor:
+        return normalised(t, exact | dict(norm=[weight, None])) if where != "beside" else t
+
+    def mlp(t: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(t, gate)) * F.linear(t, up), down)
+
+    y = exact["x"] + 0.7 * around(exact["added"], added_norm)
+    z = {"norms around": normalised(y, exact), "nothing before": y, "beside": beside}[where]
+    expected = y + 0.7 * around(mlp(z), result_norm)
+    if where != "norms around":
+        case["norm"] = [None, None]
+    more = [None, None, None, *([given[2], None, None] if where == "beside" else [None, *given[:2]])]
+    assert_close(torch.ops.moh.cpu_decode_mlp(*arguments(case), *more), expected)
+
+
+@torch.no_grad()
+def test_two_inputs_of_an_mlp_are_refused():
+    case = inputs()
+    with pytest.raises(ValueError, match="normalised must have x's shape and dtype, and no norm weight beside it"):
+        torch.ops.moh.cpu_decode_mlp(*arguments(case), None, None, None, case["x"])
+
+
 @pytest.mark.parametrize("sizes", [dict(C=576, M=1536), dict(B=16, C=576, M=1536)], ids=["one-row", "sixteen-rows"])
 @torch.no_grad()
 def test_sixteen_bits_err_no_more_than_pytorch_does(kernels, sizes):
@@ -118,7 +155,7 @@ def test_sixteen_bits_err_no_more_than_pytorch_does(kernels, sizes):
 def test_activations_far_out_are_their_limits(isa):
     far = torch.tensor([-1e30, -300.0, -90.0, -20.0, 0.0, 20.0, 90.0, 300.0, 1e30])
     C = len(far)
-    for activation, expected in (("silu", F.silu), ("gelu_tanh", lambda t: F.gelu(t, approximate="tanh"))):
+    for activation, expected in ACTIVATIONS.items():
         # W_up is 0, so only its bias arrives; W_down is the identity
         case = inputs(C=C, M=C, gated=False, activation=activation) | dict(added=torch.zeros(1, 1, C))
         case["x"] = torch.zeros(1, 1, C)
@@ -177,7 +214,7 @@ def test_operators_are_registered_correctly(gated):
         (r"the norm's bias must be \[C = 48\]", dict(norm=[torch.ones(48), torch.ones(48).half()])),
         (r"gate and up weights must be \[I, C = 48\]", dict(projections=0)),
         ("down's weight must have 2 dimensions and x's dtype", dict(projections=4)),
-        ("activation must be 'silu' or 'gelu_tanh', got 'relu'", dict(activation="relu")),
+        ("activation must be 'silu', 'gelu_tanh' or 'gelu', got 'relu'", dict(activation="relu")),
     ],
     ids=["tokens", "added", "norm", "norm-bias", "weights", "dtype", "activation"],
 )

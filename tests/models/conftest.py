@@ -54,7 +54,7 @@ def tiny_config() -> Callable[..., Any]:
 def tiny_model(tiny_config) -> Callable[..., Any]:
     def make(family: str = "Llama", **options: Any) -> Any:
         torch.manual_seed(0)
-        kind = getattr(moh.models.transformers, f"MoH{family}ForCausalLM")
+        kind = getattr(moh.models.transformers, f"MoH{family.removesuffix('Text')}ForCausalLM")
         model = kind(tiny_config(family, **options)).eval()
         stir(model)
         return model

@@ -27,6 +27,14 @@ HANDLED = [
     pytest.param(dict(family="Phi3", resid_pdrop=0.3), id="phi3"),
     pytest.param(dict(family="Granite", residual_multiplier=0.3, logits_scaling=2.0), id="granite"),
     pytest.param(dict(family="Starcoder2", residual_dropout=0.2), id="starcoder2"),
+    pytest.param(dict(family="Gemma2", head_dim=8), id="gemma2"),
+    pytest.param(dict(family="Gemma3Text", head_dim=8), id="gemma3"),
+    pytest.param(dict(family="Olmo2"), id="olmo2"),
+    pytest.param(dict(family="Cohere", logit_scale=0.5), id="cohere"),
+    pytest.param(dict(family="Cohere2", head_dim=8), id="cohere2"),
+    pytest.param(dict(family="Phi", resid_pdrop=0.3), id="phi"),
+    pytest.param(dict(family="GPTNeoX"), id="gpt_neox"),
+    pytest.param(dict(family="GPTNeoX", use_parallel_residual=False), id="gpt_neox-sequential"),
 ]
 
 
@@ -78,10 +86,10 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("family", ["Llama", "OPT"])
 @torch.no_grad()
 def test_logits_of_every_family_are_one_operator(tiny_model, tokens, family):
-    options = dict(head_dim=8, layer_types=["full_attention"] * 2) if family == "Gemma2" else {}
+    options = dict(ffn_dim=48, word_embed_proj_dim=32) if family == "OPT" else {}
     model = tiny_model(family=family, **options)
     full = model(tokens).logits
     cache = prefilled(model, tokens)
@@ -166,7 +174,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_familys_own_way(tiny_model, token
 )
 def test_layers_keep_the_name_by_which_others_find_them_and_can_be_pickled(tiny_model, family):
     model = tiny_model(family=family.config.removesuffix("Config"))
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         assert type(layer).__name__ == family.layer
         assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
     assert set(model._no_split_modules) == {family.layer}

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moh
+import moh.attention.cpu
 from moh.attention import projections
 from moh.cli.main import main
 from moh.models.dial import moh_routers
@@ -131,6 +133,36 @@ def test_tokens_are_decoded_as_the_text_is_read(quantise: Quantise, ids: Tensor)
         # dynamic quantisation chooses a scale for all activations of a call together
         tolerance = 0.05 if quantise is dynamic_int8 else 1e-5
         torch.testing.assert_close(last[0, -1], model(ids).logits[0, -1], atol=tolerance, rtol=tolerance)
+
+
+class Operators(TorchDispatchMode):
+    """Names of our operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
+@pytest.mark.parametrize("activations", [False, True], ids=["weights", "activations-too"])
+def test_torchaos_int8_weights_are_decoded_by_the_operators(activations: bool, ids: Tensor) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = routed()
+    kinds = quantization.Int8WeightOnlyConfig, quantization.Int8DynamicActivationInt8WeightConfig
+    quantization.quantize_(model, kinds[activations]())
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1]
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        with Operators() as operators:
+            last = model(ids[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last[0, -1], expected, atol=1e-5, rtol=1e-4)
+    found = [name.removeprefix("moh::cpu_decode_") for name in operators.names if name.startswith("moh::cpu_decode")]
+    layer = ["norm", "layer", "mlp"]
+    assert found == ([] if activations else [*layer, *layer, "linear"])
 
 
 @pytest.mark.parametrize("quantise", QUANTISERS[:2])

@@ -8,7 +8,7 @@ dense product.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,43 @@ def is_plain(linear: nn.Module, x: Tensor) -> bool:
     plain = type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_compiling() and not is_wrapper(weight))
     fits = weight.dtype == x.dtype or (autocasts(x) and weight.dtype in DTYPES)
     return plain and fits and weight.device == x.device
+
+
+class Matrix(NamedTuple):
+    """A linear layer as the operators of one new token read it.
+
+    Attributes:
+        weight: `[rows, columns]` of the input's dtype, or int8.
+        bias: `[rows]` or None.
+        scale: what each row of an int8 weight is multiplied by, `[rows, 1]` float32; None for other weights.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+
+    def halves(self) -> tuple[Matrix, Matrix]:
+        """The first and the last rows, equally many."""
+        parts = [(None, None) if part is None else part.chunk(2) for part in self]
+        return Matrix(*(part[0] for part in parts)), Matrix(*(part[1] for part in parts))  # type: ignore[arg-type]
+
+
+def matrix_of(linear: nn.Module, x: Tensor) -> Matrix | None:
+    """What the operators of one new token multiply x by; None for a layer that is more than a product they know.
+
+    They know plain weights and torchao's int8 weights with a scale for each row (`Int8WeightOnlyConfig`).
+    """
+    if is_plain(linear, x):
+        return Matrix(linear.weight, linear.bias, None)  # type: ignore[arg-type]
+    weight: Any = linear.weight if type(linear) is nn.Linear and is_untouched(linear) else None
+    if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
+        return None
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or weight.dtype != x.dtype:
+        return None
+    integers, scale = weight.qdata, weight.scale
+    if integers.device != x.device or integers.dim() != 2 or scale.shape != (integers.shape[0], 1):
+        return None
+    return Matrix(integers, linear.bias, scale.float())  # type: ignore[arg-type]
 
 
 def is_wrapper(weight: Any) -> bool:

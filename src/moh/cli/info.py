@@ -150,7 +150,10 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
     quantisation = getattr(config, "quantization_config", None)
     method = None if quantisation is None else _method(quantisation)
     if method is not None:
-        lines.append(f"  {'projections':18s} quantised ({method}): dense products, by the library that quantised them")
+        decoded = "; a new token of int8 weights on the CPU by our operators" if method == "torchao" else ""
+        lines.append(
+            f"  {'projections':18s} quantised ({method}): dense products, by the library that quantised them{decoded}"
+        )
     lines.append(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, *_COMPUTE_ALL):

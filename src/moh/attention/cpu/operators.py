@@ -105,7 +105,7 @@ def _shape_of_x(x: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _decode_linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _decode_linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
 
 

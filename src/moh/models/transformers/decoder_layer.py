@@ -1,8 +1,9 @@
 """What a decoder computes for one new token besides attention, by one operator each: a layer's MLP, and the output layer.
 
-`moh::cpu_decode_mlp` adds the attention's output to x, normalises the sum, and adds its MLP; `moh::cpu_decode_linear` gives
+`moh::cpu_decode_mlp` adds the attention's output to x, and the MLP, with the norms around them; `moh::cpu_decode_linear` gives
 the logits. PyTorch's own products read the weights at a third of the speed that memory allows. As in `decoding`, whatever
-needs more than the result (gradients, hooks, adapters, quantised weights, other activations) takes the family's own way.
+needs more than the result (gradients, hooks, adapters, quantised weights that `matrix_of` does not know, other activations)
+takes the family's own way.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
-from moh.attention.projections import is_plain
+from moh.attention.projections import matrix_of
 from moh.models.transformers.attention import IMPLEMENTATIONS
 from moh.models.transformers.decoding import is_decoded
 from moh.models.transformers.families import Family, at
@@ -26,34 +27,49 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     SiLUActivation: "silu",
     GELUTanh: "gelu_tanh",
     NewGELUActivation: "gelu_tanh",
+    GELUActivation: "gelu",
 }
 
 
 class DecodedLayer(nn.Module):
-    """Mixed into a family's own layer, `y = x + attention(norm(x))` and then `y + mlp(norm(y))`.
+    """Mixed into a family's own layer, which is as `Family.layer` says.
 
     Attributes:
-        family: where the parts of the MLP are.
+        family: where the parts of the layer are.
         own_module: name of the Python module with the family's own classes.
     """
 
     family: ClassVar[Family]
     own_module: ClassVar[str]
-    self_attn: nn.Module
     mlp: nn.Module
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = None if args else _parts(self, hidden_states)
         if parts is None:
             own: Tensor = super().forward(hidden_states, *args, **kwargs)
             return own
-        normalised = torch.ops.moh.cpu_decode_norm(hidden_states, *parts.first_norm)
-        attended, _ = self.self_attn(hidden_states=normalised, **kwargs)
+        first, second = (norm and norm.run(hidden_states) for norm in (parts.first_norm, parts.norm_beside))
+        attention = at(self, self.family.attention_of_layer)
+        attended, _ = attention(hidden_states if first is None else first, **kwargs)
+        beside = first if parts.is_norm_shared else second
         out: Tensor = torch.ops.moh.cpu_decode_mlp(
-            hidden_states, attended, parts.scale, *parts.second_norm, *parts.projections, parts.activation
-        )
+            hidden_states, attended, parts.scale, *parts.second_norm, *parts.weights, parts.activation, *parts.scales, beside,
+            parts.added_norm, parts.result_norm,
+        )  # fmt: skip
+        return out
+
+
+class _Norm(NamedTuple):
+    """A norm as the operators take it; `centred` says whether the mean is subtracted."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float
+    centred: bool
+
+    def run(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.moh.cpu_decode_norm(x, *self)
         return out
 
 
@@ -61,15 +77,25 @@ class _Parts(NamedTuple):
     """What the operators need of a layer.
 
     Attributes:
-        first_norm, second_norm: weight, bias, epsilon, what is added to the weight, whether the mean is subtracted.
-        projections: weight and bias of gate, up and down.
+        first_norm: of the attention's input, None for none.
+        second_norm: of the MLP's input; without a weight where the MLP reads the layer's input or something not normalised.
+        norm_beside: of the layer's input for an MLP that reads this; None if none does.
+        is_norm_shared: whether such an MLP reads what the attention reads.
+        added_norm, result_norm: weights of the norms of what attention and MLP return, None for none.
+        weights: weight and bias of gate, up and down.
+        scales: those of their integer weights.
         activation: its name for the operator.
         scale: of what is added to x.
     """
 
-    first_norm: tuple[Any, ...]
-    second_norm: tuple[Any, ...]
-    projections: tuple[Tensor | None, ...]
+    first_norm: _Norm | None
+    second_norm: _Norm
+    norm_beside: _Norm | None
+    is_norm_shared: bool
+    added_norm: Tensor | None
+    result_norm: Tensor | None
+    weights: tuple[Tensor | None, ...]
+    scales: tuple[Tensor | None, ...]
     activation: str
     scale: float
 
@@ -89,35 +115,53 @@ def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
     name = _ACTIVATIONS.get(type(activation))
     if name is None or not is_untouched(activation):
         return None
-    if not all(is_plain(linear, x) for linear in (gate, up, down) if linear is not None):
+    matrices = [None if linear is None else matrix_of(linear, x) for linear in (gate, up, down)]
+    if matrices[1] is None or matrices[2] is None or (gate is not None and matrices[0] is None):
         return None
-    norms = [_norm(layer, norm, x) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    if norms[0] is None or norms[1] is None:
-        return None
-    projections: tuple[Tensor | None, ...]
     if gate is up:
-        weights, biases = up.weight.chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
-        projections = (weights[0], biases[0], weights[1], biases[1])
-    else:
-        of_gate = (None, None) if gate is None else (gate.weight, gate.bias)
-        projections = (*of_gate, up.weight, up.bias)
+        matrices[:2] = matrices[1].halves()
+    names = (family.first_norm, family.second_norm, family.added_norm, family.result_norm)
+    norms = [_norm(layer, getattr(layer, name), x) if name else None for name in names]
+    if any(name and norm is None for name, norm in zip(names, norms, strict=True)):
+        return None
+    first, second, added, result = norms
+    kinds = {norm[2:] for norm in (second, added, result) if norm is not None}  # one operator computes all three
+    if len(kinds) != 1 or any(norm.bias is not None for norm in (added, result) if norm is not None):
+        return None
+    parallel = family.parallel
+    beside = at(layer, parallel) if isinstance(parallel, str) and parallel else bool(parallel)
+    shared = beside and family.first_norm == family.second_norm
+    weights = tuple(tensor for matrix in matrices for tensor in (matrix[:2] if matrix else (None, None)))
+    scales = tuple(matrix.scale if matrix else None for matrix in matrices)
     scale = at(layer, family.residual_scale) if family.residual_scale else 1.0
-    return _Parts(norms[0], norms[1], (*projections, down.weight, down.bias), name, scale)
+    return _Parts(
+        first,
+        _Norm(None, None, *kinds.pop()) if beside or second is None else second,
+        second if beside and not shared else None,
+        shared,
+        added and added.weight,
+        result and result.weight,
+        weights,
+        scales,
+        name,
+        scale,
+    )
 
 
-def _norm(layer: DecodedLayer, norm: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """Weight, bias, epsilon, what is added to the weight and whether the mean is subtracted; None for other norms."""
+def _norm(layer: DecodedLayer, norm: nn.Module, x: Tensor) -> _Norm | None:
+    """The norm, if it is of a kind that the operators know."""
     weight: Any = norm.weight
     if not is_untouched(norm) or type(weight) not in (nn.Parameter, Tensor):
         return None
     if weight.dtype != x.dtype or weight.device != x.device:
         return None
     if type(norm) is nn.LayerNorm:
-        return weight, norm.bias, norm.eps, layer.family.norm_offset, True
-    if type(norm).__module__ != layer.own_module or not type(norm).__name__.endswith("RMSNorm"):
+        return _Norm(weight, norm.bias, norm.eps, layer.family.norm_offset, True)
+    kind = type(norm)
+    if kind.__module__ != layer.own_module or not kind.__name__.endswith(("RMSNorm", "LayerNorm")):
         return None
-    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return weight, None, eps, layer.family.norm_offset, False
+    eps: Any = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return _Norm(weight, None, eps, layer.family.norm_offset, kind.__name__.endswith("LayerNorm"))
 
 
 def with_output_layer(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,9 +189,11 @@ class _WithOutputLayer:
     def lm_head(self, x: Tensor) -> Tensor:
         """The logits `[B, N, V]` of x `[B, N, C]`."""
         head = self._model.lm_head
-        if is_plain(head, x) and is_decoded(x, IMPLEMENTATIONS.get(self._model.config._attn_implementation, "")):
-            decoded: Tensor = torch.ops.moh.cpu_decode_linear(x, head.weight, head.bias)
-            return decoded
+        if is_decoded(x, IMPLEMENTATIONS.get(self._model.config._attn_implementation, "")):
+            matrix = matrix_of(head, x)
+            if matrix is not None:
+                decoded: Tensor = torch.ops.moh.cpu_decode_linear(x, *matrix)
+                return decoded
         out: Tensor = head(x)
         return out
 

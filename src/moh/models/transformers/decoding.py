@@ -1,9 +1,9 @@
 """One new token through an attention layer by one operator, `moh::cpu_decode_layer`, if nothing needs its parts.
 
 With a single token, calling a dozen operators takes as long as their work. `RoutedAttention.forward` is the definition and
-handles everything else: training, prefill, other devices and caches, adapters, hooks, quantised weights. The operator
-writes the token's keys and values in place, in room that a `DynamicCache` gets here: transformers' own update concatenates
-old and new, which copies the whole cache for every token.
+handles everything else: training, prefill, other devices and caches, adapters, hooks, quantised weights that `matrix_of`
+does not know. The operator writes the token's keys and values in place, in room that a `DynamicCache` gets here:
+transformers' own update concatenates old and new, which copies the whole cache for every token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moh.attention import cpu
 from moh.attention.call import DTYPES, transforms_are_active
-from moh.attention.projections import is_plain
+from moh.attention.projections import is_plain, matrix_of
 from moh.attention.routed import parts_and_neighbours
 
 if TYPE_CHECKING:
@@ -56,19 +56,19 @@ def decode(
     if position_embeddings is None or router.reads_queries or not is_decoded(x, backend):
         return None
     core = attention.core
-    projections = (
+    if core.head_dim > cpu.MAX_WIDTH or core.head_dim % 2 or (attention.training and attention.dropout_rate):
+        return None
+    matrices = []
+    for projection in (
         attention.query_projection,
         attention.key_projection,
         attention.value_projection,
         attention.output_projection,
-    )
-    if (
-        core.head_dim > cpu.MAX_WIDTH
-        or core.head_dim % 2
-        or (attention.training and attention.dropout_rate)
-        or not all(is_plain(projection, x) for projection in projections)
     ):
-        return None
+        matrix = matrix_of(projection, x)
+        if matrix is None:
+            return None
+        matrices.append(matrix)
     room = room_for_a_token(cache, core.layer_idx)
     if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != x.shape[0]:
         return None
@@ -85,7 +85,7 @@ def decode(
         bias,
         router.config.shared_indices,
         router.config.active_heads,
-        *(tensor for projection in projections for tensor in (projection.weight, projection.bias)),
+        *(tensor for matrix in matrices for tensor in matrix[:2]),
         *position_embeddings,
         room.keys,
         room.values,
@@ -94,6 +94,7 @@ def decode(
         core.scaling,
         *parts_and_neighbours(router.config),
         router.threshold() if gates is None else None,
+        *(matrix.scale for matrix in matrices),
     )
     room.take(cache.layers[core.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
     return out

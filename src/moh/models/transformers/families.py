@@ -80,9 +80,11 @@ class Family:
         positions_after_padding: whether the first of them that a token gets is the one after the padding token's id.
         defaults: fields of the configuration whose default isn't supported -> ours.
         since: the first version of transformers whose modules are laid out like this; "" for all that we work with.
-        layer: name of the layer's class if a layer is `y = x + attention(input_layernorm(x))`, then
-            `y + mlp(post_attention_layernorm(y))`; "" for layers of another kind.
-        norm_offset: what such norms add to their weight.
+        layer: name of the layer's class if a layer is `y = x + added_norm(attention(first_norm(x)))`, then
+            `y + result_norm(mlp(second_norm(y)))`; "" for layers of another kind.
+        first_norm, second_norm, added_norm, result_norm: these norms, from the layer; "" for none.
+        parallel: whether the MLP reads `second_norm(x)` instead, or the path that says so, from the layer; "" for no.
+        norm_offset: what these norms add to their weight.
         residual_scale: what multiplies whatever a layer adds to x, from the layer; "" for 1.
         mlp_gate, mlp_up, mlp_down, mlp_activation: the MLP `down(activation(gate(x)) * up(x))`, from the layer's `mlp`;
             without a gate ("") `down(activation(up(x)))`. One name for gate and up is one projection with the gate's rows
@@ -121,6 +123,11 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     since: str = ""
     layer: str = ""
+    first_norm: str = "input_layernorm"
+    second_norm: str = "post_attention_layernorm"
+    added_norm: str = ""
+    result_norm: str = ""
+    parallel: bool | str = ""
     norm_offset: float = 0.0
     residual_scale: str = ""
     mlp_gate: str = "gate_proj"
@@ -213,6 +220,9 @@ def _like_vit(model_type: str, name: str, *, more: str = "", **differs: Any) -> 
     )
 
 
+_NORMS_AROUND: dict[str, Any] = dict(added_norm="post_attention_layernorm", result_norm="post_feedforward_layernorm")
+_GEMMA: dict[str, Any] = dict(norm_offset=1.0, second_norm="pre_feedforward_layernorm", **_NORMS_AROUND)
+_PARALLEL: dict[str, Any] = dict(parallel=True, second_norm="input_layernorm")
 _DINO: dict[str, Any] = dict(layers="encoder.layer", scale_of_layer="layer_scale1.lambda1", since="5.18")
 
 
@@ -267,6 +277,8 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma2Attention",
         _decoder("Gemma2", _SEQUENCES, _TOKENS),
         defaults={"attn_logit_softcapping": None},
+        layer="Gemma2DecoderLayer",
+        **_GEMMA,
     ),
     Family(
         "gemma3_text",
@@ -276,6 +288,8 @@ FAMILIES: tuple[Family, ...] = (
         _decoder("Gemma3Text", _SEQUENCES) | {"AutoModelForCausalLM": "Gemma3ForCausalLM"},
         query_norm="q_norm",
         key_norm="k_norm",
+        layer="Gemma3DecoderLayer",
+        **_GEMMA,
     ),
     Family(
         "phi",
@@ -287,6 +301,12 @@ FAMILIES: tuple[Family, ...] = (
         query_norm="q_layernorm",  # there only with qk_layernorm
         key_norm="k_layernorm",
         rotary_width="rotary_ndims",
+        layer="PhiDecoderLayer",
+        mlp_gate="",
+        mlp_up="fc1",
+        mlp_down="fc2",
+        mlp_activation="activation_fn",
+        **_PARALLEL,
     ),
     Family(
         "phi3",
@@ -309,6 +329,10 @@ FAMILIES: tuple[Family, ...] = (
         query_norm="q_norm",
         key_norm="k_norm",
         joint_norms=True,
+        layer="Olmo2DecoderLayer",
+        first_norm="",
+        second_norm="",
+        **_NORMS_AROUND,
     ),
     Family(
         "granite",
@@ -328,6 +352,8 @@ FAMILIES: tuple[Family, ...] = (
         query_norm="q_norm",  # there only with use_qk_norm
         key_norm="k_norm",
         rotary="neighbours",
+        layer="CohereDecoderLayer",
+        **_PARALLEL,
     ),
     Family(
         "cohere2",
@@ -337,6 +363,8 @@ FAMILIES: tuple[Family, ...] = (
         _decoder("Cohere2"),
         rotary="neighbours",
         rotary_where="sliding_window",
+        layer="Cohere2DecoderLayer",
+        **_PARALLEL,
     ),
     Family(
         "starcoder2",
@@ -361,6 +389,12 @@ FAMILIES: tuple[Family, ...] = (
         fused="query_key_value",
         fused_by_head=True,
         output="dense",
+        layer="GPTNeoXLayer",
+        parallel="use_parallel_residual",
+        mlp_gate="",
+        mlp_up="dense_h_to_4h",
+        mlp_down="dense_4h_to_h",
+        mlp_activation="act",
     ),
     Family(
         "lfm3",

@@ -19,6 +19,7 @@ struct Vectors<4> {
   typedef uint32_t Words __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef uint16_t Shorts __attribute__((vector_size(8)));
+  typedef int8_t Bytes __attribute__((vector_size(4)));
 };
 template <>
 struct Vectors<8> {
@@ -26,6 +27,7 @@ struct Vectors<8> {
   typedef uint32_t Words __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef uint16_t Shorts __attribute__((vector_size(16)));
+  typedef int8_t Bytes __attribute__((vector_size(8)));
 };
 template <>
 struct Vectors<16> {
@@ -33,6 +35,7 @@ struct Vectors<16> {
   typedef uint32_t Words __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
   typedef uint16_t Shorts __attribute__((vector_size(32)));
+  typedef int8_t Bytes __attribute__((vector_size(16)));
 };
 
 // Two neighbouring bfloat16, at any address; the first is in the low half. The conversion to float only moves the bits.
@@ -50,6 +53,8 @@ struct Simd : Vectors<Lanes> {
   using Floats = typename Vectors<Lanes>::Floats;
   using Words = typename Vectors<Lanes>::Words;
   using Shorts = typename Vectors<Lanes>::Shorts;
+  using Ints = typename Vectors<Lanes>::Ints;
+  using Bytes = typename Vectors<Lanes>::Bytes;
   using Every = std::make_integer_sequence<int, Lanes>;
 
   [[gnu::always_inline]] static Floats load(const float* p) {
@@ -74,6 +79,20 @@ struct Simd : Vectors<Lanes> {
     return __builtin_convertvector(x, Words);
   }
   [[gnu::always_inline]] static Floats load(const c10::BFloat16* p) { return floats(widen(p) << 16); }
+  [[gnu::always_inline]] static Floats load(const int8_t* p) {
+    struct [[gnu::packed, gnu::may_alias]] At {
+      Bytes x;
+    };
+    const At* at = reinterpret_cast<const At*>(p);
+    Ints x;
+#if defined(__x86_64__)
+    if constexpr (Lanes > 4)  // All but the portable kernels have this instruction, in place of which GCC 12 writes ten.
+      asm("vpmovsxbd %1, %0" : "=v"(x) : "m"(*at));
+    else
+#endif
+      x = __builtin_convertvector(at->x, Ints);
+    return __builtin_convertvector(x, Floats);
+  }
   // The exponent's bias is 15 in float16 and 127 in float32. Once the fields are in place, a product with
   // 2^(127 - 15) corrects it, for denormals too; infinity and NaN (0x7c00 and above) get the largest exponent.
   [[gnu::always_inline]] static Floats load(const c10::Half* p) {

@@ -2,6 +2,8 @@
 // and an MLP's activation. Reading the matrix is the work.
 #pragma once
 
+#include <cmath>
+
 #include "isa/simd.h"
 #include "kernels/problem.h"
 
@@ -15,14 +17,15 @@ template <int64_t bytes>
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
-template <class Isa, class T>
+// T is the matrix's type and X that of x.
+template <class Isa, class T, class X = float>
 struct FewTokens {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   static constexpr int L = Isa::kLanes;
 
   // to[r] = the sum of m[r, i] x[i] over the columns i of all segments.
-  static void dot_rows(const T* m, int64_t stride, int64_t rows, const float* x, const Segment* segments,
+  static void dot_rows(const T* m, int64_t stride, int64_t rows, const X* x, const Segment* segments,
                        int64_t count, float* to) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) dots<4>(m + r * stride, stride, x, segments, count, to + r);
@@ -33,7 +36,7 @@ struct FewTokens {
   // N rows share the loads of x. Each has two sums, since an addition to a single one would wait for the one before.
   // The N rows behind are asked for meanwhile: a row is too short for the processor to foresee them.
   template <int N>
-  static void dots(const T* m, int64_t stride, const float* x, const Segment* segments, int64_t count, float* to) {
+  static void dots(const T* m, int64_t stride, const X* x, const Segment* segments, int64_t count, float* to) {
     Floats even[N]{}, odd[N]{};
     float rest[N]{};
     for (int64_t s = 0; s < count; ++s) {
@@ -50,7 +53,7 @@ struct FewTokens {
       }
       for (; i < end; ++i)
 #pragma GCC unroll 4
-        for (int r = 0; r < N; ++r) rest[r] += x[i] * static_cast<float>(m[r * stride + i]);
+        for (int r = 0; r < N; ++r) rest[r] += static_cast<float>(x[i]) * static_cast<float>(m[r * stride + i]);
     }
     for (int r = 0; r < N; ++r) to[r] = rest[r] + S::sum(even[r] + odd[r]);
   }
@@ -62,9 +65,15 @@ struct Activations {
   using Floats = typename S::Floats;
   static constexpr int L = Isa::kLanes;
 
-  // to[i] = activation(x[i]), times factor[i] where there are factors. Both activations are x / (1 + e^-z): SiLU with
-  // z = x, and GELU by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), as 1 + tanh(y) = 2 / (1 + e^(-2 y)).
+  // to[i] = activation(x[i]), times factor[i] where there are factors. GELU itself takes the library's erf, a number at a
+  // time; the others are x / (1 + e^-z): SiLU with z = x, and GELU by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), as
+  // 1 + tanh(y) = 2 / (1 + e^(-2 y)).
   static void run(Activation kind, const float* x, const float* factor, int64_t count, float* to) {
+    if (kind == Activation::kExactGelu) {
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.7071067811865475f)) * (factor != nullptr ? factor[i] : 1.0f);
+      return;
+    }
     const typename S::Exp2 exp2;
     const bool cubic = kind == Activation::kGelu;
     const Floats linear = S::set(-kLog2e * (cubic ? 1.5957691216057308f : 1.0f));

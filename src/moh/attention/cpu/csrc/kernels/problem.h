@@ -143,8 +143,8 @@ constexpr int64_t kFarBytes = 4 << 20;
 constexpr int64_t kProjectionRows = 256;
 constexpr int64_t kProjectionChannels = 256;
 
-// What an MLP applies between its layers: SiLU, or GELU by its formula with tanh.
-enum class Activation { kSilu, kGelu };
+// What an MLP applies between its layers: SiLU, GELU by its formula with tanh, or GELU itself.
+enum class Activation { kSilu, kGelu, kExactGelu };
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -180,6 +180,9 @@ struct Kernels {
   bool dot_bfloat16;
   void (*dot_rows)(DType, const void* matrix, int64_t stride, int64_t rows, const void* x, const Segment*,
                    int64_t segments, float* to);
+  // The same for a matrix of 8-bit integers and any x as above; `rounded` says that it is bfloat16.
+  void (*dot_integer_rows)(const int8_t* matrix, int64_t stride, int64_t rows, const void* x, bool rounded,
+                           const Segment*, int64_t segments, float* to);
   // to[i] = activation(x[i]), times factor[i] unless it is null.
   void (*activate)(Activation, const float* x, const float* factor, int64_t count, float* to);
 

@@ -66,6 +66,14 @@ Kernels kernels(const char* name) {
                                             static_cast<const float*>(x), segments, count, to);
     });
   };
+  k.dot_integer_rows = [](const int8_t* matrix, int64_t stride, int64_t rows, const void* x, bool rounded,
+                          const Segment* segments, int64_t count, float* to) {
+    if (rounded)
+      FewTokens<Isa, int8_t, c10::BFloat16>::dot_rows(matrix, stride, rows, static_cast<const c10::BFloat16*>(x),
+                                                      segments, count, to);
+    else
+      FewTokens<Isa, int8_t>::dot_rows(matrix, stride, rows, static_cast<const float*>(x), segments, count, to);
+  };
   k.activate = Activations<Isa>::run;
   k.score_outputs = RouterScores<Isa>::padded;
   k.score_tokens = RouterScores<Isa>::kTokens;

@@ -111,7 +111,8 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
                         const at::Tensor& o_weight, const OptionalTensor& o_bias, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values, int64_t length,
                         const OptionalTensor& mask, double scale, int64_t parts, int64_t together,
-                        std::optional<double> threshold) {
+                        std::optional<double> threshold, const OptionalTensor& q_scale, const OptionalTensor& k_scale,
+                        const OptionalTensor& v_scale, const OptionalTensor& o_scale) {
   at::AutoDispatchBelowADInplaceOrView below;  // The operators called below need not look for gradients.
   TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) == 1, "x must be [B, 1, C], got ", x.sizes());
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.sizes() == keys.sizes() && keys.size(0) == x.size(0) &&
@@ -122,8 +123,8 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
   TORCH_CHECK_VALUE(length >= 0 && length < keys.size(2), "length must be below the caches' ", keys.size(2), ", got ",
                     length);
   const int64_t B = x.size(0), kv_heads = keys.size(1), D = keys.size(3);
-  const FewTokensProduct q_proj("q", q_weight, q_bias, x), k_proj("k", k_weight, k_bias, x);
-  const FewTokensProduct v_proj("v", v_weight, v_bias, x), o_proj("o", o_weight, o_bias, x);
+  const FewTokensProduct q_proj("q", q_weight, q_bias, x, q_scale), k_proj("k", k_weight, k_bias, x, k_scale);
+  const FewTokensProduct v_proj("v", v_weight, v_bias, x, v_scale), o_proj("o", o_weight, o_bias, x, o_scale);
   TORCH_CHECK_VALUE(D > 0 && q_proj.rows % D == 0 && k_proj.rows == kv_heads * D && v_proj.rows == kv_heads * D &&
                         o_proj.columns == q_proj.rows && q_proj.columns == x.size(2) &&
                         k_proj.columns == x.size(2) && v_proj.columns == x.size(2),
@@ -203,7 +204,8 @@ TORCH_LIBRARY_FRAGMENT(moh, m) {
       "cpu_decode_layer(Tensor x, Tensor? gates, Tensor? router_weight, Tensor? router_bias, int[] shared, int active, "
       "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, "
       "Tensor o_weight, Tensor? o_bias, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
-      "Tensor? attn_mask, float scale, int parts=1, int together=1, float? threshold=None) -> Tensor");
+      "Tensor? attn_mask, float scale, int parts=1, int together=1, float? threshold=None, "
+      "Tensor? q_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? o_scale=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_decode_layer", moh::decode_layer); }

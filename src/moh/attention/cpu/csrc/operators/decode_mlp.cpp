@@ -1,5 +1,5 @@
 // What a decoder's layer and its head do to the one new token of each sequence besides attention: `moh::cpu_decode_norm`,
-// `moh::cpu_decode_mlp` (a residual, its norm, the MLP, and the residual again) and `moh::cpu_decode_linear`.
+// `moh::cpu_decode_mlp` (a residual, its norm, the MLP, and the residual again, or as `decode_mlp` says) and `moh::cpu_decode_linear`.
 //
 // Every matrix is read once, by all threads. There are no gradients, and no result depends on the number of threads.
 #include <ATen/ops/empty.h>
@@ -81,9 +81,9 @@ class Norm {
 };
 
 Activation activation_of(std::string_view name) {
-  TORCH_CHECK_VALUE(name == "silu" || name == "gelu_tanh", "activation must be 'silu' or 'gelu_tanh', got '",
-                    std::string(name), "'");
-  return name == "silu" ? Activation::kSilu : Activation::kGelu;
+  TORCH_CHECK_VALUE(name == "silu" || name == "gelu_tanh" || name == "gelu",
+                    "activation must be 'silu', 'gelu_tanh' or 'gelu', got '", std::string(name), "'");
+  return name == "silu" ? Activation::kSilu : name == "gelu" ? Activation::kExactGelu : Activation::kGelu;
 }
 
 at::Tensor decode_norm(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, double eps,
@@ -100,20 +100,34 @@ at::Tensor decode_norm(const at::Tensor& x, const at::Tensor& weight, const Opti
   return out;
 }
 
-at::Tensor decode_mlp(const at::Tensor& x, const at::Tensor& added, double scale, const at::Tensor& norm_weight,
+// y = x + scale added, then y + scale MLP(norm(y)). With `normalised`, the MLP reads this instead, beside the attention;
+// without `norm_weight` as well, y itself. `added_norm` and `result_norm` are weights of norms of `added` and of the MLP's
+// result, of the same epsilon and offset.
+at::Tensor decode_mlp(const at::Tensor& x, const at::Tensor& added, double scale, const OptionalTensor& norm_weight,
                       const OptionalTensor& norm_bias, double eps, double offset, bool centred,
                       const OptionalTensor& gate_weight, const OptionalTensor& gate_bias, const at::Tensor& up_weight,
                       const OptionalTensor& up_bias, const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                      std::string_view activation) {
+                      std::string_view activation, const OptionalTensor& gate_scale, const OptionalTensor& up_scale,
+                      const OptionalTensor& down_scale, const OptionalTensor& normalised,
+                      const OptionalTensor& added_norm, const OptionalTensor& result_norm) {
   at::AutoDispatchBelowADInplaceOrView below;
   const int64_t B = x.size(0), C = width_of(x);
   TORCH_CHECK_VALUE(added.sizes() == x.sizes() && added.scalar_type() == x.scalar_type(),
                     "added must have x's shape and dtype, got ", added.sizes());
-  const Norm norm(norm_weight, norm_bias, eps, offset, centred, x);
+  TORCH_CHECK_VALUE(!normalised.has_value() || (!norm_weight.has_value() && normalised->sizes() == x.sizes() &&
+                                                normalised->scalar_type() == x.scalar_type()),
+                    "normalised must have x's shape and dtype, and no norm weight beside it, got ",
+                    normalised.has_value() ? normalised->sizes() : x.sizes());
+  const auto norm_of = [&](const OptionalTensor& weight, const OptionalTensor& bias) {
+    return weight.has_value() ? std::make_optional<Norm>(*weight, bias, eps, offset, centred, x) : std::nullopt;
+  };
+  const std::optional<Norm> norm = norm_of(norm_weight, norm_bias);
+  const std::optional<Norm> norm_of_added = norm_of(added_norm, std::nullopt);
+  const std::optional<Norm> norm_of_result = norm_of(result_norm, std::nullopt);
   const Activation kind = activation_of(activation);
-  const FewTokensProduct up("up", up_weight, up_bias, x), down("down", down_weight, down_bias, x);
+  const FewTokensProduct up("up", up_weight, up_bias, x, up_scale), down("down", down_weight, down_bias, x, down_scale);
   std::optional<FewTokensProduct> gate;
-  if (gate_weight.has_value()) gate.emplace("gate", *gate_weight, gate_bias, x);
+  if (gate_weight.has_value()) gate.emplace("gate", *gate_weight, gate_bias, x, gate_scale);
   const int64_t I = up.rows;
   TORCH_CHECK_VALUE(up.columns == C && down.columns == I && down.rows == C &&
                         (!gate || (gate->rows == I && gate->columns == C)),
@@ -127,16 +141,14 @@ at::Tensor decode_mlp(const at::Tensor& x, const at::Tensor& added, double scale
     using T = decltype(type);
     // The sum is rounded as it is in PyTorch: it is what the next layer adds to.
     std::vector<float> residual = floats(x.contiguous());
-    const std::vector<float> more = floats(added.contiguous());
+    std::vector<float> more = floats(added.contiguous());
+    for (int64_t t = 0; norm_of_added && t < B; ++t) norm_of_added->apply(more.data() + t * C);
     for (int64_t i = 0; i < B * C; ++i)
       residual[i] = static_cast<float>(static_cast<T>(residual[i] + factor * more[i]));
     FewTokensInput input(up.dtype, B * C);
-    std::vector<float> row(C);
-    for (int64_t t = 0; t < B; ++t) {
-      std::copy_n(residual.begin() + t * C, C, row.begin());
-      norm.apply(row.data());
-      input.put(t * C, row.data(), C);
-    }
+    std::vector<float> from = normalised.has_value() ? floats(normalised->contiguous()) : residual;
+    for (int64_t t = 0; norm && t < B; ++t) norm->apply(from.data() + t * C);
+    input.put(0, from.data(), B * C);
 
     constexpr int64_t kRows = 16;  // A vector of AVX-512 for the activation.
     FewTokensInput hidden(up.dtype, B * I);
@@ -151,24 +163,23 @@ at::Tensor decode_mlp(const at::Tensor& x, const at::Tensor& added, double scale
       }
     });
 
-    T* to = out.mutable_data_ptr<T>();
+    std::vector<float>& result = from;  // The input was copied.
     for_each_block((C + kRows - 1) / kRows, down.bytes(), [&](int64_t i) {
       const int64_t first = i * kRows, count = std::min(kRows, C - first);
-      float downs[kRows];
-      for (int64_t t = 0; t < B; ++t) {
-        down.sums(first, count, hidden, t, down.whole, downs);
-        for (int64_t j = 0; j < count; ++j)
-          to[t * C + first + j] = static_cast<T>(residual[t * C + first + j] + factor * downs[j]);
-      }
+      for (int64_t t = 0; t < B; ++t) down.sums(first, count, hidden, t, down.whole, result.data() + t * C + first);
     });
+    for (int64_t t = 0; norm_of_result && t < B; ++t) norm_of_result->apply(result.data() + t * C);
+    T* to = out.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < B * C; ++i) to[i] = static_cast<T>(residual[i] + factor * result[i]);
   });
   return out;
 }
 
-at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& scale) {
   at::AutoDispatchBelowADInplaceOrView below;
   const int64_t C = width_of(x);
-  const FewTokensProduct product("the", weight, bias, x);
+  const FewTokensProduct product("the", weight, bias, x, scale);
   TORCH_CHECK_VALUE(product.columns == C, "weight must be [rows, C = ", C, "], got ", weight.sizes());
   const at::Tensor out = at::empty({x.size(0), 1, product.rows}, x.options());
   const FewTokensInput from(x);
@@ -184,10 +195,12 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def("cpu_decode_norm(Tensor x, Tensor weight, Tensor? bias, float eps, float offset, bool centred) -> Tensor");
   m.def(
-      "cpu_decode_mlp(Tensor x, Tensor added, float scale, Tensor norm_weight, Tensor? norm_bias, float eps, "
+      "cpu_decode_mlp(Tensor x, Tensor added, float scale, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "float offset, bool centred, Tensor? gate_weight, Tensor? gate_bias, Tensor up_weight, Tensor? up_bias, "
-      "Tensor down_weight, Tensor? down_bias, str activation) -> Tensor");
-  m.def("cpu_decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+      "Tensor down_weight, Tensor? down_bias, str activation, "
+      "Tensor? gate_scale=None, Tensor? up_scale=None, Tensor? down_scale=None, "
+      "Tensor? normalised=None, Tensor? added_norm=None, Tensor? result_norm=None) -> Tensor");
+  m.def("cpu_decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) {

@@ -48,6 +48,7 @@ class FewTokensInput {
     else
       std::copy_n(from, count, float_copy_.begin() + first);
   }
+  bool rounded() const { return rounds_; }  // Whether the numbers are bfloat16.
   const void* from(int64_t first) const {
     return rounds_ ? static_cast<const void*>(rounded_ + first) : floats_ + first;
   }
@@ -78,19 +79,26 @@ struct FewTokensProduct {
   // All tokens use this many rows of the matrix while these are in the L1 cache.
   static constexpr int64_t kRows = 8;
 
-  at::Tensor matrix, bias;
-  DType dtype;
+  at::Tensor matrix, bias, scale;  // A matrix of 8-bit integers has a scale for each row.
+  DType dtype;                     // This is x's.
   int64_t rows, columns;
   std::vector<Segment> whole;  // all columns
 
   FewTokensProduct(const char* name, const at::Tensor& weight, const std::optional<at::Tensor>& bias_,
-                   const at::Tensor& x)
+                   const at::Tensor& x, const std::optional<at::Tensor>& scale_ = std::nullopt)
       : matrix(weight.dim() == 2 && weight.stride(1) == 1 ? weight : weight.contiguous()), dtype(dtype_of(x)) {
-    TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.scalar_type() == x.scalar_type(), name,
-                      "'s weight must have 2 dimensions and x's dtype ", x.scalar_type(), ", got ",
-                      matrix.scalar_type(), " of shape ", matrix.sizes());
+    const at::ScalarType expected = scale_.has_value() ? at::kChar : x.scalar_type();
+    TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.scalar_type() == expected, name,
+                      "'s weight must have 2 dimensions and ", scale_.has_value() ? "with a scale dtype " : "x's dtype ",
+                      expected, ", got ", matrix.scalar_type(), " of shape ", matrix.sizes());
     rows = matrix.size(0), columns = matrix.size(1);
     whole = {{0, columns}};
+    if (scale_.has_value()) {
+      scale = scale_->contiguous();
+      TORCH_CHECK_VALUE(scale.numel() == rows && scale.scalar_type() == at::kFloat, name,
+                        "'s scale must be float32 with one number for each of the weight's ", rows, " rows, got ",
+                        scale.scalar_type(), " of shape ", scale.sizes());
+    }
     if (!bias_.has_value()) return;
     bias = bias_->contiguous();
     TORCH_CHECK_VALUE(bias.sizes() == at::IntArrayRef({rows}) && bias.scalar_type() == x.scalar_type(), name,
@@ -145,8 +153,16 @@ struct FewTokensProduct {
     const auto start = [&](const at::Tensor& of, int64_t i) {
       return static_cast<const char*>(of.const_data_ptr()) + i * static_cast<int64_t>(of.element_size());
     };
-    x.kernels.dot_rows(dtype, start(matrix, first * matrix.stride(0)), matrix.stride(0), count, x.from(t * columns),
-                       segments.data(), static_cast<int64_t>(segments.size()), to);
+    const int64_t stride = matrix.stride(0), parts = static_cast<int64_t>(segments.size());
+    if (scale.defined()) {
+      x.kernels.dot_integer_rows(matrix.const_data_ptr<int8_t>() + first * stride, stride, count, x.from(t * columns),
+                                 x.rounded(), segments.data(), parts, to);
+      const float* factor = scale.const_data_ptr<float>() + first;
+      for (int64_t i = 0; i < count; ++i) to[i] *= factor[i];
+    } else {
+      x.kernels.dot_rows(dtype, start(matrix, first * stride), stride, count, x.from(t * columns), segments.data(),
+                         parts, to);
+    }
     if (!bias.defined()) return;
     with_type(dtype, [&](auto type) {
       const auto* b = static_cast<const decltype(type)*>(bias.const_data_ptr()) + first;
