@@ -121,64 +121,7 @@ class LlamaCpp:
         self.model.eval(tokens)
 
 
-class OpenVino:
-    """OpenVINO by transformers' exporter, with the cache inside, in the precision of `options`."""
-
-    def __init__(self, model: str, threads: int, options: set[str]) -> None:
-        import tempfile
-
-        import numpy
-        import torch
-        from transformers import AutoModelForCausalLM, exporters
-
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self.numpy, self.torch = numpy, torch
-        dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        sample = dict(
-            input_ids=torch.ones(2, 3, dtype=torch.long),
-            attention_mask=torch.ones(2, 8, dtype=torch.long),
-            position_ids=torch.arange(5, 8).expand(2, 3),
-            past_key_values=dense(torch.ones(2, 5, dtype=torch.long), use_cache=True).past_key_values,
-        )
-        settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if "bfloat16" in options else "f32",
-            "INFERENCE_NUM_THREADS": threads,
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            program = exporters.OpenVINOExporter().export(dense, sample, exporters.OpenVINOConfig(dynamic=True))
-            program.save_pretrained(folder)
-            made = exporters.ExportedModel.from_pretrained(folder, device="cpu", config=settings)
-        (runner,) = made.runners.values()
-        self.request = runner.request
-        self.names = {name for port in runner.compiled_model.inputs for name in port.names}
-
-    def nats(self, block: list[int]) -> float:
-        """Mean loss of a block's tokens."""
-        self.read(block)
-        logits = self.torch.from_numpy(self.logits[0, :-1])
-        return float(self.torch.nn.functional.cross_entropy(logits, self.torch.tensor(block[1:])))
-
-    def read(self, tokens: list[int]) -> None:
-        """Read a text into an empty cache."""
-        self.request.reset_state()
-        self.position = 0
-        self.next(tokens)
-
-    def next(self, tokens: list[int]) -> None:
-        """Read more."""
-        end = self.position + len(tokens)
-        given = dict(
-            input_ids=self.numpy.array([tokens]),
-            attention_mask=self.numpy.ones((1, end), dtype=self.numpy.int64),
-            position_ids=self.numpy.arange(self.position, end)[None],
-            beam_idx=self.numpy.zeros(1, dtype=self.numpy.int32),
-        )
-        out = self.request.infer({name: value for name, value in given.items() if name in self.names})
-        self.logits, self.position = out[0], end
-
-
-ENGINES: dict[str, type[Any]] = {"transformers": Torch, "llama.cpp": LlamaCpp, "openvino": OpenVino}
+ENGINES: dict[str, type[Any]] = {"transformers": Torch, "llama.cpp": LlamaCpp}
 
 
 def main() -> None:

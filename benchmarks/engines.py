@@ -1,7 +1,7 @@
-"""A converted model next to what else runs a language model on a CPU: transformers, compiled or not, llama.cpp, OpenVINO.
+"""A converted model next to what else runs a language model on a CPU: transformers, compiled or not, and llama.cpp.
 
     python -m benchmarks.engines --dense DENSE --gguf DENSE.gguf --moh MOH... --threads 1 --out FILE.json \\
-        --llama-python PYTHON --openvino-python PYTHON --int8-python PYTHON
+        --llama-python PYTHON --int8-python PYTHON
 
 Measures the tokens per second in which 512 tokens are read, those in which more are decoded one by one after them, and the
 perplexity of the same held-out text. Each engine is a process that stays (`engine_worker`); they take turns, so that a slow
@@ -90,9 +90,6 @@ def contenders(options: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         ]
         if options.int8_python:
             found.append((f"ours, {share}, int8", "transformers moh float32 int8", options.int8_python, model))
-    if options.openvino_python:
-        for dtype in ("float32", "bfloat16"):
-            found.append((f"OpenVINO, {dtype}", f"openvino {dtype}", options.openvino_python, dense))
     if options.llama_python:
         for kind in ("f16", "bf16", "q8_0"):
             found.append((f"llama.cpp, {kind.upper()}", f"llama.cpp {kind}", options.llama_python, options.gguf))
@@ -194,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", help="the .gguf file that DENSE was read from; others are written next to it")
     parser.add_argument("--moh", nargs="*", default=[], help="directories of models converted from it")
     parser.add_argument("--llama-python", metavar="PYTHON", help="of an environment with llama-cpp-python")
-    parser.add_argument("--openvino-python", metavar="PYTHON", help="of one with transformers and openvino")
     parser.add_argument("--int8-python", metavar="PYTHON", help="of one with moh and torchao")
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="TEXT", help="leave out engines with it in their name"
