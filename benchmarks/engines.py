@@ -118,8 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         tokens = Path(folder) / "tokens.json"
         tokens.write_text(json.dumps(blocks.flatten().tolist()))
         workers = []
-        for name, *how in contenders(options):
-            worker = Worker(name, *how, options.threads, tokens, options.clock)
+        for name, engine, python, model in contenders(options):
+            worker = Worker(name, engine, python, model, options.threads, tokens, options.clock)
             worker.answer()  # one loads at a time
             workers.append(worker)
             print(f"{name}: ready", file=sys.stderr, flush=True)
