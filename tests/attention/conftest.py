@@ -1,4 +1,4 @@
-"""Fixtures for tests of compiled kernels; lets the tests of this directory import its `attention_cases`."""
+"""Fixtures for tests of compiled kernels; lets the tests of this directory import its `*_cases`."""
 
 from __future__ import annotations
 

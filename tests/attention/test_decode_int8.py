@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import decode_layer_cases
+import decode_mlp_cases
 import pytest
-import test_decode_layer
-import test_decode_mlp
 import torch
+from decode_layer_cases import to
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -32,7 +33,7 @@ def rounded(projections: list[Tensor | None]) -> tuple[list[Tensor | None], list
 
 
 def mlp(case, integers, scales) -> Tensor:
-    return torch.ops.moh.cpu_decode_mlp(*test_decode_mlp.arguments(case | dict(projections=integers)), *scales)
+    return torch.ops.moh.cpu_decode_mlp(*decode_mlp_cases.arguments(case | dict(projections=integers)), *scales)
 
 
 def layer(case, integers, scales) -> Tensor:
@@ -44,33 +45,33 @@ def layer(case, integers, scales) -> Tensor:
 
 
 @each_dtype
-@pytest.mark.parametrize("sizes", test_decode_mlp.CASES)
+@pytest.mark.parametrize("sizes", decode_mlp_cases.CASES)
 @torch.no_grad()
 def test_mlp_and_output_layer_are_the_definitions(isa, sizes, dtype):
-    case = test_decode_mlp.to(test_decode_mlp.inputs(**sizes), dtype)
+    case = to(decode_mlp_cases.inputs(**sizes), dtype)
     integers, scales, exact = rounded(case["projections"])
-    expected = test_decode_mlp.to(case, torch.float32) | dict(projections=exact)
-    test_decode_mlp.assert_close(mlp(case, integers, scales), test_decode_mlp.definition(expected))
+    expected = to(case, torch.float32) | dict(projections=exact)
+    decode_mlp_cases.assert_close(mlp(case, integers, scales), decode_mlp_cases.definition(expected))
     logits = torch.ops.moh.cpu_decode_linear(case["x"], integers[2], None, scales[1])
-    test_decode_mlp.assert_close(logits, expected["x"] @ exact[2].t())
+    decode_mlp_cases.assert_close(logits, expected["x"] @ exact[2].t())
 
 
 @each_dtype
-@pytest.mark.parametrize("sizes", test_decode_layer.CASES)
+@pytest.mark.parametrize("sizes", decode_layer_cases.CASES)
 @torch.no_grad()
 def test_attention_layer_is_the_definitions(isa, sizes, dtype):
     # Gates are given because rounded predictions may be ranked differently
-    case = test_decode_layer.to(test_decode_layer.inputs(**sizes, router=False)[0], dtype)
+    case = to(decode_layer_cases.inputs(**sizes, router=False)[0], dtype)
     integers, scales, exact = rounded(case["projections"])
-    expected = test_decode_layer.to(case, torch.float32) | dict(projections=exact)
-    output, keys, _ = test_decode_layer.definition(expected, None)
-    test_decode_layer.assert_close(layer(case, integers, scales), output)
-    test_decode_layer.assert_close(case["caches"][0][:, :, : case["length"] + 1], keys)
+    expected = to(case, torch.float32) | dict(projections=exact)
+    output, keys, _ = decode_layer_cases.definition(expected, None)
+    decode_layer_cases.assert_close(layer(case, integers, scales), output)
+    decode_layer_cases.assert_close(case["caches"][0][:, :, : case["length"] + 1], keys)
 
 
 @torch.no_grad()
 def test_rows_of_inactive_heads_are_not_read():
-    case, _ = test_decode_layer.inputs(router=False)
+    case, _ = decode_layer_cases.inputs(router=False)
     case["gates"] = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]])
     integers, scales, _ = rounded(case["projections"])
     expected = layer(case, integers, scales)
@@ -82,7 +83,7 @@ def test_rows_of_inactive_heads_are_not_read():
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
 @torch.no_grad()
 def test_bits_depend_neither_on_threads_nor_on_other_rows(isa, threads, dtype):
-    case = test_decode_mlp.to(test_decode_mlp.inputs(B=3, C=576, M=1536), dtype)
+    case = to(decode_mlp_cases.inputs(B=3, C=576, M=1536), dtype)
     integers, scales, _ = rounded(case["projections"])
     results = []
     for count in (1, 2, 3, 8):
@@ -95,18 +96,18 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(isa, threads, dtype):
 
 @torch.no_grad()
 def test_int8_and_float_weights_may_meet_in_one_call():
-    case = test_decode_mlp.inputs()
+    case = decode_mlp_cases.inputs()
     integers, scales, exact = rounded(case["projections"])
     integers[:2], scales[0], exact[:2] = case["projections"][:2], None, case["projections"][:2]
-    test_decode_mlp.assert_close(
-        mlp(case, integers, scales), test_decode_mlp.definition(case | dict(projections=exact))
+    decode_mlp_cases.assert_close(
+        mlp(case, integers, scales), decode_mlp_cases.definition(case | dict(projections=exact))
     )
 
 
 def test_operators_are_registered_correctly():
-    case = test_decode_mlp.inputs(bias=True)
+    case = decode_mlp_cases.inputs(bias=True)
     integers, scales, _ = rounded(case["projections"])
-    arguments = test_decode_mlp.arguments(case | dict(projections=integers))
+    arguments = decode_mlp_cases.arguments(case | dict(projections=integers))
     torch.library.opcheck(torch.ops.moh.cpu_decode_mlp.default, (*arguments, *scales))
     torch.library.opcheck(torch.ops.moh.cpu_decode_linear.default, (case["x"], integers[2], None, scales[1]))
 
@@ -114,10 +115,16 @@ def test_operators_are_registered_correctly():
 @pytest.mark.parametrize(
     "message, change",
     [
-        ("the's weight must have 2 dimensions and with a scale dtype", dict(weight=torch.ones(8, 48))),
-        ("the's scale must be float32 with one number for each of the weight's 8 rows", dict(scale=torch.ones(7))),
-        ("the's scale must be float32", dict(scale=torch.ones(8).double())),
-        ("the's weight must have 2 dimensions and x's dtype", dict(scale=None)),
+        (
+            "the output layer's weight must have 2 dimensions and dtype int8 where a scale is given, got Float",
+            dict(weight=torch.ones(8, 48)),
+        ),
+        (
+            "the output layer's scale must be float32 with one number for each of the weight's 8 rows",
+            dict(scale=torch.ones(7)),
+        ),
+        ("the output layer's scale must be float32", dict(scale=torch.ones(8).double())),
+        ("the output layer's weight must have 2 dimensions and x's dtype", dict(scale=None)),
     ],
     ids=["float-weight", "scales", "scale-dtype", "no-scale"],
 )

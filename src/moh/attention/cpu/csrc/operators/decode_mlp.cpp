@@ -1,5 +1,5 @@
 // What a decoder's layer and its head do to the one new token of each sequence besides attention: `moh::cpu_decode_norm`,
-// `moh::cpu_decode_mlp` (a residual, its norm, the MLP, and the residual again, or as `decode_mlp` says) and `moh::cpu_decode_linear`.
+// `moh::cpu_decode_mlp` (residuals, norms and the MLP of a layer) and `moh::cpu_decode_linear`.
 //
 // Every matrix is read once, by all threads. There are no gradients, and no result depends on the number of threads.
 #include <ATen/ops/empty.h>
@@ -114,10 +114,12 @@ at::Tensor decode_mlp(const at::Tensor& x, const at::Tensor& added, double scale
   const int64_t B = x.size(0), C = width_of(x);
   TORCH_CHECK_VALUE(added.sizes() == x.sizes() && added.scalar_type() == x.scalar_type(),
                     "added must have x's shape and dtype, got ", added.sizes());
-  TORCH_CHECK_VALUE(!normalised.has_value() || (!norm_weight.has_value() && normalised->sizes() == x.sizes() &&
-                                                normalised->scalar_type() == x.scalar_type()),
-                    "normalised must have x's shape and dtype, and no norm weight beside it, got ",
-                    normalised.has_value() ? normalised->sizes() : x.sizes());
+  if (normalised.has_value()) {
+    TORCH_CHECK_VALUE(!norm_weight.has_value(), "normalised must be None where a norm_weight is given");
+    TORCH_CHECK_VALUE(normalised->sizes() == x.sizes() && normalised->scalar_type() == x.scalar_type(),
+                      "normalised must have x's shape ", x.sizes(), " and dtype ", x.scalar_type(), ", got ",
+                      normalised->sizes(), " and ", normalised->scalar_type());
+  }
   const auto norm_of = [&](const OptionalTensor& weight, const OptionalTensor& bias) {
     return weight.has_value() ? std::make_optional<Norm>(*weight, bias, eps, offset, centred, x) : std::nullopt;
   };
@@ -179,7 +181,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                          const OptionalTensor& scale) {
   at::AutoDispatchBelowADInplaceOrView below;
   const int64_t C = width_of(x);
-  const FewTokensProduct product("the", weight, bias, x, scale);
+  const FewTokensProduct product("the output layer", weight, bias, x, scale);
   TORCH_CHECK_VALUE(product.columns == C, "weight must be [rows, C = ", C, "], got ", weight.sizes());
   const at::Tensor out = at::empty({x.size(0), 1, product.rows}, x.options());
   const FewTokensInput from(x);

@@ -89,8 +89,9 @@ struct FewTokensProduct {
       : matrix(weight.dim() == 2 && weight.stride(1) == 1 ? weight : weight.contiguous()), dtype(dtype_of(x)) {
     const at::ScalarType expected = scale_.has_value() ? at::kChar : x.scalar_type();
     TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.scalar_type() == expected, name,
-                      "'s weight must have 2 dimensions and ", scale_.has_value() ? "with a scale dtype " : "x's dtype ",
-                      expected, ", got ", matrix.scalar_type(), " of shape ", matrix.sizes());
+                      "'s weight must have 2 dimensions and ",
+                      scale_.has_value() ? "dtype int8 where a scale is given" : "x's dtype", ", got ",
+                      matrix.scalar_type(), " of shape ", matrix.sizes());
     rows = matrix.size(0), columns = matrix.size(1);
     whole = {{0, columns}};
     if (scale_.has_value()) {
