@@ -177,7 +177,7 @@ class Matrix(NamedTuple):
 def matrix_of(linear: nn.Module, x: Tensor) -> Matrix | None:
     """What the operators of one new token multiply x by; None for a layer that is more than a product they know.
 
-    They know plain weights and torchao's int8 weights with a scale for each row (`Int8WeightOnlyConfig`).
+    They know plain weights and torchao's int8 weights with a scale for each row and no zero points (`Int8WeightOnlyConfig`).
     """
     if is_plain(linear, x):
         return Matrix(linear.weight, linear.bias, None)  # type: ignore[arg-type]
@@ -186,10 +186,25 @@ def matrix_of(linear: nn.Module, x: Tensor) -> Matrix | None:
         return None
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or weight.dtype != x.dtype:
         return None
-    integers, scale = weight.qdata, weight.scale
-    if integers.device != x.device or integers.dim() != 2 or scale.shape != (integers.shape[0], 1):
+    integers, scale, bias = weight.qdata, weight.scale, linear.bias
+    if integers.device != x.device or integers.dim() != 2 or (bias is not None and bias.dtype != x.dtype):
         return None
-    return Matrix(integers, linear.bias, scale.float())  # type: ignore[arg-type]
+    if scale.shape != (integers.shape[0], 1) or scale.dtype != torch.float32 or not _is_symmetric(weight):
+        return None
+    return Matrix(integers, bias, scale)  # type: ignore[arg-type]
+
+
+def _is_symmetric(weight: Any) -> bool:
+    """Whether the zero points of torchao's weight are all 0; remembered, since every token asks."""
+    zero_point: Tensor | None = weight.zero_point
+    if zero_point is None:
+        return True
+    version = None if zero_point.is_inference() else zero_point._version
+    known: tuple[int | None, bool] | None = vars(zero_point).get("_moh_zero")
+    if known is None or known[0] != version:
+        known = (version, not bool(zero_point.any()))
+        vars(zero_point)["_moh_zero"] = known
+    return known[1]
 
 
 def is_wrapper(weight: Any) -> bool:
