@@ -1,12 +1,12 @@
-"""One engine of `benchmarks.engines`, in a process and with a Python of its own: neither moh nor benchmarks is imported.
+"""One engine of `benchmarks.engines`, in a process and with a Python of its own: moh is imported for our models alone.
 
     python benchmarks/engine_worker.py ENGINE MODEL THREADS TOKENS CLOCK
 
-Reads the ids of a text from the file TOKENS, loads, prints "ready", and then answers each line of its input with a line of
-JSON: "perplexity" with the nats per token of the text in blocks of `LENGTH`; "bytes" with the size of the weights and cache
-that a token after `LENGTH` others reads, or null where only the engine knows; "time" with the seconds of CLOCK, "wall" or
-"cpu", that it took to read the first `LENGTH` tokens into an empty cache, and those per token of the `NEW` that follow one by
-one.
+Reads the ids of a text from the file TOKENS, at least `LENGTH + NEW` of them, loads, prints "ready", and then answers each line
+of its input with a line of JSON: "perplexity" with the nats per token of the text in blocks of `LENGTH`; "bytes" with the size of
+the weights and cache that a token after `LENGTH` others reads, or null where only the engine knows; "time" with the seconds of
+CLOCK, "wall" or "cpu", that it took to read the first `LENGTH` tokens into an empty cache, and those per token of the `NEW` that
+follow one by one.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ class Torch:
         return float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
 
     def bytes(self) -> int:
-        """All weights but the embeddings, unless they are the output layer's, and the cache."""
+        """All weights but the embeddings, unless they are the output layer's, and the cache.
+
+        Those of inactive heads count, which are not read; W_O counts once, however many shares the model is set to.
+        """
         found = {}
-        for weight in self.model.state_dict(keep_vars=True).values():
+        for name, weight in self.model.state_dict(keep_vars=True).items():
             if weight is self.model.get_input_embeddings().weight and weight is not self.model.lm_head.weight:
                 continue
-            plain = weight.qdata if hasattr(weight, "qdata") else weight  # the scales of an int8 weight are 1/500 of it
-            found[plain.data_ptr()] = plain.nbytes
+            if ".output_changes." in name:  # of other shares
+                continue
+            for part in (weight.qdata, weight.scale) if hasattr(weight, "qdata") else (weight,):
+                found[part.data_ptr()] = part.nbytes
         config = self.model.config
         width = 2 * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
         return sum(found.values()) + LENGTH * config.num_hidden_layers * width
@@ -80,9 +85,13 @@ class Torch:
 
 
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python: the .gguf file as its kind of `options` ("f16", "bf16" or "q8_0"), made beside it."""
+    """llama.cpp by llama-cpp-python: the .gguf file as its kind of `options` ("f16", "bf16" or "q8_0"), made beside it.
 
-    KINDS: ClassVar = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # enum llama_ftype
+    The file may be quantised itself. Its numbers, which transformers reads as float32, are then rounded a second time here,
+    as they are by int8 of `Torch`.
+    """
+
+    KINDS: ClassVar = {"f16": 1, "q8_0": 7, "bf16": 32}  # enum llama_ftype
 
     def __init__(self, model: str, threads: int, options: set[str]) -> None:
         import llama_cpp

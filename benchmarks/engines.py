@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_worker import CLOCKS, LENGTH, NEW
+from moh._files import check_writable, write_text
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 
@@ -76,13 +77,19 @@ class Worker:
 
 
 def contenders(options: argparse.Namespace) -> list[tuple[str, str, str, str]]:
-    """(name, engine with its options, Python, model) of everything whose Python is given."""
+    """(name, engine with its options, Python, model) of everything whose Python is given.
+
+    Raises:
+        ValueError: two would have the same name.
+    """
     here, dense = sys.executable, options.dense
     found = [
         ("transformers, float32", "transformers float32", here, dense),
         ("transformers, bfloat16", "transformers bfloat16", here, dense),
         ("transformers, float32, compiled, static cache", "transformers float32 compiled", here, dense),
     ]
+    if options.int8_python:
+        found.append(("transformers, int8", "transformers float32 int8", options.int8_python, dense))
     for model in options.moh:
         share = _share(model)
         found += [
@@ -93,7 +100,12 @@ def contenders(options: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     if options.llama_python:
         for kind in ("f16", "bf16", "q8_0"):
             found.append((f"llama.cpp, {kind.upper()}", f"llama.cpp {kind}", options.llama_python, options.gguf))
-    return [one for one in found if not any(text in one[0] for text in options.without)]
+    found = [one for one in found if not any(text in one[0] for text in options.without)]
+    if len({name for name, *_ in found}) < len(found):
+        raise ValueError(
+            "--moh must be models of different shares of heads, by which rows are named: make two calls of it"
+        )
+    return found
 
 
 def _share(model: str) -> str:
@@ -103,7 +115,11 @@ def _share(model: str) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start, check and time all engines in turns."""
+    """Start, check and time all engines in turns.
+
+    Raises:
+        ValueError: the models or the text don't do for it.
+    """
     import torch
 
     from moh.data.text.blocks import evenly_spread
@@ -111,14 +127,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from moh.models.transformers.loading import load_tokenizer
     from moh.training import load_corpus, pack_tokens
 
+    engines = contenders(options)
     torch.set_num_threads(options.threads)
     text = load_corpus(options.corpus).heldout
     blocks = evenly_spread(pack_tokens(text, load_tokenizer(options.dense), seq_len=LENGTH), options.blocks)
+    if blocks.numel() < LENGTH + NEW:
+        raise ValueError(
+            f"--blocks must give at least {LENGTH + NEW} tokens, but {options.blocks} have {blocks.numel()}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.json"
         tokens.write_text(json.dumps(blocks.flatten().tolist()))
         workers = []
-        for name, engine, python, model in contenders(options):
+        for name, engine, python, model in engines:
             worker = Worker(name, engine, python, model, options.threads, tokens, options.clock)
             worker.answer()  # one loads at a time
             workers.append(worker)
@@ -188,7 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", nargs="+", metavar="FILE", help="print these results instead of measuring")
     parser.add_argument("--dense", help="directory of the dense model")
-    parser.add_argument("--gguf", help="the .gguf file that DENSE was read from; others are written next to it")
+    parser.add_argument(
+        "--gguf",
+        help="the .gguf file that DENSE was read from, whose numbers llama.cpp rounds again in files next to it",
+    )
     parser.add_argument("--moh", nargs="*", default=[], help="directories of models converted from it")
     parser.add_argument("--llama-python", metavar="PYTHON", help="of an environment with llama-cpp-python")
     parser.add_argument("--int8-python", metavar="PYTHON", help="of one with moh and torchao")
@@ -197,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where other work shares the processor")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2")
     parser.add_argument("--corpus", default="django-docs")
     parser.add_argument("--blocks", type=int, default=4, help=f"of {LENGTH} tokens, for the perplexity")
     parser.add_argument("--wait-for", metavar="FILE", help="begin to time when it exists, to stop other work first")
@@ -208,9 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not options.dense or (options.llama_python and not options.gguf):
         parser.error("--dense is required, and --gguf with --llama-python")
-    found = measure(options)
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quartiles, got {options.rounds}")
+    try:
+        if options.out:
+            check_writable(Path(options.out).parent, name="--out")
+        found = measure(options)
+    except ValueError as error:
+        parser.error(str(error))
     if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(Path(options.out), json.dumps(found, indent=1) + "\n")
     print(table(found))
 
 

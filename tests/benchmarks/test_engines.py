@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("transformers", reason="the hf extra is not installed")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import engine_worker, engines
+from moh.models.transformers import MoHLlamaConfig, MoHLlamaForCausalLM
 
 
 @pytest.fixture
@@ -78,6 +81,66 @@ def test_engines_without_a_python_are_left_out() -> None:
     given |= dict(llama_python="python", gguf="D.gguf")
     names = [name for name, *_ in engines.contenders(argparse.Namespace(**given))]
     assert names[-3:] == ["llama.cpp, F16", "llama.cpp, BF16", "llama.cpp, Q8_0"]
+
+
+def test_int8_is_measured_dense_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_share", {"A": "78% of the heads", "B": "56% of the heads"}.get)
+    given = dict(
+        dense="D", gguf=None, moh=["A", "B"], llama_python=None, int8_python="python", without=["float32", "16"]
+    )
+    assert [(name, model) for name, *_, model in engines.contenders(argparse.Namespace(**given))] == [
+        ("transformers, int8", "D"),
+        ("ours, 78% of the heads, int8", "A"),
+        ("ours, 56% of the heads, int8", "B"),
+    ]
+
+
+def test_two_models_of_one_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_share", lambda model: "78% of the heads")
+    given = dict(dense="D", gguf=None, moh=["A", "B"], llama_python=None, int8_python=None, without=[])
+    with pytest.raises(ValueError, match="--moh must be models of different shares of heads"):
+        engines.contenders(argparse.Namespace(**given))
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("--rounds must be at least 2, for quartiles, got 1", ["--rounds", "1"]),
+        ("--out .* can't be written", ["--out", "/dev/null/results/engines.json"]),
+        ("--blocks must give at least 528 tokens, but 1 have 512", ["--blocks", "1"]),
+    ],
+    ids=["rounds", "out", "blocks"],
+)
+def test_what_would_end_in_an_error_later_is_refused_at_once(
+    message: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moh.models.transformers.loading.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("moh.training.load_corpus", lambda name: SimpleNamespace(heldout=""))
+    monkeypatch.setattr("moh.training.pack_tokens", lambda *given, seq_len: torch.zeros(4, seq_len, dtype=torch.long))
+    monkeypatch.setattr(engines, "Worker", None)
+    threads = ["--threads", str(torch.get_num_threads())]  # they are set in this process
+    with pytest.raises(SystemExit):
+        engines.main(["--dense", "D", "--corpus", "django-docs", *threads, *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["one-share", "several-shares"])
+def test_a_w_o_for_each_share_counts_once(changes: bool, settings: None, tmp_path: Path) -> None:
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    several = {"heads": [1, 2], "rank": 2, "used_heads": [1, 1]} if changes else None
+    config = MoHLlamaConfig(**sizes, router="linear", shared_heads=1, active_heads=1, output_changes=several)
+    model = MoHLlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    weights = {name: weight for name, weight in model.named_parameters() if ".output_changes." not in name}
+    assert (len(weights) < len(list(model.parameters()))) == changes
+    embeddings = weights.pop("model.embed_tokens.weight")
+    cache = 2 * 2 * 32 * engine_worker.LENGTH
+    assert embeddings is not model.lm_head.weight
+    found = engine_worker.Torch(str(tmp_path), 1, {"moh", "float32"}).bytes()
+    buffers = 4 * sum(
+        buffer.numel() for name, buffer in model.state_dict().items() if name not in dict(model.named_parameters())
+    )
+    assert found == 4 * (sum(weight.numel() for weight in weights.values()) + cache) + buffers
 
 
 def test_a_worker_that_ends_is_an_error(tmp_path: Path) -> None:
