@@ -244,12 +244,34 @@ def test_a_quantised_model_is_not_converted(quantise: Quantise) -> None:
         moh.convert(dense, router="query_norm", shared_heads=1, active_heads=1)
 
 
-def test_info_says_that_projections_are_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def torchaos(kind: str, granularity: str) -> dict[str, Any]:
+    """What transformers saves of `TorchAoConfig`."""
+    of_weights = {"_type": granularity, "_version": 1, "_data": {"dim": -1} if granularity == "PerRow" else {}}
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": kind, "_version": 2, "_data": {"granularity": of_weights}}},
+    }
+
+
+@pytest.mark.parametrize(
+    "saved, says_operators",
+    [
+        pytest.param({"quant_method": "bitsandbytes", "load_in_8bit": True}, False, id="bitsandbytes"),
+        pytest.param(torchaos("Int8WeightOnlyConfig", "PerRow"), True, id="int8-rows"),
+        pytest.param(torchaos("Int8WeightOnlyConfig", "PerTensor"), False, id="int8-tensors"),
+        pytest.param(torchaos("Int8DynamicActivationInt8WeightConfig", "PerRow"), False, id="activations-too"),
+        pytest.param({"quant_method": "torchao", "quant_type": "int8_weight_only"}, False, id="of-an-old-version"),
+    ],
+)
+def test_info_says_whose_products_compute_quantised_projections(
+    saved: dict[str, Any], says_operators: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     routed().config.save_pretrained(tmp_path)
     main(["info", str(tmp_path)])
     assert "quantised" not in capsys.readouterr().out
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": saved}
     (tmp_path / "config.json").write_text(json.dumps(config))
     main(["info", str(tmp_path)])
-    assert "quantised (bitsandbytes): dense products" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"quantised ({saved['quant_method']}): dense products" in out
+    assert ("a new token on the CPU by our operators" in out) == says_operators

@@ -150,7 +150,7 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
     quantisation = getattr(config, "quantization_config", None)
     method = None if quantisation is None else _method(quantisation)
     if method is not None:
-        decoded = "; a new token of int8 weights on the CPU by our operators" if method == "torchao" else ""
+        decoded = "; a new token on the CPU by our operators" if _has_int8_rows(quantisation) else ""
         lines.append(
             f"  {'projections':18s} quantised ({method}): dense products, by the library that quantised them{decoded}"
         )
@@ -173,6 +173,15 @@ def _method(quantisation: Any) -> str:
     """The library that a saved configuration of quantised weights names."""
     method = quantisation["quant_method"] if isinstance(quantisation, dict) else quantisation.quant_method
     return str(getattr(method, "value", method))
+
+
+def _has_int8_rows(quantisation: Any) -> bool:
+    """Whether a saved configuration names the weights that `moh.attention.projections.matrix_of` knows."""
+    saved: dict[str, Any] = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    kinds = saved.get("quant_type")  # torchao's: {"default": {"_type": class, "_data": {argument: value}}}
+    kind = kinds.get("default", {}) if isinstance(kinds, dict) else {}
+    granularity = kind.get("_data", {}).get("granularity") or {}
+    return (kind.get("_type"), granularity.get("_type")) == ("Int8WeightOnlyConfig", "PerRow")
 
 
 def _loaded_implementation(config: Any) -> tuple[str, str | None]:
