@@ -147,74 +147,52 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def weights_of_rows(model: nn.Module) -> None:
+def int8(kind: str) -> Any:
+    """A model with torchao's int8 weights of a kind."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-
-
-def weights_of_tensors(model: nn.Module) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()))
-
-
-def activations_too(model: nn.Module) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
-
-
-def weights_with_zero_points(model: nn.Module) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    for linear in [module for module in model.modules() if type(module) is nn.Linear]:
-        weight = quantization.Int8Tensor.from_hp(
-            linear.weight.detach(), quantization.PerRow(), mapping_type=quantization.MappingType.ASYMMETRIC
-        )
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-
-
-OPERATORS = ["norm", "layer", "mlp"] * 2 + ["linear"]  # of the two layers and the output layer
+    model = routed()
+    if kind == "zero points":
+        for linear in [module for module in model.modules() if type(module) is nn.Linear]:
+            weight = quantization.Int8Tensor.from_hp(
+                linear.weight, quantization.PerRow(), mapping_type=quantization.MappingType.ASYMMETRIC
+            )
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        return model
+    configs = {
+        "rows": quantization.Int8WeightOnlyConfig(),
+        "tensors": quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
+        "activations too": quantization.Int8DynamicActivationInt8WeightConfig(),
+    }
+    quantization.quantize_(model, configs[kind])
+    return model
 
 
 @pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
-@pytest.mark.parametrize(
-    "quantise, names",
-    [
-        (weights_of_rows, OPERATORS),
-        (weights_of_tensors, []),
-        (weights_with_zero_points, []),
-        (activations_too, []),
-    ],
-)
-def test_torchaos_int8_weights_that_the_operators_know_are_decoded_by_them(
-    quantise: Callable[[nn.Module], None], names: list[str], ids: Tensor
-) -> None:
-    model = routed()
-    quantise(model)
-    with torch.no_grad():
-        expected = model(ids).logits[0, -1]
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        with Operators() as operators:
-            last = model(ids[:, -1:], past_key_values=cache).logits
+@pytest.mark.parametrize("kind", ["rows", "tensors", "zero points", "activations too"])
+@torch.no_grad()
+def test_torchaos_int8_weights_by_row_are_decoded_by_the_operators(kind: str, ids: Tensor) -> None:
+    model = int8(kind)
+    expected = model(ids).logits[0, -1]
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with Operators() as operators:
+        last = model(ids[:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(last[0, -1], expected, atol=1e-5, rtol=1e-4)
     found = [name.removeprefix("moh::cpu_decode_") for name in operators.names if name.startswith("moh::cpu_decode")]
-    assert found == names
+    layer = ["norm", "layer", "mlp"]
+    assert found == ([*layer, *layer, "linear"] if kind == "rows" else [])
 
 
-@pytest.mark.parametrize("quantise", [weights_of_rows, weights_with_zero_points])
-def test_zero_points_are_looked_up_again_after_they_were_changed(quantise: Callable[[nn.Module], None]) -> None:
-    model, x = routed(), torch.zeros(1, 1, 32)
-    quantise(model)
-    head = model.lm_head
-    known = projections.matrix_of(head, x) is not None
-    assert known == (quantise is weights_of_rows)
-    head.weight.zero_point.fill_(1 if known else 0)
-    assert (projections.matrix_of(head, x) is None) == known
+@pytest.mark.parametrize("kind", ["rows", "zero points"])
+def test_zero_points_are_looked_up_again_after_they_were_changed(kind: str) -> None:
+    head, x = int8(kind).lm_head, torch.zeros(1, 1, 32)
+    for has_zero_points in (kind == "zero points", kind != "zero points"):
+        head.weight.zero_point.fill_(int(has_zero_points))
+        assert (projections.matrix_of(head, x) is None) == has_zero_points
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_a_bias_of_another_dtype_keeps_int8_weights_from_the_operators(dtype: torch.dtype) -> None:
-    model, x = routed(), torch.zeros(1, 1, 32)
-    weights_of_rows(model)
-    head = model.lm_head
+    head, x = int8("rows").lm_head, torch.zeros(1, 1, 32)
     head.bias = nn.Parameter(torch.zeros(64, dtype=dtype), requires_grad=False)
     assert (projections.matrix_of(head, x) is None) == (dtype is torch.float64)
 
