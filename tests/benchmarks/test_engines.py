@@ -127,7 +127,7 @@ def test_what_would_end_in_an_error_later_is_refused_at_once(
 def test_what_w_o_is_for_other_shares_is_not_counted(settings: None, tmp_path: Path) -> None:
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     found, saved = [], []
-    for several in (None, {"heads": [1, 2], "rank": 2, "used_heads": [1, 1]}):
+    for several in (None, {"heads": [2, 3], "rank": 2, "used_heads": [2, 2]}):
         config = MoHLlamaConfig(**sizes, router="linear", shared_heads=1, active_heads=1, output_changes=several)
         model = MoHLlamaForCausalLM(config)
         model.save_pretrained(tmp_path)
