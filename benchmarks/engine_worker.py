@@ -38,7 +38,7 @@ class Torch:
         dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         if "int8" in options:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
             quantize_(self.model, Int8WeightOnlyConfig())  # the output layer too; the embeddings stay as they are
         self.run: Callable[..., Any] = self.model
@@ -56,7 +56,7 @@ class Torch:
 
         Those of inactive heads count, which are not read; W_O counts once, however many shares the model is set to.
         """
-        found = {}
+        found: dict[int, int] = {}
         for name, weight in self.model.state_dict(keep_vars=True).items():
             if weight is self.model.get_input_embeddings().weight and weight is not self.model.lm_head.weight:
                 continue
@@ -66,7 +66,7 @@ class Torch:
                 found[part.data_ptr()] = part.nbytes
         config = self.model.config
         width = 2 * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
-        return sum(found.values()) + LENGTH * config.num_hidden_layers * width
+        return sum(found.values()) + LENGTH * int(config.num_hidden_layers * width)
 
     def read(self, tokens: list[int]) -> None:
         """Read a text into an empty cache."""
@@ -94,7 +94,7 @@ class LlamaCpp:
     KINDS: ClassVar = {"f16": 1, "q8_0": 7, "bf16": 32}  # enum llama_ftype
 
     def __init__(self, model: str, threads: int, options: set[str]) -> None:
-        import llama_cpp
+        import llama_cpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
         import numpy
 
         (kind,) = options
@@ -108,7 +108,7 @@ class LlamaCpp:
                 raise RuntimeError(f"llama.cpp can't write {path}")
             part.rename(path)
         common = dict(n_ctx=LENGTH + NEW, n_batch=LENGTH, n_threads=threads, n_threads_batch=threads, verbose=False)
-        self.make = lambda **more: llama_cpp.Llama(str(path), **common, **more)
+        self.make: Callable[..., Any] = lambda **more: llama_cpp.Llama(str(path), **common, **more)
         self.model = self.make()
 
     def nats(self, block: list[int]) -> float:
