@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.library not in (None, *options.heads):
         parser.error(f"--library must be one of --heads {' '.join(map(str, options.heads))}, got {options.library}")
+    if options.library is not None and find_spec("sentence_transformers") is None:
+        parser.error("--library needs the package sentence-transformers: pip install sentence-transformers")
     set_verbosity_error()
     disable_progress_bar()
     start = time.perf_counter()
@@ -246,9 +249,8 @@ def table(rows: Sequence[Row], results: dict[str, Any], num_heads: int) -> str:
     """The results as a page."""
     settings = results["settings"]
     library = settings["library"]
-    said, option = "", ""
-    if library is not None:
-        option = f" --library {library}"
+    said, option = "", "" if library is None else f" --library {library}"
+    if any("sentence-transformers" in row.variant for row in rows):
         said = (
             f" The refitted encoder of {library} heads is scored a second and third time with the embeddings of "
             f"sentence-transformers {version('sentence-transformers')}: its own pooling, length and normalisation."
