@@ -10,15 +10,19 @@ the environment that runs this file, which stays as it is. Environments are kept
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROMISED = "MOH_TEST_ENGINE"
+"""Environment variable with the name of the engine that the tests must find: without it they are skipped."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ ENGINES = {
         unwanted=("torchaudio", "torchcodec", "torchvision"),
     ),
 }
+
+
+def needs(name: str, modules: Iterable[str]) -> None:
+    """Import the modules of an engine. Skips the test where one can't be imported, but fails where `main` promised them."""
+    for module in modules:
+        if os.environ.get(PROMISED) == name:
+            importlib.import_module(module)
+        else:
+            import pytest
+
+            pytest.importorskip(module, reason=f"{module} is not installed: make test-engines")
 
 
 def install(engine: Engine, environment: Path) -> Path:
@@ -81,7 +96,7 @@ def main() -> int:
         engine = ENGINES[name]
         python = install(engine, arguments.environments / name)
         paths = [ROOT] if engine.is_alone else [ROOT / "src", ROOT]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), PROMISED: name}
         command = [python, "-m", "pytest", "-m", "", "--timeout", "1200", *engine.tests, *arguments.options]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         failed |= code != 0

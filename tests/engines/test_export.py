@@ -1,6 +1,6 @@
 """Promises of exported models: each runtime gives PyTorch's numbers, and a program of static shapes keeps the saving.
 
-The runtimes' tests are run by `make test-engines`, those of `torch.export` and of bad input by default.
+The runtimes' tests are run by `make test-engines`, some of those of `torch.export` by default, all of them by `make test-all`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if not hasattr(exporters, "ExportedModel"):
     pytest.skip("this transformers can't load what it exports", allow_module_level=True)
 
 import moh.models.transformers  # noqa: E402
-from moh.models.transformers import exported  # noqa: E402
+from engines_on_cpu import needs  # noqa: E402
 from moh.models.transformers.exported import RUNTIMES, export_model, load_exported  # noqa: E402
 
 GROUPED = dict(routing_unit="group_balanced", num_attention_heads=6, num_key_value_heads=2, shared_heads=2)
@@ -73,11 +73,6 @@ MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
 FOREIGN = [pytest.param(name, marks=pytest.mark.slow) for name in RUNTIMES if name != "torch"]
 
 
-def needs(runtime: str) -> None:
-    for module in RUNTIMES[runtime].needs:
-        pytest.importorskip(module, reason=f"{module} is not installed: make test-engines")
-
-
 def outputs(found: Any, inputs: dict[str, Tensor]) -> Tensor:
     """What a model gives for everything but padding."""
     values: Tensor = found["logits"] if "logits" in found else found["last_hidden_state"]
@@ -97,14 +92,21 @@ def assert_equal(model: Any, program: Any, *given: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("router", "unit"),
-    [("linear", "group_balanced"), ("query_norm", "group_balanced"), ("two_stage", "head"), ("query_norm", "head")],
+    [
+        ("linear", "group_balanced"),
+        pytest.param("query_norm", "group_balanced", marks=pytest.mark.slow),
+        pytest.param("two_stage", "head", marks=pytest.mark.slow),
+        pytest.param("query_norm", "head", marks=pytest.mark.slow),
+    ],
 )
 def test_a_program_of_torch_export_gives_the_same(tmp_path: Path, router: str, unit: str) -> None:
     model, inputs = tiny_model(router, routing_unit=unit), ids(2, 12)
     assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
 
 
-@pytest.mark.parametrize("name", ["threshold", "fixed", "encoder", "vit"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("threshold", "fixed", "vit")), "encoder"]
+)
 def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str) -> None:
     model, inputs = MODELS[name]()
     assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
@@ -113,7 +115,7 @@ def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("runtime", FOREIGN)
 def test_other_runtimes_give_the_same(tmp_path: Path, runtime: str, name: str) -> None:
-    needs(runtime)
+    needs(runtime, RUNTIMES[runtime].needs)
     model, inputs = MODELS[name]()
     program = load_exported(export_model(model, inputs, runtime, tmp_path / "out"))
     if runtime == "onnx" and name == "group_balanced":
@@ -128,7 +130,7 @@ def test_other_runtimes_give_the_same(tmp_path: Path, runtime: str, name: str) -
 )
 @torch.no_grad()
 def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(tmp_path: Path, runtime: str) -> None:
-    needs(runtime)
+    needs(runtime, RUNTIMES[runtime].needs)
     model = tiny_model()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     runners = load_exported(export_model(model, ids(2, 12), runtime, tmp_path / "out", decodes=True)).runners
@@ -161,56 +163,13 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "moh" and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("model", "runtime", "options", "message"),
-    [
-        (tiny_model, "tflite", {}, r"runtime must be one of 'onnx', 'openvino', 'executorch', 'torch', got 'tflite'"),
-        (lambda: torch.nn.Linear(2, 2), "torch", {}, r"model must be a model of transformers, got Linear"),
-        (tiny_model, "torch", dict(decodes=True), r"fixed shapes, while the cache grows .* 'onnx' or 'openvino' can"),
-        (lambda: vit()[0], "torch", dict(decodes=True), r"decodes must be False for a model that writes no text"),
-    ],
-)
-def test_what_cannot_be_exported_is_refused(
-    tmp_path: Path, model: Callable[[], Any], runtime: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        export_model(model(), ids(2, 12), runtime, tmp_path / "out", **options)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
-def test_one_sample_is_refused_where_any_number_should_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
-) -> None:
-    monkeypatch.setattr(exported, "find_spec", lambda name: object())
-    message = rf"2 or more samples for runtime '{runtime}', .* got input_ids of shape \(1, 12\)"
-    with pytest.raises(ValueError, match=message):
-        export_model(tiny_model(), ids(1, 12), runtime, tmp_path)
-
-
-def test_a_runtime_that_is_missing_is_named_with_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported, "find_spec", lambda name: None if name.startswith("onnx") else object())
-    with pytest.raises(ImportError, match=r"pip install onnx onnxscript onnxruntime$"):
-        export_model(tiny_model(), ids(2, 12), "onnx", tmp_path)
-
-
-@pytest.mark.parametrize("version", ["5.17.0", "5.22.0"])
-def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
-    for call in (lambda: export_model(tiny_model(), ids(2, 12), "torch", tmp_path), lambda: load_exported(tmp_path)):
-        with pytest.raises(
-            ImportError, match=rf"exports need transformers 5.23.0 or newer, and {version} is installed"
-        ):
-            call()
-
-
 def damaged(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
 
 
 @pytest.mark.parametrize("runtime", ["torch", *FOREIGN])
 def test_a_damaged_program_is_named(tmp_path: Path, runtime: str) -> None:
-    needs(runtime)
+    needs(runtime, RUNTIMES[runtime].needs)
     folder = export_model(*vit(), runtime, tmp_path / "out")
     (name,) = (part["file"] for part in json.loads((folder / "export.json").read_text())["components"].values())
     damaged(folder / name)
@@ -219,20 +178,3 @@ def test_a_damaged_program_is_named(tmp_path: Path, runtime: str) -> None:
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"export '.*out' is incomplete: {name} is missing"):
         load_exported(folder)
-
-
-@pytest.mark.parametrize(
-    ("manifest", "message"),
-    [
-        (None, r"directory must hold an export, .* but there is no '.*export.json'"),
-        ("{", r"export.json' is damaged"),
-        ("[]", r"export.json' is damaged"),
-        ('{"export_format": "onnx"}', r"export.json' is damaged: 'components'"),
-        ('{"export_format": "coreml", "components": {}}', r"export_format of onnx, .* got 'coreml'"),
-    ],
-)
-def test_a_directory_that_holds_no_export_is_refused(tmp_path: Path, manifest: str | None, message: str) -> None:
-    if manifest is not None:
-        (tmp_path / "export.json").write_text(manifest, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        load_exported(tmp_path)

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 import moh.models.transformers
+from engines_on_cpu import needs
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-engines")
+needs("vllm", ["vllm"])
+import vllm  # noqa: E402
+
 pytestmark = pytest.mark.slow
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 5, 7, 8, 9, 3, 4, 20, 21] * 4]
 NEW = 12

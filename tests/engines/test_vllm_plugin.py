@@ -104,7 +104,7 @@ def test_a_vllm_without_the_names_that_we_use_is_named(engine: Any, monkeypatch:
     monkeypatch.delattr(sys.modules["vllm.model_executor.models.transformers"], "vllm_attention_forward")
     monkeypatch.delitem(sys.modules, "moh.models.vllm.model")
     with pytest.raises(
-        ImportError, match=r"not supported by vLLM 0.99.0, .* than vLLM 0.32.0, .*vllm_attention_forward"
+        ImportError, match=r"not supported by vLLM 0.99.0, .* differently from vLLM 0.32.0, .*vllm_attention_forward"
     ):
         importlib.import_module("moh.models.vllm.model")
 

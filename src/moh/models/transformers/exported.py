@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -37,6 +38,7 @@ class Runtime:
         is_dynamic: whether programs take batches and lengths other than the example's.
         options: of the exporter's configuration.
         files: patterns of the files that an export has, besides JSON.
+        limits_threads: whether `load_exported` can set how many threads a program uses.
     """
 
     exporter: str
@@ -44,12 +46,20 @@ class Runtime:
     is_dynamic: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    limits_threads: bool = False
 
 
 RUNTIMES = {
-    "onnx": Runtime("Onnx", ("onnx", "onnxscript", "onnxruntime"), files=("*.onnx", "*.onnx.data", "*.onnx_data")),
+    "onnx": Runtime(
+        "Onnx",
+        ("onnx", "onnxscript", "onnxruntime"),
+        files=("*.onnx", "*.onnx.data", "*.onnx_data"),
+        limits_threads=True,
+    ),
     # The cache goes in and out, as in the others; a stateful program would keep it for itself
-    "openvino": Runtime("OpenVINO", ("openvino",), options={"stateful": False}, files=("*.xml", "*.bin")),
+    "openvino": Runtime(
+        "OpenVINO", ("openvino",), options={"stateful": False}, files=("*.xml", "*.bin"), limits_threads=True
+    ),
     # XNNPACK, which runs it on CPUs, fails on the symbolic shapes of a transformers model
     "executorch": Runtime("Executorch", ("executorch",), is_dynamic=False, files=("*.pte",)),
     "torch": Runtime("Dynamo", is_dynamic=False, files=("*.pt2",)),
@@ -75,15 +85,16 @@ def export_model(
         `directory`.
 
     Raises:
-        ValueError: the runtime is unknown or the model can't be exported to it, or `directory` holds something else.
+        ValueError: the runtime is unknown, the model is in training mode, in another dtype or on another device, it can't be
+            exported to this runtime, or `directory` holds something else.
         ImportError: transformers is too old, or a package of the runtime is missing.
     """
-    found, exporters = _runtime(runtime), _exporters()
-    _check_installed(runtime)
+    found = _runtime(runtime)
     if not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
             f"model must be a model of transformers, got {type(model).__name__}: use torch.export or torch.onnx for others"
         )
+    _check_state(model)
     if decodes and not model.can_generate():
         raise ValueError(f"decodes must be False for a model that writes no text, got a {type(model).__name__}")
     if decodes and not found.is_dynamic:
@@ -98,6 +109,8 @@ def export_model(
             f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {one[0]} of shape "
             f"{tuple(inputs[one[0]].shape)}: repeat them"
         )
+    exporters = _exporters()
+    _check_installed(runtime)
     config = getattr(exporters, f"{found.exporter}Config")(dynamic=found.is_dynamic, **found.options)
     exporter = getattr(exporters, f"{found.exporter}Exporter")()
     before = model.config._attn_implementation
@@ -111,6 +124,7 @@ def export_model(
     finally:
         model.set_attn_implementation(before)
     target = Path(directory).expanduser()
+    # "config.json" by itself: the first pattern is of the file that an earlier export must have
     with replacing_directory(target, kinds=("config.json", "*.json", *found.files)) as scratch:
         program.save_pretrained(scratch)
     return target
@@ -130,19 +144,23 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
 
     Args:
         directory: of `export_model`, or of `save_pretrained` of such a model.
-        threads: that ONNX Runtime or OpenVINO may use; None leaves that to them, as do the other runtimes.
+        threads: that ONNX Runtime or OpenVINO may use, 1 or more. None leaves that to the runtime; other runtimes take nothing else.
 
     Raises:
-        ValueError: there is no export, or a file of it can't be read; names it.
-        ImportError: transformers is too old, or a package of the runtime is missing.
+        ValueError: there is no export, a file of it can't be read (names it), or `threads` is not possible.
+        ImportError: transformers is too old, or a package of the runtime is missing or can't be imported.
     """
-    exporters, folder = _exporters(), Path(directory).expanduser()
+    folder = Path(directory).expanduser()
     runtime, programs = _manifest(folder)
+    _check_threads(runtime, threads)
+    exporters = _exporters()
     _check_installed(runtime)
     if missing := [name for name in programs if not (folder / name).is_file()]:
         raise ValueError(f"export {str(directory)!r} is incomplete: {missing[0]} is missing; export the model again")
     try:
         return exporters.ExportedModel.from_pretrained(folder, local_files_only=True, **_options(runtime, threads))
+    except (ImportError, MemoryError, TypeError):  # of the installation, the machine or the call, not of the file
+        raise
     except Exception as error:  # each runtime has errors of its own for a file that it can't read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         names = " and ".join(programs)
@@ -166,7 +184,8 @@ def _manifest(folder: Path) -> tuple[str, list[str]]:
     for name, runtime in RUNTIMES.items():
         if runtime.exporter.lower() == written.lower():
             return name, programs
-    raise ValueError(f"{str(file)!r} must have an export_format of {', '.join(RUNTIMES)}, got {written!r}")
+    formats = ", ".join(repr(runtime.exporter.lower()) for runtime in RUNTIMES.values())
+    raise ValueError(f"{str(file)!r} must have an export_format among {formats}, got {written!r}")
 
 
 def _options(runtime: str, threads: int | None) -> dict[str, Any]:
@@ -187,6 +206,30 @@ def _runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(map(repr, RUNTIMES))}, got {name!r}")
     return RUNTIMES[name]
+
+
+def _check_state(model: transformers.PreTrainedModel) -> None:
+    """Refuse what would be frozen into the program, or fail inside the exporter."""
+    if model.training:
+        raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(f"model must be on the CPU, got {name} on {parameter.device}: call model.cpu()")
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(f"model must be in float32, got {name} in {parameter.dtype}: call model.float()")
+
+
+def _check_threads(runtime: str, threads: int | None) -> None:
+    if threads is None:
+        return
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be 1 or more, or None for the runtime's own choice, got {threads!r}")
+    if not RUNTIMES[runtime].limits_threads:
+        able = " or ".join(repr(name) for name, other in RUNTIMES.items() if other.limits_threads)
+        raise ValueError(
+            f"threads must be None for an export to {runtime!r}, whose threads can't be set here, got {threads}; those of "
+            f"{able} can"
+        )
 
 
 def _exporters() -> ModuleType:

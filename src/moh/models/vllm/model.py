@@ -21,7 +21,7 @@ from moh.models.transformers.fixed import refuse_fixed_heads
 from moh.models.vllm import OLDEST
 
 _UNKNOWN = (
-    f"MoH models are not supported by vLLM {vllm.__version__}, which builds models of transformers in another way than "
+    f"MoH models are not supported by vLLM {vllm.__version__}, which builds models of transformers differently from "
     f"vLLM {OLDEST}, with which they are tested: "
 )
 
