@@ -3,10 +3,10 @@
     make test-engines                                    # makes the runtimes' environments
     python experiments/exported.py export --runtime onnx  # in the environment of that runtime; minutes for each model
     python experiments/exported.py measure --runtime onnx # in the same
-    python experiments/exported.py page                   # from all runtimes that were measured
+    python experiments/exported.py page                   # what was measured is added to the committed results
 
 SmolLM2-135M, all-MiniLM-L6-v2 and a ViT-S of random weights: dense, with routed heads, and with fixed ones. Exports and results
-are kept in `--work`, so that an interrupted run resumes. Needs the extra `llm`.
+are kept in `--work`, so that an interrupted run resumes; with other options it must have another `--work`. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from result_names import command
 from sentence_encoder import fetch_encoder
 
 import moh
@@ -43,28 +44,46 @@ PARTS = {
     ("vit", "model"): "ViT-S/16, one image, 4 of 6 heads",
 }
 VARIANTS = ("dense", "routed", "fixed")
+LAYERS = 30  # of SmolLM2-135M
+ROUNDS = 15
 Inputs = dict[str, torch.Tensor]
 
 
 def main() -> None:
     """Parse the options and take one step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "measure", "page"))
-    parser.add_argument("--runtime", choices=RUNTIMES, help="of this environment")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--layers", type=int, help="only the first layers of SmolLM2 (default: all 30)")
-    parser.add_argument("--rounds", type=int, default=15, help="calls of each program, in turns")
-    parser.add_argument("--work", type=Path, default=Path("runs/exported"))
-    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    parser = make_parser()
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    try:
+        take(options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("export", "measure", "page"))
+    parser.add_argument("--runtime", choices=RUNTIMES, help="of this environment; not for page")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--layers", type=int, default=LAYERS, help="only the first ones of SmolLM2 (default: all, 30)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of each program, in turns")
+    parser.add_argument("--work", type=Path, default=Path("runs/exported"))
+    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    return parser
+
+
+def take(options: argparse.Namespace) -> None:
+    """The step that the options name."""
     if options.step == "page":
-        rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.work.glob("*.json"))]
+        rows = collect(options.work, options.output / f"{NAME}.json")
+        text = page(rows)  # before anything is written
         write_text(options.output / f"{NAME}.json", json.dumps(rows, indent=1) + "\n")
-        write_text(options.output / f"{NAME}.md", page(rows))
+        write_text(options.output / f"{NAME}.md", text)
         return
     if options.runtime is None:
-        parser.error("--runtime must be given")
+        raise ValueError(f"--runtime must be given for {options.step}: {', '.join(RUNTIMES)}")
+    if not 1 <= options.layers <= LAYERS:
+        raise ValueError(f"--layers must be between 1 and {LAYERS}, got {options.layers}")
     step = export if options.step == "export" else measure
     if step is measure:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core; ExecuTorch has no option for threads
@@ -76,9 +95,9 @@ def main() -> None:
 # The models: equal but for their attention
 
 
-def smollm2(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+def smollm2(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
     dense = load_causal_lm(default_base_model(), dtype=torch.float32).eval()
-    if layers is not None:
+    if layers < LAYERS:
         dense.model.layers = dense.model.layers[:layers]
         dense.config.num_hidden_layers, dense.config.layer_types = layers, None
     dense.generation_config.eos_token_id, dense.generation_config.pad_token_id = None, 0
@@ -87,7 +106,7 @@ def smollm2(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
     return dense, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), heads
 
 
-def minilm(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+def minilm(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
     dense = transformers.AutoModel.from_pretrained(fetch_encoder()).eval()
     ids = random_ids(8, 64, dense.config.vocab_size)
     mask = torch.ones_like(ids)
@@ -95,16 +114,14 @@ def minilm(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
     return dense, dict(input_ids=ids, attention_mask=mask), dict(shared_heads=3, active_heads=5)
 
 
-def vit(layers: int | None) -> tuple[Any, Inputs, dict[str, Any]]:
+def vit(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
     torch.manual_seed(0)
     config = transformers.ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000)
     dense = transformers.ViTForImageClassification(config).eval()
     return dense, dict(pixel_values=torch.randn(1, 3, 224, 224)), dict(shared_heads=2, active_heads=2)
 
 
-MODELS: dict[str, Callable[[int | None], tuple[Any, Inputs, dict[str, Any]]]] = dict(
-    minilm=minilm, vit=vit, smollm2=smollm2
-)
+MODELS: dict[str, Callable[[int], tuple[Any, Inputs, dict[str, Any]]]] = dict(minilm=minilm, vit=vit, smollm2=smollm2)
 
 
 def variant(dense: Any, inputs: Inputs, kind: str, heads: Mapping[str, Any]) -> Any:
@@ -134,12 +151,24 @@ def export(options: argparse.Namespace, name: str) -> None:
     for kind in VARIANTS:
         folder = options.work / options.runtime / f"{name}-{kind}"
         if (folder / "calls.pt").is_file():
+            exported_config(folder, options, name)
             continue
         start = time.perf_counter()
         model = variant(dense, inputs, kind, heads)
         export_model(model, example, options.runtime, folder / "program", decodes=decodes)
         torch.save(calls(model, inputs, decodes), folder / "calls.pt")
         print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def exported_config(folder: Path, options: argparse.Namespace, name: str) -> Any:
+    """The configuration of an exported model, which must have as many layers as the options ask for."""
+    config = transformers.AutoConfig.from_pretrained(folder / "program")
+    if name == "smollm2" and config.num_hidden_layers != options.layers:
+        raise ValueError(
+            f"{folder} was exported with {config.num_hidden_layers} layers, got --layers {options.layers}: give the same, or "
+            "another --work"
+        )
+    return config
 
 
 @torch.no_grad()
@@ -174,13 +203,23 @@ def measure(options: argparse.Namespace, name: str) -> None:
     """Sizes, errors and times of all variants of a model; the times are taken in turns."""
     kept = options.work / f"{options.runtime}-{name}.json"
     if kept.is_file():
+        row = json.loads(kept.read_text(encoding="utf-8"))
+        then, now = [row["rounds"]], [options.rounds]
+        if name == "smollm2":
+            then, now = [*then, row["layers"]], [*now, options.layers]
+        if then != now:
+            raise ValueError(
+                f"{kept} was measured with --rounds {row['rounds']} and {row['layers']} layers, got --rounds {options.rounds} "
+                f"and --layers {options.layers}: give the same, or another --work"
+            )
         return
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for kind in VARIANTS:
         folder = options.work / options.runtime / f"{name}-{kind}"
-        runners = load_exported(folder / "program", threads=1).runners
-        config = transformers.AutoConfig.from_pretrained(folder / "program")
+        config = exported_config(folder, options, name)
+        threads = 1 if RUNTIMES[options.runtime].limits_threads else None  # the others have one core: see `take`
+        runners = load_exported(folder / "program", threads=threads).runners
         cache: Any = None
         for part, (inputs, expected) in torch.load(folder / "calls.pt", weights_only=True).items():
             runner = runners.get(part, runners.get("model"))
@@ -222,6 +261,28 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
 # The page
 
 
+def collect(work: Path, committed: Path) -> list[dict[str, Any]]:
+    """All rows, by runtime and model; those in `work` are added to the committed ones, or replace them."""
+    rows = json.loads(committed.read_text(encoding="utf-8")) if committed.is_file() else []
+    rows += [json.loads(file.read_text(encoding="utf-8")) for file in sorted(work.glob("*.json"))]
+    if not rows:
+        raise ValueError(f"nothing was measured: there is no result in {work}, and no {committed}")
+    found = {(row["runtime"], row["model"]): row for row in rows}
+    return [found[key] for key in sorted(found)]
+
+
+def made_by(rows: list[dict[str, Any]]) -> list[str]:
+    """The command lines that make all rows, and the page of them."""
+    defaults = dict(runtime=None, models=[*MODELS], layers=LAYERS, rounds=ROUNDS)
+    lines = []
+    for (runtime, rounds), group in itertools.groupby(rows, lambda row: (row["runtime"], row["rounds"])):
+        layers = {row["model"]: row["layers"] for row in group}
+        given = dict(runtime=runtime, models=[m for m in MODELS if m in layers], layers=layers.get("smollm2", LAYERS))
+        for step, values in (("export", given), ("measure", given | dict(rounds=rounds))):
+            lines.append(command(f"{NAME}.py", values, defaults).replace(f"{NAME}.py", f"{NAME}.py {step}"))
+    return [*lines, f"python experiments/{NAME}.py page"]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """All rows as a page."""
     lines = []
@@ -235,6 +296,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells += [f"{kinds[k]['bytes'] / 1e6:.1f}" for k in VARIANTS]
         cells += [f"{1e3 * dense:.1f}"] + [ratio(kinds[k]["seconds"], dense) for k in VARIANTS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
+    rounds = " or ".join(map(str, sorted({row["rounds"] for row in rows})))
     machines = ", ".join(sorted({row["cpu"] for row in rows}))
     versions = ", ".join(sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()}))
     return (
@@ -244,19 +306,21 @@ def page(rows: list[dict[str, Any]]) -> str:
         "model in PyTorch, relative to its largest output. Sizes are of the program that the row calls; prefill and decode are "
         "two files, "
         "each with all weights. Times are processor time, medians "
-        f"of {rows[0]['rounds']} calls in turns; ratios to dense have the quartiles of the variant's own times, over the dense "
-        "median.\n\n"
+        f"of {rounds} calls in turns; ratios to dense have the quartiles of the variant's own times, over the dense "
+        "median: where they include 1, which of the two is faster is not clear.\n\n"
         '*Routed*: SmolLM2 with `routing_unit="group_balanced"`, which computes active queries alone in the attention; its '
         "projections stay dense. MiniLM and the ViT have as many key/value heads as heads: they compute all heads, and the "
         "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
         "projections. Heads are chosen on random inputs, since neither equality nor time depends on which they are. "
-        "The ViT has random weights. Of SmolLM2's 30 layers only the first were exported where a row says so.\n\n"
+        "The ViT has random weights. Of SmolLM2's 30 layers only the first were exported where a row says so: embedding "
+        "and output layer, where heads save nothing, are then most of the program (113 of 170 MB with 4 layers), and the ratios "
+        "are not those of the whole model.\n\n"
         "| runtime | model | error, dense | routed | fixed | MB, dense | routed | fixed | ms, dense | routed / dense "
         "| fixed / dense |\n"
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |\n"
         + "\n".join(lines)
-        + f"\n\nMade by the commands in `experiments/{NAME}.py` (SmolLM2 with `--layers`), one run next to other programs on "
-        f"{machines}; {versions}.\n"
+        + f"\n\nOne run next to other programs on {machines}; {versions}. Made by, each runtime in an environment of its own:\n\n"
+        "```console\n" + "".join(f"$ {line}\n" for line in made_by(rows)) + "```\n"
     )
 
 

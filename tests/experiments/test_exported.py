@@ -18,8 +18,10 @@ if not hasattr(
 
 import exported  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
-def tiny_encoder(layers: int | None) -> tuple[Any, exported.Inputs, dict[str, Any]]:
+
+def tiny_encoder(layers: int) -> tuple[Any, exported.Inputs, dict[str, Any]]:
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                      num_attention_heads=4)  # fmt: skip
@@ -31,7 +33,7 @@ def tiny_encoder(layers: int | None) -> tuple[Any, exported.Inputs, dict[str, An
 @pytest.mark.slow
 def test_variants_are_exported_measured_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported, "MODELS", dict(minilm=tiny_encoder))
-    options = Namespace(work=tmp_path, runtime="torch", layers=None, rounds=3)
+    options = Namespace(work=tmp_path, runtime="torch", layers=exported.LAYERS, rounds=3)
     exported.export(options, "minilm")
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.pt2")}
     assert len(made) == 3
@@ -44,7 +46,7 @@ def test_variants_are_exported_measured_and_resumed(tmp_path: Path, monkeypatch:
     assert kinds["fixed"]["bytes"] < kinds["dense"]["bytes"] < kinds["routed"]["bytes"]
 
 
-def test_the_page_has_each_program_next_to_the_dense_one() -> None:
+def measured(**changes: Any) -> dict[str, Any]:
     parts = {
         part: {
             kind: dict(error=2e-6, bytes=3_000_000, seconds=[0.9 * s, s, 1.2 * s])
@@ -52,16 +54,81 @@ def test_the_page_has_each_program_next_to_the_dense_one() -> None:
         }
         for part in ("prefill", "decode")
     }
-    row = dict(
-        runtime="onnx", model="smollm2", layers=30, parts=parts, rounds=9, cpu="a processor", versions=dict(torch="2")
-    )
-    lines = exported.page([row]).splitlines()
+    row = dict(runtime="onnx", model="smollm2", layers=30, parts=parts, rounds=9, cpu="a CPU", versions=dict(torch="2"))
+    return row | changes
+
+
+def test_the_page_has_each_program_next_to_the_dense_one() -> None:
+    text = exported.page([measured()])
     (line,) = [
-        line for line in lines if line.startswith("| ONNX Runtime | SmolLM2-135M, 30 layers, 256 tokens, 6 of 9 heads")
+        line
+        for line in text.splitlines()
+        if line.startswith("| ONNX Runtime | SmolLM2-135M, 30 layers, 256 tokens, 6 of 9 heads")
     ]
     assert line.endswith(
         "| 2e-06 | 2e-06 | 2e-06 | 3.0 | 3.0 | 3.0 | 200.0 | 0.50 (0.45 to 0.60) | 0.25 (0.23 to 0.30) |"
     )
-    assert sum(line.startswith("| ONNX Runtime |") for line in lines) == 2 and lines[-1].endswith(
-        "a processor; torch 2."
-    )
+    assert text.count("| ONNX Runtime |") == 2 and "medians of 9 calls" in text and "on a CPU; torch 2." in text
+
+
+def committed_rows() -> list[dict[str, Any]]:
+    return list(json.loads((RESULTS / "exported.json").read_text(encoding="utf-8")))
+
+
+MIXED = [measured(), measured(model="vit", layers=12, rounds=15), measured(runtime="torch", layers=4, rounds=15)]
+
+
+@pytest.mark.parametrize("rows", [committed_rows(), MIXED], ids=["committed", "mixed"])
+def test_the_commands_on_the_page_are_those_of_its_rows(rows: list[dict[str, Any]]) -> None:
+    *lines, last = [line for line in exported.page(rows).splitlines() if line.startswith("$ ")]
+    prefix = "$ python experiments/exported.py "
+    assert last == f"{prefix}page"
+    made = {"export": set(), "measure": set()}
+    for line in lines:
+        options = exported.make_parser().parse_args(line.removeprefix(prefix).split())
+        for model in options.models:
+            layers = options.layers if model == "smollm2" else None
+            made[options.step].add((options.runtime, model, layers, options.step == "export" or options.rounds))
+    cells = [(r["runtime"], r["model"], r["layers"] if r["model"] == "smollm2" else None, r["rounds"]) for r in rows]
+    assert made == {"export": {(*cell[:3], True) for cell in cells}, "measure": set(cells)}
+
+
+def test_the_committed_page_is_that_of_the_committed_rows() -> None:
+    assert (RESULTS / "exported.md").read_text(encoding="utf-8") == exported.page(committed_rows())
+
+
+def take_page(work: Path, output: Path) -> None:
+    exported.take(exported.make_parser().parse_args(["page", "--work", str(work), "--output", str(output)]))
+
+
+def test_the_page_keeps_committed_rows_that_were_not_measured_again(tmp_path: Path) -> None:
+    work, output = tmp_path / "work", tmp_path / "results"
+    work.mkdir()
+    output.mkdir()
+    with pytest.raises(ValueError, match=r"nothing was measured: there is no result in .*work"):
+        take_page(work, output)
+    assert not list(output.iterdir())
+    kept = [measured(), measured(runtime="torch")]
+    (output / "exported.json").write_text(json.dumps(kept), encoding="utf-8")
+    take_page(work, output)
+    assert json.loads((output / "exported.json").read_text()) == kept
+    again = measured(runtime="torch", layers=4)
+    (work / "torch-smollm2.json").write_text(json.dumps(again), encoding="utf-8")
+    take_page(work, output)
+    assert json.loads((output / "exported.json").read_text()) == [kept[0], again]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--layers", "30"), ("--rounds", "3")])
+def test_a_result_of_other_options_is_not_taken_for_one_of_these(tmp_path: Path, option: str, value: str) -> None:
+    (tmp_path / "onnx-smollm2.json").write_text(json.dumps(measured(layers=4)), encoding="utf-8")
+    given = ["measure", "--runtime", "onnx", "--work", str(tmp_path), "--layers", "4", "--rounds", "9"]
+    exported.measure(exported.make_parser().parse_args(given), "smollm2")
+    with pytest.raises(ValueError, match=r"measured with --rounds 9 and 4 layers, got .*: give the same, or another"):
+        exported.measure(exported.make_parser().parse_args([*given, option, value]), "smollm2")
+
+
+def test_an_export_of_other_layers_is_refused(tmp_path: Path) -> None:
+    transformers.LlamaConfig(num_hidden_layers=4).save_pretrained(tmp_path / "onnx" / "smollm2-dense" / "program")
+    options = exported.make_parser().parse_args(["measure", "--runtime", "onnx", "--work", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"smollm2-dense was exported with 4 layers, got --layers 30"):
+        exported.measure(options, "smollm2")

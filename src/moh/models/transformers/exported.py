@@ -144,7 +144,7 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
 
     Args:
         directory: of `export_model`, or of `save_pretrained` of such a model.
-        threads: that ONNX Runtime or OpenVINO may use, 1 or more. None leaves that to the runtime; other runtimes take nothing else.
+        threads: that ONNX Runtime or OpenVINO may use, 1 or more; None, the only value for other runtimes, leaves that to them.
 
     Raises:
         ValueError: there is no export, a file of it can't be read (names it), or `threads` is not possible.
