@@ -28,6 +28,7 @@ CONFIGS = [
     pytest.param(MoHConfig(40, 3, 20, "two_stage"), id="more-outputs-than-lanes"),
     pytest.param(MoHConfig(8, 1, 3, "threshold", thresholds=[9, 0.5, 0.3, 0, -0.1, -0.5, -1, -9]), id="threshold"),
     pytest.param(MoHConfig(8, 1, 7, "threshold", thresholds=[9, 0.5, 0.3, 0, -0.1, -0.5, -1, 9]), id="threshold-of-all"),
+    pytest.param(MoHConfig(8, 1, 0, "threshold", thresholds=[-9, 0.5, 0.3, 0, -0.1, -0.5, -1, 9]), id="threshold-of-none"),
 ]  # fmt: skip
 
 
@@ -108,29 +109,30 @@ def layer_of(sizes: dict[str, object], dtype: torch.dtype) -> moh.MoHAttention:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(
-    "sizes, tokens",
+    "sizes, shape",
     [
-        pytest.param({}, 70, id="half-of-the-heads"),
-        pytest.param({"active_heads": 3}, 70, id="all-heads"),
-        pytest.param({"num_kv_heads": 2}, 70, id="grouped"),
-        pytest.param({"qkv_bias": False, "proj_bias": False}, 70, id="no-biases"),
-        pytest.param({"head_dim": 72, "dim": 60}, 70, id="heads-of-72"),
-        pytest.param({"router": "linear"}, 40, id="few-tokens"),
-        pytest.param({"shared_heads": 0, "router": "linear"}, 1, id="one-token"),
+        pytest.param({}, (2, 70), id="half-of-the-heads"),
+        pytest.param({"active_heads": 3}, (2, 70), id="all-heads"),
+        pytest.param({"num_kv_heads": 2}, (2, 70), id="grouped"),
+        pytest.param({"qkv_bias": False, "proj_bias": False}, (2, 70), id="no-biases"),
+        pytest.param({"head_dim": 72, "dim": 60}, (2, 70), id="heads-of-72"),
+        pytest.param({"router": "linear"}, (2, 40), id="few-tokens"),
+        pytest.param({"shared_heads": 0, "router": "linear"}, (2, 1), id="one-token"),
+        pytest.param({"shared_heads": 0}, (80, 1), id="one-token-of-many-texts"),
     ],
 )
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all-keys", "causal"])
-def test_a_whole_layer_gives_what_its_steps_give(isa, sizes, tokens, is_causal, dtype):
+def test_a_whole_layer_gives_what_its_steps_give(isa, sizes, shape, is_causal, dtype):
     layer = layer_of(sizes, dtype)
-    x = torch.randn(2, tokens, layer.dim).to(dtype)
+    x = torch.randn(*shape, layer.dim).to(dtype)
     expected, routing = layer(x, is_causal=is_causal, return_routing=True)
     with torch.no_grad():
         assert operators(lambda: layer(x)) >= {"moh::cpu_route", "moh::cpu_layer"}
         got, routed = layer(x, is_causal=is_causal, return_routing=True)
-    same = (routed.active == routing.active).all()
-    assert same or dtype != torch.float32
-    if same:
-        assert_close(got, expected.detach(), dtype)
+    # Keys and values of a token don't depend on its heads, so that each token can be compared for itself.
+    same = (routed.active == routing.active).all(-1)
+    assert same.all() if dtype == torch.float32 else same.float().mean() > 0.9
+    assert_close(got[same], expected[same].detach(), dtype)
 
 
 @pytest.mark.parametrize("active", [1, 2, 3], ids=lambda k: f"{k}-of-3")
@@ -169,12 +171,53 @@ def with_gradients(layer, x):
         assert layer(x).requires_grad
 
 
-STEPS = {
+def compiled(layer, x):
+    torch.compile(layer, backend="eager", fullgraph=True)(x)
+
+
+def exported(layer, x):
+    torch.export.export(layer, (x,)).module()(x)
+
+
+class Adapter(nn.Linear):
+    """In place of an adapter library's: a linear layer of another class."""
+
+
+class Quantised(nn.Parameter):
+    """In place of a quantiser's: a weight of another class."""
+
+
+def with_adapter(layer, x):
+    layer.proj.__class__ = Adapter
+    layer(x)
+
+
+def with_quantised_weight(layer, x):
+    layer.q_proj.weight = Quantised(layer.q_proj.weight)
+    layer(x)
+
+
+def with_global_hook(layer, x):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert {layer.router.routed, layer.q_proj, layer.proj} <= set(seen)
+
+
+NEITHER = {
     "gradients": ({}, with_gradients),
     "operations-are-counted": ({}, counted),
     "autocast": ({}, autocast),
     "vmap": ({}, lambda layer, x: torch.vmap(lambda one: layer(one[None])[0])(x)),
     "another-backend": ({"backend": "sdpa"}, lambda layer, x: layer(x)),
+    "compiled": ({}, compiled),
+    "exported": ({}, exported),
+    "hooks-on-all-modules": ({}, with_global_hook),
+}
+ROUTE_ALONE = {
     "norms-of-queries": ({"qk_norm": True}, lambda layer, x: layer(x)),
     "mask": ({}, lambda layer, x: layer(x, attn_mask=torch.ones(70, 70, dtype=torch.bool))),
     "padding": ({}, lambda layer, x: layer(x, key_padding_mask=torch.ones(2, 70, dtype=torch.bool))),
@@ -182,15 +225,30 @@ STEPS = {
     "positions": ({}, lambda layer, x: layer(x, rotate=moh.RotaryEmbedding(layer.head_dim))),
     "cache": ({}, lambda layer, x: layer(x, cache=moh.KVCache(70))),
     "window": ({"window": 3}, lambda layer, x: layer(x, is_causal=True)),
+    "adapter": ({}, with_adapter),
+    "quantised-weight": ({}, with_quantised_weight),
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("case", [*NEITHER, *ROUTE_ALONE])
 def test_the_steps_run_one_by_one_where_something_needs_them(case):
-    sizes, run = STEPS[case]
+    sizes, run = (NEITHER | ROUTE_ALONE)[case]
     layer, x = layer_of(sizes, torch.float32), torch.randn(2, 70, 96)
-    assert "moh::cpu_layer" not in operators(lambda: run(layer, x))
+    used = operators(lambda: run(layer, x)) & {"moh::cpu_route", "moh::cpu_layer"}
+    assert used == ({"moh::cpu_route"} if case in ROUTE_ALONE else set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "proj"])
+def test_a_bias_of_another_dtype_is_refused_as_by_pytorch(part):
+    layer, x = layer_of({}, torch.bfloat16), torch.randn(2, 70, 96, dtype=torch.bfloat16)
+    linear = layer.get_submodule(part)
+    linear.bias = nn.Parameter(linear.bias.float())
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
 
 
 @torch.no_grad()
@@ -246,9 +304,46 @@ def test_an_unfitted_threshold_is_refused():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    given = dict(x=torch.randn(1, 3, 12), shared_weight=None, routed_weight=torch.randn(6, 12), stage_weight=None, bias=None,
-                 shared=[0, 1], heads=8, hard=False, active=2, parts=1, together=1, threshold=None,
-                 gate_dtype=torch.float32)  # fmt: skip
+    given = route_arguments()
     torch.ops.moh.cpu_route(**given)
     with pytest.raises(ValueError, match=message):
         torch.ops.moh.cpu_route(**given | change)
+
+
+def route_arguments() -> dict[str, object]:
+    return dict(x=torch.randn(1, 3, 12), shared_weight=None, routed_weight=torch.randn(6, 12), stage_weight=None, bias=None,
+                shared=[0, 1], heads=8, hard=False, active=2, parts=1, together=1, threshold=None)  # fmt: skip
+
+
+def layer_arguments(sparse: bool = True) -> dict[str, object]:
+    weights, biases = [torch.randn(32, 12) for _ in range(3)], [torch.randn(32) for _ in range(3)]
+    gates = torch.randint(2, (1, 3, 4)).float()
+    return dict(x=torch.randn(1, 3, 12), gates=gates, weights=weights, biases=biases, o_weight=torch.randn(12, 32),
+                o_bias=torch.randn(12), is_causal=False, scale=None, sparse=sparse)  # fmt: skip
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"x": torch.randn(3, 12)}, "x must be", id="x"),
+        pytest.param({"gates": torch.ones(1, 4, 4)}, "gates", id="gates"),
+        pytest.param({"gates": torch.ones(1, 3, 4).half()}, "gates", id="dtype-of-gates"),
+        pytest.param({"biases": [None]}, "one weight and bias", id="number-of-biases"),
+        pytest.param({"biases": [torch.randn(32).bfloat16(), None, None]}, "bias must be", id="dtype-of-a-bias"),
+        pytest.param({"biases": [None, None, torch.randn(1)]}, "bias must be", id="size-of-a-bias"),
+        pytest.param({"o_bias": torch.randn(12).double()}, "o_bias must be", id="dtype-of-o_bias"),
+        pytest.param({"o_bias": torch.randn(32)}, "o_bias must be", id="size-of-o_bias"),
+        pytest.param({"o_weight": torch.randn(12, 24)}, "W_O as many columns", id="o_weight"),
+    ],
+)
+def test_a_layers_bad_arguments_are_named(change, message, sparse):
+    torch.ops.moh.cpu_layer(**layer_arguments(sparse))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.moh.cpu_layer(**layer_arguments(sparse) | change)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
+def test_operators_are_described_to_pytorch_as_they_are(sparse):
+    torch.library.opcheck(torch.ops.moh.cpu_route.default, (), route_arguments())
+    torch.library.opcheck(torch.ops.moh.cpu_layer.default, tuple(layer_arguments(sparse).values()))

@@ -144,15 +144,18 @@ def projections_passed_over(
 def is_plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether `linear` is PyTorch's own or a router's: no adapter, hook, quantisation or offloading.
 
-    It must be on x's device and of x's dtype, or of one that autocast converts.
+    Weight and bias must be on x's device and of x's dtype, or of one that autocast converts.
     """
     if type(linear) not in (nn.Linear, Scorer) or not is_untouched(linear):
         return False
-    weight: Any = linear.weight
+    return all(_is_plain_tensor(tensor, x) for tensor in (linear.weight, linear.bias) if tensor is not None)
+
+
+def _is_plain_tensor(tensor: Any, x: Tensor) -> bool:
     # While torch.compile traces, a plain weight may be a fake tensor, but one of torchao's is still its own.
-    plain = type(weight) in (nn.Parameter, Tensor) or (torch.compiler.is_compiling() and not is_wrapper(weight))
-    fits = weight.dtype == x.dtype or (autocasts(x) and weight.dtype in DTYPES)
-    return plain and fits and weight.device == x.device
+    plain = type(tensor) in (nn.Parameter, Tensor) or (torch.compiler.is_compiling() and not is_wrapper(tensor))
+    fits = tensor.dtype == x.dtype or (autocasts(x) and tensor.dtype in DTYPES)
+    return plain and fits and tensor.device == x.device
 
 
 class Matrix(NamedTuple):

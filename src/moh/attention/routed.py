@@ -50,7 +50,6 @@ def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
         config.active_heads,
         *parts_and_neighbours(config),
         router.threshold(),
-        x.dtype,
     )
     return RoutingInfo(config, gates, probs if probs.shape[0] else None)
 
@@ -104,7 +103,6 @@ def whole_layer(
         [linear.bias for linear in projections],
         output.weight,
         output.bias,
-        None,
         is_causal,
         scale,
         sparse_pays_on_cpu(x, width, share),

@@ -83,12 +83,11 @@ def _route_shapes(
     parts: int,
     together: int,
     threshold: float | None,
-    gate_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     B, N = x.shape[:2]
     has_probs = routed_weight is not None and (not hard or active > 0)
     probs = x.new_empty(B if has_probs else 0, N, heads - len(shared), dtype=torch.float32)
-    return x.new_empty(B, N, heads, dtype=gate_dtype), probs
+    return x.new_empty(B, N, heads), probs
 
 
 def _layer_shape(x: Tensor, *others: Any) -> Tensor:

@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "operators/choice.h"
 #include "operators/few_tokens_product.h"
 #include "operators/operators.h"
 
@@ -18,69 +18,21 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// How the routed heads are chosen: equally many in each of `parts` parts, in units of `together` neighbours; or, whatever
-// their number, those whose score is above `threshold`.
-struct Choice {
-  int64_t active, parts, together;
-  std::optional<double> threshold;
-};
-
-// Gates [T, H] of the linear router: 1 for the shared heads and for those whose score x W' + b (or its sum over a unit
-// of neighbours) is largest, 0 for the rest. Of equal scores the first wins; NaN counts as the largest, as in at::topk.
+// Gates [T, H] of the linear router, by scores x W' + b: 1 for the shared heads and for those that are chosen, 0 for the rest.
 template <class T>
-void hard_gates(const FewTokensProduct& router, const FewTokensInput& x, int64_t tokens, at::IntArrayRef shared,
-                const Choice& choice, T* gates) {
-  const int64_t active = choice.active, parts = choice.parts, together = choice.together;
+void hard_gates(const FewTokensProduct& router, const FewTokensInput& x, int64_t tokens, const Choice& choice, T* gates) {
   const int64_t heads = router.rows;
-  std::vector<char> is_shared(heads, 0);
-  for (const int64_t h : shared) {
-    TORCH_CHECK_VALUE(h >= 0 && h < heads, "shared heads must be between 0 and ", heads - 1, ", got ", h);
-    is_shared[h] = 1;
-  }
-  std::vector<int64_t> routed;
-  for (int64_t h = 0; h < heads; ++h)
-    if (!is_shared[h]) routed.push_back(h);
-  const int64_t all = static_cast<int64_t>(routed.size());
-  TORCH_CHECK_VALUE(active >= 0 && active <= all, "active must be between 0 and ", all, ", got ", active);
-  for (int64_t i = 0; i < tokens * heads; ++i) gates[i] = static_cast<T>(is_shared[i % heads] || active == all ? 1 : 0);
-  if (active == 0 || active == all) return;
-  const int64_t least = parts * together;
-  TORCH_CHECK_VALUE(parts > 0 && together > 0 && all % least == 0 && active % least == 0,
-                    "active and all routed heads must be multiples of parts * together = ", least, ", got ", active,
-                    " and ", all);
-  const int64_t units = all / least, chosen = active / least;  // These are numbers per part.
-
   std::vector<T> scores(tokens * heads);
-  router.multiply<T>(x, tokens, scores.data());
-  if (choice.threshold.has_value()) {
-    const float threshold = static_cast<float>(*choice.threshold);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (const int64_t h : routed) {
-        const int64_t i = t * heads + h;
-        if (!(static_cast<float>(scores[i]) <= threshold)) gates[i] = static_cast<T>(1);  // NaN counts as above
-      }
-    return;
-  }
-  std::vector<float> sums(units);
-  std::vector<int64_t> order(units);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t* first = routed.data() + part * units * together;
-      for (int64_t u = 0; u < units; ++u) {
-        order[u] = u;
-        sums[u] = 0.0f;
-        for (int64_t i = 0; i < together; ++i)
-          sums[u] += static_cast<float>(scores[t * heads + first[u * together + i]]);
-      }
-      std::partial_sort(order.begin(), order.begin() + chosen, order.end(), [&](int64_t a, int64_t b) {
-        const float x = sums[a], y = sums[b];
-        if (std::isnan(x) || std::isnan(y)) return std::isnan(x) && (!std::isnan(y) || a < b);
-        return x > y || (x == y && a < b);
-      });
-      for (int64_t u = 0; u < chosen; ++u)
-        for (int64_t i = 0; i < together; ++i)
-          gates[t * heads + first[order[u] * together + i]] = static_cast<T>(1);
-    }
+  if (choice.needs_scores()) router.multiply<T>(x, tokens, scores.data());
+  std::vector<float> routed(choice.num_routed());
+  Chooser choose(choice);
+  for (int64_t t = 0; t < tokens; ++t, gates += heads) {
+    for (int64_t i = 0; i < choice.num_routed(); ++i)
+      routed[i] = static_cast<float>(scores[t * heads + choice.routed[i]]);
+    const char* active = choose(routed.data());
+    for (const int64_t h : choice.shared) gates[h] = static_cast<T>(1.0f);
+    for (int64_t i = 0; i < choice.num_routed(); ++i)
+      gates[choice.routed[i]] = static_cast<T>(active[i] ? 1.0f : 0.0f);
   }
 }
 
@@ -147,7 +99,8 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
       const FewTokensProduct router("router", *router_weight, router_bias, x);
       TORCH_CHECK_VALUE(router.rows == H && router.columns == x.size(2), "router's weight must be [H, C], got ",
                         router_weight->sizes());
-      hard_gates<T>(router, from, B, shared, {active, parts, together, threshold}, gates.mutable_data_ptr<T>());
+      const Choice choice(H, shared, active, parts, together, threshold);
+      hard_gates<T>(router, from, B, choice, gates.mutable_data_ptr<T>());
     }
     const T* gate = static_cast<const T*>(gates.const_data_ptr());
     for (int64_t i = 0; i < B * H; ++i) flags[i] = static_cast<float>(gate[i]) != 0.0f;

@@ -14,9 +14,16 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+void check_bias(const char* name, const OptionalTensor& bias, const at::Tensor& weight, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(!bias.has_value() || (bias->sizes() == at::IntArrayRef({weight.size(0)}) &&
+                                          bias->scalar_type() == x.scalar_type()),
+                    name, " must be [", weight.size(0), "] of x's dtype ", x.scalar_type(), ", got ", bias->sizes(),
+                    " of ", bias->scalar_type());
+}
+
 at::Tensor layer(const at::Tensor& x, const at::Tensor& gates_, at::TensorList weights,
                  const c10::List<OptionalTensor>& biases, const at::Tensor& o_weight, const OptionalTensor& o_bias,
-                 const OptionalTensor& mask, bool is_causal, std::optional<double> scale, bool sparse) {
+                 bool is_causal, std::optional<double> scale, bool sparse) {
   at::AutoDispatchBelowADInplaceOrView below;  // The operators called below need not look for gradients.
   TORCH_CHECK_VALUE(x.dim() == 3 && gates_.dim() == 3 && gates_.size(0) == x.size(0) && gates_.size(1) == x.size(1) &&
                         gates_.scalar_type() == x.scalar_type(),
@@ -31,6 +38,8 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& gates_, at::TensorList w
                     "the queries' weight must have H * D rows, and W_O as many columns, got ", weights[0].sizes(),
                     " and ", o_weight.sizes());
   const int64_t D = rows / H;
+  for (size_t i = 0; i < weights.size(); ++i) check_bias("a projection's bias", biases.get(i), weights[i], x);
+  check_bias("o_bias", o_bias, o_weight, x);
   const auto part = [](const OptionalTensor& bias, int64_t first, int64_t count) {
     return bias.has_value() ? OptionalTensor(bias->narrow(0, first, count)) : OptionalTensor();
   };
@@ -66,7 +75,7 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& gates_, at::TensorList w
     q = queries.transpose(1, 2);
   }
   const at::Tensor heads = at::empty({B, N, H, v.size(3)}, x.options());
-  attend_rows(q, k, v, gates, mask, is_causal, scale, heads, !sparse);
+  attend_rows(q, k, v, gates, std::nullopt, is_causal, scale, heads, !sparse);
   if (!sparse) return at::linear(heads.flatten(2), o_weight, o_bias);
   q = k = v = at::Tensor();
   const at::Tensor to = at::empty({B, N, o_weight.size(0)}, x.options());
@@ -85,7 +94,7 @@ at::Tensor layer(const at::Tensor& x, const at::Tensor& gates_, at::TensorList w
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def(
       "cpu_layer(Tensor x, Tensor gates, Tensor[] weights, Tensor?[] biases, Tensor o_weight, Tensor? o_bias, "
-      "Tensor? attn_mask, bool is_causal, float? scale, bool sparse) -> Tensor");
+      "bool is_causal, float? scale, bool sparse) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_layer", moh::layer); }

@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "operators/choice.h"
 #include "operators/operators.h"
 
 namespace moh {
@@ -19,17 +20,15 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// A thread is woken for this many multiplications, some 10 microseconds.
+constexpr int64_t kMultiplicationsPerTask = int64_t{1} << 20;
+
 // A router's rule, by which one token's scores become its gates.
 struct Rule {
-  std::vector<int64_t> shared, routed;  // heads
-  bool hard = false;                    // Gates are 1 and 0, and the routed scores are those of all heads.
-  bool has_shared = false, has_routed = false, has_stage = false;  // which scores there are, in this order
-  int64_t chosen = 0, parts = 1, together = 1;  // Each part of the routed heads chooses units of neighbours.
-  std::optional<float> threshold;               // Heads above it are active, in place of the largest.
-  float smallest = 0.0f;                        // The sum of the active probabilities is at least this.
-
-  int64_t num_shared() const { return static_cast<int64_t>(shared.size()); }
-  int64_t num_routed() const { return static_cast<int64_t>(routed.size()); }
+  Choice choice;
+  bool hard;  // Gates are 1 and 0, and the routed scores are those of all heads.
+  bool has_shared, has_routed, has_stage;  // which scores there are, in this order
+  float smallest;                          // The sum of the active probabilities is at least this.
 };
 
 void softmax(const float* x, int64_t count, float* to) {
@@ -39,58 +38,26 @@ void softmax(const float* x, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] /= total;
 }
 
-// NaN ranks above all numbers, as in at::topk.
-bool ranks_above(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
-
 // Memory for one token's work.
 struct Work {
-  std::vector<float> routed, probs, shared, sums;
-  std::vector<int64_t> order;
-  std::vector<char> active;
+  std::vector<float> routed, probs, shared;
+  Chooser choose;
 
-  explicit Work(const Rule& rule)
-      : routed(rule.num_routed()), probs(rule.num_routed()), shared(rule.num_shared()), sums(rule.num_routed()),
-        order(rule.num_routed()), active(rule.num_routed()) {}
+  explicit Work(const Choice& choice)
+      : routed(choice.num_routed()), probs(choice.num_routed()), shared(choice.num_shared()), choose(choice) {}
 };
-
-// Marks the active routed heads by their scores.
-void choose(const Rule& rule, const float* scores, Work& work) {
-  const int64_t heads = rule.num_routed();
-  if (rule.chosen == heads || rule.chosen == 0) {
-    std::fill(work.active.begin(), work.active.end(), rule.chosen != 0);
-    return;
-  }
-  if (rule.threshold.has_value()) {
-    for (int64_t i = 0; i < heads; ++i) work.active[i] = !(scores[i] <= *rule.threshold);  // NaN counts as above.
-    return;
-  }
-  std::fill(work.active.begin(), work.active.end(), 0);
-  const int64_t least = rule.parts * rule.together, units = heads / least, chosen = rule.chosen / least;
-  for (int64_t part = 0; part < rule.parts; ++part) {
-    const int64_t first = part * units * rule.together;
-    for (int64_t u = 0; u < units; ++u) {
-      work.order[u] = u, work.sums[u] = 0.0f;
-      for (int64_t i = 0; i < rule.together; ++i) work.sums[u] += scores[first + u * rule.together + i];
-    }
-    const auto before = [&](int64_t a, int64_t b) {
-      return ranks_above(work.sums[a], work.sums[b]) || (a < b && !ranks_above(work.sums[b], work.sums[a]));
-    };
-    std::partial_sort(work.order.begin(), work.order.begin() + chosen, work.order.begin() + units, before);
-    for (int64_t u = 0; u < chosen; ++u)
-      std::fill_n(work.active.begin() + first + work.order[u] * rule.together, rule.together, 1);
-  }
-}
 
 // One token's gates [H] and probabilities [h_r] by its scores.
 template <class T>
 void route(const Rule& rule, const float* scores, Work& work, T* gates, float* probs) {
-  const int64_t shared = rule.num_shared(), routed = rule.num_routed();
+  const Choice& choice = rule.choice;
+  const int64_t shared = choice.num_shared(), routed = choice.num_routed();
   if (rule.hard) {
-    for (int64_t i = 0; i < routed; ++i) work.routed[i] = scores[rule.routed[i]];
+    for (int64_t i = 0; i < routed; ++i) work.routed[i] = scores[choice.routed[i]];
     if (probs != nullptr) softmax(work.routed.data(), routed, probs);
-    choose(rule, work.routed.data(), work);
-    for (const int64_t h : rule.shared) gates[h] = static_cast<T>(1.0f);
-    for (int64_t i = 0; i < routed; ++i) gates[rule.routed[i]] = static_cast<T>(work.active[i] ? 1.0f : 0.0f);
+    const char* active = work.choose(work.routed.data());
+    for (const int64_t h : choice.shared) gates[h] = static_cast<T>(1.0f);
+    for (int64_t i = 0; i < routed; ++i) gates[choice.routed[i]] = static_cast<T>(active[i] ? 1.0f : 0.0f);
     return;
   }
   const float* stage_scores = scores + (rule.has_shared ? shared : 0) + (rule.has_routed ? routed : 0);
@@ -101,20 +68,20 @@ void route(const Rule& rule, const float* scores, Work& work, T* gates, float* p
   else
     std::fill(work.shared.begin(), work.shared.end(), 1.0f);
   for (int64_t i = 0; i < shared; ++i)
-    gates[rule.shared[i]] = static_cast<T>(stage[0] * 2.0f * work.shared[i] * static_cast<float>(shared));
+    gates[choice.shared[i]] = static_cast<T>(stage[0] * 2.0f * work.shared[i] * static_cast<float>(shared));
   if (!rule.has_routed) {
-    for (const int64_t h : rule.routed) gates[h] = static_cast<T>(0.0f);
+    for (const int64_t h : choice.routed) gates[h] = static_cast<T>(0.0f);
     return;
   }
   softmax(scores + (rule.has_shared ? shared : 0), routed, work.probs.data());
-  choose(rule, work.probs.data(), work);
+  const char* active = work.choose(work.probs.data());
   float total = 0.0f;
-  for (int64_t i = 0; i < routed; ++i) total += work.active[i] ? work.probs[i] : 0.0f;
+  for (int64_t i = 0; i < routed; ++i) total += active[i] ? work.probs[i] : 0.0f;
   total = total < rule.smallest ? rule.smallest : total;
   for (int64_t i = 0; i < routed; ++i) {
     // Also an inactive head is divided: by a sum of NaN its gate is NaN, as in the definition.
-    const float weight = static_cast<float>(rule.chosen) * (work.active[i] ? work.probs[i] : 0.0f) / total;
-    gates[rule.routed[i]] = static_cast<T>(stage[1] * 2.0f * weight);
+    const float weight = static_cast<float>(choice.active) * (active[i] ? work.probs[i] : 0.0f) / total;
+    gates[choice.routed[i]] = static_cast<T>(stage[1] * 2.0f * weight);
     probs[i] = work.probs[i];
   }
 }
@@ -131,34 +98,22 @@ std::tuple<at::Tensor, at::Tensor> route_all(const at::Tensor& x_, const Optiona
                                              const OptionalTensor& routed_weight, const OptionalTensor& stage_weight,
                                              const OptionalTensor& bias, at::IntArrayRef shared, int64_t heads,
                                              bool hard, int64_t active, int64_t parts, int64_t together,
-                                             std::optional<double> threshold, at::ScalarType gate_dtype) {
+                                             std::optional<double> threshold) {
   at::AutoDispatchBelowADInplaceOrView below;
   TORCH_CHECK_VALUE(x_.dim() == 3, "x must be [B, N, C], got ", x_.sizes());
   const at::Tensor x = x_.contiguous();
-  Rule rule;
-  std::vector<char> is_shared(heads, 0);
-  for (const int64_t h : shared) {
-    TORCH_CHECK_VALUE(h >= 0 && h < heads, "shared heads must be between 0 and ", heads - 1, ", got ", h);
-    is_shared[h] = 1;
-  }
-  for (int64_t h = 0; h < heads; ++h) (is_shared[h] ? rule.shared : rule.routed).push_back(h);
-  const int64_t all = rule.num_routed();
-  TORCH_CHECK_VALUE(active >= 0 && active <= all, "active must be between 0 and ", all, ", got ", active);
-  TORCH_CHECK_VALUE(parts > 0 && together > 0 && all % (parts * together) == 0 && active % (parts * together) == 0,
-                    "active and all routed heads must be multiples of parts * together = ", parts * together, ", got ",
-                    active, " and ", all);
+  Rule rule{Choice(heads, shared, active, parts, together, threshold), hard};
+  const int64_t all = rule.choice.num_routed();
   TORCH_CHECK_VALUE(!hard || (routed_weight.has_value() && !shared_weight.has_value() && !stage_weight.has_value()),
                     "a hard router has one matrix");
-  check_weight("shared_weight", shared_weight, rule.num_shared(), x);
+  check_weight("shared_weight", shared_weight, rule.choice.num_shared(), x);
   check_weight("routed_weight", routed_weight, hard ? heads : all, x);
   check_weight("stage_weight", stage_weight, 2, x);
-  rule.hard = hard, rule.chosen = active, rule.parts = parts, rule.together = together;
   rule.has_shared = shared_weight.has_value(), rule.has_routed = routed_weight.has_value();
   rule.has_stage = stage_weight.has_value();
-  if (threshold.has_value()) rule.threshold = static_cast<float>(*threshold);
-  rule.smallest = gate_dtype == at::kHalf       ? 0x1p-10f
-                  : gate_dtype == at::kBFloat16 ? 0x1p-7f
-                                                : std::numeric_limits<float>::epsilon();
+  rule.smallest = x.scalar_type() == at::kHalf       ? 0x1p-10f
+                  : x.scalar_type() == at::kBFloat16 ? 0x1p-7f
+                                                     : std::numeric_limits<float>::epsilon();
 
   const Kernels& kernel = kernels();
   const DType dtype = dtype_of(x);
@@ -173,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor> route_all(const at::Tensor& x_, const Optiona
   const at::Tensor offsets = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   TORCH_CHECK_VALUE(!bias.has_value() || offsets.sizes() == at::IntArrayRef({outputs}), "bias must be [", outputs,
                     "], got ", offsets.sizes());
-  const at::Tensor gates = at::empty({B, N, heads}, x.options().dtype(gate_dtype));
+  const at::Tensor gates = at::empty({B, N, heads}, x.options());
   // A layer that routes nothing has no probabilities; a soft one then has no matrix for them.
   const bool has_probs = rule.has_routed && (!hard || active > 0);
   const at::Tensor probs = at::empty({has_probs ? B : 0, N, all}, x.options().dtype(at::kFloat));
@@ -187,32 +142,29 @@ std::tuple<at::Tensor, at::Tensor> route_all(const at::Tensor& x_, const Optiona
     first += m.size(0);
   }
   const int64_t per_token = wide + (dtype == DType::kFloat ? 0 : C);
-  // A task is worth waking a thread for: some 10 microseconds.
   const int64_t blocks = (tokens + block - 1) / block;
-  const int64_t per_task = std::max<int64_t>(1, (int64_t{1} << 20) / (block * C * wide + 1));
+  const int64_t per_task = std::max<int64_t>(1, kMultiplicationsPerTask / (block * C * wide + 1));
   const int64_t tasks = (blocks + per_task - 1) / per_task;
   const Scratch scratch(threads_for(tasks), block * per_token, x);
   const float* bias_data = bias.has_value() ? offsets.const_data_ptr<float>() : nullptr;
   const char* from = static_cast<const char*>(x.const_data_ptr());
   for_each_task(tasks, [&](int64_t task, int64_t thread) {
-    Work work(rule);
+    Work work(rule.choice);
     float* scores = scratch.of(thread);
     for (int64_t i = task * per_task; i < std::min(blocks, (task + 1) * per_task); ++i) {
       const int64_t start = i * block, count = std::min(block, tokens - start);
       kernel.scores(dtype, from + start * C * static_cast<int64_t>(x.element_size()), count, C,
                     panels.const_data_ptr<float>(), outputs, scores, scores + block * wide);
       with_type(dtype, [&](auto t) {
-        for (int64_t n = 0; n < count; ++n)
-          for (int64_t o = 0; o < outputs; ++o) {
-            float& score = scores[n * wide + o];
-            score = static_cast<float>(static_cast<decltype(t)>(score + (bias_data == nullptr ? 0.0f : bias_data[o])));
-          }
-      });
-      with_type(dtype_of(gates), [&](auto t) {
-        auto* to = gates.mutable_data_ptr<decltype(t)>() + start * heads;
-        float* p = has_probs ? probs.mutable_data_ptr<float>() + start * all : nullptr;
-        for (int64_t n = 0; n < count; ++n)
-          route(rule, scores + n * wide, work, to + n * heads, p == nullptr ? nullptr : p + n * all);
+        using T = decltype(t);
+        for (int64_t n = 0; n < count; ++n) {
+          float* of_token = scores + n * wide;
+          for (int64_t o = 0; o < outputs; ++o)
+            of_token[o] = static_cast<float>(static_cast<T>(of_token[o] + (bias_data == nullptr ? 0.0f : bias_data[o])));
+          const int64_t token = start + n;
+          route(rule, of_token, work, gates.mutable_data_ptr<T>() + token * heads,
+                has_probs ? probs.mutable_data_ptr<float>() + token * all : nullptr);
+        }
       });
     }
   });
@@ -225,8 +177,8 @@ std::tuple<at::Tensor, at::Tensor> route_all(const at::Tensor& x_, const Optiona
 TORCH_LIBRARY_FRAGMENT(moh, m) {
   m.def(
       "cpu_route(Tensor x, Tensor? shared_weight, Tensor? routed_weight, Tensor? stage_weight, Tensor? bias, "
-      "int[] shared, int heads, bool hard, int active, int parts, int together, float? threshold, ScalarType "
-      "gate_dtype) -> (Tensor, Tensor)");
+      "int[] shared, int heads, bool hard, int active, int parts, int together, float? threshold) -> "
+      "(Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(moh, CPU, m) { m.impl("cpu_route", moh::route_all); }
