@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from moh.config import FIXED, ROUTERS, MoHConfig
 from moh.routing.attached import Balance, attach
@@ -24,9 +25,9 @@ from moh.routing.units import Chosen, choose, is_for_all_settings, order
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's own `forward` alone: no hook, no patched `forward`."""
+    """Whether a call of the module runs its class's own `forward` alone: no hook, also on all modules, no patched `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in vars(module)
+    return not hooks and not _has_any_global_hook() and "forward" not in vars(module)
 
 
 class LinearMaps(NamedTuple):
@@ -483,8 +484,8 @@ class ThresholdRouter(LinearRouter):
             )
         routed, chosen = self.config.num_routed, self._chosen()
         if not is_for_all_settings():
-            if chosen == routed:
-                return torch.ones_like(scores, dtype=torch.bool)  # whatever the scores are
+            if chosen in (0, routed):  # none or all, whatever the scores are
+                return torch.full_like(scores, chosen > 0, dtype=torch.bool)
             return ~(scores <= self.config.thresholds[chosen])  # NaN counts as above, so that it is seen in the output
         none = torch.arange(1, device=scores.device)  # no branch may depend on k
         return ~(scores <= self.thresholds[chosen]) & (none < chosen) | (none + routed <= chosen)
