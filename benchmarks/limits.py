@@ -7,6 +7,7 @@ with the dense model's speed per operation can be below it; one that is faster p
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,16 @@ INTERMEDIATE, VOCABULARY = 1536, 49_152
 
 
 def limit(case: Case, share: float) -> float | None:
-    """The ratio to dense at a share of the heads; None for other subjects, and where a case lacks the model's sizes."""
+    """The ratio to dense at a share of the heads; None for other subjects, and where the model's sizes are not at hand.
+
+    Those of a diffusion transformer are in a package that needs diffusers.
+    """
     if case.subject == "model" and case.model is None:
         return _cost(case, active_heads(share, case.heads) / case.heads) / _cost(case, 1.0)
     if case.subject == "images" and str(case.model).startswith("vit_"):
         total = case.layers * case.heads  # layers may use one head more or less
         return image_cost(case, round(share * total) / total) / image_cost(case, 1.0)
-    if case.subject == "diffusion":
+    if case.subject == "diffusion" and importlib.util.find_spec("diffusers") is not None:
         from moh.models.diffusers.presets import architecture
 
         dense, ours = (architecture(name) for name in (str(case.model), f"moh_{case.model}_{share * 100:.0f}"))

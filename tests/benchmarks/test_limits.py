@@ -121,6 +121,11 @@ def test_named_models_have_limits_that_rise_with_the_share(family) -> None:
     assert all(value is not None and 0.7 < value < 1 for value in values) and values == sorted(values)
 
 
+def test_without_diffusers_its_models_have_no_limit(monkeypatch) -> None:
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
+    assert limit(DIFFUSION[0].case, 0.75) is None
+
+
 def test_the_table_of_language_models_has_the_limit_in_the_next_column() -> None:
     def row(contender: str, share: float | None, ratio: float) -> Row:
         return Row(contender, share, share, ratio, ratio, ratio, ratio, ratio, ratio, 5)
