@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -238,9 +239,7 @@ def _exporters() -> ModuleType:
             f"exports need transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
             f"pip install --upgrade 'transformers>={OLDEST}'"
         )
-    from transformers import exporters
-
-    return exporters
+    return import_module("transformers.exporters")
 
 
 def _check_installed(runtime: str) -> None:
