@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import Any
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moh
 from moh.config import MoHConfig
 from moh.conversion.calibrator import Calibrator
-from moh.conversion.passes import layer_costs, summed_loss
+from moh.conversion.passes import layer_costs
+from moh.conversion.recording import checkpointed
+from moh.conversion.token_loss import summed_loss
 from moh.conversion.transformers import adapter
 from moh.data.text.blocks import IGNORED
 from moh.routing import build_router
@@ -148,6 +151,26 @@ def test_layers_costs_are_measured_with_the_graph_of_one_layer_at_a_time(make_de
     whole, most = _costs(dense, blocks=())
     assert torch.equal(light, whole) and light[:, 0].min() > 0 and least < most
     assert [block.__dict__.get("forward") for block in adapter(dense, "linear", copied=False).blocks] == forward
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of_the_class", "its_own"])
+@pytest.mark.parametrize("fails", [None, "inside", "wrapping"])
+def test_a_shared_block_is_run_again_once_and_left_as_it_was(own: bool, fails: str | None) -> None:
+    block = nn.Linear(4, 4)
+    runs: list[int] = []
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    if own:
+        block.forward = lambda x, forward=block.forward: forward(x)
+    before = block.__dict__.get("forward")
+    blocks: list[Any] = [block, object() if fails == "wrapping" else block]
+    expected = RuntimeError if fails == "inside" else AttributeError
+    with pytest.raises(expected) if fails else contextlib.nullcontext(), checkpointed(blocks):
+        x = torch.randn(2, 4, requires_grad=True)
+        block(block(x)).sum().backward()
+        if fails == "inside":
+            raise RuntimeError
+    assert block.__dict__.get("forward") is before
+    assert block(torch.ones(1, 4)).shape == (1, 4) and (fails == "wrapping" or len(runs) == 3)
 
 
 def test_memory_of_the_costs_hardly_grows_with_the_number_of_layers(make_dense) -> None:

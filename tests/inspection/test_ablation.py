@@ -186,7 +186,7 @@ def test_a_frozen_head_says_its_mean_to_the_tokens_that_use_it() -> None:
     ("options", "message"),
     [
         (dict(heads=[(0, 4)]), "heads of layer 0 must be between 0 and 3, got 4"),
-        (dict(heads=[(2, 0)]), "layers must be between 0 and 1, got 2"),
+        (dict(heads=[(2, 0)]), r"heads must be of layers between 0 and 1, got \(2, 0\)"),
         (dict(heads=[(0, 0)], layers=[0]), "either layers or heads must be given, got both"),
     ],
     ids=["head", "layer", "both"],

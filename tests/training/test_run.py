@@ -19,6 +19,7 @@ from moh._files import check_replaceable, check_writable, locked, replacing_dire
 from moh.models.transformers import MoHLlamaForCausalLM
 from moh.training import choose_precision, load_recipe, train
 from moh.training import session as precision
+from moh.training.language.model import train_only
 from moh.training.recipes import TrainingSettings
 
 CONVERSION = ["--conversion.shared_heads=1", "--conversion.active_heads=2", "--conversion.calibration_tokens=256"]
@@ -145,6 +146,15 @@ def test_only_named_parts_are_trained(options: list[str], tmp_path: Path, extra:
     shutil.rmtree(tmp_path / "out" / "model")
     resumed = train(recipe)
     assert resumed.resumed_from is not None and resumed.losses == result.losses
+
+
+def test_what_the_caller_has_frozen_is_not_trained() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    model[0].requires_grad_(False)
+    train_only(model, ["weight"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["1.weight"]
+    with pytest.raises(ValueError, match=r"training\.only must name parameters that are not frozen, got bias"):
+        train_only(model, ["bias"])
 
 
 def test_a_resumed_run_does_not_convert_again(

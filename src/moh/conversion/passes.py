@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moh.conversion.dense import DenseModel, check_finite
 from moh.conversion.recording import Batches, checkpointed, evaluating, give_back_memory, run, tapped
-from moh.data.text.blocks import IGNORED
 from moh.routing import Router
 
 SUMS_BYTES = 1 << 28
 """Memory for the sums of one pass over the calibration data; if all layers' need more, there are more passes, which read
 the file of a recording in parts."""
-
-_LOSS_TOKENS = 128
-"""Tokens whose probabilities over the vocabulary are held at once: 25 MB with SmolLM2's."""
 
 
 @dataclass
@@ -256,41 +252,8 @@ def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]],
                 loss = dense.loss(batch)
                 check_finite(loss.detach(), f"the loss, behind layer {len(dense.attentions) - 1}, is")
                 loss.backward()
-                give_back_memory()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+        give_back_memory()
     return costs / max(tokens, 1)
-
-
-class _SummedLoss(torch.autograd.Function):
-    """See `summed_loss`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-        losses = [nn.functional.cross_entropy(z.float(), t, reduction="sum", ignore_index=IGNORED) for z, t in parts]
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, targets = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        for into, z, t in zip(*(x.split(_LOSS_TOKENS) for x in (found, logits, targets)), strict=True):
-            counted = (t != IGNORED)[:, None]
-            p = z.float().softmax(-1).mul_(counted)
-            p.scatter_add_(1, t.clamp_min(0)[:, None], -counted.to(p.dtype))
-            into.copy_(p.mul_(gradients[0]))
-        return found, None
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies `[T, V]`, `[T]` -> scalar, whose gradient takes the logits' memory once, not three times.
-
-    Args:
-        logits: of any dtype; the loss is computed in float32.
-        targets: ids, or `IGNORED`.
-    """
-    loss: Tensor = _SummedLoss.apply(logits, targets)
-    return loss

@@ -146,7 +146,7 @@ class Playback:
                 add(layer, x, z)
 
             self.recording.run(index, dense, add_rows, layers)
-            give_back_memory()
+        give_back_memory()
 
 
 Batches = Iterator[Tensor] | Playback
@@ -196,6 +196,8 @@ def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Ten
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     """A graph through `blocks` keeps the input of each alone; the backward pass runs them again, one at a time.
 
+    One that several layers share is wrapped once.
+
     Yields:
         whether a block is being run again, for hooks inside it that must count once.
     """
@@ -211,11 +213,12 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             again = False
 
     former = []
-    for block in blocks:
-        former.append((block, block.__dict__.get("forward")))  # its own one where accelerate has put hooks on it
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                                context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
     try:
+        for block in dict.fromkeys(blocks):  # layers may share one
+            own = block.__dict__.get("forward")  # where accelerate has put hooks on it
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+                                    context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
+            former.append((block, own))
         yield lambda: again
     finally:
         for block, forward in former:

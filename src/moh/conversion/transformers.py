@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import moh.models.transformers
 from moh.config import FIXED, MoHConfig
 from moh.conversion.dense import DenseAttention, DenseImageModel, DenseModel, OutputWeight, make_undecided
-from moh.conversion.passes import summed_loss
+from moh.conversion.token_loss import summed_loss
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised

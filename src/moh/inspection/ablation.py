@@ -149,10 +149,12 @@ def _chosen(
     """
     if layers is not None and heads is not None:
         raise ValueError("either layers or heads must be given, got both")
-    for place in layers if layers is not None else [place for place, _ in heads or ()]:
+    for place in layers or ():
         if not 0 <= place < len(found):
             raise ValueError(f"layers must be between 0 and {len(found) - 1}, got {place}")
     for place, head in heads or ():
+        if not 0 <= place < len(found):
+            raise ValueError(f"heads must be of layers between 0 and {len(found) - 1}, got {(place, head)}")
         if not 0 <= head < found[place].num_heads:
             raise ValueError(f"heads of layer {place} must be between 0 and {found[place].num_heads - 1}, got {head}")
     if heads is not None:

@@ -104,8 +104,10 @@ def new_config(recipe: FromScratchRecipe, tokenizer: PreTrainedTokenizerBase) ->
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
     """Let training change only the parameters that have one of `names` between the dots of their own.
 
+    What the caller has frozen stays frozen.
+
     Raises:
-        ValueError: a name is no part of any parameter's; the message has the names that are.
+        ValueError: a name is not a part of any parameter's (the message has those that are), or all these are frozen.
     """
     parts = {name: set(name.split(".")) for name, _ in model.named_parameters()}
     known = {part for of_one in parts.values() for part in of_one if not part.isdigit()}
@@ -116,7 +118,9 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
                 f"{', '.join(sorted(known))}; got {name!r}"
             )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not parts[name].isdisjoint(names))
+        parameter.requires_grad_(parameter.requires_grad and not parts[name].isdisjoint(names))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"training.only must name parameters that are not frozen, got {', '.join(names)}")
 
 
 def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
