@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, SHARES, Chosen, Compared, cell_file
-from does_routing_pay_report import KINDS, NAME, write
+from does_routing_pay_report import NAME, SAME, write
 from result_names import collect_cells
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -77,7 +77,7 @@ def main() -> None:
     for name in options.models:
         if options.only not in ("quality", "page"):
             _measure_speed(options, name)
-    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", KINDS))
+    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", SAME))
 
 
 def _measure_quality(options: argparse.Namespace, name: str) -> None:

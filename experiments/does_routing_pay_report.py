@@ -15,8 +15,29 @@ from moh.evaluation import perplexity_rise
 
 NAME = "does_routing_pay"
 KINDS = ("quality", "speed", "tuned")
+SAME = {"quality": ("options",), "speed": ("options",), "tuned": ()}
+"""What the cells of one model must have in common to be on one page; tuned ones have a control for each of their options."""
 CONTROL = "dense"
 """Tuned as the others are: what their perplexity is compared with."""
+
+_QUALITY: dict[str, Any] = {
+    "texts": ("django-docs", "anarchism"),
+    "third": "debian-handbook",
+    "calibration_tokens": 49_152,
+    "heldout_tokens": 4_096,
+}
+TUNED: dict[str, Any] = {
+    "texts": ("django-docs", "anarchism"),
+    "third": "debian-handbook",
+    "tokens": 49_152,
+    "heldout_tokens": 4_096,
+    "learning_rate": 3e-4,
+    "batch_size": 2,
+    "only": ("o_proj",),
+    "seed": 0,
+    "precision": "fp32",
+}
+"""What a tuned cell depends on besides its model and share, and the values by default."""
 
 _ABOUT = (
     "Routed heads beside what others do to make attention smaller, all from one calibration and without training "
@@ -117,13 +138,19 @@ def _speed(cells: list[dict[str, Any]]) -> list[str]:
 def _tuned(cells: list[dict[str, Any]]) -> list[str]:
     """Rises above the dense model that was tuned on the same tokens."""
     controls = {json.dumps(_tuning(cell)): cell for cell in cells if cell["method"] == CONTROL}
+    for cell in cells:
+        if json.dumps(_tuning(cell)) not in controls:
+            raise ValueError(
+                f"{cell['method']} of {cell['model']} at share {cell['aim']:.3f}, tuned with {_tuning(cell)}, has no dense "
+                "control with these options: run does_routing_pay_tuned.py with them"
+            )
     lines: list[str] = []
     for key, control in controls.items():
         of_control = [cell for cell in cells if json.dumps(_tuning(cell)) == key and cell is not control]
         o, texts = control["options"], list(control["texts"])
         reached = ", ".join(f"{text} {control['texts'][text]['perplexity']:.2f}" for text in texts)
         lines += [
-            f"W_O tuned by gradient, all other weights frozen (`training.only`), on {o['tokens']:,} tokens of "
+            f"Tuned by gradient, only the named parts (`training.only`), on {o['tokens']:,} tokens of "
             f"{' and '.join(o['texts'])}, each of them once, in {o['tokens'] // 512 // o['batch_size']} steps; learning rate "
             f"{o['learning_rate']:g}, seed {o['seed']}, {o['precision']}. Held-out perplexity above that of the dense model, "
             f"whose W_O was tuned on the same tokens ({reached}), in percent, ± and brackets as above. The minutes are those of "
@@ -153,10 +180,17 @@ def made_by(cells: list[dict[str, Any]]) -> list[str]:
     of_kind = {kind: [c for c in cells if c["kind"] == kind] for kind in KINDS}
     found: list[str] = []
     for only, defaults in (
-        ("quality", {"only": None, "models": list(MODELS), "shares": [], "methods": list(METHODS)}),
+        ("quality", {"only": None, "models": list(MODELS), "shares": [], "methods": list(METHODS), **_QUALITY}),
         (
             "speed",
-            {"only": None, "models": list(MODELS), "timed_shares": [], "lengths": [512, 8192], "methods": _TIMED},
+            {
+                "only": None,
+                "models": list(MODELS),
+                "timed_shares": [],
+                "lengths": [512, 8192],
+                "methods": _TIMED,
+                "repeats": 3,
+            },
         ),
     ):
         for model in _models(of_kind[only]):
@@ -166,21 +200,22 @@ def made_by(cells: list[dict[str, Any]]) -> list[str]:
             for cell in of_kind[only]:
                 if cell["model"] == model:
                     call = {"only": only, "models": [model], shares: [cell["aim"]], "methods": [cell["method"]]}
-                    calls.append(call | ({"lengths": [cell["length"]]} if only == "speed" else {}))
+                    o = cell["options"]
+                    if only == "speed":
+                        call |= {"lengths": [cell["length"]], "repeats": o["repeats"]}
+                    else:
+                        call |= {"texts": tuple(o["texts"][:2]), "third": o["texts"][2]}
+                        call |= {name: o[name] for name in ("calibration_tokens", "heldout_tokens")}
+                    calls.append(call)
             found += commands(f"{NAME}.py", calls, own)
-    defaults = {
-        "shares": list(SHARES["SmolLM2-135M"]),
-        "tokens": 49_152,
-        "learning_rate": 3e-4,
-        "seed": 0,
-        "only": ("o_proj",),
-    }
-    calls = [
-        {name: [cell["aim"]] if name == "shares" else cell["options"][name] for name in defaults}
-        for cell in of_kind["tuned"]
-        if cell["method"] != CONTROL
-    ]
-    found += commands(f"{NAME}_tuned.py", [{**call, "only": tuple(call["only"])} for call in calls], defaults)
+    defaults = {"model": next(iter(MODELS)), "shares": list(SHARES[next(iter(MODELS))]), **TUNED}
+    calls = []
+    for cell in of_kind["tuned"]:
+        if cell["method"] != CONTROL:
+            options = {name: cell["options"][name] for name in TUNED}
+            options |= {"texts": tuple(options["texts"]), "only": tuple(options["only"])}
+            calls.append({"model": cell["model"], "shares": [cell["aim"]], **options})
+    found += commands(f"{NAME}_tuned.py", calls, defaults)
     return [*found, f"python experiments/{NAME}.py --only page"]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from does_routing_pay import SEQ_LEN, is_measured
 from does_routing_pay_models import MODELS, ROUTED, cell_file, converted
-from does_routing_pay_report import CONTROL
+from does_routing_pay_report import CONTROL, TUNED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -34,9 +34,6 @@ from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens, train
 from moh.training.language.recipe import ModelRecipe, Recipe, TrainingRecipe
 
-OPTIONS = ("texts", "third", "tokens", "heldout_tokens", "learning_rate", "batch_size", "only", "seed", "precision")
-"""What a cell depends on besides its model and share."""
-
 
 def main() -> None:
     """Parse the options and tune what is missing."""
@@ -44,15 +41,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("does_routing_pay_work"), help="cells and converted models")
     parser.add_argument("--model", choices=tuple(MODELS), default=next(iter(MODELS)), help="the dense one")
     parser.add_argument("--shares", nargs="+", type=float, default=[6 / 9, 7 / 9, 5 / 9, 4 / 9], help="of all heads")
-    parser.add_argument("--texts", nargs=2, default=["django-docs", "anarchism"], help="to tune on, half and half")
-    parser.add_argument("--third", default="debian-handbook", help="a text that is only measured on")
-    parser.add_argument("--tokens", type=int, default=49_152, help="to tune on, each of them once")
-    parser.add_argument("--heldout-tokens", type=int, default=4_096, help="of each text")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--batch-size", type=int, default=2, help=f"blocks of {SEQ_LEN} tokens per step")
-    parser.add_argument("--only", nargs="+", default=["o_proj"], help="what is tuned of the routed models")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the tokens")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    parser.add_argument("--texts", nargs=2, default=[*TUNED["texts"]], help="to tune on, half and half")
+    parser.add_argument("--third", default=TUNED["third"], help="a text that is only measured on")
+    parser.add_argument("--tokens", type=int, default=TUNED["tokens"], help="to tune on, each of them once")
+    parser.add_argument("--heldout-tokens", type=int, default=TUNED["heldout_tokens"], help="of each text")
+    parser.add_argument("--learning-rate", type=float, default=TUNED["learning_rate"])
+    parser.add_argument(
+        "--batch-size", type=int, default=TUNED["batch_size"], help=f"blocks of {SEQ_LEN} tokens per step"
+    )
+    parser.add_argument("--only", nargs="+", default=[*TUNED["only"]], help="what is tuned of the routed models")
+    parser.add_argument("--seed", type=int, default=TUNED["seed"], help="of the order of the tokens")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=TUNED["precision"])
     options = parser.parse_args()
     set_verbosity_error()
     disable_progress_bar()
@@ -68,7 +67,7 @@ def main() -> None:
     }
     for share in (1.0, *options.shares):
         file = tuned_file(options, share)
-        asked = {name: getattr(options, name) for name in OPTIONS}
+        asked = {name: getattr(options, name) for name in TUNED}
         asked |= {} if share < 1 else {"only": ["o_proj"]}  # the control has no routers
         if is_measured(file, asked):
             continue
@@ -82,8 +81,12 @@ def main() -> None:
 
 
 def tuned_file(options: argparse.Namespace, share: float) -> Path:
-    """The cell of a tuned model; the dense control has share 1."""
+    """The cell of a tuned model; the dense control has share 1. Options other than the defaults are in its name."""
     words = ["tuned", *options.only] if share < 1 else ["tuned", "o_proj"]
+    for name, default in TUNED.items():
+        value = getattr(options, name)
+        if name not in ("only", "seed") and (tuple(value) if isinstance(value, list) else value) != default:
+            words += [name, *(value if isinstance(value, list) else [value])]
     return cell_file(options.work, options.model, ROUTED if share < 1 else CONTROL, share, *words, options.seed)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, cell_file, converted
 from long_texts_needles import DEPTHS, ask, haystacks
-from long_texts_report import DEFAULTS, DENSE, KINDS, NAME, write
+from long_texts_report import DEFAULTS, DENSE, KINDS, NAME, SAME, write
 from result_names import collect_cells
 from torch import Tensor
 from torch.nn import functional as F
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, default=DEFAULTS["blocks"], help="of each text, at most, for the perplexity"
     )
-    parser.add_argument("--only", choices=("page",), help="write it from the cells that there are")
+    parser.add_argument("--only", choices=(*KINDS, "page"), help="one kind of cells; page: none")
     parser.add_argument("--quick", action="store_true", help="one share, two short lengths, into --work")
     parser.add_argument("--work", type=Path, default=Path("long_texts_work"), help="for cells")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
@@ -74,9 +74,9 @@ def main() -> None:
         options.work = options.out = options.images = options.work / "quick"
     options.lengths = sorted(set(options.lengths))
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.only is None:
+    if options.only != "page":
         _measure(options)
-    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", KINDS))
+    write(options.out, options.images, collect_cells(options.work, options.out / f"{NAME}.json", SAME))
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -132,9 +132,9 @@ def _file(options: argparse.Namespace, method: str, share: float, cell: dict[str
 
 def _cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is measured of each model, with all that the figures depend on."""
-    for text in options.texts:
+    for text in options.texts if options.only != "needles" else ():
         yield {"kind": "positions", "text": text, "edges": [0, *options.lengths], "blocks": options.blocks}
-    for length in options.lengths:
+    for length in options.lengths if options.only != "positions" else ():
         yield {
             "kind": "needles",
             "length": length,

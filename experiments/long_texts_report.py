@@ -18,7 +18,10 @@ from moh.evaluation import perplexity_rise
 NAME = "long_texts"
 DENSE = "dense"
 KINDS = ("positions", "needles")
+SAME = {"positions": ("edges", "blocks"), "needles": ("haystacks", "texts", "depths")}
+"""What the cells of one model must have in common to be on one page."""
 DEFAULTS: dict[str, Any] = {
+    "only": None,
     "model": next(iter(MODELS)),
     "shares": [7 / 9, 6 / 9, 5 / 9, 4 / 9],
     "methods": [ROUTED, FIXED_HEADS, DROPPED_LINEAR],
@@ -47,11 +50,13 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
     for model in models:
         of_model = [cell for cell in cells if cell["model"] == model]
         first = of_model[0]
-        lines += ["", f"## {model}", "", f"No gradient step; {first['cpu']}, {first['threads']} thread(s), torch "
+        threads = " or ".join(str(count) for count in sorted({cell["threads"] for cell in of_model}))
+        lines += ["", f"## {model}", "", f"No gradient step; {first['cpu']}, {threads} thread(s), torch "
                   f"{first['torch']}, float32. ± is the standard error of the paired difference to the dense model."]  # fmt: skip
         positions = [cell for cell in of_model if cell["kind"] == "positions"]
+        rows = {(cell["aim"], cell["method"]): cell["share"] for cell in of_model}
         for text in dict.fromkeys(cell["text"] for cell in positions):
-            lines += ["", *_positions([cell for cell in positions if cell["text"] == text])]
+            lines += ["", *_positions([cell for cell in positions if cell["text"] == text], rows)]
         needles = [cell for cell in of_model if cell["kind"] == "needles"]
         lines += ["", *_needles(needles)] if needles else []
     lines += ["", "Made by:", "", "```console", *(f"$ {line}" for line in made_by(cells)), "```"]
@@ -63,24 +68,26 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
 
 def made_by(cells: list[dict[str, Any]]) -> list[str]:
     """The commands that measured the cells."""
-    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        if cell["method"] != DENSE:  # every command measures the dense model too
-            models.setdefault((cell["model"], cell["aim"], cell["method"]), []).append(cell)
-    calls = []
-    for (model, aim, method), of_model in models.items():
-        lengths = {n for c in of_model for n in (c["edges"][1:] if c["kind"] == "positions" else [c["length"]])}
-        texts = [t for c in of_model for t in ([c["text"]] if c["kind"] == "positions" else c["texts"])]
-        found = {"model": model, "shares": [aim], "methods": [method], "texts": tuple(dict.fromkeys(texts)),
-                 "lengths": tuple(sorted(lengths))}  # fmt: skip
-        for name in ("haystacks", "blocks"):
-            found[name] = next((cell[name] for cell in of_model if name in cell), DEFAULTS[name])
-        calls.append(found)
-    lines = commands(f"{NAME}.py", calls, DEFAULTS)
-    return [*lines, f"python experiments/{NAME}.py --only page"]
+    found: list[str] = []
+    for kind in KINDS:
+        calls = []
+        for cell in cells:
+            if cell["kind"] != kind or cell["method"] == DENSE:  # every command measures the dense model too
+                continue
+            call = {"only": kind, "model": cell["model"], "shares": [cell["aim"]], "methods": [cell["method"]]}
+            if kind == "positions":
+                call |= {"texts": [cell["text"]], "lengths": tuple(cell["edges"][1:]), "blocks": cell["blocks"]}
+            else:
+                call |= {"texts": tuple(cell["texts"]), "lengths": [cell["length"]], "haystacks": cell["haystacks"]}
+            calls.append(call)
+        joined = "texts" if kind == "positions" else "lengths"
+        defaults = {name: value for name, value in DEFAULTS.items() if not calls or name in calls[0]}
+        found += commands(f"{NAME}.py", calls, defaults | {joined: [*DEFAULTS[joined]]})
+    return [*found, f"python experiments/{NAME}.py --only page"]
 
 
-def _positions(cells: list[dict[str, Any]]) -> list[str]:
+def _positions(cells: list[dict[str, Any]], rows: dict[tuple[float, str], float]) -> list[str]:
+    """The table of one text; `rows` are the (aim, method) -> share of all models that the page is about."""
     dense = next(cell for cell in cells if cell["method"] == DENSE)
     ranges = [f"{first:,}–{last:,}" for first, last in pairwise(dense["edges"])]
     lines = [
@@ -90,11 +97,16 @@ def _positions(cells: list[dict[str, Any]]) -> list[str]:
         "| share of heads | method | " + " | ".join(ranges) + " |",
         "| --- | --- |" + " --- |" * len(ranges),
     ]
-    for cell in cells:
-        values = [f"{value:.2f}" for value in _perplexities(cell)]
-        if cell is not dense:
+    of = {(cell["aim"], cell["method"]): cell for cell in cells}
+    for (aim, method), share in rows.items():
+        cell = of.get((aim, method))
+        if cell is None:
+            values = ["not measured"] * len(ranges)
+        elif cell is dense:
+            values = [f"{value:.2f}" for value in _perplexities(cell)]
+        else:
             values = [f"{rise:+.1f} ± {error:.1f}" for rise, error in _rises(cell, dense)]
-        lines.append("| " + " | ".join([f"{cell['share']:.0%}", cell["method"], *values]) + " |")
+        lines.append("| " + " | ".join([f"{share:.0%}", method, *values]) + " |")
     return lines
 
 
@@ -118,21 +130,31 @@ def _needles(cells: list[dict[str, Any]]) -> list[str]:
         models.setdefault((cell["aim"], cell["method"], cell["share"]), {})[cell["length"]] = cell
     dense = models[1.0, DENSE, 1.0]
     lengths, depths = sorted(dense), cells[0]["depths"]
+    shared = sorted(set.intersection(*(set(row) for row in models.values())))
+    by_depth = f" of {' and '.join(f'{n:,}' for n in shared)} tokens, which all have read," if shared else ""
     lines = [
         f"Needles in held-out {' and '.join(cells[0]['texts'])}: {len(dense[lengths[0]]['answers'])} texts of each length with "
-        f"{len(depths)} needles each, in percent of the questions; the last columns are over all lengths, by the needle's depth."
+        f"{len(depths)} needles each, in percent of the questions; in brackets the difference to the dense model in points. "
+        + (f"The last columns are by the needle's depth in the texts{by_depth} together." if shared else "")
     ]
     for field, title in _FIELDS.items():
-        lines += ["", f"{title}:", "", "| share of heads | method | " + " | ".join(f"{n:,}" for n in lengths)
-                  + " | all, less dense | " + " | ".join(f"depth {depth:.0%}" for depth in depths) + " |",
-                  "| --- | --- |" + " --- |" * (len(lengths) + 1 + len(depths))]  # fmt: skip
+        titles = [*(f"{n:,}" for n in lengths), *(f"depth {depth:.0%}" for depth in depths if shared)]
+        lines += ["", f"{title}:", "", "| share of heads | method | " + " | ".join(titles) + " |",
+                  "| --- | --- |" + " --- |" * len(titles)]  # fmt: skip
         for (_, method, share), row in models.items():
-            by_length = [f"{100 * retrieval(row[n], field):.0f}" if n in row else "" for n in lengths]
-            rows = [answers[field] for cell in row.values() for answers in cell["answers"]]
-            by_depth = [f"{100 * fmean(column):.0f}" for column in zip(*rows, strict=True)]
-            less = "" if method == DENSE else "{:+.1f} ± {:.1f}".format(*difference(row, dense, field))
-            lines.append("| " + " | ".join([f"{share:.0%}", method, *by_length, less, *by_depth]) + " |")
+            values = [_of_length(row.get(n), dense[n], field) for n in lengths]
+            rows = [answers[field] for n in shared for answers in row[n]["answers"]]
+            values += [f"{100 * fmean(column):.0f}" for column in zip(*rows, strict=True)]
+            lines.append("| " + " | ".join([f"{share:.0%}", method, *values]) + " |")
     return lines
+
+
+def _of_length(cell: dict[str, Any] | None, dense: dict[str, Any], field: str) -> str:
+    """Percent of the questions, and behind it the difference to the dense model; "not measured" where there is no cell."""
+    if cell is None:
+        return "not measured"
+    found = f"{100 * retrieval(cell, field):.0f}"
+    return found if cell is dense else "{} ({:+.1f} ± {:.1f})".format(found, *difference(cell, dense, field))
 
 
 def retrieval(cell: dict[str, Any], field: str) -> float:
@@ -140,22 +162,20 @@ def retrieval(cell: dict[str, Any], field: str) -> float:
     return fmean(fmean(answers[field]) for answers in cell["answers"])
 
 
-def difference(row: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]], field: str) -> tuple[float, float]:
-    """Points by which a model is above the dense one over all lengths that both have read, and the standard error.
+def difference(cell: dict[str, Any], dense: dict[str, Any], field: str) -> tuple[float, float]:
+    """Points by which a model is above the dense one at one length, and the standard error.
 
     The questions of one text are not independent, so the spread is that between texts.
 
     Raises:
-        ValueError: the two have answered other numbers of questions.
+        ValueError: the two have read other numbers of texts.
     """
-    deltas: list[float] = []
-    for length in row.keys() & dense.keys():
-        ours, theirs = row[length]["answers"], dense[length]["answers"]
-        if len(ours) != len(theirs):
-            raise ValueError(
-                f"the models read {len(ours)} and {len(theirs)} texts of {length} tokens: remove their cells and run again"
-            )
-        deltas += [100 * (fmean(a[field]) - fmean(b[field])) for a, b in zip(ours, theirs, strict=True)]
+    ours, theirs = cell["answers"], dense["answers"]
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"the models read {len(ours)} and {len(theirs)} texts of {cell['length']} tokens: remove their cells and run again"
+        )
+    deltas = [100 * (fmean(a[field]) - fmean(b[field])) for a, b in zip(ours, theirs, strict=True)]
     return fmean(deltas), stdev(deltas) / math.sqrt(len(deltas)) if len(deltas) > 1 else math.nan
 
 

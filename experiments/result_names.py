@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +46,41 @@ def command(script: str, values: Mapping[str, Any], defaults: Mapping[str, Any])
     return shlex.join(words)
 
 
-def collect_cells(work: Path, committed: Path, kinds: Iterable[str]) -> list[dict[str, Any]]:
+def collect_cells(work: Path, committed: Path, same: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """All cells of an experiment; those in `work` are added to the committed ones, or replace them.
 
     Args:
         work: directory with one JSON file per cell.
         committed: the file next to the page, by cell; it is written again where `work` has some.
-        kinds: of cells that belong to the experiment.
+        same: kinds of cells that belong to the experiment -> the fields that all of one model must have in common.
+
+    Raises:
+        ValueError: they have not, so that no page could compare them; nothing is written.
     """
     cells = json.loads(committed.read_text("utf-8")) if committed.is_file() else {}
     measured = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))}
-    if new := {name: cell for name, cell in measured.items() if cell.get("kind") in set(kinds)}:
+    if new := {name: cell for name, cell in measured.items() if cell.get("kind") in same}:
         cells = dict(sorted((cells | new).items()))
+        _check_comparable(cells, new, same)
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in cells.items())
         committed.parent.mkdir(parents=True, exist_ok=True)
         write_text(committed, f"{{\n{lines}\n}}\n")
     return list(cells.values())
+
+
+def _check_comparable(
+    cells: Mapping[str, dict[str, Any]], new: Mapping[str, dict[str, Any]], same: Mapping[str, Sequence[str]]
+) -> None:
+    for name, cell in new.items():
+        for other_name, other in cells.items():
+            if (cell["kind"], cell.get("model")) != (other["kind"], other.get("model")):
+                continue
+            for field in same[cell["kind"]]:
+                if cell.get(field) != other.get(field):
+                    raise ValueError(
+                        f"{name} was measured with {field} {cell.get(field)}, {other_name} with {other.get(field)}: choose "
+                        "another --out, or remove the cells that were measured with other options"
+                    )
 
 
 def commands(script: str, calls: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:

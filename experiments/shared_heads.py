@@ -181,17 +181,21 @@ def write(options: argparse.Namespace) -> None:
 def page(cells: dict[str, list[dict[str, Any]]], made: dict[str, Any]) -> list[str]:
     """The page: a table per model, of the heads of all of its seeds."""
     first = next(iter(cells.values()))[0]
+    seeds = {name: [cell["seed"] for cell in of_model] for name, of_model in cells.items()}
+    left = [f"{name} {seed}" for name in made["models"] for seed in made["seeds"] if seed not in seeds.get(name, [])]
+    unfinished = f" (not finished: {', '.join(left)})" if left else ""
     lines = [
         "# Do shared heads hold what is common?",
         "",
-        f"Made by `{command(f'{NAME}.py', made, DEFAULTS | {'name': NAME})}`; {first['cpu']}, {first['threads']} thread, torch "
+        f"Made by `{command(f'{NAME}.py', made, DEFAULTS | {'name': NAME})}`"
+        f"{unfinished}; {first['cpu']}, {first['threads']} thread, torch "
         f"{first['torch']}. Each head is removed, or frozen at its mean output over all groups, alone; the rise of the loss is "
         "measured in every group ([how](../inspection.md#what-the-numbers-are)). ± is the standard error over heads (bootstrap).",
         "",
         "- *rise*: loss without the head minus loss, 1/1000 nats, mean over groups. *per use*: the same divided by the head's "
         "load, as a routed head that few tokens use can't cost much.",
-        "- *constant*: the part of the rise that a frozen head does not have, sums over heads: what the head says of all inputs "
-        "alike.",
+        "- *constant*: the part of the rise that a frozen head does not have, sums over heads: what its mean output alone is "
+        "worth, the same for all inputs.",
         "- *uneven*: standard deviation of the rise over the groups, relative to its mean, sums over heads: 0 if every group "
         "needs the head alike. The groups' few inputs add to it.",
     ]
@@ -202,13 +206,22 @@ def page(cells: dict[str, list[dict[str, Any]]], made: dict[str, Any]) -> list[s
         lines += ["| heads | rise | per use | constant | uneven |", "| --- | --- | --- | --- | --- |"]
         figures = {}
         for kind in ("shared", "routed"):
-            own = [head for cell in seeds for head in cell["heads"] if head["kind"] == kind and head["load"] > 0]
+            own = [head for head in different(name, seeds) if head["kind"] == kind and head["load"] > 0]
             figures[kind] = list(zip(summary(own), errors(own), strict=True))
             lines.append(f"| {kind}, {len(own)} | " + " | ".join(f"{v:.2f} ± {e:.2f}" for v, e in figures[kind]) + " |")
         pairs = zip(*figures.values(), strict=True)
         differences = [f"{a - b:+.2f} ± {math.hypot(da, db):.2f}" for (a, da), (b, db) in pairs]
         lines.append("| shared − routed | " + " | ".join(differences) + " |")
     return lines
+
+
+def different(name: str, seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The heads of all seeds, each of them once: a seed of the texts draws from the same model, and may draw a head again."""
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
+    for cell in seeds:
+        for head in cell["heads"]:
+            found.setdefault((cell["seed"] if name == "images" else 0, head["layer"], head["head"]), head)
+    return list(found.values())
 
 
 def summary(heads: Sequence[dict[str, Any]]) -> list[float]:

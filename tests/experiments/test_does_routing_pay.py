@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch
 pytest.importorskip("transformers", reason="the llm extra is not installed")
 
 import does_routing_pay
+import does_routing_pay_tuned
 import transformers
 from does_routing_pay_models import METHODS, MIXED, NOT_MODELS, RANDOM, ROUTED, SAME_NUMBER, Compared
-from does_routing_pay_report import CONTROL, write
+from does_routing_pay_report import CONTROL, TUNED, write
 
 import moh
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR
@@ -116,9 +118,10 @@ def test_random_heads_follow_the_seed(fitted) -> None:
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
-def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
+def _page_cells() -> list[dict]:
+    quality = dict(texts=["a", "b", "c"], calibration_tokens=8, heldout_tokens=4_096)
     about = dict(model="tiny", cpu="a CPU", threads=1, torch="2", calibration_tokens=8, heldout_tokens={"a": 4, "b": 4},
-                 calibrated_on=["a"], dense={"a": 2.0, "b": 3.0}, dense_cache=100)  # fmt: skip
+                 calibrated_on=["a"], dense={"a": 2.0, "b": 3.0}, dense_cache=100, options=quality)  # fmt: skip
     text = dict(perplexity=2.5, above=12.5, stderr=0.5, used=3.2)
     cells = [
         dict(about, kind="quality", method=method, aim=0.75, share=0.75, used=[3], cache=50, texts=dict(a=text, b=text))
@@ -128,6 +131,7 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
     ratios = dict(to_dense=0.9, ratios=[0.9], dense_rate=1.0)
     cells += [
         dict(kind="speed", model="tiny", method=method, aim=0.75, length=8, share=0.75, cpu="a CPU", threads=1,
+             options=dict(repeats=2),
              prefill=ratios, decode=ratios) for method in METHODS if method not in NOT_MODELS
     ]  # fmt: skip
     losses = {ROUTED: [1.1, 1.3], CONTROL: [1.0, 1.2]}
@@ -138,7 +142,11 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
         dict(kind="tuned", model="tiny", method=method, aim=0.75, seconds=90.0, options=options,
              texts={"a": dict(perplexity=3.0, block_losses=losses[method], used=0.7)}) for method in losses
     ]  # fmt: skip
-    write(tmp_path, tmp_path, cells)
+    return cells
+
+
+def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
+    write(tmp_path, tmp_path, _page_cells())
     page = (tmp_path / "does_routing_pay.md").read_text()
     for method in METHODS:
         rise = "+12.5 ± 0.5 (80%)" if method in (ROUTED, MIXED) else "+12.5 ± 0.5"
@@ -146,5 +154,29 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
         assert (f"| 75% | {method} | 0.90 | 0.90 |" in page) is (method not in NOT_MODELS)
     assert "| 75% | W_O, routers | +10.5 ± 0.0 (70%) | 2 |" in page  # exp(0.1) - 1
     (tuned,) = [line for line in page.splitlines() if "_tuned.py" in line]
-    assert tuned.endswith("--shares 0.75 --tokens 2048 --learning-rate 0.001 --only o_proj router")
+    tokens = "--tokens 2048 --heldout-tokens 4 --learning-rate 0.001"
+    assert tuned.endswith(f"--model tiny --shares 0.75 --texts a b --third c {tokens} --only o_proj router")
+    quality, speed = (next(x for x in page.splitlines() if f"--only {kind}" in x) for kind in ("quality", "speed"))
+    assert quality.endswith("--texts a b --third c --calibration-tokens 8") and speed.endswith("--repeats 2")
     assert (tmp_path / "does_routing_pay.png").stat().st_size > 1000
+
+
+def test_a_tuned_model_without_a_control_is_an_error(tmp_path) -> None:
+    cells = [cell for cell in _page_cells() if cell["method"] != CONTROL]
+    with pytest.raises(ValueError, match=r"of tiny at share 0\.750, tuned with .* has no dense control"):
+        write(tmp_path, tmp_path, cells)
+    assert not (tmp_path / "does_routing_pay.md").exists()
+
+
+def test_models_tuned_with_other_options_have_other_files() -> None:
+    def file(share: float = 0.75, **changed: object) -> Path:
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in TUNED.items()} | changed
+        return does_routing_pay_tuned.tuned_file(argparse.Namespace(work=Path("w"), model="tiny", **values), share)
+
+    other = dict(texts=["a", "b"], third="c", tokens=8, heldout_tokens=4, learning_rate=1e-3, batch_size=1,
+                 only=["router"], seed=1, precision="bf16")  # fmt: skip
+    assert other.keys() == TUNED.keys()
+    files = [file(), *(file(**{name: value}) for name, value in other.items())]
+    assert len(set(files)) == len(files)
+    assert file().name == "tiny-routed_(default)-0.750-tuned-o_proj-0.json"  # as the committed cells have it
+    assert file(1.0, only=["router"]) == file(1.0) != file(1.0, tokens=8)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,8 +173,8 @@ def _cells(**other) -> list[dict]:
         dict(about, method="dense", aim=1.0, share=1.0),
         dict(about, method=FIXED_HEADS, aim=0.75, share=0.75),
     )
-    positions = dict(kind="positions", text="a text", edges=[0, 8, 16])
-    needles = dict(kind="needles", texts=["a text"], length=8, depths=[0.0, 1.0])
+    positions = dict(kind="positions", text="a text", edges=[0, 8, 16], blocks=2)
+    needles = dict(kind="needles", texts=["a text"], length=8, haystacks=2, depths=[0.0, 1.0])
     right, wrong, half = (
         dict(chosen=values, written=values) for values in ([True, True], [False, False], [False, True])
     )
@@ -189,12 +192,67 @@ def test_the_page_has_paired_differences(tmp_path) -> None:
     e = math.e
     assert f"| 100% | dense | {e:.2f} | {e:.2f} |" in page
     assert f"| 75% | {FIXED_HEADS} | {100 * (e**0.5 - 1):+.1f} ± 0.0 | {100 * (e**0.5 - 1):+.1f} ± 50.0 |" in page
-    assert "| 100% | dense | 100 |  | 100 | 100 |" in page
+    assert "| 100% | dense | 100 | 100 | 100 |" in page
     # per text 50 and 100 points below: the mean is -75, and its standard error sqrt(1250 / 2) = 25
-    assert f"| 75% | {FIXED_HEADS} | 25 | -75.0 ± 25.0 | 0 | 50 |" in page
-    made_by = "$ python experiments/long_texts.py --model tiny --shares 0.75 --methods 'fixed heads' --texts 'a text'"
-    assert f"\n{made_by} --lengths 8 16\n" in page
+    assert f"| 75% | {FIXED_HEADS} | 25 (-75.0 ± 25.0) | 0 | 50 |" in page
     assert (tmp_path / "long_texts.png").stat().st_size > 1000
+
+
+def test_figures_over_several_lengths_are_of_those_that_all_models_have_read(tmp_path) -> None:
+    cells = _cells()
+    longer = dict(cells[2], length=16, answers=[dict(chosen=[True, False], written=[True, False])] * 2)
+    long_texts_report.write(tmp_path, tmp_path, [*cells, longer])
+    page = (tmp_path / "long_texts.md").read_text()
+    assert "| share of heads | method | 8 | 16 | depth 0% | depth 100% |" in page
+    assert "| 100% | dense | 100 | 50 | 100 | 100 |" in page  # depths: of length 8 alone
+    assert f"| 75% | {FIXED_HEADS} | 25 (-75.0 ± 25.0) | not measured | 0 | 50 |" in page
+
+
+def test_a_model_without_positions_has_a_row_that_says_so(tmp_path) -> None:
+    dense, _, *needles = _cells()
+    long_texts_report.write(tmp_path, tmp_path, [dense, *needles])
+    assert f"| 75% | {FIXED_HEADS} | not measured | not measured |" in (tmp_path / "long_texts.md").read_text()
+
+
+def _cells_of(command: str) -> set[tuple]:
+    """What a command line of the page measures."""
+    parser = argparse.ArgumentParser()
+    for name, value in long_texts_report.DEFAULTS.items():
+        kind = type(value[0] if isinstance(value, (list, tuple)) else value) if value is not None else str
+        parser.add_argument(
+            f"--{name}", default=value, type=kind, nargs="+" if isinstance(value, (list, tuple)) else None
+        )
+    options = parser.parse_args(shlex.split(command)[2:])
+    edges = (0, *options.lengths)
+    texts = tuple(options.texts)
+    models = [(options.model, round(share, 4), method) for share in options.shares for method in options.methods]
+    found = {
+        "positions": {(*model, text, edges, options.blocks) for model in models for text in texts},
+        "needles": {(*model, n, texts, options.haystacks) for model in models for n in options.lengths},
+    }
+    return found[options.only] if options.only else found["positions"] | found["needles"]
+
+
+def _named(cell: dict) -> tuple:
+    model = (cell["model"], round(cell["aim"], 4), cell["method"])
+    if cell["kind"] == "positions":
+        return (*model, cell["text"], tuple(cell["edges"]), cell["blocks"])
+    return (*model, cell["length"], tuple(cell["texts"]), cell["haystacks"])
+
+
+@pytest.mark.parametrize("where", ["made up", "committed"])
+def test_the_commands_of_the_page_measure_its_cells_and_no_others(tmp_path, where) -> None:
+    cells = [*_cells(), dict(_cells()[3], length=32, haystacks=3)]
+    if where == "committed":
+        file = Path(long_texts.__file__).parents[1] / "docs" / "results" / "long_texts.json"
+        cells = list(json.loads(file.read_text("utf-8")).values())
+    *lines, last = long_texts_report.made_by([{**cell, "aim": round(cell["aim"], 4)} for cell in cells])
+    assert last == "python experiments/long_texts.py --only page"
+    expected = [_named(cell) for cell in cells if cell["method"] != "dense"]
+    assert set().union(*map(_cells_of, lines)) == set(expected)
+    if where == "committed":
+        page = file.with_suffix(".md").read_text("utf-8")
+        assert all(f"$ {line}\n" in page for line in lines)
 
 
 def test_cells_of_other_texts_are_not_compared(tmp_path) -> None:

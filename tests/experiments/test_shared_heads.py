@@ -71,6 +71,16 @@ def test_the_page_has_the_used_heads_of_all_seeds_and_the_command() -> None:
     assert "8 inputs; seeds 0, 2." in text
 
 
+def test_a_head_that_two_seeds_draw_from_one_model_counts_once() -> None:
+    made = shared_heads.DEFAULTS | {"seeds": [0, 2], "name": "mine"}
+    cells = [cell(0, 0.1), cell(2, 0.1)]
+    assert len(shared_heads.different("images", cells)) == 2 * len(shared_heads.different("texts", cells)) == 6
+    text = "\n".join(shared_heads.page({"texts": cells}, made))
+    assert "| shared, 1 |" in text and "| routed, 1 |" in text
+    cells[1]["heads"][0]["head"] = 3
+    assert "| shared, 2 |" in "\n".join(shared_heads.page({"texts": cells}, made))
+
+
 def test_only_finished_seeds_are_on_the_page(tmp_path: Path) -> None:
     options = argparse.Namespace(**shared_heads.DEFAULTS, work=tmp_path, out=tmp_path / "out", name="mine")
     with pytest.raises(SystemExit, match="no seed is finished"):
@@ -78,4 +88,5 @@ def test_only_finished_seeds_are_on_the_page(tmp_path: Path) -> None:
     shared_heads.cell_file(options, "images", 1).write_text(json.dumps(cell(1, 0.1)))
     shared_heads.write(options)
     text = (tmp_path / "out" / "mine.md").read_text()
+    assert "`python experiments/shared_heads.py --name mine` (not finished: images 0, texts 0, texts 1)" in text
     assert "8 inputs; seed 1." in text and shared_heads.LABELS["texts"] not in text
