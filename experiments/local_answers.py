@@ -4,15 +4,17 @@
     python experiments/local_answers.py --models does_routing_pay_work
 
 Makes the tasks (`local_tasks.py`) where they are missing, asks the dense model and the converted ones the same questions and
-writes the page `docs/results/local_answers.md`: differences to the dense model, paired by question, with standard errors.
-The scores of each model and task are kept in --work, so that an interrupted run resumes. Hours on two cores; `--quick` asks
-two questions per task at one share. Needs the extras `llm` and `eval`.
+writes the page `docs/results/local_answers.md` and its figures, `.json`: differences to the dense model, paired by question,
+with standard errors. The scores of each model and task are kept in --work, so that an interrupted run resumes. Hours on two
+cores; `--quick` asks two questions per task at one share. Needs the extras `llm` and `eval`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED, converted
 from local_questions import wordnet_directory
@@ -75,7 +77,13 @@ def main() -> None:
         output_dir=options.work / options.model,
     )
     options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / "local_answers.json", json.dumps(figures(result.to_dict()), indent=1) + "\n")
     write_text(options.out / "local_answers.md", page(options.model, result, made_by))
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """The scores of all models and tasks, without the harness's own records, which name this machine's files."""
+    return {name: found[name] for name in ("title", "limit", "settings", "machine", "rows")}
 
 
 def _complete(models: list[Path], dense: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moh.cli.main import build_parser
+from moh.training import load_recipe
 from moh.training.shipped import find_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def test_a_command_exists_and_has_its_options(command: str) -> None:
     if program == "python":
         target = Path(*words[1].split(".")).with_suffix(".py") if words[0] == "-m" else Path(words[0])
         text = (ROOT / target).read_text(encoding="utf-8")
-        missing = [option for option in options(command) if option not in text and _field(option) not in text]
+        missing = [option for option in options(command) if not _has(text, option)]
     else:
         parser = build_parser()
         while words and (choices := _commands(parser)) and words[0] in choices:
@@ -48,9 +49,18 @@ def test_a_command_exists_and_has_its_options(command: str) -> None:
     assert not missing, f"{command}: {', '.join(missing)} is no option of it"
 
 
-def _field(option: str) -> str:
-    """As claims.py states the sizes that are options too."""
-    return option.removeprefix("--").replace("-", "_") + "="
+def _has(script: str, option: str) -> bool:
+    """Whether a script defines the option: quoted, or as claims.py states the sizes that are options too."""
+    field = option.removeprefix("--").replace("-", "_")
+    return f'"{option}"' in script or re.search(rf"\b{field}=", script) is not None
+
+
+@pytest.mark.parametrize("code", [code for code in CODE if re.search(r"--\w+\.", code)])
+def test_a_recipe_has_the_fields_that_are_overridden(code: str) -> None:
+    name = next((name for name in RECIPES if name in code), "dit/xl_2_paper")
+    overrides = re.findall(r"(--\w+\.[\w.]+) (\S+)", code)
+    assert len(overrides) == len(re.findall(r"--\w+\.", code))
+    load_recipe(find_recipe(name), [f"{field}={value}" for field, value in overrides])
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -210,6 +210,7 @@ def test_one_command_asks_all_models_and_resumes(base_dir: Path, tmp_path: Path,
     cell.write_text("{}")
     local_answers.main()
     page = (work / "local_answers.md").read_text()
+    assert {row["model"] for row in json.loads((work / "local_answers.json").read_text())["rows"]} >= {"dense"}
     assert "| 100% | dense |" in page and "| 75% | fixed heads |" in page
     scores = {file: file.stat().st_mtime_ns for file in (work / "tiny" / "scores").iterdir()}
     assert len(scores) == 10 and len(json.loads((work / "tiny" / "results.json").read_text())["rows"]) == 10
