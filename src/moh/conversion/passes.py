@@ -252,8 +252,8 @@ def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]],
                 loss = dense.loss(batch)
                 check_finite(loss.detach(), f"the loss, behind layer {len(dense.attentions) - 1}, is")
                 loss.backward()
+                give_back_memory()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        give_back_memory()
     return costs / max(tokens, 1)

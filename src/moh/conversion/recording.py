@@ -146,7 +146,7 @@ class Playback:
                 add(layer, x, z)
 
             self.recording.run(index, dense, add_rows, layers)
-        give_back_memory()
+            give_back_memory()
 
 
 Batches = Iterator[Tensor] | Playback
