@@ -25,7 +25,7 @@ class _SummedLoss(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         found = torch.empty_like(logits)
