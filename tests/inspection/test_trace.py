@@ -36,7 +36,8 @@ def test_gates_and_contributions_are_those_of_the_definition(tokens: int) -> Non
         model(x)
     assert [first.name, second.name] == ["0", "1"]
     for layer, (_, info) in zip((first, second), routing, strict=True):
-        assert torch.equal(layer.gates, info.gates)
+        assert torch.equal(layer.gates != 0, info.active)
+        torch.testing.assert_close(layer.gates, info.gates)  # hooks make steps, which may round otherwise
     assert torch.equal(first.contributions != 0, first.gates != 0)
     torch.testing.assert_close(first.contributions, explicit(model[0], x), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
