@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "haystacks": 12,
     "blocks": 4,
 }
-"""Of the options that change results."""
+"""Defaults of the options that change results."""
 
 _ORDER = (DENSE, *METHODS)
 _FIELDS = {"chosen": "The right word is the likeliest of the five in the text (by chance 20 %)",

@@ -26,10 +26,9 @@ def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
 
     The operator adds up scores in another order: two that are equal but for rounding may be ranked differently.
     """
-    maps = router.linear_maps()
     if (
-        maps is None
-        or not _needs_no_steps(x, backend)
+        not _needs_no_steps(x, backend)  # first: training asks nothing else
+        or (maps := router.linear_maps()) is None
         or router_class(router.config.router) is not type(router)  # a class of its own may route in another way
         or router.is_observed()
         or not all(is_plain(scorer, x) for scorer in maps[:3] if scorer is not None)
