@@ -160,6 +160,7 @@ def test_debug_shows_the_traceback_before_and_after_the_command(moh, tmp_path: P
         (RuntimeError("CUDA out of memory"), 1),
         (OSError(28, "No space left on device"), 1),
         (ImportError("needs timm"), 1),
+        (BrokenPipeError(32, "Broken pipe"), 1),  # a worker's, say
         (PermissionError(13, "Permission denied"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
@@ -180,6 +181,15 @@ def test_an_interrupted_command_ends_like_a_shell_expects(moh, monkeypatch: pyte
     monkeypatch.setattr("moh.demo.run_demo", interrupt)
     result = moh("demo")
     assert result.code == 130 and result.err == ["moh demo: interrupted"]
+
+
+def test_a_command_whose_reader_has_ended_ends_in_silence() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, "-m", "moh", "train", "--list"]
+    done = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_a_process_of_its_own_prints_one_line_even_after_a_model_was_loaded(base_dir: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ from moh.cli.options import Command
 
 _DESCRIPTION = "Mixture-of-Heads: convert, tune, run and inspect transformers whose attention heads are experts."
 
+_OUTPUT = 1  # the file descriptor; `sys.stdout` may be an object without one
+
 _GROUPS = {
     "start here": ("demo", "info"),
     "make a model": ("convert", "train", "convert-published", "extend-vocabulary", "export"),
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code: 0; 1 if the command failed; 2 if it was called with something that it can't accept, as for the
-        errors of argparse (which exits by itself); 130 if it was interrupted.
+        errors of argparse (which exits by itself); 130 if it was interrupted; 141 if nobody reads the output any more.
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -59,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if arguments.debug:
             raise
         print(f"moh {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -68,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moh {arguments.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has ended, as in `moh ... | head`; what is left is then dropped."""
+    poll = select.poll()
+    poll.register(_OUTPUT, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _OUTPUT)  # Python flushes once more when it ends
+    return True
 
 
 class _Program(argparse.ArgumentParser):
