@@ -204,13 +204,21 @@ def test_path_of_torch_with_a_space_reaches_the_linker_in_one_piece(cache, tmp_p
     assert str(libraries) == cpp_extension.TORCH_LIB_PATH
 
 
+def test_library_that_was_built_but_does_not_load_is_reported_with_the_reason(cache, tmp_path, monkeypatch):
+    writes = 'for x; do case "$last" in -MF) : > "$x";; -o) echo text > "$x";; esac; last=$x; done'
+    compiler(tmp_path, monkeypatch, f"{TELLS_ITS_VERSION}\n{writes}")
+    with pytest.raises(BuildError, match=r"moh_cpu.so: .*(too short|invalid ELF|not a mach-o)"):
+        compile_kernels()
+
+
 @needs_compiler
 def test_instruction_sets_of_the_machine_are_known_to_its_compiler(monkeypatch):
     for name in ("CXX", "MOH_CPU_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     sets = build.supported_instruction_sets()
     assert build._buildable("g++", sets) == sets
-    assert build._buildable("g++ -D__clang__", sets) == []  # it takes no instruction set from a pragma
+    if shutil.which("clang++"):
+        assert build._buildable("clang++", sets) == sets
 
 
 def test_switched_off_kernels_are_neither_built_nor_warned_of(cache, monkeypatch):
@@ -301,7 +309,9 @@ def test_cached_library_that_another_user_could_have_put_there_is_not_loaded(cac
 def test_cached_library_that_cannot_be_loaded_is_a_reason_for_sdpa(cache, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch)
     put_library(cache)
-    assert_sdpa_serves_after_one_warning("could not be built: .*moh_cpu.so")
+    assert_sdpa_serves_after_one_warning(
+        "could not be built: OSError: .*moh_cpu.so: .*(too short|invalid ELF|not a mach-o)"
+    )
 
 
 def without_avx512(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh.attention.call import Call, unsupported_dtype, unsupported_options
-from moh.attention.cpu.build import BuildError, compile_kernels, supported_instruction_sets
+from moh.attention.cpu.build import BuildError, compile_kernels, in_words, supported_instruction_sets
 from moh.attention.cpu.operators import register
 
 MAX_WIDTH = 256
@@ -35,7 +35,8 @@ def _try_to_load() -> str | None:
     try:
         torch.ops.load_library(compile_kernels())
     except Exception as error:  # whatever it is, attention still works without the kernels
-        reason = f"the C++ kernels could not be built: {error if isinstance(error, BuildError) else repr(error)}"
+        said = str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {in_words(error)}"
+        reason = f"the C++ kernels could not be built: {said}"
         warnings.warn(f"{reason}; the slower backend 'sdpa' is used", RuntimeWarning, stacklevel=2)
         return reason
     register()

@@ -224,8 +224,9 @@ def _buildable(command: str, sets: list[str]) -> list[str]:
         assert pragma is not None, file
         with tempfile.TemporaryDirectory() as scratch:
             probe = Path(scratch, "probe.cpp")
-            probe.write_text(f"{pragma[0]}{text}\n", encoding="utf-8")
-            arguments = [*shlex.split(command), *_flags(), "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+            probe.write_text(f'{pragma[0]}{text}\n#include "isa/target_end.h"\n', encoding="utf-8")
+            include = f"-I{SOURCES}"
+            arguments = [*shlex.split(command), *_flags(), include, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
             if subprocess.run(arguments, capture_output=True, check=False).returncode == 0:
                 known.append(name)
     if left_out := [name for name in sets if name not in known]:
@@ -264,7 +265,7 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(work, directory)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
-        text, log = str(error) or repr(error), Path(f"{directory}.log")
+        text, log = in_words(error), Path(f"{directory}.log")
         if isinstance(error, subprocess.CalledProcessError):  # the compiler can't even report its version
             text += f"\n{(error.output or b'').decode(errors='replace')}"
         log.write_text(text, encoding="utf-8")
@@ -275,6 +276,12 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
         raise _CompilerError(message, text) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def in_words(error: Exception) -> str:
+    """The error in words; where a library can't be loaded, only the error's cause says why."""
+    text = str(error) or repr(error)
+    return f"{text}: {error.__cause__}" if isinstance(error.__cause__, OSError) else text
 
 
 @contextlib.contextmanager

@@ -111,3 +111,5 @@ const Kernels& amx_kernels() {
 #endif
 
 }  // namespace moh
+
+#include "isa/target_end.h"

@@ -67,3 +67,5 @@ const Kernels& amx_imitated_kernels() {
 }
 
 }  // namespace moh
+
+#include "isa/target_end.h"

@@ -1,7 +1,7 @@
 // The kernels for AVX2 with FMA, which has 16 registers of 8 floats.
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #ifdef __clang__
-#error "this compiler does not take instruction sets from a pragma: use GCC"
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #endif
 #include "kernels/table.h"
 
@@ -20,3 +20,5 @@ const Kernels& avx2_kernels() {
 }
 
 }  // namespace moh
+
+#include "isa/target_end.h"

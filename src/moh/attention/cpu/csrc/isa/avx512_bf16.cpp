@@ -17,3 +17,5 @@ const Kernels& avx512_bf16_kernels() {
 }
 
 }  // namespace moh
+
+#include "isa/target_end.h"

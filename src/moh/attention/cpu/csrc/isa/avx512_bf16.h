@@ -1,11 +1,11 @@
 // What the kernels of avx512_bf16.cpp and amx.cpp have in common: dot products of bfloat16, and when they are used.
 //
-// The pragma sets the instruction set of everything after it, so a source includes this file first.
+// The pragma sets the instruction set of everything after it, so a source includes this file first, and target_end.h last.
 #pragma once
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
 #ifdef __clang__
-#error "this compiler does not take instruction sets from a pragma: use GCC"
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2"))), apply_to = function)
 #endif
 #include <immintrin.h>
 
