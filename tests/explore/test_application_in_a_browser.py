@@ -53,6 +53,20 @@ def text_of(page: Any, selector: str, pattern: str) -> str:
     return str(page.inner_text(selector))
 
 
+def assert_whole_table(page: Any, selector: str) -> None:
+    """No cell reaches over the table's edge, and no text over its cell's."""
+    cut = page.evaluate(
+        """selector => {
+            const edge = document.querySelector(selector).getBoundingClientRect().right + 1
+            const cells = [...document.querySelectorAll(`${selector} [role=gridcell], ${selector} [role=columnheader]`)]
+            const cut = cell => cell.getBoundingClientRect().right > edge || cell.scrollWidth > cell.clientWidth + 1
+            return cells.length ? cells.filter(cut).map(cell => cell.innerText) : ["no cells"]
+        }""",
+        selector,
+    )
+    assert cut == []
+
+
 def set_dial(page: Any, value: int) -> None:
     page.locator("#dial input[type=range]").fill(str(value))
 
@@ -79,6 +93,7 @@ def test_a_text_is_read_at_the_share_that_the_slider_says(text_subject: TextSubj
 def test_a_person_can_use_all_of_it(text_subject: TextSubject, width: int, height: int) -> None:
     with opened(text_subject, width, height) as (page, problems):
         text_of(page, "#summary", r"\d ms\s")
+        assert_whole_table(page, "#summary")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.focus("#tokens [data-token='0']")
         for _ in range(2):
@@ -120,6 +135,7 @@ def test_an_image_is_classified_and_its_patches_are_shown(
         before = text_of(page, "#classes", "%")
         assert page.locator("#classes meter").count() == page.locator("#classes-of-reference meter").count() == 5
         text_of(page, "#summary", r"\d ms\s")
+        assert_whole_table(page, "#summary")
         shown = page.get_attribute("#patches img", "src")
         page.click("#heads [data-l='1'][data-h='1']")
         text_of(page, "#patches", "Layer 1, head 1")

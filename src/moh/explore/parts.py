@@ -89,9 +89,13 @@ def table(elem_id: str) -> gr.Dataframe:
 
 
 def filled(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> gr.Dataframe:
-    """A value of `table`: rows are (heading, cells); hidden without rows."""
+    """A value of `table`: rows are (heading, cells); hidden without rows.
+
+    Columns are equally wide: Gradio's own widths fit the longest words and are wider than a phone.
+    """
     value = {"headers": ["", *columns], "data": [[name, *cells] for name, cells in rows]}
-    return gr.Dataframe(value, visible=bool(rows))
+    widths = [f"{100 / (len(columns) + 1):.4f}%"] * (len(columns) + 1)
+    return gr.Dataframe(value, visible=bool(rows), column_widths=widths)
 
 
 def head_map(elem_id: str, *, choosable: bool = False) -> Any:
