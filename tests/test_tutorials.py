@@ -23,10 +23,14 @@ import moh.training
 from local_hub import stand_in
 from moh.cli import main
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "install"))
+
+from pages import BLOCK, commands  # noqa: E402
+
+DOCS = ROOT / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 PAGES = [*TUTORIALS, DOCS / "backbone.md", DOCS / "tune.md"]
-BLOCK = re.compile(r'^```(python|console|yaml title="([^"]+)")\n(.*?)^```', re.MULTILINE | re.DOTALL)
 OWN_TESTS = {"serve": "tests/cli/test_serving.py"}
 """Commands that don't end by themselves -> where they are tested."""
 OTHERS = {"pip": "installs what is here already", "curl": "asks the server", "python": "in a test of its own"}
@@ -62,11 +66,6 @@ def run_commands(console: str) -> None:
         assert program == "moh" or program in OTHERS, line
         if program == "moh" and words[0] not in OWN_TESTS:
             assert main(words) == 0, line
-
-
-def commands(text: str) -> list[str]:
-    """The commands of consoles."""
-    return re.findall(r"^\$ (.+)", text.replace("\\\n", " "), re.MULTILINE)
 
 
 def test_tutorials_have_their_commands_in_consoles() -> None:

@@ -1,0 +1,316 @@
+"""Each tutorial as a new user has it: an empty environment by pip or by uv, an empty directory, and the commands of the page.
+
+    python install/first_hour.py run --wheel dist/mixture_of_heads-0.1.0-py3-none-any.whl   # all of them
+    python install/first_hour.py run --wheel dist/... --only heads --tools uv               # one
+    python install/first_hour.py table                                                      # of docs/install.md
+
+The wheel takes the place of the package's name, and `HUB` that of the model hub, so that no network but the package index is
+needed; `REPLACED` lists what else is not run as it stands. A run takes minutes for each tutorial and 2 to 5 GB of disk.
+Environments and files are removed afterwards, cells are kept in `--work`. Needs all extras, and uv as a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dist import pip_settings
+from environment import ROOT, cpu_build, read_pins
+from pages import requirements
+
+TUTORIALS = ("nanogpt", "heads", "convert", "images", "diffusion")
+TOOLS = ("pip", "uv")
+REPLACED = {
+    "convert": {" --push-to-hub you/smollm2-moh": ""},  # nobody is logged in
+    "images": {"$ moh train photos.yaml\n": "$ moh train photos.yaml --training.max_steps 1\n"},  # "a task for a GPU"
+    "diffusion": {"$ moh train dit/fashion_mnist\n": "$ moh train dit/fashion_mnist --training.max_steps 300\n"},
+}
+"""Tutorial -> commands that can't be run as they stand, and what is run instead."""
+
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M": "the 4-bit weights that the demo takes from the package index",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "the same",
+    "Chat-UniVi/MoH-ViT-B-75": "random weights",
+    "timm/deit_small_patch16_224.fb_in1k": "random weights",
+    "facebook/DiT-XL-2-256": "random weights, 4 of 28 layers",
+}
+"""Repository -> what stands in its place."""
+
+RESULTS = ROOT / "docs" / "results" / "first_hour.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "step",
+        choices=("install", "run", "table"),
+        help="run: install too; table: add what was measured to docs/results, print the tables",
+    )
+    parser.add_argument("--wheel", type=Path, help="of this package, for run")
+    parser.add_argument("--only", nargs="+", choices=TUTORIALS, default=TUTORIALS)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--work", type=Path, default=Path("runs/first_hour"))
+    parser.add_argument(
+        "--python", type=Path, help="run pages with this one, where no index has the CPU build of torchvision"
+    )
+    options = parser.parse_args()
+    work = options.work.resolve()
+    if options.step == "table":
+        cells = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        for name in (f"{tutorial}-{tool}" for tutorial in TUTORIALS for tool in TOOLS):
+            if found := collect(work, name):
+                cells[name] = found
+        RESULTS.write_text(json.dumps(dict(sorted(cells.items())), indent=1) + "\n", encoding="utf-8")
+        print(table(cells), end="")
+        return 0
+    if options.wheel is None or not options.wheel.is_file():
+        parser.error(f"--wheel must be a file for {options.step}, as `make dist` writes it, got {options.wheel}")
+    make_hub(work / "hub")
+    for tutorial in options.only:
+        for tool in options.tools:
+            if not (cell := work / f"{tutorial}-{tool}.json").exists():
+                place = work / f"{tutorial}-{tool}"
+                measured = install(tool, place, options.wheel.resolve(), requirements(text_of(tutorial)))
+                if options.step == "run":
+                    measured |= run_tutorial(tutorial, place, work, options.python)
+                    cell.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+                    shutil.rmtree(place)
+    return 0
+
+
+def text_of(tutorial: str) -> str:
+    """The page as it is run."""
+    text = (ROOT / "docs" / "tutorials" / f"{tutorial}.md").read_text(encoding="utf-8")
+    for command, replacement in REPLACED.get(tutorial, {}).items():
+        assert text.count(command) == 1, command
+        text = text.replace(command, replacement)
+    return text
+
+
+def run_tutorial(tutorial: str, place: Path, work: Path, python: Path | None) -> dict[str, Any]:
+    """Run the page in an empty folder with the environment of `place`, or with `python`; seconds and bytes."""
+    folder, report, page = place / "empty", place / "steps.json", place / "page.md"
+    if not report.exists():  # else the run was interrupted, and resumes
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        prepare(tutorial, folder)
+    page.write_text(text_of(tutorial), encoding="utf-8")
+    away = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    away |= {"HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(work / "cache")}
+    if python is not None:
+        away["PYTHONPATH"] = str(ROOT / "src")
+    python = python or place / "environment" / "bin" / "python"
+    program = python, ROOT / "install" / "pages.py", page, report
+    subprocess.run(program, cwd=folder, env=away, stdin=subprocess.DEVNULL, check=True)
+    from moh.evaluation import cpu_name
+
+    return {
+        "steps": json.loads(report.read_text(encoding="utf-8")),
+        "files": allocated(folder),
+        "own_environment": python.is_relative_to(place),
+        "machine": cpu_name(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+    }
+
+
+def install(tool: str, place: Path, wheel: Path, names: list[str]) -> dict[str, Any]:
+    """Make the environment as docs/install.md says, unless it is there already; its PyTorch, seconds and bytes."""
+    if (noted := place / "installed.json").exists():
+        return dict(json.loads(noted.read_text()))
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    environment, start = place / "environment", clock()
+    extras = names[0].partition("[")[2].rstrip("]")
+    wanted = [f"{wheel}[{extras}]", *names[1:]]
+    pins = read_pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    build, _ = cpu_build(pins["torch"], (), with_torchvision=False)
+    torch = f"torch=={build}" if build else "torch"
+    if tool == "pip":
+        run(sys.executable, "-m", "venv", environment)
+        for parts in [torch], wanted:
+            run(environment / "bin" / "pip", "install", "--quiet", *parts)
+    else:
+        options = ["--quiet", "--index-strategy", "unsafe-best-match", *pip_settings()]
+        run("uv", "venv", "--quiet", "--python", sys.executable, environment)
+        run("uv", "pip", "install", "--python", environment / "bin" / "python", *options, *wanted, torch)
+    measured = dict(torch=torch, install=seconds_since(start), environment=allocated(environment))
+    noted.write_text(json.dumps(measured))
+    return measured
+
+
+def run(*command: object) -> None:
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def clock() -> tuple[float, float]:
+    """Wall time, and processor time of the children that have ended."""
+    use = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), use.ru_utime + use.ru_stime
+
+
+def seconds_since(start: tuple[float, float]) -> dict[str, float]:
+    wall, cpu = clock()
+    return {"wall": wall - start[0], "cpu": cpu - start[1]}
+
+
+def allocated(folder: Path) -> int:
+    """Bytes on disk, as `du` counts them: a file with several names once."""
+    found = {(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in (p.lstat() for p in folder.rglob("*"))}
+    return sum(found.values())
+
+
+# What the reader has: files of one's own, and models of the hub
+
+
+def prepare(tutorial: str, folder: Path) -> None:
+    """Write the files that the page expects of its reader."""
+    if tutorial == "nanogpt":  # "save nanogpt_moh.py"
+        shutil.copy(ROOT / "docs" / "tutorials" / "nanogpt_moh.py", folder)
+    elif tutorial == "convert":
+        copy(sorted((ROOT / "docs").glob("*.md")), folder / "texts", ".txt")
+    elif tutorial == "heads":
+        for name in "story", "code":
+            shutil.copy(ROOT / "examples" / "texts" / f"{name}.txt", folder)
+        split("story", folder / "stories", ".txt")
+        split("code", folder / "src", ".py")
+    elif tutorial == "images":
+        draw_photos(folder / "photos")
+
+
+def copy(files: list[Path], folder: Path, suffix: str) -> None:
+    folder.mkdir()
+    for file in files:
+        shutil.copy(file, (folder / file.name).with_suffix(suffix))
+
+
+def split(name: str, folder: Path, suffix: str) -> None:
+    """Each paragraph of an example as a file."""
+    folder.mkdir()
+    paragraphs = (ROOT / "examples" / "texts" / f"{name}.txt").read_text(encoding="utf-8").split("\n\n")
+    for number, paragraph in enumerate(paragraphs):
+        (folder / f"{number}{suffix}").write_text(paragraph, encoding="utf-8")
+
+
+def draw_photos(folder: Path, count: int = 20) -> None:
+    """Two classes of pictures of noise, dark and bright, 256 x 256."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for kind, shade in ("cat", 0), ("dog", 128):
+        (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(shade, shade + 128, (256, 256, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{number}.jpg")
+
+
+def make_hub(home: Path) -> None:
+    """A cache of huggingface_hub that holds `HUB`, which libraries read with `HF_HUB_OFFLINE=1`."""
+    makers = {name: make_language_model for name in HUB if name.startswith("HuggingFaceTB/")}
+    makers |= {
+        "Chat-UniVi/MoH-ViT-B-75": make_moh_vit,
+        "timm/deit_small_patch16_224.fb_in1k": make_deit,
+        "facebook/DiT-XL-2-256": make_dit,
+    }
+    for name, make in makers.items():
+        repository, revision = home / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+        if (snapshot := repository / "snapshots" / revision).exists():
+            continue
+        shutil.rmtree(scratch := home / "scratch", ignore_errors=True)
+        scratch.mkdir(parents=True)
+        make(scratch)
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(revision)
+        snapshot.parent.mkdir(exist_ok=True)
+        scratch.rename(snapshot)
+
+
+def make_language_model(folder: Path) -> None:
+    import torch
+
+    from moh.demo.base_model import default_base_model
+    from moh.models.transformers.loading import load_causal_lm, load_tokenizer
+
+    file = default_base_model()
+    load_causal_lm(file, dtype=torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(file).save_pretrained(folder)
+
+
+def make_moh_vit(folder: Path) -> None:
+    import timm
+
+    import moh
+
+    name = "moh_transnext_base_75"
+    moh.checkpoints.save_published(timm.create_model(name), folder / f"{name}.pth")
+
+
+def make_deit(folder: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("deit_small_patch16_224").state_dict(), folder / "model.safetensors")
+
+
+def make_dit(folder: Path) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(num_layers=4, out_channels=8, norm_type="ada_norm_zero")
+    first, *others = (block.norm1.emb for block in transformer.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())  # as in the published weights
+    channels = (128, 256, 512, 512)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = AutoencoderKL(block_out_channels=channels, **blocks, layers_per_block=2, sample_size=256)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+
+
+# The table
+
+
+def collect(work: Path, name: str) -> dict[str, Any]:
+    """What was measured of a tutorial and tool; of a run that was interrupted, the steps that ended."""
+    if (cell := work / f"{name}.json").exists():
+        return dict(json.loads(cell.read_text(encoding="utf-8")))
+    found = dict(json.loads(file.read_text())) if (file := work / name / "installed.json").exists() else {}
+    if (report := work / name / "steps.json").exists():
+        found["steps"] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def table(cells: dict[str, Any]) -> str:
+    """Markdown: the installation of each tutorial's packages, and below it each step that was run."""
+    installed = ["| tutorial | pip: wall, CPU time | disk | uv: wall, CPU time | disk |", "| --- " * 5 + "|"]
+    steps = ["| tutorial | command, or code at this line of the page | wall, CPU time |", "| --- " * 3 + "|"]
+    for tutorial in TUTORIALS:
+        link = f"[{tutorial}](tutorials/{tutorial}.md)"
+        found = [cells.get(f"{tutorial}-{tool}") for tool in TOOLS]
+        parts = [(spent(cell["install"]), size(cell["environment"])) if cell else ("–", "–") for cell in found]
+        installed.append(f"| {' | '.join([link, *itertools.chain.from_iterable(parts)])} |")
+        ran = next((cell["steps"] for cell in reversed(found) if cell and "steps" in cell), [])
+        steps += [f"| {link} | `{step['step']}` | {spent(step)} |" for step in ran]
+    return "\n".join([*installed, "", *steps, ""])
+
+
+def spent(seconds: dict[str, float]) -> str:
+    def words(value: float) -> str:
+        return f"{value:.0f} s" if value < 100 else f"{value / 60:.1f} min"
+
+    return f"{words(seconds['wall'])}, {words(seconds['cpu'])}"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
