@@ -31,7 +31,9 @@ TUTORIALS = ("nanogpt", "heads", "convert", "images", "diffusion")
 TOOLS = ("pip", "uv")
 REPLACED = {
     "convert": {" --push-to-hub you/smollm2-moh": ""},  # nobody is logged in
-    "images": {"$ moh train photos.yaml\n": "$ moh train photos.yaml --training.max_steps 1\n"},  # "a task for a GPU"
+    "images": {  # "a task for a GPU"
+        "$ moh train photos.yaml\n": "$ moh train photos.yaml --training.epochs 0 --training.max_steps 1\n"
+    },
     "diffusion": {"$ moh train dit/fashion_mnist\n": "$ moh train dit/fashion_mnist --training.max_steps 300\n"},
 }
 """Tutorial -> commands that can't be run as they stand, and what is run instead."""

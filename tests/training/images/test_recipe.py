@@ -57,8 +57,14 @@ def test_a_recipe_survives_its_own_yaml(options: list[str], tmp_path: Path) -> N
         ("--data.std=[0.5]", r"data.mean and data.std must have equally many numbers, got \[\] and \[0.5\]"),
         ("--data.crop_pct=1.5", "data.crop_pct must be above 0 and at most 1, got 1.5"),
         ("--augmentation.repeats=0", "augmentation.repeats must be at least 1, got 0"),
-        ("--training.epochs=3", "one of training.max_steps and training.epochs must be above 0, got 6 and 3"),
-        ("--training.max_steps=0", "one of training.max_steps and training.epochs must be above 0, got 0 and 0"),
+        (
+            "--training.epochs=3",
+            "one of training.max_steps and training.epochs must be above 0 and the other 0, got 6 and 3",
+        ),
+        (
+            "--training.max_steps=0",
+            "one of training.max_steps and training.epochs must be above 0 and the other 0, got 0 and 0",
+        ),
         ("--training.ema_decay=1", "training.ema_decay must be at least 0 and below 1, got 1"),
         ("--training.min_lr=0.1", "training.min_lr must be at most training.learning_rate = 0.001, got 0.1"),
         ("--augmentation.hflip=2", "augmentation.hflip must be between 0 and 1, got 2"),

@@ -226,7 +226,15 @@ def _buildable(command: str, sets: list[str]) -> list[str]:
             probe = Path(scratch, "probe.cpp")
             probe.write_text(f'{pragma[0]}{text}\n#include "isa/target_end.h"\n', encoding="utf-8")
             include = f"-I{SOURCES}"
-            arguments = [*shlex.split(command), *_flags(), include, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+            arguments = [
+                *shlex.split(command),
+                *_flags(),
+                include,
+                "-c",
+                str(probe),
+                "-o",
+                str(probe.with_suffix(".o")),
+            ]
             if subprocess.run(arguments, capture_output=True, check=False).returncode == 0:
                 known.append(name)
     if left_out := [name for name in sets if name not in known]:

@@ -123,7 +123,8 @@ class ImageTrainingRecipe(ImageTrainingSettings):
         at_least("training.epochs", self.epochs, 0)
         if bool(self.max_steps) == bool(self.epochs):
             raise ValueError(
-                f"one of training.max_steps and training.epochs must be above 0, got {self.max_steps} and {self.epochs}"
+                f"one of training.max_steps and training.epochs must be above 0 and the other 0, got {self.max_steps} and "
+                f"{self.epochs}"
             )
 
 
