@@ -42,14 +42,14 @@ HANDLED = [
 def used(monkeypatch) -> list[bool]:
     """For each call of a layer, whether the operator computed its MLP."""
     calls: list[bool] = []
-    original = decoder_layer._parts
+    original = decoder_layer.DecodedLayer._parts
 
     def noted(*args):
         parts = original(*args)
         calls.append(parts is not None)
         return parts
 
-    monkeypatch.setattr(decoder_layer, "_parts", noted)
+    monkeypatch.setattr(decoder_layer.DecodedLayer, "_parts", noted)
     return calls
 
 

@@ -192,14 +192,14 @@ def matrix_of(linear: nn.Module, x: Tensor) -> Matrix | None:
     integers, scale, bias = weight.qdata, weight.scale, linear.bias
     if integers.device != x.device or integers.dim() != 2 or (bias is not None and bias.dtype != x.dtype):
         return None
-    if scale.shape != (integers.shape[0], 1) or scale.dtype != torch.float32 or not _is_symmetric(weight):
+    if scale.shape != (integers.shape[0], 1) or scale.dtype != torch.float32 or not is_symmetric(weight):
         return None
     return Matrix(integers, bias, scale)  # type: ignore[arg-type]
 
 
-def _is_symmetric(weight: Any) -> bool:
-    """Whether the zero points of torchao's weight are all 0; remembered, since every token asks."""
-    zero_point: Tensor | None = weight.zero_point
+def is_symmetric(weight: Any) -> bool:
+    """Whether the zero points of torchao's weight, if it has any, are all 0; remembered, since every token asks."""
+    zero_point: Tensor | None = getattr(weight, "zero_point", None)
     if zero_point is None:
         return True
     version = None if zero_point.is_inference() else zero_point._version

@@ -154,9 +154,13 @@ class Router(nn.Module):
         _, (gates,), (probs,) = attach(balance, self.balance.weight, [info.gates], [probs])
         return RoutingInfo(info.config, gates, probs)
 
+    def is_recorded(self) -> bool:
+        """Whether a recording is open that takes this router's decisions."""
+        return bool(self._recorders)
+
     def is_observed(self) -> bool:
         """Whether anything observes `forward`: a recording, a hook, or a patched `forward`."""
-        return bool(self._recorders) or not is_untouched(self)
+        return self.is_recorded() or not is_untouched(self)
 
     def active_range(self) -> range:
         """Every k that this router can be set to, from 0 or 1 up to h_r; the routing unit may allow only some of them."""

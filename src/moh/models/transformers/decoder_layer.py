@@ -20,6 +20,7 @@ from moh.attention.projections import matrix_of
 from moh.models.transformers.attention import IMPLEMENTATIONS
 from moh.models.transformers.decoding import is_decoded
 from moh.models.transformers.families import Family, at
+from moh.models.transformers.remembered import remembered
 from moh.routing.routers import is_untouched
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -44,7 +45,7 @@ class DecodedLayer(nn.Module):
     mlp: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = None if args else _parts(self, hidden_states)
+        parts = None if args else self._parts(hidden_states)
         if parts is None:
             own: Tensor = super().forward(hidden_states, *args, **kwargs)
             return own
@@ -52,11 +53,21 @@ class DecodedLayer(nn.Module):
         attention = at(self, self.family.attention_of_layer)
         attended, _ = attention(hidden_states if first is None else first, **kwargs)
         beside = first if parts.is_norm_shared else second
-        out: Tensor = torch.ops.moh.cpu_decode_mlp(
+        out: Tensor = torch.ops.moh.cpu_decode_mlp.default(
             hidden_states, attended, parts.scale, *parts.second_norm, *parts.weights, parts.activation, *parts.scales, beside,
             parts.added_norm, parts.result_norm,
         )  # fmt: skip
         return out
+
+    def _parts(self, x: Tensor) -> _Parts | None:
+        """The layer's parts, if the operators can be used for x `[B, N, C]`."""
+        if self.training:
+            return None
+        attention: Any = at(self, self.family.attention_of_layer)
+        implementation = attention.config._attn_implementation
+        if implementation not in IMPLEMENTATIONS or not is_decoded(x, IMPLEMENTATIONS[implementation]):
+            return None
+        return remembered(self, x, _parts, lambda layer: _besides(layer, attention))
 
 
 class _Norm(NamedTuple):
@@ -69,7 +80,7 @@ class _Norm(NamedTuple):
     centred: bool
 
     def run(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.moh.cpu_decode_norm(x, *self)
+        out: Tensor = torch.ops.moh.cpu_decode_norm.default(x, *self)
         return out
 
 
@@ -100,12 +111,14 @@ class _Parts(NamedTuple):
     scale: float
 
 
+def _besides(layer: DecodedLayer, attention: nn.Module) -> list[nn.Module]:
+    """The layer and what is in it besides the attention, which looks at its own modules."""
+    own = set(attention.modules())
+    return [module for module in layer.modules() if module not in own]
+
+
 def _parts(layer: DecodedLayer, x: Tensor) -> _Parts | None:
-    """The layer's parts, if the operators can be used for x `[B, N, C]`."""
     family, mlp = layer.family, layer.mlp
-    implementation = at(layer, family.attention_of_layer).config._attn_implementation
-    if layer.training or implementation not in IMPLEMENTATIONS or not is_decoded(x, IMPLEMENTATIONS[implementation]):
-        return None
     if type(mlp).__module__ != layer.own_module or not is_untouched(mlp):
         return None
     gate: Any = getattr(mlp, family.mlp_gate) if family.mlp_gate else None

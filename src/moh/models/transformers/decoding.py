@@ -9,16 +9,18 @@ transformers' own update concatenates old and new, which copies the whole cache 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moh.attention import cpu
 from moh.attention.call import DTYPES, transforms_are_active
 from moh.attention.projections import is_plain, matrix_of
 from moh.attention.routed import parts_and_neighbours
+from moh.models.transformers.remembered import remembered
+from moh.routing.routers import is_untouched
 
 if TYPE_CHECKING:
     from moh.models.transformers.attention import RoutedAttention
@@ -55,7 +57,56 @@ def decode(
     router = attention.router
     if position_embeddings is None or router.reads_queries or not is_decoded(x, backend):
         return None
-    core = attention.core
+    layer_index = attention.core.layer_idx
+    fixed = remembered(attention, x, _fixed, nn.Module.modules)
+    if fixed is None:
+        return None
+    room = room_for_a_token(cache, layer_index)
+    if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != x.shape[0]:
+        return None
+    gates, (weight, bias), threshold = None, fixed.scores, fixed.threshold
+    if weight is None or router.is_recorded():
+        gates, weight, bias, threshold = attention.gates(x), None, None, None
+    out: Tensor = torch.ops.moh.cpu_decode_layer.default(
+        x,
+        gates,
+        weight,
+        bias,
+        *fixed.before_angles,
+        *position_embeddings,
+        room.keys,
+        room.values,
+        room.used,
+        attention_mask,
+        *fixed.after_mask,
+        threshold,
+        *fixed.scales,
+    )
+    room.take(cache.layers[layer_index])  # type: ignore[union-attr]  # it has room, so it is a cache
+    return out
+
+
+class _Fixed(NamedTuple):
+    """What every token's call of the operator gets of a layer, by the places of its arguments.
+
+    Attributes:
+        scores: weight and bias of the map of x that decides; None where the router has to be called.
+        before_angles: shared heads, routed heads per token, and weight and bias of the four projections.
+        after_mask: scale, and how heads are chosen together.
+        threshold: of the scores.
+        scales: of integer weights.
+    """
+
+    scores: tuple[Tensor | None, Tensor | None]
+    before_angles: tuple[Any, ...]
+    after_mask: tuple[float, int, int]
+    threshold: float | None
+    scales: tuple[Tensor | None, ...]
+
+
+def _fixed(attention: RoutedAttention, x: Tensor) -> _Fixed | None:
+    """None for a layer that the operator can't compute."""
+    core, router = attention.core, attention.router
     if core.head_dim > cpu.MAX_WIDTH or core.head_dim % 2 or (attention.training and attention.dropout_rate):
         return None
     matrices = []
@@ -69,35 +120,19 @@ def decode(
         if matrix is None:
             return None
         matrices.append(matrix)
-    room = room_for_a_token(cache, core.layer_idx)
-    if room is None or room.keys.dtype != x.dtype or room.keys.device != x.device or room.keys.shape[0] != x.shape[0]:
-        return None
-    gates = weight = bias = None
     scores = router.linear_scores()
-    if scores is not None and not router.is_observed() and is_plain(scores, x):
-        weight, bias = scores.weight, scores.bias
-    else:
-        gates = attention.gates(x)
-    out: Tensor = torch.ops.moh.cpu_decode_layer(
-        x,
-        gates,
-        weight,
-        bias,
-        router.config.shared_indices,
-        router.config.active_heads,
-        *(tensor for matrix in matrices for tensor in matrix[:2]),
-        *position_embeddings,
-        room.keys,
-        room.values,
-        room.used,
-        attention_mask,
-        core.scaling,
-        *parts_and_neighbours(router.config),
-        router.threshold() if gates is None else None,
-        *(matrix.scale for matrix in matrices),
+    decides = scores is not None and is_untouched(router) and is_plain(scores, x)
+    return _Fixed(
+        (scores.weight, scores.bias) if decides and scores is not None else (None, None),
+        (
+            router.config.shared_indices,
+            router.config.active_heads,
+            *(tensor for matrix in matrices for tensor in matrix[:2]),
+        ),
+        (core.scaling, *parts_and_neighbours(router.config)),
+        router.threshold() if decides else None,
+        tuple(matrix.scale for matrix in matrices),
     )
-    room.take(cache.layers[core.layer_idx])  # type: ignore[union-attr]  # it has room, so it is a cache
-    return out
 
 
 def is_decoded(x: Tensor, backend: str | None) -> bool:

@@ -1,0 +1,103 @@
+"""Promises of what a layer remembers for new tokens: it is read once, and again as soon as something has changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import moh
+import moh.attention.cpu
+from moh.models.transformers import decoder_layer, decoding
+
+pytestmark = pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The names of what was read."""
+    names: list[str] = []
+    for module, name in ((decoding, "_fixed"), (decoder_layer, "_parts")):
+        original = getattr(module, name)
+
+        def noted(*args, original=original, name=name):
+            names.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, noted)
+    return names
+
+
+def replaced(model) -> None:
+    old = model.model.layers[0].self_attn.q_proj
+    new = nn.Linear(old.in_features, old.out_features, bias=False)
+    model.model.layers[0].self_attn.q_proj = new
+
+
+def new_weight(model) -> None:
+    up = model.model.layers[0].mlp.up_proj
+    up.weight = nn.Parameter(torch.randn_like(up.weight))
+
+
+def other_eps(model) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def other_scale(model) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+def patched(model) -> None:
+    down = model.model.layers[0].mlp.down_proj
+    down.forward = lambda x: 2 * nn.functional.linear(x, down.weight)
+
+
+def hooked(model) -> None:
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+CHANGES = {
+    "module": replaced,
+    "weight": new_weight,
+    "eps-of-a-norm": other_eps,
+    "scale": other_scale,
+    "patched-forward": patched,
+    "hook": hooked,
+    "dial": lambda model: moh.set_active_heads(model, 1),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "weights-in-place": lambda model: model.model.layers[0].self_attn.o_proj.weight.data.mul_(2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_by_the_next_token(tiny_model, tokens, reads, change):
+    model = tiny_model()
+    for t in (3, 4, 5):
+        model(tokens[:, t : t + 1], past_key_values=model(tokens[:, :3], use_cache=True).past_key_values)
+    assert sorted(reads) == ["_fixed"] * 2 + ["_parts"] * 2  # once for each of two layers
+    CHANGES[change](model)
+    got = model(tokens[:, 3:4], past_key_values=model(tokens[:, :3], use_cache=True).past_key_values).logits
+    with torch.enable_grad():  # the family's own way
+        expected = model(tokens[:, :4]).logits[:, 3:].detach()
+    close = dict(rtol=1e-4, atol=2e-5) if model.dtype == torch.float32 else dict(rtol=0, atol=0.1)
+    torch.testing.assert_close(got, expected, **close)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_reads_its_own_weights(tiny_model, tokens, copied):
+    model = tiny_model()
+    step = lambda m: m(tokens[:, 3:4], past_key_values=m(tokens[:, :3], use_cache=True).past_key_values).logits  # noqa: E731
+    step(model)
+    other = copied(model)
+    expected = step(other)
+    for parameter in model.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(step(other), expected, rtol=0, atol=0)
+    assert step(model).abs().max() == 0
