@@ -236,20 +236,18 @@ class MoHAttention(nn.Module):
             routing = self.router(q=q)
         else:
             routing = route(self.router, x, self.backend)
-            whole: Tensor | None = None
-            # what would change queries and keys, or which keys are seen, needs the steps one by one
-            special = (context, attn_mask, key_padding_mask, rotate, cache, self.window)
-            if dropout == 0 and all(argument is None for argument in special):
-                whole = whole_layer(
-                    x,
-                    routing.gates,
-                    (self.q_proj, self.k_proj, self.v_proj),
-                    self.proj,
-                    share,
-                    between=(self.q_norm, self.k_norm),
-                    is_causal=is_causal,
-                    backend=self.backend,
-                )
+            whole = whole_layer(
+                x,
+                routing.gates,
+                (self.q_proj, self.k_proj, self.v_proj),
+                self.proj,
+                share,
+                between=(self.q_norm, self.k_norm),
+                special=(context, attn_mask, key_padding_mask, rotate, cache, self.window),
+                dropout_p=dropout,
+                is_causal=is_causal,
+                backend=self.backend,
+            )
             if whole is not None:
                 dropped: Tensor = self.proj_drop(whole)
                 return (dropped, routing) if return_routing else dropped

@@ -334,7 +334,7 @@ def layer_arguments(sparse: bool = True) -> dict[str, object]:
         pytest.param({"biases": [None, None, torch.randn(1)]}, "bias must be", id="size-of-a-bias"),
         pytest.param({"o_bias": torch.randn(12).double()}, "o_bias must be", id="dtype-of-o_bias"),
         pytest.param({"o_bias": torch.randn(32)}, "o_bias must be", id="size-of-o_bias"),
-        pytest.param({"o_weight": torch.randn(12, 24)}, "W_O as many columns", id="o_weight"),
+        pytest.param({"o_weight": torch.randn(12, 24)}, "W_O must have", id="o_weight"),
     ],
 )
 def test_a_layers_bad_arguments_are_named(change, message, sparse):
@@ -343,7 +343,72 @@ def test_a_layers_bad_arguments_are_named(change, message, sparse):
         torch.ops.moh.cpu_layer(**layer_arguments(sparse) | change)
 
 
+def parts_arguments(sparse: bool = True) -> tuple[dict[str, object], dict[str, object]]:
+    """Of `cpu_project` and `cpu_attend`, with positions, groups and a mask."""
+    layer = layer_arguments(sparse)
+    weights, biases = [torch.randn(rows, 12) for rows in (32, 16, 16)], [torch.randn(rows) for rows in (32, 16, 16)]
+    angles = torch.rand(1, 3, 8)
+    project = dict(x=layer["x"], gates=layer["gates"], weights=weights, biases=biases, cos=angles.cos(), sin=angles.sin(),
+                   sparse=sparse)  # fmt: skip
+    q, k, v = torch.randn(1, 3, 4, 8).transpose(1, 2), *torch.randn(2, 1, 2, 3, 8)
+    attend = dict(q=q, k=k, v=v, gates=layer["gates"], attn_mask=torch.rand(1, 1, 3, 3) < 0.8, o_weight=torch.randn(12, 32),
+                  o_bias=torch.randn(12), is_causal=False, scale=None, sparse=sparse)  # fmt: skip
+    return project, attend
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_projections_rotate_active_queries_and_all_keys(isa, sparse, dtype):
+    given, _ = parts_arguments(sparse)
+    given = {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    for part in ("weights", "biases"):
+        given[part] = [tensor.to(dtype) for tensor in given[part]]
+    got = torch.ops.moh.cpu_project(**given)
+    x, active = given["x"].float(), (given["gates"] != 0).transpose(1, 2)  # [B, H, N]
+    for part, weight, bias in zip(got, given["weights"], given["biases"], strict=True):
+        expected = nn.functional.linear(x, weight.float(), bias.float()).unflatten(-1, (-1, 8)).transpose(1, 2)
+        if part is not got[2]:
+            first, second = expected.chunk(2, -1)
+            expected = expected * given["cos"].float() + torch.cat([-second, first], -1) * given["sin"].float()
+        seen = active if part is got[0] else torch.ones(part.shape[:3], dtype=torch.bool)
+        assert_close(part[seen].float(), expected[seen], dtype)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"sin": None}, "both cos and sin", id="sin"),
+        pytest.param({"cos": torch.ones(1, 2, 8)}, "cos and sin must be", id="tokens"),
+        pytest.param({"cos": torch.ones(1, 3, 8).half()}, "cos and sin must be", id="dtype"),
+        pytest.param({"weights": [torch.randn(32, 12)]}, "three weights", id="weights"),
+        pytest.param({"gates": torch.ones(1, 4, 4)}, "gates", id="gates"),
+    ],
+)
+def test_bad_arguments_of_projections_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.moh.cpu_project(**parts_arguments()[0] | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param({"gates": torch.ones(1, 4, 4)}, "gates", id="gates"),
+        pytest.param({"o_weight": torch.randn(12, 24)}, "W_O must have", id="o_weight"),
+        pytest.param({"o_bias": torch.randn(32)}, "o_bias must be", id="o_bias"),
+        pytest.param({"attn_mask": torch.ones(1, 1, 3, 3).half()}, "attn_mask must be", id="mask"),
+    ],
+)
+def test_bad_arguments_of_attention_with_its_output_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.moh.cpu_attend(**parts_arguments()[1] | change)
+
+
 @pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
 def test_operators_are_described_to_pytorch_as_they_are(sparse):
     torch.library.opcheck(torch.ops.moh.cpu_route.default, (), route_arguments())
     torch.library.opcheck(torch.ops.moh.cpu_layer.default, tuple(layer_arguments(sparse).values()))
+    project, attend = parts_arguments(sparse)
+    given = {**project, "gates": torch.ones(1, 3, 4)}  # queries of inactive pairs may be any numbers
+    torch.library.opcheck(torch.ops.moh.cpu_project.default, tuple(given.values()))
+    torch.library.opcheck(torch.ops.moh.cpu_attend.default, tuple(attend.values()))

@@ -4,7 +4,7 @@ from moh.attention.backends import BACKENDS, BY_NAME, Backend, backends_passed_o
 from moh.attention.call import Call
 from moh.attention.flex import BlockCounts, flex_block_counts
 from moh.attention.projections import project_output, project_qkv, project_queries, route_and_project
-from moh.attention.routed import route, whole_layer
+from moh.attention.routed import attend, project, route, whole_layer
 
 __all__ = [
     "BACKENDS",
@@ -12,10 +12,12 @@ __all__ = [
     "Backend",
     "BlockCounts",
     "Call",
+    "attend",
     "backends_passed_over",
     "choose_backend",
     "flex_block_counts",
     "moh_attention",
+    "project",
     "project_output",
     "project_qkv",
     "project_queries",

@@ -2,7 +2,8 @@
 
 `Router.forward`, the projections and `moh_attention` are the definition and handle everything. Without gradients, and where
 nothing observes or changes the steps in between, routing is one operator (`moh::cpu_route`), and so are projections and
-attention (`moh::cpu_layer`): in small layers, calling the steps takes as long as their arithmetic.
+attention (`moh::cpu_layer`): in small layers, calling the steps takes as long as their arithmetic. A cache needs them apart:
+projections with rotary embedding are then one operator (`moh::cpu_project`), attention with W_O another (`moh::cpu_attend`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moh.attention import cpu
+from moh.attention.backends import moh_attention
 from moh.attention.call import DTYPES, autocasts, transforms_are_active
-from moh.attention.projections import is_plain, sparse_pays_on_cpu
+from moh.attention.projections import is_plain, project_output, sparse_pays_on_cpu
 from moh.config import MoHConfig
 from moh.routing import Router, RoutingInfo, router_class
 from moh.routing.routers import is_untouched
@@ -68,6 +70,8 @@ def whole_layer(
     share: float,
     *,
     between: Sequence[nn.Module] = (),
+    special: Sequence[object] = (),
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
@@ -81,11 +85,14 @@ def whole_layer(
         output: W_O.
         share: expected share of pairs that are active, which decides whether sparse products are worth it.
         between: modules that the layer has for queries, keys or heads; they must do nothing.
-        is_causal, scale, backend: as of `moh_attention`.
+        special: what would change queries and keys, which keys are seen, or heads, None where it is absent; there must be none.
+        dropout_p, is_causal, scale, backend: as of `moh_attention`.
     """
     queries = projections[0]
     if (
         not _needs_no_steps(x, backend)
+        or dropout_p > 0
+        or any(part is not None for part in special)
         or gates.dtype != x.dtype
         or not all(type(module) is nn.Identity and is_untouched(module) for module in between)
         or not all(isinstance(linear, nn.Linear) and is_plain(linear, x) for linear in (*projections, output))
@@ -105,6 +112,82 @@ def whole_layer(
         is_causal,
         scale,
         sparse_pays_on_cpu(x, width, share),
+    )
+    return out
+
+
+def project(
+    x: Tensor,
+    gates: Tensor,
+    projections: Sequence[nn.Module],
+    share: float,
+    *,
+    angles: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Queries `[B, H, N, D]` and keys and values `[B, Hkv, N, D]` by one operator; None where it can't be used.
+
+    Queries of inactive pairs may be any numbers.
+
+    Args:
+        x, gates, share, backend: as of `whole_layer`.
+        projections: of queries, keys and values.
+        angles: cosines and sines `[1 or B, N, D]`, by which numbers i and i + D/2 of queries and keys are rotated.
+    """
+    if (
+        not _needs_no_steps(x, backend)
+        or gates.dtype != x.dtype
+        or not all(is_plain(linear, x) for linear in projections)
+        or (angles is not None and any(angle.dtype != x.dtype for angle in angles))
+    ):
+        return None
+    weights = [linear.weight for linear in projections]
+    width = weights[0].shape[0] // gates.shape[2]  # type: ignore[union-attr]
+    if width > cpu.MAX_WIDTH or (angles is not None and angles[0].shape[-1] != width):
+        return None
+    q, k, v = torch.ops.moh.cpu_project(
+        x,
+        gates,
+        weights,
+        [linear.bias for linear in projections],
+        *(angles or (None, None)),
+        sparse_pays_on_cpu(x, width, share),
+    )
+    return q, k, v
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    output: nn.Module,
+    share: float,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention and W_O `[B, N, C]` by one operator, where `project` gave q; arguments as of `moh_attention`.
+
+    Where W_O is more than a product, attention is an operator of its own.
+    """
+    if not is_plain(output, gates):
+        heads = moh_attention(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale, backend="cpu")
+        return project_output(output, heads, gates, share)
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    out: Tensor = torch.ops.moh.cpu_attend(
+        q,
+        k,
+        v,
+        gates,
+        attn_mask,
+        output.weight,
+        output.bias,
+        is_causal,
+        scale,
+        sparse_pays_on_cpu(gates, q.shape[-1], share),
     )
     return out
 

@@ -29,6 +29,8 @@ def register() -> None:
         ("attention_backward", _attention_backward_shapes),
         ("route", _route_shapes),
         ("layer", _layer_shape),
+        ("project", _project_shapes),
+        ("attend", _attend_shape),
         ("decode_layer", _decode_layer_shape),
         ("decode_norm", _shape_of_x),
         ("decode_mlp", _shape_of_x),
@@ -93,6 +95,18 @@ def _route_shapes(
 def _layer_shape(x: Tensor, *others: Any) -> Tensor:
     o_weight: Tensor = others[3]
     return x.new_empty(*x.shape[:2], o_weight.shape[0])
+
+
+def _project_shapes(x: Tensor, gates: Tensor, weights: list[Tensor], *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, H = gates.shape
+    D = weights[0].shape[0] // H
+    q, k, v = (x.new_empty(B, N, weight.shape[0] // D, D).transpose(1, 2) for weight in weights)
+    return q, k, v
+
+
+def _attend_shape(q: Tensor, *others: Any) -> Tensor:
+    o_weight: Tensor = others[4]
+    return q.new_empty(q.shape[0], q.shape[2], o_weight.shape[0])
 
 
 def _decode_layer_shape(x: Tensor, *others: Any) -> Tensor:

@@ -107,20 +107,21 @@ class MoHViTAttention(Attention):
             routing = self.router(q=q)
         else:
             routing = route(self.router, x, self.backend)
-            if attn_mask is None and dropout == 0 and not changes_heads(self):
-                whole = whole_layer(
-                    x,
-                    routing.gates,
-                    [self.qkv],
-                    self.proj,
-                    share,
-                    between=(self.q_norm, self.k_norm, self.norm),
-                    is_causal=is_causal,
-                    scale=self.scale,
-                    backend=self.backend,
-                )
-                if whole is not None:
-                    return self.proj_drop(whole)  # type: ignore[no-any-return]
+            whole = whole_layer(
+                x,
+                routing.gates,
+                [self.qkv],
+                self.proj,
+                share,
+                between=(self.q_norm, self.k_norm, self.norm),
+                special=(attn_mask, getattr(self, "gate", None)),
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=self.scale,
+                backend=self.backend,
+            )
+            if whole is not None:
+                return self.proj_drop(whole)  # type: ignore[no-any-return]
             q, k, v = project_qkv(self.qkv, x, routing.gates, share, self.backend)
         q, k = self.q_norm(q), self.k_norm(k)
         heads = moh_attention(

@@ -15,7 +15,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from moh.attention import BY_NAME, moh_attention, project_output, route_and_project
+from moh.attention import (
+    BY_NAME,
+    attend,
+    moh_attention,
+    project,
+    project_output,
+    project_queries,
+    route,
+    route_and_project,
+)
 from moh.models.transformers.decoding import decode
 from moh.models.transformers.families import Family, at
 from moh.routing import Router, RoutingInfo
@@ -92,29 +101,62 @@ class RoutedAttention(nn.Module):
             decoded = decode(self, hidden_states, position_embeddings, attention_mask, cache, backend)
             if decoded is not None:
                 return family.finish(self, decoded, hidden_states), None
-        routing, q, k, v = self._project(core, hidden_states, backend)  # [B, N, H, D], [B, N, Hkv, D] twice
         # "cache" is its name since transformers 5.24; before, that of a paged cache
         paged = None if kwargs.get("cache") is None else kwargs
         cache = past_key_values if paged is None else kwargs["cache"]
-        q, k, v = self.placed(q, k, v, position_embeddings, cache, paged)
-        gates = routing.gates
+        gates, q, k, v, by_operator = self._project_and_place(hidden_states, position_embeddings, backend)
+        k, v = self._cached(k, v, cache, paged)
         if (own := self.own_gates(hidden_states)) is not None:
             gates = gates * own
+        share = router.usual_share()
         # transformers omits the mask where it is plainly causal, or where a single token sees everything before it
+        seen: dict[str, Any] = dict(
+            is_causal=bool(core.is_causal) and attention_mask is None and q.shape[2] > 1,
+            attn_mask=attention_mask,
+            scale=getattr(core, "scaling", None),  # the usual one where a class keeps none
+        )
+        if by_operator:
+            out = attend(q, k, v, gates, self.output_projection, share, **seen)
+            return family.finish(self, out, hidden_states), None
         heads = moh_attention(
             q,
             k,
             v,
             gates,
-            is_causal=bool(core.is_causal) and attention_mask is None and q.shape[2] > 1,
-            attn_mask=attention_mask,
-            scale=getattr(core, "scaling", None),  # the usual one where a class keeps none
+            **seen,
             dropout_p=self.dropout_rate if self.training else 0.0,
             heads_per_group=router.heads_per_group,
             backend=backend,
         )  # [B, N, H, D]
-        out = project_output(self.output_projection, heads, gates, router.usual_share(), backend)
+        out = project_output(self.output_projection, heads, gates, share, backend)
         return family.finish(self, out, hidden_states), None
+
+    def _project_and_place(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+        """Gates `[B, N, H]` of x `[B, N, C]`, then queries, keys and values `[B, heads, N, D]`, with norms and rotation.
+
+        The last entry is whether an operator without gradients has projected, which leaves queries of inactive pairs out.
+        """
+        family, router = self.family, self.router
+        if torch.is_grad_enabled() or family.fused or router.reads_queries or (self.training and self.dropout_rate):
+            routing, q, k, v = self._project(self.core, x, backend)
+            return routing.gates, *self._positioned(q, k, v, position_embeddings), False
+        gates = route(router, x, backend).gates
+        # A norm over all heads together reads the queries of all of them
+        share = 1.0 if family.joint_norms else router.usual_share()
+        projections = (self.query_projection, self.key_projection, self.value_projection)
+        angles = position_embeddings if family.is_plain else None
+        projected = project(x, gates, projections, share, angles=angles, backend=backend)
+        if projected is None:
+            of_queries = "reference" if family.joint_norms else backend
+            q = project_queries(self.query_projection, x, gates, share, of_queries)
+            k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in projections[1:])
+            return gates, *self._positioned(q, k, v, position_embeddings), False
+        if angles is not None:
+            return gates, *projected, True
+        q, k, v = (part.transpose(1, 2) for part in projected)
+        return gates, *self._positioned(q, k, v, position_embeddings), True
 
     def placed(
         self,
@@ -133,6 +175,23 @@ class RoutedAttention(nn.Module):
         Returns:
             q `[B, H, N, D]`, k and v `[B, Hkv, Nk, D]`.
         """
+        q, k, v = self._positioned(q, k, v, position_embeddings)
+        return q, *self._cached(k, v, cache, paged)
+
+    def _cached(
+        self, k: Tensor, v: Tensor, cache: Cache | None, paged: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if cache is None:
+            return k, v
+        joined: tuple[Tensor, Tensor] = cache.update(
+            k, v, self.core.layer_idx, **({} if paged is None else {"kwargs": paged})
+        )
+        return joined
+
+    def _positioned(
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected queries, keys and values `[B, N, heads, D]` -> the same `[B, heads, N, D]`, normalised and rotated."""
         family, core = self.family, self.core
         if family.query_norm and hasattr(core, family.query_norm):
             q = self._normalised(q, getattr(core, family.query_norm))
@@ -140,8 +199,6 @@ class RoutedAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if position_embeddings is not None and self.rotates:
             q, k = self._rotated(q, k, *position_embeddings)
-        if cache is not None:
-            k, v = cache.update(k, v, core.layer_idx, **({} if paged is None else {"kwargs": paged}))
         return q, k, v
 
     def gates(self, x: Tensor) -> Tensor:

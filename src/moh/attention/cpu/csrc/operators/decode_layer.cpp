@@ -12,6 +12,7 @@
 #include "operators/choice.h"
 #include "operators/few_tokens_product.h"
 #include "operators/operators.h"
+#include "operators/rotary.h"
 
 namespace moh {
 namespace {
@@ -34,26 +35,6 @@ void hard_gates(const FewTokensProduct& router, const FewTokensInput& x, int64_t
     for (int64_t i = 0; i < choice.num_routed(); ++i)
       gates[choice.routed[i]] = static_cast<T>(active[i] ? 1.0f : 0.0f);
   }
-}
-
-// Rotary embedding of x [width]: numbers i and i + width / 2 are rotated by their angle, given as cosine and sine.
-template <class T>
-void rotate(const T* x, const T* cos, const T* sin, int64_t width, T* to) {
-  const int64_t half = width / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = static_cast<float>(x[i]), b = static_cast<float>(x[i + half]);
-    to[i] = static_cast<T>(a * static_cast<float>(cos[i]) - b * static_cast<float>(sin[i]));
-    to[i + half] = static_cast<T>(b * static_cast<float>(cos[i + half]) + a * static_cast<float>(sin[i + half]));
-  }
-}
-
-// Cosines or sines [1 or B, 1, D], made contiguous. `stride` is the distance between tokens, 0 if they share one row.
-at::Tensor angles(const at::Tensor& x, int64_t batches, int64_t width, const at::Tensor& like, int64_t* stride) {
-  TORCH_CHECK_VALUE(x.dim() == 3 && (x.size(0) == 1 || x.size(0) == batches) && x.size(1) == 1 && x.size(2) == width &&
-                        width % 2 == 0 && x.scalar_type() == like.scalar_type(),
-                    "cos and sin must be [1 or ", batches, ", 1, D = ", width, "] with an even D, got ", x.sizes());
-  *stride = x.size(0) == 1 ? 0 : width;
-  return x.contiguous();
 }
 
 at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const OptionalTensor& router_weight,
@@ -84,8 +65,7 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
                     ", ", v_weight.sizes(), " and ", o_weight.sizes());
   const int64_t H = q_proj.rows / D;
   TORCH_CHECK_VALUE(gates_.has_value() != router_weight.has_value(), "either gates or a router must be given");
-  int64_t cos_stride, sin_stride;
-  const at::Tensor cosines = angles(cos, B, D, x, &cos_stride), sines = angles(sin, B, D, x, &sin_stride);
+  const Angles angles(cos, sin, B, 1, D, x);
   const FewTokensInput from(x);
   const at::Tensor q = at::empty({B, H, 1, D}, x.options());
   at::Tensor gates = gates_.has_value() ? gates_->contiguous() : at::empty({B, 1, H}, x.options());
@@ -116,21 +96,15 @@ at::Tensor decode_layer(const at::Tensor& x, const OptionalTensor& gates_, const
       else
         v_proj.multiply_block(i - q_blocks - kv_blocks, from, B, new_values.data());
     });
-    const T* c = static_cast<const T*>(cosines.const_data_ptr());
-    const T* s = static_cast<const T*>(sines.const_data_ptr());
-    std::vector<T> row(D);
     for (int64_t b = 0; b < B; ++b) {
-      for (int64_t h = 0; h < H; ++h) {
-        T* query = queries + (b * H + h) * D;
-        std::copy_n(query, D, row.data());
-        rotate(row.data(), c + b * cos_stride, s + b * sin_stride, D, query);
-      }
+      for (int64_t h = 0; h < H; ++h) angles.rotate(b, 0, queries + (b * H + h) * D);
       for (int64_t h = 0; h < kv_heads; ++h) {
         const auto place = [&](const at::Tensor& cache) {
           return cache.mutable_data_ptr<T>() + b * cache.stride(0) + h * cache.stride(1) + length * cache.stride(2);
         };
         const int64_t from_row = (b * kv_heads + h) * D;
-        rotate(new_keys.data() + from_row, c + b * cos_stride, s + b * sin_stride, D, place(keys));
+        angles.rotate(b, 0, new_keys.data() + from_row);
+        std::copy_n(new_keys.data() + from_row, D, place(keys));
         std::copy_n(new_values.data() + from_row, D, place(values));
       }
     }
