@@ -141,14 +141,15 @@ def project(
         or (angles is not None and any(angle.dtype != x.dtype for angle in angles))
     ):
         return None
-    weights = [linear.weight for linear in projections]
-    width = weights[0].shape[0] // gates.shape[2]  # type: ignore[union-attr]
+    queries = projections[0]
+    assert isinstance(queries, nn.Linear)
+    width = queries.out_features // gates.shape[2]
     if width > cpu.MAX_WIDTH or (angles is not None and angles[0].shape[-1] != width):
         return None
     q, k, v = torch.ops.moh.cpu_project(
         x,
         gates,
-        weights,
+        [linear.weight for linear in projections],
         [linear.bias for linear in projections],
         *(angles or (None, None)),
         sparse_pays_on_cpu(x, width, share),
