@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M")
     parser.add_argument("--texts", nargs="+", default=["django-docs", "anarchism"])
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the blocks of text; default: that of moh.convert")
     options = parser.parse_args()
     set_verbosity_error()
     disable_progress_bar()
@@ -49,7 +50,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     start = time.process_time()
     moh.convert(dense, calibration=[t for of_one in corpora for t in of_one], tokenizer=tokenizer, copy_weights=False,
-                calibration_tokens=options.calibration_tokens, progress=False)  # fmt: skip
+                calibration_tokens=options.calibration_tokens, seq_len=options.lengths, progress=False)  # fmt: skip
     show(
         f"peak in converting, {time.process_time() - start:.0f} s of processor time",
         resident("VmHWM"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, SHARES, Chosen, Compared, cell_file
+from does_routing_pay_models import LONGER, METHODS, MODELS, NOT_MODELS, SHARES, Chosen, Compared, cell_file
 from does_routing_pay_report import NAME, SAME, write
 from result_names import collect_cells
 from torch import Tensor
@@ -36,6 +36,9 @@ from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens
 
 SEQ_LEN = 512
+
+LONG_SEQ_LEN = 4096
+"""Of half of the calibration tokens, for the method that is named so; `moh.convert`'s default."""
 
 ROUTER = "threshold"
 """Of routed layers: `moh.convert`'s default."""
@@ -96,7 +99,8 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
              "options": asked, "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    fitted = Compared(dense, calibration, router=ROUTER)
+    longer = _of_two_lengths(tokenizer, options) if any(method == LONGER for method, _ in missing) else ()
+    fitted = Compared(dense, calibration, longer=longer, router=ROUTER)
     for method, share in missing:
         made = fitted.make_any(method, round(share * layers * heads))
         cell: dict[str, Any] = {**about, "kind": "quality", "method": method, "aim": share, "used": made.used}
@@ -188,6 +192,22 @@ def _blocks(name: str, tokenizer: Any, options: argparse.Namespace) -> tuple[Ten
     parts = zip((corpus.train, corpus.heldout), counts, strict=True)
     train, held = (evenly_spread(pack_tokens(p, tokenizer, seq_len=SEQ_LEN), n // SEQ_LEN) for p, n in parts)
     return train, held
+
+
+def _of_two_lengths(tokenizer: Any, options: argparse.Namespace) -> list[Tensor]:
+    """Calibration tokens of both texts, half of them in long blocks."""
+    return [
+        torch.cat(
+            [
+                evenly_spread(
+                    pack_tokens(load_corpus(name).train, tokenizer, seq_len=length),
+                    max(1, options.calibration_tokens // 4 // length),
+                )
+                for name in options.texts
+            ]
+        )
+        for length in (SEQ_LEN, LONG_SEQ_LEN)
+    ]
 
 
 def _rise(fitted: Compared, made: Made | Chosen, heldout: Tensor, original: Any) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moh.config import MoHConfig
 from moh.conversion.allocation import Change, changed
+from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import OutputWeight
 from moh.conversion.fit import refit_output_projection, unique_part
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted, Made
@@ -26,9 +29,12 @@ from moh.data.text.corpora import default_cache_dir
 from moh.demo.base_model import default_base_model
 from moh.routing import Router, build_router
 
+LONGER = "routed, half on long blocks"
 SAME_NUMBER = "routed, as many for every token"
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (ROUTED, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+METHODS = (ROUTED, LONGER, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+AVERAGES = (ROUTED, LONGER, MIXED)
+"""By which a token may use other numbers of heads than another one."""
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
 
@@ -64,6 +70,14 @@ def gemma() -> Path:
 MODELS: dict[str, Callable[[], Path]] = {"SmolLM2-135M": default_base_model, "Gemma-3-270M": gemma}
 SHARES = {"SmolLM2-135M": (7 / 9, 6 / 9, 5 / 9, 4 / 9), "Gemma-3-270M": (3 / 4, 5 / 8)}
 """Of all heads: of 9 in each layer and of 4."""
+
+
+def about_blocks(methods: Iterable[str]) -> str:
+    """How these methods' calibration is cut into blocks, for the pages."""
+    both = (
+        f" ({LONGER}: half of them in blocks of 4,096, as `moh.convert` does by default)" if LONGER in methods else ""
+    )
+    return f"in blocks of 512{both}"
 
 
 def cell_file(work: Path, name: str, method: str, share: float, *words: object) -> Path:
@@ -105,12 +119,34 @@ class Chosen:
 
 
 class Compared(Fitted):
-    """What `Fitted` makes, and the same numbers of heads chosen otherwise: as many for every token, at random, by an oracle."""
+    """What `Fitted` makes, and the same numbers of heads chosen otherwise: as many for every token, at random, by an oracle.
+
+    Args:
+        longer: calibration tokens of the method `LONGER`, of several lengths; the other arguments are those of `Fitted`.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, blocks: Tensor, *, longer: Sequence[Tensor] = (), **options: Any
+    ) -> None:
+        super().__init__(dense, blocks, **options)
+        self._blocks_of_longer = longer
+
+    @cached_property
+    def _longer(self) -> tuple[Calibrator, list[Router], Tensor]:
+        """As `moh.convert` does it."""
+        calibrator = Calibrator(self.adapter, self._blocks_of_longer, self.calibrator.batch_size, progress=False)
+        routers = calibrator.fit_routers(self._requested, refitted=True)
+        return calibrator, routers, calibrator.costs(routers, refitted=True)
 
     def make_any(self, method: str, total: int, seed: int = 0) -> Made | Chosen:
         """The model by a method, with this many heads over all layers."""
         if method in NOT_MODELS:
             return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
+        if method == LONGER:
+            calibrator, fitted, costs = self._longer
+            routers = calibrator.reallocate(fitted, costs, total)
+            weights = [OutputWeight(weight) for weight in calibrator.refit_outputs(routers)]
+            return self._built(routers, weights, costs)
         if method == SAME_NUMBER:
             routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
             weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import FIXED_HEADS, METHODS, MIXED, MODELS, NOT_MODELS, ROUTED, SHARES
+from does_routing_pay_models import AVERAGES, FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, about_blocks
 from result_names import commands
 
 from moh._extras import require
@@ -47,7 +47,7 @@ _ABOUT = (
     "equal time."
 )
 _TIMED = [method for method in METHODS if method not in NOT_MODELS]
-_COLOURS = dict(zip(METHODS, ("C0", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
+_COLOURS = dict(zip(METHODS, ("C0", "C5", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
 
 def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
@@ -91,7 +91,8 @@ def _quality(cells: list[dict[str, Any]]) -> list[str]:
     first = cells[0]
     texts = list(first["heldout_tokens"])
     lines = [
-        f"Calibrated on {first['calibration_tokens']:,} tokens of {' and '.join(first['calibrated_on'])}, no gradient step. "
+        f"Calibrated on {first['calibration_tokens']:,} tokens of {' and '.join(first['calibrated_on'])}, "
+        f"{about_blocks(cell['method'] for cell in cells)}, no gradient step. "
         "Held-out perplexity above the dense model's in percent (± standard error of the paired difference over blocks of 512 "
         f"tokens); {texts[-1]} is of neither kind. Dense: "
         + ", ".join(f"{text} {first['dense'][text]:.2f} on {first['heldout_tokens'][text]:,} tokens" for text in texts)
@@ -105,7 +106,7 @@ def _quality(cells: list[dict[str, Any]]) -> list[str]:
     ]
     for cell in sorted(cells, key=lambda cell: (-cell["aim"], METHODS.index(cell["method"]))):
         rises = [f"{t['above']:+.1f} ± {t['stderr']:.1f}" for t in cell["texts"].values()]
-        if cell["method"] in (ROUTED, MIXED):
+        if cell["method"] in AVERAGES:
             heads = sum(cell["used"]) / cell["share"]
             rises = [f"{rise} ({t['used'] / heads:.0%})" for rise, t in zip(rises, cell["texts"].values(), strict=True)]
         size = f"{cell['parameters'] / 1e6:.1f}M" if "parameters" in cell else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, ROUTED
+from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, LONGER, METHODS, MODELS, ROUTED, about_blocks
 from result_names import commands
 
 from moh._extras import require
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "only": None,
     "model": next(iter(MODELS)),
     "shares": [7 / 9, 6 / 9, 5 / 9, 4 / 9],
-    "methods": [ROUTED, FIXED_HEADS, DROPPED_LINEAR],
+    "methods": [ROUTED, LONGER, FIXED_HEADS, DROPPED_LINEAR],
     "texts": ("anarchism", "python-doc"),
     "lengths": (512, 1_024, 2_048, 4_096, 8_192),
     "haystacks": 12,
@@ -51,8 +51,14 @@ def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:
         of_model = [cell for cell in cells if cell["model"] == model]
         first = of_model[0]
         threads = " or ".join(str(count) for count in sorted({cell["threads"] for cell in of_model}))
-        lines += ["", f"## {model}", "", f"No gradient step; {first['cpu']}, {threads} thread(s), torch "
-                  f"{first['torch']}, float32. ± is the standard error of the paired difference to the dense model."]  # fmt: skip
+        machine = f"{first['cpu']}, {threads} thread(s), torch {first['torch']}, float32"
+        lines += [
+            "",
+            f"## {model}",
+            "",
+            f"No gradient step; {machine}. Calibrated {about_blocks(cell['method'] for cell in of_model)}. ± is the standard "
+            "error of the paired difference to the dense model.",
+        ]
         positions = [cell for cell in of_model if cell["kind"] == "positions"]
         rows = {(cell["aim"], cell["method"]): cell["share"] for cell in of_model}
         for text in dict.fromkeys(cell["text"] for cell in positions):

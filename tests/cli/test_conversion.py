@@ -98,21 +98,22 @@ def test_calibration_takes_conversations_of_a_file_with_the_chat_template(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], (None, None)),  # `moh.convert` knows the best settings
-        (["--allocation", "even", "--no-refit-output"], ("even", False)),
-        (["--allocation", "sensitivity", "--refit-output"], ("sensitivity", True)),
+        ([], (None, None, None)),  # `moh.convert` knows the best settings
+        (["--allocation", "even", "--no-refit-output"], ("even", False, None)),
+        (["--allocation", "sensitivity", "--refit-output"], ("sensitivity", True, None)),
+        (["--calibration-length", 8, 32], (None, None, [8, 32])),
     ],
-    ids=["default", "plain", "best"],
+    ids=["default", "plain", "best", "lengths"],
 )
 def test_settings_are_passed_on_as_given(
-    moh, base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch, options: list[Any], expected: tuple[Any, Any]
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, monkeypatch, options: list[Any], expected: tuple[Any, ...]
 ) -> None:
     seen = []
     convert = moh_package.convert
     monkeypatch.setattr("moh.conversion.convert", lambda *a, **kw: seen.append(kw) or convert(*a, **kw))
     result = moh("convert", base_dir, tmp_path / "model", *HEADS, "--files", text_file, *options)
     assert result.code == 0, result.err
-    assert [(kw["allocation"], kw["refit_output"]) for kw in seen] == [expected]
+    assert [(kw["allocation"], kw["refit_output"], kw["seq_len"]) for kw in seen] == [expected]
 
 
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BertModel", "BertForMaskedLM", "LlamaForTokenClassification"])

@@ -25,7 +25,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_is_next_to_the_model(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "model"
-    result = moh("convert", base_dir, output, "--share", 0.75, "--files", text_file, *OPTIONS, "--json")
+    lengths = ("--calibration-length", 32, 64)
+    result = moh("convert", base_dir, output, "--share", 0.75, "--files", text_file, *lengths, *OPTIONS, "--json")
     assert result.code == 0, result.err
     assert sorted(file.name for file in output.glob("conversion_report*")) == FILES
     check_replaceable(output, name="output")  # by another conversion, the report included

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StableLmConfig, StableLmForCausalLM
 
 from moh import convert
+from moh.conversion.calibrator import Calibrator
+from moh.conversion.passes import collect_heads
+from moh.conversion.transformers import DenseTextModel
 from moh.data.text.blocks import calibration_blocks
 
 HEADS = dict(shared_heads=1, active_heads=1)
@@ -43,15 +46,75 @@ def test_calibration_blocks_begin_as_the_tokenizer_begins_a_text(bos_tokenizer) 
     texts = ["the head reads .", "a token", "the value of the router"]
     bos, eos, vocabulary = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id, len(bos_tokenizer)
     bare = [[*bos_tokenizer(text, add_special_tokens=False).input_ids, eos] for text in texts]
-    blocks = calibration_blocks(texts, bos_tokenizer, 100, 4, vocabulary)
+    (blocks,) = calibration_blocks(texts, bos_tokenizer, 100, [4], vocabulary)
     row = [i for ids in bare for i in ids]
     assert blocks.tolist() == [[bos, *row[i : i + 3]] for i in range(0, 12, 3)]
     begun = [[bos, *ids] for ids in bare]
     for sequences, tokenizer in ((bare, bos_tokenizer), (begun, bos_tokenizer), (begun, None)):
-        assert torch.equal(calibration_blocks(sequences, tokenizer, 100, 4, vocabulary, bos_token_id=bos), blocks)
-    plain = calibration_blocks(bare, None, 100, 4, vocabulary, bos_token_id=bos)  # nothing says that they begin with it
+        (found,) = calibration_blocks(sequences, tokenizer, 100, [4], vocabulary, bos_token_id=bos)
+        assert torch.equal(found, blocks)
+    (plain,) = calibration_blocks(
+        bare, None, 100, [4], vocabulary, bos_token_id=bos
+    )  # nothing says that they begin with it
     assert plain.flatten().tolist() == row[:12]
-    assert calibration_blocks(["a token"], bos_tokenizer, 100, 64, vocabulary).tolist() == [[bos, *bare[1]]]
+    assert calibration_blocks(["a token"], bos_tokenizer, 100, [64], vocabulary)[0].tolist() == [[bos, *bare[1]]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "shapes"),
+    [
+        ([4, 16], 64, [(8, 4), (2, 16)]),  # half of the tokens each
+        ([4, 16], 24, [(3, 4), (1, 16)]),  # at least one block of each
+        ([4, 8, 16], 96, [(8, 4), (4, 8), (2, 16)]),
+        ([4, 1000], 64, [(8, 4), (1, 96)]),  # the text is shorter than a block
+        ([100, 1000], 1000, [(1, 96)]),
+    ],
+    ids=str,
+)
+def test_blocks_of_several_lengths_share_the_tokens(lengths, tokens, shapes) -> None:
+    ids = [list(range(40)), list(range(40, 96))]
+    groups = calibration_blocks(ids, None, tokens, lengths, 96)
+    assert [tuple(blocks.shape) for blocks in groups] == shapes
+    assert all(
+        int(blocks[0, 0]) == 0 and int(blocks[-1, -1]) >= 79 for blocks in groups if len(blocks) > 1
+    )  # spread out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_calibration_on_several_lengths_sums_over_all_of_them(make_dense, tokens, batch_size) -> None:
+    groups = [tokens[:3].view(6, 8), tokens[3:].flatten()[:72].view(3, 24)]
+    dense = DenseTextModel(make_dense(), "linear", copied=False)
+    both, short, long = (Calibrator(dense, part, batch_size, progress=False) for part in (groups, *groups))
+    sums = [collect_heads(dense, [1], part.playback("heads"))[1].zz for part in (both, short, long)]
+    torch.testing.assert_close(sums[0], sums[1] + sums[2], rtol=1e-5, atol=1e-5)
+    # what a loss is computed on is short, and what part of the samples is for is of every length
+    assert both.some(24).tolist() == groups[0][[0, 2, 5]].tolist()
+    chosen = both.playback("heads", both._chosen(48))
+    again = [
+        collect_heads(dense, [1], part)[1].zz
+        for part in (chosen, short.playback("", [0, 2, 5]), long.playback("", [0]))
+    ]
+    torch.testing.assert_close(again[0], again[1] + again[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "tokens", "lengths"),
+    [
+        ("Llama", 8192, 49_152, [512, 4096]),
+        ("Llama", 8192, 49_151, [512]),  # no room for six long blocks
+        ("Llama", 2048, 49_152, [512]),
+        ("Llama", 64, 12_288, [512]),  # of rotary positions there is no last one
+        ("GPT2", 256, 49_152, [256]),
+    ],
+)
+def test_a_model_that_generates_is_calibrated_on_short_and_long_blocks(
+    make_dense, family, positions, tokens, lengths
+) -> None:
+    dense = DenseTextModel(make_dense(family, max_position_embeddings=positions), "linear", copied=False)
+    groups = dense.samples([list(range(64)) * 300], max_tokens=tokens, tokenizer=None, seq_len=None)
+    assert [blocks.shape[1] for blocks in groups] == lengths
+    assert max(blocks.numel() for blocks in groups) <= tokens // len(groups)
 
 
 def test_calibration_tokens_bound_what_is_looked_at(make_dense, tokens) -> None:
@@ -98,6 +161,8 @@ def test_the_number_of_blocks_per_pass_does_not_matter(make_dense, tokens) -> No
         (dict(calibration=torch.arange(4)), r"integer token ids \[n, N\], got torch.int64 \(4,\)"),
         (dict(calibration=torch.ones(3, 0, dtype=torch.long)), r"integer token ids \[n, N\], got torch.int64 \(3, 0\)"),
         (dict(seq_len=1), "seq_len at least 2, got 12288, 1"),
+        (dict(seq_len=[64, 1]), "seq_len at least 2, got 12288, 1"),
+        (dict(seq_len=[]), "seq_len must be a number of tokens, or several, got none"),
         (dict(calibration_tokens=0), "calibration_tokens must be at least 1 .*, got 0, 512"),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(router_aux_loss_coef=-0.1), "router_aux_loss_coef must be at least 0, got -0.1"),

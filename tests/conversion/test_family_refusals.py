@@ -175,8 +175,10 @@ def test_texts_for_an_encoder_stand_between_its_special_tokens(base_dir: Path) -
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir)
     tokenizer.cls_token, tokenizer.sep_token = tokenizer.convert_ids_to_tokens([5, 6])
     dense = DenseTextModel(dense_model("bert", vocab_size=len(tokenizer)), "linear", copied=True)
-    samples = dense.samples(["a text of words " * 80], max_tokens=10_000, tokenizer=tokenizer, seq_len=16)
-    assert samples.shape[1] == 16 and len(samples) > 2
-    assert set(samples[:, 0].tolist()) == {5} and set(samples[:, -1].tolist()) == {6}
+    groups = dense.samples(["a text of words " * 80], max_tokens=10_000, tokenizer=tokenizer, seq_len=[16, 32])
+    for samples, length in zip(groups, (16, 32), strict=True):
+        assert samples.shape[1] == length and len(samples) > 2
+        assert set(samples[:, 0].tolist()) == {5} and set(samples[:, -1].tolist()) == {6}
     ids = token_ids(4, 12) % 23
-    assert torch.equal(dense.samples(ids, max_tokens=10_000, tokenizer=tokenizer, seq_len=None), ids)
+    (found,) = dense.samples(ids, max_tokens=10_000, tokenizer=tokenizer, seq_len=None)
+    assert torch.equal(found, ids)

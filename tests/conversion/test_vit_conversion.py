@@ -168,9 +168,9 @@ def test_calibration_can_be_batches_with_labels_and_is_cut_at_the_number_of_toke
     weights = [convert(dense, **HEADS, calibration=form).blocks[0].attn.router.contribution.weight for form in forms]
     assert all(torch.equal(weight, weights[0]) for weight in weights[1:])
     adapter = DenseTimmViT(dense)
-    taken = adapter.samples(x, max_tokens=3 * 17 + 5, tokenizer=None, seq_len=None)  # 16 patches and a class token
+    (taken,) = adapter.samples(x, max_tokens=3 * 17 + 5, tokenizer=None, seq_len=None)  # 16 patches and a class token
     assert torch.equal(taken, x[[0, 3, 7]])
-    taken = adapter.samples(iter(batches), max_tokens=5 * 17, tokenizer=None, seq_len=None)
+    (taken,) = adapter.samples(iter(batches), max_tokens=5 * 17, tokenizer=None, seq_len=None)
     assert torch.equal(taken, x[:5])
 
 

@@ -105,6 +105,11 @@ def add_parser(sub: Commands) -> None:
         help="tokens, or patches of images, to calibrate on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--calibration-length", type=int, nargs="+", metavar="TOKENS",
+        help="length of the blocks of text to calibrate on, or several, with as many tokens of each (default: 512, or 128 for an "
+        "encoder; 512 4096 for a language model that generates, with --calibration-tokens 49152 or more)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allocation",
         choices=("even", "sensitivity"),
         help="of heads to layers (default: sensitivity for a language model that generates with router threshold or linear, "
@@ -185,8 +190,13 @@ def _convert(arguments: Namespace) -> None:
 
 
 def _text_option(arguments: Namespace) -> str | None:
-    """The option that names text to calibrate on, if one is given."""
-    return "--files" if arguments.files else "--calibration" if arguments.calibration else None
+    """An option that is for text to calibrate on, if one is given."""
+    given = {
+        "--files": arguments.files,
+        "--calibration": arguments.calibration,
+        "--calibration-length": arguments.calibration_length,
+    }
+    return next((option for option, value in given.items() if value), None)
 
 
 def _options(arguments: Namespace) -> dict[str, Any]:
@@ -219,6 +229,7 @@ def _converted(arguments: Namespace) -> Converted:
     dense = load_dense(arguments.model, **placement(arguments))
     options = _options(arguments)
     options |= {"router": arguments.router, "calibration_tokens": arguments.calibration_tokens}
+    options["seq_len"] = arguments.calibration_length
     options["copy_weights"] = False  # the dense model is not needed any more
     # timm's models have no config; that of others gives the kind, which a hub name does not
     reads_images = not hasattr(dense, "config") or kind_of(dense.config.to_dict()).task == "images"

@@ -105,9 +105,9 @@ def convert_with_report(
     planned = plan(arguments.model, revision=revision(arguments).get("revision"))  # what can fail does so now
     texts, heldout = _texts(arguments, tokenizer)
     samples = adapter(dense, "linear", copied=False).samples(
-        texts, max_tokens=arguments.calibration_tokens, tokenizer=tokenizer, seq_len=None
+        texts, max_tokens=arguments.calibration_tokens, tokenizer=tokenizer, seq_len=arguments.calibration_length
     )
-    seq_len = samples.shape[1]
+    seq_len = samples[0].shape[1]
     packed = {
         name: evenly_spread(pack_tokens(part, tokenizer, seq_len=seq_len), HELDOUT_BLOCKS)
         for name, part in heldout.items()
@@ -123,7 +123,7 @@ def convert_with_report(
     method = _method(arguments)
     made = fitted.make(method, _total(arguments, method, fitted))
     check_weights(made.model)
-    calibrated = f"{samples.numel():,} tokens of {', '.join(heldout)}"
+    calibrated = f"{sum(blocks.numel() for blocks in samples):,} tokens of {', '.join(heldout)}"
     facts = {"calibrated on": calibrated, "output projections": "refitted, without training"}
     describe(made.model, base=arguments.model, facts=facts)
 

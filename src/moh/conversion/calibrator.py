@@ -70,14 +70,24 @@ class Calibrator:
         fits: what `fit_routers` last found for each layer.
     """
 
-    def __init__(self, dense: DenseModel, samples: Tensor, batch_size: int, progress: bool) -> None:
-        """`samples` `[n, ...]` as the model reads them, `batch_size` of them in one pass."""
+    def __init__(self, dense: DenseModel, samples: Tensor | Sequence[Tensor], batch_size: int, progress: bool) -> None:
+        """`samples` `[n, ...]` as the model reads them, or such of several lengths, the shortest first.
+
+        A pass takes `batch_size` of the shortest at once, and about as many tokens of longer ones.
+        """
         self.dense = dense
         self.fits: list[ContributionFit] = []
         self._scores: dict[int, Tensor] = {}  # [T, H] of layers whose routers have thresholds
-        self._samples = samples
+        self._groups = [samples] if isinstance(samples, Tensor) else list(samples)
         self.batch_size = batch_size
-        self._recording = Recording(samples.to(dense.device).split(batch_size))
+        shortest = self._groups[0].shape[1]
+        batches = [
+            batch
+            for group in self._groups
+            for batch in group.to(dense.device).split(max(1, batch_size * shortest // group.shape[1]))
+        ]
+        self._places = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
+        self._recording = Recording(batches)
         self._progress = progress
 
     def fit_routers(self, layers: Sequence[MoHConfig], *, refitted: bool = False) -> list[Router]:
@@ -222,12 +232,21 @@ class Calibrator:
         return factors
 
     def some(self, tokens: int) -> Tensor:
-        return self._samples[self._chosen(tokens)]
+        """Samples of about this many tokens, of the shortest ones: a loss takes memory by the length."""
+        return self._groups[0][self._spread(0, tokens)]
+
+    def _spread(self, group: int, tokens: int) -> Tensor:
+        """Samples of a group, spread out: calibration data of several kinds often comes one after the other."""
+        samples = self._groups[group]
+        return evenly_spread(torch.arange(len(samples)), max(1, tokens // self.dense.tokens_per_sample(samples)))
 
     def _chosen(self, tokens: int) -> list[int]:
-        """Samples of about this many tokens, spread out: calibration data of several kinds often comes one after the other."""
-        count = max(1, tokens // self.dense.tokens_per_sample(self._samples))
-        chosen: list[int] = evenly_spread(torch.arange(len(self._samples)), count).tolist()
+        """Samples of about this many tokens, as many of each length, by their place in the order of all samples."""
+        chosen: list[int] = []
+        first = 0
+        for number, group in enumerate(self._groups):
+            chosen += (first + self._spread(number, tokens // len(self._groups))).tolist()
+            first += len(group)
         return chosen
 
     def refit_batches(self) -> Playback:
@@ -237,8 +256,8 @@ class Calibrator:
     def playback(self, title: str, chosen: Sequence[int] | None = None) -> Playback:
         """A pass over all calibration data, or over the samples with these indices."""
         rows: dict[int, list[int]] = {}
-        for sample in range(len(self._samples)) if chosen is None else chosen:
-            rows.setdefault(sample // self.batch_size, []).append(sample % self.batch_size)
+        for number, row in self._places if chosen is None else [self._places[sample] for sample in chosen]:
+            rows.setdefault(number, []).append(row)
         order = tqdm(list(rows), desc=title, unit="batch", disable=not self._progress)
         return Playback(self._recording, order, None if chosen is None else rows)
 

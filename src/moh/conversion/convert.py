@@ -50,7 +50,7 @@ def convert(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration_tokens: int = 12_288,
-    seq_len: int | None = None,
+    seq_len: int | Sequence[int] | None = None,
     batch_size: int = 4,
     allocation: str | None = None,
     refit_output: bool | None = None,
@@ -97,8 +97,10 @@ def convert(
             then 1 up to 1e-6, and a token's heads are random.
         tokenizer: for texts; default is the one saved with the model.
         calibration_tokens: up to this many tokens of `calibration` are used; each patch of an image is one.
-        seq_len: texts are packed into blocks of this many tokens; None means 512, or 128 for an encoder.
-        batch_size: blocks or images per forward pass.
+        seq_len: texts are packed into blocks of this many tokens, or into blocks of several lengths, with as many tokens of
+            each. None means 512, or 128 for an encoder; [512, 4096] for a language model that generates, if it has so many
+            positions and `calibration_tokens` are at least 49,152: what a model finds in long texts depends on it.
+        batch_size: blocks or images per forward pass; of several lengths, blocks of the shortest.
         allocation: "even", or "sensitivity" to distribute the same total unevenly, by an estimate of what each
             layer loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a
             language model that generates, with router "threshold" or "linear" and heads given as a share or as numbers,

@@ -103,14 +103,16 @@ class DenseModel(ABC):
         return None
 
     @abstractmethod
-    def samples(self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | None) -> Tensor:
-        """Calibration data `[n, ...]` that the model reads, at most `max_tokens` tokens of it.
+    def samples(
+        self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | Sequence[int] | None
+    ) -> Sequence[Tensor]:
+        """Calibration data `[n, ...]` that the model reads, of each length; at most `max_tokens` tokens of it in all.
 
         Args:
             calibration: as `moh.convert` takes it.
             max_tokens: upper bound, at least one sample.
             tokenizer: for texts; None for other data.
-            seq_len: length of blocks of texts; None for the default and for other data.
+            seq_len: length of blocks of texts, or several; None for the default and for other data.
 
         Raises:
             ValueError: `calibration` is not what the model reads.
@@ -169,7 +171,9 @@ class DenseImageModel(DenseModel):
     def run(self, samples: Tensor) -> Tensor | None:
         return self.logits(samples)
 
-    def samples(self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | None) -> Tensor:
+    def samples(
+        self, calibration: Any, *, max_tokens: int, tokenizer: Any, seq_len: int | Sequence[int] | None
+    ) -> list[Tensor]:
         """Images `[n, C, H, W]` in the model's dtype, spread evenly over a tensor, or the first ones of batches."""
         if tokenizer is not None or seq_len is not None:
             raise ValueError("tokenizer and seq_len are for language models: calibration is images here")
@@ -179,7 +183,7 @@ class DenseImageModel(DenseModel):
         if isinstance(calibration, Tensor):
             images = _checked(calibration)
             count = self._images_for(max_tokens, images)
-            return evenly_spread(images, count).to(dtype)
+            return [evenly_spread(images, count).to(dtype)]
         batches = _batches(calibration)
         found = [_checked(next(batches, None))]
         count = self._images_for(max_tokens, found[0])
@@ -189,7 +193,7 @@ class DenseImageModel(DenseModel):
             raise ValueError(
                 f"calibration must hold images of one size, got {sorted({tuple(i.shape[1:]) for i in found})}"
             )
-        return torch.cat(found)[:count].to(dtype)
+        return [torch.cat(found)[:count].to(dtype)]
 
     def _images_for(self, max_tokens: int, images: Tensor) -> int:
         return max(1, max_tokens // self.tokens_per_sample(images))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,7 +53,7 @@ class Fitted:
 
     Args:
         dense: a model that generates; it must not be changed while models made of it are in use.
-        blocks: calibration tokens `[n, N]`.
+        blocks: calibration tokens `[n, N]`, or such of several lengths, the shortest first.
         router: of routed layers, "threshold" (`moh.convert`'s default) or "linear".
         batch_size: blocks per forward pass.
         progress: show progress bars.
@@ -69,7 +70,7 @@ class Fitted:
     def __init__(
         self,
         dense: PreTrainedModel,
-        blocks: Tensor,
+        blocks: Tensor | Sequence[Tensor],
         *,
         router: str = "threshold",
         batch_size: int = 4,

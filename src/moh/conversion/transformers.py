@@ -31,6 +31,14 @@ from moh.routing import Router, build_router, router_class
 SEQ_LEN = 512
 """Tokens of a block of packed texts by default."""
 
+LONG_SEQ_LEN = 4096
+"""Tokens of the blocks that, by default, hold half of a large calibration of a model that generates: calibrated on short
+blocks alone, it finds far less in long texts (docs/results/long_texts.md), and on long ones alone it is far worse at the
+beginning of a text, of which it saw few."""
+
+LONG_BLOCKS = 6
+"""Fewer long blocks are not worth it: two of 2,048 tokens in 10,240 made a worse model (docs/results/tried.md)."""
+
 ENCODER_SEQ_LEN = 128
 """The same for an encoder, which is mostly used on sentences and paragraphs."""
 
@@ -179,9 +187,14 @@ class DenseTextModel(DenseTransformersModel):
         return router_class(router).is_fitted
 
     def samples(
-        self, calibration: Any, *, max_tokens: int, tokenizer: PreTrainedTokenizerBase | None, seq_len: int | None
-    ) -> Tensor:
-        """Token ids `[n, N]`; for an encoder each block of texts is put between its tokenizer's special tokens.
+        self,
+        calibration: Any,
+        *,
+        max_tokens: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        seq_len: int | Sequence[int] | None,
+    ) -> list[Tensor]:
+        """Token ids `[n, N]` of each length; for an encoder each block of texts is put between its tokenizer's special tokens.
 
         Raises:
             ValueError: as in `calibration_blocks`, or a sequence is longer than the model's learned positions.
@@ -189,22 +202,35 @@ class DenseTextModel(DenseTransformersModel):
         config, family = self.model.config, self._family
         most = most_positions(config)
         if seq_len is None:
-            seq_len = min(ENCODER_SEQ_LEN if family.encoder else SEQ_LEN, most or SEQ_LEN)
+            seq_len = self._default_lengths(max_tokens)
+        lengths = sorted({seq_len} if isinstance(seq_len, int) else set(seq_len))
+        if not lengths:
+            raise ValueError("seq_len must be a number of tokens, or several, got none")
         start, end = encoder_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
         if tokenizer is not None and start == start_tokens(tokenizer):
             start = []  # which `calibration_blocks` adds
-        inside = max(2, seq_len - len(start) - len(end)) if seq_len > 1 else seq_len  # a length of 1 is refused below
-        room = -(-max_tokens * inside // max(1, seq_len))  # rounded up: at least 1, if max_tokens is
+        # a length of 1 is refused below
+        inside = [max(2, n - len(start) - len(end)) if n > 1 else n for n in lengths]
+        room = -(-max_tokens * inside[0] // max(1, lengths[0]))  # rounded up: at least 1, if max_tokens is
         bos = getattr(config, "bos_token_id", None)
-        blocks = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos)
-        ends = [torch.tensor(ids, dtype=torch.long).expand(len(blocks), -1) for ids in (start, end)]
-        blocks = torch.cat([ends[0], blocks, ends[1]], dim=1)
-        if most is not None and blocks.shape[1] > most:
+        groups = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos)
+        groups = [
+            torch.cat([_repeated(start, len(blocks)), blocks, _repeated(end, len(blocks))], dim=1) for blocks in groups
+        ]
+        if most is not None and groups[-1].shape[1] > most:
             raise ValueError(
                 f"seq_len, or the length of calibration's sequences, must be at most the model's {most} positions, got "
-                f"{blocks.shape[1]}"
+                f"{groups[-1].shape[1]}"
             )
-        return blocks
+        return groups
+
+    def _default_lengths(self, max_tokens: int) -> list[int]:
+        """Of blocks; long ones as well if the model reads such texts and there are tokens enough for several."""
+        config, most = self.model.config, most_positions(self.model.config)
+        short = min(ENCODER_SEQ_LEN if self._family.encoder else SEQ_LEN, most or SEQ_LEN)
+        reads_long = (most or getattr(config, "max_position_embeddings", None) or 0) >= LONG_SEQ_LEN
+        has_room = max_tokens // 2 >= LONG_BLOCKS * LONG_SEQ_LEN
+        return [short, LONG_SEQ_LEN] if self.model.can_generate() and reads_long and has_room else [short]
 
     def tokens_per_sample(self, samples: Tensor) -> int:
         return samples.shape[1]
@@ -342,6 +368,10 @@ def _replace_output(state: dict[str, Tensor], prefix: str, dense: nn.Module, out
         state[f"{prefix}.weight"] = _as_kept_by(dense, output.weight.to(weight))
     if output.bias is not None:
         state[f"{prefix}.bias"] = output.bias if bias is None else bias + output.bias
+
+
+def _repeated(ids: Sequence[int], rows: int) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long).expand(rows, -1)
 
 
 def _as_kept_by(linear: nn.Module, weight: Tensor) -> Tensor:

@@ -149,27 +149,30 @@ def calibration_blocks(
     calibration: Sequence[str] | Sequence[Sequence[int]] | Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
     max_tokens: int,
-    seq_len: int,
+    seq_lens: Sequence[int],
     vocab_size: int,
     *,
     bos_token_id: int | None = None,
-) -> Tensor:
-    """Token ids `[n, N]`, int64, at most `max_tokens` of them, spread evenly over the calibration text.
+) -> list[Tensor]:
+    """Token ids `[n, N]` of each length N, int64, at most `max_tokens` in all, spread evenly over the calibration text.
 
     Args:
         calibration: texts, sequences of token ids, or token ids `[n, N]` (used as they are, up to `max_tokens`).
         tokenizer: for texts; its end-of-text token, if any, goes between them, and every block begins with what it puts
             before a text (`start_tokens`).
-        max_tokens: upper bound, at least one block.
-        seq_len: N, for texts and sequences, which are joined and cut into blocks.
+        max_tokens: upper bound, the same for each length; at least one block of each.
+        seq_lens: N, rising, for texts and sequences, which are joined and cut into blocks of each length. Of lengths that
+            the whole text does not fill there is one block, of all of it.
         vocab_size: of the model, to check ids against.
         bos_token_id: the model's. If there is no tokenizer and all sequences begin with it, every block does.
 
     Raises:
         ValueError: no usable calibration data, no tokenizer for texts, or an id outside the vocabulary.
     """
-    if max_tokens < 1 or seq_len < 2:
-        raise ValueError(f"calibration_tokens must be at least 1 and seq_len at least 2, got {max_tokens}, {seq_len}")
+    if max_tokens < 1 or min(seq_lens) < 2:
+        raise ValueError(
+            f"calibration_tokens must be at least 1 and seq_len at least 2, got {max_tokens}, {min(seq_lens)}"
+        )
     if isinstance(calibration, str) or len(calibration) == 0:
         raise ValueError("calibration must be a non-empty list of texts, a list of token id lists, or ids [n, N]")
     if isinstance(calibration, Tensor):
@@ -177,17 +180,19 @@ def calibration_blocks(
             raise ValueError(
                 f"calibration must be integer token ids [n, N], got {calibration.dtype} {tuple(calibration.shape)}"
             )
-        blocks = calibration.long()
+        groups = [calibration.long()]
     else:
-        blocks = _pack(calibration, tokenizer, seq_len, bos_token_id)
-    count = max(1, max_tokens // blocks.shape[1])
-    blocks = evenly_spread(blocks, count)
-    if not 0 <= int(blocks.min()) <= int(blocks.max()) < vocab_size:
+        row, start = _row(calibration, tokenizer, bos_token_id)
+        lengths = sorted({min(seq_len, len(start) + len(row)) for seq_len in seq_lens})
+        groups = [_cut(row, start, length) for length in lengths]
+    groups = [evenly_spread(b, max(1, max_tokens // len(groups) // b.shape[1])) for b in groups]
+    least, most = min(int(b.min()) for b in groups), max(int(b.max()) for b in groups)
+    if not 0 <= least <= most < vocab_size:
         raise ValueError(
-            f"calibration must hold token ids from 0 to {vocab_size - 1}, got {int(blocks.min())} to "
-            f"{int(blocks.max())}: does the tokenizer belong to the model?"
+            f"calibration must hold token ids from 0 to {vocab_size - 1}, got {least} to {most}: does the tokenizer belong to "
+            "the model?"
         )
-    return blocks
+    return groups
 
 
 def are_texts(calibration: object) -> bool:
@@ -195,13 +200,12 @@ def are_texts(calibration: object) -> bool:
     return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
 
 
-def _pack(
+def _row(
     sequences: Sequence[str] | Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase | None,
-    seq_len: int,
     bos_token_id: int | None,
-) -> Tensor:
-    """The sequences, tokenised if they are texts and joined, as `[n, seq_len]`; a single shorter block if too few."""
+) -> tuple[Tensor, list[int]]:
+    """The sequences, tokenised if they are texts and joined, `[T]`, and what every block of them begins with."""
     start: list[int] = []
     if tokenizer is not None:
         start = start_tokens(tokenizer)
@@ -216,7 +220,7 @@ def _pack(
         row = torch.tensor([i for own in owns for i in (own[len(start) :] if own[: len(start)] == start else own)])
     if len(row) < 2:
         raise ValueError(f"calibration must hold at least 2 tokens, got {len(row)}")
-    return _cut(row, start, min(seq_len, len(start) + len(row)))
+    return row, start
 
 
 def evenly_spread(samples: Tensor, count: int) -> Tensor:
