@@ -105,7 +105,7 @@ def test_a_calibration_on_several_lengths_sums_over_all_of_them(make_dense, toke
         ("Llama", 8192, 49_151, [512]),  # no room for six long blocks
         ("Llama", 2048, 49_152, [512]),
         ("Llama", 64, 12_288, [512]),  # of rotary positions there is no last one
-        ("GPT2", 256, 49_152, [256]),
+        ("OPT", 256, 49_152, [256]),
     ],
 )
 def test_a_model_that_generates_is_calibrated_on_short_and_long_blocks(
