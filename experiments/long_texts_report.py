@@ -137,6 +137,8 @@ def _needles(cells: list[dict[str, Any]]) -> list[str]:
     dense = models[1.0, DENSE, 1.0]
     lengths, depths = sorted(dense), cells[0]["depths"]
     shared = sorted(set.intersection(*(set(row) for row in models.values())))
+    if not shared and (several := [set(row) for row in models.values() if len(row) > 1]):
+        shared = sorted(set.intersection(*several))  # a row of one length takes no columns from the others
     by_depth = f" of {' and '.join(f'{n:,}' for n in shared)} tokens, which all have read," if shared else ""
     lines = [
         f"Needles in held-out {' and '.join(cells[0]['texts'])}: {len(dense[lengths[0]]['answers'])} texts of each length with "
@@ -149,8 +151,9 @@ def _needles(cells: list[dict[str, Any]]) -> list[str]:
                   "| --- | --- |" + " --- |" * len(titles)]  # fmt: skip
         for (_, method, share), row in models.items():
             values = [_of_length(row.get(n), dense[n], field) for n in lengths]
-            rows = [answers[field] for n in shared for answers in row[n]["answers"]]
-            values += [f"{100 * fmean(column):.0f}" for column in zip(*rows, strict=True)]
+            rows = [answers[field] for n in shared if row.keys() >= set(shared) for answers in row[n]["answers"]]
+            by_depths = [f"{100 * fmean(column):.0f}" for column in zip(*rows, strict=True)]
+            values += by_depths or [""] * (len(depths) if shared else 0)
             lines.append("| " + " | ".join([f"{share:.0%}", method, *values]) + " |")
     return lines
 
