@@ -101,13 +101,13 @@ def add_parser(sub: Commands) -> None:
     add_files(text)
     add_images(parser)
     parser.add_argument(
-        "--calibration-tokens", type=int, default=12_288,
+        "--calibration-tokens", type=int, default=49_152,
         help="tokens, or patches of images, to calibrate on (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration-length", type=int, nargs="+", metavar="TOKENS",
         help="length of the blocks of text to calibrate on, or several, with as many tokens of each (default: 512, or 128 for an "
-        "encoder; 512 4096 for a language model that generates, with --calibration-tokens 49152 or more)",
+        "encoder; 512 4096 for a language model that generates, with 49152 tokens or more)",
     )  # fmt: skip
     parser.add_argument(
         "--allocation",

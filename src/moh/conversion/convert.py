@@ -49,7 +49,7 @@ def convert(
     routing_unit: str = "head",
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration_tokens: int = 12_288,
+    calibration_tokens: int = 49_152,
     seq_len: int | Sequence[int] | None = None,
     batch_size: int = 4,
     allocation: str | None = None,

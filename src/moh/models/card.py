@@ -79,7 +79,7 @@ def write_card(
         layers: the heads of each layer; empty for a dense model.
         base: the dense model that it was made from, a hub name or a path; its card, if it has one, gives the licence.
         revision: branch, tag or commit of a base that is a hub name.
-        facts: further rows for the table, such as `{"calibrated on": "12,288 tokens of botchan"}`.
+        facts: further rows for the table, such as `{"calibrated on": "49,152 tokens of botchan"}`.
         results: rows (what was measured, this model, the control).
 
     Returns:

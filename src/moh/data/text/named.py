@@ -36,7 +36,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 """Columns of conversations: lists of `{role, content}`, or of ShareGPT's `{from, value}`."""
 
 CHARACTERS = 2_000_000
-"""Characters read from the beginning of a data set: some 500,000 tokens, of which a conversion takes 12,288."""
+"""Characters read from the beginning of a data set: some 500,000 tokens, of which a conversion takes some 50,000."""
 
 WIKITEXT_2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 """The text of most published perplexities."""

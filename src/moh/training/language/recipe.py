@@ -108,7 +108,7 @@ class ConversionRecipe(ConversionSettings):
 
     routing_unit: str = "head"
     calibration: list[str] = field(default_factory=list)
-    calibration_tokens: int = 12_288
+    calibration_tokens: int = 49_152
     inactive_gate_gradient: Literal["zero", "dense"] = "zero"
 
     def __post_init__(self) -> None:
