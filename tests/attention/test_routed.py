@@ -375,6 +375,26 @@ def test_projections_rotate_active_queries_and_all_keys(isa, sparse, dtype):
         assert_close(part[seen].float(), expected[seen], dtype)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
+def test_bits_of_the_halves_do_not_depend_on_the_number_of_threads(isa, threads, sparse, dtype):
+    B, N, H, Hkv, D, C = 2, 300, 8, 4, 32, 128
+    gates = (torch.rand(B, N, H) < 0.5).to(dtype)
+    weights = [torch.randn(heads * D, C, dtype=dtype) for heads in (H, Hkv, Hkv)]
+    angles = torch.rand(B, N, D)
+    x, o_weight = torch.randn(B, N, C, dtype=dtype), torch.randn(C, H * D, dtype=dtype)
+    seen, results = gates.transpose(1, 2) != 0, []
+    for count in (1, 2, 3):
+        threads(count)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        q, k, v = torch.ops.moh.cpu_project(x, gates, weights, [None] * 3, cos, sin, sparse)
+        out = torch.ops.moh.cpu_attend(q, k, v, gates, None, o_weight, None, True, None, sparse)
+        results.append((q[seen], k, v, out))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
