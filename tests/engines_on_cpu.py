@@ -9,7 +9,6 @@ the environment that runs this file, which stays as it is. Environments are kept
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import subprocess
@@ -20,7 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from environments import ROOT, Environment, run
+
 PROMISED = "MOH_TEST_ENGINE"
 """Environment variable with the name of the engine that the tests must find: without it they are skipped."""
 
@@ -53,7 +53,7 @@ ENGINES = {
 
 
 def needs(name: str, modules: Iterable[str]) -> None:
-    """Import the modules of an engine. Skips the test where one can't be imported, but fails where `main` promised them."""
+    """Import the modules of an engine. Skips the test where one can't be imported, but fails where `make` promised them."""
     for module in modules:
         if os.environ.get(PROMISED) == name:
             importlib.import_module(module)
@@ -85,25 +85,16 @@ def install(engine: Engine, environment: Path) -> Path:
     return python
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ENGINES, default=[*ENGINES], help="instead of all engines")
-    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="directory that holds them")
-    parser.add_argument("options", nargs="*", help="for pytest, after --")
-    arguments = parser.parse_args()
-    report, failed = [], False
-    for name in arguments.only:
-        engine = ENGINES[name]
-        python = install(engine, arguments.environments / name)
-        paths = [ROOT] if engine.is_alone else [ROOT / "src", ROOT]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), PROMISED: name}
-        command = [python, "-m", "pytest", "-m", "", "--timeout", "1200", *engine.tests, *arguments.options]
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        failed |= code != 0
-        report.append(f"{name}: {'FAILED' if code else 'passed'}")
-    print(*report, sep="\n")
-    return int(failed)
+def make(name: str, directory: Path) -> Environment:
+    """The environment of an engine."""
+    engine = ENGINES[name]
+    return Environment(
+        install(engine, directory),
+        ("-m", "", "--timeout", "1200", *engine.tests),
+        paths=(ROOT,) if engine.is_alone else (ROOT / "src", ROOT),
+        variables={PROMISED: name},
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, ENGINES, make))

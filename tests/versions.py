@@ -9,9 +9,7 @@ release that came after them shows up here first. An environment is kept, and br
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +17,8 @@ import tomllib
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from environments import ROOT, Environment, run
+
 VERSIONS = ("oldest", "newest")
 EXTRAS = ("hf", "train", "plot", "vision", "diffusion", "test")
 LEFT_OUT = {  # deepspeed and playwright: large, and no test of a model needs them
@@ -80,26 +79,14 @@ def installed(python: Path) -> dict[str, str]:
     return {package["name"]: package["version"] for package in listed if package["name"] in LIBRARIES}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=VERSIONS, help="instead of both")
-    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="directory that holds them")
-    parser.add_argument("options", nargs="*", help="for pytest, after --")
-    arguments = parser.parse_args()
-    report, failed = [], False
-    for versions in VERSIONS if arguments.only is None else (arguments.only,):
-        print(f"{versions}: installing into {arguments.environments / versions}", flush=True)
-        python = install(versions, arguments.environments / versions)
-        had = ", ".join(f"{name} {version}" for name, version in installed(python).items())
-        print(f"{versions}: {had}", flush=True)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
-        command = [python, "-m", "pytest", *TESTS, *arguments.options]
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        failed |= code != 0
-        report.append(f"{versions}: {'FAILED' if code else 'passed'} with {had}")
-    print(*report, sep="\n")
-    return int(failed)
+def make(name: str, directory: Path) -> Environment:
+    """The environment with these versions."""
+    print(f"{name}: installing into {directory}", flush=True)
+    python = install(name, directory)
+    holds = ", ".join(f"{library} {version}" for library, version in installed(python).items())
+    print(f"{name}: {holds}", flush=True)
+    return Environment(python, TESTS, holds=holds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, VERSIONS, make))
