@@ -5,8 +5,9 @@
     python experiments/exported.py measure --runtime onnx # in the same
     python experiments/exported.py page                   # what was measured is added to the committed results
 
-SmolLM2-135M, all-MiniLM-L6-v2 and a ViT-S of random weights: dense, with routed heads, and with fixed ones. Exports and results
-are kept in `--work`, so that an interrupted run resumes; with other options it must have another `--work`. Needs the extra `llm`.
+SmolLM2-135M, all-MiniLM-L6-v2 and vision transformers of random weights: dense, with routed heads, and with fixed ones. Exports
+and results are kept in `--work`, so that an interrupted run resumes; with other options it must have another `--work`. Needs the
+extras `llm` and `vision`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
 from result_names import command
 from sentence_encoder import fetch_encoder
+from transformers.cache_utils import StaticLayer
 
 import moh
 from moh._files import write_text
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name
-from moh.models.transformers.exported import RUNTIMES, export_model, load_exported
+from moh.models.exported import RUNTIMES, export_model, load_exported
 from moh.models.transformers.loading import load_causal_lm
 
 NAME = "exported"
@@ -42,9 +46,12 @@ PARTS = {
     ("smollm2", "decode"): "SmolLM2-135M, {layers} layers, a token with 256 in the cache",
     ("minilm", "model"): "MiniLM-L6, 8 texts of 64 tokens, 8 of 12 heads",
     ("vit", "model"): "ViT-S/16, one image, 4 of 6 heads",
+    ("timm_vit", "model"): "ViT-S/16 of timm, one image, 75 % of the heads",
+    ("transnext", "model"): "MoH-ViT-S of the paper (TransNeXt), 6 of its 37 blocks, one image, 75 % of the heads",
 }
 VARIANTS = ("dense", "routed", "fixed")
 LAYERS = 30  # of SmolLM2-135M
+CACHE = 288  # tokens, where its length is fixed
 ROUNDS = 15
 Inputs = dict[str, torch.Tensor]
 
@@ -95,7 +102,10 @@ def take(options: argparse.Namespace) -> None:
 # The models: equal but for their attention
 
 
-def smollm2(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
+Variants = dict[str, Callable[[], Any]]
+
+
+def smollm2(layers: int) -> tuple[Inputs, Variants]:
     dense = load_causal_lm(default_base_model(), dtype=torch.float32).eval()
     if layers < LAYERS:
         dense.model.layers = dense.model.layers[:layers]
@@ -103,36 +113,60 @@ def smollm2(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
     dense.generation_config.eos_token_id, dense.generation_config.pad_token_id = None, 0
     ids = random_ids(1, 256, dense.config.vocab_size)
     heads = dict(shared_heads=3, active_heads=3, routing_unit="group_balanced")
-    return dense, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), heads
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids)), converted(dense, ids, heads)
 
 
-def minilm(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
+def minilm(layers: int) -> tuple[Inputs, Variants]:
     dense = transformers.AutoModel.from_pretrained(fetch_encoder()).eval()
     ids = random_ids(8, 64, dense.config.vocab_size)
     mask = torch.ones_like(ids)
     mask[1::2, 40:] = 0
-    return dense, dict(input_ids=ids, attention_mask=mask), dict(shared_heads=3, active_heads=5)
+    return dict(input_ids=ids, attention_mask=mask), converted(dense, ids, dict(shared_heads=3, active_heads=5))
 
 
-def vit(layers: int) -> tuple[Any, Inputs, dict[str, Any]]:
+def vit(layers: int) -> tuple[Inputs, Variants]:
     torch.manual_seed(0)
     config = transformers.ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000)
     dense = transformers.ViTForImageClassification(config).eval()
-    return dense, dict(pixel_values=torch.randn(1, 3, 224, 224)), dict(shared_heads=2, active_heads=2)
+    image = torch.randn(1, 3, 224, 224)
+    return dict(pixel_values=image), converted(dense, image, dict(shared_heads=2, active_heads=2))
 
 
-MODELS: dict[str, Callable[[int], tuple[Any, Inputs, dict[str, Any]]]] = dict(minilm=minilm, vit=vit, smollm2=smollm2)
+def timm_vit(layers: int) -> tuple[Inputs, Variants]:
+    return of_timm(dict(dense="vit_small_patch16_224", routed="moh_vit_small_patch16_224_75"))
 
 
-def variant(dense: Any, inputs: Inputs, kind: str, heads: Mapping[str, Any]) -> Any:
-    """The dense model, or one converted from it: neither equality nor time depends on the quality of what is chosen."""
-    if kind == "dense":
-        return dense
-    calibration = inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"]
+def transnext(layers: int) -> tuple[Inputs, Variants]:
+    names = dict(dense="moh_transnext_small_dense", routed="moh_transnext_small_75")
+    return of_timm(names, depths=(1, 1, 3, 1))  # all 37 blocks take long to export
+
+
+MODELS: dict[str, Callable[[int], tuple[Inputs, Variants]]] = dict(
+    minilm=minilm, vit=vit, timm_vit=timm_vit, transnext=transnext, smollm2=smollm2
+)
+
+
+def converted(dense: Any, calibration: torch.Tensor, heads: Mapping[str, Any]) -> Variants:
+    """The dense model, and those converted from it: neither equality nor time depends on the quality of what is chosen."""
     given = dict(calibration=calibration, allocation="even", refit_output=False, progress=False)
-    if kind == "fixed":
-        return moh.convert(dense, router="fixed", active_heads=heads["shared_heads"] + heads["active_heads"], **given)
-    return moh.convert(dense, router="linear", **heads, **given)
+    kept = heads["shared_heads"] + heads["active_heads"]
+    return dict(
+        dense=lambda: dense,
+        routed=lambda: moh.convert(dense, router="linear", **heads, **given),
+        fixed=lambda: moh.convert(dense, router="fixed", active_heads=kept, **given),
+    )
+
+
+def of_timm(names: Mapping[str, str], **options: Any) -> tuple[Inputs, Variants]:
+    """Models of random weights; timm's can't be without some of their heads, so none has fixed ones."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 224, 224)
+    return dict(x=image), {kind: partial(named, name, options) for kind, name in names.items()}
+
+
+def named(name: str, options: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, **options).eval()
 
 
 def random_ids(batch: int, tokens: int, vocabulary: int) -> torch.Tensor:
@@ -144,26 +178,29 @@ def random_ids(batch: int, tokens: int, vocabulary: int) -> torch.Tensor:
 
 def export(options: argparse.Namespace, name: str) -> None:
     """Export the variants of a model, with the inputs and outputs of the unexported model next to them."""
-    dense, inputs, heads = MODELS[name](options.layers)
+    inputs, variants = MODELS[name](options.layers)
     is_dynamic = RUNTIMES[options.runtime].is_dynamic
-    decodes = dense.can_generate() and is_dynamic
+    decodes = name == "smollm2"
     example = {k: torch.cat([v, v]) for k, v in inputs.items()} if is_dynamic else inputs
-    for kind in VARIANTS:
+    cache = dict(cache_length=CACHE) if decodes and not is_dynamic else {}
+    for kind, make in variants.items():
         folder = options.work / options.runtime / f"{name}-{kind}"
         if (folder / "calls.pt").is_file():
             exported_config(folder, options, name)
             continue
         start = time.perf_counter()
-        model = variant(dense, inputs, kind, heads)
-        export_model(model, example, options.runtime, folder / "program", decodes=decodes)
-        torch.save(calls(model, inputs, decodes), folder / "calls.pt")
+        model = make()
+        export_model(model, example, options.runtime, folder / "program", decodes=decodes, **cache)
+        torch.save(calls(model, inputs, decodes, is_dynamic), folder / "calls.pt")
         print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def exported_config(folder: Path, options: argparse.Namespace, name: str) -> Any:
-    """The configuration of an exported model, which must have as many layers as the options ask for."""
+    """The configuration of an exported model of text, which must have as many layers as the options ask for."""
+    if name != "smollm2":
+        return None
     config = transformers.AutoConfig.from_pretrained(folder / "program")
-    if name == "smollm2" and config.num_hidden_layers != options.layers:
+    if config.num_hidden_layers != options.layers:
         raise ValueError(
             f"{folder} was exported with {config.num_hidden_layers} layers, got --layers {options.layers}: give the same, or "
             "another --work"
@@ -172,10 +209,10 @@ def exported_config(folder: Path, options: argparse.Namespace, name: str) -> Any
 
 
 @torch.no_grad()
-def calls(model: Any, inputs: Inputs, decodes: bool) -> dict[str, Any]:
+def calls(model: Any, inputs: Inputs, decodes: bool, is_dynamic: bool) -> dict[str, Any]:
     """Program -> (its inputs but for the cache, what the model gives in PyTorch)."""
     if not decodes:
-        return {"prefill" if model.can_generate() else "model": (inputs, values(model(**inputs)))}
+        return {"model": (inputs, values(model(**inputs)))}
     mask = inputs["attention_mask"]
     first = model(**inputs, use_cache=True)
     following = dict(
@@ -184,14 +221,18 @@ def calls(model: Any, inputs: Inputs, decodes: bool) -> dict[str, Any]:
         position_ids=mask.sum(-1, keepdim=True),
     )
     then = model(**following, past_key_values=first.past_key_values)
-    return {
-        "prefill": (inputs | dict(position_ids=mask.cumsum(-1) - 1), values(first)),
-        "decode": (following, values(then)),
-    }
+    given = inputs | dict(position_ids=mask.cumsum(-1) - 1)
+    if not is_dynamic:  # what is seen of a cache of fixed length
+        places, tokens = torch.arange(CACHE), mask.shape[1]
+        given["attention_mask"] = (places <= torch.arange(tokens)[:, None])[None, None]
+        following["attention_mask"] = (places <= tokens)[None, None, None]
+    return {"prefill": (given, values(first)), "decode": (following, values(then))}
 
 
 def values(outputs: Any) -> torch.Tensor:
     """The logits, or an encoder's last states."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.clone()
     found: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
     return found.clone()
 
@@ -217,34 +258,55 @@ def measure(options: argparse.Namespace, name: str) -> None:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for kind in VARIANTS:
         folder = options.work / options.runtime / f"{name}-{kind}"
+        if kind == "fixed" and not folder.is_dir():
+            continue
         config = exported_config(folder, options, name)
         threads = 1 if RUNTIMES[options.runtime].limits_threads else None  # the others have one core: see `take`
         runners = load_exported(folder / "program", threads=threads).runners
+        is_dynamic = RUNTIMES[options.runtime].is_dynamic
         cache: Any = None
         for part, (inputs, expected) in torch.load(folder / "calls.pt", weights_only=True).items():
-            runner = runners.get(part, runners.get("model"))
-            if part == "prefill" and "prefill" in runners:
-                given = inputs | dict(past_key_values=transformers.DynamicCache(config=config))
-            else:
-                given = inputs if cache is None else inputs | dict(past_key_values=cache)
-            got = runner(**given)
+            if part == "prefill":
+                cache = empty_cache(config, is_dynamic)
+            given = inputs if part == "model" else inputs | dict(past_key_values=cache)
+            call = partial(run, runners[part], given, position=256 if part == "decode" else 0)
+            got = call()
             cache = getattr(got, "past_key_values", None)
             error = float((values(got) - expected).abs().max() / expected.abs().max())
-            program = part if part in runners else "model"
-            files = [f for f in (folder / "program").iterdir() if program in f.name and f.suffix != ".json"]
+            files = [f for f in (folder / "program").iterdir() if part in f.name and f.suffix != ".json"]
             sizes = sum(file.stat().st_size for file in files)
             found.setdefault(part, {})[kind] = dict(error=error, bytes=sizes)
-            runs[part, kind] = lambda run=runner, given=given: run(**given)
+            runs[part, kind] = call
     for part, kinds in found.items():
         times = in_turns({kind: runs[part, kind] for kind in kinds}, options.rounds)
         for kind, seconds in times.items():
             kinds[kind]["seconds"] = seconds
     row = dict(
-        runtime=options.runtime, model=name, layers=config.num_hidden_layers, parts=found, rounds=options.rounds,
-        cpu=cpu_name(), versions={p: version(p) for p in ("torch", "transformers", PACKAGES[options.runtime])},
-    )  # fmt: skip
+        runtime=options.runtime,
+        model=name,
+        layers=None if config is None else config.num_hidden_layers,
+        parts=found,
+        rounds=options.rounds,
+        cpu=cpu_name(),
+        versions={p: version(p) for p in ("torch", "transformers", PACKAGES[options.runtime])},
+    )
     write_text(kept, json.dumps(row, indent=1) + "\n")
     print(json.dumps(row), flush=True)
+
+
+def empty_cache(config: Any, is_dynamic: bool) -> Any:
+    """What a prefill of one text gets."""
+    if is_dynamic:
+        return transformers.DynamicCache(config=config)
+    return transformers.StaticCache(config=config, max_cache_len=CACHE)
+
+
+def run(runner: Callable[..., Any], given: dict[str, Any], position: int) -> Any:
+    """One call; a cache of fixed length, which `torch.export`'s programs write to, continues at `position`."""
+    for layer in getattr(given.get("past_key_values"), "layers", ()):
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.fill_(position)
+    return runner(**given)
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -292,9 +354,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         kinds = row["parts"][part]
         dense = kinds["dense"]["seconds"][1]
         cells = [TITLES[row["runtime"]], title.format(layers=row["layers"])]
-        cells += [f"{kinds[k]['error']:.0e}" for k in VARIANTS]
-        cells += [f"{kinds[k]['bytes'] / 1e6:.1f}" for k in VARIANTS]
-        cells += [f"{1e3 * dense:.1f}"] + [ratio(kinds[k]["seconds"], dense) for k in VARIANTS[1:]]
+        cells += [f"{kinds[k]['error']:.0e}" if k in kinds else "–" for k in VARIANTS]
+        cells += [f"{kinds[k]['bytes'] / 1e6:.1f}" if k in kinds else "–" for k in VARIANTS]
+        cells += [f"{1e3 * dense:.1f}"]
+        cells += [ratio(kinds[k]["seconds"], dense) if k in kinds else "–" for k in VARIANTS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     rounds = " or ".join(map(str, sorted({row["rounds"] for row in rows})))
     machines = ", ".join(sorted({row["cpu"] for row in rows}))

@@ -195,6 +195,11 @@ class MoHAttention(nn.Module):
         """The layer's heads and routing, as its router has them now."""
         return self.router.config
 
+    @property
+    def static_backend(self) -> str:
+        """The backend that exports use, whose shapes don't depend on the chosen heads; "grouped" computes active heads alone."""
+        return "reference" if self.router.heads_per_group is None else "grouped"
+
     def forward(
         self,
         x: Tensor,

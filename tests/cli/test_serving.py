@@ -6,7 +6,9 @@ import asyncio
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +52,9 @@ def test_a_served_model_has_the_requested_share(moh_dir: Path) -> None:
     assert model.config.share == 0.75
 
 
-def test_continuous_batching_gives_the_tokens_of_generate(moh_dir: Path) -> None:
+@pytest.fixture
+def batching(moh_dir: Path) -> Iterator[SimpleNamespace]:
+    """A model and the part of `transformers serve` that batches its requests."""
     pytest.importorskip("uvicorn")
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.cli.serving.utils import CBGenerateManager
@@ -63,11 +67,37 @@ def test_continuous_batching_gives_the_tokens_of_generate(moh_dir: Path) -> None
     manager = CBGenerateManager(ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64))
     manager.init_cb(model, options)
     try:
-        answer = manager.generate_non_streaming(model, tokenizer, {"input_ids": prompt}, options, "request")
-        assert asyncio.run(asyncio.wait_for(answer, 60))[2] == expected
+        yield SimpleNamespace(
+            model=model, tokenizer=tokenizer, prompt=prompt, options=options, expected=expected, manager=manager
+        )
     finally:
         manager.stop()
     assert model.config._attn_implementation == "moh"
+
+
+def test_continuous_batching_gives_the_tokens_of_generate(batching: SimpleNamespace) -> None:
+    b = batching
+    answer = b.manager.generate_non_streaming(b.model, b.tokenizer, {"input_ids": b.prompt}, b.options, "request")
+    assert asyncio.run(asyncio.wait_for(answer, 60))[2] == b.expected
+
+
+async def pieces(b: SimpleNamespace, prompt: list[int]) -> list[Any]:
+    """What a client gets piece by piece, up to the end."""
+    queue, _ = b.manager.generate_streaming(b.model, b.tokenizer, {"input_ids": prompt}, b.options, "request")
+    found = []
+    while (piece := await asyncio.wait_for(queue.get(), 60)) is not None:
+        found += piece if isinstance(piece, list) else [piece]
+    return found
+
+
+def test_a_batched_request_is_streamed_piece_by_piece(batching: SimpleNamespace) -> None:
+    found = asyncio.run(pieces(batching, batching.prompt))
+    assert len(found) > 1 and "".join(found) == batching.tokenizer.decode(batching.expected)
+
+
+def test_a_streamed_request_longer_than_the_cache_ends_with_the_reason(batching: SimpleNamespace) -> None:
+    (error,) = asyncio.run(pieces(batching, batching.prompt * 4000))
+    assert type(error).__name__ == "_StreamError" and "No requests can be scheduled" in error.msg
 
 
 def test_the_command_hands_over_with_the_options_of_transformers(

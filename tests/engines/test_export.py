@@ -6,22 +6,25 @@ The runtimes' tests are run by `make test-engines`, some of those of `torch.expo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 exporters = pytest.importorskip("transformers.exporters", reason="this transformers has no exporters")
 if not hasattr(exporters, "ExportedModel"):
     pytest.skip("this transformers can't load what it exports", allow_module_level=True)
 
+import moh  # noqa: E402
 import moh.models.transformers  # noqa: E402
 from engines_on_cpu import needs  # noqa: E402
-from moh.models.transformers.exported import RUNTIMES, export_model, load_exported  # noqa: E402
+from moh.models.exported import RUNTIMES, export_model, load_exported  # noqa: E402
 
 GROUPED = dict(routing_unit="group_balanced", num_attention_heads=6, num_key_value_heads=2, shared_heads=2)
 TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=2, active_heads=2)
@@ -30,11 +33,15 @@ VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attent
 
 def made(name: str, config: Any) -> Any:
     torch.manual_seed(0)
-    model = getattr(moh.models.transformers, name)(config).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.5 if "router" in parameter_name else 0.2)
+    return stirred(getattr(moh.models.transformers, name)(config).eval())
+
+
+@torch.no_grad()
+def stirred(model: Any) -> Any:
+    """The model with weights that matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.5 if "router" in name else 0.2)
     return model
 
 
@@ -62,6 +69,62 @@ def vit(**options: Any) -> tuple[Any, dict[str, Tensor]]:
     return made("MoHViTForImageClassification", config), dict(pixel_values=torch.randn(2, 3, 16, 16))
 
 
+def timm_vit(**options: Any) -> tuple[Any, dict[str, Tensor]]:
+    timm = pytest.importorskip("timm", reason="the vision extra is not installed")
+    torch.manual_seed(0)
+    sizes = dict(depth=2, embed_dim=32, num_heads=4, num_classes=3)
+    model = timm.create_model("moh_vit_micro_patch4_28_50", **sizes | options).eval()
+    return stirred(model), dict(x=torch.randn(2, 3, 28, 28))
+
+
+def transnext() -> tuple[Any, dict[str, Tensor]]:
+    """The published MoH-ViT's architecture: windows, pooled keys and plain attention."""
+    pytest.importorskip("timm", reason="the vision extra is not installed")
+    from moh.models.timm.transnext import MoHTransNeXt
+
+    torch.manual_seed(0)
+    stages = dict(
+        embed_dims=(8, 16, 32), num_heads=(2, 4, 4), depths=(1, 1, 1), mlp_ratios=(2, 2, 2), sr_ratios=(4, 2, 1)
+    )
+    heads = dict(shared_heads=(2, 1, 1), active_heads=(0, 1, 2))
+    model = MoHTransNeXt(img_size=32, patch_size=2, num_classes=5, **stages, **heads).eval()
+    return stirred(model), dict(x=torch.randn(2, 3, 32, 32))
+
+
+def dit() -> tuple[Any, dict[str, Any]]:
+    pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
+    from moh.models.diffusers import MoHDiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8, num_classes=5, in_channels=3)
+    model = MoHDiTTransformer2DModel(**sizes, shared_heads=[4, 1], active_heads=[0, 2]).eval()
+    inputs = dict(
+        hidden_states=torch.randn(2, 3, 8, 8), timestep=torch.tensor([3, 900]), class_labels=torch.tensor([1, 5])
+    )
+    return stirred(model), inputs
+
+
+class Own(nn.Module):
+    """A model of nobody's library: one layer that can gather active heads, one that can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        heads = dict(num_kv_heads=2, shared_heads=2, active_heads=2, router="linear")
+        self.first = moh.MoHAttention(24, 6, routing_unit="group_balanced", **heads)
+        self.second = moh.MoHAttention(24, 6, **heads)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.first(x, is_causal=True)
+        return x + self.second(x, key_padding_mask=mask)
+
+
+def own_layers() -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 5:] = False
+    return stirred(Own().eval()), dict(x=torch.randn(2, 7, 24), mask=mask)
+
+
 THRESHOLDS = dict(router="threshold", routing_unit="head", thresholds=[[9.0, 0.5, 0.0, -0.5, -9.0]] * 2)
 MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
     "group_balanced": lambda: (tiny_model(), ids(2, 12)),
@@ -69,13 +132,21 @@ MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
     "fixed": lambda: (tiny_model("fixed", routing_unit="head", active_heads=0, shared_heads=[[0, 1, 3], [4]]), ids(2, 12)),
     "encoder": encoder,
     "vit": vit,
+    "timm_vit": timm_vit,
+    "timm_vit_query_norm": lambda: timm_vit(router="query_norm"),
+    "transnext": transnext,
+    "dit": dit,
+    "own": own_layers,
 }  # fmt: skip
 FOREIGN = [pytest.param(name, marks=pytest.mark.slow) for name in RUNTIMES if name != "torch"]
 
 
 def outputs(found: Any, inputs: dict[str, Tensor]) -> Tensor:
     """What a model gives for everything but padding."""
-    values: Tensor = found["logits"] if "logits" in found else found["last_hidden_state"]
+    if isinstance(found, Tensor):
+        return found
+    (name,) = {"logits", "last_hidden_state", "sample"} & set(found)
+    values: Tensor = found[name]
     return values[inputs["attention_mask"].bool()] if "attention_mask" in inputs else values
 
 
@@ -83,9 +154,17 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def by_definition(model: Any) -> None:
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("moh_reference")
+    for module in model.modules():
+        if hasattr(module, "static_backend"):
+            module.backend = "reference"
+
+
 @torch.no_grad()
 def assert_equal(model: Any, program: Any, *given: dict[str, Tensor]) -> None:
-    model.set_attn_implementation("moh_reference")
+    by_definition(model)
     for inputs in given:
         assert_close(outputs(program(**inputs), inputs), outputs(model(**inputs), inputs))
 
@@ -104,8 +183,12 @@ def test_a_program_of_torch_export_gives_the_same(tmp_path: Path, router: str, u
     assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
 
 
+BY_DEFAULT = ("encoder", "timm_vit", "own")
+
+
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("threshold", "fixed", "vit")), "encoder"]
+    "name",
+    [pytest.param(n, marks=() if n in BY_DEFAULT else pytest.mark.slow) for n in MODELS if n != "group_balanced"],
 )
 def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str) -> None:
     model, inputs = MODELS[name]()
@@ -121,37 +204,70 @@ def test_other_runtimes_give_the_same(tmp_path: Path, runtime: str, name: str) -
     if runtime == "onnx" and name == "group_balanced":
         kinds = [node.op_type for node in program.program.graph]
         assert "NonZero" not in kinds and kinds.count("GatherElements") >= 2 * 2  # static shapes, active queries alone
-    others = [] if name == "vit" or not RUNTIMES[runtime].is_dynamic else [ids(3, 7), ids(1, 30)]
-    assert_equal(model, program, inputs, *others)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_equal(model, program, inputs, *(others(inputs) if RUNTIMES[runtime].is_dynamic else ()))
 
 
-@pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=pytest.mark.slow) for name, r in RUNTIMES.items() if r.is_dynamic]
-)
+def others(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Other inputs that a program of dynamic shapes must take: texts of other lengths, and other numbers of samples."""
+    if "input_ids" in inputs:
+        return [ids(3, 7), ids(1, 30)]
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    three = {name: torch.cat([value[:1], value]) for name, value in tensors.items()}
+    return [inputs | three, inputs | {name: value[:1] for name, value in tensors.items()}]
+
+
+CACHE = 24
+
+
+def visible(mask: Tensor, tokens: int) -> Tensor:
+    """Which places of a cache of fixed length the last `tokens` tokens see, bool `[B, 1, tokens, CACHE]`."""
+    place, own = torch.arange(CACHE), torch.arange(mask.shape[1] - tokens, mask.shape[1])[:, None]
+    real = nn.functional.pad(mask, (0, CACHE - mask.shape[1])).bool()[:, None, None]
+    return (place <= own) & real | (place == own)  # padding sees itself: nothing to see has no softmax
+
+
+@pytest.mark.parametrize("kind", ["group_balanced", "threshold"])
+@pytest.mark.parametrize("runtime", [pytest.param(name, marks=pytest.mark.slow) for name in RUNTIMES])
 @torch.no_grad()
-def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(tmp_path: Path, runtime: str) -> None:
+def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(tmp_path: Path, runtime: str, kind: str) -> None:
     needs(runtime, RUNTIMES[runtime].needs)
-    model = tiny_model()
+    grows = RUNTIMES[runtime].is_dynamic
+    model, example = MODELS[kind]()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    runners = load_exported(export_model(model, ids(2, 12), runtime, tmp_path / "out", decodes=True)).runners
+    length = {} if grows else dict(cache_length=CACHE)
+    program = load_exported(export_model(model, example, runtime, tmp_path / "out", decodes=True, **length))
+    assert example["attention_mask"][1, 0] == 1 and model.generation_config.cache_implementation is None
     model.set_attn_implementation("moh_reference")
-    inputs = ids(3, 9)
+    inputs = ids(3, 9) if grows else example | dict(input_ids=example["input_ids"].flip(0))
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(**inputs, position_ids=positions, use_cache=True)
-    cache = transformers.DynamicCache(config=model.config)
-    got = runners["prefill"](**inputs, position_ids=positions, past_key_values=cache)
+    new = transformers.DynamicCache if grows else partial(transformers.StaticCache, max_cache_len=CACHE)
+    seen = mask if grows else visible(mask, mask.shape[1])
+    given = inputs | dict(attention_mask=seen, position_ids=positions, past_key_values=new(config=program.config))
+    got = program.runners["prefill"](**given)
     assert_close(outputs(got, inputs), outputs(expected, inputs))
     for token in (5, 6, 7):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        following = dict(
-            input_ids=torch.full_like(mask[:, :1], token),
-            attention_mask=mask,
-            position_ids=mask.sum(-1, keepdim=True) - 1,
-        )
-        expected = model(**following, past_key_values=expected.past_key_values)
-        got = runners["decode"](**following, past_key_values=got.past_key_values)
+        following = dict(input_ids=torch.full_like(mask[:, :1], token), position_ids=mask.sum(-1, keepdim=True) - 1)
+        expected = model(**following, attention_mask=mask, past_key_values=expected.past_key_values)
+        seen = mask if grows else visible(mask, 1)
+        got = program.runners["decode"](**following, attention_mask=seen, past_key_values=got.past_key_values)
         assert_close(got.logits, expected.logits)
+
+
+@pytest.mark.slow
+def test_the_loop_on_the_page_writes_the_tokens_of_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "StaticCache" in block]
+    model, inputs = tiny_model(), ids(2, 12)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    names = dict(model=model, inputs=inputs, torch=torch, export_model=export_model, load_exported=load_exported)
+    exec(code.replace('"executorch"', '"torch"'), names)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 12:]
+    assert torch.equal(torch.cat(names["written"], 1), expected)
 
 
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-from moh.models.transformers import exported  # noqa: E402
-from moh.models.transformers.exported import RUNTIMES, export_model, load_exported  # noqa: E402
+from moh.models import exported  # noqa: E402
+from moh.models.exported import RUNTIMES, export_model, load_exported  # noqa: E402
 
 TINY = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -43,9 +43,19 @@ def write_manifest(folder: Path, runtime: str) -> None:
     ("model", "runtime", "options", "message"),
     [
         (decoder, "tflite", {}, r"runtime must be one of 'onnx', 'openvino', 'executorch', 'torch', got 'tflite'"),
-        (lambda: torch.nn.Linear(2, 2), "torch", {}, r"model must be a model of transformers, got Linear"),
-        (decoder, "torch", dict(decodes=True), r"fixed shapes, while the cache grows .* 'onnx' or 'openvino' can"),
+        (dict, "torch", {}, r"model must be a torch.nn.Module, got dict"),
+        (lambda: torch.nn.Linear(2, 2).eval(), "torch", {}, r"arguments of Linear.forward by name: missing .* 'input'"),
         (encoder, "torch", dict(decodes=True), r"decodes must be False for a model that writes no text"),
+        (lambda: torch.nn.Linear(2, 2).eval(), "onnx", dict(decodes=True), r"writes no text, got a Linear"),
+        (decoder, "torch", dict(decodes=True), r"cache_length must be more than the example's 12 tokens .* got None"),
+        (decoder, "executorch", dict(decodes=True, cache_length=12), r"for runtime 'executorch', .* got 12"),
+        (
+            decoder,
+            "onnx",
+            dict(decodes=True, cache_length=20),
+            r"None but with decodes=True for 'executorch' and 'torch'",
+        ),
+        (decoder, "torch", dict(cache_length=20), r"cache_length must be None but with decodes=True .* got 20"),
         (lambda: decoder().train(), "torch", {}, r"model must be in evaluation mode, .* call model.eval\(\)"),
         (lambda: decoder().bfloat16(), "torch", {}, r"in float32, got \S+ in torch.bfloat16: call model.float\(\)"),
         (lambda: decoder().to("meta"), "torch", {}, r"on the CPU, got \S+ on meta: call model.cpu\(\)"),
@@ -67,7 +77,7 @@ def test_one_sample_is_refused_where_any_number_should_do(tmp_path: Path, runtim
 
 
 def test_a_runtime_that_is_missing_is_named_with_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported, "_exporters", SimpleNamespace)
+    monkeypatch.setattr(exported, "_exporters", lambda runtime: SimpleNamespace())
     monkeypatch.setattr(exported, "find_spec", lambda name: None if name.startswith("onnx") else object())
     with pytest.raises(ImportError, match=r"pip install onnx onnxscript onnxruntime$"):
         export_model(decoder(), ids(2), "onnx", tmp_path)
@@ -82,6 +92,15 @@ def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: py
             ImportError, match=rf"exports need transformers 5.23.0 or newer, and {version} is installed"
         ):
             call()
+
+
+@pytest.mark.parametrize("name", ["ExportedModel", "OnnxExporter", "OnnxConfig"])
+def test_a_transformers_that_is_too_new_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(transformers, "__version__", "6.0.0")
+    others = {"ExportedModel", "OnnxExporter", "OnnxConfig"} - {name}
+    monkeypatch.setattr(exported, "import_module", lambda _: SimpleNamespace(**dict.fromkeys(others)))
+    with pytest.raises(ImportError, match=rf"'onnx' needs transformers.exporters.{name}, which transformers 6.0.0"):
+        export_model(decoder(), ids(2), "onnx", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +157,7 @@ def test_only_what_a_file_is_to_blame_for_is_called_damaged(
         raise error
 
     loader = SimpleNamespace(ExportedModel=SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setattr(exported, "_exporters", lambda: loader)
+    monkeypatch.setattr(exported, "_exporters", lambda runtime: loader)
     write_manifest(tmp_path, "torch")
     with pytest.raises(kind, match=message):
         load_exported(tmp_path)

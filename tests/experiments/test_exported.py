@@ -21,13 +21,24 @@ import exported  # noqa: E402
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
-def tiny_encoder(layers: int) -> tuple[Any, exported.Inputs, dict[str, Any]]:
+def tiny_encoder(layers: int) -> tuple[exported.Inputs, exported.Variants]:
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                      num_attention_heads=4)  # fmt: skip
     ids = torch.randint(0, 64, (2, 8))
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return transformers.BertModel(config).eval(), inputs, dict(shared_heads=1, active_heads=2)
+    dense = transformers.BertModel(config).eval()
+    return inputs, exported.converted(dense, ids, dict(shared_heads=1, active_heads=2))
+
+
+def tiny_decoder(layers: int) -> tuple[exported.Inputs, exported.Variants]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+                                      num_attention_heads=8, num_key_value_heads=2, head_dim=8)  # fmt: skip
+    ids = torch.randint(0, 64, (1, 256))
+    dense = transformers.LlamaForCausalLM(config).eval()
+    heads = dict(shared_heads=2, active_heads=2, routing_unit="group_balanced")
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids)), exported.converted(dense, ids, heads)
 
 
 @pytest.mark.slow
@@ -44,6 +55,19 @@ def test_variants_are_exported_measured_and_resumed(tmp_path: Path, monkeypatch:
     kinds = row["parts"]["model"]
     assert all(kinds[kind]["error"] <= 1e-4 and len(kinds[kind]["seconds"]) == 3 for kind in exported.VARIANTS)
     assert kinds["fixed"]["bytes"] < kinds["dense"]["bytes"] < kinds["routed"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_text_is_read_and_a_token_decoded_with_a_cache_of_fixed_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported, "MODELS", dict(smollm2=tiny_decoder))
+    options = Namespace(work=tmp_path, runtime="torch", layers=2, rounds=3)
+    exported.export(options, "smollm2")
+    exported.measure(options, "smollm2")
+    row = json.loads((tmp_path / "torch-smollm2.json").read_text())
+    assert row["layers"] == 2 and [*row["parts"]] == ["prefill", "decode"]
+    assert all(found["error"] <= 1e-4 for kinds in row["parts"].values() for found in kinds.values())
 
 
 def measured(**changes: Any) -> dict[str, Any]:
@@ -69,6 +93,13 @@ def test_the_page_has_each_program_next_to_the_dense_one() -> None:
         "| 2e-06 | 2e-06 | 2e-06 | 3.0 | 3.0 | 3.0 | 200.0 | 0.50 (0.45 to 0.60) | 0.25 (0.23 to 0.30) |"
     )
     assert text.count("| ONNX Runtime |") == 2 and "medians of 9 calls" in text and "on a CPU; torch 2." in text
+
+
+def test_a_model_without_fixed_heads_has_none_in_its_row() -> None:
+    row = measured(model="timm_vit", layers=None, parts=dict(model=measured()["parts"]["prefill"]))
+    del row["parts"]["model"]["fixed"]
+    (line,) = [line for line in exported.page([row]).splitlines() if "| ViT-S/16 of timm" in line]
+    assert line.endswith("| 2e-06 | 2e-06 | – | 3.0 | 3.0 | – | 200.0 | 0.50 (0.45 to 0.60) | – |")
 
 
 def committed_rows() -> list[dict[str, Any]]:

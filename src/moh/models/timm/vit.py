@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.layers.attention import Attention
@@ -33,9 +33,14 @@ class MoHViTAttention(Attention):
 
     Parameters: those of timm's attention (`qkv`, `q_norm`, `k_norm`, `norm`, `gate`, `proj`) and `router.*`.
 
+    Attributes:
+        static_backend: the one that exports use, whose shapes don't depend on the chosen heads.
+
     Raises:
         ValueError: sizes don't match, or the query-norm router is given normalised queries.
     """
+
+    static_backend: ClassVar[str] = "reference"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ projections are dense: at head width 24, projecting only active heads is not fas
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,12 @@ class CosineAttention(nn.Module):
         attn_drop: dropout of attention weights, in training only.
         proj_drop: dropout of the output, in training only.
         backend: one of `moh.models.timm.transnext.aggregated.BACKENDS`, None for the fastest that supports the call.
+
+    Attributes:
+        static_backend: the one that exports use, whose shapes don't depend on the chosen heads.
     """
+
+    static_backend: ClassVar[str] = "sdpa"
 
     def __init__(
         self,

@@ -1,13 +1,16 @@
 """Export models to other runtimes, and load what was exported, by transformers' exporters (`transformers.exporters`).
 
 States what each runtime needs, and which attention a model can have there: shapes of routed attention depend on the tokens,
-except with `routing_unit="group_balanced"`, so other models compute all heads and weight them.
+except with `routing_unit="group_balanced"`, so other models compute all heads and weight them. Extra `hf`.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,11 +19,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
+from moh._extras import require
 from moh._files import replacing_directory
+
+require("transformers", extra="hf")
+
+import transformers
 
 OLDEST = "5.23.0"
 """Oldest transformers whose exporters save a program together with what is needed to call it."""
@@ -69,66 +76,125 @@ RUNTIMES = {
 
 
 def export_model(
-    model: Any, inputs: Mapping[str, Any], runtime: str, directory: str | Path, *, decodes: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    runtime: str,
+    directory: str | Path,
+    *,
+    decodes: bool = False,
+    cache_length: int | None = None,
 ) -> Path:
-    """Export a model of transformers, dense or MoH, with its present share of heads.
+    """Export a model, dense or MoH, with its present share of heads.
 
     Args:
-        model: in evaluation mode, in float32 on the CPU. Its `attn_implementation` is as before afterwards.
-        inputs: an example of what the model is called with, of 2 or more samples where shapes are dynamic. Programs for
-            "executorch" and "torch" take inputs of exactly this shape.
+        model: of transformers, timm, diffusers, or a module of your own; in evaluation mode, in float32 on the CPU. It is not
+            changed.
+        inputs: an example of what the model is called with, by the names of its arguments (timm's models call images `x`).
+            Programs for "executorch" and "torch" take inputs of exactly this shape. For other runtimes it must have 2 or more
+            samples; their programs take any number, and those of models of transformers other lengths too.
         runtime: a name in `RUNTIMES`.
         directory: to create or replace.
         decodes: export a language model as two programs, `prefill` and `decode`, which take a cache and return it; by default
             one program without a cache, `model`.
+        cache_length: tokens that the cache holds, prompt included, where shapes are fixed; needed with `decodes` then. Both
+            programs take a `transformers.StaticCache` of this length and a mask of bools `[B, 1, tokens, cache_length]`.
 
     Returns:
         `directory`.
 
     Raises:
-        ValueError: the runtime is unknown, the model is in training mode, in another dtype or on another device, it can't be
-            exported to this runtime, or `directory` holds something else.
+        ValueError: the runtime is unknown, the model is in training mode, in another dtype or on another device, its `forward`
+            has no such arguments, it can't be exported to this runtime, or `directory` holds something else.
         ImportError: transformers is too old, or a package of the runtime is missing.
     """
     found = _runtime(runtime)
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise ValueError(
-            f"model must be a model of transformers, got {type(model).__name__}: use torch.export or torch.onnx for others"
-        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check_state(model)
-    if decodes and not model.can_generate():
-        raise ValueError(f"decodes must be False for a model that writes no text, got a {type(model).__name__}")
-    if decodes and not found.is_dynamic:
-        able = " or ".join(repr(name) for name, other in RUNTIMES.items() if other.is_dynamic)
-        raise ValueError(
-            f"decodes must be False for runtime {runtime!r}, whose programs have fixed shapes, while the cache grows by a token "
-            f"in each step; runtime {able} can decode"
-        )
-    one = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
-    if one and found.is_dynamic:  # torch.export takes a size of 1 for a constant; OpenVINO has then crashed on a ViT
-        raise ValueError(
-            f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {one[0]} of shape "
-            f"{tuple(inputs[one[0]].shape)}: repeat them"
-        )
-    exporters = _exporters()
+    _check_decoding(model, inputs, runtime, decodes, cache_length)
+    _check_inputs(model, inputs, runtime)
+    exporters = _exporters(runtime)
     _check_installed(runtime)
-    config = getattr(exporters, f"{found.exporter}Config")(dynamic=found.is_dynamic, **found.options)
+    config = getattr(exporters, f"{found.exporter}Config")(
+        dynamic=found.is_dynamic, dynamic_shapes=_dynamic_shapes(model, inputs, found), **found.options
+    )
     exporter = getattr(exporters, f"{found.exporter}Exporter")()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation_for_export(model))
-    try:
+    with _prepared(model):
         if decodes:
-            program = exporter.export_for_generation(model, dict(inputs), config)
+            given, generation = _to_decode(model, inputs, cache_length)
+            program = exporter.export_for_generation(model, given, config, generation_config=generation)
         else:
-            no_cache = {"use_cache": False} if model.can_generate() else {}
+            no_cache = {"use_cache": False} if _can_generate(model) else {}
             program = exporter.export(model, {**inputs, **no_cache}, config)
-    finally:
-        model.set_attn_implementation(before)
+    if not isinstance(model, transformers.PreTrainedModel):
+        program.config = None  # diffusers' can't be saved by transformers
     target = Path(directory).expanduser()
-    # "config.json" by itself: the first pattern is of the file that an earlier export must have
-    with replacing_directory(target, kinds=("config.json", "*.json", *found.files)) as scratch:
+    # The manifest by itself: the first pattern is of the file that an earlier export must have
+    with replacing_directory(target, kinds=(MANIFEST, "*.json", *found.files)) as scratch:
         program.save_pretrained(scratch)
     return target
+
+
+def _can_generate(model: nn.Module) -> bool:
+    return isinstance(model, transformers.PreTrainedModel) and bool(model.can_generate())
+
+
+def _dynamic_shapes(model: nn.Module, inputs: Mapping[str, Any], runtime: Runtime) -> dict[str, Any] | None:
+    """Which sizes may vary; None leaves it to the exporter: all of them, or none."""
+    if not runtime.is_dynamic or isinstance(model, transformers.PreTrainedModel):
+        return None
+    samples = {0: torch.export.Dim.AUTO}
+    return {k: samples if isinstance(v, Tensor) and v.dim() > 0 else None for k, v in inputs.items()}
+
+
+def _to_decode(
+    model: Any, inputs: Mapping[str, Any], cache_length: int | None
+) -> tuple[dict[str, Any], transformers.GenerationConfig]:
+    """The example and the generation's options from which transformers makes the two programs of a language model."""
+    given, generation = dict(inputs), copy.deepcopy(model.generation_config)
+    if cache_length is not None:
+        generation.cache_implementation, generation.max_cache_len = "static", cache_length
+        # transformers leaves out the mask of an example without padding, and the program would then have none
+        given["attention_mask"] = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).clone()
+        given["attention_mask"][0, 0] = 0
+    return given, generation
+
+
+@contextmanager
+def _prepared(model: Any) -> Iterator[None]:
+    """A model with attention that can be exported, and afterwards as it was: exporters change more than that."""
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    own_forward = "forward" in vars(model)
+    with _static_shapes(model):
+        try:
+            yield
+        finally:
+            for parameter, requires_grad in learns:
+                parameter.requires_grad_(requires_grad)
+            if not own_forward:
+                vars(model).pop("forward", None)
+
+
+@contextmanager
+def _static_shapes(model: Any) -> Iterator[None]:
+    """Attention whose shapes don't depend on the tokens: of active heads alone where a model has one, else of all heads."""
+    if isinstance(model, transformers.PreTrainedModel):
+        before = model.config._attn_implementation
+        model.set_attn_implementation(implementation_for_export(model))
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+        return
+    layers = [layer for layer in model.modules() if hasattr(layer, "static_backend")]
+    backends = [layer.backend for layer in layers]
+    try:
+        for layer in layers:
+            layer.backend = layer.static_backend
+        yield
+    finally:
+        for layer, backend in zip(layers, backends, strict=True):
+            layer.backend = backend
 
 
 def implementation_for_export(model: Any) -> str:
@@ -154,12 +220,16 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
     folder = Path(directory).expanduser()
     runtime, programs = _manifest(folder)
     _check_threads(runtime, threads)
-    exporters = _exporters()
+    exporters = _exporters(runtime)
     _check_installed(runtime)
     if missing := [name for name in programs if not (folder / name).is_file()]:
         raise ValueError(f"export {str(directory)!r} is incomplete: {missing[0]} is missing; export the model again")
+    from transformers import cache_utils
+
+    caches = [getattr(cache_utils, name) for name in ("StaticCache", "StaticLayer", "StaticSlidingWindowLayer")]
     try:
-        return exporters.ExportedModel.from_pretrained(folder, local_files_only=True, **_options(runtime, threads))
+        with torch.serialization.safe_globals(caches):  # a .pt2 file holds its example
+            return exporters.ExportedModel.from_pretrained(folder, local_files_only=True, **_options(runtime, threads))
     except (ImportError, MemoryError, TypeError):  # of the installation, the machine or the call, not of the file
         raise
     except Exception as error:  # each runtime has errors of its own for a file that it can't read
@@ -209,7 +279,7 @@ def _runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def _check_state(model: transformers.PreTrainedModel) -> None:
+def _check_state(model: nn.Module) -> None:
     """Refuse what would be frozen into the program, or fail inside the exporter."""
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
@@ -218,6 +288,42 @@ def _check_state(model: transformers.PreTrainedModel) -> None:
             raise ValueError(f"model must be on the CPU, got {name} on {parameter.device}: call model.cpu()")
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(f"model must be in float32, got {name} in {parameter.dtype}: call model.float()")
+
+
+def _check_decoding(
+    model: nn.Module, inputs: Mapping[str, Any], runtime: str, decodes: bool, cache_length: int | None
+) -> None:
+    """Refuse a cache that a model or a runtime can't have."""
+    if decodes and not _can_generate(model):
+        raise ValueError(f"decodes must be False for a model that writes no text, got a {type(model).__name__}")
+    if not decodes or RUNTIMES[runtime].is_dynamic:
+        if cache_length is not None:
+            fixed = " and ".join(repr(name) for name, other in RUNTIMES.items() if not other.is_dynamic)
+            raise ValueError(
+                f"cache_length must be None but with decodes=True for {fixed}, whose shapes are fixed, got {cache_length}"
+            )
+        return
+    if not isinstance(inputs.get("input_ids"), Tensor):
+        raise ValueError(f"inputs must have input_ids with decodes=True, got {', '.join(inputs) or 'none'}")
+    tokens = inputs["input_ids"].shape[1]
+    if not isinstance(cache_length, int) or cache_length <= tokens:
+        raise ValueError(
+            f"cache_length must be more than the example's {tokens} tokens for runtime {runtime!r}, whose cache has a fixed "
+            f"length, got {cache_length}"
+        )
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, Any], runtime: str) -> None:
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as error:
+        raise ValueError(f"inputs must be the arguments of {type(model).__name__}.forward by name: {error}") from None
+    one = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
+    if one and RUNTIMES[runtime].is_dynamic:  # torch.export takes a size of 1 for a constant; OpenVINO crashed on a ViT
+        raise ValueError(
+            f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {one[0]} of shape "
+            f"{tuple(inputs[one[0]].shape)}: repeat them"
+        )
 
 
 def _check_threads(runtime: str, threads: int | None) -> None:
@@ -233,13 +339,20 @@ def _check_threads(runtime: str, threads: int | None) -> None:
         )
 
 
-def _exporters() -> ModuleType:
+def _exporters(runtime: str) -> ModuleType:
     if Version(transformers.__version__) < Version(OLDEST):
         raise ImportError(
             f"exports need transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
             f"pip install --upgrade 'transformers>={OLDEST}'"
         )
-    return import_module("transformers.exporters")
+    exporters = import_module("transformers.exporters")
+    needed = ("ExportedModel", *(f"{RUNTIMES[runtime].exporter}{part}" for part in ("Exporter", "Config")))
+    if missing := [name for name in needed if not hasattr(exporters, name)]:
+        raise ImportError(
+            f"runtime {runtime!r} needs transformers.exporters.{missing[0]}, which transformers {transformers.__version__} "
+            f"doesn't have: install {OLDEST}, with which exports are tested"
+        )
+    return exporters
 
 
 def _check_installed(runtime: str) -> None:
