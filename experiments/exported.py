@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first ones of SmolLM2 (default: all, 30)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of each program, in turns")
+    parser.add_argument("--alone", action="store_true", help="nothing else runs on the machine, as the page then says")
     parser.add_argument("--work", type=Path, default=Path("runs/exported"))
     parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
     return parser
@@ -287,6 +288,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
         layers=None if config is None else config.num_hidden_layers,
         parts=found,
         rounds=options.rounds,
+        alone=options.alone,
         cpu=cpu_name(),
         versions={p: version(p) for p in ("torch", "transformers", PACKAGES[options.runtime])},
     )
@@ -337,11 +339,14 @@ def made_by(rows: list[dict[str, Any]]) -> list[str]:
     """The command lines that make all rows, and the page of them."""
     defaults = dict(runtime=None, models=[*MODELS], layers=LAYERS, rounds=ROUNDS)
     lines = []
-    for (runtime, rounds), group in itertools.groupby(rows, lambda row: (row["runtime"], row["rounds"])):
+    for (runtime, rounds, alone), group in itertools.groupby(
+        rows, lambda row: (row["runtime"], row["rounds"], row.get("alone", False))
+    ):
         layers = {row["model"]: row["layers"] for row in group}
         given = dict(runtime=runtime, models=[m for m in MODELS if m in layers], layers=layers.get("smollm2", LAYERS))
         for step, values in (("export", given), ("measure", given | dict(rounds=rounds))):
-            lines.append(command(f"{NAME}.py", values, defaults).replace(f"{NAME}.py", f"{NAME}.py {step}"))
+            line = command(f"{NAME}.py", values, defaults).replace(f"{NAME}.py", f"{NAME}.py {step}")
+            lines.append(f"{line} --alone" if alone and step == "measure" else line)
     return [*lines, f"python experiments/{NAME}.py page"]
 
 
@@ -356,40 +361,48 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells = [TITLES[row["runtime"]], title.format(layers=row["layers"])]
         cells += [f"{kinds[k]['error']:.0e}" if k in kinds else "–" for k in VARIANTS]
         cells += [f"{kinds[k]['bytes'] / 1e6:.1f}" if k in kinds else "–" for k in VARIANTS]
-        cells += [f"{1e3 * dense:.1f}"]
-        cells += [ratio(kinds[k]["seconds"], dense) if k in kinds else "–" for k in VARIANTS[1:]]
+        cells += [spread([1e3 * s for s in kinds["dense"]["seconds"]], ".1f")]
+        cells += [spread([s / dense for s in kinds[k]["seconds"]], ".2f") if k in kinds else "–" for k in VARIANTS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     rounds = " or ".join(map(str, sorted({row["rounds"] for row in rows})))
     machines = ", ".join(sorted({row["cpu"] for row in rows}))
     versions = ", ".join(sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()}))
+    alone = {row.get("alone", False) for row in rows}
+    company = {(True,): "with nothing else running", (False,): "next to other programs"}.get(
+        tuple(alone), "some rows next to other programs"
+    )
+    few = sorted({row["layers"] for row in rows if row["model"] == "smollm2" and row["layers"] < LAYERS})
+    cut = (
+        f" Where a row names {' or '.join(map(str, few))} layers, only the first of SmolLM2's {LAYERS} were exported: embedding "
+        "and output layer, where heads save nothing, are then most of the program, and the ratios are not those of the whole "
+        "model."
+    )
     return (
         "# Exported models in other runtimes\n\n"
         "A dense model, and the same with routed and with fixed heads, exported in float32, loaded from the files and run by "
         "the runtime on the CPU, one core ([how to export](../serving.md#export)). *Error*: the largest difference to the same "
         "model in PyTorch, relative to its largest output. Sizes are of the program that the row calls; prefill and decode are "
-        "two files, "
-        "each with all weights. Times are processor time, medians "
-        f"of {rounds} calls in turns; ratios to dense have the quartiles of the variant's own times, over the dense "
-        "median: where they include 1, which of the two is faster is not clear.\n\n"
+        f"two files, each with all weights, and where shapes are fixed their cache has {CACHE} places. Times are processor time, "
+        f"medians of {rounds} calls in turns, in brackets the other quartiles; ratios are over the dense median: where they "
+        "include 1, which of the two is faster is not clear.\n\n"
         '*Routed*: SmolLM2 with `routing_unit="group_balanced"`, which computes active queries alone in the attention; its '
-        "projections stay dense. MiniLM and the ViT have as many key/value heads as heads: they compute all heads, and the "
+        "projections stay dense. MiniLM and the ViTs have as many key/value heads as heads: they compute all heads, and the "
         "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
         "projections. Heads are chosen on random inputs, since neither equality nor time depends on which they are. "
-        "The ViT has random weights. Of SmolLM2's 30 layers only the first were exported where a row says so: embedding "
-        "and output layer, where heads save nothing, are then most of the program (113 of 170 MB with 4 layers), and the ratios "
-        "are not those of the whole model.\n\n"
+        "The ViTs have random weights." + (cut if few else "") + "\n\n"
         "| runtime | model | error, dense | routed | fixed | MB, dense | routed | fixed | ms, dense | routed / dense "
         "| fixed / dense |\n"
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |\n"
         + "\n".join(lines)
-        + f"\n\nOne run next to other programs on {machines}; {versions}. Made by, each runtime in an environment of its own:\n\n"
+        + f"\n\nOne run on {machines}, {company}; {versions}. Made by, each runtime in an environment of its own:\n\n"
         "```console\n" + "".join(f"$ {line}\n" for line in made_by(rows)) + "```\n"
     )
 
 
-def ratio(seconds: list[float], dense: float) -> str:
-    low, middle, high = (s / dense for s in seconds)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def spread(quartiles: list[float], digits: str) -> str:
+    """The median, and the other two quartiles."""
+    low, middle, high = (format(value, digits) for value in quartiles)
+    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -279,6 +279,16 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "moh" and not (tmp_path / "other").exists()
 
 
+def test_layers_keep_their_backends_and_gradients_even_if_the_export_fails(tmp_path: Path) -> None:
+    model, inputs = own_layers()
+    model.first.backend = "sdpa"
+    model.second.requires_grad_(False)
+    with pytest.raises(ValueError, match="key_padding_mask"):
+        export_model(model, inputs | dict(mask=inputs["mask"][:, 1:]), "torch", tmp_path / "out")
+    assert (model.first.backend, model.second.backend) == ("sdpa", None) and "forward" not in vars(model)
+    assert model.first.proj.weight.requires_grad and not model.second.proj.weight.requires_grad
+
+
 def damaged(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
 

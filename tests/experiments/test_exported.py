@@ -44,7 +44,7 @@ def tiny_decoder(layers: int) -> tuple[exported.Inputs, exported.Variants]:
 @pytest.mark.slow
 def test_variants_are_exported_measured_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported, "MODELS", dict(minilm=tiny_encoder))
-    options = Namespace(work=tmp_path, runtime="torch", layers=exported.LAYERS, rounds=3)
+    options = Namespace(work=tmp_path, runtime="torch", layers=exported.LAYERS, rounds=3, alone=True)
     exported.export(options, "minilm")
     made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.pt2")}
     assert len(made) == 3
@@ -62,7 +62,7 @@ def test_a_text_is_read_and_a_token_decoded_with_a_cache_of_fixed_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exported, "MODELS", dict(smollm2=tiny_decoder))
-    options = Namespace(work=tmp_path, runtime="torch", layers=2, rounds=3)
+    options = Namespace(work=tmp_path, runtime="torch", layers=2, rounds=3, alone=True)
     exported.export(options, "smollm2")
     exported.measure(options, "smollm2")
     row = json.loads((tmp_path / "torch-smollm2.json").read_text())
@@ -90,23 +90,47 @@ def test_the_page_has_each_program_next_to_the_dense_one() -> None:
         if line.startswith("| ONNX Runtime | SmolLM2-135M, 30 layers, 256 tokens, 6 of 9 heads")
     ]
     assert line.endswith(
-        "| 2e-06 | 2e-06 | 2e-06 | 3.0 | 3.0 | 3.0 | 200.0 | 0.50 (0.45 to 0.60) | 0.25 (0.23 to 0.30) |"
+        "| 2e-06 | 2e-06 | 2e-06 | 3.0 | 3.0 | 3.0 | 200.0 (180.0 to 240.0) | 0.50 (0.45 to 0.60) | 0.25 (0.23 to 0.30) |"
     )
-    assert text.count("| ONNX Runtime |") == 2 and "medians of 9 calls" in text and "on a CPU; torch 2." in text
+    assert (
+        text.count("| ONNX Runtime |") == 2
+        and "medians of 9 calls" in text
+        and "on a CPU, next to other programs; torch 2." in text
+    )
+    assert "of SmolLM2's 30" not in text
+
+
+@pytest.mark.parametrize(
+    ("alone", "company"),
+    [
+        ((True, True), "with nothing else running"),
+        ((False, False), "next to other programs"),
+        ((True, False), "some rows next to other programs"),
+    ],
+)
+def test_the_page_says_what_else_ran_and_which_layers_were_left_out(alone: tuple[bool, bool], company: str) -> None:
+    first, second = measured(alone=alone[0]), measured(runtime="torch", layers=4, alone=alone[1])
+    text = exported.page([first, second])
+    assert f"on a CPU, {company}; torch 2." in text
+    assert "Where a row names 4 layers, only the first of SmolLM2's 30 were exported" in text
 
 
 def test_a_model_without_fixed_heads_has_none_in_its_row() -> None:
     row = measured(model="timm_vit", layers=None, parts=dict(model=measured()["parts"]["prefill"]))
     del row["parts"]["model"]["fixed"]
     (line,) = [line for line in exported.page([row]).splitlines() if "| ViT-S/16 of timm" in line]
-    assert line.endswith("| 2e-06 | 2e-06 | – | 3.0 | 3.0 | – | 200.0 | 0.50 (0.45 to 0.60) | – |")
+    assert line.endswith("| 2e-06 | 2e-06 | – | 3.0 | 3.0 | – | 200.0 (180.0 to 240.0) | 0.50 (0.45 to 0.60) | – |")
 
 
 def committed_rows() -> list[dict[str, Any]]:
     return list(json.loads((RESULTS / "exported.json").read_text(encoding="utf-8")))
 
 
-MIXED = [measured(), measured(model="vit", layers=12, rounds=15), measured(runtime="torch", layers=4, rounds=15)]
+MIXED = [
+    measured(),
+    measured(model="vit", layers=None, rounds=15, alone=True),
+    measured(runtime="torch", layers=4, rounds=15),
+]
 
 
 @pytest.mark.parametrize("rows", [committed_rows(), MIXED], ids=["committed", "mixed"])

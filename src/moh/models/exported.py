@@ -27,7 +27,7 @@ from moh._files import replacing_directory
 
 require("transformers", extra="hf")
 
-import transformers
+import transformers  # noqa: E402
 
 OLDEST = "5.23.0"
 """Oldest transformers whose exporters save a program together with what is needed to call it."""
