@@ -45,8 +45,7 @@ PARTS = {
     ("smollm2", "prefill"): "SmolLM2-135M, {layers} layers, 256 tokens, 6 of 9 heads",
     ("smollm2", "decode"): "SmolLM2-135M, {layers} layers, a token with 256 in the cache",
     ("minilm", "model"): "MiniLM-L6, 8 texts of 64 tokens, 8 of 12 heads",
-    ("vit", "model"): "ViT-S/16, one image, 4 of 6 heads",
-    ("timm_vit", "model"): "ViT-S/16 of timm, one image, 75 % of the heads",
+    ("vit", "model"): "ViT-S/16 of timm, one image, 75 % of the heads",
     ("transnext", "model"): "MoH-ViT-S of the paper (TransNeXt), 6 of its 37 blocks, one image, 75 % of the heads",
 }
 VARIANTS = ("dense", "routed", "fixed")
@@ -126,14 +125,6 @@ def minilm(layers: int) -> tuple[Inputs, Variants]:
 
 
 def vit(layers: int) -> tuple[Inputs, Variants]:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000)
-    dense = transformers.ViTForImageClassification(config).eval()
-    image = torch.randn(1, 3, 224, 224)
-    return dict(pixel_values=image), converted(dense, image, dict(shared_heads=2, active_heads=2))
-
-
-def timm_vit(layers: int) -> tuple[Inputs, Variants]:
     return of_timm(dict(dense="vit_small_patch16_224", routed="moh_vit_small_patch16_224_75"))
 
 
@@ -143,7 +134,7 @@ def transnext(layers: int) -> tuple[Inputs, Variants]:
 
 
 MODELS: dict[str, Callable[[int], tuple[Inputs, Variants]]] = dict(
-    minilm=minilm, vit=vit, timm_vit=timm_vit, transnext=transnext, smollm2=smollm2
+    minilm=minilm, vit=vit, transnext=transnext, smollm2=smollm2
 )
 
 

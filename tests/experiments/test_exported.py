@@ -116,7 +116,7 @@ def test_the_page_says_what_else_ran_and_which_layers_were_left_out(alone: tuple
 
 
 def test_a_model_without_fixed_heads_has_none_in_its_row() -> None:
-    row = measured(model="timm_vit", layers=None, parts=dict(model=measured()["parts"]["prefill"]))
+    row = measured(model="vit", layers=None, parts=dict(model=measured()["parts"]["prefill"]))
     del row["parts"]["model"]["fixed"]
     (line,) = [line for line in exported.page([row]).splitlines() if "| ViT-S/16 of timm" in line]
     assert line.endswith("| 2e-06 | 2e-06 | – | 3.0 | 3.0 | – | 200.0 (180.0 to 240.0) | 0.50 (0.45 to 0.60) | – |")
