@@ -28,6 +28,7 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
     "data/images": "vision",
     "models/card.py": "hf",
     "models/classifiers.py": "vision",
+    "models/exported.py": "hf",
     "models/hub.py": "hf",
     "models/published.py": "hf",
     "models/transformers": "hf",
