@@ -40,7 +40,7 @@ class CosineAttention(nn.Module):
         static_backend: the one that exports use, whose shapes don't depend on the chosen heads.
     """
 
-    static_backend: ClassVar[str] = "sdpa"
+    static_backend: ClassVar[str] = "sdpa"  # computes all heads; OpenVINO can't compile the definition
 
     def __init__(
         self,
