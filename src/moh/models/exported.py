@@ -143,7 +143,7 @@ def _dynamic_shapes(model: nn.Module, inputs: Mapping[str, Any], runtime: Runtim
     """Which sizes may vary; None leaves it to the exporter: all of them, or none."""
     if not runtime.is_dynamic or isinstance(model, transformers.PreTrainedModel):
         return None
-    samples = {0: torch.export.Dim.AUTO}
+    samples = {0: torch.export.Dim.DYNAMIC}  # an error where a model fixes their number
     return {k: samples if isinstance(v, Tensor) and v.dim() > 0 else None for k, v in inputs.items()}
 
 

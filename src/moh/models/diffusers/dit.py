@@ -257,7 +257,7 @@ class MoHDiTTransformer2DModel(PushedWithCard, HasActiveHeads, ModelMixin, Confi
         """
         self._check_inputs(hidden_states, timestep, class_labels)
         x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self.pos_embed  # [B, N, C]
-        time = self.time_proj(timestep.expand(len(x))).to(x.dtype)  # [B, 256]
+        time = self.time_proj(timestep.expand(x.shape[0])).to(x.dtype)  # [B, 256]
         conditioning = self.time_embedder(time) + self.class_embedder(self._with_dropout(class_labels))  # [B, C]
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -281,13 +281,13 @@ class MoHDiTTransformer2DModel(PushedWithCard, HasActiveHeads, ModelMixin, Confi
 
     def _check_inputs(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> None:
         c = self.config
-        size, batch = c.sample_size, len(hidden_states)
+        size, batch = c.sample_size, hidden_states.shape[0]  # len would fix it in an exported program
         if hidden_states.dim() != 4 or tuple(hidden_states.shape[1:]) != (c.in_channels, size, size):
             raise ValueError(
                 f"hidden_states must have shape [B, in_channels = {c.in_channels}, sample_size = {size}, {size}], "
                 f"got {list(hidden_states.shape)}"
             )
-        if timestep.dim() > 1 or (timestep.dim() == 1 and len(timestep) not in (1, batch)):
+        if timestep.dim() > 1 or (timestep.dim() == 1 and timestep.shape[0] not in (1, batch)):
             raise ValueError(f"timestep must be a scalar or have shape [B = {batch}], got {list(timestep.shape)}")
         if class_labels.shape != (batch,):
             raise ValueError(f"class_labels must have shape [B = {batch}], got {list(class_labels.shape)}")
