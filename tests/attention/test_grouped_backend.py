@@ -10,10 +10,11 @@ import torch
 from attention_cases import Inputs, assert_same, gradients, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moh.attention.backends
 from moh import MoHConfig
-from moh.attention import BACKENDS, Call, choose_backend, moh_attention
+from moh.attention import BACKENDS, Call, backends_passed_over, choose_backend, moh_attention
 from moh.routing import build_router
 
 
@@ -120,12 +121,25 @@ def test_it_serves_where_no_kernel_of_ours_does(monkeypatch):
     assert choose_backend(Call(*doubles, heads_per_group=config.heads_per_group)).name == "sdpa"
 
 
-def test_without_a_limit_it_says_what_it_needs():
-    inputs, _ = routed(Nq=5)
-    with pytest.raises(
-        ValueError, match="'grouped' can't handle this call: it needs heads_per_group, which routing_unit="
-    ):
-        moh_attention(inputs.q, inputs.k, inputs.v, inputs.gates, backend="grouped")
+@pytest.mark.parametrize("mask", ["none", "padding", "blind_rows", "bias_per_head"])
+@pytest.mark.parametrize(("Nq", "is_causal"), [(6, True), (6, False), (1, False)])
+@pytest.mark.parametrize("G", [1, 3])
+def test_without_a_limit_it_computes_all_heads_and_is_used_by_name_alone(Nq, is_causal, mask, G):
+    config = MoHConfig(3 * G, 1, 2, "two_stage")
+    inputs = make_inputs(B=2, Hkv=3, G=G, Nq=Nq, Nk=6, is_causal=is_causal, mask=mask)
+    inputs.gates = build_router(config, 8)(torch.randn(2, Nq, 8)).gates.detach().requires_grad_()
+    assert_exact(inputs, config)
+    passed_over = backends_passed_over(inputs.call._replace(q=inputs.q.detach()))
+    assert "computes all heads without heads_per_group" in str(passed_over["grouped"])
+
+
+def test_a_choice_of_all_heads_gathers_nothing():
+    inputs, _ = routed(Nq=6, is_causal=True)
+    tensors = [t.detach() for t in (inputs.q, inputs.k, inputs.v, inputs.gates)]
+    graph = make_fx(lambda *t: moh_attention(*t, is_causal=True, backend="grouped"))(*tensors).graph
+    assert not {"gather", "scatter", "topk"} & {
+        str(node.target).split(".")[1] for node in graph.nodes if "." in str(node.target)
+    }
 
 
 @pytest.mark.parametrize("limit", [0, 4])

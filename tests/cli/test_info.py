@@ -111,6 +111,9 @@ def test_it_tells_what_a_models_implementations_compute(moh, moh_dir, base_dir) 
         pytest.param(
             {"attn_implementation": "eager"}, "eager, from config.json; computes all heads, saves", id="foreign"
         ),
+        pytest.param(
+            {"attn_implementation": "moh_grouped"}, "moh_grouped, from config.json; computes all", id="ungrouped"
+        ),
         pytest.param({"_attn_implementation": "sdpa"}, "sdpa, from config.json; computes all heads", id="old-name"),
         pytest.param({"attn_implementation": "flash"}, "flash, from config.json; can't be loaded so: ", id="unknown"),
     ],

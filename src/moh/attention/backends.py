@@ -16,6 +16,10 @@ from moh.attention.call import Call, autocasts, check
 from moh.attention.gpu import backend as gpu
 
 
+def _no_reason(call: Call) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute routed attention.
@@ -26,6 +30,7 @@ class Backend:
         attend: the weighted heads `[B, Nq, H, Dv]` of a call.
         why_not: why it can't handle a call, or None if it can.
         chosen_on: device types on which `backend=None` may choose it, None for all; elsewhere it is used only by name.
+        why_not_chosen: why `backend=None` leaves out a call that it can handle, or None if it does not.
     """
 
     name: str
@@ -33,10 +38,7 @@ class Backend:
     attend: Callable[[Call], Tensor]
     why_not: Callable[[Call], str | None]
     chosen_on: tuple[str, ...] | None = None
-
-
-def _handles_all(call: Call) -> str | None:
-    return None
+    why_not_chosen: Callable[[Call], str | None] = _no_reason
 
 
 BACKENDS = {
@@ -48,6 +50,7 @@ BACKENDS = {
             "PyTorch's own attention, for equally many heads in every key/value group; any device",
             grouped.attend,
             grouped.why_not,
+            why_not_chosen=grouped.why_not_chosen,
         ),
         Backend(
             "triton",
@@ -64,7 +67,7 @@ BACKENDS = {
             chosen_on=("cuda",),
         ),
         Backend("sdpa", "gathers active pairs around PyTorch's own attention; any device", sdpa.attend, sdpa.why_not),
-        Backend("reference", "the definition: every head, then weighted", reference.attend, _handles_all),
+        Backend("reference", "the definition: every head, then weighted", reference.attend, _no_reason),
     )
 }
 """All backends by name, in order of preference: `backend=None` takes the first that supports the call."""
@@ -83,7 +86,7 @@ STRAIGHT_THROUGH = Backend(
     "straight_through",
     "all heads, and the gradients of gates that are 0, as in the paper's continue-tuning; only by name",
     _attend_to_train_every_gate,
-    _handles_all,
+    _no_reason,
     chosen_on=(),
 )
 """Not in `BACKENDS`: it saves nothing, and its gradients are not those of `moh_attention`'s definition.
@@ -124,7 +127,8 @@ def moh_attention(
         dropout_p: probability of dropping an attention weight. As in PyTorch's function it is applied whenever it is
             above 0, so pass 0 in evaluation.
         heads_per_group: a promise that no token uses more than this many heads of one key/value head, from 1 to
-            H / Hkv (`MoHConfig.heads_per_group`); other heads may be left out. None promises nothing.
+            H / Hkv (`MoHConfig.heads_per_group`); other heads may be left out. None promises nothing: backend "grouped"
+            then computes all heads.
         backend: name of a backend, or None for the first in `BACKENDS` that supports the call.
 
     Returns:
@@ -178,5 +182,5 @@ def _waits(backend: Backend, call: Call) -> str | None:
     """Why a backend that could handle a call is used only by name, or None."""
     device = call.q.device.type
     if backend.chosen_on is None or device in backend.chosen_on:
-        return None
+        return backend.why_not_chosen(call)
     return f"on {device} it is used only by name"

@@ -133,13 +133,14 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
     reasons = backends_passed_over(call._replace(dropout_p=arguments.dropout))
     chosen = next(name for name, reason in reasons.items() if reason is None)
     some, everything = f"computes {config.share:.0%} of the heads", "computes all heads, saves nothing"
-    saves = some if chosen != "reference" else everything
+    all_by_name = _COMPUTE_ALL if routed is None or per_group is not None else (*_COMPUTE_ALL, "grouped")
+    saves = some if chosen not in all_by_name else everything
     lines = [f"{config.model_type}: {len(layers)} layers of {H} heads, {config.share:.0%} of them active"]
     requested = config._attn_implementation
     origin = "the default" if requested is None else "from config.json"
     name_of_run, problem = _loaded_implementation(config)
     used = IMPLEMENTATIONS.get(name_of_run, "reference") or chosen
-    used_saves = used not in _COMPUTE_ALL
+    used_saves = used not in all_by_name
     lines.append(f"  {'runs':18s} {name_of_run}, {origin}; {problem or (some if used_saves else everything)}")
     if fixed:
         without = sum(layer.num_shared == 0 for layer in fixed)
@@ -157,7 +158,7 @@ def _of_model(arguments: argparse.Namespace) -> _Described:
     lines.append(f"  {DEFAULT:18s} the default: {chosen} on {device} in {arguments.dtype}; {saves}")
     for name, backend in IMPLEMENTATIONS.items():
         if backend not in (None, *_COMPUTE_ALL):
-            lines.append(f"  {name:18s} that backend; computes {config.share:.0%} of the heads")
+            lines.append(f"  {name:18s} that backend; {everything if backend in all_by_name else some}")
     lines += [
         f"  {DEFAULT + '_reference':18s} the definition; computes all heads, saves nothing",
         f"  {DEFAULT}_straight_through  for training: gradients of inactive heads' gates too; computes all heads, saves nothing",
