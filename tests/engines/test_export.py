@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,42 @@ BY_DEFAULT = ("encoder", "timm_vit", "own")
 )
 def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str) -> None:
     model, inputs = MODELS[name]()
-    assert_equal(model, load_exported(export_model(model, inputs, "torch", tmp_path / "out")), inputs)
+    program = load_exported(export_model(model, inputs, "torch", tmp_path / "out"))
+    assert_equal(model, program, inputs)
+    if name in ("timm_vit", "own"):  # PyTorch's own attention in both layers, which runtimes have kernels for
+        called = [str(node.target) for node in program.program.graph.nodes]
+        assert called.count("aten.scaled_dot_product_attention.default") == 2
+
+
+@pytest.fixture
+def dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of `torch.export` with the shapes that those of ONNX and OpenVINO have."""
+    monkeypatch.setitem(RUNTIMES, "torch", replace(RUNTIMES["torch"], is_dynamic=True))
+
+
+@pytest.mark.usefixtures("dynamic")
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("own", "timm_vit"))])
+def test_models_of_other_libraries_take_any_number_of_samples(tmp_path: Path, name: str) -> None:
+    model, inputs = MODELS[name]()
+    program = load_exported(export_model(model, inputs, "torch", tmp_path / "out"))
+    assert_equal(model, program, inputs, *others(inputs))
+
+
+class Counting(nn.Module):
+    """A model whose program would take two samples alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.arange(len(x))[:, None]
+
+
+@pytest.mark.usefixtures("dynamic")
+def test_a_model_that_fixes_the_number_of_samples_is_refused(tmp_path: Path) -> None:
+    message = (
+        r"any number of samples for runtime 'torch', but Counting makes .* as len\(x\) does: read x.shape\[0\] instead"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_model(Counting().eval(), dict(x=torch.ones(2, 3)), "torch", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", MODELS)

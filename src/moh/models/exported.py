@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError, UserErrorType  # torch.export's, which it names nowhere else
 
 from moh._extras import require
 from moh._files import replacing_directory
@@ -125,7 +126,8 @@ def export_model(
             program = exporter.export_for_generation(model, given, config, generation_config=generation)
         else:
             no_cache = {"use_cache": False} if _can_generate(model) else {}
-            program = exporter.export(model, {**inputs, **no_cache}, config)
+            with _fixed_samples_refused(model, runtime):
+                program = exporter.export(model, {**inputs, **no_cache}, config)
     if not isinstance(model, transformers.PreTrainedModel):
         program.config = None  # diffusers' can't be saved by transformers
     target = Path(directory).expanduser()
@@ -145,6 +147,21 @@ def _dynamic_shapes(model: nn.Module, inputs: Mapping[str, Any], runtime: Runtim
         return None
     samples = {0: torch.export.Dim.DYNAMIC}  # an error where a model fixes their number
     return {k: samples if isinstance(v, Tensor) and v.dim() > 0 else None for k, v in inputs.items()}
+
+
+@contextmanager
+def _fixed_samples_refused(model: nn.Module, runtime: str) -> Iterator[None]:
+    """A ValueError where a program must take any number of samples, and the model's code makes that of the example a constant."""
+    try:
+        yield
+    except UserError as error:
+        if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        fixed = " or ".join(repr(name) for name, other in RUNTIMES.items() if not other.is_dynamic)
+        raise ValueError(
+            f"model must take any number of samples for runtime {runtime!r}, but {type(model).__name__} makes the example's a "
+            f"constant, as len(x) does: read x.shape[0] instead, or export to {fixed}"
+        ) from error
 
 
 def _to_decode(
