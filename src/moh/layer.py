@@ -6,7 +6,6 @@ Self- and cross-attention over `[B, N, C]`, and what a language model of one's o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +115,6 @@ class MoHAttention(nn.Module):
         window: a token sees at most this many keys, its own included; needs `is_causal`. None means all.
         backend: attention backend, None for the fastest that supports the call (`moh.attention.backends`).
 
-    Attributes:
-        static_backend: the one that exports use, whose shapes don't depend on the chosen heads: it computes active heads alone
-            with `routing_unit="group_balanced"`, else all.
-
     Raises:
         ValueError: sizes don't fit each other; the message names the argument.
 
@@ -129,8 +124,6 @@ class MoHAttention(nn.Module):
         >>> layer(torch.randn(2, 10, 256), is_causal=True).shape
         torch.Size([2, 10, 256])
     """
-
-    static_backend: ClassVar[str] = "grouped"
 
     def __init__(
         self,
@@ -201,6 +194,11 @@ class MoHAttention(nn.Module):
     def config(self) -> MoHConfig:
         """The layer's heads and routing, as its router has them now."""
         return self.router.config
+
+    @property
+    def static_backend(self) -> str:
+        """The backend that exports use, whose shapes don't depend on the chosen heads; "grouped" computes active heads alone."""
+        return "reference" if self.router.heads_per_group is None else "grouped"
 
     def forward(
         self,

@@ -195,7 +195,7 @@ def test_other_models_are_programs_of_torch_export_too(tmp_path: Path, name: str
     model, inputs = MODELS[name]()
     program = load_exported(export_model(model, inputs, "torch", tmp_path / "out"))
     assert_equal(model, program, inputs)
-    if name in ("timm_vit", "own"):  # PyTorch's own attention in both layers, which runtimes have kernels for
+    if name == "timm_vit":  # PyTorch's own attention in both layers, which runtimes have kernels for
         called = [str(node.target) for node in program.program.graph.nodes]
         assert called.count("aten.scaled_dot_product_attention.default") == 2
 
