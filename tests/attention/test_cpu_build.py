@@ -89,6 +89,17 @@ def test_broken_compiler_leaves_its_reason_and_a_log_and_no_half_made_library(ca
     assert "more words" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "error",
+    ["clang: error: unsupported option '-fopenmp'", "ParallelOpenMP.h:12:10: fatal error: 'omp.h' file not found"],
+    ids=["Apple's clang", "clang without libomp"],
+)
+def test_compiler_without_openmp_is_named_so_with_the_remedy(cache, tmp_path, monkeypatch, error):
+    compiler(tmp_path, monkeypatch, f'{TELLS_ITS_VERSION}\necho "{error}" >&2; exit 1')
+    message = fail_to_compile()
+    assert error in message and "this compiler has no OpenMP: install it (libomp), or let CXX name another" in message
+
+
 def test_compiler_that_makes_nothing_is_a_failed_build(cache, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch, "exit 0")
     with pytest.raises(BuildError):

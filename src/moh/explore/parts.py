@@ -94,7 +94,7 @@ def filled(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) ->
     Columns are equally wide: Gradio's own widths fit the longest words and are wider than a phone.
     """
     value = {"headers": ["", *columns], "data": [[name, *cells] for name, cells in rows]}
-    widths = [f"{100 / (len(columns) + 1):.4f}%"] * (len(columns) + 1)
+    widths: list[str | int] = [f"{100 / (len(columns) + 1):.4f}%"] * (len(columns) + 1)
     return gr.Dataframe(value, visible=bool(rows), column_widths=widths)
 
 

@@ -279,6 +279,10 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
         log.write_text(text, encoding="utf-8")
         first = next((line for line in text.splitlines() if "error:" in line.lower()), text.splitlines()[0])
         message = f"{first.strip()} (all of it: {log})"
+        if re.search(r"\bomp\.h\b|-fopenmp", first):
+            message += (
+                "; this compiler has no OpenMP: install it (libomp), or let CXX name another compiler, such as g++"
+            )
         if isinstance(error, (ImportError, OSError)):  # ninja is missing, a file can't be written
             raise BuildError(message) from error
         raise _CompilerError(message, text) from error
