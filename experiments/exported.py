@@ -281,7 +281,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
         rounds=options.rounds,
         alone=options.alone,
         cpu=cpu_name(),
-        versions={p: version(p) for p in ("torch", "transformers", PACKAGES[options.runtime])},
+        versions={p: version(p) for p in ("torch", "transformers", "timm", PACKAGES[options.runtime])},
     )
     write_text(kept, json.dumps(row, indent=1) + "\n")
     print(json.dumps(row), flush=True)
@@ -373,8 +373,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "A dense model, and the same with routed and with fixed heads, exported in float32, loaded from the files and run by "
         "the runtime on the CPU, one core ([how to export](../serving.md#export)). *Error*: the largest difference to the same "
         "model in PyTorch, relative to its largest output. Sizes are of the program that the row calls; prefill and decode are "
-        f"two files, each with all weights, and where shapes are fixed their cache has {CACHE} places. Times are processor time, "
-        f"medians of {rounds} calls in turns, in brackets the other quartiles; ratios are over the dense median: where they "
+        f"two files, each with all weights; where shapes are fixed, a row that decodes has a cache of {CACHE} places. "
+        f"Times are processor time, medians of {rounds} calls in turns, in brackets the other quartiles; ratios are over the dense median: where they "
         "include 1, which of the two is faster is not clear.\n\n"
         '*Routed*: SmolLM2 with `routing_unit="group_balanced"`, which computes active queries alone in the attention; its '
         "projections stay dense. MiniLM and the ViTs have as many key/value heads as heads: they compute all heads, and the "

@@ -27,6 +27,8 @@ from dist import pip_settings
 from environment import ROOT, cpu_build, read_pins
 from pages import requirements
 
+from moh._files import write_text
+
 TUTORIALS = ("nanogpt", "heads", "convert", "images", "diffusion")
 TOOLS = ("pip", "uv")
 REPLACED = {
@@ -71,7 +73,7 @@ def main() -> int:
         for name in (f"{tutorial}-{tool}" for tutorial in TUTORIALS for tool in TOOLS):
             if found := collect(work, name):
                 cells[name] = found
-        RESULTS.write_text(json.dumps(dict(sorted(cells.items())), indent=1) + "\n", encoding="utf-8")
+        write_text(RESULTS, json.dumps(dict(sorted(cells.items())), indent=1) + "\n")
         print(table(cells), end="")
         return 0
     if options.wheel is None or not options.wheel.is_file():
@@ -84,7 +86,7 @@ def main() -> int:
                 measured = install(tool, place, options.wheel.resolve(), requirements(text_of(tutorial)))
                 if options.step == "run":
                     measured |= run_tutorial(tutorial, place, work, options.python)
-                    cell.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+                    write_text(cell, json.dumps(measured, indent=1))
                     shutil.rmtree(place)
     return 0
 
@@ -110,6 +112,7 @@ def run_tutorial(tutorial: str, place: Path, work: Path, python: Path | None) ->
     away |= {"HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(work / "cache")}
     if python is not None:
         away["PYTHONPATH"] = str(ROOT / "src")
+        python = python.absolute()  # it runs in another folder; `resolve` would leave its environment
     python = python or place / "environment" / "bin" / "python"
     program = python, ROOT / "install" / "pages.py", page, report
     subprocess.run(program, cwd=folder, env=away, stdin=subprocess.DEVNULL, check=True)
@@ -145,7 +148,7 @@ def install(tool: str, place: Path, wheel: Path, names: list[str]) -> dict[str, 
         run("uv", "venv", "--quiet", "--python", sys.executable, environment)
         run("uv", "pip", "install", "--python", environment / "bin" / "python", *options, *wanted, torch)
     measured = dict(torch=torch, install=seconds_since(start), environment=allocated(environment))
-    noted.write_text(json.dumps(measured))
+    write_text(noted, json.dumps(measured))
     return measured
 
 

@@ -103,7 +103,9 @@ def timed(name: str, steps: list[dict[str, object]], report: Path) -> Iterator[N
     yield
     if all(name != step["step"] for step in steps):
         steps.append(dict(step=name, wall=time.perf_counter() - wall, cpu=cpu_seconds() - cpu))
-        report.write_text(json.dumps(steps), encoding="utf-8")
+        written = report.with_suffix(".part")  # moved into place, as a run that stops here resumes
+        written.write_text(json.dumps(steps), encoding="utf-8")
+        written.replace(report)
 
 
 def cpu_seconds() -> float:

@@ -100,6 +100,13 @@ def test_compiler_without_openmp_is_named_so_with_the_remedy(cache, tmp_path, mo
     assert error in message and "this compiler has no OpenMP: install it (libomp), or let CXX name another" in message
 
 
+def test_compiler_that_fails_in_silence_is_not_said_to_lack_openmp(cache, tmp_path, monkeypatch):
+    compiler(
+        tmp_path, monkeypatch, f"{TELLS_ITS_VERSION}\nexit 1"
+    )  # the command, with -fopenmp, is all that there is to say
+    assert "no OpenMP" not in fail_to_compile()
+
+
 def test_compiler_that_makes_nothing_is_a_failed_build(cache, tmp_path, monkeypatch):
     compiler(tmp_path, monkeypatch, "exit 0")
     with pytest.raises(BuildError):

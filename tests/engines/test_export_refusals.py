@@ -28,6 +28,17 @@ def encoder() -> Any:
     return transformers.BertModel(transformers.BertConfig(**TINY)).eval()
 
 
+class Around(torch.nn.Module):
+    """What PEFT and others put around a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = decoder()
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.base(**inputs)
+
+
 def ids(batch: int) -> dict[str, Tensor]:
     return dict(input_ids=torch.ones(batch, 12, dtype=torch.long))
 
@@ -44,6 +55,12 @@ def write_manifest(folder: Path, runtime: str) -> None:
     [
         (decoder, "tflite", {}, r"runtime must be one of 'onnx', 'openvino', 'executorch', 'torch', got 'tflite'"),
         (dict, "torch", {}, r"model must be a torch.nn.Module, got dict"),
+        (
+            lambda: Around().eval(),
+            "torch",
+            {},
+            r"itself, got a Around around it: pass model.base, or with adapters .*merge",
+        ),
         (lambda: torch.nn.Linear(2, 2).eval(), "torch", {}, r"arguments of Linear.forward by name: missing .* 'input'"),
         (encoder, "torch", dict(decodes=True), r"decodes must be False for a model that writes no text"),
         (lambda: torch.nn.Linear(2, 2).eval(), "onnx", dict(decodes=True), r"writes no text, got a Linear"),

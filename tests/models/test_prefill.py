@@ -49,6 +49,20 @@ def test_logits_are_those_of_the_steps(tiny_model, text, kind, padded):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=2e-5)
 
 
+def test_norms_of_all_heads_together_see_every_query(tiny_model, text, monkeypatch):
+    """Also where PyTorch's own product is so slow that active pairs alone always pay."""
+    monkeypatch.setattr(moh.attention.projections, "_max_share", lambda *_: 1.0)
+    model = tiny_model(family="Olmo2")
+    expected = model(text).logits.detach()
+    torch.use_deterministic_algorithms(True)  # what was never written is NaN
+    try:
+        with torch.no_grad():
+            got = model(text).logits
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_may_come_in_parts(tiny_model, text, kind):
     model = tiny_model(**kind)

@@ -101,3 +101,15 @@ def test_a_copy_reads_its_own_weights(tiny_model, tokens, copied):
         parameter.zero_()
     torch.testing.assert_close(step(other), expected, rtol=0, atol=0)
     assert step(model).abs().max() == 0
+
+
+@torch.no_grad()
+def test_halves_of_a_weight_are_those_of_its_new_memory(tiny_model, tokens):
+    model = tiny_model(family="Phi3", pad_token_id=0)
+    step = lambda: model(tokens[:, 3:4], past_key_values=model(tokens[:, :3], use_cache=True).past_key_values).logits  # noqa: E731
+    step()
+    for layer in model.model.layers:
+        layer.mlp.gate_up_proj.weight.data = torch.randn_like(layer.mlp.gate_up_proj.weight)
+    with torch.enable_grad():
+        expected = model(tokens[:, :4]).logits[:, 3:].detach()
+    torch.testing.assert_close(step(), expected, rtol=1e-4, atol=2e-5)

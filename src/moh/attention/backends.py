@@ -47,7 +47,7 @@ BACKENDS = {
         Backend("cpu", "C++ kernels, compiled on first use; CPU", cpu.attend, cpu.why_not),
         Backend(
             "grouped",
-            "PyTorch's own attention, for equally many heads in every key/value group; any device",
+            "PyTorch's own attention, of equally many heads in every key/value group or by name of all; any device",
             grouped.attend,
             grouped.why_not,
             why_not_chosen=grouped.why_not_chosen,

@@ -1,7 +1,7 @@
 """Backend `grouped`: PyTorch's own attention where tokens use equally many heads of every key/value group.
 
 The active queries are then gathered to `[B, groups * heads, N, D]`, an ordinary call of grouped-query attention of static
-shape. Without such a limit it computes all heads, as exports do; that saves nothing, so it is used only by name.
+shape. Without such a limit it computes all heads, as exports of timm's ViT do; that saves nothing, so it is used only by name.
 """
 
 from __future__ import annotations

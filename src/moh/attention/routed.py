@@ -127,7 +127,7 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Queries `[B, H, N, D]` and keys and values `[B, Hkv, N, D]` by one operator; None where it can't be used.
 
-    Queries of inactive pairs may be any numbers.
+    Queries of inactive pairs may be any numbers, but with a share of 1, for which every query is computed.
 
     Args:
         x, gates, share, backend: as of `whole_layer`.
@@ -152,7 +152,7 @@ def project(
         [linear.weight for linear in projections],
         [linear.bias for linear in projections],
         *(angles or (None, None)),
-        sparse_pays_on_cpu(x, width, share),
+        share < 1 and sparse_pays_on_cpu(x, width, share),
     )
     return q, k, v
 

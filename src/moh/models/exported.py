@@ -111,6 +111,13 @@ def export_model(
     found = _runtime(runtime)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, transformers.PreTrainedModel):
+        for name, part in model.named_modules():
+            if isinstance(part, transformers.PreTrainedModel):
+                raise ValueError(
+                    f"model must be the model of transformers itself, got a {type(model).__name__} around it: pass "
+                    f"model.{name}, or with adapters what model.merge_and_unload() returns"
+                )
     _check_state(model)
     _check_decoding(model, inputs, runtime, decodes, cache_length)
     _check_inputs(model, inputs, runtime)

@@ -279,7 +279,8 @@ def _build_into(directory: Path, command: str, sets: list[str]) -> None:
         log.write_text(text, encoding="utf-8")
         first = next((line for line in text.splitlines() if "error:" in line.lower()), text.splitlines()[0])
         message = f"{first.strip()} (all of it: {log})"
-        if re.search(r"\bomp\.h\b|-fopenmp", first):
+        # not in torch's own first line, which has the whole command
+        if "error:" in first.lower() and re.search(r"\bomp\.h\b|'-fopenmp", first):
             message += (
                 "; this compiler has no OpenMP: install it (libomp), or let CXX name another compiler, such as g++"
             )

@@ -23,7 +23,10 @@ _PARTS = ("_parameters", "_modules")
 
 
 class Remembered:
-    """A module's place for what was read of it; a copy of the module, and one that is loaded, read again."""
+    """A module's place for what was read of it; a deep copy of the module, and one that is loaded, read again.
+
+    Weights that were replaced stay in memory until the next token is decoded on the CPU.
+    """
 
     def __init__(self) -> None:
         self.kept: tuple[Any, _Unchanged] | None = None
@@ -78,8 +81,9 @@ class _Unchanged:
             self._entries += ((own, n, v) for n, v in own.items() if n in _PARTS or not n.startswith("_"))
             self._entries += ((d, name, value) for d in dicts for name, value in d.items())
         parameters = [p for module, _ in self._types for p in module._parameters.values() if p is not None]
-        self._tensors = [(p, p.dtype) for p in parameters]  # `model.to` changes them in place
         self._wrappers = [p for p in parameters if is_wrapper(p)]
+        # `model.to` and `p.data = ...` change them in place; a wrapper has no memory of its own
+        self._tensors = [(p, p.dtype, None if is_wrapper(p) else p.data_ptr()) for p in parameters]
         self._entries += ((vars(p), name, value) for p in self._wrappers for name, value in vars(p).items())
 
     def holds(self, x: Tensor) -> bool:
@@ -95,7 +99,7 @@ class _Unchanged:
         for module, kind in self._types:
             if type(module) is not kind:
                 return False
-        for tensor, dtype in self._tensors:
-            if tensor.dtype is not dtype or not tensor.is_cpu:
+        for tensor, dtype, memory in self._tensors:
+            if tensor.dtype is not dtype or not tensor.is_cpu or (memory is not None and tensor.data_ptr() != memory):
                 return False
         return not self._wrappers or all(map(is_symmetric, self._wrappers))
