@@ -374,8 +374,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "the runtime on the CPU, one core ([how to export](../serving.md#export)). *Error*: the largest difference to the same "
         "model in PyTorch, relative to its largest output. Sizes are of the program that the row calls; prefill and decode are "
         f"two files, each with all weights; where shapes are fixed, a row that decodes has a cache of {CACHE} places. "
-        f"Times are processor time, medians of {rounds} calls in turns, in brackets the other quartiles; ratios are over the dense median: where they "
-        "include 1, which of the two is faster is not clear.\n\n"
+        f"Times are processor time, medians of {rounds} calls in turns, in brackets the other quartiles; ratios are over the "
+        "dense median: where they include 1, which of the two is faster is not clear.\n\n"
         '*Routed*: SmolLM2 with `routing_unit="group_balanced"`, which computes active queries alone in the attention; its '
         "projections stay dense. MiniLM and the ViTs have as many key/value heads as heads: they compute all heads, and the "
         "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
