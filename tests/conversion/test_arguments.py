@@ -99,20 +99,23 @@ def test_a_calibration_on_several_lengths_sums_over_all_of_them(make_dense, toke
 
 
 @pytest.mark.parametrize(
-    ("family", "positions", "tokens", "lengths"),
+    ("family", "positions", "tokens", "text", "lengths"),
     [
-        ("Llama", 8192, 49_152, [512, 4096]),
-        ("Llama", 8192, 49_151, [512]),  # no room for six long blocks
-        ("Llama", 2048, 49_152, [512]),
-        ("Llama", 64, 12_288, [512]),  # of rotary positions there is no last one
-        ("OPT", 256, 49_152, [256]),
+        ("Llama", 8192, 49_152, 24_576, [512, 4096]),
+        ("Llama", 8192, 49_151, 30_000, [512]),  # no room for six long blocks
+        ("Llama", 8192, 49_152, 24_575, [512]),  # nor here: the text has too few tokens
+        ("Llama", 8192, 49_152, 600, [512]),
+        ("Llama", 8192, 49_152, 100, [100]),
+        ("Llama", 2048, 49_152, 30_000, [512]),
+        ("Llama", 64, 12_288, 30_000, [512]),  # of rotary positions there is no last one
+        ("OPT", 256, 49_152, 30_000, [256]),
     ],
 )
 def test_a_model_that_generates_is_calibrated_on_short_and_long_blocks(
-    make_dense, family, positions, tokens, lengths
+    make_dense, family, positions, tokens, text, lengths
 ) -> None:
     dense = DenseTextModel(make_dense(family, max_position_embeddings=positions), "linear", copied=False)
-    groups = dense.samples([list(range(64)) * 300], max_tokens=tokens, tokenizer=None, seq_len=None)
+    groups = dense.samples([[i % 64 for i in range(text)]], max_tokens=tokens, tokenizer=None, seq_len=None)
     assert [blocks.shape[1] for blocks in groups] == lengths
     assert max(blocks.numel() for blocks in groups) <= tokens // len(groups)
 

@@ -201,9 +201,8 @@ class DenseTextModel(DenseTransformersModel):
         """
         config, family = self.model.config, self._family
         most = most_positions(config)
-        if seq_len is None:
-            seq_len = self._default_lengths(max_tokens)
-        lengths = sorted({seq_len} if isinstance(seq_len, int) else set(seq_len))
+        chosen = self._default_lengths(max_tokens) if seq_len is None else seq_len
+        lengths = sorted({chosen} if isinstance(chosen, int) else set(chosen))
         if not lengths:
             raise ValueError("seq_len must be a number of tokens, or several, got none")
         start, end = encoder_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
@@ -214,6 +213,9 @@ class DenseTextModel(DenseTransformersModel):
         room = -(-max_tokens * inside[0] // max(1, lengths[0]))  # rounded up: at least 1, if max_tokens is
         bos = getattr(config, "bos_token_id", None)
         groups = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos)
+        # the text may be shorter than what was asked for
+        if seq_len is None and len(groups) > 1 and len(groups[-1]) < LONG_BLOCKS:
+            groups = calibration_blocks(calibration, tokenizer, room, inside[:1], config.vocab_size, bos_token_id=bos)
         groups = [
             torch.cat([_repeated(start, len(blocks)), blocks, _repeated(end, len(blocks))], dim=1) for blocks in groups
         ]
