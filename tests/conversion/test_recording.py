@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import namedtuple
 
@@ -72,6 +73,20 @@ def test_a_conversion_runs_the_model_once_and_needs_no_disk(make_dense, tokens, 
     assert sum(runs) >= 2 * len(tokens)
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_room_is_that_of_the_batches_that_are_left(make_dense, tokens, monkeypatch) -> None:
+    dense = DenseTextModel(make_dense(), "linear", copied=True)
+    recording = Recording([tokens[:1, :4], tokens[:1, :16]])
+    seen_by(dense, Playback(recording, [0]))
+    runs = []
+    forward = DenseTextModel.run
+    monkeypatch.setattr(DenseTextModel, "run", lambda self, batch: runs.append(batch.shape[1]) or forward(self, batch))
+    free = 3 * recording._file.seek(0, os.SEEK_END)  # the long batch takes 4 times what is written
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
+    for _ in range(2):
+        seen_by(dense, Playback(recording, range(2)))
+    assert runs == [16, 16]
 
 
 @pytest.mark.parametrize("runs_before", [0, 1])

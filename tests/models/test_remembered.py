@@ -113,3 +113,21 @@ def test_halves_of_a_weight_are_those_of_its_new_memory(tiny_model, tokens):
     with torch.enable_grad():
         expected = model(tokens[:, :4]).logits[:, 3:].detach()
     torch.testing.assert_close(step(), expected, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_weight_may_be_a_buffer_that_is_replaced(tiny_model, tokens):
+    model = tiny_model()
+    step = lambda: model(tokens[:, 3:4], past_key_values=model(tokens[:, :3], use_cache=True).past_key_values).logits  # noqa: E731
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        del layer.self_attn.o_proj.weight
+        layer.self_attn.o_proj.register_buffer("weight", weight.detach())
+    before = step()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight = 2 * layer.self_attn.o_proj.weight
+    after = step()
+    assert not torch.equal(after, before)
+    with torch.enable_grad():
+        expected = model(tokens[:, :4]).logits[:, 3:].detach()
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=2e-5)

@@ -103,8 +103,9 @@ class Recording:
 
     def _has_room(self) -> bool:
         written = self._file.seek(0, os.SEEK_END)
-        of_a_batch = written // max(1, len(self._kept))
-        return shutil.disk_usage(tempfile.gettempdir()).free > 2 * of_a_batch * (len(self.batches) - len(self._kept))
+        sizes = [batch.numel() for batch in self.batches]  # of which what is recorded is a multiple
+        done = sum(sizes[index] for index in self._kept)
+        return shutil.disk_usage(tempfile.gettempdir()).free > 2 * written * (sum(sizes) - done) // max(1, done)
 
     def _written(self, tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
         place = self._file.seek(0, os.SEEK_END)

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _NAME = "_moh_remembered"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARTS = ("_parameters", "_modules")
+_PARTS = ("_parameters", "_buffers", "_modules")
 
 
 class Remembered:
@@ -77,13 +77,13 @@ class _Unchanged:
         for module, _ in self._types:
             own = vars(module)
             self._hooks += (own[name] for name in _HOOKS)
-            dicts = [d for d in (module._parameters, module._modules) if d]
-            self._entries += ((own, n, v) for n, v in own.items() if n in _PARTS or not n.startswith("_"))
-            self._entries += ((d, name, value) for d in dicts for name, value in d.items())
-        parameters = [p for module, _ in self._types for p in module._parameters.values() if p is not None]
-        self._wrappers = [p for p in parameters if is_wrapper(p)]
+            self._entries += ((own, n, v) for n, v in own.items() if n in _PARTS + _HOOKS or not n.startswith("_"))
+            self._entries += ((own[part], name, value) for part in _PARTS for name, value in own[part].items())
+        kept = [own for module, _ in self._types for own in (module._parameters, module._buffers)]
+        tensors = [tensor for own in kept for tensor in own.values() if tensor is not None]
+        self._wrappers = [tensor for tensor in tensors if is_wrapper(tensor)]
         # `model.to` and `p.data = ...` change them in place; a wrapper has no memory of its own
-        self._tensors = [(p, p.dtype, None if is_wrapper(p) else p.data_ptr()) for p in parameters]
+        self._tensors = [(p, p.dtype, None if is_wrapper(p) else p.data_ptr()) for p in tensors]
         self._entries += ((vars(p), name, value) for p in self._wrappers for name, value in vars(p).items())
 
     def holds(self, x: Tensor) -> bool:
