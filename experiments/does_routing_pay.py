@@ -30,15 +30,13 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 import moh
 from moh._files import write_text
 from moh.conversion.fitted import Made
+from moh.conversion.transformers import LONG_SEQ_LEN
 from moh.data.text.blocks import evenly_spread
 from moh.evaluation import cpu_name, measure_speed, perplexity, perplexity_rise
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
 from moh.training import load_corpus, pack_tokens
 
 SEQ_LEN = 512
-
-LONG_SEQ_LEN = 4096
-"""Of half of the calibration tokens, for the method that is named so; `moh.convert`'s default."""
 
 ROUTER = "threshold"
 """Of routed layers: `moh.convert`'s default."""

@@ -201,8 +201,10 @@ class DenseTextModel(DenseTransformersModel):
         """
         config, family = self.model.config, self._family
         most = most_positions(config)
-        chosen = self._default_lengths(max_tokens) if seq_len is None else seq_len
-        lengths = sorted({chosen} if isinstance(chosen, int) else set(chosen))
+        fewest_long = LONG_BLOCKS if seq_len is None else 0  # the texts may hold fewer tokens than were asked for
+        if seq_len is None:
+            seq_len = self._default_lengths(max_tokens)
+        lengths = sorted({seq_len} if isinstance(seq_len, int) else set(seq_len))
         if not lengths:
             raise ValueError("seq_len must be a number of tokens, or several, got none")
         start, end = encoder_tokens(tokenizer) if family.encoder and are_texts(calibration) else ([], [])
@@ -212,10 +214,9 @@ class DenseTextModel(DenseTransformersModel):
         inside = [max(2, n - len(start) - len(end)) if n > 1 else n for n in lengths]
         room = -(-max_tokens * inside[0] // max(1, lengths[0]))  # rounded up: at least 1, if max_tokens is
         bos = getattr(config, "bos_token_id", None)
-        groups = calibration_blocks(calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos)
-        # the text may be shorter than what was asked for
-        if seq_len is None and len(groups) > 1 and len(groups[-1]) < LONG_BLOCKS:
-            groups = calibration_blocks(calibration, tokenizer, room, inside[:1], config.vocab_size, bos_token_id=bos)
+        groups = calibration_blocks(
+            calibration, tokenizer, room, inside, config.vocab_size, bos_token_id=bos, fewest_long=fewest_long
+        )
         groups = [
             torch.cat([_repeated(start, len(blocks)), blocks, _repeated(end, len(blocks))], dim=1) for blocks in groups
         ]

@@ -225,16 +225,8 @@ def _buildable(command: str, sets: list[str]) -> list[str]:
         with tempfile.TemporaryDirectory() as scratch:
             probe = Path(scratch, "probe.cpp")
             probe.write_text(f'{pragma[0]}{text}\n#include "isa/target_end.h"\n', encoding="utf-8")
-            include = f"-I{SOURCES}"
-            arguments = [
-                *shlex.split(command),
-                *_flags(),
-                include,
-                "-c",
-                str(probe),
-                "-o",
-                str(probe.with_suffix(".o")),
-            ]
+            made = probe.with_suffix(".o")
+            arguments = [*shlex.split(command), *_flags(), f"-I{SOURCES}", "-c", str(probe), "-o", str(made)]
             if subprocess.run(arguments, capture_output=True, check=False).returncode == 0:
                 known.append(name)
     if left_out := [name for name in sets if name not in known]:

@@ -153,6 +153,7 @@ def calibration_blocks(
     vocab_size: int,
     *,
     bos_token_id: int | None = None,
+    fewest_long: int = 0,
 ) -> list[Tensor]:
     """Token ids `[n, N]` of each length N, int64, at most `max_tokens` in all, spread evenly over the calibration text.
 
@@ -160,11 +161,12 @@ def calibration_blocks(
         calibration: texts, sequences of token ids, or token ids `[n, N]` (used as they are, up to `max_tokens`).
         tokenizer: for texts; its end-of-text token, if any, goes between them, and every block begins with what it puts
             before a text (`start_tokens`).
-        max_tokens: upper bound, the same for each length; at least one block of each.
+        max_tokens: upper bound, of which each length gets an equal part; but at least one block of each.
         seq_lens: N, rising, for texts and sequences, which are joined and cut into blocks of each length. Of lengths that
             the whole text does not fill there is one block, of all of it.
         vocab_size: of the model, to check ids against.
         bos_token_id: the model's. If there is no tokenizer and all sequences begin with it, every block does.
+        fewest_long: only the first length is used if there would be fewer blocks of a longer one.
 
     Raises:
         ValueError: no usable calibration data, no tokenizer for texts, or an id outside the vocabulary.
@@ -185,6 +187,9 @@ def calibration_blocks(
         row, start = _row(calibration, tokenizer, bos_token_id)
         lengths = sorted({min(seq_len, len(start) + len(row)) for seq_len in seq_lens})
         groups = [_cut(row, start, length) for length in lengths]
+        room = max_tokens // len(groups)
+        if any(min(len(blocks), room // blocks.shape[1]) < fewest_long for blocks in groups[1:]):
+            del groups[1:]
     groups = [evenly_spread(b, max(1, max_tokens // len(groups) // b.shape[1])) for b in groups]
     least, most = min(int(b.min()) for b in groups), max(int(b.max()) for b in groups)
     if not 0 <= least <= most < vocab_size:

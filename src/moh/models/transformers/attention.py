@@ -27,7 +27,7 @@ from moh.attention import (
 )
 from moh.models.transformers.decoding import decode
 from moh.models.transformers.families import Family, at
-from moh.routing import Router, RoutingInfo
+from moh.routing import Router
 
 _LOGGER = logging.get_logger(__name__)
 
@@ -139,24 +139,23 @@ class RoutedAttention(nn.Module):
         The last entry is whether an operator without gradients has projected, which leaves queries of inactive pairs out.
         """
         family, router = self.family, self.router
-        if torch.is_grad_enabled() or family.fused or router.reads_queries or (self.training and self.dropout_rate):
-            routing, q, k, v = self._project(self.core, x, backend)
-            return routing.gates, *self._positioned(q, k, v, position_embeddings), False
-        gates = route(router, x, backend).gates
-        # A norm over all heads together reads the queries of all of them
-        share = 1.0 if family.joint_norms else router.usual_share()
-        projections = (self.query_projection, self.key_projection, self.value_projection)
-        angles = position_embeddings if family.is_plain else None
-        projected = project(x, gates, projections, share, angles=angles, backend=backend)
-        if projected is None:
-            of_queries = "reference" if family.joint_norms else backend
-            q = project_queries(self.query_projection, x, gates, share, of_queries)
-            k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in projections[1:])
-            return gates, *self._positioned(q, k, v, position_embeddings), False
-        if angles is not None:
-            return gates, *projected, True
-        q, k, v = (part.transpose(1, 2) for part in projected)
-        return gates, *self._positioned(q, k, v, position_embeddings), True
+        gates = None
+        if not (
+            torch.is_grad_enabled() or family.fused or router.reads_queries or (self.training and self.dropout_rate)
+        ):
+            gates = route(router, x, backend).gates
+            # A norm over all heads together reads the queries of all of them
+            share = 1.0 if family.joint_norms else router.usual_share()
+            projections = (self.query_projection, self.key_projection, self.value_projection)
+            angles = position_embeddings if family.is_plain else None
+            projected = project(x, gates, projections, share, angles=angles, backend=backend)
+            if projected is not None:
+                if angles is None:
+                    q, k, v = (part.transpose(1, 2) for part in projected)
+                    projected = self._positioned(q, k, v, position_embeddings)
+                return gates, *projected, True
+        gates, q, k, v = self._project(x, backend, gates)
+        return gates, *self._positioned(q, k, v, position_embeddings), False
 
     def placed(
         self,
@@ -218,7 +217,7 @@ class RoutedAttention(nn.Module):
         if not self.router.reads_queries:
             gates = self.router(x).gates
         elif self.family.fused:
-            gates = self._project(self.core, x, None)[0].gates
+            gates = self._project(x, None)[0]
         else:  # projected twice, as families differ in what they do to queries before the attention sees them
             gates = self.router(q=self.query_projection(x).unflatten(-1, (self.router.heads_here, -1))).gates
         attention = _WithGates(self, self.family.output.split("."), gates)
@@ -226,22 +225,28 @@ class RoutedAttention(nn.Module):
         own: Callable[..., tuple[Tensor, Tensor | None]] = self.family_attention.forward
         return own(attention, x, attention_mask=attention_mask, **given)
 
-    def _project(self, core: Any, x: Tensor, backend: str | None) -> tuple[RoutingInfo, Tensor, Tensor, Tensor]:
-        """The routing of x `[B, N, C]`, by x or its queries; then queries, keys and values, split into heads."""
-        family = self.family
+    def _project(
+        self, x: Tensor, backend: str | None, gates: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gates of x `[B, N, C]` by x or its queries, unless they are given; then queries, keys and values, split into heads."""
+        family, router = self.family, self.router
         if not family.fused:
             # A norm over all heads together reads the queries of all of them: "reference" computes them all
             of_queries = "reference" if family.joint_norms else backend
-            routing, q = route_and_project(self.router, self.query_projection, x, of_queries)
+            if gates is None:
+                routing, q = route_and_project(router, self.query_projection, x, of_queries)
+                gates = routing.gates
+            else:
+                q = project_queries(self.query_projection, x, gates, router.usual_share(), of_queries)
             k, v = (p(x).unflatten(-1, (-1, q.shape[-1])) for p in (self.key_projection, self.value_projection))
-            return routing, q, k, v
-        H, qkv = self.router.config.num_heads, self.query_projection(x)
+            return gates, q, k, v
+        H, qkv = router.config.num_heads, self.query_projection(x)
         if family.fused_by_head:
             q, k, v = qkv.unflatten(-1, (H, -1)).chunk(3, dim=-1)
         else:
-            Hkv = getattr(core.config, "num_key_value_heads", H)
+            Hkv = getattr(self.core.config, "num_key_value_heads", H)
             q, k, v = qkv.unflatten(-1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), dim=2)
-        return self.router(q=q) if self.router.reads_queries else self.router(x), q, k, v
+        return (router(q=q) if router.reads_queries else router(x)).gates, q, k, v
 
     def _normalised(self, heads: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """Queries or keys `[B, N, H, D]` after their norm, which is of each head or of all heads together."""
