@@ -262,6 +262,19 @@ def test_hooks_see_what_they_wait_for(part):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["q_norm", "k_norm", "norm", "proj"])
+def test_hooks_in_a_vision_transformer_see_what_they_wait_for(part):
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=32, patch_size=4, embed_dim=48, depth=1, num_heads=3)
+    model = timm.create_model("moh_vit", base="vit_tiny_patch16_224", **sizes, shared_heads=0, active_heads=2).eval()
+    images, seen = torch.randn(2, 3, 32, 32), []
+    expected = model(images)
+    model.blocks[0].attn.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out))
+    assert_close(model(images), expected, torch.float32)
+    assert len(seen) == 1
+
+
+@torch.no_grad()
 def test_a_recording_holds_what_the_router_decided():
     layer, x = layer_of({}, torch.float32), torch.randn(2, 70, 96)
     with moh.record_routing(layer) as routing:
@@ -377,6 +390,19 @@ def test_projections_rotate_active_queries_and_all_keys(isa, sparse, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0)], ids=str)
+def test_memory_of_the_input_may_be_in_any_order(order, sparse):
+    given, _ = parts_arguments(sparse)
+    given |= {"x": torch.randn(2, 3, 12), "gates": torch.ones(2, 3, 4)}
+    expected = torch.ops.moh.cpu_project(**given)
+    back = [order.index(d) for d in range(3)]
+    x = given["x"].permute(order).contiguous().permute(back)
+    for part, other in zip(torch.ops.moh.cpu_project(**given | {"x": x}), expected, strict=True):
+        assert_close(part, other, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sparse", [True, False], ids=["active-pairs", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name)
 def test_bits_of_the_halves_do_not_depend_on_the_number_of_threads(isa, threads, sparse, dtype):
     B, N, H, Hkv, D, C = 2, 300, 8, 4, 32, 128
@@ -417,6 +443,14 @@ def test_bad_arguments_of_projections_are_named(change, message):
         pytest.param({"o_weight": torch.randn(12, 24)}, "W_O must have", id="o_weight"),
         pytest.param({"o_bias": torch.randn(32)}, "o_bias must be", id="o_bias"),
         pytest.param({"attn_mask": torch.ones(1, 1, 3, 3).half()}, "attn_mask must be", id="mask"),
+        *(
+            pytest.param(
+                {"attn_mask": torch.ones(shape)},
+                r"attn_mask .*\[1, 4, 3, 3\], got \[" + str(shape[0]),
+                id=f"mask-{shape}",
+            )
+            for shape in ((4,), (3, 2), (2, 3, 3), (2, 1, 3, 3), (1, 1, 1, 3, 3))
+        ),
     ],
 )
 def test_bad_arguments_of_attention_with_its_output_are_named(change, message):

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 import moh
 import moh.attention.cpu
 from moh.models.transformers import attention
+from moh.routing import LinearRouter
 
 pytestmark = pytest.mark.skipif(moh.attention.cpu.unavailable() is not None, reason="there are no CPU kernels")
 
@@ -167,6 +168,31 @@ def test_all_else_takes_the_layers_own_way(tiny_model, tokens, decoded, monkeypa
             step(model, tokens, cache)
     assert decoded == [False, False]
     assert len(seen) == (2 if reason == "hook" else 0)
+
+
+class Fewest(LinearRouter):
+    """A router of one's own: the heads with the smallest predictions."""
+
+    def _route(self, source):
+        self.contribution.weight.neg_()
+        routing = super()._route(source)
+        self.contribution.weight.neg_()
+        return routing
+
+
+@torch.no_grad()
+def test_a_router_class_of_ones_own_decides_for_every_token(tiny_model, tokens, decoded):
+    model = tiny_model(router="linear")
+    shipped = model(tokens).logits
+    for layer in model.model.layers:
+        layer.self_attn.router.__class__ = Fewest
+    full = model(tokens).logits
+    assert not torch.allclose(full, shipped)
+    cache = prefilled(model, tokens)
+    decoded.clear()
+    for t in range(7, 12):
+        torch.testing.assert_close(step(model, tokens, cache, t), full[:, t : t + 1], rtol=1e-4, atol=2e-5)
+    assert decoded == [True] * 10
 
 
 @torch.no_grad()

@@ -88,6 +88,56 @@ def test_a_change_is_seen_by_the_next_token(tiny_model, tokens, reads, change):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["", "self_attn", "self_attn.router", "self_attn.router.contribution"])
+def test_a_hook_that_changes_nothing_read_costs_no_reading_per_token(tiny_model, tokens, reads, part):
+    model, seen = tiny_model(router="linear"), []
+    for layer in model.model.layers:
+        layer.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+    cache = model(tokens[:, :3], use_cache=True).past_key_values
+    seen.clear()
+    for t in (3, 4, 5):
+        model(tokens[:, t : t + 1], past_key_values=cache)
+    assert len(seen) == 3 * 2
+    assert sorted(reads) == ["_fixed"] * 2 + ["_parts"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["self_attn.router", "self_attn.o_proj"])
+def test_a_hook_that_is_removed_is_read_again(tiny_model, tokens, reads, part):
+    model, seen = tiny_model(router="linear"), []
+    hooks = [layer.get_submodule(part).register_forward_hook(lambda *_: seen.append(1)) for layer in model.model.layers]
+    cache = model(tokens[:, :3], use_cache=True).past_key_values
+    model(tokens[:, 3:4], past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    seen.clear()
+    reads.clear()
+    for t in (4, 5):
+        model(tokens[:, t : t + 1], past_key_values=cache)
+    assert reads.count("_fixed") == 2 and not seen
+
+
+@torch.no_grad()
+def test_a_shallow_copy_of_a_layer_and_its_owner_read_their_own(tiny_model, tokens, reads):
+    model = tiny_model()
+    step = lambda: model(tokens[:, 3:4], past_key_values=model(tokens[:, :3], use_cache=True).past_key_values).logits  # noqa: E731
+    before = step()
+    layer = model.model.layers[0]
+    own, other = layer.self_attn, copy.copy(layer.self_attn)
+    other.scaling = 3.0
+    layer.self_attn = other
+    after = step()
+    with torch.enable_grad():
+        expected = model(tokens[:, :4]).logits[:, 3:].detach()
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=2e-5)
+    assert not torch.equal(after, before)
+    layer.self_attn = own
+    reads.clear()
+    torch.testing.assert_close(step(), before, rtol=0, atol=0)
+    assert "_fixed" not in reads
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )

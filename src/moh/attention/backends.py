@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moh.attention import cpu, flex, grouped, reference, sdpa
-from moh.attention.call import Call, autocasts, check
+from moh.attention.call import Call, autocasts, check, with_four_dims
 from moh.attention.gpu import backend as gpu
 
 
@@ -148,8 +148,8 @@ def moh_attention(
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     call = Call(q, k, v, gates, attn_mask, is_causal, scale, dropout_p, heads_per_group)
     check(call)
-    if attn_mask is not None and attn_mask.dim() < 4:
-        call = call._replace(attn_mask=attn_mask[(None,) * (4 - attn_mask.dim())])
+    if attn_mask is not None:
+        call = call._replace(attn_mask=with_four_dims(attn_mask))
     return choose_backend(call, backend).attend(call)
 
 

@@ -94,6 +94,11 @@ def _check_mask(attn_mask: Tensor, q: Tensor, Nk: int) -> None:
         )
 
 
+def with_four_dims(attn_mask: Tensor) -> Tensor:
+    """A mask that is broadcastable to `[B, H, Nq, Nk]` as `[1 or B, 1 or H, 1 or Nq, 1 or Nk]`."""
+    return attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask.dim() < 4 else attn_mask
+
+
 def hide(attn_mask: Tensor | None, seen: Tensor) -> Tensor:
     """`attn_mask` that also hides whatever the bool mask `seen` does not allow; the two are broadcast."""
     if attn_mask is None:

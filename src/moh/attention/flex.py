@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moh.attention.call import Call, unsupported_dtype, unsupported_options
+from moh.attention.call import Call, unsupported_dtype, unsupported_options, with_four_dims
 from moh.attention.rows import Packing, pack, packed_rows_of, token_major
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def flex_block_counts(
     G = gates.shape[2] // Hkv
     allowed = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = attn_mask[(None,) * (4 - attn_mask.dim())]
+        allowed = with_four_dims(attn_mask)
     visited, dense = (
         int(blocks_of(pack(used, Hkv), G, Nk, is_causal=is_causal, allowed=allowed, block=block)[0].sum())
         for used in (gates, torch.ones_like(gates))

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moh.attention import cpu
 from moh.attention.backends import moh_attention
-from moh.attention.call import DTYPES, autocasts, transforms_are_active
+from moh.attention.call import DTYPES, autocasts, transforms_are_active, with_four_dims
 from moh.attention.projections import is_plain, project_output, sparse_pays_on_cpu
 from moh.config import MoHConfig
-from moh.routing import Router, RoutingInfo, router_class
+from moh.routing import Router, RoutingInfo
 from moh.routing.routers import is_untouched
 
 
@@ -30,8 +30,8 @@ def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
     """
     if (
         not _needs_no_steps(x, backend)  # first: training asks nothing else
+        or not router.is_as_named()
         or (maps := router.linear_maps()) is None
-        or router_class(router.config.router) is not type(router)  # a class of its own may route in another way
         or router.is_observed()
         or not all(is_plain(scorer, x) for scorer in maps[:3] if scorer is not None)
     ):
@@ -176,14 +176,12 @@ def attend(
     if not is_plain(output, gates):
         heads = moh_attention(q, k, v, gates, is_causal=is_causal, attn_mask=attn_mask, scale=scale, backend="cpu")
         return project_output(output, heads, gates, share)
-    if attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     out: Tensor = torch.ops.moh.cpu_attend(
         q,
         k,
         v,
         gates,
-        attn_mask,
+        None if attn_mask is None else with_four_dims(attn_mask),
         output.weight,
         output.bias,
         is_causal,

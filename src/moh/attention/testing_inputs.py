@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moh.attention.call import Call
+from moh.attention.call import Call, with_four_dims
 
 ACTIVITIES = ("all", "none", "random", "half", "uneven", "idle_token", "idle_head", "one_pair")
 MASKS = (
@@ -56,8 +56,7 @@ class Inputs:
     @property
     def call(self) -> Call:
         """What `moh_attention` makes of them."""
-        mask = self.attn_mask
-        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        mask = None if self.attn_mask is None else with_four_dims(self.attn_mask)
         return Call(self.q, self.k, self.v, self.gates, **dict(self.options, attn_mask=mask))
 
     @property

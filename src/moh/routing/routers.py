@@ -154,6 +154,10 @@ class Router(nn.Module):
         _, (gates,), (probs,) = attach(balance, self.balance.weight, [info.gates], [probs])
         return RoutingInfo(info.config, gates, probs)
 
+    def is_as_named(self) -> bool:
+        """Whether it is of the class that its name stands for: kernels must not route for another, which may decide otherwise."""
+        return type(self) is _CLASSES.get(self.config.router)
+
     def is_recorded(self) -> bool:
         """Whether a recording is open that takes this router's decisions."""
         return bool(self._recorders)

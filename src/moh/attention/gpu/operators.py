@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moh.attention.call import with_four_dims
 from moh.attention.gpu.tiles import major_of, padded, tiles
 
 SPLIT_KEYS = 256
@@ -34,7 +35,7 @@ def _mask(attn_mask: Tensor | None, like: Tensor) -> _Mask:
     """(what the kernel reads, 0 none / 1 bool / 2 additive, whether it depends on the key alone, its strides)"""
     if attn_mask is None:
         return like, 0, False, (0, 0, 0, 0)
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    mask = with_four_dims(attn_mask)
     b, h, q, k = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     kind = 1 if mask.dtype == torch.bool else 2
     return mask.view(torch.uint8) if kind == 1 else mask, kind, h == 0 and q == 0, (b, h, q, k)

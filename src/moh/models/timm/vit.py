@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moh.attention import moh_attention, project_output, project_qkv, route, whole_layer
 from moh.config import MoHConfig
 from moh.routing import build_router, router_class
+from moh.routing.routers import is_untouched
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights, as in timm's other linear maps."""
@@ -107,24 +108,27 @@ class MoHViTAttention(Attention):
         B, N, _ = x.shape
         share = self.router.usual_share()
         dropout = self.attn_drop.p if self.training else 0.0
+        changed = changes_heads(self) or not is_untouched(self.norm)
         if self.router.reads_queries:
             q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, h, D]
             routing = self.router(q=q)
         else:
             routing = route(self.router, x, self.backend)
-            whole = whole_layer(
-                x,
-                routing.gates,
-                [self.qkv],
-                self.proj,
-                share,
-                between=(self.q_norm, self.k_norm, self.norm),
-                special=(attn_mask, getattr(self, "gate", None)),
-                dropout_p=dropout,
-                is_causal=is_causal,
-                scale=self.scale,
-                backend=self.backend,
-            )
+            whole = None
+            if not changed:
+                whole = whole_layer(
+                    x,
+                    routing.gates,
+                    [self.qkv],
+                    self.proj,
+                    share,
+                    between=(self.q_norm, self.k_norm),
+                    special=(attn_mask,),
+                    dropout_p=dropout,
+                    is_causal=is_causal,
+                    scale=self.scale,
+                    backend=self.backend,
+                )
             if whole is not None:
                 return self.proj_drop(whole)  # type: ignore[no-any-return]
             q, k, v = project_qkv(self.qkv, x, routing.gates, share, self.backend)
@@ -140,7 +144,7 @@ class MoHViTAttention(Attention):
             dropout_p=dropout,
             backend=self.backend,
         )  # [B, N, h, D]
-        if changes_heads(self):
+        if changed:
             out = self.proj(self._changed(heads.flatten(2), x))
         else:
             out = project_output(self.proj, heads, routing.gates, share, self.backend)
@@ -154,7 +158,7 @@ class MoHViTAttention(Attention):
 
 def changes_heads(attention: Attention) -> bool:
     """Whether the heads are changed before the output projection (timm's `scale_norm` and `gated`)."""
-    return not isinstance(attention.norm, nn.Identity) or getattr(attention, "gate", None) is not None
+    return type(attention.norm) is not nn.Identity or getattr(attention, "gate", None) is not None
 
 
 def dense_attentions(model: nn.Module) -> list[Attention]:

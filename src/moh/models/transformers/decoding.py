@@ -121,7 +121,7 @@ def _fixed(attention: RoutedAttention, x: Tensor) -> _Fixed | None:
             return None
         matrices.append(matrix)
     scores = router.linear_scores()
-    decides = scores is not None and is_untouched(router) and is_plain(scores, x)
+    decides = scores is not None and router.is_as_named() and is_untouched(router) and is_plain(scores, x)
     return _Fixed(
         (scores.weight, scores.bias) if decides and scores is not None else (None, None),
         (

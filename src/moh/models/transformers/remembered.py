@@ -6,6 +6,7 @@ seldom change, but may at any time (`model.to`, hooks, adapters, the dial), so e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Self, TypeVar
 
@@ -23,13 +24,18 @@ _PARTS = ("_parameters", "_buffers", "_modules")
 
 
 class Remembered:
-    """A module's place for what was read of it; a deep copy of the module, and one that is loaded, read again.
+    """A module's place for what was read of it; copies of the module, and one that is loaded, read again.
 
     Weights that were replaced stay in memory until the next token is decoded on the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: nn.Module | None = None) -> None:
         self.kept: tuple[Any, _Unchanged] | None = None
+        self._owner = None if owner is None else weakref.ref(owner)
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is the module's own: a shallow copy has that of the module it was made from."""
+        return self._owner is not None and self._owner() is module
 
     def __deepcopy__(self, memo: object) -> Self:
         return type(self)()
@@ -50,8 +56,8 @@ def remembered(
         modules: `modules(module)` are all modules that `read` looks at; asked after it.
     """
     place: Remembered | None = vars(module).get(_NAME)
-    if place is None:
-        place = vars(module)[_NAME] = Remembered()
+    if place is None or not place.is_of(module):
+        place = vars(module)[_NAME] = Remembered(module)
     kept = place.kept
     if kept is not None and kept[1].holds(x):
         return kept[0]  # type: ignore[no-any-return]
@@ -61,9 +67,10 @@ def remembered(
 
 
 class _Unchanged:
-    """Whether modules have the same class, attributes, parts and weights as now, and no hooks; x is on the CPU.
+    """Whether modules have the same class, attributes, parts and weights as now, and hooks where they have some; x is on the CPU.
 
-    Not all of a module's dictionaries are compared: that alone would take as long as a layer's other calls.
+    What is read depends on whether a module has hooks, not on which. Not all of a module's dictionaries are compared: that
+    alone would take as long as a layer's other calls.
     """
 
     def __init__(self, modules: Iterable[nn.Module], x: Tensor) -> None:
@@ -72,13 +79,14 @@ class _Unchanged:
         self._sizes = [
             (vars(module), len(vars(module))) for module, _ in self._types
         ]  # a patched `forward` is one more
-        self._hooks: list[Any] = []
+        hooks: list[Any] = []
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         for module, _ in self._types:
             own = vars(module)
-            self._hooks += (own[name] for name in _HOOKS)
+            hooks += (own[name] for name in _HOOKS)
             self._entries += ((own, n, v) for n, v in own.items() if n in _PARTS + _HOOKS or not n.startswith("_"))
             self._entries += ((own[part], name, value) for part in _PARTS for name, value in own[part].items())
+        self._hooked, self._without_hooks = [h for h in hooks if h], [h for h in hooks if not h]
         kept = [own for module, _ in self._types for own in (module._parameters, module._buffers)]
         tensors = [tensor for own in kept for tensor in own.values() if tensor is not None]
         self._wrappers = [tensor for tensor in tensors if is_wrapper(tensor)]
@@ -88,7 +96,9 @@ class _Unchanged:
 
     def holds(self, x: Tensor) -> bool:
         """Whether they have, for an x of the same dtype."""
-        if x.dtype is not self._dtype or any(self._hooks) or _has_any_global_hook():
+        if x.dtype is not self._dtype or any(self._without_hooks) or _has_any_global_hook():
+            return False
+        if not all(self._hooked):
             return False
         for contents, name, value in self._entries:
             if contents.get(name) is not value:

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -60,7 +61,13 @@ struct Call {
     p.q = view(q), p.k = view(k), p.v = view(v);
     p.gates = gates.const_data_ptr();
     if (mask_.has_value()) {
-      mask = mask_->expand({p.batches, p.heads, p.queries, p.keys});
+      const std::array<int64_t, 4> full{p.batches, p.heads, p.queries, p.keys};
+      bool fits = mask_->dim() <= 4;
+      for (int64_t i = 1; fits && i <= mask_->dim(); ++i)
+        fits = mask_->size(-i) == 1 || mask_->size(-i) == full[4 - i];
+      TORCH_CHECK_VALUE(fits, "attn_mask must be broadcastable to [B, H, Nq, Nk] = ", at::IntArrayRef(full), ", got ",
+                        mask_->sizes());
+      mask = mask_->expand(full);
       TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool || mask.scalar_type() == type,
                         "attn_mask must be bool or of q's dtype");
       p.mask.kind = mask.scalar_type() == at::kBool ? MaskKind::kBool : MaskKind::kAdditive;

@@ -57,20 +57,24 @@ Projected project_rows(const at::Tensor& x, const at::Tensor& gates, at::TensorL
   const auto by_heads = [&](const at::Tensor& projected) {  // [B, N, heads * D] -> [B, heads, N, D]
     return projected.unflatten(-1, {projected.size(-1) / D, D}).transpose(1, 2);
   };
+  // What follows reads the memory of its result, whose strides PyTorch promises nobody.
+  const auto linear = [&](const at::Tensor& weight, const OptionalTensor& bias) {
+    return at::linear(x, weight, bias).contiguous();
+  };
   const OptionalTensor first_bias = biases.get(0);
   Projected to;
   if (fused && !sparse) {
-    const at::Tensor qkv = at::linear(x, weights[0], first_bias).view({B, N, 3, H, D});
+    const at::Tensor qkv = linear(weights[0], first_bias).view({B, N, 3, H, D});
     to.q = qkv.select(2, 0).transpose(1, 2), to.k = qkv.select(2, 1).transpose(1, 2);
     to.v = qkv.select(2, 2).transpose(1, 2);
   } else if (fused) {
     const at::Tensor kv =
-        at::linear(x, weights[0].narrow(0, rows, 2 * rows), part(first_bias, rows, 2 * rows)).view({B, N, 2, H, D});
+        linear(weights[0].narrow(0, rows, 2 * rows), part(first_bias, rows, 2 * rows)).view({B, N, 2, H, D});
     to.k = kv.select(2, 0).transpose(1, 2), to.v = kv.select(2, 1).transpose(1, 2);
   } else {
-    to.k = by_heads(at::linear(x, weights[1], biases.get(1)));
-    to.v = by_heads(at::linear(x, weights[2], biases.get(2)));
-    if (!sparse) to.q = by_heads(at::linear(x, weights[0], first_bias));
+    to.k = by_heads(linear(weights[1], biases.get(1)));
+    to.v = by_heads(linear(weights[2], biases.get(2)));
+    if (!sparse) to.q = by_heads(linear(weights[0], first_bias));
   }
   if (!sparse) return to;
   const at::Tensor flat = gates.view({B * N, H}), from = x.contiguous().view({B * N, x.size(2)});
