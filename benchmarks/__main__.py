@@ -86,7 +86,9 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         require(package, extra=extra)
     if not options.subjects:
         options.subjects = _possible(runner.SUBJECTS, runner.NEEDED)
-    cases = runner.select(options.subjects, options.grid, checkpoint=options.model, only=options.only)
+    cases = runner.select(
+        options.subjects, options.grid, checkpoint=options.model, dtype=options.dtype or "float32", only=options.only
+    )
     if not cases:
         raise ValueError(f"no case of {', '.join(options.subjects)} has {options.only!r} in its name")
     return cases
@@ -127,7 +129,7 @@ def _compare(options: argparse.Namespace, subjects: Sequence[str]) -> None:
     if options.output_dir or options.resume:
         raise ValueError("--compare prints its tables and keeps nothing: it takes neither --output-dir nor --resume")
     same = [] if options.grid == "default" else [f"--{options.grid}"]
-    for name in ("only", "seconds", "threads", "isa", "model"):
+    for name in ("only", "seconds", "threads", "isa", "model", "dtype"):
         if value := getattr(options, name):
             same += [f"--{name}", str(value)]
     report.print_all(compare.compare(ROOT, options.compare, subjects, same))
@@ -173,6 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--isa", help="instruction set of our kernels (default: the most capable)")
     parser.add_argument("--model", metavar="DIR", help="language model to use instead of random weights, dense or MoH")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, help="of a language model's weights (default: float32)")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="everything goes here")
     parser.add_argument(
         "--compare",

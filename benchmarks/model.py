@@ -1,11 +1,13 @@
 """Subject `model`: a whole language model of SmolLM2-135M's size: prefill, decoding one token, and a training step.
 
-Random weights unless a checkpoint is given; either way the routers are random, so that tokens spread over heads about
-evenly, unless the checkpoint is a MoH model. A training step is forward and backward, without the optimiser.
+Random weights and tokens unless a checkpoint is given, which reads text; either way the routers are random, so that tokens
+spread over heads about evenly, unless the checkpoint is a MoH model. A training step is forward and backward, without the
+optimiser.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Case, Contender, active_heads, ideal_heads
@@ -24,14 +26,16 @@ from benchmarks.limits import INTERMEDIATE, VOCABULARY
 from moh.config import MoHConfig
 from moh.conversion.transformers import DenseTextModel
 from moh.evaluation.speed import cache_of
+from moh.models.dial import set_active_heads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.families import family_of
-from moh.models.transformers.loading import load_causal_lm
-from moh.routing import build_router
+from moh.models.transformers.loading import load_causal_lm, load_tokenizer
+from moh.routing import build_router, record_routing
 
 BASE = Case(
     "model", "prefill", heads=9, kv_heads=3, causal=True, router="linear", layers=30, shares=(1 / 3, 2 / 3, 7 / 9, 1.0)
 )
+TEXTS = Path(__file__).parents[1] / "examples" / "texts"
 LONG = (2048, 8192)
 """Tokens of the long texts of the full grid; a training step only at the first, as its logits alone take gigabytes."""
 
@@ -39,14 +43,15 @@ GROUP_UNITS = ("group_balanced", "kv_group")
 """Units with whole groups of heads, or equally many heads in each: at a third and two thirds of the heads."""
 
 
-def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
-    """The cases of a grid, each once; with a checkpoint, of its size and at the shares of `cases`."""
-    base = BASE if checkpoint is None else _base_of(checkpoint)
+def cases(grid: str, checkpoint: str | None = None, dtype: str = "float32") -> list[Case]:
+    """The cases of a grid, each once; with a checkpoint, of its size, a MoH model's at its own share and half of the heads."""
+    base = replace(BASE if checkpoint is None else _base_of(checkpoint), dtype=dtype)
     if grid == "quick":
         layers = 2 if checkpoint is None else base.layers
         base = replace(base, length=128, layers=layers, shares=base.shares[1:2] or base.shares)
     few = tuple(share for share in base.shares if share >= 0.5 and share != 7 / 9)
-    training = replace(base, mode="training", length=min(256, base.length), shares=few or base.shares)
+    length = base.length if checkpoint else min(256, base.length)
+    training = replace(base, mode="training", length=length, shares=few or base.shares)
     decode = replace(base, mode="decode")
     chosen = [base, decode, training]
     if grid == "default":
@@ -63,7 +68,7 @@ def cases(grid: str, checkpoint: str | None = None) -> list[Case]:
 
 def _of_units(case: Case) -> list[Case]:
     """One case per unit that chooses by groups; none without groups or for a MoH model, which has its own unit."""
-    if case.heads == case.kv_heads or (case.model and isinstance(_checkpoint(case.model).config, HasLayerHeads)):
+    if case.heads == case.kv_heads or (case.model and isinstance(_config(case.model), HasLayerHeads)):
         return []
     found = []
     for unit in GROUP_UNITS:
@@ -76,8 +81,10 @@ def _of_units(case: Case) -> list[Case]:
 
 
 def _base_of(checkpoint: str) -> Case:
-    model = _checkpoint(checkpoint)
-    config = model.config
+    config = _config(checkpoint)
+    shares = (0.25, 0.5, 0.75, 1.0)
+    if isinstance(config, HasLayerHeads):
+        shares = (config.share,) if config.share <= 0.5 else (0.5, config.share)
     return replace(
         BASE,
         heads=config.num_attention_heads,
@@ -87,20 +94,32 @@ def _base_of(checkpoint: str) -> Case:
         router=getattr(config, "router", "linear"),
         routing_unit=getattr(config, "routing_unit", "head"),
         model=checkpoint,
-        shares=(config.share,) if isinstance(config, HasLayerHeads) else (0.25, 0.5, 0.75, 1.0),
+        shares=shares,
     )
 
 
 def contenders(case: Case) -> list[Contender]:
     """Dense and, for each share, ours and the ideal; masked at about half of the heads, or at a unit's largest share."""
     disable_progress_bar()
-    if case.model is not None and isinstance(_checkpoint(case.model).config, HasLayerHeads):
-        ours = _checkpoint(case.model)
-        ours.set_attn_implementation("moh_cpu")
-        models = [("dense", _without_routers(ours), None, None), ("ours", ours, ours.config.share, ours.config.share)]
-    else:
-        models = _conversions(case)
+    moh = case.model is not None and isinstance(_config(case.model), HasLayerHeads)
+    models = _at_its_shares(case) if moh else _conversions(case)
     return [Contender(name, _step(model, case), share, actual) for name, model, share, actual in models]
+
+
+def _at_its_shares(case: Case) -> list[tuple[str, PreTrainedModel, float | None, float | None]]:
+    """A MoH model's dense control, and the model at each share, with the share of heads that the case's tokens use."""
+    checkpoint = _checkpoint(str(case.model), case.dtype)
+    found: list[Any] = [("dense", _without_routers(checkpoint), None, None)]
+    for share in case.shares:
+        ours = copy.deepcopy(checkpoint)
+        if share != checkpoint.config.share:
+            set_active_heads(ours, share)
+        ours.set_attn_implementation("moh_cpu")
+        with torch.no_grad(), record_routing(ours) as routing:
+            ours(input_ids=_tokens(ours, case), use_cache=False, logits_to_keep=1)
+        used = [float(info.active.float().mean()) for _, info in routing]
+        found.append(("ours", ours, share, sum(used) / len(used)))
+    return found
 
 
 def _conversions(case: Case) -> list[tuple[str, PreTrainedModel, float | None, float | None]]:
@@ -118,8 +137,16 @@ def _conversions(case: Case) -> list[tuple[str, PreTrainedModel, float | None, f
 
 
 @lru_cache(maxsize=1)
-def _checkpoint(path: str) -> PreTrainedModel:
-    return load_causal_lm(path if not Path(path).exists() else str(Path(path).resolve()), dtype=torch.float32)
+def _checkpoint(path: str, dtype: str) -> PreTrainedModel:
+    return load_causal_lm(_resolved(path), dtype=getattr(torch, dtype))
+
+
+def _config(path: str) -> Any:
+    return AutoConfig.from_pretrained(_resolved(path))
+
+
+def _resolved(path: str) -> str:
+    return path if not Path(path).exists() else str(Path(path).resolve())
 
 
 @lru_cache(maxsize=1)
@@ -140,8 +167,9 @@ def _random_model(case: Case) -> PreTrainedModel:
 
 def _dense(case: Case) -> PreTrainedModel:
     if case.model is not None:
-        return _checkpoint(case.model)
-    return _random_model(Case("model", "", heads=case.heads, kv_heads=case.kv_heads, layers=case.layers))
+        return _checkpoint(case.model, case.dtype)
+    sizes = dict(heads=case.heads, kv_heads=case.kv_heads, layers=case.layers, dtype=case.dtype)
+    return _random_model(Case("model", "", **sizes))  # type: ignore[arg-type]
 
 
 def _layer(active: int, case: Case) -> MoHConfig:
@@ -153,7 +181,7 @@ def _converted(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedMod
     layers = [_layer(active, case)] * dense.config.num_hidden_layers
     routers = [build_router(layer, dense.config.hidden_size) for layer in layers]
     adapter = DenseTextModel(dense, layers[0].router, copied=False)
-    model = adapter.build(layers, routers, [], router_aux_loss_coef=0.0)
+    model: PreTrainedModel = adapter.build(layers, routers, [], router_aux_loss_coef=0.0).to(dense.dtype)
     model.set_attn_implementation("moh_cpu")
     return model
 
@@ -208,10 +236,20 @@ def _masked(dense: PreTrainedModel, active: int, case: Case) -> PreTrainedModel:
     return model
 
 
+def _tokens(model: PreTrainedModel, case: Case) -> Tensor:
+    """Token ids `[B, N]`: random for random weights; a checkpoint's routers choose by text, repeated where it is short."""
+    if case.model is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.vocab_size, (case.batch, case.length), generator=generator)
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(TEXTS.glob("*.txt")))
+    ids: Tensor = load_tokenizer(_resolved(case.model))(text, return_tensors="pt").input_ids[0]
+    wanted = case.batch * case.length
+    return ids.repeat(-(-wanted // len(ids)))[:wanted].view(case.batch, case.length)
+
+
 def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
     model.train(case.backward)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (case.batch, case.length), generator=generator)
+    tokens = _tokens(model, case)
     if case.mode == "training":
 
         def train() -> None:

@@ -33,14 +33,16 @@ NEEDED = {"images": ("timm", "vision"), "diffusion": ("diffusers", "diffusion")}
 Measure = Callable[[Case], Sequence[Row]]
 
 
-def select(subjects: Sequence[str], grid: str, *, checkpoint: str | None = None, only: str = "") -> list[Case]:
+def select(
+    subjects: Sequence[str], grid: str, *, checkpoint: str | None = None, dtype: str = "float32", only: str = ""
+) -> list[Case]:
     """The subjects' cases, in order, whose key holds the text `only`."""
     found: list[Case] = []
     for name in subjects:
         if name == "memory":
             found += memory.cases(grid)
         elif name == "model":
-            found += model.cases(grid, checkpoint)
+            found += model.cases(grid, checkpoint, dtype)
         else:
             found += TIMED[name][0](grid)
     return [case for case in found if only in case.key]

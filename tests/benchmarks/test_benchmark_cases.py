@@ -152,6 +152,26 @@ def test_dense_then_mask_computes_the_same_function(dense: str, moh: str, side: 
     assert not torch.allclose(plain, masked(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_moh_checkpoint_is_measured_at_its_own_share_and_half_of_the_heads(
+    base_dir, tokenizer, tmp_path, dtype
+) -> None:
+    dense = LlamaForCausalLM.from_pretrained(base_dir)
+    moh.convert(dense, router="query_norm", shared_heads=1, active_heads=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = select(["model"], "default", checkpoint=str(tmp_path), dtype=dtype)
+    assert {case.mode for case in found} == {"prefill", "decode", "training"}
+    for case in found:
+        assert (case.dtype, case.shares, case.layers) == (dtype, (0.5, 0.75), 2)
+        contenders = model.contenders(replace(case, length=40))
+        assert [(c.name, c.share, c.actual) for c in contenders] == [
+            ("dense", None, None), ("ours", 0.5, 0.5), ("ours", 0.75, 0.75)
+        ]  # fmt: skip
+        for contender in contenders:
+            with torch.set_grad_enabled(case.backward):
+                contender.run()
+
+
 def run_without(missing: str, *words: str) -> subprocess.CompletedProcess[str]:
     """`python -m benchmarks` where a package is not installed."""
     code = f"""
