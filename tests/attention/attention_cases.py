@@ -1,4 +1,4 @@
-"""Turns the conformance cases into tests: backends as parameters, skipped with their reason."""
+"""Turns the conformance cases into tests: backends and instruction sets as parameters, skipped with their reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moh.attention
 from moh.attention import Backend, moh_attention
+from moh.attention.cpu.build import supported_instruction_sets
 from moh.attention.testing import SHAPES, assert_same, compare, gradients
 from moh.attention.testing_inputs import ACTIVITIES, MASKS, SPECIAL_MASKS, Inputs, make_inputs
 
@@ -17,6 +18,8 @@ __all__ = [
     "ACTIVITIES",
     "BACKENDS",
     "FAST_BACKENDS",
+    "ISAS",
+    "LEFT_OUT",
     "MASKS",
     "SHAPES",
     "SPECIAL_MASKS",
@@ -28,8 +31,16 @@ __all__ = [
     "make_inputs",
 ]
 
-BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items()]
-FAST_BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items() if name != "reference"]
+# Asked once and not by hundreds of tests; `cpu` is not asked, as it would be compiled for the answer.
+_REASONS = {name: moh.attention.BACKENDS[name].why_not(make_inputs().call) for name in ("flex", "triton")}
+LEFT_OUT = {name: reason for name, reason in _REASONS.items() if reason is not None}
+"""Backends that can't compute a plain call with gradients here -> the reason."""
+
+BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items() if name not in LEFT_OUT]
+FAST_BACKENDS = [backend for backend in BACKENDS if backend.id != "reference"]
+
+ISAS = [*supported_instruction_sets(), "portable"]
+"""Instruction sets of this processor; those that the compiler does not know are skipped by the fixture `isa`."""
 
 
 def attend(backend: Backend, inputs: Inputs, **options: Any) -> Tensor:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from moh.attention import cpu
-from moh.attention.cpu.build import IMITATION, INSTRUCTION_SETS
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from attention_cases import ISAS
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def kernels() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=[*INSTRUCTION_SETS, IMITATION, "portable"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, kernels: None) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
     known = cpu.instruction_sets()

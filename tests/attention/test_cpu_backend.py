@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import ACTIVITIES, MASKS, SPECIAL_MASKS, Inputs, assert_same, gradients, make_inputs
+from attention_cases import ACTIVITIES, ISAS, MASKS, SPECIAL_MASKS, Inputs, assert_same, gradients, make_inputs
+from covering import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,7 +28,8 @@ PATHS = [  # the decoding path takes up to 16 rows (tokens x query heads) per ke
     pytest.param(dict(B=2, Hkv=2, G=4, Nq=3, Nk=1100, D=24), id="decode"),
     pytest.param(dict(B=2, Hkv=2, G=2, Nq=75, Nk=90, D=24), id="blocks"),
 ]
-causal_or_not = pytest.mark.parametrize("is_causal", [pytest.param(False, id="full"), pytest.param(True, id="causal")])
+FULL_OR_CAUSAL = [pytest.param(False, id="full"), pytest.param(True, id="causal")]
+causal_or_not = pytest.mark.parametrize("is_causal", FULL_OR_CAUSAL)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_path = pytest.mark.parametrize("shape", PATHS)
 
@@ -93,6 +95,11 @@ def test_every_instruction_set_of_this_machine_is_tested_here(kernels):
     assert set(built) <= set(cpu.instruction_sets())
 
 
+@pytest.mark.parametrize("name", [name for name in INSTRUCTION_SETS if name not in ISAS])
+def test_an_instruction_set_that_is_not_tested_here_is_named(name):
+    pytest.skip(f"this processor has no {name}")
+
+
 def test_unknown_instruction_set_is_refused_by_name(kernels):
     with pytest.raises(ValueError, match=r"name must be one of .*'portable' on this machine, got 'avx1024'"):
         cpu.use_instruction_set("avx1024")
@@ -135,11 +142,13 @@ def test_anything_is_like_the_definition_in_thousands_of_cases(isa, kind):
     assert_like_definition(make_inputs(**kind))
 
 
-@each_dtype
-@causal_or_not
-@pytest.mark.parametrize(
-    "shape",
-    [
+@covering(
+    3,
+    indirect=["isa"],
+    isa=ISAS,
+    dtype=DTYPES,
+    is_causal=FULL_OR_CAUSAL,
+    shape=[
         pytest.param(dict(Nq=1, Nk=1, D=1), id="one-of-everything"),
         pytest.param(dict(Nq=40, Nk=1), id="one-key"),
         pytest.param(dict(Nq=1, Nk=511), id="decode-511-keys"),
@@ -158,9 +167,7 @@ def test_shapes_at_the_edges_of_blocks_are_like_the_definition(isa, shape, is_ca
         assert_like_definition(make_inputs(activity=activity, is_causal=is_causal, dtype=dtype, **shape))
 
 
-@each_dtype
-@each_path
-@pytest.mark.parametrize("window", [1, 2, 7, 64, 65, 500, 2000])
+@covering(3, indirect=["isa"], isa=ISAS, dtype=DTYPES, shape=PATHS, window=[1, 2, 7, 64, 65, 500, 2000])
 def test_sliding_window_is_a_band_in_the_mask(isa, window, shape, dtype):
     inputs = make_inputs(is_causal=True, dtype=dtype, **shape)
     assert_like_definition(inputs, window=window)
@@ -216,10 +223,7 @@ def test_what_is_kept_of_the_softmax_is_its_log_sum_exp_and_left_out_on_request(
     torch.testing.assert_close(torch.where(idle, math.inf, most + total.log2()), expected)
 
 
-@each_path
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[-1])
-@pytest.mark.parametrize("mask", SPECIAL_MASKS)
-@causal_or_not
+@covering(3, indirect=["isa"], isa=ISAS, shape=PATHS, dtype=DTYPES, mask=SPECIAL_MASKS, is_causal=FULL_OR_CAUSAL)
 def test_special_masks_are_read_by_the_rule_of_all_backends(isa, is_causal, mask, shape, dtype):
     inputs = make_inputs(is_causal=is_causal, mask=mask, dtype=dtype, **shape)
     inputs.attn_mask = inputs.attn_mask.detach()
@@ -319,10 +323,16 @@ def test_a_key_of_minus_infinity_gets_gradients_of_0(isa, Nq, dtype):
     assert (grad_k[0, 0, 5] == 0).all() and (grad_v[0, 0, 5] == 0).all()
 
 
-@pytest.mark.parametrize("width, value_width", [(1, 1), (2, 2), (7, 7), (30, 30), (33, 33), (16, 7), (7, 16)])
-@pytest.mark.parametrize("apart", [0, 1], ids=["even-rows", "odd-rows"])
-@pytest.mark.parametrize("of", ["q", "k", "v"])
-def test_bfloat16_of_any_width_and_distance_of_rows_is_like_the_definition(isa, of, apart, width, value_width):
+@covering(
+    3,
+    indirect=["isa"],
+    isa=ISAS,
+    of=["q", "k", "v"],
+    apart=[pytest.param(0, id="even-rows"), pytest.param(1, id="odd-rows")],
+    widths=[(1, 1), (2, 2), (7, 7), (30, 30), (33, 33), (16, 7), (7, 16)],
+)
+def test_bfloat16_of_any_width_and_distance_of_rows_is_like_the_definition(isa, of, apart, widths):
+    width, value_width = widths
     inputs = make_inputs(B=2, Hkv=2, G=2, Nq=45, Nk=51, D=width, Dv=value_width, dtype=torch.bfloat16)
     x = getattr(inputs, of).detach()
     width = x.shape[-1]

@@ -170,9 +170,14 @@ def test_failure_that_passes_is_not_remembered(cache, tmp_path, monkeypatch, wor
 
 
 def test_process_that_waited_for_a_failed_build_does_not_repeat_it(cache, tmp_path, monkeypatch):
-    slow = f"{TELLS_ITS_VERSION}\nsleep 1; {BURNING}"
-    compiler(tmp_path, monkeypatch, counting(tmp_path, slow))
-    code = "from moh.attention.cpu.build import compile_kernels; compile_kernels()"
+    # The first one compiles until both have come as far, and a moment longer
+    both = f"until [ $(ls {tmp_path}/here-* | wc -l) = 2 ]; do sleep 0.05; done; sleep 0.3"
+    compiler(tmp_path, monkeypatch, counting(tmp_path, f"{TELLS_ITS_VERSION}\n{both}; {BURNING}"))
+    code = f"""
+import os
+from moh.attention.cpu.build import compile_kernels
+open(f"{tmp_path}/here-{{os.getpid()}}", "w").close()
+compile_kernels()"""
     builds = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate()[1] for process in builds]
     assert all("the disk is on fire" in error for error in errors), errors

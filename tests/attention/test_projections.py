@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import ISAS
+from covering import covering
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,9 +39,7 @@ def assert_close(got, expected, dtype):
     torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("layout", ["rows", "columns", "gaps", "steps"])
+@covering(3, indirect=["isa"], isa=ISAS, dtype=TOLERANCE, size=SIZES, layout=["rows", "columns", "gaps", "steps"])
 def test_products_and_gradients_are_the_dense_ones_of_active_pairs(isa, size, layout, dtype):
     x, heads, matrix, gates = case(**size, dtype=dtype)
     if layout == "columns":  # the memory layout of a transposed output projection

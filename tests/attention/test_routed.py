@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import ISAS
+from covering import covering
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,8 +59,7 @@ def operators(run) -> set[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("config", CONFIGS)
+@covering(2, indirect=["isa"], isa=ISAS, dtype=DTYPES, config=CONFIGS)
 def test_the_routing_is_the_routers(isa, config, dtype):
     router, x = routers_input(config, dtype)
     expected, got = router(x), route(router, x)
@@ -107,22 +108,25 @@ def layer_of(sizes: dict[str, object], dtype: torch.dtype) -> moh.MoHAttention:
     return moh.MoHAttention(**heads).to(dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize(
-    "sizes, shape",
-    [
-        pytest.param({}, (2, 70), id="half-of-the-heads"),
-        pytest.param({"active_heads": 3}, (2, 70), id="all-heads"),
-        pytest.param({"num_kv_heads": 2}, (2, 70), id="grouped"),
-        pytest.param({"qkv_bias": False, "proj_bias": False}, (2, 70), id="no-biases"),
-        pytest.param({"head_dim": 72, "dim": 60}, (2, 70), id="heads-of-72"),
-        pytest.param({"router": "linear"}, (2, 40), id="few-tokens"),
-        pytest.param({"shared_heads": 0, "router": "linear"}, (2, 1), id="one-token"),
-        pytest.param({"shared_heads": 0}, (80, 1), id="one-token-of-many-texts"),
+@covering(
+    3,
+    indirect=["isa"],
+    isa=ISAS,
+    dtype=DTYPES,
+    layer=[
+        pytest.param(({}, (2, 70)), id="half-of-the-heads"),
+        pytest.param(({"active_heads": 3}, (2, 70)), id="all-heads"),
+        pytest.param(({"num_kv_heads": 2}, (2, 70)), id="grouped"),
+        pytest.param(({"qkv_bias": False, "proj_bias": False}, (2, 70)), id="no-biases"),
+        pytest.param(({"head_dim": 72, "dim": 60}, (2, 70)), id="heads-of-72"),
+        pytest.param(({"router": "linear"}, (2, 40)), id="few-tokens"),
+        pytest.param(({"shared_heads": 0, "router": "linear"}, (2, 1)), id="one-token"),
+        pytest.param(({"shared_heads": 0}, (80, 1)), id="one-token-of-many-texts"),
     ],
+    is_causal=[pytest.param(False, id="all-keys"), pytest.param(True, id="causal")],
 )
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all-keys", "causal"])
-def test_a_whole_layer_gives_what_its_steps_give(isa, sizes, shape, is_causal, dtype):
+def test_a_whole_layer_gives_what_its_steps_give(isa, layer, is_causal, dtype):
+    sizes, shape = layer
     layer = layer_of(sizes, dtype)
     x = torch.randn(*shape, layer.dim).to(dtype)
     expected, routing = layer(x, is_causal=is_causal, return_routing=True)

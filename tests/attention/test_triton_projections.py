@@ -153,8 +153,9 @@ def interpret(script: str, *arguments: str) -> list[str]:
 
 
 @needs_triton
-def test_products_and_gradients_are_the_dense_ones_of_active_pairs_in_the_interpreter():
-    assert interpret(SCRIPT, json.dumps(FEW)) == list(FEW)
+def test_products_and_packed_tokens_are_the_dense_ones_in_the_interpreter():
+    packed = ["3000 20 12", "1025 3 3", "300 520 19", "256 32 1", "40 1 1", "1 5 1"]
+    assert interpret(SCRIPT + PACK, json.dumps(FEW)) == [*FEW, *packed]  # one process: each imports everything
 
 
 @needs_triton
@@ -162,11 +163,6 @@ def test_products_and_gradients_are_the_dense_ones_of_active_pairs_in_the_interp
 @pytest.mark.timeout(1500)
 def test_more_products_and_gradients_are_the_dense_ones_in_the_interpreter():
     assert interpret(SCRIPT, json.dumps(MANY)) == list(MANY)
-
-
-@needs_triton
-def test_active_tokens_come_first_in_order_over_many_blocks_in_the_interpreter():
-    assert interpret(PACK) == ["3000 20 12", "1025 3 3", "300 520 19", "256 32 1", "40 1 1", "1 5 1"]
 
 
 @needs_triton
