@@ -34,7 +34,7 @@ from family_cases import (
 )
 
 from moh.models.transformers import families
-from moh.models.transformers.families import at
+from moh.models.transformers.family import at
 
 KEPT = [pytest.param(kept, id="-".join(map(str, kept))) for kept in ([3, 0], [0, 2], [4, 1])]
 ALL = [name for name, family in BY_TYPE.items() if not family.joint_norms]

@@ -19,7 +19,7 @@ from moh.attention.gpu import backend as gpu
 from moh.attention.gpu import projections as on_gpu
 from moh.attention.gpu.tiles import major_of
 from moh.routing import Router, RoutingInfo, Scorer
-from moh.routing.routers import is_untouched
+from moh.routing.router import is_untouched
 
 MIN_TOKENS = 64
 """With fewer tokens reading the weights limits the product, and the sparse one reads them less efficiently."""

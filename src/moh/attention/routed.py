@@ -20,7 +20,8 @@ from moh.attention.call import DTYPES, autocasts, transforms_are_active, with_fo
 from moh.attention.projections import is_plain, project_output, sparse_pays_on_cpu
 from moh.config import MoHConfig
 from moh.routing import Router, RoutingInfo
-from moh.routing.routers import is_untouched
+from moh.routing.router import is_untouched
+from moh.routing.routers import is_as_named
 
 
 def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
@@ -30,7 +31,7 @@ def route(router: Router, x: Tensor, backend: str | None = None) -> RoutingInfo:
     """
     if (
         not _needs_no_steps(x, backend)  # first: training asks nothing else
-        or not router.is_as_named()
+        or not is_as_named(router)
         or (maps := router.linear_maps()) is None
         or router.is_observed()
         or not all(is_plain(scorer, x) for scorer in maps[:3] if scorer is not None)

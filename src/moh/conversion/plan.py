@@ -22,7 +22,8 @@ from moh.config import FIXED
 from moh.conversion.convert import dense_class
 from moh.conversion.transformers import adapter
 from moh.models.hub import is_hub_name, kind_at
-from moh.models.transformers.families import at, family_of
+from moh.models.transformers.families import family_of
+from moh.models.transformers.family import at
 from moh.models.transformers.loading import load_config
 from moh.routing import router_class
 

@@ -22,7 +22,8 @@ from moh.conversion.token_loss import summed_loss
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised
-from moh.models.transformers.families import FAMILIES, Family, at, attentions, family_of, most_positions
+from moh.models.transformers.families import FAMILIES, attentions, family_of, most_positions
+from moh.models.transformers.family import Family, at
 from moh.models.transformers.fixed import cut_weights
 from moh.models.transformers.loading import mend_generation_config
 from moh.models.transformers.models import check_version, modeling, refusal

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moh.config import MoHConfig
 from moh.conversion.passes import head_contributions
-from moh.models.transformers.families import FAMILIES, at
+from moh.models.transformers.families import FAMILIES
+from moh.models.transformers.family import at
 from moh.routing import Router, record_routing
 
 _FAMILIES = {family.attention: family for family in FAMILIES}

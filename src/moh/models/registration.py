@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from moh.models.transformers.families import FAMILIES, Family, known_families
+from moh.models.transformers.families import FAMILIES, known_families
+from moh.models.transformers.family import Family
 
 
 class _CallbackLoader(Loader):

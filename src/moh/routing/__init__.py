@@ -3,10 +3,10 @@
 from moh.routing.attached import loss_scale
 from moh.routing.info import RoutingInfo, balance_over_processes
 from moh.routing.recording import RoutingRecord, record_routing
+from moh.routing.router import Router
 from moh.routing.routers import (
     LinearRouter,
     QueryNormRouter,
-    Router,
     SingleStageRouter,
     ThresholdRouter,
     TwoStageRouter,

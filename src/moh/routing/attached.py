@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moh.routing.routers import Router
+    from moh.routing.router import Router
 
 _scale: float | Tensor | None = None  # not a ContextVar, which torch.compile can't read in torch 2.11
 

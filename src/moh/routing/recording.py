@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moh.routing.info import RoutingInfo, balance_group, balance_losses
 
 if TYPE_CHECKING:
-    from moh.routing.routers import Router
+    from moh.routing.router import Router
 
 
 _open: ContextVar[tuple[RoutingRecord, ...]] = ContextVar("open_recordings", default=())
@@ -114,7 +114,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         ...     loss = task_loss(model(x))
         >>> loss = loss + 0.01 * routing.balance_loss()  # doctest: +SKIP
     """
-    from moh.routing.routers import Router
+    from moh.routing.router import Router
 
     routers = {module: name for name, module in model.named_modules() if isinstance(module, Router)}
     record = RoutingRecord(routers)

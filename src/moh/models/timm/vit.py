@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moh.attention import moh_attention, project_output, project_qkv, route, whole_layer
 from moh.config import MoHConfig
 from moh.routing import build_router, router_class
-from moh.routing.routers import is_untouched
+from moh.routing.router import is_untouched
 
 ROUTER_STD = 0.02
 """Standard deviation of a new router's weights, as in timm's other linear maps."""

@@ -26,7 +26,7 @@ from moh.attention import (
     route_and_project,
 )
 from moh.models.transformers.decoding import decode
-from moh.models.transformers.families import Family, at
+from moh.models.transformers.family import Family, at
 from moh.routing import Router
 
 _LOGGER = logging.get_logger(__name__)

@@ -19,9 +19,9 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from moh.attention.projections import matrix_of
 from moh.models.transformers.attention import IMPLEMENTATIONS
 from moh.models.transformers.decoding import is_decoded
-from moh.models.transformers.families import Family, at
+from moh.models.transformers.family import Family, at
 from moh.models.transformers.remembered import remembered
-from moh.routing.routers import is_untouched
+from moh.routing.router import is_untouched
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",

@@ -20,7 +20,8 @@ from moh.attention.call import DTYPES, transforms_are_active
 from moh.attention.projections import is_plain, matrix_of
 from moh.attention.routed import parts_and_neighbours
 from moh.models.transformers.remembered import remembered
-from moh.routing.routers import is_untouched
+from moh.routing.router import is_untouched
+from moh.routing.routers import is_as_named
 
 if TYPE_CHECKING:
     from moh.models.transformers.attention import RoutedAttention
@@ -121,7 +122,7 @@ def _fixed(attention: RoutedAttention, x: Tensor) -> _Fixed | None:
             return None
         matrices.append(matrix)
     scores = router.linear_scores()
-    decides = scores is not None and router.is_as_named() and is_untouched(router) and is_plain(scores, x)
+    decides = scores is not None and is_as_named(router) and is_untouched(router) and is_plain(scores, x)
     return _Fixed(
         (scores.weight, scores.bias) if decides and scores is not None else (None, None),
         (

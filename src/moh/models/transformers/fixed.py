@@ -19,7 +19,7 @@ from moh.attention import moh_attention
 from moh.config import FIXED, MoHConfig
 from moh.models.transformers.attention import IMPLEMENTATIONS, RoutedAttention
 from moh.models.transformers.decoding import decode
-from moh.models.transformers.families import Family, at
+from moh.models.transformers.family import Family, at
 
 WITHOUT_HEADS = ("nothing", "linear")
 """What a layer without heads adds to the residual stream (its bias apart): nothing, or a linear map of its input."""

@@ -27,7 +27,8 @@ from moh.models.heads import HasLayerHeads
 from moh.models.transformers.attention import DEFAULT, IMPLEMENTATIONS, RoutedAttention, parts
 from moh.models.transformers.balance import output_class, with_balance_loss
 from moh.models.transformers.decoder_layer import DecodedLayer, with_output_layer
-from moh.models.transformers.families import FAMILIES, PACKAGE, Family, at, attentions, family_of, known_families
+from moh.models.transformers.families import FAMILIES, PACKAGE, attentions, family_of, known_families
+from moh.models.transformers.family import Family, at
 from moh.models.transformers.fixed import WITHOUT_HEADS, FixedAttention, cut, refuse_fixed_heads
 from moh.models.transformers.remote_code import keep_remote_code
 from moh.models.transformers.tensor_parallel import check_split, plan_with_gates, splits_heads

@@ -15,7 +15,8 @@ from moh._files import CARD_MARK, check_replaceable, replacing_directory, write_
 from moh.config import ROUTERS
 from moh.models.card import PLACE
 from moh.models.kinds import saved_config
-from moh.models.transformers.families import Family, family_of
+from moh.models.transformers.families import family_of
+from moh.models.transformers.family import Family
 
 CODE_FILE = "modeling_moh.py"
 """Name of the file with the code, in a model's directory."""

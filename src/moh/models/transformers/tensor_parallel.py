@@ -21,7 +21,8 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, Tenso
 
 from moh.config import MoHConfig
 from moh.models.heads import compact_heads
-from moh.models.transformers.families import FAMILIES, Family, at, family_of
+from moh.models.transformers.families import FAMILIES, family_of
+from moh.models.transformers.family import Family, at
 from moh.models.transformers.fixed import refuse_fixed_heads
 from moh.routing import Router, RoutingInfo
 

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 
 from moh.models.output_changes import OutputChanges
 from moh.models.transformers.attention import RoutedAttention, weighted
-from moh.models.transformers.families import Family
+from moh.models.transformers.family import Family
 from moh.models.transformers.fixed import refuse_fixed_heads
 from moh.models.vllm import OLDEST
 
