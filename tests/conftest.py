@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ os.environ.setdefault("MOH_CPU_IMITATE_AMX", "1")  # the AMX kernels too, if the
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from forks import Forks
 
 settings.register_profile(
     "default",
@@ -108,6 +111,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paragraphs = [" ".join(" ".join(WORDS[i] for i in sentence) + " ." for sentence in part) for part in indices]
     file.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """`forks.run(code, ...)` runs a program in an interpreter of its own, which has imported PyTorch alone."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
 
@@ -22,11 +23,22 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
-def in_new_interpreter(code: str, *arguments: str) -> str:
+def in_new_interpreter(code: str, *arguments: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+
+
+@pytest.fixture
+def with_torch(forks) -> Callable[..., str]:
+    """Runs a program in an interpreter that has imported PyTorch alone; returns what it prints."""
+
+    def run(code: str, *arguments: str) -> str:
+        result = forks.run(code, *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 MODEL_LOADS = """
@@ -59,13 +71,13 @@ def test_moh_first_loads_no_extra_and_registers_with_transformers_later(tmp_path
     "order", ["import moh\nimport transformers", "import transformers\nimport moh"], ids=["first", "last"]
 )
 @pytest.mark.parametrize("then", ["", "import transformers.processing_utils\n"], ids=["plain", "reimported"])
-def test_our_classes_are_attributes_of_transformers(order, then):
+def test_our_classes_are_attributes_of_transformers(with_torch, order, then):
     """processing_utils puts another module `transformers` in its place, where the names must be too."""
     code = f"{order}\nfrom transformers import AutoConfig\n{then}import transformers\n"
     code += (
         "import sys\nassert sys.modules['transformers'].MoHLlamaForCausalLM.config_class.__name__ == 'MoHLlamaConfig'"
     )
-    in_new_interpreter(code)
+    with_torch(code)
 
 
 def test_torch_is_imported_when_a_name_is_first_used():
@@ -92,7 +104,7 @@ def test_torch_is_imported_when_a_name_is_first_used():
         "training.MoHTrainer",
     ],
 )
-def test_a_package_is_imported_when_it_is_first_used(name):
+def test_a_package_is_imported_when_it_is_first_used(with_torch, name):
     package, function = name.split(".")
     code = f"""
     import sys
@@ -100,7 +112,7 @@ def test_a_package_is_imported_when_it_is_first_used(name):
     assert "moh.{package}" not in sys.modules and "{package}" in dir(moh)
     assert callable(moh.{package}.{function}) and vars(moh)["{package}"] is sys.modules["moh.{package}"]
     """
-    in_new_interpreter(code)
+    with_torch(code)
 
 
 @needs_transformers
@@ -111,9 +123,9 @@ def test_a_package_is_imported_when_it_is_first_used(name):
         pytest.param("from transformers import AutoConfig", id="only-the-configurations-loaded"),
     ],
 )
-def test_transformers_first_is_registered_with_at_once(tmp_path, first):
+def test_transformers_first_is_registered_with_at_once(with_torch, tmp_path, first):
     code = f"import json, sys\n{first}\nAutoConfig.for_model('llama')\nimport moh\n"
-    in_new_interpreter(code + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
+    with_torch(code + MODEL_LOADS, json.dumps(TINY), str(tmp_path))
 
 
 needs_diffusers = pytest.mark.skipif(
@@ -144,13 +156,13 @@ assert pipeline.transformer.share == 1.0
 
 
 @needs_diffusers
-def test_a_pipeline_of_diffusers_is_read_after_import_moh_alone(tmp_path):
-    in_new_interpreter(SAVE_PIPELINE, str(tmp_path))
+def test_a_pipeline_of_diffusers_is_read_after_import_moh_alone(with_torch, tmp_path):
+    with_torch(SAVE_PIPELINE, str(tmp_path))
     for imports, pipeline in (
         ("import moh", "DiffusionPipeline"),
         ("from diffusers import DiTPipeline\nimport moh", "DiTPipeline"),
     ):
-        in_new_interpreter(LOAD_PIPELINE.format(imports=imports, pipeline=pipeline), str(tmp_path))
+        with_torch(LOAD_PIPELINE.format(imports=imports, pipeline=pipeline), str(tmp_path))
 
 
 def test_missing_extra_is_named():
@@ -170,7 +182,7 @@ def test_missing_extra_is_named():
         ("matplotlib", "from moh.inspection.plots import new_figure; new_figure(1, 1)", "plot"),
     ],
 )
-def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
+def test_a_package_names_the_extra_that_it_needs(with_torch, missing, statement, extra):
     code = f"""
     import sys
     sys.modules["{missing}"] = None
@@ -179,7 +191,7 @@ def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
     except ImportError as error:
         print(error)
     """
-    assert f"this needs {missing}, which is not installed" in (told := in_new_interpreter(code))
+    assert f"this needs {missing}, which is not installed" in (told := with_torch(code))
     assert f"pip install 'mixture-of-heads[{extra}]'" in told
 
 
@@ -188,9 +200,9 @@ def test_a_package_names_the_extra_that_it_needs(missing, statement, extra):
     "moh.conversion moh.demo moh.evaluation moh.inspection moh.training moh.training.language.run moh.data.text.blocks".split(),
 )
 @needs_transformers
-def test_what_the_llm_extra_is_enough_for_needs_no_other(module):
+def test_what_the_llm_extra_is_enough_for_needs_no_other(with_torch, module):
     others = ["timm", "torchvision", "diffusers", "torch_fidelity", "lm_eval", "gradio"]
-    in_new_interpreter(
+    with_torch(
         "import importlib, sys\nsys.modules.update(dict.fromkeys(sys.argv[2:]))\nimportlib.import_module(sys.argv[1])",
         module,
         *others,

@@ -169,17 +169,24 @@ def test_failure_that_passes_is_not_remembered(cache, tmp_path, monkeypatch, wor
         assert calls(tmp_path) > 0
 
 
-def test_process_that_waited_for_a_failed_build_does_not_repeat_it(cache, tmp_path, monkeypatch):
+BUILD_TWICE = """
+import os, sys
+from moh.attention.cpu.build import compile_kernels
+second = os.fork() == 0
+os.dup2(os.open(f"{sys.argv[1]}/here-{int(second)}", os.O_CREAT | os.O_WRONLY), 2)
+try:
+    compile_kernels()
+finally:
+    second or os.wait()
+"""
+
+
+def test_process_that_waited_for_a_failed_build_does_not_repeat_it(forks, cache, tmp_path, monkeypatch):
     # The first one compiles until both have come as far, and a moment longer
     both = f"until [ $(ls {tmp_path}/here-* | wc -l) = 2 ]; do sleep 0.05; done; sleep 0.3"
     compiler(tmp_path, monkeypatch, counting(tmp_path, f"{TELLS_ITS_VERSION}\n{both}; {BURNING}"))
-    code = f"""
-import os
-from moh.attention.cpu.build import compile_kernels
-open(f"{tmp_path}/here-{{os.getpid()}}", "w").close()
-compile_kernels()"""
-    builds = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate()[1] for process in builds]
+    assert forks.run(BUILD_TWICE, tmp_path).returncode == 1
+    errors = [(tmp_path / f"here-{number}").read_text() for number in (0, 1)]
     assert all("the disk is on fire" in error for error in errors), errors
     assert sum("compiling the CPU kernels" in error for error in errors) == 1
     assert sum("an earlier process tried" in error for error in errors) == 1
@@ -439,14 +446,12 @@ def test_build_that_is_killed_leaves_nothing_that_the_next_one_stumbles_over(cac
     assert again.stdout.strip() == "portable"
 
 
-def test_instruction_set_is_chosen_by_the_environment_and_checked(kernels):
+def test_instruction_set_is_chosen_by_the_environment_and_checked(kernels, forks, monkeypatch):
     code = "from moh.attention import cpu; print(cpu.unavailable(), cpu.instruction_set())"
-    environment = os.environ | {"MOH_CPU_ISA": "portable"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["None", "portable"]
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment | {"MOH_CPU_ISA": "sse9"}, capture_output=True, text=True
-    )
+    monkeypatch.setenv("MOH_CPU_ISA", "portable")
+    assert forks.run(code).stdout.split() == ["None", "portable"]
+    monkeypatch.setenv("MOH_CPU_ISA", "sse9")
+    done = forks.run(code)
     best = cpu.instruction_sets()[0]
     assert done.stdout.split() == ["None", best]
     assert done.stderr.count("RuntimeWarning: MOH_CPU_ISA=sse9 is not an instruction set") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from benchmarks.cases import GRIDS, Case, active_heads, balanced_gates, ideal_he
 from benchmarks.dense import weigh_heads
 from benchmarks.presets import _attentions
 from benchmarks.runner import SUBJECTS, select
+from forks import Forks
 
 
 @pytest.mark.parametrize("active", (1, 3, 8))
@@ -172,7 +172,7 @@ def test_a_moh_checkpoint_is_measured_at_its_own_share_and_half_of_the_heads(
                 contender.run()
 
 
-def run_without(missing: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_without(forks: Forks, missing: str, *words: str) -> subprocess.CompletedProcess[str]:
     """`python -m benchmarks` where a package is not installed."""
     code = f"""
 import importlib.util, sys
@@ -182,12 +182,11 @@ sys.modules |= dict.fromkeys({missing.split()})
 from benchmarks.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return forks.run(code, *words)
 
 
-def test_subjects_whose_packages_are_missing_are_left_out_in_one_line() -> None:
-    result = run_without("timm diffusers", "--quick", "--list")
+def test_subjects_whose_packages_are_missing_are_left_out_in_one_line(forks) -> None:
+    result = run_without(forks, "timm diffusers", "--quick", "--list")
     assert result.returncode == 0, result.stderr
     subjects = {line.split("/")[0].split()[0] for line in result.stdout.splitlines()}
     assert any("core" in subject for subject in subjects)
@@ -196,6 +195,6 @@ def test_subjects_whose_packages_are_missing_are_left_out_in_one_line() -> None:
     assert "without images and diffusion" in line and "pip install -e '.[vision,diffusion]'" in line
 
 
-def test_a_subject_that_is_asked_for_names_what_to_install() -> None:
-    result = run_without("timm", "images", "--quick", "--list")
+def test_a_subject_that_is_asked_for_names_what_to_install(forks) -> None:
+    result = run_without(forks, "timm", "images", "--quick", "--list")
     assert result.returncode == 2 and "pip install 'mixture-of-heads[vision]'" in result.stderr

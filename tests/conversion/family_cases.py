@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
-from moh.models.transformers.families import Family, known_families
+from moh.models.transformers.families import known_families
+from moh.models.transformers.family import Family
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TEXT = dict(
@@ -82,12 +85,22 @@ TRAINED_HEAD = {
 
 def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any:
     """The family's model for an Auto class, by default the one with the trained head, in evaluation mode."""
+    auto = auto or TRAINED_HEAD[model_type]
+    return _made(model_type, auto, options) if options else copy.deepcopy(_usual(model_type, auto))
+
+
+@functools.cache
+def _usual(model_type: str, auto: str) -> Any:
+    return _made(model_type, auto, {})
+
+
+def _made(model_type: str, auto: str, options: dict[str, Any]) -> Any:
     family: Family = BY_TYPE[model_type]
     fields = SIZES | ({} if family.images else TEXT) | OPTIONS[model_type] | options
     if model_type in ("gpt2", "dinov2", "dinov2_with_registers"):
         del fields["intermediate_size"]
     config = getattr(transformers, family.config)(**fields)
-    model = getattr(transformers, family.models[auto or TRAINED_HEAD[model_type]])(config).eval()
+    model = getattr(transformers, family.models[auto])(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -185,14 +183,13 @@ print("gradient", router.grad.norm().item())
 
 
 @pytest.mark.parametrize("first", ["transformers", "moh"])
-def test_the_trainers_label_smoothing_shifts_labels_and_balances(first, tmp_path):
+def test_the_trainers_label_smoothing_shifts_labels_and_balances(forks, first, tmp_path):
     imports = dict(transformers="from transformers.models.auto import modeling_auto", moh="import moh")
     second = next(text for name, text in imports.items() if name != first)
     code = SMOOTHED.format(first=imports[first], second=second)
     found = []
     for coefficient in ("0", "0.5"):
-        command = [sys.executable, "-c", code, str(tmp_path), coefficient]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        run = forks.run(code, tmp_path, coefficient)
         assert run.returncode == 0, run.stderr[-2000:]
         found.append(float(run.stdout.split("gradient")[1]))
     assert abs(found[1] - found[0]) > 1e-4

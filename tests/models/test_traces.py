@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -250,15 +249,20 @@ assert not [name for name in ("transformers", "timm", "diffusers") if name in sy
     ],
 )
 def test_an_exported_program_loads_in_a_new_process_after_import_moh(
-    tmp_path: Any, backend: str | None, imports: str
+    forks: Any, tmp_path: Any, backend: str | None, imports: str
 ) -> None:
     module, x = layer(backend=backend), inputs("layer")[0]
     with torch.no_grad():
         torch.save(module(x), tmp_path / "expected.pt")
         torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
     torch.save(x, tmp_path / "x.pt")
-    command = [sys.executable, "-c", textwrap.dedent(LOAD.format(imports=imports)), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    code = LOAD.format(imports=imports)
+    if imports.startswith("import torch"):
+        result = forks.run(code, tmp_path)
+    else:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=240
+        )
     assert result.returncode == 0, result.stderr
 
 

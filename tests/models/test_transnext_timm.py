@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -30,22 +27,11 @@ def test_all_sizes_are_registered_under_names_of_their_own():
 
 
 ORDERS = ["import moh, timm", "import timm, moh", "from moh.models.timm.transnext import MoHTransNeXt; import timm"]
-# Each in a fork of an interpreter that has imported neither; it has PyTorch, which would take most of the time
-IN_FORKS = """
-import os, sys
-import torch._dynamo
-for order in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        exec(order)
-        os._exit(0 if timm.is_model("moh_transnext_base_75") else 1)
-    assert os.waitpid(child, 0)[1] == 0, order
-"""
 
 
-def test_either_import_order_registers():
-    command = [sys.executable, "-c", IN_FORKS, *ORDERS]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+@pytest.mark.parametrize("order", ORDERS)
+def test_either_import_order_registers(forks, order):
+    result = forks.run(f"{order}\nassert timm.is_model('moh_transnext_base_75')")
     assert result.returncode == 0, result.stderr
 
 

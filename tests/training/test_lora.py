@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +76,7 @@ def _logits(model, state, ids):
 
 
 @pytest.mark.parametrize("first", ["moh", "peft"])
-def test_the_default_target_modules_are_those_of_the_family(first: str) -> None:
+def test_the_default_target_modules_are_those_of_the_family(forks, first: str) -> None:
     """In a new process: PEFT and ours may be imported in either order."""
     script = f"""
 import {first}, moh, peft
@@ -97,7 +95,7 @@ for config, kind, expected in (
         else:
             assert set(model.peft_config["default"].target_modules) == expected
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    run = forks.run(script)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
