@@ -37,45 +37,56 @@ def test_skipped_tests_are_counted_by_their_reason(tmp_path: Path, processes: st
     assert re.search(r"=+ 4 skipped =+\n +3  no Chromium is installed\n +1  there is a GPU\n", result.stdout)
 
 
-@pytest.mark.parametrize(
-    ("user", "system", "there", "works", "expected"),
-    [
-        pytest.param("0", "debian", False, True, "apt update install", id="root-on-debian"),
-        pytest.param("0", "debian", False, False, "apt update", id="no-network-is-no-failure"),
-        pytest.param("0", "debian", True, True, "", id="already-there"),
-        pytest.param("1000", "debian", False, True, "", id="not-root"),
-        pytest.param("0", "ubuntu", False, True, "", id="ubuntu-has-only-a-snap"),
-    ],
-)
-def test_ci_brings_chromium_where_it_may(
-    tmp_path: Path, user: str, system: str, there: bool, works: bool, expected: str
-) -> None:
-    programs, root = tmp_path / "bin", tmp_path / "root"
+def run_ci(
+    folder: Path, user: str, system: str, *, there: bool, works: bool = True, broken: str = "nothing"
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """`.ci/run` with programs that only note their first word; the lines that they noted."""
+    programs, root = folder / "bin", folder / "root"
     (root / ".ci").mkdir(parents=True)
     programs.mkdir()
-    (tmp_path / "os-release").write_text(f"ID={system}\n")
-    script = (ROOT / ".ci" / "run").read_text().replace("/etc/os-release", str(tmp_path / "os-release"))
+    (folder / "os-release").write_text(f"ID={system}\n")
+    script = (ROOT / ".ci" / "run").read_text().replace("/etc/os-release", str(folder / "os-release"))
     (root / ".ci" / "run").write_text(script)
-    log = tmp_path / "log"
+    log = folder / "log"
     result_of_apt = "true" if works else "exit 100"
     fakes = {
         "id": f"echo {user}",
         "apt-get": f'for word; do case $word in update|install) echo "apt $word" >> {log};; esac; done; {result_of_apt}',
-        "make": f"echo make $1 >> {log}",
+        "make": f"echo make $1 >> {log}; echo output of $1; [ $1 != {broken} ]",
     } | ({"chromium": "true"} if there else {})
     for name, text in fakes.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
-    for name in ("bash", "dirname", "sh", "env"):
+    for name in ("bash", "cat", "dirname", "env", "mktemp", "rm", "sh"):
         (programs / name).symlink_to(next(f for f in (Path("/bin") / name, Path("/usr/bin") / name) if f.exists()))
-    result = subprocess.run(
-        [programs / "bash", root / ".ci" / "run"],
-        env=os.environ | {"PATH": str(programs)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "VENV"} | {"PATH": str(programs)}
+    command = [programs / "bash", root / ".ci" / "run"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return result, log.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("user", "system", "there", "works", "expected"),
+    [
+        pytest.param("0", "debian", False, True, ["apt update", "apt install"], id="root-on-debian"),
+        pytest.param("0", "debian", False, False, ["apt update"], id="no-network-is-no-failure"),
+        pytest.param("0", "debian", True, True, [], id="already-there"),
+        pytest.param("1000", "debian", False, True, [], id="not-root"),
+        pytest.param("0", "ubuntu", False, True, [], id="ubuntu-has-only-a-snap"),
+    ],
+)
+def test_ci_brings_chromium_where_it_may(
+    tmp_path: Path, user: str, system: str, there: bool, works: bool, expected: list[str]
+) -> None:
+    result, done = run_ci(tmp_path, user, system, there=there, works=works)
     assert result.returncode == 0, result.stderr
-    done = " ".join(log.read_text().split()).replace("apt install", "install")
-    assert done == f"{expected} make lint make test".strip()
-    assert ("could not be installed" in result.stderr) is (expected != "" and not works)
+    assert done[: len(expected) + 1] == [*expected, "make .venv/.stamp-dev"]
+    assert sorted(done[len(expected) + 1 :]) == ["make lint", "make test"]
+    assert ("could not be installed" in result.stderr) is (expected != [] and not works)
+
+
+@pytest.mark.parametrize("broken", ["lint", "test"])
+def test_ci_fails_with_either_and_prints_both(tmp_path: Path, broken: str) -> None:
+    result, _ = run_ci(tmp_path, "0", "debian", there=True, broken=broken)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-2:] == ["output of test", "output of lint"]
