@@ -26,7 +26,7 @@ from benchmarks.limits import INTERMEDIATE, VOCABULARY
 from moh.config import MoHConfig
 from moh.conversion.transformers import DenseTextModel
 from moh.evaluation.speed import cache_of
-from moh.models.dial import set_active_heads
+from moh.models.dial import head_share, set_active_heads
 from moh.models.heads import HasLayerHeads
 from moh.models.transformers.families import family_of
 from moh.models.transformers.loading import load_causal_lm, load_tokenizer
@@ -84,7 +84,8 @@ def _base_of(checkpoint: str) -> Case:
     config = _config(checkpoint)
     shares = (0.25, 0.5, 0.75, 1.0)
     if isinstance(config, HasLayerHeads):
-        shares = (config.share,) if config.share <= 0.5 else (0.5, config.share)
+        own = head_share(config.layer_configs())
+        shares = (own,) if own <= 0.5 else (0.5, own)
     return replace(
         BASE,
         heads=config.num_attention_heads,
@@ -112,7 +113,7 @@ def _at_its_shares(case: Case) -> list[tuple[str, PreTrainedModel, float | None,
     found: list[Any] = [("dense", _without_routers(checkpoint), None, None)]
     for share in case.shares:
         ours = copy.deepcopy(checkpoint)
-        if share != checkpoint.config.share:
+        if share != head_share(checkpoint.config.layer_configs()):
             set_active_heads(ours, share)
         ours.set_attn_implementation("moh_cpu")
         with torch.no_grad(), record_routing(ours) as routing:
