@@ -21,8 +21,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from forks import Forks
-
 settings.register_profile(
     "default",
     max_examples=150,
@@ -114,8 +112,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
+def forks() -> Iterator[Any]:
     """`forks.run(code, ...)` runs a program in an interpreter of its own, which has imported PyTorch alone."""
+    from forks import Forks
+
     made = Forks()
     yield made
     made.close()
