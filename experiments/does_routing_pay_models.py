@@ -29,11 +29,12 @@ from moh.data.text.corpora import default_cache_dir
 from moh.demo.base_model import default_base_model
 from moh.routing import Router, build_router
 
-LONGER = "routed, half on long blocks"
+SHORT = "routed, blocks of 512"
+"""As `ROUTED`, but calibrated as all other methods are here."""
 SAME_NUMBER = "routed, as many for every token"
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (ROUTED, LONGER, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
-AVERAGES = (ROUTED, LONGER, MIXED)
+METHODS = (ROUTED, SHORT, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+AVERAGES = (ROUTED, SHORT, MIXED)
 """By which a token may use other numbers of heads than another one."""
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
@@ -74,10 +75,9 @@ SHARES = {"SmolLM2-135M": (7 / 9, 6 / 9, 5 / 9, 4 / 9), "Gemma-3-270M": (3 / 4, 
 
 def about_blocks(methods: Iterable[str]) -> str:
     """How these methods' calibration is cut into blocks, for the pages."""
-    both = (
-        f" ({LONGER}: half of them in blocks of 4,096, as `moh.convert` does by default)" if LONGER in methods else ""
-    )
-    return f"in blocks of 512{both}"
+    if ROUTED in methods:
+        return f"in blocks of 512 ({ROUTED}: half of them in blocks of 4,096, as `moh.convert` does)"
+    return "in blocks of 512 alone, not half of them in blocks of 4,096 as `moh.convert` does by default"
 
 
 def cell_file(work: Path, name: str, method: str, share: float, *words: object) -> Path:
@@ -122,19 +122,19 @@ class Compared(Fitted):
     """What `Fitted` makes, and the same numbers of heads chosen otherwise: as many for every token, at random, by an oracle.
 
     Args:
-        longer: calibration tokens of the method `LONGER`, of several lengths; the other arguments are those of `Fitted`.
+        blocks: calibration tokens `[n, N]` of all methods but `ROUTED`.
+        mixed: those of `ROUTED`, of several lengths, as `moh.convert` takes them; needed for that method alone. The other
+            arguments are those of `Fitted`.
     """
 
-    def __init__(
-        self, dense: PreTrainedModel, blocks: Tensor, *, longer: Sequence[Tensor] = (), **options: Any
-    ) -> None:
+    def __init__(self, dense: PreTrainedModel, blocks: Tensor, *, mixed: Sequence[Tensor] = (), **options: Any) -> None:
         super().__init__(dense, blocks, **options)
-        self._blocks_of_longer = longer
+        self._mixed_blocks = mixed
 
     @cached_property
-    def _longer(self) -> tuple[Calibrator, list[Router], Tensor]:
+    def _mixed(self) -> tuple[Calibrator, list[Router], Tensor]:
         """As `moh.convert` does it."""
-        calibrator = Calibrator(self.adapter, self._blocks_of_longer, self.calibrator.batch_size, progress=False)
+        calibrator = Calibrator(self.adapter, self._mixed_blocks, self.calibrator.batch_size, progress=False)
         routers = calibrator.fit_routers(self._requested, refitted=True)
         return calibrator, routers, calibrator.costs(routers, refitted=True)
 
@@ -142,8 +142,8 @@ class Compared(Fitted):
         """The model by a method, with this many heads over all layers."""
         if method in NOT_MODELS:
             return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
-        if method == LONGER:
-            calibrator, fitted, costs = self._longer
+        if method == ROUTED:
+            calibrator, fitted, costs = self._mixed
             routers = calibrator.reallocate(fitted, costs, total)
             weights = [OutputWeight(weight) for weight in calibrator.refit_outputs(routers)]
             return self._built(routers, weights, costs)
@@ -151,7 +151,7 @@ class Compared(Fitted):
             routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
             weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
             return self._built(routers, weights, self._costs)
-        return self.make(method, total)
+        return self.make(ROUTED if method == SHORT else method, total)
 
     def _with_gates(self, layers: Sequence[MoHConfig], method: str, seed: int) -> Chosen:
         """The dense model with other choices of as many heads as the routers use, and W_O refitted to them."""

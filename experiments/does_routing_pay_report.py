@@ -6,7 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import AVERAGES, FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, about_blocks
+from does_routing_pay_models import (
+    AVERAGES,
+    FIXED_HEADS,
+    METHODS,
+    MODELS,
+    NOT_MODELS,
+    ROUTED,
+    SHARES,
+    SHORT,
+    about_blocks,
+)
 from result_names import commands
 
 from moh._extras import require
@@ -78,13 +88,14 @@ def _models(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _compared(cells: list[dict[str, Any]]) -> list[str]:
-    """How much more fixed heads lose than routed ones, at each share that both have."""
+    """How much more fixed heads lose than routed ones of the same calibration, at each share that both have."""
     rises: dict[tuple[str, float], float] = {}
     for cell in cells:
         rises[cell["method"], cell["aim"]] = sum(t["above"] for t in cell["texts"].values()) / len(cell["texts"])
-    shares = sorted({aim for _, aim in rises if (ROUTED, aim) in rises and (FIXED_HEADS, aim) in rises}, reverse=True)
-    ratios = [f"{rises[FIXED_HEADS, s] / rises[ROUTED, s]:.1f} at {s:.0%} of the heads" for s in shares]
-    return ["", f"Fixed heads against routed ones, ratio of the mean rises: {', '.join(ratios)}."] if ratios else []
+    shares = sorted({aim for _, aim in rises if (SHORT, aim) in rises and (FIXED_HEADS, aim) in rises}, reverse=True)
+    ratios = [f"{rises[FIXED_HEADS, s] / rises[SHORT, s]:.1f} at {s:.0%} of the heads" for s in shares]
+    both = "Fixed heads against routed ones, both calibrated in blocks of 512, ratio of the mean rises"
+    return ["", f"{both}: {', '.join(ratios)}."] if ratios else []
 
 
 def _quality(cells: list[dict[str, Any]]) -> list[str]:
@@ -98,8 +109,8 @@ def _quality(cells: list[dict[str, Any]]) -> list[str]:
         + ", ".join(f"{text} {first['dense'][text]:.2f} on {first['heldout_tokens'][text]:,} tokens" for text in texts)
         + f"; {first['dense_cache']:,} bytes of keys and values per token. {first['cpu']}, {first['threads']} thread(s), torch "
         f"{first['torch']}, float32. In brackets the share of heads that the tokens of this text used where it is an average. "
-        "Random heads and the oracle, which knows the true contributions, have the routed model's number of heads in every "
-        "layer, the same for every token.",
+        "Random heads and the oracle, which knows the true contributions, have in every layer as many heads as the routed model "
+        "that was calibrated in blocks of 512, the same number for every token.",
         "",
         "| share of heads | method | " + " | ".join(texts) + " | cache | parameters |",
         "| --- | --- |" + " --- |" * (len(texts) + 2),
@@ -157,17 +168,18 @@ def _tuned(cells: list[dict[str, Any]]) -> list[str]:
             f"whose W_O was tuned on the same tokens ({reached}), in percent, ± and brackets as above. The minutes are those of "
             f"one thread on a busy machine; the control took {control['seconds'] / 60:.0f}.",
             "",
-            "| share of heads | tuned | " + " | ".join(texts) + " | minutes |",
-            "| --- | --- |" + " --- |" * (len(texts) + 1),
+            "| share of heads | method | tuned | " + " | ".join(texts) + " | minutes |",
+            "| --- | --- | --- |" + " --- |" * (len(texts) + 1),
         ]
-        for cell in sorted(of_control, key=lambda cell: (-cell["aim"], cell["options"]["only"])):
+        for cell in sorted(of_control, key=lambda cell: (-cell["aim"], cell["method"], cell["options"]["only"])):
             rises = []
             for text in texts:
                 ours, theirs = cell["texts"][text], control["texts"][text]
                 above, stderr = perplexity_rise(ours["block_losses"], theirs["block_losses"])
                 rises.append(f"{above:+.1f} ± {stderr:.1f} ({ours['used']:.0%})")
             what = ", ".join({"o_proj": "W_O", "router": "routers"}.get(name, name) for name in cell["options"]["only"])
-            lines.append("| " + " | ".join([f"{cell['aim']:.0%}", what, *rises, f"{cell['seconds'] / 60:.0f}"]) + " |")
+            first = [f"{cell['aim']:.0%}", cell["method"], what]
+            lines.append("| " + " | ".join([*first, *rises, f"{cell['seconds'] / 60:.0f}"]) + " |")
     return lines
 
 
@@ -209,13 +221,13 @@ def made_by(cells: list[dict[str, Any]]) -> list[str]:
                         call |= {name: o[name] for name in ("calibration_tokens", "heldout_tokens")}
                     calls.append(call)
             found += commands(f"{NAME}.py", calls, own)
-    defaults = {"model": next(iter(MODELS)), "shares": list(SHARES[next(iter(MODELS))]), **TUNED}
+    defaults = {"model": next(iter(MODELS)), "method": ROUTED, "shares": list(SHARES[next(iter(MODELS))]), **TUNED}
     calls = []
     for cell in of_kind["tuned"]:
         if cell["method"] != CONTROL:
             options = {name: cell["options"][name] for name in TUNED}
             options |= {"texts": tuple(options["texts"]), "only": tuple(options["only"])}
-            calls.append({"model": cell["model"], "shares": [cell["aim"]], **options})
+            calls.append({"model": cell["model"], "method": cell["method"], "shares": [cell["aim"]], **options})
     found += commands(f"{NAME}_tuned.py", calls, defaults)
     return [*found, f"python experiments/{NAME}.py --only page"]
 

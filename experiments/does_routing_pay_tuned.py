@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from does_routing_pay import SEQ_LEN, is_measured
-from does_routing_pay_models import MODELS, ROUTED, cell_file, converted
+from does_routing_pay_models import MODELS, ROUTED, SHORT, cell_file, converted
 from does_routing_pay_report import CONTROL, TUNED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("does_routing_pay_work"), help="cells and converted models")
     parser.add_argument("--model", choices=tuple(MODELS), default=next(iter(MODELS)), help="the dense one")
+    parser.add_argument("--method", choices=(ROUTED, SHORT), default=ROUTED, help="by which the others were converted")
     parser.add_argument("--shares", nargs="+", type=float, default=[6 / 9, 7 / 9, 5 / 9, 4 / 9], help="of all heads")
     parser.add_argument("--texts", nargs=2, default=[*TUNED["texts"]], help="to tune on, half and half")
     parser.add_argument("--third", default=TUNED["third"], help="a text that is only measured on")
@@ -56,7 +57,7 @@ def main() -> None:
     set_verbosity_error()
     disable_progress_bar()
     dense = MODELS[options.model]()
-    paths = {share: converted(options.work, options.model, ROUTED, share) for share in options.shares}
+    paths = {share: converted(options.work, options.model, options.method, share) for share in options.shares}
     tokenizer = load_tokenizer(dense)
     corpora = {text: load_corpus(text) for text in (*options.texts, options.third)}
     count = options.tokens // 2 // SEQ_LEN
@@ -73,7 +74,7 @@ def main() -> None:
             continue
         load = AutoModelForCausalLM.from_pretrained if share < 1 else load_causal_lm
         model = load(paths.get(share, dense), dtype=torch.float32)
-        about = {"kind": "tuned", "model": options.model, "method": ROUTED if share < 1 else CONTROL, "aim": share,
+        about = {"kind": "tuned", "model": options.model, "method": options.method if share < 1 else CONTROL, "aim": share,
                  "options": asked, "cpu": cpu_name(), "threads": torch.get_num_threads()}  # fmt: skip
         cell = {**about, **_tuned(options, model, tokenizer, torch.cat(parts), held, share)}
         write_text(file, json.dumps(cell, indent=1) + "\n")
@@ -87,7 +88,7 @@ def tuned_file(options: argparse.Namespace, share: float) -> Path:
         value = getattr(options, name)
         if name not in ("only", "seed") and (tuple(value) if isinstance(value, list) else value) != default:
             words += [name, *(value if isinstance(value, list) else [value])]
-    return cell_file(options.work, options.model, ROUTED if share < 1 else CONTROL, share, *words, options.seed)
+    return cell_file(options.work, options.model, options.method if share < 1 else CONTROL, share, *words, options.seed)
 
 
 def _tuned(

@@ -16,7 +16,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, NOT_MODELS, ROUTED, converted
+from does_routing_pay_models import (
+    DROPPED_LINEAR,
+    FIXED_HEADS,
+    METHODS,
+    MODELS,
+    NOT_MODELS,
+    ROUTED,
+    about_blocks,
+    converted,
+)
 from local_questions import wordnet_directory
 from local_tasks import make_local_tasks
 from result_names import command
@@ -106,14 +115,15 @@ def page(name: str, result: TaskEvaluation, made_by: str) -> str:
     first = result.models[0].scores
     labels = [f"{score.label} ({score.metric})" for score in first]
     asked = sorted({score.questions for score in first})
+    methods = [model.label.rpartition(", ")[0] for model in result.models[1:]]
     counts = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
     lines = [
         "# What fewer heads do to answers",
         "",
         f"{name} on the [local suite](../evaluation.md#without-a-network), {counts} questions per task, in percent: the dense "
         "model's scores ± their standard errors, and the other models' differences to it ± those of the paired differences over "
-        f"the same questions. The share of routed heads is the average over the text of their calibration. "
-        f"No gradient step. {result.machine}, lm-eval {result.settings['lm-eval']}, float32.",
+        f"the same questions. The share of routed heads is the average over the text of their calibration, which is cut "
+        f"{about_blocks(methods)}. No gradient step. {result.machine}, lm-eval {result.settings['lm-eval']}, float32.",
         "",
         "| share of heads | model | " + " | ".join(labels) + " | average |",
         "| --- | --- |" + " --- |" * (len(labels) + 1),
@@ -121,8 +131,7 @@ def page(name: str, result: TaskEvaluation, made_by: str) -> str:
     ]
     for number, model in enumerate(result.models[1:], 1):
         deltas = [result.difference(number, task) for task in range(len(first))]
-        method = model.label.rpartition(", ")[0]
-        lines.append(_row(model.share, method, deltas, result.average_difference(number), sign="+"))
+        lines.append(_row(model.share, methods[number - 1], deltas, result.average_difference(number), sign="+"))
     return "\n".join([*lines, "", f"Made by `{made_by}`.", ""])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, LONGER, METHODS, MODELS, ROUTED, about_blocks
+from does_routing_pay_models import DROPPED_LINEAR, FIXED_HEADS, METHODS, MODELS, ROUTED, SHORT, about_blocks
 from result_names import commands
 
 from moh._extras import require
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "only": None,
     "model": next(iter(MODELS)),
     "shares": [7 / 9, 6 / 9, 5 / 9, 4 / 9],
-    "methods": [ROUTED, LONGER, FIXED_HEADS, DROPPED_LINEAR],
+    "methods": [ROUTED, SHORT, FIXED_HEADS, DROPPED_LINEAR],
     "texts": ("anarchism", "python-doc"),
     "lengths": (512, 1_024, 2_048, 4_096, 8_192),
     "haystacks": 12,

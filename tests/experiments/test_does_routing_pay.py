@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the llm extra is not installed")
 import does_routing_pay
 import does_routing_pay_tuned
 import transformers
-from does_routing_pay_models import AVERAGES, METHODS, NOT_MODELS, RANDOM, ROUTED, SAME_NUMBER, Compared
+from does_routing_pay_models import AVERAGES, METHODS, NOT_MODELS, RANDOM, ROUTED, SAME_NUMBER, SHORT, Compared
 from does_routing_pay_report import CONTROL, TUNED, write
 
 import moh
@@ -30,8 +30,8 @@ def fitted() -> Compared:
     config = transformers.LlamaConfig(
         **SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None
     )
-    longer = [torch.randint(64, (12, 16)), torch.randint(64, (3, 64))]
-    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)), longer=longer)
+    mixed = [torch.randint(64, (12, 16)), torch.randint(64, (3, 64))]
+    return Compared(transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (24, 16)), mixed=mixed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,16 +51,17 @@ def test_every_method_keeps_as_many_heads(fitted, method) -> None:
 
 
 @torch.no_grad()
-def test_as_many_heads_for_every_token_is_another_model_than_the_routed_one(fitted) -> None:
+def test_as_many_heads_for_every_token_and_blocks_of_two_lengths_make_other_models(fitted) -> None:
     ids = torch.randint(64, (2, 16))
     found, logits = {}, {}
-    for method in (ROUTED, SAME_NUMBER):
+    for method in (ROUTED, SHORT, SAME_NUMBER):
         model = fitted.make_any(method, 12).model
         with moh.record_routing(model) as routing:
             logits[method] = model(ids).logits
         found[method] = [info.active.sum(-1).unique().numel() for _, info in routing]
-    assert set(found[SAME_NUMBER]) == {1} and max(found[ROUTED]) > 1
-    assert not torch.allclose(logits[ROUTED], logits[SAME_NUMBER])
+    assert set(found[SAME_NUMBER]) == {1} and max(found[SHORT]) > 1
+    assert not torch.allclose(logits[SHORT], logits[SAME_NUMBER])
+    assert not torch.allclose(logits[SHORT], logits[ROUTED])
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in NOT_MODELS])
@@ -135,7 +136,7 @@ def _page_cells() -> list[dict]:
              options=dict(repeats=2),
              prefill=ratios, decode=ratios) for method in METHODS if method not in NOT_MODELS
     ]  # fmt: skip
-    losses = {ROUTED: [1.1, 1.3], CONTROL: [1.0, 1.2]}
+    losses = {SHORT: [1.1, 1.3], CONTROL: [1.0, 1.2]}
     options = dict(
         ASKED, tokens=2048, batch_size=2, learning_rate=1e-3, seed=0, precision="fp32", only=["o_proj", "router"]
     )
@@ -153,10 +154,12 @@ def test_the_page_and_the_picture_show_every_cell(tmp_path) -> None:
         rise = "+12.5 ± 0.5 (80%)" if method in AVERAGES else "+12.5 ± 0.5"
         assert f"| 75% | {method} | {rise} | {rise} |" in page
         assert (f"| 75% | {method} | 0.90 | 0.90 |" in page) is (method not in NOT_MODELS)
-    assert "| 75% | W_O, routers | +10.5 ± 0.0 (70%) | 2 |" in page  # exp(0.1) - 1
+    assert f"| 75% | {SHORT} | W_O, routers | +10.5 ± 0.0 (70%) | 2 |" in page  # exp(0.1) - 1
     (tuned,) = [line for line in page.splitlines() if "_tuned.py" in line]
     tokens = "--tokens 2048 --heldout-tokens 4 --learning-rate 0.001"
-    assert tuned.endswith(f"--model tiny --shares 0.75 --texts a b --third c {tokens} --only o_proj router")
+    assert tuned.endswith(
+        f"--model tiny --method '{SHORT}' --shares 0.75 --texts a b --third c {tokens} --only o_proj router"
+    )
     quality, speed = (next(x for x in page.splitlines() if f"--only {kind}" in x) for kind in ("quality", "speed"))
     assert quality.endswith("--texts a b --third c --calibration-tokens 8") and speed.endswith("--repeats 2")
     assert (tmp_path / "does_routing_pay.png").stat().st_size > 1000
@@ -172,12 +175,15 @@ def test_a_tuned_model_without_a_control_is_an_error(tmp_path) -> None:
 def test_models_tuned_with_other_options_have_other_files() -> None:
     def file(share: float = 0.75, **changed: object) -> Path:
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in TUNED.items()} | changed
-        return does_routing_pay_tuned.tuned_file(argparse.Namespace(work=Path("w"), model="tiny", **values), share)
+        return does_routing_pay_tuned.tuned_file(
+            argparse.Namespace(work=Path("w"), model="tiny", **({"method": SHORT} | values)), share
+        )
 
     other = dict(texts=["a", "b"], third="c", tokens=8, heldout_tokens=4, learning_rate=1e-3, batch_size=1,
                  only=["router"], seed=1, precision="bf16")  # fmt: skip
     assert other.keys() == TUNED.keys()
     files = [file(), *(file(**{name: value}) for name, value in other.items())]
     assert len(set(files)) == len(files)
-    assert file().name == "tiny-routed_(default)-0.750-tuned-o_proj-0.json"  # as the committed cells have it
+    assert file().name == "tiny-routed_blocks_of_512-0.750-tuned-o_proj-0.json"  # as the committed cells have it
+    assert file(method=ROUTED) not in files
     assert file(1.0, only=["router"]) == file(1.0) != file(1.0, tokens=8)
