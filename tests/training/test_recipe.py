@@ -74,6 +74,7 @@ def test_a_dumped_recipe_reads_back_equal(file: Path, tmp_path: Path) -> None:
         ("--conversion.active_heads=x", "conversion.*active_heads.*x"),
         ("--conversion.allocation=odd", "conversion.*allocation.*'even', 'sensitivity'.*odd"),
         ("--conversion.calibration_tokens=0", "conversion.calibration_tokens must be at least 1, got 0"),
+        ("--conversion.calibration_length=[512, 1]", "conversion.calibration_length must be at least 2, got 1"),
     ],
 )
 def test_a_wrong_field_is_named_in_one_line(file: Path, override: str, message: str) -> None:

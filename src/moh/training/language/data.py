@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from moh.data.text.blocks import TokenBlocks, pack_tokens
+from moh.data.text.blocks import TokenBlocks, evenly_spread, pack_tokens, recut
 from moh.data.text.corpora import Corpus, corpus_from_files, default_cache_dir, load_corpus
-from moh.data.text.order import StoredMixture
+from moh.data.text.order import ROUND, StoredMixture
 from moh.data.text.readers import SourceRecipe, Texts
 from moh.data.text.sources import Source, open_source
 from moh.data.text.store import StoredBlocks, open_store
@@ -43,15 +43,33 @@ class TrainingText:
     heldout: Dataset[dict[str, Tensor]] | None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def sample(self, tokens: int, seq_len: int) -> Tensor:
-        """The first sequences, with at least `tokens` tokens if there are as many, to calibrate on: `[n, seq_len]`."""
-        count = -(-tokens // seq_len)
+    def passages(self, count: int, length: int, start: Sequence[int]) -> list[list[int]]:
+        """Token ids of running text to calibrate on, of each source by its weight; of a stream from its beginning.
+
+        Whatever the training sequences are cut into, these are passages of the text itself, so that they can be cut into
+        blocks of other lengths.
+
+        Args:
+            count: passages in all, at least one of each source; there are fewer where the text is shorter.
+            length: tokens of a passage. A stream's are all one.
+            start: what the tokenizer puts before a text.
+        """
         if isinstance(self.train, TokenBlocks):
-            return self.train.blocks
+            blocks = self.train.blocks
+            own = start if bool((blocks[:, : len(start)] == torch.tensor(start, dtype=torch.long)).all()) else []
+            found: list[list[int]] = evenly_spread(recut(blocks, own, length), count).tolist()
+            return found
+        assert isinstance(self.train, (StoredMixture, StreamedMixture))
+        counts = [max(1, round(count * quota / ROUND)) for quota in self.train.order.quotas]
         if isinstance(self.train, StreamedMixture):
-            return torch.stack([item["input_ids"] for item in islice(self.train, count)])
-        assert isinstance(self.train, StoredMixture)
-        return torch.stack([self.train[index]["input_ids"] for index in range(min(count, len(self.train)))])
+            of_streams = zip(self.train.sources, counts, strict=True)
+            return [_beginning(source, self.train.tokenizer, n * length) for source, n in of_streams]
+        found = []
+        for blocks_of_one, n in zip(self.train.sources, counts, strict=True):
+            store = blocks_of_one.store
+            cut = StoredBlocks(store, min(length, len(store.start) + len(store.tokens)))
+            found += [cut[int(i)]["input_ids"].tolist() for i in evenly_spread(torch.arange(len(cut)), n)]
+        return found
 
 
 def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments) -> TrainingText:
@@ -124,6 +142,18 @@ def load_text(data: DataRecipe) -> Corpus:
 def cache_directory(data: DataRecipe) -> Path:
     """Where a recipe's fetched texts and tokens are kept."""
     return Path(data.cache_dir) if data.cache_dir is not None else default_cache_dir()
+
+
+def _beginning(source: Source, tokenizer: DocumentTokenizer, tokens: int) -> list[int]:
+    """The first tokens of a source, at most so many."""
+    pieces, found = [], 0
+    for _, ids in tokenizer.tokenise(source.documents()):
+        pieces.append(ids)
+        found += len(ids)
+        if found >= tokens:
+            break
+    ids_of_all: list[int] = np.concatenate(pieces)[:tokens].tolist() if pieces else []
+    return ids_of_all
 
 
 def _by_name(sources: Sequence[Source], identities: Sequence[Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from moh._files import replacing_directory
+from moh.data.text.blocks import start_tokens
 from moh.data.text.named import calibration_texts
 from moh.data.text.tokenising import byte_pair_tokenizer
 from moh.models.transformers import MoHLlamaConfig
@@ -181,16 +182,18 @@ def build_model(
 
 def _convert(recipe: Recipe, text: TrainingText, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from moh.conversion import convert
+    from moh.conversion.transformers import LONG_SEQ_LEN, SEQ_LEN
 
     assert recipe.conversion is not None and recipe.model.path is not None
     settings = recipe.conversion
-    calibration: Tensor | list[str] | None = None
+    calibration: list[str] | list[list[int]] | None = None
     if router_class(settings.router).is_fitted:
-        calibration = (
-            calibration_texts(settings.calibration, tokenizer=tokenizer, cache_dir=recipe.data.cache_dir)
-            if settings.calibration
-            else text.sample(settings.calibration_tokens, recipe.data.seq_len)
-        )
+        if settings.calibration:
+            calibration = calibration_texts(settings.calibration, tokenizer=tokenizer, cache_dir=recipe.data.cache_dir)
+        else:
+            lengths = settings.calibration_length or [SEQ_LEN, LONG_SEQ_LEN]
+            count = -(-settings.calibration_tokens // min(lengths))  # as many places as there will be short blocks
+            calibration = text.passages(count, max(lengths), start_tokens(tokenizer))
     return convert(
         load_dense(recipe.model.path),
         share=settings.share,
@@ -199,8 +202,9 @@ def _convert(recipe: Recipe, text: TrainingText, tokenizer: PreTrainedTokenizerB
         router=settings.router,
         routing_unit=settings.routing_unit,
         calibration=calibration,
-        tokenizer=tokenizer if settings.calibration else None,
+        tokenizer=tokenizer,
         calibration_tokens=settings.calibration_tokens,
+        seq_len=settings.calibration_length or None,
         allocation=settings.allocation,
         refit_output=settings.refit_output,
         copy_weights=False,

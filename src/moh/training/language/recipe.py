@@ -102,6 +102,8 @@ class ConversionRecipe(ConversionSettings):
         calibration: texts that the conversion reads, in equal parts if several, each `NAME[:config][:split]` of a Hugging
             Face data set, a path or a built-in corpus (`moh.data.text.named`); default the training text.
         calibration_tokens: tokens of them; "query_norm" needs none.
+        calibration_length: lengths of the blocks that they are cut into, with as many tokens of each; default as in `moh
+            convert --calibration-length`, whatever `data.seq_len` is: [512, 4096] where there is enough text, else 512.
         inactive_gate_gradient: in training, "zero" leaves inactive heads out; "dense" computes them too, and gives their gates
             the gradient that they would have if active (the paper's equations 9 and 10), which costs what dense attention does.
     """
@@ -109,11 +111,14 @@ class ConversionRecipe(ConversionSettings):
     routing_unit: str = "head"
     calibration: list[str] = field(default_factory=list)
     calibration_tokens: int = 49_152
+    calibration_length: list[int] = field(default_factory=list)
     inactive_gate_gradient: Literal["zero", "dense"] = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("conversion.calibration_tokens", self.calibration_tokens, 1)
+        for length in self.calibration_length:
+            at_least("conversion.calibration_length", length, 2)
 
 
 @dataclass(frozen=True)
