@@ -36,7 +36,7 @@ def test_the_report_is_next_to_the_model(moh, base_dir: Path, text_file: Path, t
     assert model.config.share == 0.75 == found["cells"][0]["share"] and "8" in found["counted"]
     assert list(found["dense"]) == [text_file.name]
     card = (output / "README.md").read_text()
-    assert f"perplexity on {text_file.name}" in card and "512 tokens of words.txt" in card
+    assert f"perplexity on {text_file.name}" in card and "512 tokens of words.txt, in blocks of 32 and 64" in card
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ def convert_with_report(
     method = _method(arguments)
     made = fitted.make(method, _total(arguments, method, fitted))
     check_weights(made.model)
-    calibrated = f"{sum(blocks.numel() for blocks in samples):,} tokens of {', '.join(heldout)}"
+    lengths_of = " and ".join(f"{blocks.shape[1]:,}" for blocks in samples)
+    count = sum(blocks.numel() for blocks in samples)
+    calibrated = f"{count:,} tokens of {', '.join(heldout)}, in blocks of {lengths_of}"
     facts = {"calibrated on": calibrated, "output projections": "refitted, without training"}
     describe(made.model, base=arguments.model, facts=facts)
 
