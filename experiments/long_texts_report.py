@@ -196,6 +196,7 @@ def _plot(file: Path, models: list[str], cells: list[dict[str, Any]]) -> None:
     axes = picture.subplots(2 * len(models), len(aims), squeeze=False, sharex="row", sharey="row")
     for number, model in enumerate(models):
         of_model = [cell for cell in cells if cell["model"] == model]
+        ticks = sorted({n for c in of_model for n in (c["edges"][1:] if c["kind"] == "positions" else [c["length"]])})
         dense = {cell.get("text"): cell for cell in of_model if cell["method"] == DENSE}
         for aim, above, below in zip(aims, axes[2 * number], axes[2 * number + 1], strict=True):
             for method in _ORDER:
@@ -212,6 +213,8 @@ def _plot(file: Path, models: list[str], cells: list[dict[str, Any]]) -> None:
             above.set(title=f"{model}, {aim:.0%} of the heads", xscale="log", yscale="symlog", xlabel="positions up to")
             below.set(xscale="log", ylim=(-3, 103), xlabel="length, tokens")
             for axis in (above, below):
+                axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+                axis.minorticks_off()
                 axis.grid(alpha=0.3)
         axes[2 * number][0].set_ylabel("perplexity above dense, %")
         axes[2 * number + 1][0].set_ylabel("needles found, %")
