@@ -95,7 +95,7 @@ def test_the_recommended_command_makes_the_model_that_was_measured(method, route
         ([cell(ROUTED, 0.9, 1.0, {512: 0.985})], "Keep the dense model: none .* noticeably faster"),
         (
             [cell(ROUTED, 0.9, 1.0, {}), cell(ROUTED, 0.75, 2.0, {})],
-            "No time was measured.* at 75% has the fewest heads",
+            "No time was measured.* at 75% use the fewest heads",
         ),
         ([], "Nothing was measured yet"),
     ],
@@ -129,7 +129,7 @@ def test_the_pages_show_every_figure(tmp_path: Path) -> None:
         "16%",
     ):
         assert words in text and words in page
-    assert "+41.5 ± 0.2 (" not in text and "75% of them on average; perplexity" in text
+    assert "+41.5 ± 0.2 (" not in text and "75% of all heads on average; perplexity" in text
     assert "routed heads (this model)" in text and "<b>Recommendation.</b>" in page
     pictures = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(pictures) == 2 and all((tmp_path / file).stat().st_size for file in pictures)

@@ -146,7 +146,7 @@ def convert_with_report(
                 method,
                 made,
                 packed,
-                name=Path(arguments.model).name,
+                name=Path(arguments.model).name.removesuffix(".gguf"),
                 lengths=lengths,
                 plan=planned,
                 facts={"calibrated on": calibrated},

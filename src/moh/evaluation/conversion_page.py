@@ -124,7 +124,7 @@ def page(report: ConversionReport) -> Iterator[Part]:
 def _of_this_model(report: ConversionReport) -> str:
     cell = report.cells[0]
     rises = ", ".join(f"{rise.above:+.1f} ± {rise.stderr:.1f} % on {text}" for text, rise in cell.rises.items())
-    share = f"{cell.share:.0%} of them{' on average' if cell.method in AVERAGES else ''}"
+    share = f"{cell.share:.0%} of all heads{' on average' if cell.method in AVERAGES else ''}"
     return f"**The model in this directory**: {label(cell.method)}, {share}; perplexity {rises}."
 
 
@@ -236,10 +236,10 @@ def as_html(parts: Sequence[Part]) -> str:
         if isinstance(part, Heading):
             lines.append(f"<h{part.level}>{html.escape(part.text)}</h{part.level}>")
         elif isinstance(part, Table):
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header)
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.header) if any(part.header) else ""
             rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in part.rows]
             body = "".join(f"<tr>{row}</tr>" for row in rows)
-            lines.append(f"<div><table><tr>{head}</tr>{body}</table></div>")
+            lines.append(f"<div><table>{head and f'<tr>{head}</tr>'}{body}</table></div>")
         elif isinstance(part, Picture):
             data = base64.b64encode(part.png).decode()
             lines.append(f'<p><img alt="{html.escape(part.about)}" src="data:image/png;base64,{data}"></p>')

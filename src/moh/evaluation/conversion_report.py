@@ -177,7 +177,7 @@ class ConversionReport:
             fewest = min(tolerated, key=lambda cell: cell.share)
             return (
                 f"No time was measured. Of the models that lose at most {self.tolerated:g} % of perplexity, {_named(fewest)} "
-                f"has the fewest heads ({_rises(fewest)})."
+                f"use the fewest heads ({_rises(fewest)})."
             )
         best = self.recommended()
         if best is None:
