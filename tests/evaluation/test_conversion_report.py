@@ -154,6 +154,7 @@ def test_names_are_text_and_no_markup() -> None:
     page = as_html([Heading("<b>", 1), "a < b, **c** and `d`", Table(("<i>",), [("&",)])])
     assert "<h1>&lt;b&gt;</h1>" in page and "a &lt; b, <b>c</b> and <code>d</code>" in page
     assert "<th>&lt;i&gt;</th>" in page and "<td>&amp;</td>" in page
+    assert "<th>" not in as_html([Table(("", ""), [("a", "b")])])  # a table without a head has no empty one
     assert markdown([Heading("b"), Table(("i",), [("1",)])]) == "## b\n\n| i |\n| --- |\n| 1 |\n"
 
 
