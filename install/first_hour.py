@@ -1,11 +1,11 @@
 """Each tutorial as a new user has it: an empty environment by pip or by uv, an empty directory, and the commands of the page.
 
     python install/first_hour.py run --wheel dist/mixture_of_heads-0.1.0-py3-none-any.whl   # all of them
-    python install/first_hour.py run --wheel dist/... --only heads --tools uv               # one
+    python install/first_hour.py run --wheel dist/... --only heads --tools uv --steps 1     # its first command
     python install/first_hour.py table                                                      # of docs/install.md
 
 The wheel takes the place of the package's name, and `HUB` that of the model hub, so that no network but the package index is
-needed; `REPLACED` lists what else is not run as it stands. A run takes minutes for each tutorial and 2 to 5 GB of disk.
+needed; `REPLACED` lists what else is not run as it stands. A tutorial takes up to half an hour, and up to 10 GB of disk.
 Environments and files are removed afterwards, cells are kept in `--work`. Needs all extras, and uv as a program.
 """
 
@@ -15,16 +15,18 @@ import argparse
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dist import pip_settings
-from environment import ROOT, cpu_build, read_pins
+from environment import ROOT, cpu_build, needs_torchvision, read_pins
 from pages import requirements
 
 from moh._files import write_text
@@ -32,7 +34,11 @@ from moh._files import write_text
 TUTORIALS = ("nanogpt", "heads", "convert", "images", "diffusion")
 TOOLS = ("pip", "uv")
 REPLACED = {
-    "convert": {" --push-to-hub you/smollm2-moh": ""},  # nobody is logged in
+    "heads": {"Instruct smollm2-moh  ": "Instruct smollm2-moh --calibration-tokens 12288"},  # instead of 49,152
+    "convert": {
+        " --share 0.75 --shares": " --calibration-tokens 12288 --share 0.75 --shares",  # instead of 49,152
+        " --push-to-hub you/smollm2-moh": "",  # nobody is logged in
+    },
     "images": {  # "a task for a GPU"
         "$ moh train photos.yaml\n": "$ moh train photos.yaml --training.epochs 0 --training.max_steps 1\n"
     },
@@ -64,7 +70,10 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--work", type=Path, default=Path("runs/first_hour"))
     parser.add_argument(
-        "--python", type=Path, help="run pages with this one, where no index has the CPU build of torchvision"
+        "--steps", type=int, default=sys.maxsize, help="run so many of each page's commands and no more"
+    )
+    parser.add_argument(
+        "--python", type=Path, help="run pages with this one and install nothing, where the disk is small"
     )
     options = parser.parse_args()
     work = options.work.resolve()
@@ -83,11 +92,12 @@ def main() -> int:
         for tool in options.tools:
             if not (cell := work / f"{tutorial}-{tool}.json").exists():
                 place = work / f"{tutorial}-{tool}"
-                measured = install(tool, place, options.wheel.resolve(), requirements(text_of(tutorial)))
+                python = options.python or install(
+                    tool, place, options.wheel.resolve(), requirements(text_of(tutorial))
+                )
                 if options.step == "run":
-                    measured |= run_tutorial(tutorial, place, work, options.python)
-                    write_text(cell, json.dumps(measured, indent=1))
-                    shutil.rmtree(place)
+                    write_text(cell, json.dumps(run_tutorial(tutorial, place, work, python, options.steps), indent=1))
+                shutil.rmtree(place)
     return 0
 
 
@@ -100,44 +110,49 @@ def text_of(tutorial: str) -> str:
     return text
 
 
-def run_tutorial(tutorial: str, place: Path, work: Path, python: Path | None) -> dict[str, Any]:
-    """Run the page in an empty folder with the environment of `place`, or with `python`; seconds and bytes."""
+def run_tutorial(tutorial: str, place: Path, work: Path, python: Path, steps: int) -> dict[str, Any]:
+    """Run the page with this Python in an empty folder below `place`; seconds and bytes."""
     folder, report, page = place / "empty", place / "steps.json", place / "page.md"
     if not report.exists():  # else the run was interrupted, and resumes
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         prepare(tutorial, folder)
     page.write_text(text_of(tutorial), encoding="utf-8")
     away = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     away |= {"HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(work / "cache")}
-    if python is not None:
+    python = python.absolute()  # it runs in another folder; `resolve` would leave its environment
+    if not (own := python.is_relative_to(place)):
         away["PYTHONPATH"] = str(ROOT / "src")
-        python = python.absolute()  # it runs in another folder; `resolve` would leave its environment
-    python = python or place / "environment" / "bin" / "python"
-    program = python, ROOT / "install" / "pages.py", page, report
+    program = python, ROOT / "install" / "pages.py", page, report, str(steps)
     subprocess.run(program, cwd=folder, env=away, stdin=subprocess.DEVNULL, check=True)
     from moh.evaluation import cpu_name
 
     return {
         "steps": json.loads(report.read_text(encoding="utf-8")),
+        "whole": steps == sys.maxsize,
         "files": allocated(folder),
-        "own_environment": python.is_relative_to(place),
+        "own_environment": own,
         "machine": cpu_name(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
     }
 
 
-def install(tool: str, place: Path, wheel: Path, names: list[str]) -> dict[str, Any]:
-    """Make the environment as docs/install.md says, unless it is there already; its PyTorch, seconds and bytes."""
-    if (noted := place / "installed.json").exists():
-        return dict(json.loads(noted.read_text()))
+def install(tool: str, place: Path, wheel: Path, names: list[str]) -> Path:
+    """Make the environment as docs/install.md says, unless it is there already; its Python.
+
+    Seconds, bytes and versions are noted beside `place`.
+    """
+    environment, noted = place / "environment", place.with_name(f"{place.name}-install.json")
+    python = environment / "bin" / "python"
+    if noted.exists() and python.exists():
+        return python
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    environment, start = place / "environment", clock()
-    extras = names[0].partition("[")[2].rstrip("]")
-    wanted = [f"{wheel}[{extras}]", *names[1:]]
+    start = clock()
+    extras = re.findall(r"[\w-]+", names[0].partition("[")[2])
+    wanted = [f"{wheel}[{','.join(extras)}]", *names[1:]]
     pins = read_pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
-    build, _ = cpu_build(pins["torch"], (), with_torchvision=False)
+    build, _ = cpu_build(pins["torch"], (), with_torchvision=needs_torchvision(extras))
     torch = f"torch=={build}" if build else "torch"
     if tool == "pip":
         run(sys.executable, "-m", "venv", environment)
@@ -146,10 +161,22 @@ def install(tool: str, place: Path, wheel: Path, names: list[str]) -> dict[str, 
     else:
         options = ["--quiet", "--index-strategy", "unsafe-best-match", *pip_settings()]
         run("uv", "venv", "--quiet", "--python", sys.executable, environment)
-        run("uv", "pip", "install", "--python", environment / "bin" / "python", *options, *wanted, torch)
-    measured = dict(torch=torch, install=seconds_since(start), environment=allocated(environment))
-    write_text(noted, json.dumps(measured))
-    return measured
+        run("uv", "pip", "install", "--python", python, *options, *wanted, torch)
+    spent = seconds_since(start)
+    measured = dict(install=spent, environment=allocated(environment), packages=packages(environment))
+    write_text(noted, json.dumps(measured, indent=1))
+    return python
+
+
+def packages(environment: Path) -> str:
+    """What is installed, without what an environment begins with, as "NAME==VERSION ..."."""
+    found = {
+        f"{package.name.lower().replace('_', '-')}=={package.version}"
+        for package in metadata.distributions(
+            path=[str(path) for path in environment.glob("lib/python*/site-packages")]
+        )
+    }
+    return " ".join(sorted(name for name in found if name.partition("==")[0] not in ("pip", "setuptools")))
 
 
 def run(*command: object) -> None:

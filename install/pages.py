@@ -1,10 +1,10 @@
 """The code of a page of the documents, and a program that runs it block after block as a reader would type it.
 
-    python install/pages.py PAGE REPORT    # in the environment and the directory that the reader has
+    python install/pages.py PAGE REPORT [STEPS]    # in the environment and the directory that the reader has
 
 Python runs in one session, files are written, and the lines `$ ...` of consoles go to the shell. `moh serve` keeps running
 beside the commands after it. REPORT, a JSON file, gets the seconds of each step. If it is there already, its commands are not
-run again: an interrupted run resumes, with a new session of Python. Needs nothing but Python.
+run again: an interrupted run resumes, with a new session of Python. STEPS: stop after so many. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def requirements(text: str) -> list[str]:
     return shlex.split(line[1]) if line else []
 
 
-def run_page(page: Path, report: Path) -> None:
-    """Run the page in the current directory; `report` gets each step's name and seconds when it ends.
+def run_page(page: Path, report: Path, most: int = sys.maxsize) -> None:
+    """Run the page, or the `most` first steps, in the current directory; `report` gets each one's name and seconds as it ends.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
@@ -55,6 +55,8 @@ def run_page(page: Path, report: Path) -> None:
         for block in BLOCK.finditer(text):
             kind, title, content = block.groups()
             line = text.count("\n", 0, block.start(3))
+            if len(steps) >= most:
+                break
             if title:
                 Path(title).write_text(content, encoding="utf-8")
             elif kind == "python":
@@ -63,7 +65,7 @@ def run_page(page: Path, report: Path) -> None:
             else:
                 for command in commands(content):
                     is_over = command in done and not command.startswith(SERVER)
-                    if not is_over and not command.startswith(INSTALLERS):
+                    if not is_over and not command.startswith(INSTALLERS) and len(steps) < most:
                         with timed(command, steps, report):
                             servers += run_command(command)
     finally:
@@ -117,4 +119,4 @@ def cpu_seconds() -> float:
 if __name__ == "__main__":
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     sys.path[0] = ""  # as in a session of the reader's: the current directory, not this file's
-    run_page(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_page(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -103,6 +103,12 @@ def test_the_plan_is_printed_without_weights_and_nothing_is_written(moh, smollm2
     assert sorted(smollm2.iterdir()) == before
 
 
+def test_the_page_shows_what_is_printed(moh, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(smollm2)  # away from this machine's measured times
+    page = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    assert "\n".join(moh("convert", "--plan", smollm2).out).strip() in page
+
+
 @pytest.mark.parametrize(
     ("options", "share"),
     [

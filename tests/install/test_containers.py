@@ -23,6 +23,49 @@ def test_an_image_runs_the_script_and_copies_what_it_needs(kind: str) -> None:
     )
 
 
+def instructions(kind: str) -> list[str]:
+    lines = (ROOT / "install" / f"Dockerfile.{kind}").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_images_differ_in_pytorch_alone() -> None:
+    cpu, cuda = instructions("cpu"), instructions("cuda")
+    own = {
+        "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu": None,
+        'RUN TORCH_INDEX="$TORCH_INDEX" /home/moh/source/install/container.sh cpu /opt/moh $EXTRAS': cuda[-3],
+    }
+    assert [line for line in (own.get(line, line) for line in cpu) if line] == [
+        line for line in cuda if not line.startswith("ENV NVIDIA_")
+    ]
+
+
+PYTHON = """#!/bin/sh
+echo "$0 $*" >> "$LOG"
+if [ "$2" = venv ]; then
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    cp "$0" "$3/bin/moh"
+fi
+"""
+"""Stands for Python and for `moh`: notes how it was called, and `-m venv` copies it."""
+
+
+@pytest.mark.parametrize(("kind", "torch"), [("cpu", "cpu"), ("cuda", "index")])
+def test_the_steps_of_an_image_in_order(kind: str, torch: str, tmp_path: Path) -> None:
+    python, log = tmp_path / "python3", tmp_path / "log"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    away = os.environ | {"PYTHON": str(python), "LOG": str(log), "TORCH_INDEX": "https://one"}
+    script = ROOT / "install" / "container.sh"
+    subprocess.run([script, kind, tmp_path / "made", "hf", "plot"], env=away, check=True)
+    made = tmp_path / "made" / "bin"
+    venv, install, check, info = log.read_text().splitlines()
+    assert venv == f"{python} -m venv {tmp_path / 'made'}"
+    assert install.startswith(f"{made / 'python'} {script.parent}/../install/environment.py --copy --torch {torch} ")
+    assert install.endswith("--torch-index https://one --pip-flags=--quiet --no-cache-dir hf plot")
+    assert (check, info) == (f"{made / 'python'} -", f"{made / 'moh'} info")
+
+
 def test_the_images_are_not_sent_without_what_is_installed() -> None:
     ignored = {
         line.strip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")
