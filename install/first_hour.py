@@ -12,7 +12,6 @@ Environments and files are removed afterwards, cells are kept in `--work`. Needs
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -34,7 +33,6 @@ from moh._files import write_text
 TUTORIALS = ("nanogpt", "heads", "convert", "images", "diffusion")
 TOOLS = ("pip", "uv")
 REPLACED = {
-    "heads": {"Instruct smollm2-moh  ": "Instruct smollm2-moh --calibration-tokens 12288"},  # instead of 49,152
     "convert": {
         " --share 0.75 --shares": " --calibration-tokens 12288 --share 0.75 --shares",  # instead of 49,152
         " --push-to-hub you/smollm2-moh": "",  # nobody is logged in
@@ -90,14 +88,16 @@ def main() -> int:
     make_hub(work / "hub")
     for tutorial in options.only:
         for tool in options.tools:
-            if not (cell := work / f"{tutorial}-{tool}.json").exists():
-                place = work / f"{tutorial}-{tool}"
-                python = options.python or install(
-                    tool, place, options.wheel.resolve(), requirements(text_of(tutorial))
-                )
-                if options.step == "run":
-                    write_text(cell, json.dumps(run_tutorial(tutorial, place, work, python, options.steps), indent=1))
-                shutil.rmtree(place)
+            place = work / f"{tutorial}-{tool}"
+            cell, noted = (place.with_name(f"{place.name}{end}.json") for end in ("", "-install"))
+            if (noted if options.step == "install" else cell).exists():
+                continue
+            python = options.python or install(
+                tool, place, noted, options.wheel.resolve(), requirements(text_of(tutorial))
+            )
+            if options.step == "run":
+                write_text(cell, json.dumps(run_tutorial(tutorial, place, work, python, options.steps), indent=1))
+            shutil.rmtree(place)
     return 0
 
 
@@ -137,12 +137,12 @@ def run_tutorial(tutorial: str, place: Path, work: Path, python: Path, steps: in
     }
 
 
-def install(tool: str, place: Path, wheel: Path, names: list[str]) -> Path:
+def install(tool: str, place: Path, noted: Path, wheel: Path, names: list[str]) -> Path:
     """Make the environment as docs/install.md says, unless it is there already; its Python.
 
-    Seconds, bytes and versions are noted beside `place`.
+    `noted` gets seconds, bytes and versions.
     """
-    environment, noted = place / "environment", place.with_name(f"{place.name}-install.json")
+    environment = place / "environment"
     python = environment / "bin" / "python"
     if noted.exists() and python.exists():
         return python
@@ -310,34 +310,34 @@ def make_dit(folder: Path) -> None:
 
 
 def collect(work: Path, name: str) -> dict[str, Any]:
-    """What was measured of a tutorial and tool; of a run that was interrupted, the steps that ended."""
-    if (cell := work / f"{name}.json").exists():
-        return dict(json.loads(cell.read_text(encoding="utf-8")))
-    found = dict(json.loads(file.read_text())) if (file := work / name / "installed.json").exists() else {}
-    if (report := work / name / "steps.json").exists():
-        found["steps"] = json.loads(report.read_text(encoding="utf-8"))
-    return found
+    """What was measured of a tutorial and tool: of the installation and of the page, if it ran."""
+    files = (work / f"{name}{end}.json" for end in ("-install", ""))
+    return {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
 
 
 def table(cells: dict[str, Any]) -> str:
-    """Markdown: the installation of each tutorial's packages, and below it each step that was run."""
-    installed = ["| tutorial | pip: wall, CPU time | disk | uv: wall, CPU time | disk |", "| --- " * 5 + "|"]
-    steps = ["| tutorial | command, or code at this line of the page | wall, CPU time |", "| --- " * 3 + "|"]
+    """Markdown: a row for each tutorial."""
+    rows = ["| tutorial | by pip | by uv | its commands, the longest | files |", "| --- " * 5 + "|"]
     for tutorial in TUTORIALS:
-        link = f"[{tutorial}](tutorials/{tutorial}.md)"
-        found = [cells.get(f"{tutorial}-{tool}") for tool in TOOLS]
-        parts = [(spent(cell["install"]), size(cell["environment"])) if cell else ("–", "–") for cell in found]
-        installed.append(f"| {' | '.join([link, *itertools.chain.from_iterable(parts)])} |")
-        ran = next((cell["steps"] for cell in reversed(found) if cell and "steps" in cell), [])
-        steps += [f"| {link} | `{step['step']}` | {spent(step)} |" for step in ran]
-    return "\n".join([*installed, "", *steps, ""])
+        found = [cells.get(f"{tutorial}-{tool}", {}) for tool in TOOLS]
+        parts = [
+            f"{words(cell['install']['wall'])}, {size(cell['environment'])}" if "install" in cell else "–"
+            for cell in found
+        ]
+        ran = next((cell for cell in found if cell.get("whole")), None)
+        if ran is not None:
+            longest = max(ran["steps"], key=lambda step: step["cpu"])
+            name = (
+                "some Python" if longest["step"].startswith("Python") else f"`{' '.join(longest['step'].split()[:2])}`"
+            )
+            total = sum(step["cpu"] for step in ran["steps"])
+            parts += [f"{words(total)}, {name} {words(longest['cpu'])}", size(ran["files"])]
+        rows.append(f"| {' | '.join([f'[{tutorial}](tutorials/{tutorial}.md)', *parts])} |")
+    return "\n".join([*rows, ""])
 
 
-def spent(seconds: dict[str, float]) -> str:
-    def words(value: float) -> str:
-        return f"{value:.0f} s" if value < 100 else f"{value / 60:.1f} min"
-
-    return f"{words(seconds['wall'])}, {words(seconds['cpu'])}"
+def words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,17 +76,19 @@ def test_other_classes_than_the_checkpoints_are_named(moh, classifiers, folder: 
     assert result.code == 2 and "lacks 'cow' and also has 'emu'" in result.err[0]
 
 
-def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logging_steps", [1, 5], ids=["each step", "more than all steps"])
+def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path, logging_steps: int) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "task: image_classification\n"
         "model: {name: moh_vit_micro_patch4_28_75, kwargs: {img_size: 8, embed_dim: 20, depth: 2, num_heads: 5}}\n"
         f"data: {{dataset: {folder}}}\n"
-        f"training: {{output_dir: {tmp_path / 'out'}, max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1}}\n"
+        f"training: {{output_dir: {tmp_path / 'out'}, max_steps: 2, per_device_train_batch_size: 4, "
+        f"logging_steps: {logging_steps}}}\n"
     )
     result = moh("train", recipe, "--training.precision=fp32", "--training.extra={'disable_tqdm': true}")
     assert result.code == 0, result.err
-    assert result.out[-1].startswith(f"{tmp_path / 'out' / 'model'}: step 2, loss ")
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'out' / 'model'))}: step 2, loss \d+\.\d+, fp32", result.out[-1])
     assert moh("eval", tmp_path / "out" / "model", "--images", folder).code == 0
 
 

@@ -60,8 +60,12 @@ class RunResult:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of every entry."""
-        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
+        """(step, training loss) of every entry; the last step and the mean if the run ended before the first one."""
+        by_name = {
+            name: [(int(entry["step"]), float(entry[name])) for entry in self.log_history if name in entry]
+            for name in ("loss", "train_loss")
+        }
+        return by_name["loss"] or by_name["train_loss"]
 
 
 @dataclass(frozen=True)
