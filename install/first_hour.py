@@ -317,21 +317,24 @@ def collect(work: Path, name: str) -> dict[str, Any]:
 
 def table(cells: dict[str, Any]) -> str:
     """Markdown: a row for each tutorial."""
-    rows = ["| tutorial | by pip | by uv | its commands, the longest | files |", "| --- " * 5 + "|"]
+    rows = ["| tutorial | by pip | by uv | all commands | the longest | files |", "| --- " * 6 + "|"]
     for tutorial in TUTORIALS:
         found = [cells.get(f"{tutorial}-{tool}", {}) for tool in TOOLS]
         parts = [
             f"{words(cell['install']['wall'])}, {size(cell['environment'])}" if "install" in cell else "–"
             for cell in found
         ]
-        ran = next((cell for cell in found if cell.get("whole")), None)
-        if ran is not None:
-            longest = max(ran["steps"], key=lambda step: step["cpu"])
-            name = (
-                "some Python" if longest["step"].startswith("Python") else f"`{' '.join(longest['step'].split()[:2])}`"
-            )
-            total = sum(step["cpu"] for step in ran["steps"])
-            parts += [f"{words(total)}, {name} {words(longest['cpu'])}", size(ran["files"])]
+        ran: dict[str, Any] = next((cell for cell in found if cell.get("whole")), {})
+        if steps := ran.get("steps", []):
+            longest = max(steps, key=lambda step: step["cpu"])
+            name = "Python" if longest["step"].startswith("Python") else f"`{' '.join(longest['step'].split()[:2])}`"
+            parts += [
+                f"{words(sum(step['cpu'] for step in steps))}",
+                f"{name}, {words(longest['cpu'])}",
+                size(ran["files"]),
+            ]
+        else:
+            parts += ["–"] * 3
         rows.append(f"| {' | '.join([f'[{tutorial}](tutorials/{tutorial}.md)', *parts])} |")
     return "\n".join([*rows, ""])
 

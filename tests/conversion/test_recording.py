@@ -40,6 +40,10 @@ def test_a_second_pass_reads_what_the_first_one_saw(make_dense, tokens, dtype) -
         assert_equal(seen_by(dense, Playback(recording, range(3))), expected)
         dense.model.forward = None  # it isn't run again
         dense.run = None
+    sizes = dense.model.config  # the file is as large as docs/conversion.md says
+    numbers = sizes.hidden_size + sizes.num_attention_heads * sizes.head_dim
+    size = tokens[:10].numel() * sizes.num_hidden_layers * numbers * dtype.itemsize
+    assert recording._file.seek(0, os.SEEK_END) == size
 
 
 @pytest.mark.parametrize("runs_before", [0, 1])
