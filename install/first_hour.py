@@ -35,12 +35,15 @@ TOOLS = ("pip", "uv")
 REPLACED = {
     "convert": {
         " --share 0.75 --shares": " --calibration-tokens 12288 --share 0.75 --shares",  # instead of 49,152
+        " --shares 0.6 0.75 0.9 1 --files texts/": " --shares 0.75 1 --files texts/ --max-tokens 2048 --repeats 1",
         " --push-to-hub you/smollm2-moh": "",  # nobody is logged in
     },
     "images": {  # "a task for a GPU"
         "$ moh train photos.yaml\n": "$ moh train photos.yaml --training.epochs 0 --training.max_steps 1\n"
     },
-    "diffusion": {"$ moh train dit/fashion_mnist\n": "$ moh train dit/fashion_mnist --training.max_steps 300\n"},
+    "diffusion": {
+        "dit/fashion_mnist\n": "dit/fashion_mnist --training.max_steps 100 --training.warmup_steps 10\n"  # of 6,000
+    },
 }
 """Tutorial -> commands that can't be run as they stand, and what is run instead."""
 
@@ -310,9 +313,12 @@ def make_dit(folder: Path) -> None:
 
 
 def collect(work: Path, name: str) -> dict[str, Any]:
-    """What was measured of a tutorial and tool: of the installation and of the page, if it ran."""
+    """What was measured of a tutorial and tool: of the installation, and of the page the steps that have ended."""
     files = (work / f"{name}{end}.json" for end in ("-install", ""))
-    return {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
+    found = {key: value for file in files if file.exists() for key, value in json.loads(file.read_text()).items()}
+    if "steps" not in found and (report := work / name / "steps.json").exists():
+        found["steps"] = json.loads(report.read_text())
+    return found
 
 
 def table(cells: dict[str, Any]) -> str:
@@ -324,14 +330,14 @@ def table(cells: dict[str, Any]) -> str:
             f"{words(cell['install']['wall'])}, {size(cell['environment'])}" if "install" in cell else "–"
             for cell in found
         ]
-        ran: dict[str, Any] = next((cell for cell in found if cell.get("whole")), {})
+        ran: dict[str, Any] = max(found, key=lambda cell: len(cell.get("steps", [])))
         if steps := ran.get("steps", []):
             longest = max(steps, key=lambda step: step["cpu"])
             name = "Python" if longest["step"].startswith("Python") else f"`{' '.join(longest['step'].split()[:2])}`"
             parts += [
-                f"{words(sum(step['cpu'] for step in steps))}",
+                words(sum(step["cpu"] for step in steps)) + ("" if ran.get("whole") else ", not all"),
                 f"{name}, {words(longest['cpu'])}",
-                size(ran["files"]),
+                size(ran["files"]) if "files" in ran else "–",
             ]
         else:
             parts += ["–"] * 3
