@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from sentence_encoder import fetch_encoder
 from transformers.cache_utils import StaticLayer
 
 import moh
-from moh._files import write_text
+from moh._files import replacing_file, write_text
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name
 from moh.models.exported import RUNTIMES, export_model, load_exported
@@ -49,9 +49,11 @@ PARTS = {
     ("transnext", "model"): "MoH-ViT-S of the paper (TransNeXt), 6 of its 37 blocks, one image, 75 % of the heads",
 }
 VARIANTS = ("dense", "routed", "fixed")
+WHOLE = ("vit", "transnext")  # models of timm, which can't be without some of their heads
 LAYERS = 30  # of SmolLM2-135M
 CACHE = 288  # tokens, where its length is fixed
 ROUNDS = 15
+WORK = Path("runs/exported")
 Inputs = dict[str, torch.Tensor]
 
 
@@ -74,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=LAYERS, help="only the first ones of SmolLM2 (default: all, 30)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of each program, in turns")
     parser.add_argument("--alone", action="store_true", help="nothing else runs on the machine, as the page then says")
-    parser.add_argument("--work", type=Path, default=Path("runs/exported"))
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
     return parser
 
@@ -150,7 +152,7 @@ def converted(dense: Any, calibration: torch.Tensor, heads: Mapping[str, Any]) -
 
 
 def of_timm(names: Mapping[str, str], **options: Any) -> tuple[Inputs, Variants]:
-    """Models of random weights; timm's can't be without some of their heads, so none has fixed ones."""
+    """Models of random weights."""
     torch.manual_seed(0)
     image = torch.randn(1, 3, 224, 224)
     return dict(x=image), {kind: partial(named, name, options) for kind, name in names.items()}
@@ -165,11 +167,19 @@ def random_ids(batch: int, tokens: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(1000, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
+def variants_of(name: str) -> list[str]:
+    """The variants that a model has."""
+    return [kind for kind in VARIANTS if kind != "fixed" or name not in WHOLE]
+
+
 # Export, and what PyTorch gives
 
 
 def export(options: argparse.Namespace, name: str) -> None:
-    """Export the variants of a model, with the inputs and outputs of the unexported model next to them."""
+    """Export the variants of a model, with the inputs and outputs of the unexported model next to them.
+
+    `calls.pt` is moved into place after all else: a folder that has it is complete.
+    """
     inputs, variants = MODELS[name](options.layers)
     is_dynamic = RUNTIMES[options.runtime].is_dynamic
     decodes = name == "smollm2"
@@ -177,14 +187,19 @@ def export(options: argparse.Namespace, name: str) -> None:
     cache = dict(cache_length=CACHE) if decodes and not is_dynamic else {}
     for kind, make in variants.items():
         folder = options.work / options.runtime / f"{name}-{kind}"
-        if (folder / "calls.pt").is_file():
+        if is_complete(folder):
             exported_config(folder, options, name)
             continue
         start = time.perf_counter()
         model = make()
         export_model(model, example, options.runtime, folder / "program", decodes=decodes, **cache)
-        torch.save(calls(model, inputs, decodes, is_dynamic), folder / "calls.pt")
+        with replacing_file(folder / "calls.pt") as file:
+            torch.save(calls(model, inputs, decodes, is_dynamic), file)
         print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "calls.pt").is_file()
 
 
 def exported_config(folder: Path, options: argparse.Namespace, name: str) -> Any:
@@ -237,6 +252,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
     kept = options.work / f"{options.runtime}-{name}.json"
     if kept.is_file():
         row = json.loads(kept.read_text(encoding="utf-8"))
+        check_measured(row, variants_of(name), kept)
         then, now = [row["rounds"]], [options.rounds]
         if name == "smollm2":
             then, now = [*then, row["layers"]], [*now, options.layers]
@@ -248,10 +264,10 @@ def measure(options: argparse.Namespace, name: str) -> None:
         return
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for kind in VARIANTS:
-        folder = options.work / options.runtime / f"{name}-{kind}"
-        if kind == "fixed" and not folder.is_dir():
-            continue
+    folders = {kind: options.work / options.runtime / f"{name}-{kind}" for kind in variants_of(name)}
+    if missing := [str(folder) for folder in folders.values() if not is_complete(folder)]:
+        raise ValueError(f"there is no complete export in {' or '.join(missing)}: {export_command(options, name)}")
+    for kind, folder in folders.items():
         config = exported_config(folder, options, name)
         threads = 1 if RUNTIMES[options.runtime].limits_threads else None  # the others have one core: see `take`
         runners = load_exported(folder / "program", threads=threads).runners
@@ -285,6 +301,19 @@ def measure(options: argparse.Namespace, name: str) -> None:
     )
     write_text(kept, json.dumps(row, indent=1) + "\n")
     print(json.dumps(row), flush=True)
+
+
+def check_measured(row: Mapping[str, Any], kinds: Sequence[str], file: Path) -> None:
+    """Refuse a result in which a variant is missing."""
+    for part, measured in row["parts"].items():
+        if missing := [kind for kind in kinds if kind not in measured]:
+            raise ValueError(f"{file} has no {' and no '.join(missing)} model ({part}): delete it and measure again")
+
+
+def export_command(options: argparse.Namespace, name: str) -> str:
+    """The command line that makes the missing exports of a model."""
+    layers = options.layers if name == "smollm2" else LAYERS
+    return command_line("export", runtime=options.runtime, models=[name], layers=layers, work=options.work)
 
 
 def empty_cache(config: Any, is_dynamic: bool) -> Any:
@@ -328,7 +357,6 @@ def collect(work: Path, committed: Path) -> list[dict[str, Any]]:
 
 def made_by(rows: list[dict[str, Any]]) -> list[str]:
     """The command lines that make all rows, and the page of them."""
-    defaults = dict(runtime=None, models=[*MODELS], layers=LAYERS, rounds=ROUNDS)
     lines = []
     for (runtime, rounds, alone), group in itertools.groupby(
         rows, lambda row: (row["runtime"], row["rounds"], row.get("alone", False))
@@ -336,9 +364,15 @@ def made_by(rows: list[dict[str, Any]]) -> list[str]:
         layers = {row["model"]: row["layers"] for row in group}
         given = dict(runtime=runtime, models=[m for m in MODELS if m in layers], layers=layers.get("smollm2", LAYERS))
         for step, values in (("export", given), ("measure", given | dict(rounds=rounds))):
-            line = command(f"{NAME}.py", values, defaults).replace(f"{NAME}.py", f"{NAME}.py {step}")
+            line = command_line(step, **values)
             lines.append(f"{line} --alone" if alone and step == "measure" else line)
     return [*lines, f"python experiments/{NAME}.py page"]
+
+
+def command_line(step: str, **values: Any) -> str:
+    """How a step is called; options that have their defaults are left out."""
+    defaults = dict(runtime=None, models=[*MODELS], layers=LAYERS, rounds=ROUNDS, work=WORK)
+    return command(f"{NAME}.py", values, defaults).replace(f"{NAME}.py", f"{NAME}.py {step}")
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -380,7 +414,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "projections stay dense. MiniLM and the ViTs have as many key/value heads as heads: they compute all heads, and the "
         "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
         "projections. Heads are chosen on random inputs, since neither equality nor time depends on which they are. "
-        "The ViTs have random weights. A dash: not measured; timm's models can't be without some of their heads."
+        "The ViTs have random weights. A dash: timm's models can't be without some of their heads."
         + (cut if few else "")
         + "\n\n"
         "| runtime | model | error, dense | routed | fixed | MB, dense | routed | fixed | ms, dense | routed / dense "

@@ -25,6 +25,7 @@ if not hasattr(exporters, "ExportedModel"):
 import moh  # noqa: E402
 import moh.models.transformers  # noqa: E402
 from engines_on_cpu import needs  # noqa: E402
+from moh.cli import main  # noqa: E402
 from moh.models.exported import RUNTIMES, export_model, load_exported  # noqa: E402
 
 GROUPED = dict(routing_unit="group_balanced", num_attention_heads=6, num_key_value_heads=2, shared_heads=2)
@@ -214,6 +215,21 @@ def test_models_of_other_libraries_take_any_number_of_samples(tmp_path: Path, na
     assert_equal(model, program, inputs, *others(inputs))
 
 
+class Scaled(nn.Module):
+    """A model with inputs that belong to no sample, of other first sizes than the samples' number."""
+
+    def forward(self, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return x * scale + bias
+
+
+@pytest.mark.usefixtures("dynamic")
+def test_inputs_of_no_sample_keep_their_shapes(tmp_path: Path) -> None:
+    model, rest = Scaled().eval(), dict(scale=torch.arange(3.0), bias=torch.ones(1, 3))
+    inputs = rest | dict(x=torch.randn(2, 3))  # the order is that of forward
+    program = load_exported(export_model(model, inputs, "torch", tmp_path / "out"))
+    assert_equal(model, program, inputs, rest | dict(x=torch.randn(5, 3)), rest | dict(x=torch.randn(1, 3)))
+
+
 class Counting(nn.Module):
     """A model whose program would take two samples alone."""
 
@@ -224,7 +240,8 @@ class Counting(nn.Module):
 @pytest.mark.usefixtures("dynamic")
 def test_a_model_that_fixes_the_number_of_samples_is_refused(tmp_path: Path) -> None:
     message = (
-        r"any number of samples for runtime 'torch', but Counting makes .* as len\(x\) does: read x.shape\[0\] instead"
+        r"any number of samples for runtime 'torch', but Counting makes the first size of x in the example a constant, as "
+        r"len\(x\) does: read x.shape\[0\] instead; if not all of them have samples, take an example in which"
     )
     with pytest.raises(ValueError, match=message):
         export_model(Counting().eval(), dict(x=torch.ones(2, 3)), "torch", tmp_path / "out")
@@ -294,15 +311,32 @@ def test_a_text_is_read_and_tokens_are_decoded_with_the_cache(tmp_path: Path, ru
 
 
 @pytest.mark.slow
-def test_the_loop_on_the_page_writes_the_tokens_of_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_code_on_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_dir: Path, text_file: Path, runtime: str
+) -> None:
+    """The commands and blocks of docs/serving.md's section, on a tiny model; each runtime takes the blocks that it can."""
+    needs(runtime, RUNTIMES[runtime].needs)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moh.data.text.named.calibration_texts", lambda names, **_: [text_file.read_text("utf-8")])
     page = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "StaticCache" in block]
-    model, inputs = tiny_model(), ids(2, 12)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    names = dict(model=model, inputs=inputs, torch=torch, export_model=export_model, load_exported=load_exported)
-    exec(code.replace('"executorch"', '"torch"'), names)
-    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 12:]
+    section = page[page.index("\n## Export") :]
+    (convert,) = re.findall(r"^\$ moh (.+)$", section, re.MULTILINE)
+    assert main(convert.replace("BASE", str(base_dir)).split()) == 0
+    first, of_timm, loop = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first.replace('"onnx"', f'"{runtime}"'), names)
+    model, inputs = names["model"], names["inputs"]
+    with torch.no_grad():
+        assert_close(names["logits"], model(**inputs).logits)
+    if runtime == "openvino":
+        exec(of_timm, names)
+        assert names["logits"].shape == (2, 1000)
+    if RUNTIMES[runtime].is_dynamic:
+        return
+    exec(loop.replace('"executorch"', f'"{runtime}"'), names)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(torch.cat(names["written"], 1), expected)
 
 

@@ -28,6 +28,13 @@ def encoder() -> Any:
     return transformers.BertModel(transformers.BertConfig(**TINY)).eval()
 
 
+def with_buffer(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Parameters in float32 on the CPU, and a buffer that is not."""
+    model = encoder()
+    model.embeddings.register_buffer("scale", torch.ones(2, dtype=dtype, device=device))
+    return model
+
+
 class Around(torch.nn.Module):
     """What PEFT and others put around a model."""
 
@@ -76,6 +83,9 @@ def write_manifest(folder: Path, runtime: str) -> None:
         (lambda: decoder().train(), "torch", {}, r"model must be in evaluation mode, .* call model.eval\(\)"),
         (lambda: decoder().bfloat16(), "torch", {}, r"in float32, got \S+ in torch.bfloat16: call model.float\(\)"),
         (lambda: decoder().to("meta"), "torch", {}, r"on the CPU, got \S+ on meta: call model.cpu\(\)"),
+        (lambda: with_buffer(torch.bfloat16), "torch", {}, r"in float32, got embeddings.scale in torch.bfloat16"),
+        (lambda: with_buffer(torch.float64), "onnx", {}, r"in float32, got embeddings.scale in torch.float64: call"),
+        (lambda: with_buffer(device="meta"), "torch", {}, r"on the CPU, got embeddings.scale on meta: call model.cpu"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(

@@ -57,6 +57,60 @@ def test_variants_are_exported_measured_and_resumed(tmp_path: Path, monkeypatch:
     assert kinds["fixed"]["bytes"] < kinds["dense"]["bytes"] < kinds["routed"]["bytes"]
 
 
+@pytest.mark.parametrize(
+    ("name", "finished", "missing"),
+    [
+        ("minilm", (), ("dense", "routed", "fixed")),
+        ("minilm", ("dense", "routed"), ("fixed",)),
+        ("smollm2", ("dense", "fixed"), ("routed",)),
+        ("vit", ("dense",), ("routed",)),  # none with fixed heads
+    ],
+)
+def test_a_variant_that_is_missing_is_named_with_the_command_that_makes_it(
+    tmp_path: Path, name: str, finished: tuple[str, ...], missing: tuple[str, ...]
+) -> None:
+    folders = {kind: tmp_path / "onnx" / f"{name}-{kind}" for kind in exported.VARIANTS}
+    for kind, folder in folders.items():
+        (folder / "program").mkdir(parents=True)  # all were begun
+        if kind in finished:
+            torch.save({}, folder / "calls.pt")
+    given = ["measure", "--runtime", "onnx", "--models", name, "--work", str(tmp_path), "--layers", "4"]
+    with pytest.raises(ValueError, match="there is no complete export in") as error:
+        exported.measure(exported.make_parser().parse_args(given), name)
+    message, shown = str(error.value).split(": python experiments/exported.py ")
+    assert message.endswith(" or ".join(str(folders[kind]) for kind in missing))
+    options = exported.make_parser().parse_args(shown.split())
+    layers = 4 if name == "smollm2" else exported.LAYERS
+    assert vars(options) | dict(step="measure", layers=4) == vars(exported.make_parser().parse_args(given))
+    assert (options.step, options.layers) == ("export", layers)
+
+
+def test_an_export_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is interrupted, the file that says that an export is complete is not there, not even in part."""
+    made: list[Path] = []
+
+    def fake_export(model: Any, inputs: Any, runtime: str, folder: Path, **options: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        made.append(folder)
+
+    def interrupted(value: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exported, "MODELS", dict(minilm=tiny_encoder))
+    monkeypatch.setattr(exported, "export_model", fake_export)
+    options = exported.make_parser().parse_args(["export", "--runtime", "torch", "--work", str(tmp_path)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        exported.export(options, "minilm")
+    dense, routed, fixed = (tmp_path / "torch" / f"minilm-{kind}" for kind in exported.VARIANTS)
+    assert [file.name for file in dense.iterdir()] == ["program"]
+    exported.export(options, "minilm")
+    exported.export(options, "minilm")
+    assert made == [folder / "program" for folder in (dense, dense, routed, fixed)]
+    assert all(torch.load(folder / "calls.pt") for folder in (dense, routed, fixed))
+
+
 @pytest.mark.slow
 def test_a_text_is_read_and_a_token_decoded_with_a_cache_of_fixed_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,8 +236,22 @@ def test_a_result_of_other_options_is_not_taken_for_one_of_these(tmp_path: Path,
         exported.measure(exported.make_parser().parse_args([*given, option, value]), "smollm2")
 
 
+def test_a_result_without_one_of_the_variants_is_refused(tmp_path: Path) -> None:
+    row = measured(model="minilm", layers=None)
+    del row["parts"]["decode"]["fixed"]
+    (tmp_path / "onnx-minilm.json").write_text(json.dumps(row), encoding="utf-8")
+    options = exported.make_parser().parse_args(["measure", "--runtime", "onnx", "--work", str(tmp_path)])
+    with pytest.raises(
+        ValueError, match=r"onnx-minilm.json has no fixed model \(decode\): delete it and measure again"
+    ):
+        exported.measure(options, "minilm")
+
+
 def test_an_export_of_other_layers_is_refused(tmp_path: Path) -> None:
-    transformers.LlamaConfig(num_hidden_layers=4).save_pretrained(tmp_path / "onnx" / "smollm2-dense" / "program")
+    for kind in exported.VARIANTS:
+        folder = tmp_path / "onnx" / f"smollm2-{kind}"
+        transformers.LlamaConfig(num_hidden_layers=4).save_pretrained(folder / "program")
+        torch.save({}, folder / "calls.pt")
     options = exported.make_parser().parse_args(["measure", "--runtime", "onnx", "--work", str(tmp_path)])
     with pytest.raises(ValueError, match=r"smollm2-dense was exported with 4 layers, got --layers 30"):
         exported.measure(options, "smollm2")

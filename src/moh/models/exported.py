@@ -92,7 +92,8 @@ def export_model(
             changed.
         inputs: an example of what the model is called with, by the names of its arguments (timm's models call images `x`).
             Programs for "executorch" and "torch" take inputs of exactly this shape. For other runtimes it must have 2 or more
-            samples; their programs take any number, and those of models of transformers other lengths too.
+            samples, counted by the first size of `forward`'s first tensor. Their programs take any number, and those of models
+            of transformers other lengths too; in other models a tensor with another first size keeps its shape.
         runtime: a name in `RUNTIMES`.
         directory: to create or replace.
         decodes: export a language model as two programs, `prefill` and `decode`, which take a cache and return it; by default
@@ -133,7 +134,7 @@ def export_model(
             program = exporter.export_for_generation(model, given, config, generation_config=generation)
         else:
             no_cache = {"use_cache": False} if _can_generate(model) else {}
-            with _fixed_samples_refused(model, runtime):
+            with _fixed_samples_refused(model, inputs, runtime):
                 program = exporter.export(model, {**inputs, **no_cache}, config)
     if not isinstance(model, transformers.PreTrainedModel):
         program.config = None  # diffusers' can't be saved by transformers
@@ -153,11 +154,20 @@ def _dynamic_shapes(model: nn.Module, inputs: Mapping[str, Any], runtime: Runtim
     if not runtime.is_dynamic or isinstance(model, transformers.PreTrainedModel):
         return None
     samples = {0: torch.export.Dim.DYNAMIC}  # an error where a model fixes their number
-    return {k: samples if isinstance(v, Tensor) and v.dim() > 0 else None for k, v in inputs.items()}
+    per_sample = _per_sample(model, inputs)
+    return {name: samples if name in per_sample else None for name in inputs}
+
+
+def _per_sample(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs that have a row for each sample: the first tensor of `forward`, and those of the same first size."""
+    names = sorted(inputs, key=[*inspect.signature(model.forward).parameters, *inputs].index)
+    tensors = {name: inputs[name] for name in names if isinstance(inputs[name], Tensor) and inputs[name].dim() > 0}
+    sizes = [tensor.shape[0] for tensor in tensors.values()]
+    return {name: tensor for name, tensor in tensors.items() if tensor.shape[0] == sizes[0]}
 
 
 @contextmanager
-def _fixed_samples_refused(model: nn.Module, runtime: str) -> Iterator[None]:
+def _fixed_samples_refused(model: nn.Module, inputs: Mapping[str, Any], runtime: str) -> Iterator[None]:
     """A ValueError where a program must take any number of samples, and the model's code makes that of the example a constant."""
     try:
         yield
@@ -165,9 +175,11 @@ def _fixed_samples_refused(model: nn.Module, runtime: str) -> Iterator[None]:
         if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
             raise
         fixed = " or ".join(repr(name) for name, other in RUNTIMES.items() if not other.is_dynamic)
+        names = " and ".join(_per_sample(model, inputs))
         raise ValueError(
-            f"model must take any number of samples for runtime {runtime!r}, but {type(model).__name__} makes the example's a "
-            f"constant, as len(x) does: read x.shape[0] instead, or export to {fixed}"
+            f"model must take any number of samples for runtime {runtime!r}, but {type(model).__name__} makes the first size of "
+            f"{names} in the example a constant, as len(x) does: read x.shape[0] instead; if not all of them have samples, take "
+            f"an example in which only samples have that size; or export to {fixed}"
         ) from error
 
 
@@ -307,11 +319,11 @@ def _check_state(model: nn.Module) -> None:
     """Refuse what would be frozen into the program, or fail inside the exporter."""
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
-            raise ValueError(f"model must be on the CPU, got {name} on {parameter.device}: call model.cpu()")
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise ValueError(f"model must be in float32, got {name} in {parameter.dtype}: call model.float()")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"model must be on the CPU, got {name} on {tensor.device}: call model.cpu()")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"model must be in float32, got {name} in {tensor.dtype}: call model.float()")
 
 
 def _check_decoding(
@@ -342,12 +354,14 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Any], runtime: str) -> 
         inspect.signature(model.forward).bind(**inputs)
     except TypeError as error:
         raise ValueError(f"inputs must be the arguments of {type(model).__name__}.forward by name: {error}") from None
-    one = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (1,)]
-    if one and RUNTIMES[runtime].is_dynamic:  # torch.export takes a size of 1 for a constant; OpenVINO crashed on a ViT
-        raise ValueError(
-            f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {one[0]} of shape "
-            f"{tuple(inputs[one[0]].shape)}: repeat them"
-        )
+    if not RUNTIMES[runtime].is_dynamic:
+        return
+    for name, tensor in _per_sample(model, inputs).items():
+        if tensor.shape[0] == 1:  # torch.export takes a size of 1 for a constant; OpenVINO crashed on a ViT
+            raise ValueError(
+                f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {name} of "
+                f"shape {tuple(tensor.shape)}: repeat them"
+            )
 
 
 def _check_threads(runtime: str, threads: int | None) -> None:
