@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import moh  # noqa: F401  # registers its models
+from moh.evaluation import cpu_name
 
 REQUESTS = 32
 SHORTEST, LONGEST = 8, 64
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all requests (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # it says for each request that none ends early
     options = GenerationConfig(max_new_tokens=arguments.tokens, do_sample=False, pad_token_id=0)
     models = {}
     for name in (arguments.dense, arguments.moh):
@@ -76,6 +79,7 @@ def main() -> None:
             rates.setdefault((name, "alone"), []).append(alone)
             rates.setdefault((name, "together"), []).append(together)
             same.setdefault(name, []).append(sum(a == b for a, b in zip(expected, got, strict=True)))
+    print(f"{cpu_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
     print("| model | one at a time | batched | same tokens |\n| --- | --- | --- | --- |")
     for name in models:
         alone, together = (cell(rates[name, way]) for way in ("alone", "together"))
