@@ -32,6 +32,9 @@ from moh.training import load_corpus, pack_tokens
 KINDS: dict[str, Callable[[], Any]] = {
     "float32": lambda: None,
     "torchao int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao int4, groups of 64": lambda: TorchAoConfig(
+        torchao.IntxWeightOnlyConfig(torch.int4, torchao.granularity.PerGroup(64))
+    ),
     "torchao int8, activations too": lambda: TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig()),
     "bitsandbytes 8 bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes 4 bit (nf4)": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
