@@ -109,13 +109,18 @@ Variants = dict[str, Callable[[], Any]]
 
 def smollm2(layers: int) -> tuple[Inputs, Variants]:
     dense = load_causal_lm(default_base_model(), dtype=torch.float32).eval()
-    if layers < LAYERS:
-        dense.model.layers = dense.model.layers[:layers]
-        dense.config.num_hidden_layers, dense.config.layer_types = layers, None
+    keep_first(dense, layers)
     dense.generation_config.eos_token_id, dense.generation_config.pad_token_id = None, 0
     ids = random_ids(1, 256, dense.config.vocab_size)
     heads = dict(shared_heads=3, active_heads=3, routing_unit="group_balanced")
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids)), converted(dense, ids, heads)
+
+
+def keep_first(model: Any, layers: int) -> None:
+    """Drop the layers of a language model after the first ones, and what its configuration says of them."""
+    model.model.layers = model.model.layers[:layers]
+    kinds = model.config.layer_types  # a cache of fixed length reads them
+    model.config.num_hidden_layers, model.config.layer_types = layers, kinds and kinds[:layers]
 
 
 def minilm(layers: int) -> tuple[Inputs, Variants]:

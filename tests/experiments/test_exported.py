@@ -124,6 +124,18 @@ def test_a_text_is_read_and_a_token_decoded_with_a_cache_of_fixed_length(
     assert all(found["error"] <= 1e-4 for kinds in row["parts"].values() for found in kinds.values())
 
 
+def test_the_first_layers_of_a_model_have_a_cache_of_fixed_length() -> None:
+    inputs, variants = tiny_decoder(layers=3)
+    model = variants["dense"]()
+    model.config.layer_types = ["full_attention"] * 3
+    exported.keep_first(model, 2)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=exported.CACHE)
+    assert len(cache.layers) == 2
+    with torch.no_grad():
+        cached = model(**inputs, past_key_values=cache)
+        torch.testing.assert_close(cached.logits, model(**inputs, use_cache=False).logits)
+
+
 def measured(**changes: Any) -> dict[str, Any]:
     parts = {
         part: {
