@@ -119,8 +119,9 @@ def smollm2(layers: int) -> tuple[Inputs, Variants]:
 def keep_first(model: Any, layers: int) -> None:
     """Drop the layers of a language model after the first ones, and what its configuration says of them."""
     model.model.layers = model.model.layers[:layers]
-    kinds = model.config.layer_types  # a cache of fixed length reads them
-    model.config.num_hidden_layers, model.config.layer_types = layers, kinds and kinds[:layers]
+    model.config.num_hidden_layers = layers
+    if kinds := getattr(model.config, "layer_types", None):  # a cache of fixed length reads them, if there are any
+        model.config.layer_types = kinds[:layers]
 
 
 def minilm(layers: int) -> tuple[Inputs, Variants]:
@@ -374,6 +375,11 @@ def made_by(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"python experiments/{NAME}.py page"]
 
 
+def short_title(row: Mapping[str, Any]) -> str:
+    """The name of a row's model, without what it reads."""
+    return next(title for (model, _), title in PARTS.items() if model == row["model"]).split(",")[0]
+
+
 def command_line(step: str, **values: Any) -> str:
     """How a step is called; options that have their defaults are left out."""
     defaults = dict(runtime=None, models=[*MODELS], layers=LAYERS, rounds=ROUNDS, work=WORK)
@@ -397,10 +403,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     rounds = " or ".join(map(str, sorted({row["rounds"] for row in rows})))
     machines = ", ".join(sorted({row["cpu"] for row in rows}))
     versions = ", ".join(sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()}))
-    alone = {row.get("alone", False) for row in rows}
-    company = {(True,): "with nothing else running", (False,): "next to other programs"}.get(
-        tuple(alone), "some rows next to other programs"
-    )
+    disturbed = [row for row in rows if not row.get("alone")]
+    exceptions = ", ".join(f"{short_title(row)} in {TITLES[row['runtime']]}" for row in disturbed)
+    company = "next to other programs" if len(disturbed) == len(rows) else "with nothing else running"
+    if 0 < len(disturbed) < len(rows):
+        company += f" (but for {exceptions}: next to other programs)"
     few = sorted({row["layers"] for row in rows if row["model"] == "smollm2" and row["layers"] < LAYERS})
     cut = (
         f" Where a row names {' or '.join(map(str, few))} layers, only the first of SmolLM2's {LAYERS} were exported: embedding "
@@ -419,7 +426,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "projections stay dense. MiniLM and the ViTs have as many key/value heads as heads: they compute all heads, and the "
         "routers cost time. *Fixed*: the same number of heads, the same ones for every token, the others cut out of the "
         "projections. Heads are chosen on random inputs, since neither equality nor time depends on which they are. "
-        "The ViTs have random weights. A dash: timm's models can't be without some of their heads."
+        "The ViTs have random weights. A dash: not measured; timm's models can't be without some of their heads."
         + (cut if few else "")
         + "\n\n"
         "| runtime | model | error, dense | routed | fixed | MB, dense | routed | fixed | ms, dense | routed / dense "

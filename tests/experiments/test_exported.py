@@ -124,10 +124,11 @@ def test_a_text_is_read_and_a_token_decoded_with_a_cache_of_fixed_length(
     assert all(found["error"] <= 1e-4 for kinds in row["parts"].values() for found in kinds.values())
 
 
-def test_the_first_layers_of_a_model_have_a_cache_of_fixed_length() -> None:
+@pytest.mark.parametrize("kinds", [{}, dict(layer_types=["full_attention"] * 3)], ids=["plain", "layer_types"])
+def test_the_first_layers_of_a_model_have_a_cache_of_fixed_length(kinds: dict[str, Any]) -> None:
     inputs, variants = tiny_decoder(layers=3)
     model = variants["dense"]()
-    model.config.layer_types = ["full_attention"] * 3
+    vars(model.config).update(kinds)
     exported.keep_first(model, 2)
     cache = transformers.StaticCache(config=model.config, max_cache_len=exported.CACHE)
     assert len(cache.layers) == 2
@@ -171,7 +172,7 @@ def test_the_page_has_each_program_next_to_the_dense_one() -> None:
     [
         ((True, True), "with nothing else running"),
         ((False, False), "next to other programs"),
-        ((True, False), "some rows next to other programs"),
+        ((True, False), "with nothing else running (but for SmolLM2-135M in `torch.export`: next to other programs)"),
     ],
 )
 def test_the_page_says_what_else_ran_and_which_layers_were_left_out(alone: tuple[bool, bool], company: str) -> None:
