@@ -261,6 +261,17 @@ def test_other_runtimes_give_the_same(tmp_path: Path, runtime: str, name: str) -
     assert_equal(model, program, inputs, *(others(inputs) if RUNTIMES[runtime].is_dynamic else ()))
 
 
+@pytest.mark.parametrize("runtime", [name for name in FOREIGN if RUNTIMES[name.values[0]].is_dynamic])
+def test_one_row_of_positions_does_for_all_samples(tmp_path: Path, runtime: str) -> None:
+    needs(runtime, RUNTIMES[runtime].needs)
+    model = tiny_model()
+    given = [
+        dict(input_ids=ids(batch, tokens)["input_ids"], position_ids=torch.arange(tokens)[None])
+        for batch, tokens in ((2, 12), (3, 7), (1, 30))
+    ]
+    assert_equal(model, load_exported(export_model(model, given[0], runtime, tmp_path / "out")), *given)
+
+
 def others(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """Other inputs that a program of dynamic shapes must take: texts of other lengths, and other numbers of samples."""
     if "input_ids" in inputs:
