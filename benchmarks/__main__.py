@@ -86,6 +86,12 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         require(package, extra=extra)
     if not options.subjects:
         options.subjects = _possible(runner.SUBJECTS, runner.NEEDED)
+    for name in ("model", "dtype"):
+        if (value := getattr(options, name)) and "model" not in options.subjects:
+            subjects = ", ".join(options.subjects)
+            raise ValueError(
+                f"--{name} {value} is for the subject model alone, got {subjects}: add model or leave it out"
+            )
     cases = runner.select(
         options.subjects, options.grid, checkpoint=options.model, dtype=options.dtype or "float32", only=options.only
     )

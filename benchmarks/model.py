@@ -49,7 +49,7 @@ def cases(grid: str, checkpoint: str | None = None, dtype: str = "float32") -> l
     if grid == "quick":
         layers = 2 if checkpoint is None else base.layers
         base = replace(base, length=128, layers=layers, shares=base.shares[1:2] or base.shares)
-    few = tuple(share for share in base.shares if share >= 0.5 and share != 7 / 9)
+    few = tuple(share for share in base.shares if share >= 0.5 and (checkpoint is not None or share != 7 / 9))
     length = base.length if checkpoint else min(256, base.length)
     training = replace(base, mode="training", length=length, shares=few or base.shares)
     decode = replace(base, mode="decode")

@@ -75,9 +75,9 @@ class Run:
     machine: Machine
     results: list[Result] = field(default_factory=list)
 
-    def measured(self) -> set[str]:
-        """Keys of the cases that need not be measured again."""
-        return {r.case.key for r in self.results if r.error is None}
+    def measured(self) -> set[Case]:
+        """Cases that need not be measured again; the same one at other shares must be."""
+        return {r.case for r in self.results if r.error is None}
 
     def add(self, result: Result) -> None:
         """Add a result, replacing an older one of the same case."""

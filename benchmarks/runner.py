@@ -63,7 +63,7 @@ def measure_missing(cases: Sequence[Case], run: Run, save: Path, measure: Measur
     A case that can't be measured is kept with its reason, and the others continue.
     """
     done, version = run.measured(), commit()
-    missing = [case for case in cases if case.key not in done]
+    missing = [case for case in cases if case not in done]
     failed = 0
     with tqdm(missing, unit="case", dynamic_ncols=True) as progress:
         for case in progress:

@@ -18,6 +18,7 @@ from benchmarks.dense import weigh_heads
 from benchmarks.presets import _attentions
 from benchmarks.runner import SUBJECTS, select
 from forks import Forks
+from moh.models.transformers import MoHLlamaConfig
 
 
 @pytest.mark.parametrize("active", (1, 3, 8))
@@ -170,6 +171,21 @@ def test_a_moh_checkpoint_is_measured_at_its_own_share_and_half_of_the_heads(
         for contender in contenders:
             with torch.set_grad_enabled(case.backward):
                 contender.run()
+
+
+@pytest.mark.parametrize(
+    "active, shares", [(7, (0.5, 7 / 9)), (6, (0.5, 6 / 9)), (4, (4 / 9,))], ids=lambda value: str(value)[:12]
+)
+def test_every_mode_of_a_moh_checkpoint_has_its_own_share(
+    active: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dict(num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, head_dim=64)
+    config = MoHLlamaConfig(**sizes, shared_heads=1, active_heads=active - 1)
+    monkeypatch.setattr(model, "_config", lambda path: config)
+    for grid in GRIDS:
+        found = model.cases(grid, "moh")
+        assert {case.mode for case in found} == {"prefill", "decode", "training"}
+        assert {case.shares for case in found} == {shares if grid != "quick" else shares[1:] or shares}
 
 
 def run_without(forks: Forks, missing: str, *words: str) -> subprocess.CompletedProcess[str]:

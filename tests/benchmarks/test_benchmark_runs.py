@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.__main__ import main
 from benchmarks.cases import Case, Contender
 from benchmarks.results import Machine, Result, Run
 from benchmarks.runner import measure_missing, select
@@ -89,10 +90,17 @@ def test_resuming_measures_only_what_is_missing_and_keeps_each_result_at_once(tm
 
     with pytest.raises(KeyboardInterrupt):
         measure_missing(CASES, Run(MACHINE), save, measure)
-    assert Run.load(save).measured() == {case.key for case in CASES[:2]}
+    assert Run.load(save).measured() == set(CASES[:2])
     assert measure_missing(CASES, Run.load(save), save, measure) == 0
     assert seen == [128, 256, 512, 512]
-    assert Run.load(save).measured() == {case.key for case in CASES}
+    assert Run.load(save).measured() == set(CASES)
+
+
+def test_resuming_measures_a_case_at_other_shares_again(tmp_path: Path) -> None:
+    run, other = Run(MACHINE, [result(CASES[0], 0.4, 0.9)]), replace(CASES[0], shares=(0.6,))
+    assert measure_missing(CASES[:1], run, tmp_path / "run.json", lambda case: pytest.fail("measured already")) == 0
+    assert measure_missing([other], run, tmp_path / "run.json", lambda case: [row("dense", None, 1.0)]) == 0
+    assert [r.case for r in run.results] == [other]
 
 
 def test_a_case_that_fails_is_kept_with_its_reason_and_tried_again(tmp_path: Path) -> None:
@@ -165,6 +173,13 @@ def test_page_shows_all_cpus_side_by_side_the_misses_and_the_remarks(
     assert "- A: core, forward, float32, a = 0.5: 0.50 instead of 0.45 (B1 H8 N512 D64 float32)" in lines
     assert "It has no large registers." in page
     assert "](images/speed_share.png)" in page and (tmp_path / "images" / "speed_share.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("option", [("--dtype", "bfloat16"), ("--model", "smollm2-moh")], ids=lambda words: words[0])
+def test_options_of_a_language_model_are_refused_without_one(option: tuple[str, str], capsys) -> None:
+    assert main(["core", "decode", "--list", *option]) == 2
+    message = f"{' '.join(option)} is for the subject model alone, got core, decode: add model or leave it out"
+    assert capsys.readouterr().err == f"benchmarks: {message}\n"
 
 
 def test_choosing_cases_by_subject_and_text() -> None:
