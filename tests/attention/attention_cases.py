@@ -17,9 +17,9 @@ from moh.attention.testing_inputs import ACTIVITIES, MASKS, SPECIAL_MASKS, Input
 __all__ = [
     "ACTIVITIES",
     "BACKENDS",
+    "EVERY_BACKEND",
     "FAST_BACKENDS",
     "ISAS",
-    "LEFT_OUT",
     "MASKS",
     "SHAPES",
     "SPECIAL_MASKS",
@@ -33,10 +33,14 @@ __all__ = [
 
 # Asked once and not by hundreds of tests; `cpu` is not asked, as it would be compiled for the answer.
 _REASONS = {name: moh.attention.BACKENDS[name].why_not(make_inputs().call) for name in ("flex", "triton")}
-LEFT_OUT = {name: reason for name, reason in _REASONS.items() if reason is not None}
-"""Backends that can't compute a plain call with gradients here -> the reason."""
+_LEFT_OUT = {
+    name: pytest.mark.skip(reason=f"{name}: {reason}") for name, reason in _REASONS.items() if reason is not None
+}
 
-BACKENDS = [pytest.param(b, id=name) for name, b in moh.attention.BACKENDS.items() if name not in LEFT_OUT]
+EVERY_BACKEND = [pytest.param(b, id=name, marks=_LEFT_OUT.get(name, [])) for name, b in moh.attention.BACKENDS.items()]
+"""Those that can't compute a plain call with gradients here are skipped with their reason."""
+
+BACKENDS = [backend for backend in EVERY_BACKEND if backend.id not in _LEFT_OUT]
 FAST_BACKENDS = [backend for backend in BACKENDS if backend.id != "reference"]
 
 ISAS = [*supported_instruction_sets(), "portable"]

@@ -9,8 +9,8 @@ import torch
 from attention_cases import (
     ACTIVITIES,
     BACKENDS,
+    EVERY_BACKEND,
     FAST_BACKENDS,
-    LEFT_OUT,
     MASKS,
     SHAPES,
     SPECIAL_MASKS,
@@ -68,9 +68,9 @@ def by_hand(inputs: Inputs) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_a_backend_that_makes_no_promise_here_says_why(name):
-    pytest.skip(f"{name}: {LEFT_OUT[name]}")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_a_plain_call_is_served_like_the_reference(backend):
+    assert_like_reference(backend, make_inputs())
 
 
 @every_backend

@@ -95,9 +95,15 @@ def test_every_instruction_set_of_this_machine_is_tested_here(kernels):
     assert set(built) <= set(cpu.instruction_sets())
 
 
-@pytest.mark.parametrize("name", [name for name in INSTRUCTION_SETS if name not in ISAS])
-def test_an_instruction_set_that_is_not_tested_here_is_named(name):
-    pytest.skip(f"this processor has no {name}")
+EVERY_ISA = [
+    pytest.param(name, marks=[] if name in ISAS else pytest.mark.skip(reason=f"this processor has no {name}"))
+    for name in INSTRUCTION_SETS
+]
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA, indirect=True)
+def test_the_requested_instruction_set_is_used(isa):
+    assert cpu.instruction_set() == isa
 
 
 def test_unknown_instruction_set_is_refused_by_name(kernels):
@@ -167,7 +173,9 @@ def test_shapes_at_the_edges_of_blocks_are_like_the_definition(isa, shape, is_ca
         assert_like_definition(make_inputs(activity=activity, is_causal=is_causal, dtype=dtype, **shape))
 
 
-@covering(3, indirect=["isa"], isa=ISAS, dtype=DTYPES, shape=PATHS, window=[1, 2, 7, 64, 65, 500, 2000])
+@each_dtype
+@each_path
+@pytest.mark.parametrize("window", [1, 2, 7, 64, 65, 500, 2000])
 def test_sliding_window_is_a_band_in_the_mask(isa, window, shape, dtype):
     inputs = make_inputs(is_causal=True, dtype=dtype, **shape)
     assert_like_definition(inputs, window=window)
@@ -223,7 +231,16 @@ def test_what_is_kept_of_the_softmax_is_its_log_sum_exp_and_left_out_on_request(
     torch.testing.assert_close(torch.where(idle, math.inf, most + total.log2()), expected)
 
 
-@covering(3, indirect=["isa"], isa=ISAS, shape=PATHS, dtype=DTYPES, mask=SPECIAL_MASKS, is_causal=FULL_OR_CAUSAL)
+@covering(
+    3,
+    kernel=["isa", "dtype", "shape"],
+    indirect=["isa"],
+    isa=ISAS,
+    shape=PATHS,
+    dtype=DTYPES,
+    mask=SPECIAL_MASKS,
+    is_causal=FULL_OR_CAUSAL,
+)
 def test_special_masks_are_read_by_the_rule_of_all_backends(isa, is_causal, mask, shape, dtype):
     inputs = make_inputs(is_causal=is_causal, mask=mask, dtype=dtype, **shape)
     inputs.attn_mask = inputs.attn_mask.detach()

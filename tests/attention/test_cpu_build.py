@@ -190,6 +190,7 @@ def test_process_that_waited_for_a_failed_build_does_not_repeat_it(forks, cache,
     assert all("the disk is on fire" in error for error in errors), errors
     assert sum("compiling the CPU kernels" in error for error in errors) == 1
     assert sum("an earlier process tried" in error for error in errors) == 1
+    assert sum("waiting for another process that compiles the CPU kernels" in error for error in errors) == 1
 
 
 def test_directory_that_a_killed_build_left_is_removed_by_the_next(cache, tmp_path, monkeypatch):

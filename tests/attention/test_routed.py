@@ -59,7 +59,8 @@ def operators(run) -> set[str]:
 
 
 @torch.no_grad()
-@covering(2, indirect=["isa"], isa=ISAS, dtype=DTYPES, config=CONFIGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_the_routing_is_the_routers(isa, config, dtype):
     router, x = routers_input(config, dtype)
     expected, got = router(x), route(router, x)
