@@ -113,7 +113,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Any]:
-    """`forks.run(code, ...)` runs a program in an interpreter of its own, which has imported PyTorch alone."""
+    """`forks.run(code, ...)` runs a program in an interpreter of its own, which has imported no more than `forks.PRELOADED`."""
     from forks import Forks
 
     made = Forks()

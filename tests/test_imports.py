@@ -31,7 +31,7 @@ def in_new_interpreter(code: str, *arguments: str) -> None:
 
 @pytest.fixture
 def with_torch(forks) -> Callable[..., str]:
-    """Runs a program in an interpreter that has imported PyTorch alone; returns what it prints."""
+    """Runs a program in an interpreter that has imported PyTorch and NumPy; returns what it prints."""
 
     def run(code: str, *arguments: str) -> str:
         result = forks.run(code, *arguments)

@@ -110,15 +110,20 @@ print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
 
 def test_a_program_and_what_it_starts_know_our_models(moh_dir: Path, tmp_path: Path) -> None:
     """Not in the program's text: `import moh`. Its child is another Python process, as with `accelerate launch`."""
-    start = "import subprocess\nprint(subprocess.check_output([sys.executable, sys.argv[2], sys.argv[1]], text=True), end='')"
-    (tmp_path / "start.py").write_text(READ + start)
+    (tmp_path / "read.py").write_text(READ)
+    start = "import subprocess, sys\nprint(subprocess.check_output([sys.executable, *sys.argv[1:]], text=True), end='')"
+    (tmp_path / "start.py").write_text(start)
     hidden = tmp_path / "site"  # a sitecustomize of the user's, which must still run
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text("import builtins\nbuiltins.of_the_user = 1")
     (tmp_path / "both.py").write_text(READ + "print(of_the_user)")
-    result = process("run", tmp_path / "start.py", moh_dir, tmp_path / "both.py", PYTHONPATH=str(hidden))
-    assert result.returncode == 0, result.stderr[-500:]
-    assert result.stdout.split() == ["MoHLlamaConfig", "MoHLlamaConfig", "1"]
+    results = [
+        process("run", tmp_path / "read.py", moh_dir),
+        process("run", tmp_path / "start.py", tmp_path / "both.py", moh_dir, PYTHONPATH=str(hidden)),
+    ]
+    assert [result.returncode for result in results] == [0, 0], [result.stderr[-500:] for result in results]
+    assert results[0].stdout.split() == ["MoHLlamaConfig"]
+    assert results[1].stdout.split() == ["MoHLlamaConfig", "1"]
 
 
 def test_a_python_without_our_package_still_starts(tmp_path: Path) -> None:
