@@ -179,7 +179,7 @@ def test_a_moh_checkpoint_is_measured_at_its_own_share_and_half_of_the_heads(
 def test_every_mode_of_a_moh_checkpoint_has_its_own_share(
     active: int, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = dict(num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, head_dim=64)
+    sizes = dict(num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30, hidden_size=576)
     config = MoHLlamaConfig(**sizes, shared_heads=1, active_heads=active - 1)
     monkeypatch.setattr(model, "_config", lambda path: config)
     for grid in GRIDS:
