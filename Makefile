@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not overlap
-.PHONY: help demo heads bench test test-all test-versions test-engines sanitize dist lint format docs clean
+.PHONY: help demo heads bench test test-all test-versions test-engines sanitize dist lint style types format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,9 +61,13 @@ sanitize: $(VENV)/.stamp-dev ## the CPU kernels' tests under GCC's address and u
 dist: $(VENV)/.stamp-venv ## build sdist and wheel into dist/, install the wheel elsewhere and run README.md's snippets there
 	$(BIN)/python install/dist.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
 
-lint: $(VENV)/.stamp-dev ## ruff and mypy
+lint: style types ## ruff and mypy
+
+style: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
 
 format: $(VENV)/.stamp-dev ## let ruff fix what it can
