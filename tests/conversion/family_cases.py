@@ -89,7 +89,7 @@ def dense_model(model_type: str, auto: str | None = None, **options: Any) -> Any
     return _made(model_type, auto, options) if options else copy.deepcopy(_usual(model_type, auto))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _usual(model_type: str, auto: str) -> Any:
     return _made(model_type, auto, {})
 
