@@ -107,7 +107,7 @@ def test_a_calibration_on_several_lengths_sums_over_all_of_them(make_dense, toke
         ("Llama", 8192, 49_152, 600, [512]),
         ("Llama", 8192, 49_152, 100, [100]),
         ("Llama", 2048, 49_152, 30_000, [512]),
-        ("Llama", 64, 12_288, 30_000, [512]),  # of rotary positions there is no last one
+        ("Llama", 64, 12_288, 30_000, [64]),  # it would run on more, but was never trained on them
         ("OPT", 256, 49_152, 30_000, [256]),
     ],
 )
@@ -166,7 +166,7 @@ def test_the_number_of_blocks_per_pass_does_not_matter(make_dense, tokens) -> No
         (dict(seq_len=1), "seq_len at least 2, got 49152, 1"),
         (dict(seq_len=[64, 1]), "seq_len at least 2, got 49152, 1"),
         (dict(seq_len=[]), "seq_len must be a number of tokens, or several, got none"),
-        (dict(calibration_tokens=0), "calibration_tokens must be at least 1 .*, got 0, 512"),
+        (dict(calibration_tokens=0), "calibration_tokens must be at least 1 .*, got 0, "),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(router_aux_loss_coef=-0.1), "router_aux_loss_coef must be at least 0, got -0.1"),
     ],

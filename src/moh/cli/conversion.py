@@ -108,7 +108,7 @@ def add_parser(sub: Commands) -> None:
     parser.add_argument(
         "--calibration-length", type=int, nargs="+", metavar="TOKENS",
         help="length of the blocks of text to calibrate on, or several, with as many tokens of each (default: 512, or 128 for an "
-        "encoder; 512 4096 for a language model that generates, with 49152 tokens or more)",
+        "encoder, or the model's positions if fewer; 512 4096 for a language model that generates, with 49152 tokens or more)",
     )  # fmt: skip
     parser.add_argument(
         "--allocation",

@@ -98,9 +98,9 @@ def convert(
         tokenizer: for texts; default is the one saved with the model.
         calibration_tokens: up to this many tokens of `calibration` are used; each patch of an image is one.
         seq_len: texts are packed into blocks of this many tokens, or into blocks of several lengths, with as many tokens of
-            each. None means 512, or 128 for an encoder; [512, 4096] for a language model that generates, if it has so many
-            positions, `calibration_tokens` are at least 49,152 and the texts at least half as long: what a model finds in long
-            texts depends on it.
+            each. None means 512, or 128 for an encoder, or the model's positions if these are fewer; [512, 4096] for a language
+            model that generates, if it has so many positions, `calibration_tokens` are at least 49,152 and the texts at least
+            half as long: what a model finds in long texts depends on it.
         batch_size: blocks or images per forward pass; of several lengths, blocks of the shortest.
         allocation: "even", or "sensitivity" to distribute the same total unevenly, by an estimate of what each
             layer loses (`moh.conversion.passes.layer_costs`). None means what came out best: "sensitivity" for a

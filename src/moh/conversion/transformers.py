@@ -22,7 +22,7 @@ from moh.conversion.token_loss import summed_loss
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised
-from moh.models.transformers.families import FAMILIES, attentions, family_of, most_positions
+from moh.models.transformers.families import FAMILIES, attentions, family_of, is_text_encoder, most_positions
 from moh.models.transformers.family import Family, at
 from moh.models.transformers.fixed import cut_weights
 from moh.models.transformers.loading import mend_generation_config
@@ -204,7 +204,7 @@ class DenseTextModel(DenseTransformersModel):
         most = most_positions(config)
         fewest_long = LONG_BLOCKS if seq_len is None else 0  # the texts may hold fewer tokens than were asked for
         if seq_len is None:
-            seq_len = self._default_lengths(max_tokens)
+            seq_len = default_lengths(self.model, max_tokens)
         lengths = sorted({seq_len} if isinstance(seq_len, int) else set(seq_len))
         if not lengths:
             raise ValueError("seq_len must be a number of tokens, or several, got none")
@@ -227,14 +227,6 @@ class DenseTextModel(DenseTransformersModel):
                 f"{groups[-1].shape[1]}"
             )
         return groups
-
-    def _default_lengths(self, max_tokens: int) -> list[int]:
-        """Of blocks; long ones as well if the model reads such texts and there are tokens enough for several."""
-        config, most = self.model.config, most_positions(self.model.config)
-        short = min(ENCODER_SEQ_LEN if self._family.encoder else SEQ_LEN, most or SEQ_LEN)
-        reads_long = (most or getattr(config, "max_position_embeddings", None) or 0) >= LONG_SEQ_LEN
-        has_room = max_tokens // 2 >= LONG_BLOCKS * LONG_SEQ_LEN
-        return [short, LONG_SEQ_LEN] if self.model.can_generate() and reads_long and has_room else [short]
 
     def tokens_per_sample(self, samples: Tensor) -> int:
         return samples.shape[1]
@@ -296,6 +288,15 @@ def adapter(model: PreTrainedModel, router: str, *, copied: bool) -> DenseTransf
     """The adapter of a model of transformers; arguments and errors as for `DenseTransformersModel`."""
     kind = DenseViT if _checked_family(model.config).images else DenseTextModel
     return kind(model, router, copied=copied)
+
+
+def default_lengths(model: PreTrainedModel, max_tokens: int) -> list[int]:
+    """Of the blocks to calibrate on, within the model's positions; long ones too if it generates and there are tokens enough."""
+    config = model.config
+    most = most_positions(config) or getattr(config, "max_position_embeddings", None) or SEQ_LEN
+    short = min(ENCODER_SEQ_LEN if is_text_encoder(config) else SEQ_LEN, most)
+    has_room = max_tokens // 2 >= LONG_BLOCKS * LONG_SEQ_LEN
+    return [short, LONG_SEQ_LEN] if model.can_generate() and most >= LONG_SEQ_LEN and has_room else [short]
 
 
 def _checked_family(config: PreTrainedConfig) -> Family:

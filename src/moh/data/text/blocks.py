@@ -94,18 +94,6 @@ def _cut(row: Tensor, start: Sequence[int], seq_len: int) -> Tensor:
     return torch.cat([starts, row[: blocks * room].view(blocks, room)], dim=1)
 
 
-def recut(blocks: Tensor, start: Sequence[int], seq_len: int) -> Tensor:
-    """The blocks `[n, N]` of one text as such of another length, `[m, seq_len]`; of a shorter text one block, all of it.
-
-    Args:
-        blocks: consecutive ones, as `pack_tokens` makes them.
-        start: what all of them begin with, and all new ones will.
-        seq_len: tokens per block, its beginning included.
-    """
-    row = blocks[:, len(start) :].flatten()
-    return _cut(row, start, min(seq_len, len(start) + len(row)))
-
-
 class TokenBlocks(Dataset[dict[str, Tensor]]):
     """Blocks of tokens as a map-style data set for causal language models: `input_ids` and equal `labels` `[seq_len]`."""
 

@@ -68,7 +68,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         truncate: bool = False,
         progress: bool = True,
     ) -> None:
-        check_fits(model.config, tokenizer, 1)
+        check_fits(model.config, tokenizer, {})
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length is not None and positions is not None and max_length > positions:
             raise ValueError(f"max_length must be at most the model's {positions} positions, got {max_length}")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from moh.data.text.blocks import TokenBlocks, evenly_spread, pack_tokens, recut
+from moh.data.text.blocks import TokenBlocks, pack_tokens
 from moh.data.text.corpora import Corpus, corpus_from_files, default_cache_dir, load_corpus
 from moh.data.text.order import ROUND, StoredMixture
 from moh.data.text.readers import SourceRecipe, Texts
@@ -28,6 +28,8 @@ from moh.training.language.recipe import DataRecipe, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+_Row = Tensor | NDArray[Any]
+
 
 @dataclass(frozen=True)
 class TrainingText:
@@ -37,39 +39,46 @@ class TrainingText:
         train: the training sequences; a `StoredMixture` or `StreamedMixture` is in the order of the run.
         heldout: the sequences to evaluate on, or None.
         identity: what the sequences were made of, by source; empty for a corpus, which is split and read whole.
+        consecutive: whether `TokenBlocks` follow each other in the text.
     """
 
     train: Dataset[dict[str, Tensor]]
     heldout: Dataset[dict[str, Tensor]] | None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    consecutive: bool = False
 
-    def passages(self, count: int, length: int, start: Sequence[int]) -> list[list[int]]:
-        """Token ids of running text to calibrate on, of each source by its weight; of a stream from its beginning.
+    def calibration(self, tokens: int, length: int, start: Sequence[int]) -> Tensor | list[list[int]]:
+        """What a conversion reads: blocks that need not be consecutive as they are, else passages of running text.
 
-        Whatever the training sequences are cut into, these are passages of the text itself, so that they can be cut into
-        blocks of other lengths.
+        Each source gives its part by weight, in passages that are evenly spread over it, or all of it if it holds less; a
+        stream gives its beginning.
 
         Args:
-            count: passages in all, at least one of each source; there are fewer where the text is shorter.
-            length: tokens of a passage. A stream's are all one.
-            start: what the tokenizer puts before a text.
+            tokens: of all passages together.
+            length: tokens per passage. Full ones come first, so that blocks of this length, cut from the passages in a
+                row, are running text, up to where the sources' remainders meet.
+            start: what the tokenizer puts before a text; every passage begins with it.
+        """
+        if isinstance(self.train, TokenBlocks) and not self.consecutive:
+            return self.train.blocks
+        room = length - len(start)
+        passages = [passage for row, part in self._rows(tokens, len(start)) for passage in _spread(row, part, room)]
+        passages.sort(key=lambda passage: len(passage) < room)
+        return [[*start, *passage.tolist()] for passage in passages]
+
+    def _rows(self, tokens: int, started: int) -> list[tuple[_Row, int]]:
+        """The text `[T]` of each source, of a stream no more than is needed, and how many of `tokens` it is to give.
+
+        `started` is the number of tokens that blocks of a corpus begin with.
         """
         if isinstance(self.train, TokenBlocks):
-            blocks = self.train.blocks
-            own = start if bool((blocks[:, : len(start)] == torch.tensor(start, dtype=torch.long)).all()) else []
-            found: list[list[int]] = evenly_spread(recut(blocks, own, length), count).tolist()
-            return found
+            return [(self.train.blocks[:, started:].flatten(), tokens)]
         assert isinstance(self.train, (StoredMixture, StreamedMixture))
-        counts = [max(1, round(count * quota / ROUND)) for quota in self.train.order.quotas]
-        if isinstance(self.train, StreamedMixture):
-            of_streams = zip(self.train.sources, counts, strict=True)
-            return [_beginning(source, self.train.tokenizer, n * length) for source, n in of_streams]
-        found = []
-        for blocks_of_one, n in zip(self.train.sources, counts, strict=True):
-            store = blocks_of_one.store
-            cut = StoredBlocks(store, min(length, len(store.start) + len(store.tokens)))
-            found += [cut[int(i)]["input_ids"].tolist() for i in evenly_spread(torch.arange(len(cut)), n)]
-        return found
+        parts = [-(-tokens * quota // ROUND) for quota in self.train.order.quotas]
+        if isinstance(self.train, StoredMixture):
+            return [(blocks.store.tokens, part) for blocks, part in zip(self.train.sources, parts, strict=True)]
+        tokenizer = self.train.tokenizer
+        return [(_beginning(s, tokenizer, part), part) for s, part in zip(self.train.sources, parts, strict=True)]
 
 
 def prepare_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments) -> TrainingText:
@@ -144,16 +153,25 @@ def cache_directory(data: DataRecipe) -> Path:
     return Path(data.cache_dir) if data.cache_dir is not None else default_cache_dir()
 
 
-def _beginning(source: Source, tokenizer: DocumentTokenizer, tokens: int) -> list[int]:
-    """The first tokens of a source, at most so many."""
-    pieces, found = [], 0
+def _spread(row: _Row, tokens: int, length: int) -> list[_Row]:
+    """`tokens` of a row, or all, in passages of `length` and a shorter last one, with equal gaps between them."""
+    tokens = min(tokens, len(row))
+    count = -(-tokens // length)
+    gaps = np.linspace(0, len(row) - tokens, count).astype(int)  # before each passage, in all
+    sizes = [min(length, tokens - index * length) for index in range(count)]
+    begins = gaps + length * np.arange(count)
+    return [row[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+
+
+def _beginning(source: Source, tokenizer: DocumentTokenizer, tokens: int) -> NDArray[Any]:
+    """The first `tokens` of a source, or all of it if it holds fewer."""
+    pieces, found = [np.empty(0, dtype=tokenizer.dtype)], 0
     for _, ids in tokenizer.tokenise(source.documents()):
         pieces.append(ids)
         found += len(ids)
         if found >= tokens:
             break
-    ids_of_all: list[int] = np.concatenate(pieces)[:tokens].tolist() if pieces else []
-    return ids_of_all
+    return np.concatenate(pieces)[:tokens]
 
 
 def _by_name(sources: Sequence[Source], identities: Sequence[Any]) -> dict[str, Any]:
@@ -167,4 +185,4 @@ def _corpus_text(data: DataRecipe, tokenizer: PreTrainedTokenizerBase, arguments
     train, heldout = (
         pack_tokens(texts, tokenizer, seq_len=data.seq_len, progress=show) for texts in (corpus.train, corpus.heldout)
     )
-    return TrainingText(TokenBlocks(train), TokenBlocks(heldout))
+    return TrainingText(TokenBlocks(train), TokenBlocks(heldout), consecutive=True)

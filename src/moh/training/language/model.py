@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -124,11 +124,11 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"training.only must name parameters that are not frozen, got {', '.join(names)}")
 
 
-def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
-    """Check that the model has rows for the tokenizer's ids and supports `seq_len`.
+def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, lengths: Mapping[str, int]) -> None:
+    """Check that the model has rows for the tokenizer's ids and positions for sequences of these `lengths`, by field.
 
     Raises:
-        ValueError: the vocabularies differ, or `seq_len` is above the model's positions.
+        ValueError: the vocabularies differ, or a length is above the model's positions.
     """
     tokens, rows = largest_id(tokenizer) + 1, config.get_text_config().vocab_size
     if not tokens <= rows <= tokens + _MOST_PADDING:
@@ -137,10 +137,9 @@ def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seq
             f"to {_MOST_PADDING} more for padding"
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
-        raise ValueError(
-            f"data.seq_len must be at most the model's max_position_embeddings = {positions}, got {seq_len}"
-        )
+    for name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"{name} must be at most the model's max_position_embeddings = {positions}, got {length}")
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,20 +181,21 @@ def build_model(
 
 def _convert(recipe: Recipe, text: TrainingText, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from moh.conversion import convert
-    from moh.conversion.transformers import LONG_SEQ_LEN, SEQ_LEN
+    from moh.conversion.transformers import default_lengths
 
     assert recipe.conversion is not None and recipe.model.path is not None
     settings = recipe.conversion
-    calibration: list[str] | list[list[int]] | None = None
+    dense = load_dense(recipe.model.path)
+    calibration: Tensor | list[str] | list[list[int]] | None = None
     if router_class(settings.router).is_fitted:
         if settings.calibration:
             calibration = calibration_texts(settings.calibration, tokenizer=tokenizer, cache_dir=recipe.data.cache_dir)
         else:
-            lengths = settings.calibration_length or [SEQ_LEN, LONG_SEQ_LEN]
-            count = -(-settings.calibration_tokens // min(lengths))  # as many places as there will be short blocks
-            calibration = text.passages(count, max(lengths), start_tokens(tokenizer))
+            tokens = settings.calibration_tokens
+            longest = max(settings.calibration_length or default_lengths(dense, tokens))
+            calibration = text.calibration(tokens, longest, start_tokens(tokenizer))
     return convert(
-        load_dense(recipe.model.path),
+        dense,
         share=settings.share,
         shared_heads=settings.shared_heads,
         active_heads=settings.active_heads,

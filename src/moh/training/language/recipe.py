@@ -102,8 +102,9 @@ class ConversionRecipe(ConversionSettings):
         calibration: texts that the conversion reads, in equal parts if several, each `NAME[:config][:split]` of a Hugging
             Face data set, a path or a built-in corpus (`moh.data.text.named`); default the training text.
         calibration_tokens: tokens of them; "query_norm" needs none.
-        calibration_length: lengths of the blocks that they are cut into, with as many tokens of each; default as in `moh
-            convert --calibration-length`, whatever `data.seq_len` is: [512, 4096] where there is enough text, else 512.
+        calibration_length: lengths of the blocks that they are cut into, with as many tokens of each, up to the model's
+            max_position_embeddings; default as in `moh convert --calibration-length`, whatever `data.seq_len` is: [512, 4096]
+            where there is enough text, else 512, or all positions of a model that has fewer.
         inactive_gate_gradient: in training, "zero" leaves inactive heads out; "dense" computes them too, and gives their gates
             the gradient that they would have if active (the paper's equations 9 and 10), which costs what dense attention does.
     """

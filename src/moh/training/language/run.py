@@ -63,7 +63,8 @@ def train(
         recipe: the run.
         model: a model to train instead of the recipe's, which is then not converted.
         tokenizer: instead of the recipe's.
-        train_blocks: `[n, seq_len]` token ids, instead of the recipe's text.
+        train_blocks: `[n, seq_len]` token ids, instead of the recipe's text. Without `conversion.calibration` a conversion
+            reads up to `calibration_tokens` of them, in these blocks whatever `calibration_length` is.
         heldout_blocks: `[m, seq_len]`, evaluated if `training.extra` sets an `eval_strategy`.
         teacher: the dense original for distillation, instead of the recipe's model.
         callbacks: more callbacks of the transformers Trainer.
@@ -88,9 +89,10 @@ def train(
     if settings.distillation_weight and teacher is None and recipe.model.path is None:
         raise ValueError("training.distillation_weight must be 0 with model.from_scratch: there is no dense original")
     if train_blocks is None:
-        check_fits(
-            model.config if model is not None else model_config(recipe, tokenizer), tokenizer, recipe.data.seq_len
-        )
+        lengths = {"data.seq_len": recipe.data.seq_len}
+        if model is None and recipe.conversion is not None:
+            lengths["conversion.calibration_length"] = max(recipe.conversion.calibration_length, default=0)
+        check_fits(model.config if model is not None else model_config(recipe, tokenizer), tokenizer, lengths)
         text = prepare_text(recipe, tokenizer, arguments)
     else:
         text = TrainingText(TokenBlocks(train_blocks), None if heldout_blocks is None else TokenBlocks(heldout_blocks))
