@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_passages_are_running_text_of_all_places(tokenizer, bos_tokenizer, text_
     if kind == "streamed":
         assert places == list(range(0, 200, 48 - len(start)))
     else:
-        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(places)]
         assert places[0] == 0 and places[-1] + len(bare[-1]) >= len(row) - 1 and max(gaps) - min(gaps) <= 1
     (blocks,) = calibration_blocks(found, chosen, 48 * len(full), [48], len(chosen))
     assert blocks.tolist() == full
