@@ -259,14 +259,9 @@ def measure(options: argparse.Namespace, name: str) -> None:
     if kept.is_file():
         row = json.loads(kept.read_text(encoding="utf-8"))
         check_measured(row, variants_of(name), kept)
-        then, now = [row["rounds"]], [options.rounds]
-        if name == "smollm2":
-            then, now = [*then, row["layers"]], [*now, options.layers]
+        then, now = measured_with(name, row), measured_with(name, vars(options))
         if then != now:
-            raise ValueError(
-                f"{kept} was measured with --rounds {row['rounds']} and {row['layers']} layers, got --rounds {options.rounds} "
-                f"and --layers {options.layers}: give the same, or another --work"
-            )
+            raise ValueError(f"{kept} was measured with {then}, got {now}: give the same, or another --work")
         return
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -314,6 +309,12 @@ def check_measured(row: Mapping[str, Any], kinds: Sequence[str], file: Path) -> 
     for part, measured in row["parts"].items():
         if missing := [kind for kind in kinds if kind not in measured]:
             raise ValueError(f"{file} has no {' and no '.join(missing)} model ({part}): delete it and measure again")
+
+
+def measured_with(name: str, values: Mapping[str, Any]) -> str:
+    """The options that a result depends on."""
+    layers = f" --layers {values['layers']}" if name == "smollm2" else ""
+    return f"--rounds {values['rounds']}{layers}{' --alone' if values.get('alone') else ''}"
 
 
 def export_command(options: argparse.Namespace, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,11 +97,29 @@ def test_what_cannot_be_exported_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
-def test_one_sample_is_refused_where_any_number_should_do(tmp_path: Path, runtime: str) -> None:
-    message = rf"2 or more samples for runtime '{runtime}', .* got input_ids of shape \(1, 12\)"
+def test_one_sample_is_refused_where_any_number_should_do(tmp_path: Path, runtime: str, batch: int) -> None:
+    message = rf"2 or more samples for runtime '{runtime}', .* got input_ids of shape \({batch}, 12\)"
     with pytest.raises(ValueError, match=message):
-        export_model(decoder(), ids(1), runtime, tmp_path)
+        export_model(decoder(), ids(batch), runtime, tmp_path)
+
+
+class ScaleFirst(torch.nn.Module):
+    """A model whose first tensor has no samples."""
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return x * scale
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 3)])
+def test_samples_behind_a_tensor_of_none_are_not_fixed_in_silence(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    inputs = dict(x=torch.ones(2, 3), scale=torch.ones(shape))
+    message = (
+        rf"as many samples in x as in scale, .* ScaleFirst.forward, got shapes \(2, 3\) and {re.escape(str(shape))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_model(ScaleFirst().eval(), inputs, "onnx", tmp_path)
 
 
 def test_a_runtime_that_is_missing_is_named_with_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

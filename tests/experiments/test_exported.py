@@ -240,13 +240,20 @@ def test_the_page_keeps_committed_rows_that_were_not_measured_again(tmp_path: Pa
     assert json.loads((output / "exported.json").read_text()) == [kept[0], again]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--layers", "30"), ("--rounds", "3")])
-def test_a_result_of_other_options_is_not_taken_for_one_of_these(tmp_path: Path, option: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (["--layers", "30"], "--rounds 9 --layers 30"),
+        (["--rounds", "3"], "--rounds 3 --layers 4"),
+        (["--alone"], "--rounds 9 --layers 4 --alone"),
+    ],
+)
+def test_a_result_of_other_options_is_not_taken_for_one_of_these(tmp_path: Path, other: list[str], got: str) -> None:
     (tmp_path / "onnx-smollm2.json").write_text(json.dumps(measured(layers=4)), encoding="utf-8")
     given = ["measure", "--runtime", "onnx", "--work", str(tmp_path), "--layers", "4", "--rounds", "9"]
     exported.measure(exported.make_parser().parse_args(given), "smollm2")
-    with pytest.raises(ValueError, match=r"measured with --rounds 9 and 4 layers, got .*: give the same, or another"):
-        exported.measure(exported.make_parser().parse_args([*given, option, value]), "smollm2")
+    with pytest.raises(ValueError, match=rf"measured with --rounds 9 --layers 4, got {got}: give the same, or another"):
+        exported.measure(exported.make_parser().parse_args([*given, *other]), "smollm2")
 
 
 def test_a_result_without_one_of_the_variants_is_refused(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def export_model(
         inputs: an example of what the model is called with, by the names of its arguments (timm's models call images `x`).
             Programs for "executorch" and "torch" take inputs of exactly this shape. For other runtimes it must have 2 or more
             samples, counted by the first size of `forward`'s first tensor. Their programs take any number, and those of models
-            of transformers other lengths too; in other models a tensor with another first size keeps its shape.
+            of transformers other lengths too; in other models a tensor that belongs to no sample keeps its shape: it has one
+            dimension, or a first size of 1.
         runtime: a name in `RUNTIMES`.
         directory: to create or replace.
         decodes: export a language model as two programs, `prefill` and `decode`, which take a cache and return it; by default
@@ -179,7 +180,7 @@ def _fixed_samples_refused(model: nn.Module, inputs: Mapping[str, Any], runtime:
         raise ValueError(
             f"model must take any number of samples for runtime {runtime!r}, but {type(model).__name__} makes the first size of "
             f"{names} in the example a constant, as len(x) does: read x.shape[0] instead; if not all of them have samples, take "
-            f"an example in which only samples have that size; or export to {fixed}"
+            f"an example in which only samples have that size; or export to {fixed}. torch.export says: {_first_line(error)}"
         ) from error
 
 
@@ -269,11 +270,10 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
     except (ImportError, MemoryError, TypeError):  # of the installation, the machine or the call, not of the file
         raise
     except Exception as error:  # each runtime has errors of its own for a file that it can't read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         names = " and ".join(programs)
         raise ValueError(
             f"export {str(directory)!r} can't be loaded: {names} is damaged, or from another version of its runtime "
-            f"({runtime}): {reason}"
+            f"({runtime}): {_first_line(error)}"
         ) from error
 
 
@@ -293,6 +293,10 @@ def _manifest(folder: Path) -> tuple[str, list[str]]:
             return name, programs
     formats = ", ".join(repr(runtime.exporter.lower()) for runtime in RUNTIMES.values())
     raise ValueError(f"{str(file)!r} must have an export_format among {formats}, got {written!r}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _options(runtime: str, threads: int | None) -> dict[str, Any]:
@@ -356,12 +360,28 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Any], runtime: str) -> 
         raise ValueError(f"inputs must be the arguments of {type(model).__name__}.forward by name: {error}") from None
     if not RUNTIMES[runtime].is_dynamic:
         return
-    for name, tensor in _per_sample(model, inputs).items():
-        if tensor.shape[0] == 1:  # torch.export takes a size of 1 for a constant; OpenVINO crashed on a ViT
+    samples = _per_sample(model, inputs)
+    if not isinstance(model, transformers.PreTrainedModel):
+        _check_samples_agree(model, inputs, samples)
+    for name, tensor in samples.items():
+        if tensor.shape[0] < 2:  # torch.export takes 0 and 1 for constants; OpenVINO crashed on a ViT
             raise ValueError(
                 f"inputs must have 2 or more samples for runtime {runtime!r}, whose programs take any number, got {name} of "
-                f"shape {tuple(tensor.shape)}: repeat them"
+                f"shape {tuple(tensor.shape)}: add more, copies will do"
             )
+
+
+def _check_samples_agree(model: nn.Module, inputs: Mapping[str, Any], samples: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor that looks like samples, but whose first size isn't that of the samples: a program would fix it."""
+    for name, tensor in inputs.items():
+        if name in samples or not isinstance(tensor, Tensor) or tensor.dim() < 2 or tensor.shape[0] == 1:
+            continue
+        first, counted = next(iter(samples.items()))
+        raise ValueError(
+            f"inputs must have as many samples in {name} as in {first}, the first tensor of {type(model).__name__}.forward, got "
+            f"shapes {tuple(tensor.shape)} and {tuple(counted.shape)}: a tensor that has samples must come first in forward; one "
+            "that has none needs a single dimension or a first size of 1, or can be a buffer of the model"
+        )
 
 
 def _check_threads(runtime: str, threads: int | None) -> None:
