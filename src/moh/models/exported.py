@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError, UserErrorType  # torch.export's, which it names nowhere else
+from torch.overrides import TorchFunctionMode
 
 from moh._extras import require
 from moh._files import replacing_directory
@@ -48,6 +50,7 @@ class Runtime:
         options: of the exporter's configuration.
         files: patterns of the files that an export has, besides JSON.
         limits_threads: whether `load_exported` can set how many threads a program uses.
+        spells_gelu: whether GELU by tanh is exported as its formula.
     """
 
     exporter: str
@@ -56,6 +59,7 @@ class Runtime:
     options: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     limits_threads: bool = False
+    spells_gelu: bool = False
 
 
 RUNTIMES = {
@@ -69,8 +73,9 @@ RUNTIMES = {
     "openvino": Runtime(
         "OpenVINO", ("openvino",), options={"stateful": False}, files=("*.xml", "*.bin"), limits_threads=True
     ),
-    # XNNPACK, which runs it on CPUs, fails on the symbolic shapes of a transformers model
-    "executorch": Runtime("Executorch", ("executorch",), is_dynamic=False, files=("*.pte",)),
+    # XNNPACK, which runs it on CPUs, fails on the symbolic shapes of a transformers model. ExecuTorch 1.5.1 has it compute the
+    # exact GELU where the one by tanh is asked for (pytorch/executorch#22851, mended after that version)
+    "executorch": Runtime("Executorch", ("executorch",), is_dynamic=False, files=("*.pte",), spells_gelu=True),
     "torch": Runtime("Dynamo", is_dynamic=False, files=("*.pt2",)),
 }
 """Runtimes by name; "torch" is a program of `torch.export`."""
@@ -129,7 +134,7 @@ def export_model(
         dynamic=found.is_dynamic, dynamic_shapes=_dynamic_shapes(model, inputs, found), **found.options
     )
     exporter = getattr(exporters, f"{found.exporter}Exporter")()
-    with _prepared(model):
+    with _prepared(model), _SpeltGelu() if found.spells_gelu else nullcontext():
         if decodes:
             given, generation = _to_decode(model, inputs, cache_length)
             program = exporter.export_for_generation(model, given, config, generation_config=generation)
@@ -210,6 +215,17 @@ def _prepared(model: Any) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
             if not own_forward:
                 vars(model).pop("forward", None)
+
+
+class _SpeltGelu(TorchFunctionMode):
+    """Programs traced under it have the formula of GELU by tanh in place of the operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is nn.functional.gelu and given.get("approximate") == "tanh":
+            x = args[0] if args else given["input"]
+            return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return func(*args, **given)
 
 
 @contextmanager
