@@ -76,20 +76,41 @@ def test_other_classes_than_the_checkpoints_are_named(moh, classifiers, folder: 
     assert result.code == 2 and "lacks 'cow' and also has 'emu'" in result.err[0]
 
 
-@pytest.mark.parametrize("logging_steps", [1, 5], ids=["each step", "more than all steps"])
-def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path, logging_steps: int) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+def test_train_runs_a_recipe_of_images(moh, folder: Path, tmp_path: Path) -> None:
+    command = [
+        "train",
+        _recipe(tmp_path, folder),
+        "--training.precision=fp32",
+        "--training.extra={'disable_tqdm': true}",
+    ]
+    result = moh(*command)
+    assert result.code == 0, result.err  # logging_steps is 10
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'out' / 'model'))}: step 2, loss \d+\.\d+, fp32", result.out[-1])
+    again = moh(*command, "--json")
+    assert f"step 2, loss {json.loads(again.out[-1])['loss']:.4f}" in result.out[-1]
+    assert moh("eval", tmp_path / "out" / "model", "--images", folder).code == 0
+
+
+def test_train_reports_that_no_loss_was_logged(moh, folder: Path, tmp_path: Path) -> None:
+    told = moh(
+        "train",
+        _recipe(tmp_path, folder),
+        "--training.precision=fp32",
+        "--training.extra={'disable_tqdm': true, 'logging_strategy': 'no'}",
+    )
+    assert told.out[-1] == f"{tmp_path / 'out' / 'model'}: no loss was logged, fp32", told.err
+
+
+def _recipe(folder: Path, images: Path) -> Path:
+    """A run of two steps, in `folder / "out"`."""
+    file = folder / "recipe.yaml"
+    file.write_text(
         "task: image_classification\n"
         "model: {name: moh_vit_micro_patch4_28_75, kwargs: {img_size: 8, embed_dim: 20, depth: 2, num_heads: 5}}\n"
-        f"data: {{dataset: {folder}}}\n"
-        f"training: {{output_dir: {tmp_path / 'out'}, max_steps: 2, per_device_train_batch_size: 4, "
-        f"logging_steps: {logging_steps}}}\n"
+        f"data: {{dataset: {images}}}\n"
+        f"training: {{output_dir: {folder / 'out'}, max_steps: 2, per_device_train_batch_size: 4}}\n"
     )
-    result = moh("train", recipe, "--training.precision=fp32", "--training.extra={'disable_tqdm': true}")
-    assert result.code == 0, result.err
-    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'out' / 'model'))}: step 2, loss \d+\.\d+, fp32", result.out[-1])
-    assert moh("eval", tmp_path / "out" / "model", "--images", folder).code == 0
+    return file
 
 
 def test_curve_of_a_classifier_draws_accuracy_and_images_per_second(moh, classifiers, folder: Path, tmp_path) -> None:

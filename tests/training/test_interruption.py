@@ -49,6 +49,17 @@ def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
     assert not list(finished.glob("checkpoint-5"))
 
 
+def test_the_last_step_is_logged_whatever_the_steps_between(options: list[str]) -> None:
+    options += ["--conversion={'shared_heads': 1, 'active_heads': 2, 'calibration_tokens': 32}"]
+    options += ["--training.logging_steps=3", "--training.save_steps=3"]
+    short = train(load_recipe(None, [*options, "--training.max_steps=2"]))
+    again = train(load_recipe(None, [*options, "--training.max_steps=2"]))
+    assert [step for step, _ in short.losses] == [2] and again.losses == short.losses
+    longer = train(load_recipe(None, [*options, "--training.max_steps=7"]))
+    assert [step for step, _ in longer.losses] == [2, 3, 6, 7] and longer.losses[:1] == short.losses
+    assert all("active_share" in entry for entry in longer.log_history if "loss" in entry)
+
+
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 

@@ -124,9 +124,10 @@ def run_train(arguments: Namespace) -> None:
         raise ValueError("RECIPE must be given: a YAML file or a name; `moh train --list` lists those of the package")
     with reports_on_stderr(arguments):
         result = train(load_recipe(arguments.recipe, arguments.overrides))
-    step, loss = result.losses[-1] if result.losses else (0, float("nan"))
+    step, loss = result.losses[-1] if result.losses else (None, None)
     figures = {"model": str(result.model_dir), "step": step, "loss": loss, "precision": result.precision}
-    print_result(arguments, figures, [f"{result.model_dir}: step {step}, loss {loss:.4f}, {result.precision}"])
+    reached = "no loss was logged" if loss is None else f"step {step}, loss {loss:.4f}"
+    print_result(arguments, figures, [f"{result.model_dir}: {reached}, {result.precision}"])
     if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate
         push(arguments, result.model_dir, name=result.model_dir.absolute().parent.name)  # it is always called model
 

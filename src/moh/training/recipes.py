@@ -86,7 +86,7 @@ class TrainingSettings:
         seed: for the order of the data, augmentation and dropout.
         precision: "bf16" (autocast), "fp16" (autocast and a gradient scaler; GPUs only), "fp32", "tf32" (float32, whose matrix
             products use TF32 on NVIDIA GPUs that have it), or "auto": bf16 where this machine is faster with it, else fp32.
-        logging_steps: steps between two log entries.
+        logging_steps: steps between two log entries; the last step always has one.
         save_steps: steps between two checkpoints, a multiple of `logging_steps` so that a resumed run logs the same.
         save_total_limit: checkpoints to keep.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from moh.routing import RoutingRecord, balance_over_processes, record_routing
 from moh.training.checkpoints import shard_on_cpus, writing_checkpoint
@@ -22,7 +23,7 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` whose log has `active_share`, the mean share of heads that a token used, and `balance_loss`.
 
     The history, also on disk (`trainer_state.json`), also has `routed_load`: for each layer, the list of its routed heads'
-    loads. All are of the last batch before the entry.
+    loads. All are of the last batch before the entry. The last step is logged whatever `logging_steps`.
 
     Args:
         args: all arguments of `transformers.Trainer`.
@@ -39,6 +40,7 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
         self.balance_loss_scope = balance_loss_scope
         self._routing_log: dict[str, float] = {}
         self._routed_load: list[list[float]] = []
+        self.add_callback(LogLastStep())
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer does, with FSDP2 also on CPU processes.
@@ -118,4 +120,17 @@ class RoutingTrainer(Trainer):  # type: ignore[misc]
 
     def logs_step(self, model: nn.Module) -> bool:
         """Whether the current forward pass of `model` belongs to a training step that is logged."""
-        return model.training and (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+        step = self.state.global_step + 1
+        every = max(1, int(self.state.logging_steps))
+        return model.training and (step % every == 0 or step == self.state.max_steps)
+
+
+class LogLastStep(TrainerCallback):  # type: ignore[misc]
+    """Log the last step, before its checkpoint is written, also if it isn't a multiple of `logging_steps`."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True
+        return control

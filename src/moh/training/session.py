@@ -60,12 +60,8 @@ class RunResult:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of every entry; the last step and the mean if the run ended before the first one."""
-        by_name = {
-            name: [(int(entry["step"]), float(entry[name])) for entry in self.log_history if name in entry]
-            for name in ("loss", "train_loss")
-        }
-        return by_name["loss"] or by_name["train_loss"]
+        """(step, training loss) of every entry with one; the last step has one unless `extra` turned logging off."""
+        return [(int(entry["step"]), float(entry["loss"])) for entry in self.log_history if "loss" in entry]
 
 
 @dataclass(frozen=True)

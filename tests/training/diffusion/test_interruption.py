@@ -42,7 +42,8 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
 
 
 def test_a_finished_run_is_not_trained_again(options: list[str], tmp_path: Path) -> None:
-    first = train(load_recipe(None, options))
+    first = train(load_recipe(None, [*options, "--training.logging_steps=4", "--training.save_steps=100"]))
+    assert [step for step, _ in first.losses] == [4, 6]
     shutil.rmtree(tmp_path / "out" / "model")
     again = train(load_recipe(tmp_path / "out" / "recipe.yaml"))
     assert again.losses == first.losses and not list((tmp_path / "out").glob("checkpoint-7"))

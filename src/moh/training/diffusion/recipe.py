@@ -130,7 +130,7 @@ class DiffusionTrainingRecipe(ImageTrainingSettings):
         warmup_steps: the paper has none.
         lr_scheduler_type: constant in the paper.
         per_device_train_batch_size: 256 over all processes in the paper.
-        logging_steps: steps between two log entries.
+        logging_steps: steps between two log entries; the last step always has one.
         save_steps: steps between two checkpoints, a multiple of `logging_steps`.
         balance_loss_coef: weight beta of the load-balance loss.
         max_grad_norm: gradients are clipped to this norm; 0, as in the paper, does not clip.
