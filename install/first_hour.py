@@ -6,7 +6,8 @@
 
 The wheel takes the place of the package's name, and `HUB` that of the model hub, so that no network but the package index is
 needed; `REPLACED` lists what else is not run as it stands. A tutorial takes up to half an hour, and up to 10 GB of disk.
-Environments and files are removed afterwards, cells are kept in `--work`. Needs all extras, and uv as a program.
+Environments are removed afterwards, and files once the whole page has run; what was measured is kept in `--work`. An
+interrupted run resumes, and so does one of fewer `--steps`. Needs all extras, and uv as a program.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> int:
         choices=("install", "run", "table"),
         help="run: install too; table: add what was measured to docs/results, print the tables",
     )
-    parser.add_argument("--wheel", type=Path, help="of this package, for run")
+    parser.add_argument("--wheel", type=Path, help="of this package; not needed with --python")
     parser.add_argument("--only", nargs="+", choices=TUTORIALS, default=TUTORIALS)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--work", type=Path, default=Path("runs/first_hour"))
@@ -74,7 +75,7 @@ def main() -> int:
         "--steps", type=int, default=sys.maxsize, help="run so many of each page's commands and no more"
     )
     parser.add_argument(
-        "--python", type=Path, help="run pages with this one and install nothing, where the disk is small"
+        "--python", type=Path, help="run pages with this program and install nothing, where the disk is small"
     )
     options = parser.parse_args()
     work = options.work.resolve()
@@ -86,22 +87,35 @@ def main() -> int:
         write_text(RESULTS, json.dumps(dict(sorted(cells.items())), indent=1) + "\n")
         print(table(cells), end="")
         return 0
-    if options.wheel is None or not options.wheel.is_file():
+    if options.python is not None:
+        if options.step == "install":
+            parser.error("--python must not be given for install, which makes environments of its own")
+        if not options.python.is_file():
+            parser.error(f"--python must be a program, got {options.python}")
+    elif options.wheel is None or not options.wheel.is_file():
         parser.error(f"--wheel must be a file for {options.step}, as `make dist` writes it, got {options.wheel}")
     make_hub(work / "hub")
     for tutorial in options.only:
         for tool in options.tools:
             place = work / f"{tutorial}-{tool}"
             cell, noted = (place.with_name(f"{place.name}{end}.json") for end in ("", "-install"))
-            if (noted if options.step == "install" else cell).exists():
+            if noted.exists() if options.step == "install" else has_run(cell, options.steps):
                 continue
             python = options.python or install(
                 tool, place, noted, options.wheel.resolve(), requirements(text_of(tutorial))
             )
             if options.step == "run":
-                write_text(cell, json.dumps(run_tutorial(tutorial, place, work, python, options.steps), indent=1))
-            shutil.rmtree(place)
+                run_tutorial(tutorial, place, cell, python, options.steps)
+            shutil.rmtree(place / "environment", ignore_errors=True)
+            if has_run(cell, sys.maxsize) or not (place / "steps.json").exists():
+                shutil.rmtree(place)  # else more of the page may be run later
     return 0
+
+
+def has_run(cell: Path, steps: int) -> bool:
+    """Whether this many steps of a page have been measured, or all that it has."""
+    found = json.loads(cell.read_text(encoding="utf-8")) if cell.exists() else {}
+    return bool(found.get("whole")) or len(found.get("steps", [])) >= steps
 
 
 def text_of(tutorial: str) -> str:
@@ -113,8 +127,9 @@ def text_of(tutorial: str) -> str:
     return text
 
 
-def run_tutorial(tutorial: str, place: Path, work: Path, python: Path, steps: int) -> dict[str, Any]:
-    """Run the page with this Python in an empty folder below `place`; seconds and bytes."""
+def run_tutorial(tutorial: str, place: Path, cell: Path, python: Path, steps: int) -> None:
+    """Run the page with this Python in an empty folder below `place`; `cell` gets where at once, then seconds and bytes."""
+    work = cell.parent
     folder, report, page = place / "empty", place / "steps.json", place / "page.md"
     if not report.exists():  # else the run was interrupted, and resumes
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,18 +141,15 @@ def run_tutorial(tutorial: str, place: Path, work: Path, python: Path, steps: in
     python = python.absolute()  # it runs in another folder; `resolve` would leave its environment
     if not (own := python.is_relative_to(place)):
         away["PYTHONPATH"] = str(ROOT / "src")
-    program = python, ROOT / "install" / "pages.py", page, report, str(steps)
-    subprocess.run(program, cwd=folder, env=away, stdin=subprocess.DEVNULL, check=True)
     from moh.evaluation import cpu_name
 
-    return {
-        "steps": json.loads(report.read_text(encoding="utf-8")),
-        "whole": steps == sys.maxsize,
-        "files": allocated(folder),
-        "own_environment": own,
-        "machine": cpu_name(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
-    }
+    noted = {"own_environment": own, "machine": cpu_name(), "whole": False}
+    write_text(cell, json.dumps(noted))
+    program = python, ROOT / "install" / "pages.py", page, report, str(steps)
+    subprocess.run(program, cwd=folder, env=away, stdin=subprocess.DEVNULL, check=True)
+    measured = json.loads(report.read_text(encoding="utf-8"))
+    noted |= {"steps": measured, "whole": len(measured) < steps, "files": allocated(folder)}
+    write_text(cell, json.dumps(noted, indent=1))
 
 
 def install(tool: str, place: Path, noted: Path, wheel: Path, names: list[str]) -> Path:
@@ -149,8 +161,8 @@ def install(tool: str, place: Path, noted: Path, wheel: Path, names: list[str]) 
     python = environment / "bin" / "python"
     if noted.exists() and python.exists():
         return python
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    shutil.rmtree(environment, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
     start = clock()
     extras = re.findall(r"[\w-]+", names[0].partition("[")[2])
     wanted = [f"{wheel}[{','.join(extras)}]", *names[1:]]
@@ -323,7 +335,7 @@ def collect(work: Path, name: str) -> dict[str, Any]:
 
 def table(cells: dict[str, Any]) -> str:
     """Markdown: a row for each tutorial."""
-    rows = ["| tutorial | by pip | by uv | all commands | the longest | files |", "| --- " * 6 + "|"]
+    rows = ["| tutorial | by pip | by uv | all commands | the longest | threads | files |", "| --- " * 7 + "|"]
     for tutorial in TUTORIALS:
         found = [cells.get(f"{tutorial}-{tool}", {}) for tool in TOOLS]
         parts = [
@@ -337,10 +349,11 @@ def table(cells: dict[str, Any]) -> str:
             parts += [
                 words(sum(step["cpu"] for step in steps)) + ("" if ran.get("whole") else ", not all"),
                 f"{name}, {words(longest['cpu'])}",
+                " and ".join(str(n) for n in sorted({step.get("threads", ran.get("threads", 0)) for step in steps})),
                 size(ran["files"]) if "files" in ran else "–",
             ]
         else:
-            parts += ["–"] * 3
+            parts += ["–"] * 4
         rows.append(f"| {' | '.join([f'[{tutorial}](tutorials/{tutorial}.md)', *parts])} |")
     return "\n".join([*rows, ""])
 

@@ -3,7 +3,7 @@
     python install/pages.py PAGE REPORT [STEPS]    # in the environment and the directory that the reader has
 
 Python runs in one session, files are written, and the lines `$ ...` of consoles go to the shell. `moh serve` keeps running
-beside the commands after it. REPORT, a JSON file, gets the seconds of each step. If it is there already, its commands are not
+beside the commands after it. REPORT, a JSON file, gets the seconds of each step, and the threads that it might use. If it is there already, its commands are not
 run again: an interrupted run resumes, with a new session of Python. STEPS: stop after so many. Needs nothing but Python.
 """
 
@@ -104,7 +104,8 @@ def timed(name: str, steps: list[dict[str, object]], report: Path) -> Iterator[N
     wall, cpu = time.perf_counter(), cpu_seconds()
     yield
     if all(name != step["step"] for step in steps):
-        steps.append(dict(step=name, wall=time.perf_counter() - wall, cpu=cpu_seconds() - cpu))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        steps.append(dict(step=name, wall=time.perf_counter() - wall, cpu=cpu_seconds() - cpu, threads=threads))
         written = report.with_suffix(".part")  # moved into place, as a run that stops here resumes
         written.write_text(json.dumps(steps), encoding="utf-8")
         written.replace(report)

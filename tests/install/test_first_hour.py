@@ -110,6 +110,62 @@ def test_a_tutorial_says_what_to_install_and_can_be_run_without_the_hub(tutorial
     assert named <= set(first_hour.HUB)
 
 
+def run_three_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object, failing: str = "") -> dict:
+    """Run first_hour.py with this Python on a page of three steps, of which one may fail; what it has measured so far."""
+    step = "```console\n$ echo {0} >> log.txt{1}\n```\n"
+    text = "".join(step.format(name, " && exit 1" if name == failing else "") for name in ("one", "two", "three"))
+    for name, stand_in in {"text_of": lambda _: text, "make_hub": lambda _: None, "prepare": lambda *_: None}.items():
+        monkeypatch.setattr(first_hour, name, stand_in)
+    argv = ["first_hour.py", "run", "--only", "heads", "--tools", "uv", "--work", folder, "--python", sys.executable]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (*argv, *options)])
+    try:
+        first_hour.main()
+    except subprocess.CalledProcessError:
+        assert failing
+    return first_hour.collect(folder, "heads-uv")
+
+
+def test_a_page_of_few_steps_runs_on_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    first = run_three_steps(tmp_path, monkeypatch, "--steps", 1)
+    log = tmp_path / "heads-uv" / "empty" / "log.txt"
+    assert (len(first["steps"]), first["whole"], log.read_text()) == (1, False, "one\n")
+    assert run_three_steps(tmp_path, monkeypatch, "--steps", 1) == first
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    whole = run_three_steps(tmp_path, monkeypatch)
+    assert whole["steps"][:1] == first["steps"] and whole["whole"] and whole["files"] and not log.exists()
+    assert "| 1 and 2 |" in first_hour.table({"heads-uv": whole})
+    assert run_three_steps(tmp_path, monkeypatch) == whole and not log.exists()
+
+
+def test_an_interrupted_page_is_noted_with_its_machine_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = run_three_steps(tmp_path, monkeypatch, failing="two")
+    assert [len(cut["steps"]), cut["whole"], cut["own_environment"]] == [1, False, False]
+    assert cut["machine"] and cut["steps"][0]["threads"] >= 1
+    whole = run_three_steps(tmp_path, monkeypatch)
+    assert whole["steps"][0] == cut["steps"][0] and len(whole["steps"]) == 3 and whole["whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["install", "--python", sys.executable], "--python must not be given for install"),
+        (["run", "--python", "/no/such/python"], "--python must be a program, got /no/such/python"),
+        (["run"], "--wheel must be a file for run"),
+    ],
+    ids=["install with a Python", "no such Python", "no wheel"],
+)
+def test_wrong_usage_of_first_hour_is_one_error(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["first_hour.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        first_hour.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_every_tutorial_is_tried() -> None:
     assert {page.stem for page in (ROOT / "docs" / "tutorials").glob("*.md")} == set(first_hour.TUTORIALS)
 
