@@ -23,6 +23,9 @@ NAME = "MoHLlamaForCausalLM"
 
 @pytest.fixture(autouse=True)
 def _transformers_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", AutoConfig.__dict__["from_pretrained"])
     yield
     vars(sys.modules["transformers"]).pop(NAME, None)
 

@@ -97,3 +97,11 @@ def tokens_of_vllm(path: Path, **options: Any) -> list[list[int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_those_of_generate(cases: dict[str, Case], name: str) -> None:
     assert tokens_of_vllm(cases[name].path) == cases[name].expected
+
+
+@pytest.mark.parametrize("name", ["linear", "two_stage", "threshold", "group_balanced", "heads-per-layer"])
+def test_heads_are_split_over_two_processes(cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the test's machine may have a single core to bind to
+    split = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert tokens_of_vllm(cases[name].path, **split) == cases[name].expected
