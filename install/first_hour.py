@@ -71,9 +71,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=TUTORIALS, default=TUTORIALS)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--work", type=Path, default=Path("runs/first_hour"))
-    parser.add_argument(
-        "--steps", type=int, default=sys.maxsize, help="run so many of each page's commands and no more"
-    )
+    parser.add_argument("--steps", type=int, default=sys.maxsize, help="run only the first STEPS commands of each page")
     parser.add_argument(
         "--python", type=Path, help="run pages with this program and install nothing, where the disk is small"
     )

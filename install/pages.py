@@ -4,8 +4,8 @@
 
 Python runs in one session, files are written, and the lines `$ ...` of consoles go to the shell. `moh serve` keeps running
 beside the commands after it. REPORT, a JSON file, gets the seconds of each step, and the threads that it might use. If it is
-there already, its commands are not run again: an interrupted run resumes, with a new session of Python. STEPS: stop after so
-many. Needs nothing but Python.
+there already, its commands are not run again: an interrupted run resumes, with a new session of Python. With STEPS only the
+first ones run. Needs nothing but Python.
 """
 
 from __future__ import annotations

@@ -54,12 +54,13 @@ def test_groups_of_texts_become_tables_and_figures(moh, moh_dir: Path, kinds: Pa
         "a": [file.read_text() for file in sorted((kinds / "a").iterdir())],
         "code": [file.read_text() for file in sorted(kinds.glob("*.py"))],
     }
-    expected = inspect_groups(model, text_groups(model, tokenizer, texts, seq_len=8)).rows()
-    read = rows(out / "heads.csv")
+    use = inspect_groups(model, text_groups(model, tokenizer, texts, seq_len=8))
+    expected, read = use.rows(), rows(out / "heads.csv")
     assert [float(row["load"]) for row in read] == [row["load"] for row in expected]
     assert len(rows(out / "ablation.csv")) == 2 * 4
     assert [row["group"] for row in rows(out / "ablation_groups.csv")] == ["a"] * 8 + ["code"] * 8
-    assert re.match(r"layer   0:  \d\d % of the heads used; a group's load of a routed head \d", told.out[0])
+    share = 100 * use.share()[0]  # of these texts: with this router not what was asked for
+    assert re.match(rf"layer   0: {share:3.0f} % of the heads used; a group's load of a routed head \d", told.out[0])
     assert re.match(r"the groups' loads differ by \d\.\d{4} bits, p = ", told.out[2])
     summary = (out / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("# Which head does what: ") and "| code | " in summary
