@@ -291,7 +291,7 @@ def adapter(model: PreTrainedModel, router: str, *, copied: bool) -> DenseTransf
 
 
 def default_lengths(model: PreTrainedModel, max_tokens: int) -> list[int]:
-    """Lengths of calibration blocks, up to the model's positions; a long one too for a model that generates, if tokens suffice."""
+    """Lengths of calibration blocks, up to the model's positions; a long one too if it generates and tokens suffice."""
     config = model.config
     most = most_positions(config) or getattr(config, "max_position_embeddings", None) or SEQ_LEN
     short = min(ENCODER_SEQ_LEN if is_text_encoder(config) else SEQ_LEN, most)
