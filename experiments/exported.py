@@ -35,7 +35,8 @@ import moh
 from moh._files import replacing_file, write_text
 from moh.demo.base_model import default_base_model
 from moh.evaluation import cpu_name
-from moh.models.exported import RUNTIMES, export_model, load_exported
+from moh.models.exported import export_model, load_exported
+from moh.models.runtimes import RUNTIMES
 from moh.models.transformers.loading import load_causal_lm
 
 NAME = "exported"

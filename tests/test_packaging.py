@@ -29,6 +29,7 @@ EXTRA_OF = {  # a folder or file -> the extra that is enough for it; the longest
     "models/card.py": "hf",
     "models/classifiers.py": "vision",
     "models/exported.py": "hf",
+    "models/runtimes.py": "hf",
     "models/hub.py": "hf",
     "models/published.py": "hf",
     "models/transformers": "hf",

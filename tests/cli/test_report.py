@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 pytest.importorskip("matplotlib", reason="the plot extra is not installed")
 
 from moh._files import check_replaceable
-from moh.evaluation import conversion_report
+from moh.evaluation import conversion_measure
 
 FILES = [f"conversion_report{end}" for end in (".html", ".json", ".md", "_curve.png", "_heads.png")]
 OPTIONS = ("--calibration-tokens", 512, "--report", "--report-lengths", 8)
@@ -19,7 +19,7 @@ OPTIONS = ("--calibration-tokens", 512, "--report", "--report-lengths", 8)
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion_report, "SHARES", (0.5,))
+    monkeypatch.setattr(conversion_measure, "SHARES", (0.5,))
     monkeypatch.setattr("moh.conversion.transformers.SEQ_LEN", 32)
 
 
@@ -50,7 +50,7 @@ def test_the_model_is_of_the_kind_requested_and_an_interrupted_report_is_kept(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion_report, "measure_speed", interrupt)
+    monkeypatch.setattr(conversion_measure, "measure_speed", interrupt)
     words = ["--active-heads", 2, "--files", text_file, *OPTIONS, *options]
     assert moh("convert", base_dir, tmp_path / "model", *words).code == 130
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

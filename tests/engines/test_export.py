@@ -26,7 +26,8 @@ import moh  # noqa: E402
 import moh.models.transformers  # noqa: E402
 from engines_on_cpu import needs  # noqa: E402
 from moh.cli import main  # noqa: E402
-from moh.models.exported import RUNTIMES, export_model, load_exported  # noqa: E402
+from moh.models.exported import export_model, load_exported  # noqa: E402
+from moh.models.runtimes import RUNTIMES  # noqa: E402
 
 GROUPED = dict(routing_unit="group_balanced", num_attention_heads=6, num_key_value_heads=2, shared_heads=2)
 TINY = dict(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=2, active_heads=2)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-from moh.models import exported  # noqa: E402
-from moh.models.exported import RUNTIMES, export_model, load_exported  # noqa: E402
+from moh.models import exported, runtimes  # noqa: E402
+from moh.models.exported import export_model, load_exported  # noqa: E402
+from moh.models.runtimes import RUNTIMES  # noqa: E402
 
 TINY = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -123,8 +124,8 @@ def test_samples_behind_a_tensor_of_none_are_not_fixed_in_silence(tmp_path: Path
 
 
 def test_a_runtime_that_is_missing_is_named_with_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported, "_exporters", lambda runtime: SimpleNamespace())
-    monkeypatch.setattr(exported, "find_spec", lambda name: None if name.startswith("onnx") else object())
+    monkeypatch.setattr(exported, "exporters_of", lambda runtime: SimpleNamespace())
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name.startswith("onnx") else object())
     with pytest.raises(ImportError, match=r"pip install onnx onnxscript onnxruntime$"):
         export_model(decoder(), ids(2), "onnx", tmp_path)
 
@@ -144,7 +145,7 @@ def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: py
 def test_a_transformers_that_is_too_new_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(transformers, "__version__", "6.0.0")
     others = {"ExportedModel", "OnnxExporter", "OnnxConfig"} - {name}
-    monkeypatch.setattr(exported, "import_module", lambda _: SimpleNamespace(**dict.fromkeys(others)))
+    monkeypatch.setattr(runtimes, "import_module", lambda _: SimpleNamespace(**dict.fromkeys(others)))
     with pytest.raises(ImportError, match=rf"'onnx' needs transformers.exporters.{name}, which transformers 6.0.0"):
         export_model(decoder(), ids(2), "onnx", tmp_path)
 
@@ -203,7 +204,7 @@ def test_only_what_a_file_is_to_blame_for_is_called_damaged(
         raise error
 
     loader = SimpleNamespace(ExportedModel=SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setattr(exported, "_exporters", lambda runtime: loader)
+    monkeypatch.setattr(exported, "exporters_of", lambda runtime: loader)
     write_manifest(tmp_path, "torch")
     with pytest.raises(kind, match=message):
         load_exported(tmp_path)

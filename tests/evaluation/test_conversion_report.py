@@ -17,17 +17,9 @@ import transformers
 
 import moh
 from moh.conversion.fitted import DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted
+from moh.evaluation.conversion_measure import DECODE_TOKENS, measure_conversion, report_lengths
 from moh.evaluation.conversion_page import Heading, Table, as_html, markdown, save_report
-from moh.evaluation.conversion_report import (
-    DECODE_TOKENS,
-    Cell,
-    ConversionReport,
-    Ratio,
-    Rise,
-    Times,
-    measure_conversion,
-    report_lengths,
-)
+from moh.evaluation.conversion_report import Cell, ConversionReport, Ratio, Rise, Times
 from moh.models.heads import total_of_share
 
 

@@ -95,7 +95,7 @@ def convert_with_report(
     from moh.conversion.plan import plan
     from moh.conversion.transformers import adapter
     from moh.data.text.blocks import evenly_spread, pack_tokens
-    from moh.evaluation.conversion_report import report_lengths
+    from moh.evaluation.conversion_measure import report_lengths
     from moh.models.card import describe
 
     if not dense.can_generate():
@@ -130,8 +130,9 @@ def convert_with_report(
     describe(made.model, base=arguments.model, facts=facts)
 
     def report(directory: Path) -> str:
+        from moh.evaluation.conversion_measure import measure_conversion
         from moh.evaluation.conversion_page import save_data, save_report
-        from moh.evaluation.conversion_report import ConversionReport, measure_conversion
+        from moh.evaluation.conversion_report import ConversionReport
         from moh.models.card import card_of, layers_of, write_card
 
         known: list[ConversionReport] = []

@@ -1,7 +1,7 @@
 """Export models to other runtimes, and load what was exported, by transformers' exporters (`transformers.exporters`).
 
-States what each runtime needs, and which attention a model can have there: shapes of routed attention depend on the tokens,
-except with `routing_unit="group_balanced"`, so other models compute all heads and weight them. Extra `hf`.
+Shapes of routed attention depend on the tokens, except with `routing_unit="group_balanced"`: exported models of other units
+compute all heads and weight them. What each runtime needs is in `runtimes`. Extra `hf`.
 """
 
 from __future__ import annotations
@@ -12,73 +12,32 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError, UserErrorType  # torch.export's, which it names nowhere else
 from torch.overrides import TorchFunctionMode
 
 from moh._extras import require
 from moh._files import replacing_directory
+from moh.models.runtimes import (
+    RUNTIMES,
+    Runtime,
+    check_installed,
+    check_threads,
+    exporters_of,
+    loading_options,
+    runtime_of,
+)
 
 require("transformers", extra="hf")
 
 import transformers  # noqa: E402
 
-OLDEST = "5.23.0"
-"""Oldest transformers whose exporters save a program together with what is needed to call it."""
-
 MANIFEST = "export.json"
 """Name of the file of an export that names its runtime and its programs."""
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How transformers exports to a runtime.
-
-    Attributes:
-        exporter: name of transformers' exporter, less "Exporter".
-        needs: modules that have to be installed.
-        is_dynamic: whether programs take batches and lengths other than the example's.
-        options: of the exporter's configuration.
-        files: patterns of the files that an export has, besides JSON.
-        limits_threads: whether `load_exported` can set how many threads a program uses.
-        spells_gelu: whether GELU by tanh is exported as its formula.
-    """
-
-    exporter: str
-    needs: tuple[str, ...] = ()
-    is_dynamic: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
-    limits_threads: bool = False
-    spells_gelu: bool = False
-
-
-RUNTIMES = {
-    "onnx": Runtime(
-        "Onnx",
-        ("onnx", "onnxscript", "onnxruntime"),
-        files=("*.onnx", "*.onnx.data", "*.onnx_data"),
-        limits_threads=True,
-    ),
-    # The cache goes in and out, as in the others; a stateful program would keep it for itself
-    "openvino": Runtime(
-        "OpenVINO", ("openvino",), options={"stateful": False}, files=("*.xml", "*.bin"), limits_threads=True
-    ),
-    # XNNPACK, which runs it on CPUs, fails on the symbolic shapes of a transformers model. ExecuTorch 1.5.1 has it compute the
-    # exact GELU where the one by tanh is asked for (pytorch/executorch#22851, mended after that version)
-    "executorch": Runtime("Executorch", ("executorch",), is_dynamic=False, files=("*.pte",), spells_gelu=True),
-    "torch": Runtime("Dynamo", is_dynamic=False, files=("*.pt2",)),
-}
-"""Runtimes by name; "torch" is a program of `torch.export`."""
 
 
 def export_model(
@@ -115,7 +74,7 @@ def export_model(
             has no such arguments, it can't be exported to this runtime, or `directory` holds something else.
         ImportError: transformers is too old, or a package of the runtime is missing.
     """
-    found = _runtime(runtime)
+    found = runtime_of(runtime)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(model, transformers.PreTrainedModel):
@@ -128,8 +87,8 @@ def export_model(
     _check_state(model)
     _check_decoding(model, inputs, runtime, decodes, cache_length)
     _check_inputs(model, inputs, runtime)
-    exporters = _exporters(runtime)
-    _check_installed(runtime)
+    exporters = exporters_of(runtime)
+    check_installed(runtime)
     config = getattr(exporters, f"{found.exporter}Config")(
         dynamic=found.is_dynamic, dynamic_shapes=_dynamic_shapes(model, inputs, found), **found.options
     )
@@ -272,9 +231,9 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
     """
     folder = Path(directory).expanduser()
     runtime, programs = _manifest(folder)
-    _check_threads(runtime, threads)
-    exporters = _exporters(runtime)
-    _check_installed(runtime)
+    check_threads(runtime, threads)
+    exporters = exporters_of(runtime)
+    check_installed(runtime)
     if missing := [name for name in programs if not (folder / name).is_file()]:
         raise ValueError(f"export {str(directory)!r} is incomplete: {missing[0]} is missing; export the model again")
     from transformers import cache_utils
@@ -282,7 +241,9 @@ def load_exported(directory: str | Path, *, threads: int | None = None) -> Any:
     caches = [getattr(cache_utils, name) for name in ("StaticCache", "StaticLayer", "StaticSlidingWindowLayer")]
     try:
         with torch.serialization.safe_globals(caches):  # a .pt2 file holds its example
-            return exporters.ExportedModel.from_pretrained(folder, local_files_only=True, **_options(runtime, threads))
+            return exporters.ExportedModel.from_pretrained(
+                folder, local_files_only=True, **loading_options(runtime, threads)
+            )
     except (ImportError, MemoryError, TypeError):  # of the installation, the machine or the call, not of the file
         raise
     except Exception as error:  # each runtime has errors of its own for a file that it can't read
@@ -313,26 +274,6 @@ def _manifest(folder: Path) -> tuple[str, list[str]]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _options(runtime: str, threads: int | None) -> dict[str, Any]:
-    """How `ExportedModel.from_pretrained` is called."""
-    if runtime == "openvino":
-        limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        return {"device": "cpu", "config": {"INFERENCE_PRECISION_HINT": "f32"} | limit}
-    if runtime == "onnx" and threads is not None:
-        from onnxruntime import SessionOptions
-
-        settings = SessionOptions()
-        settings.intra_op_num_threads = threads
-        return {"device": "cpu", "session_options": settings}
-    return {"device": "cpu"} if runtime == "onnx" else {}
-
-
-def _runtime(name: str) -> Runtime:
-    if name not in RUNTIMES:
-        raise ValueError(f"runtime must be one of {', '.join(map(repr, RUNTIMES))}, got {name!r}")
-    return RUNTIMES[name]
 
 
 def _check_state(model: nn.Module) -> None:
@@ -397,40 +338,4 @@ def _check_samples_agree(model: nn.Module, inputs: Mapping[str, Any], samples: M
             f"inputs must have as many samples in {name} as in {first}, the first tensor of {type(model).__name__}.forward, got "
             f"shapes {tuple(tensor.shape)} and {tuple(counted.shape)}: a tensor that has samples must come first in forward; one "
             "that has none needs a single dimension or a first size of 1, or can be a buffer of the model"
-        )
-
-
-def _check_threads(runtime: str, threads: int | None) -> None:
-    if threads is None:
-        return
-    if not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads must be 1 or more, or None for the runtime's own choice, got {threads!r}")
-    if not RUNTIMES[runtime].limits_threads:
-        able = " or ".join(repr(name) for name, other in RUNTIMES.items() if other.limits_threads)
-        raise ValueError(
-            f"threads must be None for an export to {runtime!r}, whose threads can't be set here, got {threads}; those of "
-            f"{able} can"
-        )
-
-
-def _exporters(runtime: str) -> ModuleType:
-    if Version(transformers.__version__) < Version(OLDEST):
-        raise ImportError(
-            f"exports need transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
-            f"pip install --upgrade 'transformers>={OLDEST}'"
-        )
-    exporters = import_module("transformers.exporters")
-    needed = ("ExportedModel", *(f"{RUNTIMES[runtime].exporter}{part}" for part in ("Exporter", "Config")))
-    if missing := [name for name in needed if not hasattr(exporters, name)]:
-        raise ImportError(
-            f"runtime {runtime!r} needs transformers.exporters.{missing[0]}, which transformers {transformers.__version__} "
-            f"doesn't have: install {OLDEST}, with which exports are tested"
-        )
-    return exporters
-
-
-def _check_installed(runtime: str) -> None:
-    if missing := [name for name in RUNTIMES[runtime].needs if find_spec(name) is None]:
-        raise ImportError(
-            f"runtime {runtime!r} needs {' and '.join(missing)}, not installed: pip install {' '.join(missing)}"
         )
