@@ -84,15 +84,18 @@ class Run:
         self.results = [r for r in self.results if r.case.key != result.case.key] + [result]
 
     def merged(self, new: Run, *, part: bool = False) -> Run:
-        """The new run and the rest of this one: other subjects, or all other cases if the new one is a `part`.
+        """The new run and the rest of this one: other subjects and other language models, or all other cases if it is a `part`.
 
         If the machine was set up differently, only the new run remains: one file has one set-up.
         """
-        subjects, keys = {r.case.subject for r in new.results}, {r.case.key for r in new.results}
         if self.machine != new.machine:
             return new
-        old = [r for r in self.results if (r.case.key not in keys if part else r.case.subject not in subjects)]
-        return Run(new.machine, [*old, *new.results])
+
+        def replaced(case: Case) -> object:
+            return case.key if part else (case.subject, case.model if case.subject == "model" else None)
+
+        measured = {replaced(r.case) for r in new.results}
+        return Run(new.machine, [*(r for r in self.results if replaced(r.case) not in measured), *new.results])
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""

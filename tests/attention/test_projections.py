@@ -146,7 +146,7 @@ def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse
     weight = torch.randn_like(sparse)
     inputs = [x, *layer.parameters()]
     sparse_grads = torch.autograd.grad(sparse, inputs, weight)
-    monkeypatch.setattr(projections, "MAX_SHARE", 0.0)
+    monkeypatch.setattr(projections, "_max_share", lambda *_: 0.0)
     dense = layer(x, is_causal=True)
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
     for got, expected in zip(sparse_grads, torch.autograd.grad(dense, inputs, weight), strict=True):
@@ -199,8 +199,20 @@ def test_dense_product_is_used_where_the_sparse_one_does_not_fit(sparse_calls, m
     assert seen == (["hook"] if reason == "hook" else [])
 
 
-@pytest.mark.parametrize("width, most", [(64, 0.8), (16, 0.8), (72, 0.65), (24, 0.65)])
-def test_widths_that_leave_lanes_empty_are_projected_densely_from_a_smaller_share_on(sparse_calls, width, most):
+@pytest.mark.parametrize(
+    ("processor", "width", "most"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, 64, 0.8),
+        ({"cpu_name": "Intel Core", "avx512_f": False}, 16, 0.8),
+        ({}, 72, 0.65),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True}, 16, 0.67),
+        ({"cpu_name": "Intel Xeon", "avx512_f": True}, 24, 0.65),
+    ],
+)
+def test_the_share_from_which_on_projections_are_dense_is_that_of_processor_and_width(
+    sparse_calls, monkeypatch, processor, width, most
+):
+    monkeypatch.setattr(projections, "_capabilities", lambda: processor)
     linear, x, gates = nn.Linear(32, 4 * width), torch.randn(1, 100, 32), torch.ones(1, 100, 4)
     for share in (most, most + 0.01):
         moh.attention.project_queries(linear, x, gates, share)
@@ -210,7 +222,7 @@ def test_widths_that_leave_lanes_empty_are_projected_densely_from_a_smaller_shar
 
 @pytest.fixture
 def units_of_bfloat16(monkeypatch, kernels):
-    """As on a processor with dot products of bfloat16: sparse products up to `MAX_SHARE_BFLOAT16`."""
+    """As on a processor with dot products of bfloat16: sparse products up to `MaxShares.bfloat16`."""
     monkeypatch.setattr(projections, "_has_dot_products", lambda: True)
     monkeypatch.setattr(projections, "_is_emulated", lambda dtype: False)
 
@@ -268,9 +280,10 @@ def test_training_step_under_autocast_projects_active_heads_alone(
         return layer(x, is_causal=mask == "causal", key_padding_mask=seen)
 
     results = []
-    for most in (projections.MAX_SHARE_BFLOAT16, 0.0):
+    for most in (0.7, 0.0):
         sparse_calls.clear()
-        monkeypatch.setattr(projections, "MAX_SHARE_BFLOAT16", most)
+        monkeypatch.setattr(projections, "MAX_SHARES", projections.MaxShares(0.0, 0.0, most))
+        monkeypatch.setattr(projections, "MAX_SHARES_INTEL", projections.MAX_SHARES)
         with torch.autocast("cpu", torch.bfloat16):
             out = checkpoint(attend, x, use_reentrant=False) if use_checkpoint else attend(x)
             loss = out.float().square().sum()

@@ -135,6 +135,13 @@ def test_a_new_run_replaces_its_subjects_a_part_of_one_only_its_cases() -> None:
     assert old.merged(Run(replace(MACHINE, threads=4), new.results)).results == new.results
 
 
+def test_a_language_model_of_ones_own_stays_beside_the_random_ones() -> None:
+    own, random = (result(Case("model", "decode", model=model), 0.5) for model in ("dir", None))
+    again = Run(MACHINE, [random])
+    assert Run(MACHINE, [own, random]).merged(again).results == [own, random]
+    assert Run(MACHINE, [own, random]).merged(Run(MACHINE, [own])).results == [random, own]
+
+
 def test_a_target_is_missed_if_one_case_misses_it() -> None:
     run = Run(MACHINE, [result(CASES[1], 0.20, 0.9), result(CASES[2], 0.46, 0.9)])
     reached = judge(TARGETS[0], run)

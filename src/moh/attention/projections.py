@@ -24,14 +24,26 @@ from moh.routing.router import is_untouched
 MIN_TOKENS = 64
 """With fewer tokens reading the weights limits the product, and the sparse one reads them less efficiently."""
 
-MAX_SHARE = 0.8
-"""Above this share of active heads the dense product is as fast, in float32 (measured with AVX2 and AVX-512)."""
 
-MAX_SHARE_UNEVEN = 0.65
-"""The same in float32 for heads whose width is not a multiple of 16 and leaves lanes empty, such as DiT-XL's 72 (AVX-512)."""
+class MaxShares(NamedTuple):
+    """Largest shares of active heads at which the sparse products are faster than the dense one on a processor.
 
-MAX_SHARE_BFLOAT16 = 0.7
-"""The same in bfloat16 where both use the processor's dot products (measured on Zen 4)."""
+    Attributes:
+        float32: where both are in float32.
+        uneven: the same for heads whose width is not a multiple of 16 and leaves lanes empty, such as DiT-XL's 72.
+        bfloat16: where both use the processor's dot products of bfloat16.
+    """
+
+    float32: float
+    uneven: float
+    bfloat16: float
+
+
+MAX_SHARES = MaxShares(0.8, 0.65, 0.7)
+"""Measured on AMD's processors with AVX2 and AVX-512 (Zen 4)."""
+
+MAX_SHARES_INTEL = MaxShares(0.67, 0.65, 0.85)
+"""On Intel's with AVX-512, whose dense product in float32 takes two thirds of the time per pair (a Xeon, family 6, model 207)."""
 
 Kind = Literal["queries", "qkv", "output"]
 """Which projection: "queries" (C -> H * D), "qkv" (C -> 3 * H * D) or "output" (H * D -> C)."""
@@ -306,11 +318,19 @@ def _max_share(dtype: torch.dtype, width: int) -> float:
     bfloat16, not on a matrix unit (AMX). Without such units PyTorch emulates the product, about five times slower than
     ours, which converts to float32.
     """
+    shares = _max_shares()
     if dtype == torch.float32:
-        return MAX_SHARE if width % 16 == 0 else min(MAX_SHARE, MAX_SHARE_UNEVEN)
+        return shares.float32 if width % 16 == 0 else min(shares.float32, shares.uneven)
     if _is_emulated(dtype):
         return 1.0
-    return MAX_SHARE_BFLOAT16 if dtype == torch.bfloat16 and _has_dot_products() else 0.0
+    return shares.bfloat16 if dtype == torch.bfloat16 and _has_dot_products() else 0.0
+
+
+@torch.compiler.assume_constant_result
+def _max_shares() -> MaxShares:
+    capabilities = _capabilities()
+    intel = str(capabilities.get("cpu_name", "")).startswith("Intel") and capabilities.get("avx512_f")
+    return MAX_SHARES_INTEL if intel else MAX_SHARES
 
 
 @torch.compiler.assume_constant_result
