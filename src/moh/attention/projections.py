@@ -318,7 +318,7 @@ def _max_share(dtype: torch.dtype, width: int) -> float:
     bfloat16, not on a matrix unit (AMX). Without such units PyTorch emulates the product, about five times slower than
     ours, which converts to float32.
     """
-    shares = _max_shares()
+    shares: MaxShares = _max_shares()
     if dtype == torch.float32:
         return shares.float32 if width % 16 == 0 else min(shares.float32, shares.uneven)
     if _is_emulated(dtype):

@@ -34,6 +34,7 @@ from moh.conversion.passes import (
     collect_several_outputs,
     layer_costs,
     layer_groups,
+    losses_at,
 )
 from moh.conversion.recording import Playback, Recording, run
 from moh.data.text.blocks import evenly_spread
@@ -58,6 +59,18 @@ very small shares over all layers."""
 REFIT_NUMBERS = 6
 """The gain of a refit is measured for this many numbers of heads; each takes two matrices of W_O's size per layer."""
 
+COPY_LENGTH = 2048
+"""Shortest calibration blocks that show which heads copy from afar (`Calibrator.share_copying_heads`)."""
+
+COPY_BLOCKS = 2
+"""Blocks that end in copies."""
+
+COPIES, COPY_TOKENS, COPY_START = 8, 48, 8
+"""Copies at a block's end, the length of each, and how many of its tokens nothing foretells, as they show what is copied."""
+
+COPY_LOSS = 0.05
+"""Heads are shared if the tokens of a copy would lose more without them, in nats per token."""
+
 RANK = 64
 """Largest rank of a change of W_O (measured by experiments/budgets_in_one_model.py)."""
 
@@ -78,6 +91,7 @@ class Calibrator:
         self.dense = dense
         self.fits: list[ContributionFit] = []
         self._scores: dict[int, Tensor] = {}  # [T, H] of layers whose routers have thresholds
+        self._copy_losses: Tensor | None = None
         self._groups = [samples] if isinstance(samples, Tensor) else list(samples)
         self.batch_size = batch_size
         shortest = self._groups[0].shape[1]
@@ -179,7 +193,13 @@ class Calibrator:
     def with_number(self, router: Router, layer: int, heads: int) -> Router:
         """A layer's router for another number of heads, of which at most as many are shared as before."""
         before = router.config
-        shared = strongest(self.fits[layer].mean, min(before.num_shared, heads), before)
+        shared = before.shared_indices
+        if len(shared) > heads:
+            shared = strongest(self.fits[layer].mean, heads, before)
+        return self._with_shared(router, layer, shared, heads)
+
+    def _with_shared(self, router: Router, layer: int, shared: Sequence[int], heads: int) -> Router:
+        before = router.config
         kept = before.thresholds if shared == before.shared_indices else None
         config = dataclasses.replace(before, shared_heads=shared, active_heads=heads - len(shared), thresholds=kept)
         made = router.with_config(config)
@@ -191,6 +211,41 @@ class Calibrator:
         """Routers with `total` heads over all layers, distributed by `costs`."""
         used = hand_out(costs, total, step=routers[0].config.step)
         return [self.with_number(router, layer, n) for layer, (router, n) in enumerate(zip(routers, used, strict=True))]
+
+    def share_copying_heads(self, routers: Sequence[Router]) -> list[Router]:
+        """The routers, with those heads shared that copy from afar and would be left out where they do (docs/method.md, M21).
+
+        A head that finds what was said thousands of tokens ago is needed at few tokens, and its router can't know at which:
+        running text hardly shows it. So the longest samples, if they are long enough, are given an end that repeats parts of
+        their beginning. A layer keeps its number of heads.
+        """
+        if self._groups[-1].shape[1] < COPY_LENGTH:
+            return list(routers)
+        h = self.dense.num_heads
+        if self._copy_losses is None:  # [H + 1, L, H], for each number of heads of a layer
+            numbers = [
+                [
+                    self.with_number(router, layer, max(n, router.config.num_shared))
+                    for layer, router in enumerate(routers)
+                ]
+                for n in range(h + 1)
+            ]
+            longest = self._groups[-1]
+            samples, places = with_copies(longest[self._spread(len(self._groups) - 1, COPY_BLOCKS * longest.shape[1])])
+            batches = samples.to(self.dense.device).split(1)
+            title = "finding heads that copy from afar"
+            bar = tqdm(batches, desc=title, unit="batch", disable=not self._progress)
+            self._copy_losses = losses_at(self.dense, numbers, iter(bar), places)
+        made = []
+        for layer, router in enumerate(routers):
+            config = router.config
+            heads = config.num_shared + config.active_heads
+            losses = self._copy_losses[heads, layer]
+            copying = [i for i in losses.argsort(descending=True).tolist() if losses[i] > COPY_LOSS]
+            copying = [i for i in copying if i not in config.shared_indices][: config.active_heads]
+            shared = sorted((*config.shared_indices, *copying))
+            made.append(self._with_shared(router, layer, shared, heads) if copying else router)
+        return made
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
         """New weights of each layer's output projection."""
@@ -267,6 +322,22 @@ class Calibrator:
         batches = self.some(COST_TOKENS).to(self.dense.device).split(count)
         title = "estimating what each layer needs"
         return iter(tqdm(batches, desc=title, unit="batch", disable=not self._progress))
+
+
+def with_copies(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids `[n, N]` whose end repeats `COPIES` parts of their first quarter, and the positions whose next token is foretold.
+
+    Positions `[P]` are the same in all rows; each part's first `COPY_START` tokens are not foretold.
+    """
+    length, quarter = ids.shape[1], ids.shape[1] // 4
+    copied = ids.clone()
+    places: list[int] = []
+    for number in range(COPIES):
+        first = (number + 1) * (quarter - COPY_TOKENS) // (COPIES + 1)
+        to = length - (COPIES - number) * COPY_TOKENS
+        copied[:, to : to + COPY_TOKENS] = ids[:, first : first + COPY_TOKENS]
+        places += range(to + COPY_START - 1, to + COPY_TOKENS - 1)
+    return copied, torch.tensor(places)
 
 
 def thinned(numbers: Sequence[int]) -> Sequence[int]:

@@ -213,6 +213,8 @@ def convert(
             if allocation == "sensitivity":
                 costs = calibrator.costs(routers, refitted=counts_on_refit)
                 routers = calibrator.reallocate(routers, costs, total)
+                if generates and routing_unit == "head" and shared_heads is None:
+                    routers = calibrator.share_copying_heads(routers)
             if refit_output:
                 output_weights = [OutputWeight(weight) for weight in calibrator.refit_outputs(routers)]
         requested = [r.config for r in routers]

@@ -151,6 +151,7 @@ class Fitted:
     def routed(self, total: int) -> tuple[list[Router], list[OutputWeight]]:
         """The router and the output projection of each layer of the model whose layers all route."""
         routers = self.calibrator.reallocate(self.kinds.routers, self._costs, total)
+        routers = self.calibrator.share_copying_heads(routers)
         return routers, [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
 
     def _built(self, routers: list[Router], weights: list[OutputWeight], costs: Tensor | None) -> Made:

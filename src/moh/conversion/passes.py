@@ -7,7 +7,7 @@ Only sums are kept; the closed forms on them are in `moh.conversion.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -214,27 +214,78 @@ def layer_costs(dense: DenseModel, routers: Sequence[RanksHeads], batches: Itera
 
 def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]], batches: Iterator[Tensor]) -> Tensor:
     """`layer_costs` of several choices of heads, `[choices, L, H + 1]`, by the same pass."""
-    model, num_heads = dense.model, dense.num_heads
+    num_heads = dense.num_heads
     costs = torch.zeros(len(choices), len(dense.attentions), num_heads + 1, dtype=torch.float64)
     tokens = 0
 
-    def see(index: int, x: Tensor, z: Tensor) -> None:
+    def watch(index: int, x: Tensor) -> Callable[[Tensor], None]:
         nonlocal tokens
-        if runs_again():
-            return
-        with torch.no_grad():
-            orders = [of_layers[index].order(x.float()).flatten(0, -2) for of_layers in choices]  # [T, H]
+        orders = [of_layers[index].order(x.float()).flatten(0, -2) for of_layers in choices]  # [T, H]
         tokens += len(orders[0]) if index == 0 else 0
-        heads = z.detach()  # z itself would hold its hook, and so every sample's graph, until Python collects circles
 
-        def see_gradient(gradient: Tensor) -> None:
-            check_finite(gradient, f"layer {index} has gradients of")
-            effect = (gradient * heads).float().unflatten(-1, (num_heads, -1)).sum(-1)  # s: [B, N, H]
+        def add(effect: Tensor) -> None:
             for choice, order in enumerate(orders):
                 ordered = effect.flatten(0, -2).gather(-1, order)
                 # entry n: sum over all after the first n heads
                 skipped = ordered.flip(-1).cumsum(-1).flip(-1).cpu().double()
                 costs[choice, index, :-1] += skipped.square().sum(0) / 2
+
+        return add
+
+    _effects(dense, batches, watch)
+    return costs / max(tokens, 1)
+
+
+def losses_at(
+    dense: DenseModel, choices: Sequence[Sequence[Router]], batches: Iterator[Tensor], places: Tensor
+) -> Tensor:
+    """Estimated rise of the loss at some places, in nats per place, by each head that a router leaves out there.
+
+    To first order it is -s_i at the places where head i is left out, with s_i as in `layer_costs`. One backward pass.
+
+    Args:
+        choices: per choice of heads one router per layer, all of which decide by the layer's input.
+        batches: token ids `[B, N]`.
+        places: `[P]`, positions in them.
+
+    Returns:
+        `[choices, L, H]` float64; negative where a head is better left out.
+    """
+    losses = torch.zeros(len(choices), len(dense.attentions), dense.num_heads, dtype=torch.float64)
+    count = 0
+
+    def watch(index: int, x: Tensor) -> Callable[[Tensor], None]:
+        nonlocal count
+        count += len(x) * len(places) if index == 0 else 0
+        left_out = [of_layers[index](x[:, places].float()).gates == 0 for of_layers in choices]  # [B, P, H]
+
+        def add(effect: Tensor) -> None:
+            for choice, out in enumerate(left_out):
+                losses[choice, index] -= (effect[:, places] * out).sum((0, 1)).cpu().double()
+
+        return add
+
+    _effects(dense, batches, watch)
+    return losses / max(count, 1)
+
+
+def _effects(
+    dense: DenseModel, batches: Iterator[Tensor], watch: Callable[[int, Tensor], Callable[[Tensor], None]]
+) -> None:
+    """Run the dense model forwards and backwards: `watch(layer, x)` is called with each layer's input `[B, N, C]`, and what it
+    returns with s `[B, N, H]`, s_i = <dL/dz_i, z_i>."""
+    model = dense.model
+
+    def see(index: int, x: Tensor, z: Tensor) -> None:
+        if runs_again():
+            return
+        with torch.no_grad():
+            add = watch(index, x)
+        heads = z.detach()  # z itself would hold its hook, and so every sample's graph, until Python collects circles
+
+        def see_gradient(gradient: Tensor) -> None:
+            check_finite(gradient, f"layer {index} has gradients of")
+            add((gradient * heads).float().unflatten(-1, (dense.num_heads, -1)).sum(-1))
 
         z.register_hook(see_gradient)
 
@@ -256,4 +307,3 @@ def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]],
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    return costs / max(tokens, 1)
