@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from moh.config import MoHConfig
 from moh.conversion.allocation import Change, changed
-from moh.conversion.calibrator import Calibrator
 from moh.conversion.dense import OutputWeight
 from moh.conversion.fit import refit_output_projection, unique_part
 from moh.conversion.fitted import DROPPED, DROPPED_LINEAR, FIXED_HEADS, MIXED, ROUTED, Fitted, Made
@@ -132,21 +131,17 @@ class Compared(Fitted):
         self._mixed_blocks = mixed
 
     @cached_property
-    def _mixed(self) -> tuple[Calibrator, list[Router], Tensor]:
-        """As `moh.convert` does it."""
-        calibrator = Calibrator(self.adapter, self._mixed_blocks, self.calibrator.batch_size, progress=False)
-        routers = calibrator.fit_routers(self._requested, refitted=True)
-        return calibrator, routers, calibrator.costs(routers, refitted=True)
+    def _default(self) -> Fitted:
+        """Calibrated as `moh.convert` does it."""
+        options = dict(router=self.router, batch_size=self.calibrator.batch_size)
+        return Fitted(self.adapter.model, self._mixed_blocks, **options)  # type: ignore[arg-type]
 
     def make_any(self, method: str, total: int, seed: int = 0) -> Made | Chosen:
         """The model by a method, with this many heads over all layers."""
         if method in NOT_MODELS:
             return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
         if method == ROUTED:
-            calibrator, fitted, costs = self._mixed
-            routers = calibrator.reallocate(fitted, costs, total)
-            weights = [OutputWeight(weight) for weight in calibrator.refit_outputs(routers)]
-            return self._built(routers, weights, costs)
+            return self._default.make(ROUTED, total)
         if method == SAME_NUMBER:
             routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
             weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]

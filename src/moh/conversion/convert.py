@@ -15,27 +15,19 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moh.config import FIXED, ROUTERS, MoHConfig
+from moh.config import FIXED
 from moh.conversion.calibrator import Calibrator, dial_costs, keep_output_changes, needed_heads
 from moh.conversion.dense import DenseModel, OutputWeight, check_weights
 from moh.conversion.layer_kinds import LayerKinds
+from moh.conversion.requested import check_fit, check_layers, check_shares, requested_layers, requested_total
 from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.card import describe
-from moh.models.heads import heads_of_share, requested_share, total_of_share
+from moh.models.heads import requested_share
 from moh.models.hub import is_hub_name, kind_at
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
-
-ALLOCATIONS = ("even", "sensitivity")
-"""How `moh.convert` distributes the heads: the same number in every layer, or more to layers that need them more."""
-
-LAYERS = ("keep", "drop", "mix")
-"""What may become of a layer: it keeps heads; it keeps all or none; it is routed, fixed or without heads."""
-
-RANKING = " or ".join(repr(name) for name in ROUTERS if router_class(name).ranks_heads)
-"""Routers that the uneven allocation and the refits of W_O work with, for messages."""
 
 
 def convert(
@@ -171,7 +163,7 @@ def convert(
     check_weights(dense.model)
     generates = isinstance(dense, DenseTextModel) and dense.model.can_generate()
     router = router or ("threshold" if generates and routing_unit == "head" else "linear")
-    requested = _requested_layers(dense, share, shared_heads, active_heads, router, routing_unit)
+    requested = requested_layers(dense, share, shared_heads, active_heads, router, routing_unit)
     kind = router_class(router)
     best = (kind.ranks_heads or router == FIXED) and generates
     if allocation is None:
@@ -181,10 +173,10 @@ def convert(
         refit_output = (best or router == FIXED) and shares is None
     if layers is None:
         layers = "mix" if router == FIXED and generates and allocation == "sensitivity" else "keep"
-    _check_layers(layers, router, allocation, shares, generates=generates)
-    _check(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
+    check_layers(layers, router, allocation, shares, generates=generates)
+    check_fit(dense, router, allocation, refit_output, shared_heads, calibration, batch_size)
     if shares is not None:
-        _check_shares(dense, shares, router=router, refit_output=refit_output)
+        check_shares(dense, shares, router=router, refit_output=refit_output)
     refits = refit_output or shares is not None
     may_be_fixed = FIXED if layers == "mix" else router
     refusal = dense.refusal(router=may_be_fixed, refit_output=refits, router_aux_loss_coef=router_aux_loss_coef)
@@ -203,7 +195,7 @@ def convert(
         calibrator = Calibrator(dense, samples, batch_size, progress)
         # Only for language models with uneven layers: it made those with even ones worse, and encoders too
         counts_on_refit = refits and generates and allocation == "sensitivity"
-        total = _total(requested, share)
+        total = requested_total(requested, share)
         if router == FIXED or layers == "mix":
             kinds = LayerKinds(calibrator, requested, refitted=refit_output, total=total)
             chosen, costs = (kinds.as_requested(), None) if allocation == "even" else kinds.choose(layers)
@@ -272,67 +264,6 @@ def _dense_model(model_or_path: nn.Module | str | Path, router: str, *, copy_wei
     )
 
 
-def _requested_layers(
-    dense: DenseModel,
-    share: float | None,
-    shared_heads: int | Sequence[int] | None,
-    active_heads: int | Sequence[int] | None,
-    router: str,
-    unit: str,
-) -> list[MoHConfig]:
-    """Each layer's heads as requested.
-
-    Args:
-        share: of all heads; None where `active_heads` is given.
-        shared_heads: a number, indices, or None for the default.
-        active_heads: a number, or one per layer.
-        unit: `MoHConfig.routing_unit`.
-
-    Raises:
-        ValueError: one of them is out of range, or the model has no groups for such a unit.
-    """
-    count = len(dense.attentions)
-    if unit != "head" and dense.kv_heads is None:
-        raise ValueError(
-            f"routing_unit must be 'head' for a {type(dense.model).__name__}, whose heads don't share keys and values in "
-            f"groups, got {unit!r}"
-        )
-    h, kv_heads = dense.num_heads, None if unit == "head" else dense.kv_heads
-    is_fixed = router == FIXED
-    if is_fixed and shared_heads is not None:
-        raise ValueError(
-            f"shared_heads must be left out for router={FIXED!r}, where active_heads is how many heads a layer keeps, got "
-            f"{shared_heads!r}"
-        )
-    if shared_heads is None:
-        step = MoHConfig(h, h, 0, router, routing_unit=unit, kv_heads=kv_heads).step
-        default = 0 if is_fixed else router_class(router).default_shared_heads(h, step=step)
-        if share is not None:
-            shared_heads, active_heads = heads_of_share(share, h, default_shared=default, step=step)
-        else:
-            shared_heads = default
-    active = [active_heads] * count if isinstance(active_heads, int) else list(active_heads or ())
-    if len(active) != count:
-        raise ValueError(
-            f"active_heads must be a number or have one entry per layer ({count}), got {len(active)} entries"
-        )
-    if is_fixed:
-        if not sum(active) > 0 or not all(0 <= k <= h for k in active):
-            raise ValueError(
-                f"active_heads must be between 0 and {h} in each layer for router={FIXED!r}, and not 0 in all, got "
-                f"{active_heads}"
-            )
-        return [MoHConfig(h, k, 0, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
-    return [MoHConfig(h, shared_heads, k, router, routing_unit=unit, kv_heads=kv_heads) for k in active]
-
-
-def _total(layers: Sequence[MoHConfig], share: float | None) -> int:
-    """Heads of all layers together, as requested: with a share nearer to it than the sum of each layer's nearest number."""
-    if share is None:
-        return sum(c.num_shared + c.active_heads for c in layers)
-    return total_of_share(share, len(layers), layers[0].num_heads, step=layers[0].step)
-
-
 def load_dense(
     path: str | Path,
     *,
@@ -379,80 +310,3 @@ def dense_class(config: PreTrainedConfig) -> Any:
             return found
     # by the configuration, because a hub name doesn't show the kind
     return AutoModel if kind_of(config.to_dict()).task == "images" else AutoModelForCausalLM
-
-
-def _check(
-    dense: DenseModel,
-    router: str,
-    allocation: str,
-    refit_output: bool,
-    shared_heads: int | Sequence[int] | None,
-    calibration: object,
-    batch_size: int,
-) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
-    if router != FIXED and not router_class(router).ranks_heads and (allocation != "even" or refit_output):
-        raise ValueError(
-            f"allocation='sensitivity' and refit_output=True need router={RANKING} or {FIXED!r}, got router={router!r}"
-        )
-    if allocation == "sensitivity" and not isinstance(shared_heads, int | None):
-        raise ValueError("shared_heads must be a number for allocation='sensitivity', got a list of heads")
-    if calibration is None and dense.needs_calibration(router):
-        kind = "texts or token ids" if isinstance(dense, DenseTextModel) else "images"
-        raise ValueError(f"calibration must be given for router={router!r}: {kind} to fit the router on")
-
-
-def _check_layers(
-    layers: str, router: str, allocation: str, shares: Sequence[float] | None, *, generates: bool
-) -> None:
-    """Refuse what `layers` can't be combined with.
-
-    Raises:
-        ValueError: `layers` is unknown, or another argument or the model rules it out.
-    """
-    if layers not in LAYERS:
-        raise ValueError(f"layers must be one of {', '.join(map(repr, LAYERS))}, got {layers!r}")
-    if layers == "drop" and router != FIXED:
-        raise ValueError(
-            f"router must be None or {FIXED!r} for layers='drop', which leaves nothing to route, got {router!r}"
-        )
-    if layers == "mix" and router != FIXED and not router_class(router).ranks_heads:
-        raise ValueError(f"router must be {RANKING} or {FIXED!r} for layers='mix', got {router!r}")
-    if layers != "keep" and not generates:
-        raise ValueError(
-            f"layers must be 'keep' for this model, got {layers!r}: what a layer without heads costs is measured by the loss of "
-            "a language model that generates"
-        )
-    if layers != "keep" and allocation != "sensitivity":
-        raise ValueError(f"allocation must be 'sensitivity' for layers={layers!r}, got {allocation!r}")
-    if shares is not None and (layers != "keep" or router == FIXED):
-        raise ValueError(
-            f"shares needs layers that all route: router={RANKING} and layers='keep', got router={router!r} and "
-            f"layers={layers!r}"
-        )
-
-
-def _check_shares(dense: DenseModel, shares: Sequence[float], *, router: str, refit_output: bool) -> None:
-    """Refuse shares for which no W_O can be kept.
-
-    Raises:
-        ValueError: the shares are out of range, or the model or another argument rules them out.
-    """
-    if not router_class(router).ranks_heads:
-        raise ValueError(f"shares needs router={RANKING}, got router={router!r}")
-    if refit_output:
-        raise ValueError("refit_output must be False where shares is given, which refits W_O for each of them")
-    if (
-        isinstance(shares, str)
-        or not len(shares)
-        or not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares)
-    ):
-        raise ValueError(f"shares must be above 0 and at most 1, got {shares!r}")
-    if not isinstance(dense.model, PreTrainedModel):
-        raise ValueError(
-            f"shares must be None for a {type(dense.model).__name__}: only models of transformers can keep a W_O for each "
-            "number of heads; the dial (moh.set_active_heads) works without them"
-        )

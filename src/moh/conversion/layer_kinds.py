@@ -6,6 +6,7 @@ Fits each kind for every layer, states what it costs with every number of heads,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ class LayerKinds:
         total: heads over all layers, for `choose`; None means those of `requested`.
 
     Attributes:
-        fixed: what was fitted for fixed heads, one per layer.
         routers: of routed layers, one per layer, or none.
     """
 
@@ -44,11 +44,11 @@ class LayerKinds:
         self._calibrator, self._requested, self._refitted = calibrator, requested, refitted
         self._used = [layer.num_shared + layer.active_heads for layer in requested]
         self._total = sum(self._used) if total is None else total
-        self.fixed = self._fit_fixed()
         is_fixed = requested[0].router == FIXED
         self.routers: Sequence[Router] = [] if is_fixed else calibrator.fit_routers(requested, refitted=refitted)
 
-    def _fit_fixed(self) -> list[FixedFit]:
+    @cached_property
+    def fixed(self) -> list[FixedFit]:
         """Which heads each layer can do without if the same heads are left out for every token."""
         dense, fits = self._calibrator.dense, []
         for group in layer_groups(dense, matrices=4):
