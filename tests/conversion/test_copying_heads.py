@@ -57,9 +57,9 @@ def weighted(dense: nn.Module, layer: int, head: int, places: Tensor, weight: fl
 
 
 @torch.no_grad()
-def loss_of(dense: nn.Module, ids: Tensor) -> float:
+def loss_of(dense: nn.Module, ids: Tensor, places: Tensor) -> float:
     """As the adapter's, but in float64."""
-    return float(nn.functional.cross_entropy(dense(ids[None]).logits[0, :-1], ids[1:], reduction="sum"))
+    return float(nn.functional.cross_entropy(dense(ids[None]).logits[0, places], ids[places + 1], reduction="sum"))
 
 
 def test_losses_are_those_of_leaving_a_head_out_to_first_order(make_dense, long_tokens: Tensor) -> None:
@@ -86,7 +86,7 @@ def test_losses_are_those_of_leaving_a_head_out_to_first_order(make_dense, long_
                     losses = []
                     for weight in (1 - step, 1 + step):
                         handle = weighted(dense, layer, head, torch.tensor([place]), weight)
-                        losses.append(loss_of(dense, long_tokens[row]))
+                        losses.append(loss_of(dense, long_tokens[row], places))
                         handle.remove()
                     expected += (losses[0] - losses[1]) / (2 * step)
             assert float(got[layer, head]) == pytest.approx(expected / (4 * len(places)), rel=5e-3, abs=1e-4)

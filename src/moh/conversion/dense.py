@@ -136,6 +136,10 @@ class DenseModel(ABC):
             ValueError: the model has no loss; the message states what to do.
         """
 
+    def loss_behind(self, samples: Tensor, places: Tensor) -> Tensor:
+        """The loss of the tokens behind `places` `[P]` alone, as `loss`; of language models that generate."""
+        raise NotImplementedError(f"a {type(self.model).__name__} writes no tokens")
+
     def samples_per_loss(self, batch_size: int) -> int:
         """How many samples one loss is of, where a forward pass alone takes `batch_size`."""
         return max(1, batch_size // 2)

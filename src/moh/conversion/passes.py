@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -232,21 +233,22 @@ def costs_of_choices(dense: DenseModel, choices: Sequence[Sequence[RanksHeads]],
 
         return add
 
-    _effects(dense, batches, watch)
+    _effects(dense, batches, dense.loss, watch)
     return costs / max(tokens, 1)
 
 
 def losses_at(
     dense: DenseModel, choices: Sequence[Sequence[Router]], batches: Iterator[Tensor], places: Tensor
 ) -> Tensor:
-    """Estimated rise of the loss at some places, in nats per place, by each head that a router leaves out there.
+    """Estimated rise of the loss behind some places, in nats per place, by each head that a router leaves out there.
 
     To first order it is -s_i at the places where head i is left out, with s_i as in `layer_costs`. One backward pass.
 
     Args:
+        dense: a language model that generates.
         choices: per choice of heads one router per layer, all of which decide by the layer's input.
         batches: token ids `[B, N]`.
-        places: `[P]`, positions in them.
+        places: `[P]`, positions in them, whose next tokens' loss counts.
 
     Returns:
         `[choices, L, H]` float64; negative where a head is better left out.
@@ -265,12 +267,16 @@ def losses_at(
 
         return add
 
-    _effects(dense, batches, watch)
+    places = places.to(dense.device)
+    _effects(dense, batches, partial(dense.loss_behind, places=places), watch)
     return losses / max(count, 1)
 
 
 def _effects(
-    dense: DenseModel, batches: Iterator[Tensor], watch: Callable[[int, Tensor], Callable[[Tensor], None]]
+    dense: DenseModel,
+    batches: Iterator[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    watch: Callable[[int, Tensor], Callable[[Tensor], None]],
 ) -> None:
     """Run the dense model forwards and backwards: `watch(layer, x)` is called with each layer's input `[B, N, C]`, and what it
     returns with s `[B, N, H]`, s_i = <dL/dz_i, z_i>."""
@@ -300,7 +306,7 @@ def _effects(
             tapped(dense.attentions, see),
         ):
             for batch in batches:
-                loss = dense.loss(batch)
+                loss = loss_of(batch)
                 check_finite(loss.detach(), f"the loss, behind layer {len(dense.attentions) - 1}, is")
                 loss.backward()
                 give_back_memory()

@@ -256,6 +256,11 @@ class DenseTextModel(DenseTransformersModel):
         projected: Tensor = (states.float() * directions).sum() / states.shape[-1] ** 0.5
         return projected
 
+    def loss_behind(self, samples: Tensor, places: Tensor) -> Tensor:
+        embedded = self.model.get_input_embeddings()(samples).requires_grad_()
+        logits = self.model(inputs_embeds=embedded, use_cache=False, logits_to_keep=places).logits  # [B, P, V]
+        return summed_loss(logits.flatten(0, 1), samples[:, places + 1].flatten())
+
 
 class DenseViT(DenseTransformersModel, DenseImageModel):
     """A dense model that reads images."""
