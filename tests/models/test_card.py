@@ -179,6 +179,9 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tiny_model, tmp_path:
 def test_a_push_while_saving_has_the_card(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pushed = tiny_model(), []
     monkeypatch.setattr(type(model), "push_to_hub", lambda self, name, **options: pushed.append((name, options)))
-    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model", private=True)
-    assert pushed == [("me/model", {"private": True})]
+    asked = dict(private=True, create_pr=True, commit_description="why", max_shard_size="1GB", token="secret")
+    model.save_pretrained(tmp_path / "other", is_main_process=False, push_to_hub=True, repo_id="me/model", **asked)
+    assert pushed == []
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model", **asked)
+    assert pushed == [("me/model", asked)]
     assert (tmp_path / "model" / "README.md").is_file()

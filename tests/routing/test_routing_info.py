@@ -108,3 +108,9 @@ def test_load_is_the_share_of_tokens_that_use_each_head():
 def test_token_mask_of_another_shape_is_refused(method):
     with pytest.raises(ValueError, match=r"token_mask must have shape \(3, 5\), got \(3, 4\)"):
         getattr(random_routing(), method)(torch.ones(3, 4))
+
+
+def test_a_batch_of_none_loses_nothing() -> None:
+    config = MoHConfig(4, 1, 1)
+    info = RoutingInfo(config, torch.zeros(0, 5, 4), torch.zeros(0, 5, 3, requires_grad=True))
+    assert float(info.balance_loss().detach()) == 0 and torch.equal(info.load(), torch.zeros(4))

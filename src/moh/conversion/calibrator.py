@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
+from moh.conversion.copying import COPY_BLOCKS, COPY_LENGTH, copying_heads, with_copies
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
@@ -59,18 +60,6 @@ very small shares over all layers."""
 REFIT_NUMBERS = 6
 """The gain of a refit is measured for this many numbers of heads; each takes two matrices of W_O's size per layer."""
 
-COPY_LENGTH = 2048
-"""Shortest calibration blocks that show which heads copy from afar (`Calibrator.share_copying_heads`)."""
-
-COPY_BLOCKS = 2
-"""Blocks that end in copies."""
-
-COPIES, COPY_TOKENS, COPY_START = 8, 48, 8
-"""Copies at a block's end, the length of each, and how many of its tokens nothing foretells, as they show what is copied."""
-
-COPY_LOSS = 0.05
-"""Heads are shared if the tokens of a copy would lose more without them, in nats per token."""
-
 RANK = 64
 """Largest rank of a change of W_O (measured by experiments/budgets_in_one_model.py)."""
 
@@ -91,7 +80,7 @@ class Calibrator:
         self.dense = dense
         self.fits: list[ContributionFit] = []
         self._scores: dict[int, Tensor] = {}  # [T, H] of layers whose routers have thresholds
-        self._copy_losses: Tensor | None = None
+        self._copy_losses: dict[tuple[tuple[int, ...], ...], Tensor] = {}  # by the layers' shared heads
         self._groups = [samples] if isinstance(samples, Tensor) else list(samples)
         self.batch_size = batch_size
         shortest = self._groups[0].shape[1]
@@ -221,30 +210,25 @@ class Calibrator:
         """
         if self._groups[-1].shape[1] < COPY_LENGTH:
             return list(routers)
-        h = self.dense.num_heads
-        if self._copy_losses is None:  # [H + 1, L, H], for each number of heads of a layer
-            numbers = [
-                [
-                    self.with_number(router, layer, max(n, router.config.num_shared))
-                    for layer, router in enumerate(routers)
-                ]
-                for n in range(h + 1)
+        key = tuple(router.config.shared_indices for router in routers)
+        if key not in self._copy_losses:
+            numbers = [  # [H + 1][L], for each number of heads of a layer
+                [self.with_number(r, layer, max(n, r.config.num_shared)) for layer, r in enumerate(routers)]
+                for n in range(self.dense.num_heads + 1)
             ]
             longest = self._groups[-1]
             samples, places = with_copies(longest[self._spread(len(self._groups) - 1, COPY_BLOCKS * longest.shape[1])])
             batches = samples.to(self.dense.device).split(1)
             title = "finding heads that copy from afar"
             bar = tqdm(batches, desc=title, unit="batch", disable=not self._progress)
-            self._copy_losses = losses_at(self.dense, numbers, iter(bar), places)
+            self._copy_losses[key] = losses_at(self.dense, numbers, iter(bar), places)
         made = []
         for layer, router in enumerate(routers):
             config = router.config
             heads = config.num_shared + config.active_heads
-            losses = self._copy_losses[heads, layer]
-            copying = [i for i in losses.argsort(descending=True).tolist() if losses[i] > COPY_LOSS]
-            copying = [i for i in copying if i not in config.shared_indices][: config.active_heads]
-            shared = sorted((*config.shared_indices, *copying))
-            made.append(self._with_shared(router, layer, shared, heads) if copying else router)
+            if found := copying_heads(self._copy_losses[key][heads, layer], config):
+                router = self._with_shared(router, layer, sorted((*config.shared_indices, *found)), heads)
+            made.append(router)
         return made
 
     def refit_outputs(self, routers: Sequence[Router]) -> list[Tensor]:
@@ -322,22 +306,6 @@ class Calibrator:
         batches = self.some(COST_TOKENS).to(self.dense.device).split(count)
         title = "estimating what each layer needs"
         return iter(tqdm(batches, desc=title, unit="batch", disable=not self._progress))
-
-
-def with_copies(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids `[n, N]` whose end repeats `COPIES` parts of their first quarter, and the positions whose next token is foretold.
-
-    Positions `[P]` are the same in all rows; each part's first `COPY_START` tokens are not foretold.
-    """
-    length, quarter = ids.shape[1], ids.shape[1] // 4
-    copied = ids.clone()
-    places: list[int] = []
-    for number in range(COPIES):
-        first = (number + 1) * (quarter - COPY_TOKENS) // (COPIES + 1)
-        to = length - (COPIES - number) * COPY_TOKENS
-        copied[:, to : to + COPY_TOKENS] = ids[:, first : first + COPY_TOKENS]
-        places += range(to + COPY_START - 1, to + COPY_TOKENS - 1)
-    return copied, torch.tensor(places)
 
 
 def thinned(numbers: Sequence[int]) -> Sequence[int]:

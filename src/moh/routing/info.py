@@ -82,7 +82,8 @@ class RoutingInfo:
 def _token_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     """Mean of `values` `[B, N, X]` over the tokens of `token_mask` `[B, N]`, `[X]`."""
     if token_mask is None:
-        return values.flatten(0, -2).mean(0)
+        flat = values.flatten(0, -2)  # [B*N, X]
+        return flat.sum(0) / max(len(flat), 1)  # a batch of 0 has a mean of 0
     total, count = _token_sum(values, token_mask)
     return total / count.clamp_min(1)
 

@@ -178,7 +178,8 @@ class RoutedModel(PushedWithCard, HasActiveHeads):
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and a model card (README.md), unless there is one."""
         push = kwargs.pop("push_to_hub", False)  # the library would push before the card and the code are there
-        repository = {name: kwargs.pop(name) for name in ("repo_id", "commit_message") if push and name in kwargs}
+        of_hub = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+        repository = {name: kwargs.pop(name) for name in of_hub if push and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         is_main = kwargs.get("is_main_process", args[0] if args else True)
@@ -186,9 +187,10 @@ class RoutedModel(PushedWithCard, HasActiveHeads):
             if not (folder / "README.md").exists():
                 write_card(folder, self.config.layer_configs(), **card_of(self))  # type: ignore[attr-defined]
             keep_remote_code(self, folder)
-        if push:
+        if push and is_main:
             name = repository.pop("repo_id", folder.name)
-            self.push_to_hub(name, **repository, **{key: kwargs[key] for key in ("private", "token") if key in kwargs})
+            of_both = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
+            self.push_to_hub(name, **repository, **of_both)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
