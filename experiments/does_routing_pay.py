@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from does_routing_pay_models import METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, Chosen, Compared, cell_file
+from does_routing_pay_models import BEFORE, METHODS, MODELS, NOT_MODELS, ROUTED, SHARES, Chosen, Compared, cell_file
 from does_routing_pay_report import NAME, SAME, write
 from result_names import collect_cells
 from torch import Tensor
@@ -97,7 +97,7 @@ def _measure_quality(options: argparse.Namespace, name: str) -> None:
              "calibration_tokens": calibration.numel(), "heldout_tokens": {t: h.numel() for t, h in heldout.items()},
              "options": asked, "calibrated_on": options.texts, "dense": {t: r.perplexity for t, r in original.items()},
              "dense_cache": _cache(dense, [getattr(dense.config, "num_key_value_heads", heads)] * layers)}  # fmt: skip
-    mixed = _of_two_lengths(tokenizer, options) if any(method == ROUTED for method, _ in missing) else ()
+    mixed = _of_two_lengths(tokenizer, options) if any(method in (ROUTED, BEFORE) for method, _ in missing) else ()
     fitted = Compared(dense, calibration, mixed=mixed, router=ROUTER)
     for method, share in missing:
         made = fitted.make_any(method, round(share * layers * heads))

@@ -30,10 +30,12 @@ from moh.routing import Router, build_router
 
 SHORT = "routed, blocks of 512"
 """As `ROUTED`, but calibrated as all other methods are here."""
+BEFORE = "routed, copying heads not shared"
+"""As `ROUTED`, without heads that are shared because they copy from afar."""
 SAME_NUMBER = "routed, as many for every token"
 RANDOM, ORACLE = "random heads", "oracle"
-METHODS = (ROUTED, SHORT, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
-AVERAGES = (ROUTED, SHORT, MIXED)
+METHODS = (ROUTED, BEFORE, SHORT, SAME_NUMBER, MIXED, FIXED_HEADS, DROPPED_LINEAR, DROPPED, RANDOM, ORACLE)
+AVERAGES = (ROUTED, BEFORE, SHORT, MIXED)
 """By which a token may use other numbers of heads than another one."""
 NOT_MODELS = (RANDOM, ORACLE)
 """Their heads are chosen outside the model: perplexity alone can be measured."""
@@ -74,8 +76,9 @@ SHARES = {"SmolLM2-135M": (7 / 9, 6 / 9, 5 / 9, 4 / 9), "Gemma-3-270M": (3 / 4, 
 
 def about_blocks(methods: Iterable[str]) -> str:
     """How these methods' calibration is cut into blocks, for the pages."""
-    if ROUTED in methods:
-        return f"in blocks of 512 ({ROUTED}: half of them in blocks of 4,096, as `moh.convert` does)"
+    shown = set(methods)
+    if long := [method for method in (ROUTED, BEFORE) if method in shown]:
+        return f"in blocks of 512 ({' and '.join(long)}: half of them in blocks of 4,096, as `moh.convert` does)"
     return "in blocks of 512 alone, not half of them in blocks of 4,096 as `moh.convert` does by default"
 
 
@@ -121,8 +124,8 @@ class Compared(Fitted):
     """What `Fitted` makes, and the same numbers of heads chosen otherwise: as many for every token, at random, by an oracle.
 
     Args:
-        blocks: calibration tokens `[n, N]` of all methods but `ROUTED`.
-        mixed: those of `ROUTED`, of several lengths, as `moh.convert` takes them; needed for that method alone. The other
+        blocks: calibration tokens `[n, N]` of all methods but `ROUTED` and `BEFORE`.
+        mixed: those of these two, of several lengths, as `moh.convert` takes them; needed for them alone. The other
             arguments are those of `Fitted`.
     """
 
@@ -142,6 +145,11 @@ class Compared(Fitted):
             return self._with_gates([router.config for router in self.routed(total)[0]], method, seed)
         if method == ROUTED:
             return self._default.make(ROUTED, total)
+        if method == BEFORE:
+            default = self._default
+            routers = default.calibrator.reallocate(default.kinds.routers, default._costs, total)
+            weights = [OutputWeight(weight) for weight in default.calibrator.refit_outputs(routers)]
+            return default._built(routers, weights, default._costs)
         if method == SAME_NUMBER:
             routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
             weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]

@@ -57,7 +57,7 @@ _ABOUT = (
     "equal time."
 )
 _TIMED = [method for method in METHODS if method not in NOT_MODELS]
-_COLOURS = dict(zip(METHODS, ("C0", "C5", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
+_COLOURS = dict(zip(METHODS, ("C0", "C6", "C5", "C9", "C4", "C1", "C2", "C3", "C7", "black"), strict=True))
 
 
 def write(out: Path, images: Path, cells: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Which heads lose facts that are far back? A converted model answers with some gates open at the question alone.
 
-    moh convert MODEL DIR --shared-heads 2 --active-heads 5 --text django-docs anarchism   # without (M21) of docs/method.md
+    moh convert MODEL DIR --shared-heads 2 --active-heads 5 --calibration django-docs anarchism   # without (M21) of docs/method.md
     python experiments/far_facts.py DIR --dense MODEL
 
 The texts are those of `long_texts.py` with 4,096 tokens; asked are the facts at their beginning and at a quarter, 3,000 tokens
@@ -49,7 +49,7 @@ def main() -> None:
     documents = [document for text in options.texts for document in load_corpus(text).heldout]
     made = haystacks(documents, load_tokenizer(options.dense), length=LENGTH, count=options.haystacks, seed=LENGTH)
     dense = load_causal_lm(_place(options.dense), dtype=torch.float32).eval()
-    print("| answers by | of the facts found | margin, nats |\n| --- | --- | --- |")
+    print("| model | of the facts found | margin, nats |\n| --- | --- | --- |")
     show("the dense model", answers(dense, made, read(dense, made)))
     del dense
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -31,6 +31,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in dict(COPIES=2, COPY_TOKENS=12, COPY_START=2, COPY_LOSS=1e-6).items():
         monkeypatch.setattr(copying, name, value)
     monkeypatch.setattr(calibrator_module, "COPY_LENGTH", 96)
+    monkeypatch.setattr(calibrator_module, "COPY_SHARE", 0.5)
 
 
 def test_copies_repeat_the_beginning_and_their_places_are_foretold() -> None:
@@ -127,6 +128,9 @@ def test_short_blocks_and_heads_that_are_asked_for_stay_as_they_are(make_dense, 
     calibrator = Calibrator(DenseTextModel(dense, "threshold", copied=False), long_tokens[:, :95], 2, progress=False)
     routers = calibrator.fit_routers([MoHConfig(4, 1, 1, "threshold")] * 3)
     assert all(new is old for new, old in zip(calibrator.share_copying_heads(routers), routers, strict=True))
+    few = calibrator_module.Calibrator(calibrator.dense, long_tokens, 2, progress=False)
+    routers = few.fit_routers([MoHConfig(4, 1, 0, "threshold")] * 3)  # a quarter of the heads
+    assert all(new is old for new, old in zip(few.share_copying_heads(routers), routers, strict=True))
     options = dict(calibration=long_tokens, progress=False)
     asked = convert(dense, shared_heads=1, active_heads=1, **options).config.layer_configs()
     assert all(layer.num_shared == 1 for layer in asked)

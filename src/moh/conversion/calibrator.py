@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
-from moh.conversion.copying import COPY_BLOCKS, COPY_LENGTH, copying_heads, with_copies
+from moh.conversion.copying import COPY_BLOCKS, COPY_LENGTH, COPY_SHARE, copying_heads, with_copies
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
@@ -208,7 +208,8 @@ class Calibrator:
         running text hardly shows it. So the longest samples, if they are long enough, are given an end that repeats parts of
         their beginning. A layer keeps its number of heads.
         """
-        if self._groups[-1].shape[1] < COPY_LENGTH:
+        used = sum(router.config.num_shared + router.config.active_heads for router in routers)
+        if self._groups[-1].shape[1] < COPY_LENGTH or used < COPY_SHARE * len(routers) * self.dense.num_heads:
             return list(routers)
         key = tuple(router.config.shared_indices for router in routers)
         if key not in self._copy_losses:

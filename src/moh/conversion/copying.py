@@ -10,6 +10,9 @@ from moh.config import MoHConfig
 COPY_LENGTH = 2048
 """Shortest calibration blocks that show which heads copy from afar (`Calibrator.share_copying_heads`)."""
 
+COPY_SHARE = 0.65
+"""With a smaller share of all heads none is shared for copying: so many would be needed that tokens choose too little."""
+
 COPY_BLOCKS = 2
 """Blocks that end in copies."""
 
