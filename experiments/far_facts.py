@@ -1,6 +1,6 @@
 """Which heads lose facts that are far back? A converted model answers with some gates open at the question alone.
 
-    moh convert MODEL DIR --shared-heads 2 --active-heads 5 --calibration django-docs anarchism   # without (M21) of docs/method.md
+    moh convert MODEL DIR --shared-heads 2 --active-heads 5 --calibration django-docs anarchism  # without (M21)
     python experiments/far_facts.py DIR --dense MODEL
 
 The texts are those of `long_texts.py` with 4,096 tokens; asked are the facts at their beginning and at a quarter, 3,000 tokens
