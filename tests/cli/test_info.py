@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from moh.attention import BACKENDS, Call, choose_backend, cpu
+from moh.attention import BACKENDS, Call, choose_backend, cpu, projections
 
 SHAPE = ["--shape", 2, 4, 2, 8, 16]
 
@@ -47,7 +47,12 @@ def test_it_tells_why_a_backend_would_be_passed_over(moh) -> None:
     "tokens, options, words",
     [
         pytest.param(8, ["--share", 0.5], "dense; cpu: it needs at least 64 tokens", id="few-tokens"),
-        pytest.param(100, ["--share", 0.9], "dense; cpu: with more than 80% of the heads", id="most-heads"),
+        pytest.param(
+            100,
+            ["--share", 0.9],
+            f"dense; cpu: with more than {projections._max_shares().float32:.0%} of the heads",
+            id="most-heads",
+        ),
         pytest.param(100, ["--share", 0.5, "--dtype", "float64"], "dense; cpu: it computes float32", id="float64"),
     ],
 )
