@@ -208,8 +208,8 @@ class Calibrator:
         running text hardly shows it. So the longest samples, if they are long enough, are given an end that repeats parts of
         their beginning. A layer keeps its number of heads.
         """
-        used = sum(router.config.num_shared + router.config.active_heads for router in routers)
-        if self._groups[-1].shape[1] < COPY_LENGTH or used < COPY_SHARE * len(routers) * self.dense.num_heads:
+        used = used_heads(router.config for router in routers)
+        if self._groups[-1].shape[1] < COPY_LENGTH or sum(used) < COPY_SHARE * len(routers) * self.dense.num_heads:
             return list(routers)
         key = tuple(router.config.shared_indices for router in routers)
         if key not in self._copy_losses:
@@ -224,9 +224,8 @@ class Calibrator:
             bar = tqdm(batches, desc=title, unit="batch", disable=not self._progress)
             self._copy_losses[key] = losses_at(self.dense, numbers, iter(bar), places)
         made = []
-        for layer, router in enumerate(routers):
+        for layer, (router, heads) in enumerate(zip(routers, used, strict=True)):
             config = router.config
-            heads = config.num_shared + config.active_heads
             if found := copying_heads(self._copy_losses[key][heads, layer], config):
                 router = self._with_shared(router, layer, sorted((*config.shared_indices, *found)), heads)
             made.append(router)
