@@ -25,7 +25,8 @@ class Case:
 
     Attributes:
         subject: name of the module that measures it.
-        mode: "forward", "forward+backward", "prefill", "decode" or "training".
+        mode: "forward", "forward+backward", "prefill", "decode", "training" or "autocast": a training step under autocast to
+            bfloat16.
         batch: B.
         heads: H, query heads.
         kv_heads: key/value heads; fewer than `heads` is grouped-query attention.
@@ -84,7 +85,7 @@ class Case:
     @property
     def backward(self) -> bool:
         """Whether gradients are computed too."""
-        return self.mode in ("forward+backward", "training")
+        return self.mode in ("forward+backward", "training", "autocast")
 
     @property
     def torch_dtype(self) -> torch.dtype:

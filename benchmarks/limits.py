@@ -79,7 +79,7 @@ def _cost(case: Case, used: float) -> float:
         return case.layers * (weights + cache) + output
     seen = (case.length + 1) / 2 if case.causal else case.length
     core = 2 * queries * seen  # q k^T and the sum over values
-    outputs = output if case.mode == "training" else output / case.length  # prefill: of the last token alone
+    outputs = output if case.backward else output / case.length  # prefill: of the last token alone
     return case.layers * (used * (by_heads + core) + others) + outputs
 
 

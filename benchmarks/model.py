@@ -62,6 +62,10 @@ def cases(grid: str, checkpoint: str | None = None, dtype: str = "float32") -> l
     if grid == "full":
         chosen += [replace(case, length=length) for case in chosen[:2] for length in (128, *LONG)]
         chosen += [replace(training, length=LONG[0])]
+        shares = training.shares if checkpoint else (0.5, 7 / 9, 1.0)
+        chosen += [
+            replace(training, mode="autocast", batch=2, length=length, shares=shares) for length in (512, LONG[0])
+        ]
         chosen += [replace(case, batch=8) for case in chosen[:2]]
     return chosen
 
@@ -251,10 +255,12 @@ def _tokens(model: PreTrainedModel, case: Case) -> Tensor:
 def _step(model: PreTrainedModel, case: Case) -> Callable[[], object]:
     model.train(case.backward)
     tokens = _tokens(model, case)
-    if case.mode == "training":
+    if case.backward:
 
         def train() -> None:
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.mode == "autocast"):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
             model.zero_grad()
 
         return train

@@ -46,7 +46,8 @@ def write_page(runs: Sequence[Run], page: Path, images: Path, results: Path) -> 
     )
     missed = tables.missed(runs)
     if missed:
-        parts.append("Cases above *must*:\n\n" + "\n".join(f"- {line}" for line in missed))
+        lines = "\n".join(f"- {line}" for line in missed)
+        parts.append(f"The worst cases above *must*; the tables below have the others:\n\n{lines}")
     for letter, run in zip(tables.letters(runs), runs, strict=True):
         remarks = results / f"{run.machine.slug}.md"
         if remarks.is_file():

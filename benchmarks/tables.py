@@ -92,13 +92,14 @@ def _reached(reached: Reached) -> str:
 
 
 def missed(runs: Sequence[Run]) -> list[str]:
-    """Every case above its target, as text."""
-    return [
-        f"{letter}: {target.what}: {value:.2f} instead of {target.must:g} ({case.label})"
-        for target in TARGETS
-        for letter, run in zip(letters(runs), runs, strict=True)
-        for value, case in judge(target, run).missed
-    ]
+    """For each target the worst case above it on each machine, as text."""
+    lines = []
+    for target in TARGETS:
+        cases = [(letter, judge(target, run).missed) for letter, run in zip(letters(runs), runs, strict=True)]
+        worst = [f"{letter} {found[0][0]:.2f} ({found[0][1].label})" for letter, found in cases if found]
+        if worst:
+            lines.append(f"{target.what}, {target.must:g}: {', '.join(worst)}")
+    return lines
 
 
 def subject_table(subject: str, runs: Sequence[Run], kernels: str = "") -> Table | None:

@@ -146,7 +146,7 @@ def test_layer_with_half_the_heads_projects_them_alone_and_gives_the_same(sparse
     weight = torch.randn_like(sparse)
     inputs = [x, *layer.parameters()]
     sparse_grads = torch.autograd.grad(sparse, inputs, weight)
-    monkeypatch.setattr(projections, "_max_share", lambda *_: 0.0)
+    monkeypatch.setattr(projections, "_max_share", lambda *_, **__: 0.0)
     dense = layer(x, is_causal=True)
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
     for got, expected in zip(sparse_grads, torch.autograd.grad(dense, inputs, weight), strict=True):
@@ -214,9 +214,10 @@ def test_the_share_from_which_on_projections_are_dense_is_that_of_processor_and_
 ):
     monkeypatch.setattr(projections, "_capabilities", lambda: processor)
     linear, x, gates = nn.Linear(32, 4 * width), torch.randn(1, 100, 32), torch.ones(1, 100, 4)
-    for share in (most, most + 0.01):
-        moh.attention.project_queries(linear, x, gates, share)
-        moh.attention.project_output(nn.Linear(4 * width, 32), torch.randn(1, 100, 4, width), gates, share)
+    with torch.no_grad():
+        for share in (most, most + 0.01):
+            moh.attention.project_queries(linear, x, gates, share)
+            moh.attention.project_output(nn.Linear(4 * width, 32), torch.randn(1, 100, 4, width), gates, share)
     assert sparse_calls == ["cpu_expand", "cpu_sum_heads"]  # of the first share
 
 
@@ -282,7 +283,7 @@ def test_training_step_under_autocast_projects_active_heads_alone(
     results = []
     for most in (0.7, 0.0):
         sparse_calls.clear()
-        monkeypatch.setattr(projections, "MAX_SHARES", projections.MaxShares(0.0, 0.0, most))
+        monkeypatch.setattr(projections, "MAX_SHARES", projections.MaxShares(0.0, 0.0, 0.0, most))
         monkeypatch.setattr(projections, "MAX_SHARES_INTEL", projections.MAX_SHARES)
         with torch.autocast("cpu", torch.bfloat16):
             out = checkpoint(attend, x, use_reentrant=False) if use_checkpoint else attend(x)
@@ -295,6 +296,21 @@ def test_training_step_under_autocast_projects_active_heads_alone(
     for sparse, dense in zip(*results, strict=True):
         assert sparse.dtype == dense.dtype
         assert_close(sparse.float(), dense.float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("wants", ["weight", "input", None])
+def test_with_gradients_fewer_heads_are_needed_for_the_sparse_products(sparse_calls, monkeypatch, wants, share):
+    monkeypatch.setattr(projections, "MAX_SHARES", projections.MaxShares(0.75, 0.6, 0.75, 0.0))
+    monkeypatch.setattr(projections, "MAX_SHARES_INTEL", projections.MAX_SHARES)
+    linear = nn.Linear(64, 64).requires_grad_(wants == "weight")
+    x, gates = torch.randn(1, 100, 64, requires_grad=wants == "input"), torch.ones(1, 100, 4)
+    moh.attention.project_queries(linear, x, gates, share=share)
+    assert sparse_calls == ([] if wants and share > 0.6 else ["cpu_expand"])
+    sparse_calls.clear()
+    with torch.no_grad():
+        moh.attention.project_output(linear, x.view(1, 100, 4, 16), gates, share=share)
+    assert sparse_calls == ["cpu_sum_heads"]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])

@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_steps(tiny_model, text, kind, padded):
 
 def test_norms_of_all_heads_together_see_every_query(tiny_model, text, monkeypatch):
     """Also where PyTorch's own product is so slow that active pairs alone always pay."""
-    monkeypatch.setattr(moh.attention.projections, "_max_share", lambda *_: 1.0)
+    monkeypatch.setattr(moh.attention.projections, "_max_share", lambda *_, **__: 1.0)
     model = tiny_model(family="Olmo2")
     expected = model(text).logits.detach()
     torch.use_deterministic_algorithms(True)  # what was never written is NaN

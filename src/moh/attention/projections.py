@@ -30,19 +30,21 @@ class MaxShares(NamedTuple):
 
     Attributes:
         float32: where both are in float32.
+        training: the same where gradients are required, whose sparse products are less efficient.
         uneven: the same for heads whose width is not a multiple of 16 and leaves lanes empty, such as DiT-XL's 72.
         bfloat16: where both use the processor's dot products of bfloat16.
     """
 
     float32: float
+    training: float
     uneven: float
     bfloat16: float
 
 
-MAX_SHARES = MaxShares(0.8, 0.65, 0.7)
+MAX_SHARES = MaxShares(0.8, 0.8, 0.65, 0.7)
 """Measured on AMD's processors with AVX2 and AVX-512 (Zen 4)."""
 
-MAX_SHARES_INTEL = MaxShares(0.67, 0.65, 0.85)
+MAX_SHARES_INTEL = MaxShares(0.67, 0.6, 0.65, 0.85)
 """On Intel's with AVX-512, whose dense product in float32 takes two thirds of the time per pair (a Xeon, family 6, model 207)."""
 
 Kind = Literal["queries", "qkv", "output"]
@@ -228,8 +230,8 @@ def is_wrapper(weight: Any) -> bool:
 
 
 def sparse_pays_on_cpu(x: Tensor, width: int, share: float) -> bool:
-    """Whether products of active pairs alone would be used for x `[B, N, C]` of a plain layer with heads of this width."""
-    return x.shape[0] * x.shape[1] >= MIN_TOKENS and _why_not_cpu(x.dtype, width, share) is None
+    """Whether products of active pairs alone would be used for x `[B, N, C]` of a plain layer, without gradients."""
+    return x.shape[0] * x.shape[1] >= MIN_TOKENS and _why_not_cpu(x.dtype, width, share, trains=False) is None
 
 
 def _sparse_kernels(
@@ -267,12 +269,13 @@ def _why_dense(
     if name == "triton":
         return _why_not_triton(linear, x, kind, num_heads, share)
     rows = {"queries": linear.out_features, "qkv": linear.out_features // 3, "output": linear.in_features}[kind]
-    return _why_not_cpu(_product_dtype(x), rows // num_heads, share)
+    trains = torch.is_grad_enabled() and _wants_gradient(linear, x)
+    return _why_not_cpu(_product_dtype(x), rows // num_heads, share, trains=trains)
 
 
-def _why_not_cpu(dtype: torch.dtype, width: int, share: float) -> str | None:
+def _why_not_cpu(dtype: torch.dtype, width: int, share: float, *, trains: bool) -> str | None:
     # `cpu.unavailable` comes last: it may build the kernels.
-    most = _max_share(dtype, width)
+    most = _max_share(dtype, width, trains=trains)
     if most == 0.0:
         return f"PyTorch's product in {str(dtype).removeprefix('torch.')} is faster on this processor"
     if share > most:
@@ -311,7 +314,7 @@ def _wants_gradient(linear: nn.Linear, x: Tensor) -> bool:
     return x.requires_grad or linear.weight.requires_grad
 
 
-def _max_share(dtype: torch.dtype, width: int) -> float:
+def _max_share(dtype: torch.dtype, width: int, *, trains: bool) -> float:
     """Above this share the dense product is as fast.
 
     Where the processor has units for 16-bit products, PyTorch uses them; ours are measured only with dot products of
@@ -320,7 +323,8 @@ def _max_share(dtype: torch.dtype, width: int) -> float:
     """
     shares: MaxShares = _max_shares()
     if dtype == torch.float32:
-        return shares.float32 if width % 16 == 0 else min(shares.float32, shares.uneven)
+        most = shares.training if trains else shares.float32
+        return most if width % 16 == 0 else min(most, shares.uneven)
     if _is_emulated(dtype):
         return 1.0
     return shares.bfloat16 if dtype == torch.bfloat16 and _has_dot_products() else 0.0
