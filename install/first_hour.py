@@ -49,8 +49,7 @@ REPLACED = {
 """Tutorial -> commands that can't be run as they stand, and what is run instead."""
 
 HUB = {
-    "HuggingFaceTB/SmolLM2-135M": "the 4-bit weights that the demo takes from the package index",
-    "HuggingFaceTB/SmolLM2-135M-Instruct": "the same",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "the 4-bit weights that the demo takes from the package index",
     "Chat-UniVi/MoH-ViT-B-75": "random weights",
     "timm/deit_small_patch16_224.fb_in1k": "random weights",
     "facebook/DiT-XL-2-256": "random weights, 4 of 28 layers",

@@ -104,7 +104,7 @@ def _language_model(request: pytest.FixtureRequest, folder: Path, monkeypatch: p
     import shutil
 
     stand_in(folder / "hub", monkeypatch)
-    shutil.copytree(request.getfixturevalue("base_dir"), folder / "HuggingFaceTB" / "SmolLM2-135M")
+    shutil.copytree(request.getfixturevalue("base_dir"), folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     text = request.getfixturevalue("text_file").read_text(encoding="utf-8")
     (folder / "texts").mkdir()
     for number in range(8):
