@@ -146,10 +146,7 @@ class Compared(Fitted):
         if method == ROUTED:
             return self._default.make(ROUTED, total)
         if method == BEFORE:
-            default = self._default
-            routers = default.calibrator.reallocate(default.kinds.routers, default._costs, total)
-            weights = [OutputWeight(weight) for weight in default.calibrator.refit_outputs(routers)]
-            return default._built(routers, weights, default._costs)
+            return self._default._built(*self._default.routed(total, copying=False), self._default._costs)
         if method == SAME_NUMBER:
             routers = [_linear(r) for r in self.calibrator.reallocate(self.kinds.routers, self._costs, total)]
             weights = [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]

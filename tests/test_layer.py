@@ -258,8 +258,12 @@ def test_arguments_of_self_attention_alone_are_refused_elsewhere():
     cache = moh.KVCache(N)
     with torch.no_grad():
         layer(x[:, :2], is_causal=True, cache=cache)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"\[2, 6\], got \[1, 6\]"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"\[2, 6, 4\] of torch.float32, got \[1, 6, 4\]"):
         layer(x[:1, :1], is_causal=True, cache=cache)
+    for other in (torch.zeros(B, H, 1, 5), torch.zeros(B, H, 1, 4, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="make a new one"):
+            cache.update(other, other)
+    assert cache.length == 2
 
 
 @pytest.mark.parametrize(
@@ -269,9 +273,16 @@ def test_arguments_of_self_attention_alone_are_refused_elsewhere():
             dict(dim=25), "dim must be a multiple of num_heads = 6 unless head_dim is given, got 25", id="dim"
         ),
         pytest.param(dict(num_kv_heads=4), "num_kv_heads must divide num_heads = 6, got 4", id="kv-heads"),
-        pytest.param(dict(num_kv_heads=0), "num_kv_heads must divide num_heads = 6, got 0", id="no-kv-heads"),
+        *(
+            pytest.param({name: value}, f"{name} must be an integer of at least 1, got {value}", id=f"{name}-{value}")
+            for name in ("dim", "num_heads", "num_kv_heads", "head_dim", "context_dim")
+            for value in (0, -1, 2.0)
+        ),
+        pytest.param(dict(active_heads=3.0), "active_heads must be an integer, got 3.0", id="float"),
         pytest.param(
-            dict(shared_heads=5, active_heads=2), "active_heads must be between 0 and .* = 1, got 2", id="heads"
+            dict(shared_heads=5, active_heads=2),
+            "active_heads must be between 0 and .* = 1, got 2",
+            id="heads",
         ),
         pytest.param(dict(shared_heads=0, active_heads=0), "active_heads must be at least 1", id="no-heads"),
         pytest.param(dict(router="best"), "router must be one of .*got 'best'", id="router"),

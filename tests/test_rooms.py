@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 # From the ground up; a room may import those before it. docs/architecture.md describes each.
 ROOMS = (
-    "_extras _lazy _checks _files _processes config routing attention layer data models checkpoints conversion sampling "
+    "_extras _lazy _checks _files _modes _processes config routing attention layer data models checkpoints conversion sampling "
     "training evaluation inspection explore demo cli __init__ __main__"
 ).split()
 

@@ -234,13 +234,14 @@ def replacing_directory(
             scratch.mkdir(parents=True)
             yield scratch
             check()  # it may have got other files
-            if target.exists():
-                os.replace(target, work / "old")  # it can't replace a directory that has files
+            old = work / "old"
             try:
+                if target.exists():
+                    os.replace(target, old)  # it can't replace a directory that has files
                 os.replace(scratch, target)
-            except OSError:
-                if (work / "old").exists():
-                    os.replace(work / "old", target)
+            except BaseException:  # an interrupt between the two as well
+                if old.exists() and not target.exists():
+                    os.replace(old, target)
                 raise
             _written.add(target)
         finally:

@@ -11,10 +11,14 @@ from accelerate import PartialState
 
 @contextmanager
 def processes() -> Iterator[PartialState]:
-    """Join the processes, or be the only one, while the block runs; `.device` is this process's."""
+    """Join the processes, or be the only one, while the block runs; `.device` is this process's.
+
+    If the caller has joined them, that stays.
+    """
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         yield state
     finally:
-        if state.num_processes > 1:
+        if state.num_processes > 1 and not joined:
             state.destroy_process_group()

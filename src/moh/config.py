@@ -73,7 +73,9 @@ class MoHConfig:
                 f"active_heads must be 0 for router={FIXED!r}, whose layers have their shared heads alone, got "
                 f"{self.active_heads!r}"
             )
-        if not _is_int(self.active_heads) or not 0 <= self.active_heads <= self.num_routed:
+        if not _is_int(self.active_heads):
+            raise ValueError(f"active_heads must be an integer, got {self.active_heads!r}")
+        if not 0 <= self.active_heads <= self.num_routed:
             raise ValueError(
                 f"active_heads must be between 0 and num_heads - shared_heads = {self.num_routed}, "
                 f"got {self.active_heads!r}"

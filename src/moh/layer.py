@@ -76,7 +76,7 @@ class KVCache:
         """Add keys and values `[B, Hkv, N, D]`; returns those of all tokens so far, as views.
 
         Raises:
-            ValueError: there is no room, another batch came before, or autograd records the call.
+            ValueError: there is no room, another batch, width or dtype came before, or autograd records the call.
         """
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError(
@@ -88,11 +88,13 @@ class KVCache:
         if self._kv is None:
             shape = (*k.shape[:2], self.max_length, k.shape[3])
             self._kv = k.new_empty(shape), v.new_empty(shape)
-        if self._kv[0].shape[:2] != k.shape[:2]:
-            raise ValueError(
-                f"the cache has [B, Hkv] = {[*self._kv[0].shape[:2]]}, got {[*k.shape[:2]]}; make a new one"
-            )
         for kept, new in zip(self._kv, (k, v), strict=True):
+            sizes = (*kept.shape[:2], kept.shape[3]), (*new.shape[:2], new.shape[3])
+            if sizes[0] != sizes[1] or kept.dtype != new.dtype:
+                raise ValueError(
+                    f"the cache has [B, Hkv, D] = {list(sizes[0])} of {kept.dtype}, got {list(sizes[1])} of {new.dtype}; "
+                    "make a new one"
+                )
             kept[:, :, self.length : end] = new
         self.length = end
         return self._kv[0][:, :, :end], self._kv[1][:, :, :end]
@@ -148,8 +150,12 @@ class MoHAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in (sizes | {"context_dim": context_dim}).items():
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
         config = MoHConfig(
             num_heads,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moh.models.transformers.loading import load_causal_lm
+
 HEADS = ["--shared-heads", 1, "--active-heads", 1]
 
 
@@ -47,13 +49,19 @@ def test_a_missing_model_is_named(moh, text_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_model_is_named_not_traced(moh, base_dir: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("left", [-100, 0, None], ids=["cut", "empty", "missing"])
+def test_a_damaged_model_is_named_not_traced(
+    moh, base_dir: Path, text_file: Path, tmp_path: Path, damaged: str, left: int | None
+) -> None:
     for file in base_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    file = tmp_path / damaged
+    file.unlink() if left is None else file.write_bytes(file.read_bytes()[:left])
     result = moh("eval", tmp_path, "--files", text_file, "--seq-len", 16)
     assert_one_line(result, "eval", re.escape(str(tmp_path)))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_causal_lm(tmp_path)
 
 
 def test_text_that_is_not_utf8_names_the_file_and_the_byte(moh, base_dir: Path, latin1: Path, tmp_path: Path) -> None:

@@ -197,3 +197,21 @@ def test_files_of_others_beside_the_measured_times_are_passed_over(moh, base_dir
     (results / "text.json").write_text("no JSON")
     monkeypatch.chdir(tmp_path)
     assert moh("convert", "--plan", base_dir).code == 0
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("ViT", 17), ("DeiT", 18), ("Dinov2WithRegisters", 21)])
+@pytest.mark.parametrize("size", [32, (16, 64)])
+def test_the_tokens_of_an_image_are_those_of_the_model(tmp_path: Path, kind: str, tokens: int, size) -> None:
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, patch_size=8)
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=size)
+    config.architectures = [f"{kind}ForImageClassification"]
+    config.save_pretrained(tmp_path)
+    assert plan(tmp_path).lengths == (tokens,)
+
+
+def test_learned_positions_after_the_padding_are_no_tokens(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = transformers.RobertaConfig(**sizes, max_position_embeddings=514, pad_token_id=1)
+    config.architectures = ["RobertaForMaskedLM"]
+    config.save_pretrained(tmp_path)
+    assert plan(tmp_path).lengths == (512,) and plan(tmp_path).positions == 512

@@ -139,9 +139,9 @@ def test_the_balance_losss_weight_is_kept():
     assert {m.balance.coefficient for m in model.modules() if isinstance(m, Router)} == {0.1}
 
 
-@pytest.mark.parametrize("option", [dict(calibration=torch.ones(1)), dict(refit_output=True)], ids=str)
+@pytest.mark.parametrize("option", [dict(calibration=torch.ones(1)), dict(refit_output=True), dict(seq_len=8)], ids=str)
 def test_convert_refuses_what_only_calibrated_models_have(option):
-    with pytest.raises(ValueError, match="must be left out for a diffusion model"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be left out for a diffusion model"):
         moh.convert(our_model(), shared_heads=2, active_heads=1, router="two_stage", **option)
 
 

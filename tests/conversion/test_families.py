@@ -244,7 +244,12 @@ def test_a_second_class_of_an_auto_class_is_converted_and_loaded_where_the_check
     model.save_pretrained(tmp_path)
     assert f"import {auto}\n" in (tmp_path / "README.md").read_text()
     loaded = getattr(transformers, auto).from_pretrained(tmp_path)
-    assert type(loaded) is type(model) is getattr(moh.models.transformers, f"MoH{name}")
+    assert (
+        type(loaded)
+        is type(model)
+        is getattr(moh.models.transformers, f"MoH{name}")
+        is getattr(transformers, f"MoH{name}")
+    )
     outputs = loaded(**inputs, output_router_logits=True)
     assert torch.equal(outputs.logits, model(**inputs).logits)
     assert torch.equal(pickle.loads(pickle.dumps(outputs)).logits, outputs.logits)

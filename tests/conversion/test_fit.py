@@ -16,10 +16,12 @@ from moh.conversion.fit import (
     ROUTER_RIDGE,
     error_left_by_refit,
     fit_contributions,
+    fit_linear_map,
+    fit_ranking,
     refit_output_projection,
     unique_part,
 )
-from moh.conversion.passes import OutputSums, collect_contributions, head_contributions
+from moh.conversion.passes import ContributionSums, OutputSums, collect_contributions, head_contributions
 from moh.conversion.transformers import DenseTextModel
 
 FAMILIES = ["Llama", "Mistral", "Qwen2"]
@@ -211,3 +213,17 @@ def test_the_refit_changes_nothing_when_every_head_is_kept(make_dense, tokens) -
     model = convert(dense, shared_heads=1, active_heads=3, calibration=tokens, refit_output=True)
     for before, after in zip(dense.model.layers, model.model.layers, strict=True):
         assert torch.equal(before.self_attn.o_proj.weight, after.self_attn.o_proj.weight)
+
+
+def test_of_inputs_or_heads_that_are_all_zero_nothing_is_learned() -> None:
+    zero = torch.zeros(6, 6, dtype=torch.float64)
+    xx = zero.clone()
+    xx[-1, -1] = 10  # tokens, whose inputs are all zero but for the appended 1
+    xc = zero[:, :3].clone()
+    xc[-1] = torch.tensor([10.0, 20.0, 0.0])
+    cc = torch.diag(torch.tensor([10.0, 40.0, 0.0], dtype=torch.float64))
+    sums = ContributionSums(xx, xc, cc, tokens=10)
+    fit = fit_contributions(sums)
+    assert not fit.weight.any() and fit.bias.tolist() == [1, 2, 0] and not fit_ranking(sums, [0, 1]).any()
+    assert fit_linear_map(xx, zero[:, :4], zero[:4, :4], torch.ones(5, 4)).left == 1
+    assert not unique_part(zero[:4, :4], 2).isnan().any()

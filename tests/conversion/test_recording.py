@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from moh import MoHConfig, convert
+from moh._modes import evaluating
 from moh.conversion.passes import collect_several_outputs
-from moh.conversion.recording import Playback, Recording, run
+from moh.conversion.recording import Playback, Recording, replaced_forwards, run
 from moh.conversion.transformers import DenseTextModel
 from moh.routing import build_router
 
@@ -108,3 +109,21 @@ def test_sums_keep_no_graph_of_the_routers(make_dense, tokens, runs_before) -> N
     assert found and not any(
         tensor.requires_grad for sums in found.values() for layer in sums for tensor in vars(layer).values()
     )
+
+
+def test_modules_get_their_own_modes_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)))
+    model.train()[1][0].eval()  # a frozen part
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("inside")
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+def test_forwards_that_are_replaced_come_back_with_their_hooks() -> None:
+    hooked, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    hooked.forward = own = lambda x: x + 1  # as accelerate does
+    with replaced_forwards([hooked, plain, hooked], lambda forward: lambda x: 2 * forward(x)):
+        assert hooked(torch.zeros(1)) == 2  # once
+    assert vars(hooked)["forward"] is own and "forward" not in vars(plain)

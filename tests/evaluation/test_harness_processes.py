@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness_cases import write_tasks
+
+from moh import _processes
 
 TASKS = ["tiny_choice:1", "tiny_write:1", "tiny_group"]
 
@@ -40,3 +44,14 @@ def test_two_processes_give_the_scores_of_one(base_dir: Path, tmp_path: Path) ->
 
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert rows("two", two) == rows("one", [])
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_processes_that_the_caller_has_joined_stay_joined(monkeypatch: pytest.MonkeyPatch, joined: bool) -> None:
+    left: list[bool] = []
+    state = SimpleNamespace(num_processes=2, destroy_process_group=lambda: left.append(True))
+    monkeypatch.setattr(_processes, "PartialState", lambda **_: state)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
+    with _processes.processes() as found:
+        assert found is state and not left
+    assert left == ([] if joined else [True])

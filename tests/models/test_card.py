@@ -185,3 +185,13 @@ def test_a_push_while_saving_has_the_card(tiny_model, tmp_path: Path, monkeypatc
     model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/model", **asked)
     assert pushed == [("me/model", asked)]
     assert (tmp_path / "model" / "README.md").is_file()
+
+
+def test_a_card_of_ours_follows_a_model_of_which_something_is_known(tiny_model, tmp_path: Path) -> None:
+    for tokens in ("12", "24"):
+        model = tiny_model()
+        describe(model, facts={"calibrated on": f"{tokens} tokens"})
+        model.save_pretrained(tmp_path)
+        assert f"| calibrated on | {tokens} tokens |" in (tmp_path / "README.md").read_text()
+    tiny_model().save_pretrained(tmp_path)  # loaded again, say: nothing is known of it
+    assert "| calibrated on | 24 tokens |" in (tmp_path / "README.md").read_text()

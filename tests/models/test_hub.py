@@ -15,7 +15,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub", reason="the llm extra i
 
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: E402
 
-from moh.models.hub import is_hub_name, kind_at, local_diffusion  # noqa: E402
+from moh.models.hub import is_hub_name, kind_at, local_diffusion, timm_name  # noqa: E402
 from moh.models.kinds import Kind  # noqa: E402
 
 
@@ -121,3 +121,19 @@ def test_a_name_that_is_not_there_is_reported(hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a directory or a hub name, but there is no directory 'a/b/c'"):
         local_diffusion("a/b/c")
     assert local_diffusion(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("pickled", ["transformer", "vae"])
+def test_of_a_part_without_safetensors_the_other_weights_are_copied(hub, pickled: str) -> None:
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae") if part != pickled]
+    both = [f"{part}/diffusion_pytorch_model.bin" for part in ("transformer", "vae")]
+    hub("owner/mixed", INDEX | dict.fromkeys([*weights, *both], "x"))
+    assert copied(local_diffusion("owner/mixed")) == {*INDEX, *weights, f"{pickled}/diffusion_pytorch_model.bin"}
+
+
+def test_timm_gets_a_revision_of_what_is_on_the_hub_alone(tmp_path: Path) -> None:
+    assert timm_name("owner/name", "v2") == "hf-hub:owner/name@v2" and timm_name("vit_tiny") == "vit_tiny"
+    assert timm_name("hf-hub:owner/name", "v2") == "hf-hub:owner/name@v2"
+    for local in (tmp_path, "vit_tiny"):
+        with pytest.raises(ValueError, match="revision must be None for a model that is not on the hub, got 'v2'"):
+            timm_name(local, "v2")

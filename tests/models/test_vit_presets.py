@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import moh
 from moh.models.timm import MoHViTAttention, replace_attention
-from moh.models.timm.vit_presets import heads_of_share
+from moh.models.timm.vit_presets import preset_heads
 from moh.routing import Router
 
 SIZES = [f"moh_vit_{size}_patch16_224_{percent}" for size in ("tiny", "small", "base") for percent in (50, 75, 90)]
@@ -70,7 +70,7 @@ def test_a_size_is_timms_with_routers_and_uses_the_share_in_its_name(name) -> No
 @pytest.mark.parametrize("num_heads", [3, 6, 10, 12])
 @pytest.mark.parametrize("percent", [50, 75, 90])
 def test_a_share_is_spread_evenly_over_the_layers(percent, num_heads) -> None:
-    shared, active = heads_of_share(percent, num_heads, 12)
+    shared, active = preset_heads(percent, num_heads, 12)
     assert max(active) - min(active) <= 1 and shared == num_heads // 4
     assert sum(shared + k for k in active) == round(percent * num_heads * 12 / 100)
 

@@ -39,20 +39,26 @@ def of_a_base() -> Any:
     return stirred(timm.create_model("moh_vit", **options, **SMALL))
 
 
-def converted() -> Any:
+def converted(router: str = "linear") -> Any:
     dense = stirred(timm.create_model("vit_tiny_patch16_224", qk_norm=True, **SMALL))
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return moh.convert(dense, shared_heads=1, active_heads=2, calibration=images, progress=False)
+    return moh.convert(dense, shared_heads=1, active_heads=2, router=router, calibration=images, progress=False)
 
 
-@pytest.mark.parametrize("make", [preset, of_a_base, converted], ids=lambda make: make.__name__)
+def with_thresholds() -> Any:
+    return converted("threshold")
+
+
+@pytest.mark.parametrize("make", [preset, of_a_base, converted, with_thresholds], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("changed", [False, True], ids=["as-made", "other-classes"])
 @torch.no_grad()
 def test_a_saved_model_comes_back_with_its_weights_and_heads(tmp_path, make, changed) -> None:
     model = make()
     if changed:
         model.reset_classifier(3)
-    arguments = {} if hasattr(timm.models, "get_model_args") or make is not converted else dict(**SMALL, qk_norm=True)
+    arguments = (
+        {} if hasattr(timm.models, "get_model_args") or make in (preset, of_a_base) else dict(**SMALL, qk_norm=True)
+    )
     if changed:
         arguments = arguments | dict(num_classes=3) if arguments else {}
     save_pretrained(model, tmp_path, model_args=arguments)

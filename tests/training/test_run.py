@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,10 @@ def test_held_out_loss_is_logged_where_the_recipe_asks_for_it(options: list[str]
         ("--training.extra={'bf16': true}", "extra must not set bf16: set training.precision"),
         ("--training.extra={'fp16': true}", "extra must not set fp16: set training.precision"),
         ("--training.lr_scheduler_type=sawtooth", "training: .*sawtooth"),
-        ("--conversion={'shared_heads': 3, 'active_heads': 2}", "active_heads must be between 0 and .* = 1, got 2"),
+        (
+            "--conversion={'shared_heads': 3, 'active_heads': 2}",
+            "active_heads must be between 0 and .* = 1, got 2",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_said_before_training(
@@ -400,3 +404,24 @@ def test_a_run_replaces_nothing_that_was_in_its_output_directory(options: list[s
 def test_bf16_is_chosen_on_a_cpu_only_where_it_is_measured_to_be_faster(monkeypatch, bf16_seconds, choice) -> None:
     monkeypatch.setattr(precision, "_seconds", {torch.bfloat16: bf16_seconds, torch.float32: 1.0}.__getitem__)
     assert choose_precision(torch.device("cpu")) == choice
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupt_between_taking_the_old_directory_away_and_moving_the_new_one_in_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    target, moves, replace = tmp_path / "model", [], os.replace
+    with replacing_directory(target) as scratch:
+        (scratch / "config.json").write_text("first")
+
+    def interrupted(source, to):
+        moves.append(to)
+        if len(moves) == 2:
+            raise error
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(error), replacing_directory(target) as scratch:
+        (scratch / "config.json").write_text("second")
+    assert len(moves) == 3 and (target / "config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

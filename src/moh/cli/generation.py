@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moh.cli.loading import add_loading, language_model
 from moh.cli.options import add_active_heads, add_command
 from moh.data.text.files import printable
+from moh.models.transformers.families import supported_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -126,8 +127,7 @@ def printing(tokenizer: PreTrainedTokenizerBase, **options: Any) -> TextStreamer
 
 def room(model: PreTrainedModel) -> int | None:
     """Tokens that the model can read and write in total; None if its configuration has no limit."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    return positions
+    return supported_positions(model.config)
 
 
 def check_room(model: PreTrainedModel, prompt: int, new: int) -> None:

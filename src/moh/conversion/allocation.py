@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh._modes import evaluating
 from moh.conversion.dense import DenseAttention
-from moh.conversion.recording import evaluating
+from moh.conversion.recording import replaced_forwards
 from moh.conversion.transformers import DenseTextModel
 from moh.models.dial import spend
 
@@ -124,13 +125,8 @@ class Meter:
     @contextmanager
     def _replayed(self, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
         blocks = self._dense.blocks[: self._dense.block_of[layer]]
-        try:
-            for block in blocks:
-                block.forward = lambda *_, **__: outputs[len(blocks) - 1]
+        with replaced_forwards(blocks, lambda _: lambda *_, **__: outputs[len(blocks) - 1]):
             yield
-        finally:
-            for block in blocks:
-                del block.forward
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from moh.conversion.transformers import DenseTextModel, adapter
 from moh.data.text.blocks import are_texts
 from moh.models.card import describe
 from moh.models.heads import requested_share
-from moh.models.hub import is_hub_name, kind_at
+from moh.models.hub import kind_at, timm_name
 from moh.models.kinds import DIFFUSION_TRANSFORMERS, kind_of
 from moh.models.transformers.loading import load_as, load_causal_lm, load_config, load_tokenizer
 from moh.routing import Router, router_class
@@ -131,10 +131,13 @@ def convert(
     """
     share = requested_share(share, shared_heads=shared_heads, active_heads=active_heads)
     if _is_diffusion(model_or_path):
-        if calibration is not None or allocation == "sensitivity" or refit_output or shares:
+        unused = dict(
+            calibration=calibration, tokenizer=tokenizer, seq_len=seq_len, refit_output=refit_output, shares=shares
+        )
+        unused["allocation"] = allocation == "sensitivity"
+        if given := [name for name, value in unused.items() if value is not None and value is not False]:
             raise ValueError(
-                "calibration, allocation, refit_output and shares must be left out for a diffusion model: it is converted "
-                "without calibration"
+                f"{', '.join(given)} must be left out for a diffusion model: it is converted without calibration"
             )
         if not copy_weights:
             raise ValueError("copy_weights must be True for a diffusion model")
@@ -291,8 +294,7 @@ def load_dense(
             raise ValueError(
                 f"device_map must be None for a model of timm, which stays on one device, got {device_map!r}"
             )
-        name = f"hf-hub:{path}" if is_hub_name(path) else str(path)
-        model = load_image_classifier(name if revision is None else f"{name}@{revision}", device=device)
+        model = load_image_classifier(timm_name(path, revision), device=device)
         return model if isinstance(dtype, str) else model.to(dtype)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
     options |= {} if device_map is None else {"device_map": device_map}

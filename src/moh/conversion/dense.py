@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from moh._modes import evaluating
 from moh.config import MoHConfig
 from moh.data.text.blocks import evenly_spread
 from moh.routing import Router, router_class
@@ -206,10 +207,8 @@ class DenseImageModel(DenseModel):
         """N, seen in a forward pass of one image."""
         seen: list[int] = []
         handle = self.attentions[0].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
-        training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 self.logits(samples[:1].to(self.device, self.attentions[0].output_weight.dtype))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
@@ -217,7 +216,6 @@ class DenseImageModel(DenseModel):
             ) from None
         finally:
             handle.remove()
-            self.model.train(training)
         return seen[0]
 
     def loss(self, samples: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ def unique_part(zz: Tensor, num_heads: int, *, present: float = PRESENT, ridge: 
 
 def fit_contributions(sums: ContributionSums, *, ridge: float = ROUTER_RIDGE) -> ContributionFit:
     """Least-squares `c = W_r x + b` for all heads of a layer, the bias not penalised."""
-    penalty = torch.full((sums.xx.shape[0],), ridge * float(sums.xx.diagonal()[:-1].mean()), dtype=torch.float64)
-    penalty[-1] = 0.0
-    w = torch.linalg.solve(sums.xx + penalty.diag(), sums.xc)  # [C + 1, H]
+    w = _with_bias(sums.xx, sums.xc, ridge)  # [C + 1, H]
     mean = sums.xc[-1] / sums.tokens
     squares = sums.cc.diagonal()
     # sum (c - w' x)^2, expanded
@@ -91,8 +89,7 @@ def fit_ranking(sums: ContributionSums, heads: Sequence[int], *, ridge: float = 
     Their standard deviation within a token is `RANKING_SCALE`, so that a softmax over them gives gates near 1.
     """
     xx, xc = sums.xx[:-1, :-1], sums.xc[:-1, list(heads)]
-    penalty = ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=torch.float64)
-    w = torch.linalg.solve(xx + penalty, xc)  # [C, heads]
+    w = torch.linalg.solve(_measure(xx, ridge), xc)  # [C, heads]
     w = w - w.mean(1, keepdim=True)  # a softmax does not see what all heads have in common
     variance = (w * (xx @ w)).sum(0).mean() / sums.tokens  # over heads, whose mean is now 0 for every token
     logits_weight: Tensor = (
@@ -211,10 +208,8 @@ def fit_linear_map(xx: Tensor, xz: Tensor, zz: Tensor, o_proj: Tensor, *, ridge:
         ridge: as a fraction of the inputs' mean square.
     """
     w_o = o_proj.detach().double().cpu().T
-    penalty = torch.full((xx.shape[0],), ridge * float(xx.diagonal()[:-1].mean()), dtype=torch.float64)
-    penalty[-1] = 0.0
     wanted = xz @ w_o  # sum x a'
-    w = torch.linalg.solve(xx + penalty.diag(), wanted)  # [C + 1, C]
+    w = _with_bias(xx, wanted, ridge)  # [C + 1, C]
     without = float((w_o * (zz @ w_o)).sum())
     after = without - 2 * float((w * wanted).sum()) + float((w * (xx @ w)).sum())
     left = min(1.0, max(0.0, after) / without) if without > 0 else 1.0
@@ -282,6 +277,14 @@ def low_rank_change(
     return vh[:rank].T.float().contiguous(), right.T.float().contiguous()
 
 
+def _with_bias(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
+    """Ridge regression on inputs with a 1 appended, whose coefficient, the bias, is not penalised."""
+    penalty = torch.full((xx.shape[0],), float(_penalty_of(xx[:-1, :-1], ridge)), dtype=torch.float64)
+    penalty[-1] = 0.0
+    weight: Tensor = torch.linalg.solve(xx + penalty.diag(), xy)
+    return weight
+
+
 def _change(sums: OutputSums, wanted: Tensor, ridge: float) -> Tensor:
     """Change of W_O `[H*D, C]`: the ridge regression of what is skipped on the kept heads."""
     change: Tensor = torch.linalg.solve(_measure(sums.gg, ridge), wanted)
@@ -294,9 +297,9 @@ def _measure(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _penalty_of(gram: Tensor, ridge: float) -> Tensor:
-    """lambda of a regression on the heads whose sum z z' is `gram`: a fraction of their mean square.
+    """lambda of a regression on what has the sum of squares and products `gram`: a fraction of its mean square.
 
-    If a layer's heads are all zero, any penalty above 0 makes it solvable.
+    If it is all zero, any penalty above 0 makes the regression solvable.
     """
     mean = gram.diagonal().mean()
     return ridge * mean if mean > 0 else torch.ones_like(mean)

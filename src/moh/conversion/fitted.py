@@ -148,10 +148,16 @@ class Fitted:
         of_routed = own[-1].costs.nan_to_num(posinf=TOO_FEW * self.adapter.num_heads**2) if method == MIXED else None
         return self._built(*kinds.assemble(chosen), of_routed)
 
-    def routed(self, total: int) -> tuple[list[Router], list[OutputWeight]]:
-        """The router and the output projection of each layer of the model whose layers all route."""
+    def routed(self, total: int, *, copying: bool = True) -> tuple[list[Router], list[OutputWeight]]:
+        """The router and the output projection of each layer of the model whose layers all route.
+
+        Args:
+            total: heads over all layers.
+            copying: share heads that copy from afar, as `moh.convert` does.
+        """
         routers = self.calibrator.reallocate(self.kinds.routers, self._costs, total)
-        routers = self.calibrator.share_copying_heads(routers)
+        if copying:
+            routers = self.calibrator.share_copying_heads(routers)
         return routers, [OutputWeight(weight) for weight in self.calibrator.refit_outputs(routers)]
 
     def _built(self, routers: list[Router], weights: list[OutputWeight], costs: Tensor | None) -> Made:

@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moh._modes import evaluating
 from moh.conversion.dense import DenseModel, check_finite
-from moh.conversion.recording import Batches, checkpointed, evaluating, give_back_memory, run, tapped
+from moh.conversion.recording import Batches, checkpointed, give_back_memory, run, tapped
 from moh.routing import Router
 
 SUMS_BYTES = 1 << 28

@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from moh.config import FIXED
 from moh.conversion.convert import dense_class
+from moh.conversion.dense import DenseImageModel
 from moh.conversion.transformers import adapter
-from moh.models.hub import is_hub_name, kind_at
-from moh.models.transformers.families import family_of
+from moh.models.hub import kind_at, timm_name
+from moh.models.transformers.families import family_of, supported_positions
 from moh.models.transformers.family import at
 from moh.models.transformers.loading import load_config
 from moh.routing import router_class
@@ -173,10 +174,14 @@ def plan(path: str | Path, *, revision: str | None = None, lengths: Sequence[int
         Layer(attention.width, dense.num_heads, kv_heads, width, window)
         for attention, window in zip(dense.attentions, windows, strict=True)
     )
-    if family.images:
-        tokens = (config.image_size // config.patch_size) ** 2 + 1
+    if isinstance(dense, DenseImageModel):
+        size = config.image_size
+        image = torch.empty(
+            1, config.num_channels, *(size if isinstance(size, Sequence) else (size, size)), device="meta"
+        )
+        tokens = dense.tokens_per_sample(image)
         return Plan(config.model_type, layers, _rest(inner, layers), False, (tokens,))
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = supported_positions(config)
     fitting = tuple(sorted({n if positions is None else min(n, positions) for n in lengths}))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return Plan(
@@ -199,12 +204,12 @@ def _of_timm(path: str | Path, revision: str | None) -> Plan:
     from moh.conversion.timm import DenseTimmViT
     from moh.models.timm.loading import check_local_model
 
-    name, local = f"hf-hub:{path}" if is_hub_name(path) else str(path), Path(path).expanduser()
+    name, local = timm_name(path, revision), Path(path).expanduser()
     if local.is_dir():
         check_local_model(local)
         name = f"local-dir:{local}"
     with torch.device("meta"):
-        model: Any = timm.create_model(name if revision is None else f"{name}@{revision}", pretrained=False)
+        model: Any = timm.create_model(name, pretrained=False)
     dense = DenseTimmViT(model)
     h = dense.num_heads
     layers = tuple(Layer(a.width, h, h, a.output_weight.shape[1] // h) for a in dense.attentions)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moh._modes import evaluating
 from moh.conversion.dense import DenseAttention, DenseModel, check_finite
 
 
@@ -155,17 +156,6 @@ Batches = Iterator[Tensor] | Playback
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
 def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
     """Call `see(layer, x, z)` in each layer: its input `[B, N, C]` and its heads, concatenated, `[B, N, H*D]`.
 
@@ -197,8 +187,6 @@ def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Ten
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     """A graph through `blocks` keeps the input of each alone; the backward pass runs them again, one at a time.
 
-    One that several layers share is wrapped once.
-
     Yields:
         whether a block is being run again, for hooks inside it that must count once.
     """
@@ -213,16 +201,27 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
         finally:
             again = False
 
+    def checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False,
+                                 context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
+
+    with replaced_forwards(blocks, checkpointing):
+        yield lambda: again
+
+
+@contextmanager
+def replaced_forwards(
+    blocks: Iterable[nn.Module], replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """For the block, the forward methods of modules are what `replacement` makes of them; one given twice is replaced once."""
     former = []
     try:
-        for block in dict.fromkeys(blocks):  # layers may share one
-            own = block.__dict__.get("forward")  # where accelerate has put hooks on it
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                                    context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
-            former.append((block, own))
-        yield lambda: again
+        for block in dict.fromkeys(blocks):
+            former.append((block, vars(block).get("forward")))  # its own where accelerate has put hooks on it
+            block.forward = replacement(block.forward)
+        yield
     finally:
-        for block, forward in former:
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+        for block, own in former:
+            vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own

@@ -22,7 +22,14 @@ from moh.conversion.token_loss import summed_loss
 from moh.data.text.blocks import IGNORED, are_texts, calibration_blocks, encoder_tokens, start_tokens
 from moh.models.heads import compact_heads, compact_router, thresholds_of
 from moh.models.output_changes import quantised
-from moh.models.transformers.families import FAMILIES, attentions, family_of, is_text_encoder, most_positions
+from moh.models.transformers.families import (
+    FAMILIES,
+    attentions,
+    family_of,
+    is_text_encoder,
+    most_positions,
+    supported_positions,
+)
 from moh.models.transformers.family import Family, at
 from moh.models.transformers.fixed import cut_weights
 from moh.models.transformers.loading import mend_generation_config
@@ -298,7 +305,7 @@ def adapter(model: PreTrainedModel, router: str, *, copied: bool) -> DenseTransf
 def default_lengths(model: PreTrainedModel, max_tokens: int) -> list[int]:
     """Lengths of calibration blocks, up to the model's positions; a long one too if it generates and tokens suffice."""
     config = model.config
-    most = most_positions(config) or getattr(config, "max_position_embeddings", None) or SEQ_LEN
+    most = supported_positions(config) or SEQ_LEN
     short = min(ENCODER_SEQ_LEN if is_text_encoder(config) else SEQ_LEN, most)
     has_room = max_tokens // 2 >= LONG_BLOCKS * LONG_SEQ_LEN
     return [short, LONG_SEQ_LEN] if model.can_generate() and most >= LONG_SEQ_LEN and has_room else [short]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from moh._modes import evaluating
 from moh.data.images.augmentation import ProcessorInput
 from moh.data.images.batches import ImageBatches, readable_batches, report_damaged
 from moh.data.images.recipe import ImageInput
@@ -81,9 +82,7 @@ def evaluate_images(
     right = torch.zeros(len(source.classes), dtype=torch.int64)
     counted = torch.zeros_like(right)
     times: list[tuple[int, float]] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for images, labels in readable_batches(loader, desc="evaluation", progress=progress):
             images, labels = images.to(device), labels.to(device)
             with record_routing(model) as routing:
@@ -97,8 +96,6 @@ def evaluate_images(
             sums += len(images) * torch.tensor(means, dtype=torch.float64)
             counted += labels.cpu().bincount(minlength=len(counted))
             right += labels[logits.argmax(-1) == labels].cpu().bincount(minlength=len(counted))
-    finally:
-        model.train(training)
     skipped = report_damaged(source, batches.damaged, what="skipped")
     if not times:
         raise ValueError(f"none of the {len(source.labels)} images can be read")

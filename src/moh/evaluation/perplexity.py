@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moh._modes import evaluating
 from moh.models.transformers.families import check_positions
 
 if TYPE_CHECKING:
@@ -62,18 +63,14 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_positions(model.config, blocks.shape[1], name="seq_len")
-    training = model.training
-    model.eval()
     losses: list[Tensor] = []
-    try:
+    with evaluating(model):
         batches = blocks.split(batch_size)
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None if progress else True, leave=False):
             batch = batch.to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits  # [B, N, V]
             # one block at a time: the whole batch's logits in float32 would take too much memory
             losses += [F.cross_entropy(row[:-1].float(), ids[1:]) for row, ids in zip(logits, batch, strict=True)]
-    finally:
-        model.train(training)
     means = torch.stack(losses).double().cpu()  # [n]; all blocks have the same length
     loss, n = float(means.mean()), len(means)
     stderr = float(means.std()) / math.sqrt(n) if n > 1 else math.nan

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moh._modes import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -145,11 +147,8 @@ def measure_speed(
         prompt = torch.randint(first.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     prompt = prompt.to(first.device)
     rates: dict[str, tuple[list[float], list[float], list[float]]] = {name: ([], [], []) for name in models}
-    modes = {name: model.training for name, model in models.items()}
     names = list(models)
-    try:
-        for model in models.values():
-            model.eval()
+    with evaluating(*models.values()):
         for repeat in tqdm(
             range(-1, repeats), desc="speed", unit="round", disable=None if progress else True, leave=False
         ):
@@ -165,9 +164,6 @@ def measure_speed(
                     seconds = _time_training(models[name], prompt)
                     if repeat >= 0:
                         rates[name][2].append(prompt.numel() / seconds)
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
     return SpeedReport(
         models={
             name: ModelSpeed(_rate(prefill), _rate(decode), _rate(train) if training else None)

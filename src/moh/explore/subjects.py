@@ -16,7 +16,7 @@ from moh._extras import require
 from moh.models.dial import active_heads, allowed_counts, head_share, moh_routers
 from moh.models.heads import use_of_heads
 from moh.models.hub import kind_at
-from moh.models.transformers.families import is_text_encoder, most_positions
+from moh.models.transformers.families import is_text_encoder, supported_positions
 from moh.routing import Router
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def _text_subject(
             f"--dense must predict the next token if {checkpoint} does, and must not otherwise: {dense} differs"
         )
     configs = [each.config for each in (model, other) if each is not None]
-    limits = [most_positions(c) or getattr(c, "max_position_embeddings", None) or MOST_TOKENS for c in configs]
+    limits = [supported_positions(config) or MOST_TOKENS for config in configs]
     reference = _reference(model, dial, other, dense)
     return TextSubject(name, model, dial, reference, tokenizer, min(MOST_TOKENS, *limits))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moh._modes import evaluating
 from moh.inspection.groups import LayerHeads, stack_layers
 from moh.inspection.inputs import GroupBatch, GroupedInputs
 from moh.inspection.tables import Row, save_rows
@@ -115,9 +116,7 @@ def ablate_heads(
 
     found = attention_layers(model)
     chosen = _chosen(found, layers, heads)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = list(inputs.batches())
         if not batches:
             raise ValueError("no input could be read: there is nothing to measure")
@@ -132,8 +131,6 @@ def ablate_heads(
             for number in group.unique().tolist():
                 mean, error = _mean_and_error(rise[group == number])
                 of_groups[place][number, head], stderr_of_groups[place][number, head] = mean, error
-    finally:
-        model.train(training)
     described = [LayerHeads(layer.name, layer.num_heads, layer.config) for layer in found]
     loss, units = float(whole.mean()), len(whole)
     return HeadAblation(described, increase, stderr, loss, units, inputs.names, of_groups, stderr_of_groups)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moh._modes import evaluating
 from moh.inspection.groups import LayerHeads
 from moh.inspection.inputs import GroupedInputs
 from moh.inspection.tables import Row, save_rows
@@ -130,13 +131,12 @@ def head_similarity(model: nn.Module, inputs: GroupedInputs) -> HeadSimilarity:
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """The family's own attention, which returns its patterns, in evaluation mode inside the block."""
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         model.set_attn_implementation(before)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moh._modes import evaluating
 from moh.config import MoHConfig
 from moh.conversion.passes import head_contributions
 from moh.models.transformers.families import FAMILIES
@@ -94,16 +95,11 @@ def trace(model: nn.Module, forward: Callable[[], Any]) -> list[LayerTrace]:
         ValueError: the model has no known attention layer.
     """
     layers = attention_layers(model)
-    training = model.training
-    model.eval()
-    try:
-        with record_routing(model) as routing, ExitStack() as stack:
-            for layer in layers:
-                hook = layer.projection.register_forward_pre_hook(layer.before_projection)
-                stack.callback(hook.remove)
-            forward()
-    finally:
-        model.train(training)
+    with evaluating(model), record_routing(model) as routing, ExitStack() as stack:
+        for layer in layers:
+            hook = layer.projection.register_forward_pre_hook(layer.before_projection)
+            stack.callback(hook.remove)
+        forward()
     gates: dict[str, list[Tensor]] = {}
     for name, info in routing:
         gates.setdefault(name, []).append(info.gates)

@@ -19,7 +19,6 @@ _SAFE = (
     "scheduler/*.json",
     *(f"{p}diffusion_pytorch_model*.safetensors*" for p in _PARTS),
 )
-_PICKLED = tuple(f"{part}diffusion_pytorch_model*.bin*" for part in _PARTS)
 _OTHER_PRECISIONS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
 
 
@@ -46,6 +45,20 @@ def is_hub_name(model: str | Path) -> bool:
     return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
 
 
+def timm_name(model: str | Path, revision: str | None = None) -> str:
+    """The name of a model by which `timm.create_model` finds it.
+
+    Raises:
+        ValueError: there is a revision, but the model is not on the hub.
+    """
+    name = f"hf-hub:{model}" if is_hub_name(model) else str(model)
+    if revision is None:
+        return name
+    if not name.startswith("hf-hub:"):
+        raise ValueError(f"revision must be None for a model that is not on the hub, got {revision!r} for {name!r}")
+    return f"{name}@{revision}"
+
+
 def keep_revision(model: Any, revision: str | None) -> None:
     """Note on a model the revision that it was loaded from, for what else is read from its repository."""
     if revision is not None:
@@ -61,8 +74,8 @@ def revision_of(model: Any) -> str | None:
 def local_diffusion(model: str | Path, *, revision: str | None = None) -> Path:
     """The directory of a diffusion model or pipeline: itself, or a copy of the one with this name on the hub.
 
-    The copy is in the hub's cache, where the next call finds it. Weights are fetched as safetensors; a repository without any
-    gives its other weights, which are then read as tensors alone (`weights_only`).
+    The copy is in the hub's cache, where the next call finds it. Weights are fetched as safetensors; of a part without any
+    the other weights are, which are then read as tensors alone (`weights_only`).
 
     Args:
         revision: branch, tag or commit of a hub name.
@@ -83,9 +96,10 @@ def local_diffusion(model: str | Path, *, revision: str | None = None) -> Path:
 
     try:
         copy = fetch(_SAFE)
-        weights = copy / "transformer" if (copy / "model_index.json").is_file() else copy
-        if not any(weights.glob("*.safetensors")):
-            copy = fetch((*_SAFE, *_PICKLED))
+        parts = [part for part in _PARTS if (copy / part / "config.json").is_file()]
+        pickled = [part for part in parts if not any((copy / part).glob("*.safetensors"))]
+        if pickled:
+            copy = fetch((*_SAFE, *(f"{part}diffusion_pytorch_model*.bin*" for part in pickled)))
     except (OSError, ValueError) as error:  # the hub's own errors are among them
         raise ValueError(f"checkpoint {str(model)!r} can't be fetched: {' '.join(str(error).split())}") from None
     return copy

@@ -174,7 +174,8 @@ def _add_attributes() -> None:
     for family in known_families():
         module = f"models.moh_{family.model_type}"
         sys.modules.setdefault(f"transformers.{module}", _LazyPackage(f"transformers.{module}"))
-        for name in (family.moh_config, *family.moh_models.values()):
+        models = [name for _, names in _named(family) for name in ([names] if isinstance(names, str) else names)]
+        for name in (family.moh_config, *models):
             transformers._class_to_module[name] = module
 
 

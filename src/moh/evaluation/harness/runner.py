@@ -32,6 +32,7 @@ from moh.data.text.blocks import start_tokens
 from moh.evaluation.harness.registry import HarnessTask, LoadedTask, TaskRegistry
 from moh.evaluation.harness.results import ModelScores, ScoreStore, model_identity
 from moh.evaluation.harness.scores import TaskScore, read_score
+from moh.models.transformers.families import supported_positions
 from moh.models.transformers.loading import load_causal_lm, load_config, load_tokenizer
 from moh.training.language.model import check_fits
 
@@ -69,7 +70,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         progress: bool = True,
     ) -> None:
         check_fits(model.config, tokenizer, {})
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = supported_positions(model.config)
         if max_length is not None and positions is not None and max_length > positions:
             raise ValueError(f"max_length must be at most the model's {positions} positions, got {max_length}")
         self._start = start_tokens(tokenizer)

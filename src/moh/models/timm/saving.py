@@ -15,8 +15,9 @@ import torch
 from timm.models import push_to_hf_hub
 from torch import nn
 
+from moh._modes import evaluating
 from moh.models.card import card_of, layers_of, push_card, write_card
-from moh.models.heads import compact_heads
+from moh.models.heads import compact_heads, thresholds_of
 from moh.models.timm.loading import class_names, load_image_classifier, save_image_classifier
 from moh.models.timm.vit import moh_attentions
 
@@ -51,7 +52,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, model_args: Mapp
             raise ValueError(f"{_unlike(arguments)}: it has the same weights but a different output")
         for file in Path(scratch).iterdir():
             os.replace(file, directory / file.name)
-    if not (directory / "README.md").exists():
+    if card_of(model) or not (directory / "README.md").exists():  # else what a card of ours says is not known here
         write_card(directory, layers_of(model), **card_of(model))
 
 
@@ -112,7 +113,7 @@ def rebuild_arguments(model: Any) -> dict[str, Any]:
     if size is not None:
         current["img_size"] = list(size)
     own = {name: value for name, value in model.moh_arguments.items() if not _of_the_run(name)}
-    return own | current | compact_heads(layers) | {"router": layers[0].router}
+    return own | current | compact_heads(layers) | {"router": layers[0].router} | thresholds_of(layers)
 
 
 def _of_the_run(name: str) -> bool:
@@ -132,10 +133,7 @@ def _same_output(model: Any, other: nn.Module) -> bool:
     size = getattr(model.patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]
     image = torch.randn(1, model.patch_embed.proj.in_channels, *size, generator=torch.Generator().manual_seed(0))
     image = image.to(place)
-    training = model.training
-    try:
-        expected = model.eval()(image)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        expected = model(image)
     got = other.to(place)(image)
     return bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())

@@ -45,7 +45,7 @@ _NOT_OF_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_mod
                      "device", "dtype")  # fmt: skip
 
 
-def heads_of_share(percent: int, num_heads: int, depth: int) -> tuple[int, list[int]]:
+def preset_heads(percent: int, num_heads: int, depth: int) -> tuple[int, list[int]]:
     """Shared heads, and active routed heads of each layer, that use about `percent` % of all heads.
 
     A quarter of a layer's heads, rounded down, is shared, but no more than the smallest layer uses. The rest is spread
@@ -72,6 +72,7 @@ def _with_heads(
     shared_heads: int | list[int | list[int]] | None = None,
     active_heads: int | list[int] | None = None,
     router: str = "two_stage",
+    thresholds: list[list[float] | None] | None = None,
     router_aux_loss_coef: float = 0.0,
     backend: str | None = None,
     **options: Any,
@@ -81,7 +82,7 @@ def _with_heads(
     attentions = dense_attentions(model)
     depth, num_heads = len(attentions), attentions[0].num_heads
     if percent is not None:
-        default_shared, default_active = heads_of_share(percent, num_heads, depth)
+        default_shared, default_active = preset_heads(percent, num_heads, depth)
         shared_heads = default_shared if shared_heads is None else shared_heads
         if active_heads is None:
             if not isinstance(shared_heads, int):
@@ -89,7 +90,9 @@ def _with_heads(
             active_heads = [default_shared + active - shared_heads for active in default_active]
     if shared_heads is None or active_heads is None:
         raise ValueError("shared_heads and active_heads must be given: numbers, or lists with one entry per layer")
-    layers = layer_configs(depth, num_heads, shared_heads=shared_heads, active_heads=active_heads, router=router)
+    layers = layer_configs(
+        depth, num_heads, shared_heads=shared_heads, active_heads=active_heads, router=router, thresholds=thresholds
+    )
     attach_to_layers([a.router for a in replace_attention(model, layers, backend=backend)], router_aux_loss_coef)
     return model
 
@@ -166,8 +169,8 @@ def moh_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> VisionTran
 
     Args:
         base: "vit_base_patch16_224", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", ...
-        kwargs: `active_heads` (needed), `shared_heads`, `router`, `router_aux_loss_coef`, `backend`, and what `base` itself
-            takes.
+        kwargs: `active_heads` (needed), `shared_heads`, `router`, `thresholds`, `router_aux_loss_coef`, `backend`, and what
+            `base` itself takes.
 
     Raises:
         ValueError: the model is not a `VisionTransformer` that timm knows by name, an argument names other weights, or the

@@ -342,6 +342,12 @@ def most_positions(config: Any) -> int | None:
     return most
 
 
+def supported_positions(config: Any) -> int | None:
+    """Tokens of a sequence that a model supports, by its learned positions or its configuration; None without a limit."""
+    stated: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most_positions(config) or stated
+
+
 def check_positions(config: Any, tokens: int, *, name: str) -> None:
     """Check that a sequence is within a model's learned positions; models without them have no limit.
 

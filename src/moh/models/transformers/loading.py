@@ -32,6 +32,8 @@ from moh.models.kinds import looks_local
 from moh.models.transformers.families import family_of, is_text_encoder
 from moh.models.transformers.published import recognised
 
+_DAMAGE = (SafetensorError, UnpicklingError, StrictDataclassError, KeyError, TypeError, OSError)
+
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
@@ -93,8 +95,8 @@ def load_as(
             raise
         what = load_config(path, revision=kwargs.get("revision")).model_type
         raise ValueError(f"model {str(path)!r} is of type {what!r}, which {kind.__name__} can't load") from None
-    except (SafetensorError, UnpicklingError, StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"model {str(path)!r} has a configuration or weights that can't be read: {error}") from None
+    except _DAMAGE as error:
+        raise _damaged(error, path, "a configuration or weights") from None
     if gguf:
         # The tensors are dequantised: from here on it is a plain model, which may be saved.
         model.hf_quantizer = None
@@ -149,8 +151,15 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedC
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision, **gguf)
         return recognised(config, source)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"model {str(path)!r} has a configuration that can't be read: {error}") from None
+    except _DAMAGE as error:
+        raise _damaged(error, path, "a configuration") from None
+
+
+def _damaged(error: Exception, path: str | Path, what: str) -> Exception:
+    """The error to raise for one of `_DAMAGE`; what the hub or the network reports stays as it is."""
+    if isinstance(error, OSError) and not Path(path).expanduser().exists():
+        return error
+    return ValueError(f"model {str(path)!r} has {what} that can't be read: {' '.join(str(error).split())}")
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -161,11 +170,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes for `path`."""
-    local = Path(path)
+    local = Path(path).expanduser()
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ValueError(f"model must be an existing .gguf file, got {str(path)!r}")
         return str(local.parent), {"gguf_file": local.name}
-    if looks_local(path) and not local.expanduser().is_dir():
+    if looks_local(path) and not local.is_dir():
         raise ValueError(f"model must be a directory, a .gguf file or a hub name, but there is no {str(path)!r}")
-    return str(local.expanduser()) if looks_local(path) or local.is_dir() else str(path), {}
+    return str(local) if local.is_dir() else str(path), {}

@@ -184,7 +184,7 @@ class RoutedModel(PushedWithCard, HasActiveHeads):
         folder = Path(save_directory)
         is_main = kwargs.get("is_main_process", args[0] if args else True)
         if is_main and (folder / "config.json").is_file():  # an adapter alone is saved without one
-            if not (folder / "README.md").exists():
+            if card_of(self) or not (folder / "README.md").exists():  # else what a card of ours says is not known here
                 write_card(folder, self.config.layer_configs(), **card_of(self))  # type: ignore[attr-defined]
             keep_remote_code(self, folder)
         if push and is_main:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 import moh  # noqa: F401  registers our models with timm
 from moh._files import replacing_directory
+from moh._modes import evaluating
 from moh.data.images.batches import SKIPPED, ImageBatches
 from moh.data.images.recipe import ImageInput
 from moh.data.images.sources import ImageSource, TensorImages, every_nth
@@ -137,17 +138,15 @@ def prepare(model: nn.Module, wanted: ImageInput, classes: Sequence[str]) -> Non
         ValueError: the model has a different number of classes, or can't read images of this size (with the reason).
     """
     describe(model, wanted, classes)
-    training, place = model.training, next(model.parameters())
+    place = next(model.parameters())
     try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, *wanted.size, device=place.device, dtype=place.dtype))
+        with torch.no_grad(), evaluating(model):
+            logits = model(torch.zeros(1, *wanted.size, device=place.device, dtype=place.dtype))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"model can't read images of size {wanted.size}: {' '.join(str(error).split())} "
             "(data.image_size, model.kwargs.img_size, model.kwargs.in_chans)"
         ) from None
-    finally:
-        model.train(training)
     if tuple(logits.shape) != (1, len(classes)):
         raise ValueError(f"model must have {len(classes)} classes, as the data has, got {logits.shape[-1]}")
 

@@ -21,6 +21,7 @@ from moh.data.text.blocks import start_tokens
 from moh.data.text.named import calibration_texts
 from moh.data.text.tokenising import byte_pair_tokenizer
 from moh.models.transformers import MoHLlamaConfig
+from moh.models.transformers.families import supported_positions
 from moh.models.transformers.loading import load_causal_lm, load_config
 from moh.models.transformers.loading import load_tokenizer as _load_tokenizer
 from moh.routing import router_class
@@ -136,7 +137,7 @@ def check_fits(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, len
             f"the tokenizer has {tokens} tokens and the model a vocabulary of {rows}: the model must have as many, or up "
             f"to {_MOST_PADDING} more for padding"
         )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = supported_positions(config)
     for name, length in lengths.items():
         if positions is not None and length > positions:
             raise ValueError(f"{name} must be at most the model's max_position_embeddings = {positions}, got {length}")
