@@ -311,8 +311,12 @@ def _check_decoding(
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Any], runtime: str) -> None:
+    signature = inspect.signature(model.forward)
+    named = {p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     try:
-        inspect.signature(model.forward).bind(**inputs)
+        signature.bind(**inputs)
+        if named and (unknown := sorted(set(inputs) - named)):  # **kwargs would take any
+            raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
     except TypeError as error:
         raise ValueError(f"inputs must be the arguments of {type(model).__name__}.forward by name: {error}") from None
     if not RUNTIMES[runtime].is_dynamic:
