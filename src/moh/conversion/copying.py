@@ -10,8 +10,8 @@ from moh.config import MoHConfig
 COPY_LENGTH = 2048
 """Shortest calibration blocks that show which heads copy from afar (`Calibrator.share_copying_heads`)."""
 
-COPY_SHARE = 0.65
-"""With a smaller share of all heads none is shared for copying: so many would be needed that tokens choose too little."""
+COPY_SHARE = 0.5
+"""With a smaller share of all heads none is shared for copying: a layer of so few would have none left to choose."""
 
 COPY_BLOCKS = 2
 """Blocks that end in copies."""
@@ -19,7 +19,7 @@ COPY_BLOCKS = 2
 COPIES, COPY_TOKENS, COPY_START = 8, 48, 8
 """Copies at a block's end, the length of each, and how many of its tokens nothing foretells, as they show what is copied."""
 
-COPY_LOSS = 0.05
+COPY_LOSS = 0.3
 """Heads are shared if the tokens of a copy would lose more without them, in nats per token."""
 
 
