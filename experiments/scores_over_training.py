@@ -118,12 +118,15 @@ def write(out: Path, made: list[dict[str, Any]]) -> None:
     write_text(out / "scores.md", "\n".join(lines) + "\n")
     shown = "average" if "average" in tasks else tasks[0]
     curves: dict[str, list[list[tuple[float, float]]]] = {}
+    errors: dict[str, list[float]] = {}
     for row in made:
         if row["task"] == shown:
             curves.setdefault(row["run"], [[]])[0].append((row["step"], row["value"]))
+            errors.setdefault(row["run"], []).append(row["stderr"])
     unit = next(row["unit"] for row in made if row["task"] == shown)
     quantity = f"{shown} ({unit})" if unit else shown
-    save(plot_over_training(curves, quantity=quantity, title="Score over training", over="step"), out / "scores.png")
+    figure = plot_over_training(curves, quantity=quantity, title="Score over training", over="step", errors=errors)
+    save(figure, out / "scores.png")
     print(out / "scores.md")
 
 

@@ -72,7 +72,12 @@ def plot_over_layers(
 
 
 def plot_over_training(
-    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, quantity: str, title: str, over: str
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    quantity: str,
+    title: str,
+    over: str,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
     """One line per variant over the course of training, the mean of its seeds, in a band from the least to the largest.
 
@@ -81,6 +86,7 @@ def plot_over_training(
         quantity: label of the vertical axis.
         title: of the figure.
         over: label of the horizontal axis: what places are.
+        errors: name of the variant -> standard error at each place, drawn as bars; NaN for none.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -92,7 +98,11 @@ def plot_over_training(
             places, list(map(min, by_point)), list(map(max, by_point)), color=colour, alpha=0.15, linewidth=0
         )
         mark = f"-{_MARKS[index % len(_MARKS)]}"
-        axes.plot(places, list(map(mean, by_point)), mark, color=colour, label=name, markersize=4)
+        bars = None if errors is None else errors[name]
+        axes.errorbar(
+            places, list(map(mean, by_point)), bars, fmt=mark, color=colour, label=name, markersize=4, capsize=3
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.set(xlabel=over, ylabel=quantity, title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -40,3 +40,11 @@ def test_curves_over_training_are_means_of_the_seeds_at_the_same_places() -> Non
     (axes,) = plot_over_training(curves, quantity="loss", title="t", over="million tokens").axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[5.0, 2.0], [2.0, 2.0]]
     assert list(axes.lines[0].get_xdata()) == [1, 2] and axes.get_xlabel() == "million tokens"
+
+
+def test_errors_over_training_are_bars_around_the_values() -> None:
+    curves, errors = {"a": [[(10, 4.0), (20, 3.0)]]}, {"a": [0.5, float("nan")]}
+    (axes,) = plot_over_training(curves, quantity="score", title="t", over="step", errors=errors).axes
+    (bars,) = axes.containers[0].lines[2]
+    (first, _) = bars.get_segments()
+    assert first.tolist() == [[10, 3.5], [10, 4.5]]
