@@ -12,7 +12,7 @@ from moh import MoHConfig, convert
 from moh.conversion import calibrator as calibrator_module
 from moh.conversion import copying
 from moh.conversion.calibrator import Calibrator
-from moh.conversion.copying import COPIES, COPY_START, COPY_TOKENS, with_copies
+from moh.conversion.copying import COPIES, COPY_START, COPY_TOKENS, least_loss, with_copies
 from moh.conversion.passes import losses_at
 from moh.conversion.transformers import DenseTextModel
 from moh.routing import LinearRouter, Router
@@ -28,10 +28,9 @@ def long_tokens() -> Tensor:
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies that fit blocks of 96 tokens, and heads of a random model count as copying."""
-    for name, value in dict(COPIES=2, COPY_TOKENS=12, COPY_START=2, COPY_LOSS=1e-6).items():
+    for name, value in dict(COPIES=2, COPY_TOKENS=12, COPY_START=2, COPY_LOSSES=((0.5, 1e-6),)).items():
         monkeypatch.setattr(copying, name, value)
     monkeypatch.setattr(calibrator_module, "COPY_LENGTH", 96)
-    monkeypatch.setattr(calibrator_module, "COPY_SHARE", 0.5)
 
 
 def test_copies_repeat_the_beginning_and_their_places_are_foretold() -> None:
@@ -47,6 +46,12 @@ def test_copies_repeat_the_beginning_and_their_places_are_foretold() -> None:
             assert row[: 512 + COPY_TOKENS].tolist().count(before[0]) == 1
             first = row.tolist().index(before[0])
             assert row[first : first + len(before)].tolist() == before
+
+
+def test_of_fewer_heads_each_has_to_be_worth_more_to_be_shared() -> None:
+    bounds = [least_loss(share) for share in (1.0, 7 / 9, 6 / 9, 5 / 9, 0.5, 4 / 9)]
+    shared = [bound for bound in bounds if bound is not None]
+    assert shared == sorted(shared) and shared[0] < shared[-1] and bounds[-1] is None and len(shared) == 5
 
 
 def weighted(dense: nn.Module, layer: int, head: int, places: Tensor, weight: float) -> Any:

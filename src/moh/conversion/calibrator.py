@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from moh.config import MoHConfig
-from moh.conversion.copying import COPY_BLOCKS, COPY_LENGTH, COPY_SHARE, copying_heads, with_copies
+from moh.conversion.copying import COPY_BLOCKS, COPY_LENGTH, copying_heads, least_loss, with_copies
 from moh.conversion.dense import DenseModel
 from moh.conversion.fit import (
     ContributionFit,
@@ -209,7 +209,8 @@ class Calibrator:
         their beginning. A layer keeps its number of heads.
         """
         used = used_heads(router.config for router in routers)
-        if self._groups[-1].shape[1] < COPY_LENGTH or sum(used) < COPY_SHARE * len(routers) * self.dense.num_heads:
+        least = least_loss(sum(used) / (len(routers) * self.dense.num_heads))
+        if self._groups[-1].shape[1] < COPY_LENGTH or least is None:
             return list(routers)
         key = tuple(router.config.shared_indices for router in routers)
         if key not in self._copy_losses:
@@ -226,7 +227,7 @@ class Calibrator:
         made = []
         for layer, (router, heads) in enumerate(zip(routers, used, strict=True)):
             config = router.config
-            if found := copying_heads(self._copy_losses[key][heads, layer], config):
+            if found := copying_heads(self._copy_losses[key][heads, layer], config, least):
                 router = self._with_shared(router, layer, sorted((*config.shared_indices, *found)), heads)
             made.append(router)
         return made

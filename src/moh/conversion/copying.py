@@ -10,17 +10,20 @@ from moh.config import MoHConfig
 COPY_LENGTH = 2048
 """Shortest calibration blocks that show which heads copy from afar (`Calibrator.share_copying_heads`)."""
 
-COPY_SHARE = 0.5
-"""With a smaller share of all heads none is shared for copying: a layer of so few would have none left to choose."""
-
 COPY_BLOCKS = 2
 """Blocks that end in copies."""
 
 COPIES, COPY_TOKENS, COPY_START = 8, 48, 8
 """Copies at a block's end, the length of each, and how many of its tokens nothing foretells, as they show what is copied."""
 
-COPY_LOSS = 0.3
-"""Heads are shared if the tokens of a copy would lose more without them, in nats per token."""
+COPY_LOSSES = ((0.65, 0.05), (0.5, 0.3))
+"""Share of all heads, and what the tokens of a copy must lose without a head, in nats per token, so that it is shared with at least
+that share: of few heads each one that all tokens use has to be worth more. With a smaller share than the last none is."""
+
+
+def least_loss(share: float) -> float | None:
+    """The bound of `COPY_LOSSES` for a share of all heads, if there is one."""
+    return next((loss for least, loss in COPY_LOSSES if share >= least), None)
 
 
 def with_copies(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,12 +42,13 @@ def with_copies(ids: Tensor) -> tuple[Tensor, Tensor]:
     return copied, torch.tensor(places)
 
 
-def copying_heads(losses: Tensor, config: MoHConfig) -> list[int]:
+def copying_heads(losses: Tensor, config: MoHConfig, least: float) -> list[int]:
     """Routed heads of a layer that copies need, those that they need most first, no more than a token chooses.
 
     Args:
         losses: `[H]`, what the tokens of copies lose by each head that is left out, in nats.
         config: of the layer.
+        least: heads are needed if they lose more.
     """
-    needed = [i for i in losses.argsort(descending=True).tolist() if losses[i] > COPY_LOSS]
+    needed = [i for i in losses.argsort(descending=True).tolist() if losses[i] > least]
     return [i for i in needed if i not in config.shared_indices][: config.active_heads]
