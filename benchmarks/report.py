@@ -26,6 +26,8 @@ Made by `make bench`: times of routed attention against PyTorch's dense attentio
 - **masked**: dense attention, then weighted by the gates, as published MoH code does it.
 - **limit**, of language models with random weights, ViT and DiT: the ratio to dense if every part were as fast as the dense
   model's and routing were free, counted in multiplications, when decoding in numbers that have to be read.
+- **training**: forward and backward, without the optimiser; **autocast**: the same with float32 weights under `torch.autocast` to
+  bfloat16.
 
 Percentages are the share of active heads, rounded to whole heads: 90 % of 8 heads are 7. B is the batch, H the query heads
 (H32/8: 8 heads of keys and values), N the tokens, D the width of a head. Attention alone gets random, balanced gates: the
