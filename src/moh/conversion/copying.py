@@ -17,8 +17,8 @@ COPIES, COPY_TOKENS, COPY_START = 8, 48, 8
 """Copies at a block's end, the length of each, and how many of its tokens nothing foretells, as they show what is copied."""
 
 COPY_LOSSES = ((0.65, 0.05), (0.5, 0.3))
-"""Share of all heads, and what the tokens of a copy must lose without a head, in nats per token, so that it is shared with at least
-that share: of few heads each one that all tokens use has to be worth more. With a smaller share than the last none is."""
+"""Share of all heads, and what the tokens of a copy must lose without a head, in nats per token, so that it is shared with at
+least that share: of few heads each one that all tokens use has to be worth more. With a smaller share than the last none is."""
 
 
 def least_loss(share: float) -> float | None:
