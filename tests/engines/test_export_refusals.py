@@ -212,6 +212,8 @@ def test_only_what_a_file_is_to_blame_for_is_called_damaged(
 
 def test_an_input_that_forward_only_takes_as_one_of_any_others_is_refused(tmp_path: Path) -> None:
     inputs = ids(2) | {"atention_mask": torch.ones(2, 12, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"inputs must be .*forward by name: got an unexpected keyword argument 'atention_mask'"):
+    with pytest.raises(
+        ValueError, match=r"inputs must be .*forward by name: got an unexpected keyword argument 'atention_mask'"
+    ):
         export_model(decoder(), inputs, "torch", tmp_path / "out")
     assert not list(tmp_path.iterdir())
