@@ -376,7 +376,7 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     export_model(model, ids(2, 12), "torch", tmp_path / "out")
     assert model.config._attn_implementation == "moh"
     with pytest.raises(ValueError, match=r"exactly one of input_ids or inputs_embeds"):
-        export_model(model, dict(unknown=torch.ones(2)), "torch", tmp_path / "other")
+        export_model(model, dict(attention_mask=torch.ones(2, 12)), "torch", tmp_path / "other")
     assert model.config._attn_implementation == "moh" and not (tmp_path / "other").exists()
 
 

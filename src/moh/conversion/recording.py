@@ -217,8 +217,9 @@ def replaced_forwards(
     former = []
     try:
         for block in dict.fromkeys(blocks):
+            replaced = replacement(block.forward)
             former.append((block, vars(block).get("forward")))  # its own where accelerate has put hooks on it
-            block.forward = replacement(block.forward)
+            block.forward = replaced
         yield
     finally:
         for block, own in former:
