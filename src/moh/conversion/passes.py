@@ -260,9 +260,11 @@ def losses_at(
     def watch(index: int, x: Tensor) -> Callable[[Tensor], None]:
         nonlocal count
         count += len(x) * len(places) if index == 0 else 0
+        give_back_memory()  # of the layers before, whose tensors of a long block the allocator would keep in pieces
         left_out = [of_layers[index](x[:, places].float()).gates == 0 for of_layers in choices]  # [B, P, H]
 
         def add(effect: Tensor) -> None:
+            give_back_memory()
             for choice, out in enumerate(left_out):
                 losses[choice, index] -= (effect[:, places] * out).sum((0, 1)).cpu().double()
 
