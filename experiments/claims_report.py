@@ -31,7 +31,9 @@ CLAIMS = (
 )
 # 97.5 % quantiles of Student's t by degrees of freedom: with three seeds an interval is 4.3 standard errors to each side
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_SHARED = "layers width vocabulary seq_len batch tokens learning_rate corpora precision torch device threads".split()
+_SHARED = (
+    "layers width vocabulary seq_len batch tokens learning_rate corpora precision compile torch device threads".split()
+)
 
 
 def collect(options: argparse.Namespace) -> bool:
@@ -89,7 +91,7 @@ def markdown(runs: Runs, name: str) -> str:
     """The page."""
     every = [run for of_arm in runs.values() for run in of_arm]
     first, seeds = every[0], len(next(iter(runs.values())))
-    about = {key: sorted({json.dumps(run[key]) for run in every}) for key in _SHARED}
+    about = {key: sorted({json.dumps(run.get(key)) for run in every}) for key in _SHARED}
     claims = [(text, a, b) for text, a, b in CLAIMS if a in runs and b in runs]
     several = [f"{key}: {', '.join(values)}" for key, values in about.items() if len(values) > 1]
     lines = [
@@ -100,7 +102,7 @@ def markdown(runs: Runs, name: str) -> str:
         f"{first['seq_len']}) of {', '.join(first['corpora'])}, {first['tokens'] / first['parameters']:.1f} tokens per "
         f"parameter; {seeds} seeds, the same sequences in the same order for every arm of a seed, one learning rate "
         f"({first['learning_rate']:g}) for all. {first['device']}, {first['threads']} thread(s) per run, "
-        f"{first['precision']}, torch {first['torch']}.",
+        f"{first['precision']}, {'compiled, ' if first.get('compile') else ''}torch {first['torch']}.",
         *(["", "Not the same for all runs: " + "; ".join(several) + "."] if several else []),
         "",
         *_terms(every),
@@ -165,8 +167,9 @@ def _measured_by(runs: Runs, name: str) -> str:
     fields = SIZES[size or "small"]
     values = {"size": size or "small", **{key: first[0][key] for key in fields}, "corpora": first[0]["corpora"]}
     values |= {"arms": list(runs), "seeds": [run["seed"] for run in first], "name": name}
+    flags = f" --precision {first[0]['precision']}" + " --compile" * first[0].get("compile", False)
     defaults = {**fields, "size": "small", "corpora": CORPORA, "arms": list(ARMS), "seeds": [0, 1, 2]}
-    return command("claims.py", values, defaults | {"name": NAMES[values["size"]]})
+    return command("claims.py", values, defaults | {"name": NAMES[values["size"]]}) + flags
 
 
 def _row(arm: str, runs: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> str:
