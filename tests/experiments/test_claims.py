@@ -204,7 +204,7 @@ def test_a_run_of_another_process_is_left_to_it_and_other_errors_are_raised(alon
 
 def figures_of(arm, seed, options, loss) -> dict:
     """What a finished run leaves."""
-    figures = {key: getattr(options, key) for key in (*claims.SIZES["small"], "corpora", "precision")}
+    figures = {key: getattr(options, key) for key in (*claims.SIZES["small"], "corpora", "precision", "compile")}
     figures |= dict(arm=arm, seed=seed, **arm_of(arm)._asdict(), steps=6, parameters=1000, device="a CPU", threads=1)
     figures |= dict(torch="2", loss=loss, perplexity=20.0, heldout_tokens=64, curve=[[96, 4.0], [192, loss]])
     return figures | {"corpora_loss": {corpus: {"loss": loss, "tokens": 32} for corpus in options.corpora}}
@@ -221,20 +221,23 @@ def figures_of(arm, seed, options, loss) -> dict:
     ids=str,
 )
 def test_the_page_says_what_its_runs_are_and_how_to_make_them(options, arms, heads) -> None:
+    options.precision = "fp32"
     page = markdown({arm: [figures_of(arm, seed, options, 3.0) for seed in (0, 1)] for arm in arms}, "mine")
     assert (heads in page) if heads else ("*Gates*" not in page)
     assert ("*Static*" in page) is ("static_75" in arms)
     assert page.startswith("# The claims, one at a time\n") is ("gates" in arms or "static_75" in arms)
     sizes = "--layers 1 --width 48 --vocabulary 300 --seq-len 16 --batch 2 --tokens 192"
-    given = f"{sizes} --corpora a b --arms {' '.join(arms)} --seeds 0 1 --name mine"
+    given = f"{sizes} --corpora a b --arms {' '.join(arms)} --seeds 0 1 --name mine --precision fp32"
     assert f"`python experiments/claims.py {given}` measures" in page
 
 
 def test_the_page_of_all_runs_of_a_size_names_the_size_alone() -> None:
     for size, words in (("small", ""), ("large", " --size large")):
-        options = parse(["--size", size])
+        options = parse(["--size", size, "--precision", "bf16", "--compile"])
         runs = {arm: [figures_of(arm, seed, options, 3.0) for seed in options.seeds] for arm in ARMS}
-        assert f"`python experiments/claims.py{words}` measures" in markdown(runs, options.name)
+        assert f"`python experiments/claims.py{words} --precision bf16 --compile` measures" in markdown(
+            runs, options.name
+        )
 
 
 def test_results_of_more_runs_are_not_replaced_by_fewer(options, tmp_path, capsys) -> None:
