@@ -228,7 +228,9 @@ def test_what_is_kept_of_the_softmax_is_its_log_sum_exp_and_left_out_on_request(
     most, total = softmax
     idle = inputs.gates.mT == 0
     assert (most[idle] == math.inf).all() and (total[idle] == 0).all()
-    torch.testing.assert_close(torch.where(idle, math.inf, most + total.log2()), expected)
+    rough = isa in ("avx512_bf16", "amx", "amx_imitated") and dtype == torch.bfloat16  # powers that are rounded to it
+    tolerance = dict(rtol=0, atol=2e-4) if rough else dict(rtol=1.3e-6, atol=1e-5)
+    torch.testing.assert_close(torch.where(idle, math.inf, most + total.log2()), expected, **tolerance)
 
 
 @covering(

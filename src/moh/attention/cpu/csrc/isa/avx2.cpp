@@ -12,6 +12,7 @@ struct Avx2 {
   static constexpr int kVectors = 2;
   static constexpr int kRows = 6;          // 12 accumulators, 2 vectors of B and 1 number of A take 15 of 16 registers.
   static constexpr int64_t kKeyTile = 64;  // 64 keys of width 64 fill half of a 32 KiB L1 cache.
+  static constexpr bool kDotsBFloat16 = false;
 };
 
 const Kernels& avx2_kernels() {

@@ -10,6 +10,7 @@ struct Avx512 {
   static constexpr int kVectors = 2;
   static constexpr int kRows = 12;         // 24 accumulators, 2 vectors of B and 1 number of A take 27 of 32 registers.
   static constexpr int64_t kKeyTile = 64;
+  static constexpr bool kDotsBFloat16 = false;
 };
 
 }  // namespace moh

@@ -18,6 +18,7 @@ namespace moh {
 
 struct Avx512BFloat16 : Avx512 {
   using Floats = Simd<kLanes>::Floats;
+  static constexpr bool kDotsBFloat16 = true;
 
   // acc + a0 b0 + a1 b1 in every lane.
   [[gnu::always_inline]] static Floats dot(Floats acc, Floats a, Floats b) {
@@ -47,6 +48,42 @@ struct Avx512BFloat16 : Avx512 {
       S::store(reinterpret_cast<float*>(to + i), S::floats(low | high));
     }
     for (; i < count; ++i) to[i].bits = first[i].x | (second == nullptr ? 0u : uint32_t{second[i].x} << 16);
+  }
+  // The same for `count` rows, two by two, transposed: to [width, kTwos], with zeros for missing rows.
+  template <int64_t kTwos>
+  static void interleave_transposed(const c10::BFloat16* rows, int64_t stride, int64_t count, int64_t width,
+                                    Bf16x2* to) {
+    static_assert(kTwos % kLanes == 0);
+    for (int64_t n = 0; n < kTwos && 2 * n < count; n += kLanes)
+      for (int64_t d = 0; d < width; d += 2 * kLanes) {
+        const auto* from = rows + 2 * n * stride + d;
+        interleave_square<false>(from, stride, count - 2 * n, width - d, to + d * kTwos + n, kTwos);
+        interleave_square<true>(from, stride, count - 2 * n, width - d, to + d * kTwos + n, kTwos);
+      }
+  }
+
+ private:
+  // Of up to 32 rows and 32 places, the first or the last four of each eight places: what unpacking joins in a register.
+  template <bool kLast>
+  static void interleave_square(const c10::BFloat16* rows, int64_t stride, int64_t count, int64_t width, Bf16x2* to,
+                                int64_t to_stride) {
+    using S = Simd<kLanes>;
+    const __mmask32 places = width >= 2 * kLanes ? ~0u : (1u << width) - 1;
+    Floats square[kLanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const c10::BFloat16* row = rows + 2 * i * stride;
+      const __m512i first = _mm512_maskz_loadu_epi16(2 * i < count ? places : 0, row);
+      const __m512i second = _mm512_maskz_loadu_epi16(2 * i + 1 < count ? places : 0, row + stride);
+      const __m512i both = kLast ? _mm512_unpackhi_epi16(first, second) : _mm512_unpacklo_epi16(first, second);
+      square[i] = reinterpret_cast<Floats>(both);
+    }
+    S::transpose(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t place = i / 4 * 8 + i % 4 + (kLast ? 4 : 0);
+      if (place < width) S::store(reinterpret_cast<float*>(to + place * to_stride), square[i]);
+    }
   }
 };
 

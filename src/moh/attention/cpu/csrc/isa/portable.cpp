@@ -8,6 +8,7 @@ struct Portable {
   static constexpr int kVectors = 2;
   static constexpr int kRows = 4;  // 8 accumulators leave room for products: SSE2 has 16 registers and no FMA.
   static constexpr int64_t kKeyTile = 64;
+  static constexpr bool kDotsBFloat16 = false;
 };
 
 const Kernels& portable_kernels() {

@@ -30,9 +30,11 @@ class FloatBackwardOperands {
   using Floats = typename S::Floats;
   using Product = VectorProduct<Isa>;
   using Into = typename Product::Into;
+  using Exp2 = typename S::Exp2;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
+  static int64_t padded(int64_t width) { return width; }  // the rows of `add_queries`; only `width` hold results
   // Floats of memory for tasks of `blocks` blocks.
   static int64_t scratch(const Problem& p, int64_t blocks) {
     return blocks * kWidth *
@@ -103,7 +105,7 @@ class FloatBackwardOperands {
       std::fill_n(grad_weights(block) + n * all_, kWidth, 0.0f);
     }
   }
-  // grad_queries [D, kWidth] += keys' dS for one block.
+  // grad_queries [padded D, kWidth] += keys' dS for one block.
   template <int V>
   void add_queries(int64_t block, int64_t seen, float* grad_queries) const {
     Product::template multiply<Into::kAdd, V>(p_.width, keys_, 1, key_stride_, grad_weights(block), all_, seen,
@@ -138,14 +140,15 @@ struct Backward {
 
   static int64_t scratch(const Problem& p, int64_t rows) {
     const int64_t blocks = Product::blocks(rows);
-    return blocks * kWidth * (p.width + 4) + Operands::scratch(p, blocks);
+    return blocks * kWidth * (Operands::padded(p.width) + 4) + Operands::scratch(p, blocks);
   }
 
   static void run(const Problem& p, const Rows& rows, float* grad_k, float* grad_v, float* scratch) {
     const Blocks<Isa> blocks(p, rows);
     const int64_t D = p.width, count = blocks.count, all = count * kWidth;
-    float* grad_queries = scratch;            // [block, D, kWidth]
-    float* most = grad_queries + all * D;     // [all]
+    const int64_t Dp = Operands::padded(D);
+    float* grad_queries = scratch;            // [block, padded D, kWidth]
+    float* most = grad_queries + all * Dp;    // [all]
     float* gates = most + all;                // [all], divided by the softmax's denominator
     float* delta = gates + all;               // [all], likewise, times the scale
     float* grad_gates = delta + all;          // [all], to be divided likewise
@@ -182,7 +185,7 @@ struct Backward {
           operands.template differentiate_weights<V>(block, seen);
           for (int lane = 0; lane < V * Isa::kLanes; lane += Isa::kLanes)
             differentiate(operands, block, lane, seen, p.scale, most, gates, delta, grad_gates);
-          operands.template add_queries<V>(block, seen, grad_queries + block * D * kWidth);
+          operands.template add_queries<V>(block, seen, grad_queries + block * Dp * kWidth);
         };
         by_vectors<Isa>(lanes, work);
         operands.clear(block, seen, loaded);
@@ -199,7 +202,7 @@ struct Backward {
         static_cast<T*>(p.grad_gates)[lanes.by_token(p, rows.batch, i)] =
             static_cast<T>(grad_gates[block * kWidth + i] * share(p, rows.batch, lanes, i));
       take_off_lanes<Isa>(
-          lanes.count, D, grad_queries + block * D * kWidth, [](int) { return 1.0f; },
+          lanes.count, D, grad_queries + block * Dp * kWidth, [](int) { return 1.0f; },
           [&](int i) { return grad_q + lanes.by_head(p, rows.batch, i) * D; });
     }
   }
@@ -209,7 +212,7 @@ struct Backward {
   [[gnu::always_inline]] static void differentiate(const Operands& operands, int64_t block, int lane, int64_t seen,
                                                    float scale, const float* most, const float* gates,
                                                    const float* delta, float* grad_gates) {
-    const typename S::Exp2 exp2;
+    const typename Operands::Exp2 exp2;
     const int64_t row = block * kWidth + lane, stride = operands.stride();
     const typename Operands::Sink sink = operands.sink(block, lane);
     const float *scores = operands.scores(block) + lane, *grad_weights = operands.grad_weights(block) + lane;

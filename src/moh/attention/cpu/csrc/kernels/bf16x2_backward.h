@@ -16,18 +16,22 @@ class Bf16x2BackwardOperands {
   using S = Simd<Isa::kLanes>;
   using Floats = typename S::Floats;
   using Into = typename Product::Into;
+  using Exp2 = typename S::Exp2ToRound;
   static constexpr int kWidth = Product::kWidth;
   static constexpr int64_t kTile = Isa::kKeyTile;
 
+  static int64_t padded(int64_t width) { return InterleavedTile<Isa, Product>::padded(width); }
   static int64_t scratch(const Problem& p, int64_t blocks) {
-    return blocks * kWidth / 2 *
-               (p.width + p.value_width + Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
+    using Products = RowProducts<Isa, Product>;
+    return Products::scratch(p.width, blocks) + Products::scratch(p.value_width, blocks) +
+           blocks * kWidth / 2 * (Product::padded(p.width) + Product::padded(p.value_width) + 2 * kTile) +
            kTile * kWidth * 5 / 2 + InterleavedTile<Isa, Product>::scratch(p.width);
   }
   Bf16x2BackwardOperands(const Problem& p, const Rows& rows, int64_t blocks, float* scratch)
-      : p_(p), rows_(rows), all_(blocks * kWidth), row_scores_(p.k, p.width, rows, scratch),
-        row_grads_(p.v, p.value_width, rows, scratch + all_ / 2 * p.width),
-        query_rows_(scratch + all_ / 2 * (p.width + p.value_width)),
+      : p_(p), rows_(rows), all_(blocks * kWidth),
+        row_scores_(p.k, p.width, rows, p.scale * kLog2e, blocks, scratch),
+        row_grads_(p.v, p.value_width, rows, 1.0f, blocks, scratch += row_scores_.scratch(p.width, blocks)),
+        query_rows_(scratch += row_grads_.scratch(p.value_width, blocks)),
         grad_rows_(query_rows_ + all_ / 2 * Product::padded(p.width)),
         scores_(grad_rows_ + all_ / 2 * Product::padded(p.value_width)), grad_weights_(scores_ + kTile * kWidth),
         by_keys_(grad_weights_ + kTile * kWidth),
@@ -53,8 +57,8 @@ class Bf16x2BackwardOperands {
     }
   }
   void load(int64_t first, int64_t count) {
-    row_scores_.load(first);
-    row_grads_.load(first);
+    row_scores_.load(first, count);
+    row_grads_.load(first, count);
     keys_.load(p_.k, rows_.batch, rows_.kv_head, first, count);
   }
   float* scores(int64_t) const { return scores_; }
@@ -63,11 +67,11 @@ class Bf16x2BackwardOperands {
 
   template <int V>
   void score(int64_t block, int64_t seen) const {
-    row_scores_.template multiply<V>(block, seen, p_.scale * kLog2e, scores_);
+    row_scores_.template multiply<V>(block, seen, scores_);
   }
   template <int V>
   void differentiate_weights(int64_t block, int64_t seen) const {
-    row_grads_.template multiply<V>(block, seen, 1.0f, grad_weights_);
+    row_grads_.template multiply<V>(block, seen, grad_weights_);
   }
   struct Sink {
     Bf16x2 *weights, *grad_scores;

@@ -313,6 +313,11 @@ void take_off_lanes(int count, int64_t width, const float* from, Factor factor, 
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
           if (first + i < last) S::store(rows[i] + d, square[i] * factors[i]);
+      } else if constexpr (std::is_same_v<std::remove_pointer_t<decltype(to(0))>, c10::BFloat16> &&
+                           Isa::kDotsBFloat16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          if (first + i < last) Isa::round(square[i] * factors[i], reinterpret_cast<Bf16x2*>(rows[i] + d));
       } else {
         float numbers[L][L];
 #pragma GCC unroll 16

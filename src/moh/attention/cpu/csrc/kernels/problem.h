@@ -8,6 +8,8 @@
 
 namespace moh {
 
+constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
 enum class DType { kFloat, kBFloat16, kHalf };
 
 // Calls function(T()) with the C++ type of `dtype`.

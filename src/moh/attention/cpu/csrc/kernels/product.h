@@ -19,6 +19,7 @@ struct VectorProduct {
   using Floats = typename S::Floats;
   static constexpr int kWidth = Isa::kLanes * Isa::kVectors;
   static constexpr bool kRowsInOnePiece = false;  // A may have any strides.
+  static constexpr int64_t kSide = 1;             // Heights and depths that are multiples of it are fastest.
 
   [[gnu::always_inline]] static Floats spread(float a) { return S::set(a); }
   [[gnu::always_inline]] static Floats spread(Bf16x2 a) { return S::floats(typename S::Words{} + a.bits); }
