@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moh
 from moh.config import MoHConfig
+from moh.conversion import recording
 from moh.conversion.calibrator import Calibrator
 from moh.conversion.passes import layer_costs
-from moh.conversion.recording import checkpointed
+from moh.conversion.recording import Kept, TensorFile, checkpointed
 from moh.conversion.token_loss import summed_loss
 from moh.conversion.transformers import adapter
 from moh.data.text.blocks import IGNORED
@@ -151,6 +152,25 @@ def test_layers_costs_are_measured_with_the_graph_of_one_layer_at_a_time(make_de
     whole, most = _costs(dense, blocks=())
     assert torch.equal(light, whole) and light[:, 0].min() > 0 and least < most
     assert [block.__dict__.get("forward") for block in adapter(dense, "linear", copied=False).blocks] == forward
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["room", "full"])
+def test_inputs_that_are_kept_in_a_file_change_no_costs(make_dense, monkeypatch, full: bool) -> None:
+    dense, written = make_dense(), []
+    torch.manual_seed(0)
+    expected, _ = _costs(dense)
+    write = TensorFile.write
+
+    def counting(file: TensorFile, tensor: Tensor) -> Kept:
+        written.append(tensor)
+        if full and len(written) % 2:
+            raise OSError("No space left on device")
+        return write(file, tensor)
+
+    monkeypatch.setattr(TensorFile, "write", counting)
+    monkeypatch.setattr(recording, "LARGE_BYTES", 1)
+    torch.manual_seed(0)
+    assert torch.equal(_costs(dense)[0], expected) and len(written) >= 2 * len(dense.model.layers)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["of_the_class", "its_own"])

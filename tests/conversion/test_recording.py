@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import namedtuple
 
@@ -44,7 +43,7 @@ def test_a_second_pass_reads_what_the_first_one_saw(make_dense, tokens, dtype) -
     sizes = dense.model.config  # the file is as large as docs/conversion.md says
     numbers = sizes.hidden_size + sizes.num_attention_heads * sizes.head_dim
     size = tokens[:10].numel() * sizes.num_hidden_layers * numbers * dtype.itemsize
-    assert recording._file.seek(0, os.SEEK_END) == size
+    assert recording._file.size == size
 
 
 @pytest.mark.parametrize("runs_before", [0, 1])
@@ -87,7 +86,7 @@ def test_room_is_that_of_the_batches_that_are_left(make_dense, tokens, monkeypat
     runs = []
     forward = DenseTextModel.run
     monkeypatch.setattr(DenseTextModel, "run", lambda self, batch: runs.append(batch.shape[1]) or forward(self, batch))
-    free = 3 * recording._file.seek(0, os.SEEK_END)  # the long batch takes 4 times what is written
+    free = 3 * recording._file.size  # the long batch takes 4 times what is written
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
     for _ in range(2):
         seen_by(dense, Playback(recording, range(2)))

@@ -20,7 +20,7 @@ from moh.conversion.dense import DenseModel, check_finite
 from moh.conversion.recording import Batches, checkpointed, give_back_memory, run, tapped
 from moh.routing import Router
 
-SUMS_BYTES = 1 << 28
+SUMS_BYTES = 1 << 27
 """Memory for the sums of one pass over the calibration data; if all layers' need more, there are more passes, which read
 the file of a recording in parts."""
 
@@ -260,11 +260,9 @@ def losses_at(
     def watch(index: int, x: Tensor) -> Callable[[Tensor], None]:
         nonlocal count
         count += len(x) * len(places) if index == 0 else 0
-        give_back_memory()  # of the layers before, whose tensors of a long block the allocator would keep in pieces
         left_out = [of_layers[index](x[:, places].float()).gates == 0 for of_layers in choices]  # [B, P, H]
 
         def add(effect: Tensor) -> None:
-            give_back_memory()
             for choice, out in enumerate(left_out):
                 losses[choice, index] -= (effect[:, places] * out).sum((0, 1)).cpu().double()
 
@@ -284,17 +282,24 @@ def _effects(
     """Run the dense model forwards and backwards: `watch(layer, x)` is called with each layer's input `[B, N, C]`, and what it
     returns with s `[B, N, H]`, s_i = <dL/dz_i, z_i>."""
     model = dense.model
+    heads: dict[int, Tensor] = {}  # of the layer that is run again: those of the first run would be held for all layers
 
     def see(index: int, x: Tensor, z: Tensor) -> None:
+        # z itself would hold its hook, and so every sample's graph, until Python collects circles
+        detached = z.detach()
         if runs_again():
+            heads[index] = detached
             return
+        give_back_memory()  # of the layers before, whose tensors of a long block the allocator would keep in pieces
         with torch.no_grad():
             add = watch(index, x)
-        heads = z.detach()  # z itself would hold its hook, and so every sample's graph, until Python collects circles
+        only_run = None if dense.blocks else detached
 
         def see_gradient(gradient: Tensor) -> None:
+            give_back_memory()
             check_finite(gradient, f"layer {index} has gradients of")
-            add((gradient * heads).float().unflatten(-1, (dense.num_heads, -1)).sum(-1))
+            of_layer = heads.pop(index) if only_run is None else only_run
+            add((gradient * of_layer).float().unflatten(-1, (dense.num_heads, -1)).sum(-1))
 
         z.register_hook(see_gradient)
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moh._modes import evaluating
 from moh.conversion.dense import DenseAttention, DenseModel, check_finite
+
+LARGE_BYTES = 1 << 20
+"""Inputs of blocks from this size on are kept in a file until the backward pass."""
 
 
 def run(
@@ -60,6 +63,44 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return trim
 
 
+class Kept(NamedTuple):
+    """A tensor in a `TensorFile`."""
+
+    place: int  # of its first byte
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class TensorFile:
+    """A stack of tensors in a temporary file, which goes with this object.
+
+    Attributes:
+        size: bytes in use; the next tensor is written behind them.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
+        self.size = 0
+
+    def write(self, tensor: Tensor) -> Kept:
+        """Where `tensor` is kept.
+
+        Raises:
+            OSError: the disk is full; what was written before is as it was.
+        """
+        kept = Kept(self.size, tensor.dtype, tensor.shape)
+        self._file.seek(self.size)
+        self.size += self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        return kept
+
+    def read(self, kept: Kept) -> Tensor:
+        """A copy in the CPU's memory."""
+        buffer = bytearray(kept.shape.numel() * kept.dtype.itemsize)
+        self._file.seek(kept.place)
+        self._file.readinto(buffer)
+        return torch.frombuffer(buffer, dtype=kept.dtype).view(kept.shape)
+
+
 class Recording:
     """What every layer sees of the calibration data, kept in a temporary file: the model runs once, whatever is summed up.
 
@@ -71,10 +112,8 @@ class Recording:
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
         self.batches = batches
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
-        self._kept: dict[
-            int, list[tuple[int, torch.dtype, torch.Size]]
-        ] = {}  # batch -> x and z of each layer: where, what
+        self._file = TensorFile()
+        self._kept: dict[int, list[Kept]] = {}  # batch -> x and z of each layer
 
     def run(
         self,
@@ -89,13 +128,13 @@ class Recording:
             for layer in range(len(kept) // 2):
                 if layers is None or layer in layers:
                     device = dense.attentions[layer].device
-                    add(layer, self._read(kept[2 * layer]).to(device), self._read(kept[2 * layer + 1]).to(device))
+                    add(layer, *(self._file.read(one).to(device) for one in kept[2 * layer : 2 * layer + 2]))
             return
         kept = []
         has_room = self._has_room()
 
         def see(layer: int, x: Tensor, z: Tensor) -> None:
-            kept.extend((self._written(x), self._written(z)) if has_room else ())
+            kept.extend((self._file.write(x), self._file.write(z)) if has_room else ())
             add(layer, x, z)
 
         run(dense, iter([self.batches[index]]), see)
@@ -103,22 +142,9 @@ class Recording:
             self._kept[index] = kept
 
     def _has_room(self) -> bool:
-        written = self._file.seek(0, os.SEEK_END)
         sizes = [batch.numel() for batch in self.batches]  # of which what is recorded is a multiple
         done = sum(sizes[index] for index in self._kept)
-        return shutil.disk_usage(tempfile.gettempdir()).free > 2 * written * (sum(sizes) - done) // max(1, done)
-
-    def _written(self, tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
-        place = self._file.seek(0, os.SEEK_END)
-        self._file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-        return place, tensor.dtype, tensor.shape
-
-    def _read(self, kept: tuple[int, torch.dtype, torch.Size]) -> Tensor:
-        place, dtype, shape = kept
-        buffer = bytearray(shape.numel() * dtype.itemsize)
-        self._file.seek(place)
-        self._file.readinto(buffer)
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return shutil.disk_usage(tempfile.gettempdir()).free > 2 * self._file.size * (sum(sizes) - done) // max(1, done)
 
 
 @dataclass
@@ -185,12 +211,29 @@ def tapped(attentions: Sequence[DenseAttention], see: Callable[[int, Tensor, Ten
 
 @contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
-    """A graph through `blocks` keeps the input of each alone; the backward pass runs them again, one at a time.
+    """A graph through `blocks` keeps the input of each alone; the backward pass runs them again, whole and one at a time.
+
+    On the CPU large inputs are kept in a temporary file, if the disk has room: of a long text they would take as much
+    memory as a small model.
 
     Yields:
         whether a block is being run again, for hooks inside it that must count once.
     """
-    again = False
+    again, file = False, TensorFile()
+
+    def pack(tensor: Tensor) -> Tensor | Kept:
+        if tensor.device.type != "cpu" or tensor.nbytes < LARGE_BYTES:
+            return tensor
+        try:
+            return file.write(tensor)
+        except OSError:
+            return tensor
+
+    def unpack(kept: Tensor | Kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        file.size = min(file.size, kept.place)  # the backward pass goes from the last to the first
+        return file.read(kept)
 
     @contextmanager
     def running_again() -> Iterator[None]:
@@ -202,10 +245,15 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             again = False
 
     def checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False,
-                                 context_fn=lambda: (nullcontext(), running_again()))  # fmt: skip
+        def run_block(*args: Any, **options: Any) -> Any:
+            with saved_tensors_hooks(pack, unpack):
+                return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False,
+                                  context_fn=lambda: (nullcontext(), running_again()), **options)  # fmt: skip
 
-    with replaced_forwards(blocks, checkpointing):
+        return run_block
+
+    # without the early stop a block runs to its end, past every hook inside it
+    with replaced_forwards(blocks, checkpointing), set_checkpoint_early_stop(False):
         yield lambda: again
 
 
