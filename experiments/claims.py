@@ -6,9 +6,10 @@
 
 Language models from scratch on the built-in texts, the same tokens in the same order for every arm of a seed. A run is known
 by its recipe and kept in `--work` when it is finished; one that was stopped resumes from its last checkpoint. Several
-processes may share `--work`. `--size large` is for a GPU, with `tiny` a run takes some minutes. `--arms moh_9_2` is any other
-split: 9 of 12 heads used, 2 of them shared (the paper's tables 6 and H, with a `--name` of their own). Needs the extra `llm`,
-and Debian 12's packages.
+processes may share `--work`. Until all runs are finished, those that are lie in a directory next to the page too: once that is
+committed, another machine goes on from there. `--size large` is for a GPU, with `tiny` a run takes some minutes. `--arms
+moh_9_2` is any other split: 9 of 12 heads used, 2 of them shared (the paper's tables 6 and H, with a `--name` of their own).
+Needs the extra `llm`, and Debian 12's packages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ def main() -> None:
         export_texts(argparse.Namespace(runs=options.work, corpora=options.corpora, cache_dir=options.cache_dir))
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     cells = [(name, seed) for name in options.arms for seed in options.seeds]
+    share_finished(cells, options)
     for name, seed in cells:
         file = cell_file(name, seed, options)
         if file.exists():
@@ -100,10 +102,29 @@ def main() -> None:
                     run(name, seed, options, deadline)
         except LockedError:
             print(f"{file.stem}: another process is at it", flush=True)
+    share_finished(cells, options)
     done = sum(cell_file(*cell, options).exists() for cell in cells)
     print(f"{done} of {len(cells)} runs are finished in {options.work}", flush=True)
     if options.only is None and collect(options):
         write_page(options.out, options.name)
+
+
+def share_finished(cells: Sequence[tuple[str, int]], options: argparse.Namespace) -> None:
+    """Copy finished runs from `--work` to a directory next to the page, and back; it goes when all are finished."""
+    folder = options.out / options.name
+    files = [cell_file(*cell, options) for cell in cells]
+    for file in files:
+        shared = folder / file.name
+        if shared.exists() and not file.exists():
+            write_text(file, shared.read_text(encoding="utf-8"))
+        elif file.exists() and not shared.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(shared, file.read_text(encoding="utf-8"))
+    if all(file.exists() for file in files):
+        for file in files:
+            (folder / file.name).unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -275,6 +275,23 @@ def test_the_page_has_complete_arms_only(options, tmp_path) -> None:
     assert not collect(options)
 
 
+def test_finished_runs_go_with_the_results_until_all_are_finished(options, tmp_path) -> None:
+    cells = [("dense", 0), ("dense", 1)]
+    first, second = (cell_file(*cell, options) for cell in cells)
+    folder = tmp_path / "claims"
+    first.write_text("0")
+    claims.share_finished(cells, options)
+    assert [file.name for file in folder.iterdir()] == [first.name]
+    first.unlink()  # another machine
+    claims.share_finished(cells, options)
+    assert first.read_text() == "0" and not second.exists()
+    (folder / "mine.txt").write_text("")
+    second.write_text("1")
+    claims.share_finished(cells, options)
+    assert [file.name for file in folder.iterdir()] == ["mine.txt"] and first.exists() and second.exists()
+    first.unlink(), second.unlink()
+
+
 def test_an_interval_holds_the_mean_of_few_seeds() -> None:
     middle, half = interval([1.0, 2.0, 3.0])
     assert middle == 2.0 and half == pytest.approx(4.303 / 3**0.5)
