@@ -282,24 +282,23 @@ def _effects(
     """Run the dense model forwards and backwards: `watch(layer, x)` is called with each layer's input `[B, N, C]`, and what it
     returns with s `[B, N, H]`, s_i = <dL/dz_i, z_i>."""
     model = dense.model
-    heads: dict[int, Tensor] = {}  # of the layer that is run again: those of the first run would be held for all layers
+    heads: dict[int, Tensor] = {}  # of a block that is run again: those of the first run would be held for all layers
 
     def see(index: int, x: Tensor, z: Tensor) -> None:
         # z itself would hold its hook, and so every sample's graph, until Python collects circles
         detached = z.detach()
-        if runs_again():
+        if runs_again() or not dense.blocks:
             heads[index] = detached
+        if runs_again():
             return
         give_back_memory()  # of the layers before, whose tensors of a long block the allocator would keep in pieces
         with torch.no_grad():
             add = watch(index, x)
-        only_run = None if dense.blocks else detached
 
         def see_gradient(gradient: Tensor) -> None:
             give_back_memory()
             check_finite(gradient, f"layer {index} has gradients of")
-            of_layer = heads.pop(index) if only_run is None else only_run
-            add((gradient * of_layer).float().unflatten(-1, (dense.num_heads, -1)).sum(-1))
+            add((gradient * heads.pop(index)).float().unflatten(-1, (dense.num_heads, -1)).sum(-1))
 
         z.register_hook(see_gradient)
 
