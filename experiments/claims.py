@@ -114,15 +114,17 @@ def share_finished(cells: Sequence[tuple[str, int]], options: argparse.Namespace
     folder = options.out / options.name
     files = [cell_file(*cell, options) for cell in cells]
     for file in files:
-        shared = folder / file.name
-        if shared.exists() and not file.exists():
+        if not file.exists() and (shared := folder / file.name).exists():
             write_text(file, shared.read_text(encoding="utf-8"))
-        elif file.exists() and not shared.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(shared, file.read_text(encoding="utf-8"))
-    if all(file.exists() for file in files):
+    finished = [file for file in files if file.exists()]
+    if len(finished) < len(files):
+        for file in finished:
+            if not (shared := folder / file.name).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(shared, file.read_text(encoding="utf-8"))
+    elif folder.exists():
         for file in files:
-            (folder / file.name).unlink()
+            (folder / file.name).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -167,9 +167,10 @@ def _measured_by(runs: Runs, name: str) -> str:
     fields = SIZES[size or "small"]
     values = {"size": size or "small", **{key: first[0][key] for key in fields}, "corpora": first[0]["corpora"]}
     values |= {"arms": list(runs), "seeds": [run["seed"] for run in first], "name": name}
-    flags = f" --precision {first[0]['precision']}" + " --compile" * first[0].get("compile", False)
+    values |= {"precision": first[0]["precision"], "compile": first[0].get("compile", False)}
     defaults = {**fields, "size": "small", "corpora": CORPORA, "arms": list(ARMS), "seeds": [0, 1, 2]}
-    return command("claims.py", values, defaults | {"name": NAMES[values["size"]]}) + flags
+    defaults |= {"name": NAMES[values["size"]], "precision": None, "compile": False}
+    return command("claims.py", values, defaults)
 
 
 def _row(arm: str, runs: list[dict[str, Any]], dense: list[dict[str, Any]] | None) -> str:

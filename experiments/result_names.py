@@ -38,11 +38,12 @@ def results_name(
 
 
 def command(script: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The command line of an experiment, with those of its options that differ from their defaults."""
+    """The command line of an experiment, with those of its options that differ from their defaults; True is a flag."""
     words = ["python", f"experiments/{script}"]
     for field, value in values.items():
         if value != defaults[field]:
-            words += [_flag(field), *map(_word, value if isinstance(value, (list, tuple)) else [value])]
+            given = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += [_flag(field), *map(_word, given)]
     return shlex.join(words)
 
 
